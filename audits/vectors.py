@@ -37,12 +37,12 @@ from common.tasks.examples import Dataset
 from common.tasks.featured import FEATURES, SCALES, TANGENTS
 from strategies.job import configure
 
-LABELS = 256
+LABELS = 64
 """Of the head; each has as many canaries as the model's features are wide."""
 STEPS, NOISE, LENGTH = 9, 4.5, 5.0
 DELTA = 1e-5
 ROUNDS = 4
-"""Linearised rounds; each is a canary's chance for each number of the adapter."""
+"""Each is a canary's chance for each number that is trained, whose work grows with the square of their count."""
 _OF, _SOURCE = Linearisation("canaries", 1, 0, "", ""), Dataset("canaries", (), ())
 
 
@@ -78,7 +78,7 @@ def _canaries(model: FederatedModel, axes: Tensor, length: float) -> Iterator[li
 
 
 def audit_probe(folder: Path, fault: Fault = SOUND) -> Finding:
-    """Let a site answer round 0 of a run with a probe, with ``fault`` built in."""
+    """Let a site answer round 0 of runs with a probe, with ``fault`` built in."""
     own: dict[str, Any] = {
         "adapter.name": "lora-metric",
         "adapter.start": "probe",
@@ -91,34 +91,42 @@ def audit_probe(folder: Path, fault: Fault = SOUND) -> Finding:
     model = job.model(tuple(f"label {i}" for i in range(LABELS)))
     size = model.head["weight"].numel()
     whole = gaussian_plan(start.clip_norm, NOISE, 1.0, size, DELTA, 100.0)
-    present = torch.rand(size) < 0.5
-    with fault.plant(), _canaries(model, present.nonzero().flatten(), LENGTH * start.clip_norm) as records:
-        released = start.privatise(model, records, start.plan(whole, size))[HEAD]
+    present = torch.rand(ROUNDS, size) < 0.5
+    ways = list[Tensor]()
+    with fault.plant():
+        for row in present:
+            with _canaries(model, row.nonzero().flatten(), LENGTH * start.clip_norm) as records:
+                released = start.privatise(model, records, start.plan(whole, size))[HEAD]
+            ways.append(released["weight"].flatten())
         claimed = epsilon([start.release()], DELTA)
-    scores = released["weight"].flatten().double().numpy() * size / (start.way * start.clip_norm)
-    return compared("canaries of a probe", fault, scores, present.numpy(), claimed)
+    scores = torch.cat(ways).double().numpy() * size / (start.way * start.clip_norm)
+    return compared("canaries of a probe", fault, scores, present.flatten().numpy(), claimed)
 
 
 def audit_head(folder: Path, fault: Fault = SOUND) -> Finding:
-    """Let a site take steps on the head alone, on features that it keeps, with ``fault`` built in."""
+    """Let a site take rounds of steps on the head alone, on features that it keeps, with ``fault`` built in."""
     job = configure({**tiny_run(folder), "strategy": "fedavg-lora"})
     model = job.model(tuple(f"label {i}" for i in range(LABELS)))
     weight = model.head["weight"]
     size = weight.numel()
     plan = gaussian_plan(1.0, NOISE, 1.0, float(size), DELTA, 100.0)
-    present = torch.rand(size) < 0.5
-    begun = weight.detach().clone()
-    keeping = Keeping(_OF, {}, "site", _SOURCE, lambda: None)
-    with fault.plant(), _canaries(model, present.nonzero().flatten(), LENGTH) as records:
-        with (
-            refit(model, records, keeping) as (seen, trained),
-            plan.steps(model, torch.optim.SGD(trained[HEAD].values(), lr=1.0)) as steps,
-        ):
-            for _ in range(STEPS):
-                steps.step(model.fixed_batches([seen[i] for i in plan.sample(len(seen))]), model.losses)
+    present = torch.rand(ROUNDS, size) < 0.5
+    ways = list[Tensor]()
+    with fault.plant():
+        for row in present:
+            keeping = Keeping(_OF, {}, "site", _SOURCE, lambda: None)
+            begun = weight.detach().clone()
+            with (
+                _canaries(model, row.nonzero().flatten(), LENGTH) as records,
+                refit(model, records, keeping) as (seen, trained),
+                plan.steps(model, torch.optim.SGD(trained[HEAD].values(), lr=1.0)) as steps,
+            ):
+                for _ in range(STEPS):
+                    steps.step(model.fixed_batches([seen[i] for i in plan.sample(len(seen))]), model.losses)
+            ways.append((weight.detach() - begun).flatten())
         claimed = epsilon([plan.release(STEPS)], DELTA)
-    scores = (weight.detach() - begun).flatten().double().numpy() * size / STEPS
-    return compared("canaries of the head", fault, scores, present.numpy(), claimed)
+    scores = torch.cat(ways).double().numpy() * size / STEPS
+    return compared("canaries of the head", fault, scores, present.flatten().numpy(), claimed)
 
 
 def audit_linearised(folder: Path, fault: Fault = SOUND) -> Finding:
