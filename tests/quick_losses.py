@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from dp_accounting.pld import common
 from dp_accounting.pld.privacy_loss_mechanism import AdditiveNoisePrivacyLoss as Additive
 from dp_accounting.pld.privacy_loss_mechanism import AdjacencyType, GaussianPrivacyLoss
 from dp_accounting.pld.privacy_loss_mechanism import MixtureGaussianPrivacyLoss as Mixture
@@ -57,9 +58,32 @@ def ends(own: Any, losses: np.ndarray, bounds: tuple[float, float], precision: f
     return np.floor(high / precision) * precision
 
 
-QUICK: dict[tuple[type, str], Callable[..., Any]] = {
+def bounds(masses: Any, times: int, tail_mass_truncation: float = 0, orders: Any = None) -> tuple[int, int]:
+    """Stand in for ``compute_self_convolve_bounds``, and leave to it what rounding might decide."""
+    if tail_mass_truncation == 0 or orders is not None:
+        return OWN[common, "compute_self_convolve_bounds"](masses, times, tail_mass_truncation, orders)  # type: ignore[no-any-return]
+    held, size = np.asarray(masses), len(masses)
+    order = np.arange(1, 21) / size
+    found = []
+    with np.errstate(all="ignore"):
+        for sign in (-1, 1):
+            base, powers = np.exp(sign * np.arange(size) / size), np.ones(size)
+            sums = [float(held @ np.multiply(powers, base, out=powers)) for _ in order]
+            logs = times * np.log(sums) / (sign * order)
+            least = logs + math.log(2 / tail_mass_truncation) / (sign * order)
+            known = np.isfinite(least)
+            if (np.abs(least - np.round(least)) <= 1e-9 + 1e-12 * np.abs(logs))[known].any():
+                return OWN[common, "compute_self_convolve_bounds"](masses, times, tail_mass_truncation)  # type: ignore[no-any-return]
+            found.append(least[known])
+    lower = max((math.floor(bound) for bound in found[0]), default=0)
+    upper = min((math.ceil(bound) for bound in found[1]), default=(size - 1) * times)
+    return max(0, lower), min((size - 1) * times, upper)
+
+
+QUICK: dict[tuple[Any, str], Callable[..., Any]] = {
     (GaussianPrivacyLoss, "get_delta_for_epsilon"): deltas,
     (Mixture, "_inverse_privacy_losses_with_range"): ends,
+    (common, "compute_self_convolve_bounds"): bounds,
 }
 """Each in the place of the library's own."""
 OWN = {(kind, name): getattr(kind, name) for kind, name in QUICK}
