@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Annotated, Any, ClassVar, TypeVar, cast
 
 from common.check import CLIP_NORM, NOT_NEGATIVE, POSITIVE, Interval, OneOf, nearest
@@ -19,6 +20,7 @@ from common.config.schedule import learning_rate
 from common.errors import ConfigError
 from common.privacy import MECHANISMS, UNITS, Mechanism
 from common.tasks import TASKS, roles_of_all
+from common.tasks.roles import Role
 from common.trackers import NO_TRACKER, TRACKERS
 
 Scalar = str | int | float | bool
@@ -420,7 +422,14 @@ def defaults(section: type[Any], prefix: str = "") -> dict[str, Scalar]:
     >>> defaults(AdapterConfig, "adapter.")["adapter.rank"]
     8
     """
-    return to_mapping(section(), prefix)
+    return {prefix + key: value for key, value in _defaults(section, roles_of_all()).items()}  # type: ignore[arg-type]
+
+
+# Every job asks for the defaults of all rows, several times.
+@lru_cache(maxsize=1024)
+def _defaults(section: type[Any], roles: tuple[Role, ...]) -> Mapping[str, Scalar]:
+    del roles  # of which defaults have the columns
+    return to_mapping(section())
 
 
 def from_section(section: type[S], values: Mapping[str, Scalar], prefix: str) -> S:
