@@ -24,6 +24,7 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 import pytest
+import seconds
 import torch
 
 from audits.tiny_models import TARGETS, save_tiny_model, toy_run, write_questions
@@ -70,6 +71,35 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that take longest, so that no process is left alone with one of them at the end."""
     tests = Counter(item.path for item in items)
     items.sort(key=lambda item: (item.path.stem not in LONGEST, -tests[item.path], item.path))
+
+
+SPENT: list[float] = []
+"""Processor time of each worker that has ended, in seconds."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take from a worker what it spent; one that died says nothing."""
+    SPENT.append(getattr(node, "workeroutput", {}).get("seconds", 0.0))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Tell the process that hands out tests what this worker spent, or fail a session in CI that took too long."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["seconds"] = seconds.own()
+    elif os.environ.get("FEDVEIL_CI") and seconds.too_many(sum(SPENT)):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say where the time of a session of several workers went."""
+    if not SPENT:
+        return
+    reports = (report for kind in ("passed", "failed", "", "skipped") for report in terminalreporter.getreports(kind))
+    tests = ((report.location[0], report.duration) for report in reports if isinstance(report, pytest.TestReport))
+    for line in (*seconds.summary(sum(SPENT), tests), seconds.too_many(sum(SPENT))):
+        if line:
+            terminalreporter.write_line(line)
 
 
 def price_roughly(patch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,43 @@
+"""Where the tests' time goes: the whole processor time, held against a limit in CI, and the files that take longest."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+MOST = 1800.0
+"""Seconds of processor time of a whole ``make test``, which are 15 minutes of 2 cores.
+
+Processor time and not the clock's, for what runs beside the tests takes little of it. They need some 1,400 seconds
+where this was written, so a machine that is a quarter slower passes. If they need more: make tests quicker, and not
+this larger.
+"""
+LONGEST = 10
+"""Files that are named."""
+
+
+def own() -> float:
+    """Return the processor time of this process and of those that it started and has waited for, in seconds."""
+    return sum(os.times()[:4])
+
+
+def too_many(spent: float) -> str:
+    """Return what to say of so many seconds of processor time; empty: they are no more than ``MOST``."""
+    if spent <= MOST:
+        return ""
+    return f"{spent:,.0f} s of processor time are above the {MOST:,.0f} of tests/seconds.py: make tests quicker"
+
+
+def summary(spent: float, tests: Iterable[tuple[str, float]]) -> Iterator[str]:
+    """Yield the lines at the end of a session.
+
+    Args:
+        spent: processor time, in seconds.
+        tests: file and seconds of each phase of each test, by the clock.
+    """
+    by_file = Counter[str]()
+    for file, seconds in tests:
+        by_file[file] += seconds  # type: ignore[assignment]
+    yield f"{spent:,.0f} s of processor time; the longest files, by the clock:"
+    yield ", ".join(f"{file} {seconds:.0f} s" for file, seconds in by_file.most_common(LONGEST))
