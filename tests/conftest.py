@@ -115,7 +115,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_losses() -> Iterator[None]:
-    """Let every price be made of arrays, where the library takes a loss at a time: the same bits, in a tenth."""
+    """Let every price be made of arrays, where the library takes a loss at a time: the same, in a tenth of the time."""
     from quick_losses import QUICK  # and not above, for SciPy with it: who hands out tests prices nothing
 
     with pytest.MonkeyPatch.context() as patch:

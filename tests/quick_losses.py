@@ -1,4 +1,4 @@
-"""The library's losses of Gaussians, the same to the last bit, of whole arrays where it takes points one by one.
+"""The library's losses of Gaussians, of whole arrays where it takes points one by one.
 
 A PLD has thousands of points, for each of which dp-accounting calls Python several times. ``test_quick_losses`` holds
 these functions to the library's own.

@@ -1,4 +1,4 @@
-"""Tests price with ``quick_losses``: every loss distribution is the library's own, to the last bit."""
+"""Tests price with ``quick_losses``: every loss distribution is the library's own, but for rounding."""
 
 from __future__ import annotations
 
@@ -34,7 +34,13 @@ def is_the_librarys(noise: float, rate: float, units: int, interval: float) -> b
             for (kind, name), function in functions.items():
                 patch.setattr(kind, name, function)
             parts.append(distribution(noise, rate, units, interval))
-    return all(one[:2] == other[:2] and np.array_equal(one[2], other[2]) for one, other in zip(*parts, strict=True))
+    # Where this was written they are equal to the last bit; a processor may take an array's logarithm otherwise.
+    return all(
+        one[0] == other[0]
+        and len(one[2]) == len(other[2])
+        and np.allclose([one[1], *one[2]], [other[1], *other[2]], rtol=1e-9, atol=1e-17)
+        for one, other in zip(*parts, strict=True)
+    )
 
 
 @pytest.mark.parametrize("noise", [0.5, 1.0, 4.1, 30.0])
@@ -59,7 +65,7 @@ def test_prices_of_the_tests_are_made_of_quick_losses_and_one_that_is_a_hair_off
 
     def off(*given: Any, **named: Any) -> Any:
         found = quick(*given, **named)
-        return (found[0] + 1, found[1]) if isinstance(found, tuple) else found * (1 - 1e-15)
+        return (found[0] + 1, found[1]) if isinstance(found, tuple) else found * (1 - 1e-7)
 
     monkeypatch.setitem(QUICK, place, off)
     assert not (is_the_librarys(1.0, 0.25, 1, 1e-2) and is_the_librarys(1.5, 0.25, 2, 5e-2))
