@@ -10,6 +10,7 @@ a batch, or remember what passed before. So, on records that are no one's, with 
    descending order: a record that fills a batch has one gradient in all its rows, and the same behind shorter ones.
    Where a device cannot do that, with so many threads, fewer rows are tried, at last one: no other record is there.
    A model of few numbers may round one record alike by chance where it does not the next, so it is shown several.
+   Where shapes inside a pass follow from what the records hold, as with experts, no row has another beside it.
 3. **It fits.** Every shape of 2 is a full one, so memory that does not suffice shows here and not after the charge.
 
 Scales, head, metric and factors are the rehearsal's own: a server could choose some under which nothing shows.
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from client.deadline import Timing
+from client.inner_shapes import follow_from_records
 from common.errors import MechanismError, ModelError
 from common.messages.columns import Chosen
 from common.messages.state import METRIC, AdapterState
@@ -219,6 +221,11 @@ class _Rehearsal:
     # --- 2 and 3 ---
 
     def _settle_shapes(self) -> None:
+        if self._mixed_inside():
+            log.warning("records of this model share products whose sizes they decide: they pass one by one, slowly")
+            for length in self.shapes.lengths:
+                self.shapes = self.shapes.narrowed(length, 1)
+        before = self.shapes
         try:
             wanted = self._narrowed()
         except RuntimeError as error:
@@ -226,13 +233,24 @@ class _Rehearsal:
                 raise
             self.model.lowers = False  # some layer leaves autocast, and meets a weight of another precision
             wanted = self._narrowed()
-        if self.model.device.type != "cpu" and wanted.narrow and self.model.attention != "eager":
+        if self.model.device.type != "cpu" and wanted != before and self.model.attention != "eager":
             self.model.base.module.set_attn_implementation("eager")  # type: ignore[operator]
             wanted = self._narrowed()
-        if any(rows == 1 for _, rows in wanted.narrow):
+        if wanted != before and any(rows == 1 for _, rows in wanted.narrow):
             # Alone in its pass a record is beside no other, whatever the device does.
             log.warning("this device does not compute equal rows to equal bits: some records pass one by one, slowly")
         self.shapes = wanted
+
+    def _mixed_inside(self) -> bool:
+        """Return whether the records of a batch are together in products whose sizes follow from what they hold."""
+        shapes = self.shapes
+        for length in (shapes.lengths[0], shapes.lengths[-1]):
+            rows = shapes.rows_of(length)
+            longest = [self._longest(length, 100 + row) for row in range(rows)]
+            batches = (self._others(length, rows, None), self.model.fixed_batch(longest, length, rows))
+            if rows > 1 and follow_from_records(self.model, batches):
+                return True
+        return False
 
     def _narrowed(self) -> Shapes:
         """Return the shapes with as many rows of each length as are equal to the last bit; all of them pass."""
