@@ -270,7 +270,9 @@ class _Rehearsal:
                 self.seconds[length] = (time.monotonic() - began) / len(shown[length])
                 if not all(map(torch.equal, first[length], now)):
                     shapes = shapes.narrowed(length, 1)
-                    self._remembers(first[length], self._among_others(steps, length, 1, shown[length]))
+                    alone = self._among_others(steps, length, 1, shown[length])
+                    self._remembers(first[length], alone)
+                    self._repeats(alone, self._among_others(steps, length, 1, shown[length]))
             # The clip and the sum need memory too: most of it where most rows are, and in the longest.
             ends = (shapes.lengths[0], shapes.lengths[-1])
             began = time.monotonic()
@@ -324,6 +326,14 @@ class _Rehearsal:
         )
         if not apart <= coarse * whole:
             raise self._refusal(f"a record's {self.what} depends on what was computed before it")
+
+    def _repeats(self, before: Sequence[Tensor], now: Sequence[Tensor]) -> None:
+        """Refuse a model that gives a record that is alone other bits each time: how many passed before it shows.
+
+        Of devices a CPU alone is known to add in a fixed order.
+        """
+        if self.model.device.type == "cpu" and not all(map(torch.equal, before, now)):
+            raise self._refusal(f"a record's {self.what} depends on what was computed before it, if only by rounding")
 
     def _watched(self, length: int) -> list[Record]:
         """Return a record that leaves the shape room, and one as long as it takes."""
