@@ -36,23 +36,23 @@ TRUSTED = {"privacy.mode": "client-level", "privacy.unit": "site", "privacy.coho
         ({}, "metric", ""),
         ({"privacy.epsilon": 5.0, "privacy.clip-norm": 2.0, "min-sites": 3}, "metric", ""),
         ({"privacy.epsilon": 1.0}, "metric", ""),
-        ({"privacy.epsilon": 0.5}, "head-only", "because privacy.epsilon is 0.5, and that takes 1 at least"),
+        ({"privacy.epsilon": 0.5}, "head-only", "because privacy.epsilon is 0.5, and 'metric' needs 1 or more"),
         (
             {"data.name": "reviews.csv", "data.labels": "a,b", "privacy.epsilon": 0.5},
             "head-only",
-            "and that takes 1 at",
+            "and 'metric' needs 1 or",
         ),
         ({"data.records": 20000, "privacy.epsilon": 0.5}, "metric", ""),
-        ({"data.records": 500}, "head-only", "is 8, and with 500 records that takes 15 at least"),
+        ({"data.records": 500}, "head-only", "is 8, and 'metric' with 500 records needs 15 or more"),
         ({"data.records": 67000, "privacy.epsilon": 0.2}, "metric", ""),
         ({"min-sites": 9, "privacy.epsilon": 1.5}, "metric", ""),
-        ({"min-sites": 9, "privacy.epsilon": 1.4}, "head-only", "is 1.4, and at 9 sites that takes 1.5 at least"),
-        ({"data.records": 67000, "privacy.epsilon": 0.1}, "head-only", "with 67000 records that takes 0.12 at least"),
-        ({"data.records": 1, "privacy.epsilon": 500.0}, "head-only", "with 1 record that takes 7500 at least"),
+        ({"min-sites": 9, "privacy.epsilon": 1.4}, "head-only", "is 1.4, and 'metric' at 9 sites needs 1.5 or more"),
+        ({"data.records": 67000, "privacy.epsilon": 0.1}, "head-only", "with 67000 records needs 0.12 or more"),
+        ({"data.records": 1, "privacy.epsilon": 500.0}, "head-only", "with 1 record needs 7500 or more"),
         (
             {"data.records": 67000, "data.person": "reader", "privacy.unit": "person", "privacy.epsilon": 0.5},
             "head-only",
-            "because privacy.epsilon is 0.5, and that takes 1 at least",
+            "because privacy.epsilon is 0.5, and 'metric' needs 1 or more",
         ),
         ({"privacy.epsilon": 0.5, "privacy.noise-multiplier": 0.5}, "metric", ""),
         ({"adapter.rank": 8, "adapter.targets": "query", "start.text": "phrases"}, "metric", ""),
@@ -63,18 +63,22 @@ TRUSTED = {"privacy.mode": "client-level", "privacy.unit": "site", "privacy.coho
         (
             {"privacy.mode": "secure-sum", "privacy.honest-sites": 3, "privacy.epsilon": 0.5},
             "head-only",
-            "because privacy.epsilon is 0.5, and that takes 0.58 at least",
+            "because privacy.epsilon is 0.5, and 'metric' needs 0.58 or more",
         ),
         (
             {"privacy.mode": "secure-sum", "privacy.honest-sites": 1, "privacy.colluders": 2, "privacy.epsilon": 0.6},
             "head-only",
-            "because privacy.epsilon is 0.6, and at 3 sites that takes 0.87 at least",
+            "because privacy.epsilon is 0.6, and 'metric' at 3 sites needs 0.87 or more",
         ),
         ({"data.name": "reviews.csv", "data.labels": "good,bad"}, "metric", ""),
-        ({"data.name": "reviews.csv"}, "head-only", "because nothing says how many labels there are"),
-        ({"data.name": "reuters"}, "head-only", "because there are 52 labels, and that takes 3 at most"),
+        (
+            {"data.name": "reviews.csv"},
+            "head-only",
+            "because nothing here says how many labels there are: name a file that can be read, or data.labels",
+        ),
+        ({"data.name": "reuters"}, "head-only", "because there are 52 labels, and 'metric' is for 3 at most"),
         ({"data.name": "reviews.csv", "data.labels": MANY}, "head-only", "because there are 5 labels"),
-        ({"rounds": 6}, "head-only", "because rounds is 6, and that takes 10 at least"),
+        ({"rounds": 6}, "head-only", "because rounds is 6, and 'metric' needs 10 or more"),
         ({"privacy.mode": "none"}, "open", ""),
         ({"privacy.mode": "none", "rounds": 3, "adapter.rank": 4, "data.name": "reuters"}, "open", ""),
         (
@@ -151,7 +155,7 @@ def test_a_file_tells_its_labels_where_a_job_is_made_and_none_is_looked_at_elsew
     assert (apart["recipe"], "data.records" in apart) == ("head-only", False), "real sites hold records of their own"
     chosen = {sites: with_recipe(many, sites=sites)[0]["recipe"] for sites in (1, 4, 5, 20)}
     assert chosen == {1: "metric", 4: "metric", 5: "metric", 20: "head-only"}, "each site has noise of its own"
-    assert "with 14000 records at 20 sites that takes 1.2 at least" in with_recipe(many, sites=20)[1]
+    assert "with 14000 records at 20 sites needs 1.2 or more" in with_recipe(many, sites=20)[1]
     for own in ({"recipe": "head-only"}, {"recipe": "plain"}, {"strategy": "ffa-lora"}, {"privacy.mode": "none"}):
         assert "data.records" not in with_recipe({**many, **own})[0], "its recipe goes by no number"
     assert with_recipe({**many, "data.records": 5000})[0]["recipe"] == "head-only", "what is said stands"

@@ -83,18 +83,18 @@ class PublicMetricRecipe(Recipe):
         if not TASKS[asked.settings.model.task].worded:
             return f"model.task is {asked.settings.model.task!r}"
         if not asked.labels:
-            return "nothing says how many labels there are, which data.labels may"
+            return "nothing here says how many labels there are: name a file that can be read, or data.labels"
         if asked.labels > MOST_LABELS:
-            return f"there are {asked.labels} labels, and that takes {MOST_LABELS} at most"
+            return f"there are {asked.labels} labels, and {self.name!r} is for {MOST_LABELS} at most"
         privacy, least = asked.settings.privacy, least_epsilon(asked)
         if privacy.epsilon < least and not privacy.noise_multiplier:
             of = f"with {counted(records, 'record')} " if (records := counted_by(asked)) else ""
             at = f"at {counted(sites, 'site')} " if (sites := sites_of(asked)) != TRIED_SITES else ""
-            takes = f"{of}{at}that takes {math.ceil(100 * least) / 100:g} at least"
-            return f"privacy.epsilon is {privacy.epsilon:g}, and {takes}"
+            needs = f"{self.name!r} {of}{at}needs {math.ceil(100 * least) / 100:g} or more"
+            return f"privacy.epsilon is {privacy.epsilon:g}, and {needs}"
         rounds = asked.settings.rounds
         return (
-            f"rounds is {rounds}, and that takes {FEWEST} at least"
+            f"rounds is {rounds}, and {self.name!r} needs {FEWEST} or more"
             if "rounds" in asked.given and rounds < FEWEST
             else ""
         )
