@@ -122,6 +122,16 @@ def server_submit(
     print_summary(run)
 
 
+@server_app.command("stop")
+@for_people
+def server_stop(folder: Folder) -> None:
+    """End the run of the last job. What its sites have paid stays paid, and 'resume' goes on after its last round."""
+    from deploy.server_folder import open_server
+    from deploy.submit import stop_job
+
+    _say(stop_job(open_server(folder)))
+
+
 @site_app.command("init")
 @for_people
 @with_columns

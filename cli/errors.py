@@ -26,8 +26,8 @@ def for_people(command: Callable[..., None]) -> Callable[..., None]:
             # Of the disk or of a port, as the machine says it: no fault of the program, whose trace would say nothing.
             _say(f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error)
             raise typer.Exit(1) from error
-        except KeyboardInterrupt:
-            Console(stderr=True).print("fedveil: stopped by you; what was charged to a ledger stays charged")
+        except KeyboardInterrupt as stop:
+            _say(str(stop) or "stopped by you; what was charged to a ledger stays charged")
             raise typer.Exit(130) from None
 
     return wrapped

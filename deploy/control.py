@@ -48,14 +48,14 @@ class Control:
         """
         self._good(self._call("supernode", "unregister", node_id, CONNECTION), "revoke the site")
 
-    def online(self) -> int:
-        """Return the number of sites that are online.
+    def online(self) -> set[int]:
+        """Return the numbers of the nodes that are online.
 
         Raises:
             RunFailed: the server did not answer.
         """
         nodes = self._good(self._call("supernode", "list", CONNECTION), "list the sites")["nodes"]
-        return sum(node["status"] == "online" for node in nodes)
+        return {int(node["node-id"]) for node in nodes if node["status"] == "online"}
 
     def submit(self, settings: Mapping[str, Scalar]) -> str:
         """Submit this project with ``settings`` and return the run's id.
@@ -68,6 +68,14 @@ class Control:
         with app_folder() as app:
             answer = self._call("run", str(app), CONNECTION, "-c", str(overrides))
         return str(self._good(answer, "submit the run")["run-id"])
+
+    def stop(self, run: str) -> None:
+        """End a run that goes on.
+
+        Raises:
+            RunFailed: the server refused or did not answer.
+        """
+        self._good(self._call("stop", run, CONNECTION), f"stop run {run}")
 
     def status(self, run: str) -> str:
         """Return a run's status as Flower has it (``running``, ``finished:failed``); ``unknown``: it has no such run.

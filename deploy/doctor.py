@@ -25,9 +25,11 @@ from deploy.files import read_bytes
 from deploy.fleet import Answer, ask_to_join
 from deploy.node_keys import is_pair, read_node_key
 from deploy.refusal import why_refused, why_unreachable
+from deploy.registry import online_words
 from deploy.server_folder import RENEWAL, ServerFolder
 from deploy.site_folder import SiteFolder, check_name, check_pinned, node_settings, policy_of_node
 from deploy.start import secret_file
+from server.registered import names_in
 
 RENEW = "renew it with 'fedveil server renew'"
 NEW_AUTHORITY = "the coordinator makes a new one ('fedveil server init' in a new folder) for every site"
@@ -145,8 +147,8 @@ def _registered(folder: ServerFolder) -> Iterator[CheckResult]:
         yield CheckResult(True, "registered sites", f"{', '.join(names) or 'none'} (the SuperLink is not running)")
         return
     with control_of(folder) as control:
-        online = control.online()
-    yield CheckResult(True, "registered sites", f"{', '.join(names) or 'none'}; {online} online")
+        online = online_words(control.online(), names_in(folder.nodes))
+    yield CheckResult(True, "registered sites", f"{', '.join(names) or 'none'}; {online}")
 
 
 def _pair(folder: SiteFolder) -> Iterator[CheckResult]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from common.errors import ConfigError
@@ -38,6 +39,16 @@ def register_site(folder: ServerFolder, public_key: Path) -> str:
     replace_file(folder.nodes / f"{name}.id", f"{node}\n".encode())
     replace_file(kept, (" ".join(line) + "\n").encode())
     return f"{name} is registered as node {node}"
+
+
+def online_words(online: Collection[int], names: Mapping[int, str]) -> str:
+    """Return in words how many nodes are online, and which registered sites are not.
+
+    >>> online_words({7}, {7: "clinic", 9: "ward"})
+    '1 online, not ward'
+    """
+    away = sorted(name for node, name in names.items() if node not in online)
+    return f"{len(online)} online" + (f", not {', '.join(away)}" if away else "")
 
 
 def revoke_site(folder: ServerFolder, name: str) -> str:

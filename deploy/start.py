@@ -49,8 +49,9 @@ def start_server(folder: ServerFolder, say: Callable[[str], None]) -> None:
         raise DataError("server.key does not belong to server.pem: renew both with 'fedveil server renew'")
     for place in (folder.database.parent, folder.runs, folder.nodes):
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _check_free("Fleet port", *_host_and_port(folder.fleet))
-    _check_free("Control port", folder.control_host, folder.control_port)
+    another = "name another in server.toml"
+    _check_free("the Fleet port", *_host_and_port(folder.fleet), another)
+    _check_free("the Control port", folder.control_host, folder.control_port, another)
     say(f"SuperLink: sites on {folder.fleet}, control on {folder.control_host}:{folder.control_port}")
     command = superlink_command(folder)
     os.execve(command[0], command, superlink_environment(folder, _flower_home(folder.database.parent)))
@@ -61,8 +62,8 @@ def _host_and_port(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _check_free(what: str, host: str, port: int) -> None:
-    """Raise DataError if nobody can listen on a port of this machine."""
+def _check_free(what: str, host: str, port: int, another: str) -> None:
+    """Raise DataError if nobody can listen on a port of this machine; ``another`` says how to choose one."""
     try:
         family, kind, proto, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, proto) as one:
@@ -71,8 +72,7 @@ def _check_free(what: str, host: str, port: int) -> None:
             one.bind(place)
     except OSError as error:
         raise DataError(
-            f"the {what} {host}:{port} cannot be listened on ({error.strerror}): stop what uses it, or name another in "
-            "server.toml"
+            f"{what} {host}:{port} cannot be listened on ({error.strerror}): stop what uses it, or {another}"
         ) from error
 
 
@@ -91,10 +91,12 @@ def start_site(folder: SiteFolder, say: Callable[[str], None], more: str = "") -
         ConfigError: a node setting is unknown, the site's name is not its key's, or with these settings and this
             policy every round would be refused; the site's own records among them if the policy does not pin what
             they are for.
-        DataError: a file of the folder is missing or damaged, or the records cannot be read: see ``check_site``.
+        DataError: a file of the folder is missing or damaged, the records cannot be read (see ``check_site``), or the
+            SuperNode's port is taken, as by another site of this machine.
     """
     check_name(folder, node_settings(folder, more))
     check_site(folder, say, more, rows=False)
+    _check_own_port(folder)
     secret = secret_file(folder)
     pair = supernode_command(folder, more, secret), worker_command(folder, secret, more)
     said, when = "", 0.0
@@ -103,11 +105,17 @@ def start_site(folder: SiteFolder, say: Callable[[str], None], more: str = "") -
             said, when = reason, time.monotonic()
             say(f"waiting: {reason}")
         time.sleep(RETRY_SECONDS)
+    _check_own_port(folder)  # another site that waited as well may have it by now
     say(f"the server at {folder.server} lets this site in")
     secret.parent.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
     put_file(secret, secrets.token_hex(32).encode(), private=True)
     command = [*own_module("deploy.pair"), *map(json.dumps, pair)]
     os.execve(command[0], command, environment(_flower_home(folder.path)))
+
+
+def _check_own_port(folder: SiteFolder) -> None:
+    another = f"give this site one of its own as runtime-port in {folder.path / 'site.toml'}"
+    _check_free("the SuperNode's port", "127.0.0.1", folder.runtime_port, another)
 
 
 def secret_file(folder: SiteFolder) -> Path:

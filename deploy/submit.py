@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from common.config.sections import Scalar
-from common.errors import DataError, RunFailed
+from common.errors import ConfigError, DataError, RunFailed
 from common.paths import run_folder
 from common.run_lines import ResultFile, read_file, read_json
+from common.words import counted
 from deploy.control import Control, control_of
+from deploy.registry import online_words
 from deploy.server_folder import ServerFolder
 from server.checkpoint import NAME as CHECKPOINT
 from server.conduct import DYING_SECONDS
 from server.ledger import with_ledger
 from server.lock import is_written
 from server.records import write_json
+from server.registered import names_in
 from server.resume import settings_of_resumed, with_resumed
 from server.tracking import check_tracker
 from strategies.job import configure, with_recipe
@@ -66,20 +69,52 @@ def submit(
             return path
         if last and (is_written(path) or not _is_over(control.status(last["run"]))):
             say(f"run {last['run']} with these settings is under way")
-            _follow(control, last["run"], path, say, since=0.0)
+            _follow_until_stopped(control, folder, last["run"], path, say, since=0.0)
             return path
         resumed = {**settings, "resume": str(path)} if last and (path / CHECKPOINT).is_file() else settings
         if resumed.get("resume") and is_written(Path(str(resumed["resume"]))):
             say(f"{resumed['resume']} is still written: waiting up to {DYING_SECONDS:g} s for its server's end")
         resumed = with_resumed(resumed, DYING_SECONDS)
-        _wait_for_sites(control, sites, patience, say)
+        _wait_for_sites(control, folder, sites, patience, say)
         began = time.time()
         run = control.submit(resumed)
         path = run_folder(configure(resumed).config, run)
         write_json(_job_file(folder), {"run": run, "folder": str(path), "settings": dict(settings)})
         say(f"run {run} submitted" + (f", it goes on in {path}" if resumed.get("resume") else ""))
-        _follow(control, run, path, say, since=began)
+        _follow_until_stopped(control, folder, run, path, say, since=began)
     return path
+
+
+def stop_job(folder: ServerFolder) -> str:
+    """End the run of the last job that was submitted from a folder, and return what to tell people.
+
+    Raises:
+        ConfigError: none was.
+        RunFailed: the server refused or did not answer.
+    """
+    if not _job_file(folder).is_file():
+        raise ConfigError(f"no job was submitted from {folder.path}: there is no run to stop")
+    job = read_json(_job_file(folder))
+    run, path = str(job["run"]), Path(str(job["folder"]))
+    with control_of(folder) as control:
+        if _is_over(control.status(run)):
+            return f"run {run} has ended before: there is nothing to stop"
+        control.stop(run)
+    again = f"; it goes on with resume={str(path)!r}" if (path / CHECKPOINT).is_file() else ""
+    return f"run {run} is stopped, and what sites have paid stays paid{again}"
+
+
+def _follow_until_stopped(
+    control: Control, folder: ServerFolder, run: str, path: Path, say: Callable[[str], None], *, since: float
+) -> None:
+    """Follow a run; Ctrl-C ends that alone, and says so: the SuperLink goes on with the run, and its sites pay."""
+    try:
+        _follow(control, run, path, say, since=since)
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(
+            f"run {run} goes on at the server, and its sites go on paying: 'fedveil server stop {folder.path}' ends "
+            "it, and the same command with --once follows it again"
+        ) from stop
 
 
 def _job_file(folder: ServerFolder) -> Path:
@@ -103,14 +138,17 @@ def _is_over(status: str) -> bool:
     return status.startswith(("finished", "unknown"))
 
 
-def _wait_for_sites(control: Control, sites: int, patience: float, say: Callable[[str], None]) -> None:
-    deadline, said = time.monotonic() + patience, -1
-    while (online := control.online()) < sites:
-        if online != said:
-            said = online
-            say(f"{online} of {sites} sites are online")
+def _wait_for_sites(
+    control: Control, folder: ServerFolder, sites: int, patience: float, say: Callable[[str], None]
+) -> None:
+    deadline, said = time.monotonic() + patience, ""
+    while len(online := control.online()) < sites:
+        words = f"{counted(sites, 'site')} wanted, {online_words(online, names_in(folder.nodes))}"
+        if words != said:
+            said = words
+            say(f"{words}: waiting up to {patience:g} s")
         if time.monotonic() > deadline:
-            raise RunFailed(f"{online} of {sites} sites are online after {patience:g} s: look at the sites' logs")
+            raise RunFailed(f"{words} after {patience:g} s: look at the logs of those that are not")
         time.sleep(POLL_SECONDS)
 
 

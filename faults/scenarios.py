@@ -187,7 +187,7 @@ def cut(federation: Federation, cable: Cable, deadline: float) -> Iterator[Findi
     cable.heal()
     federation.wait_held("clinic", 3)
     with federation.control() as control:
-        back = wait_until(lambda: control.online() == len(SIZES), "the ward to come back", PATIENCE)
+        back = wait_until(lambda: len(control.online()) == len(SIZES), "the ward to come back", PATIENCE)
     federation.plan.free("clinic", 3)
     run.result()
     yield examine(federation, run, 1, f"cut for {SHORT_CUT:g} seconds", ALL, NETWORK)

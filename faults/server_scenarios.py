@@ -96,7 +96,7 @@ def superlink_killed(federation: Federation, deadline: float) -> Iterator[Findin
 
 def _online(control: Control) -> int:
     try:
-        return control.online()
+        return len(control.online())
     except RunFailed:  # the SuperLink is starting
         return 0
 

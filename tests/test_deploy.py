@@ -744,9 +744,13 @@ class FakeControl:
         self.results, self.statuses = results, statuses
         self.submitted: list[dict[str, Any]] = []
         self.keys: set[str] = set()
+        self.stopped: list[str] = []
 
-    def online(self) -> int:
-        return 2
+    def online(self) -> set[int]:
+        return {17, 18}
+
+    def stop(self, run: str) -> None:
+        self.stopped.append(run)
 
     def register(self, public_key: Path) -> str:
         key = public_key.read_text().split()[1]
@@ -929,9 +933,39 @@ def test_a_job_is_given_up_once_neither_the_server_nor_the_run_shows_life(
 def test_too_few_sites_is_an_error_that_counts_them(tmp_path: Path, fake_control: Callable[..., FakeControl]) -> None:
     server = make_server(tmp_path / "server", ["127.0.0.1"])
     control = fake_control("completed")
-    with pytest.raises(RunFailed, match="2 of 3 sites are online"):
-        submission.submit(server, {}, lambda line: None, sites=3, patience=0.0)
+    for name, node in (("clinic", 17), ("ward", 19)):
+        (server.nodes / f"{name}.id").write_text(f"{node}\n", encoding="utf-8")
+    said: list[str] = []
+    with pytest.raises(RunFailed, match="3 sites wanted, 2 online, not ward after 0 s: look at the logs of those"):
+        submission.submit(server, {}, said.append, sites=3, patience=0.0)
+    assert said == ["3 sites wanted, 2 online, not ward: waiting up to 0 s"]
     assert control.submitted == []
+
+
+def test_who_stops_following_a_job_is_told_that_it_goes_on_and_stop_ends_it(
+    tmp_path: Path, fake_control: Callable[..., FakeControl], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C ends the command alone: the SuperLink goes on with the run, and the sites' budgets are spent."""
+    server = make_server(tmp_path / "server", ["127.0.0.1"])
+    words = [str(server.path)]
+    control = fake_control("completed", statuses=("running", "finished:stopped"))
+    none = CliRunner().invoke(app, ["server", "stop", *words])
+    assert (none.exit_code, none.output.count("\n")) == (1, 1)
+    assert "no job was submitted from" in none.output
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(submission, "_follow", interrupted)
+    left = CliRunner().invoke(app, ["server", "submit", *words])
+    assert left.exit_code == 130
+    assert f"run 101 goes on at the server, and its sites go on paying: 'fedveil server stop {words[0]}'" in left.output
+    stopped = CliRunner().invoke(app, ["server", "stop", *words])
+    assert stopped.output == "run 101 is stopped, and what sites have paid stays paid\n"
+    assert control.stopped == ["101"]
+    again = CliRunner().invoke(app, ["server", "stop", *words])
+    assert "run 101 has ended before" in again.output
+    assert control.stopped == ["101"]
 
 
 def test_flowers_answers_are_read_whatever_its_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -950,8 +984,12 @@ def test_flowers_answers_are_read_whatever_its_exit_code(tmp_path: Path, monkeyp
         control.register(tmp_path / "node.pub")
     says('{"success": true, "runs": [{"run-id": "7", "status": "finished:failed"}]}')
     assert control.status("7") == "finished:failed"
-    says('{"success": true, "nodes": [{"status": "online"}, {"status": "offline"}]}')
-    assert control.online() == 1
+    says(
+        """{"success": true, "nodes": [{"node-id": "7", "status": "online"}, {"node-id": "9", "status": "offline"}]}"""
+    )
+    assert control.online() == {7}
+    says('{"success": true, "run-id": "7"}')
+    control.stop("7")
     says('{"success": false, "error-message": "[code: 16] Run ID not found."}')
     assert control.status("7") == "unknown"
     says("Connection refused")
@@ -979,6 +1017,11 @@ def test_a_port_that_is_none_or_taken_is_said(tmp_path: Path) -> None:
         server = make_server(tmp_path / "server", ["127.0.0.1"], fleet_port=port, control_port=free_ports(1)[0])
         with pytest.raises(DataError, match=rf"the Fleet port 0.0.0.0:{port} cannot be listened on \(Address already"):
             start_server(server, print)
+        made = site_with_records(tmp_path, "two.csv", b"text,label\na,bad\nb,good\n")
+        site = dataclasses.replace(made, runtime_port=port)
+        own = rf"the SuperNode's port 127.0.0.1:{port} cannot be .* or give this site one of its own as runtime-port in"
+        with pytest.raises(DataError, match=own):
+            start_site(site, lambda line: pytest.fail(line) if "waiting" in line else None)
     with pytest.raises(ConfigError, match="must be from 1 to 65535, not 99999"):
         site_for(tmp_path, 99999, server.path)
 
