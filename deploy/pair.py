@@ -50,7 +50,10 @@ def run_pair(node: list[str], worker: list[str], say: Callable[[str], None]) -> 
             time.sleep(POLL_SECONDS)
             ended = running["node"].poll()
             if ended is not None:
-                say(f"the SuperNode ended with {ended}: so does this site, until it is started again")
+                say(
+                    f"the SuperNode ended with {ended}, so this site ends: its lines above say why; a key that the "
+                    "server takes for online, as after a kill, is let in again a minute later"
+                )
                 return ended or 1
             ended = running["worker"].poll()
             if ended is None:

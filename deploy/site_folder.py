@@ -30,7 +30,7 @@ from common.secure_sum import Identity
 from common.secure_sum.roster import SITE_NAME, entry
 from deploy.certificates import read_certificate
 from deploy.files import make_folder, read_bytes
-from deploy.node_keys import new_node_key
+from deploy.node_keys import is_pair, new_node_key
 from deploy.server_folder import FLEET_PORT, open_folder
 
 if TYPE_CHECKING:
@@ -178,13 +178,13 @@ def node_settings(folder: SiteFolder, more: str = "") -> dict[str, Scalar]:
 
 
 def check_name(folder: SiteFolder, settings: Mapping[str, Scalar]) -> None:
-    """Check that the node answers under the name that its key is registered by.
+    """Check that the node answers under the name that its key is registered by, and with that key.
 
     Under any other one it would train and pay for every round, and the server would drop its replies.
 
     Raises:
-        ConfigError: the comment in node.pub is another name, or there is none.
-        DataError: node.pub cannot be read.
+        ConfigError: the comment in node.pub is another name, or there is none; or node.key is another's.
+        DataError: node.pub or node.key cannot be read, or is no key.
     """
     words = read_bytes(folder.path / "node.pub", "the site's public key").decode(errors="replace").split()
     named, own = " ".join(words[2:]), str(settings["site"])
@@ -192,6 +192,11 @@ def check_name(folder: SiteFolder, settings: Mapping[str, Scalar]) -> None:
         raise ConfigError(
             f"this site answers as {own!r}, and its key in node.pub is named {named!r}: the server would drop every "
             "reply, each of them paid for; set 'site' to the key's name, or make a folder of that name"
+        )
+    if not is_pair(read_bytes(folder.path / "node.key", "the site's key"), " ".join(words).encode()):
+        raise ConfigError(
+            "node.pub is not node.key's: the server would know this site as another, and drop every reply, each of "
+            "them paid for; put the right node.key back, or make a folder with a new pair by 'fedveil site init'"
         )
 
 

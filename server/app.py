@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
@@ -29,6 +30,7 @@ from strategies.job import Job, configure
 POLL_SECONDS = 0.5
 PATIENCE_SECONDS = 60.0
 """Trouble at the SuperLink that lasts longer ends the run."""
+RAY_WITHOUT_MEMORY = "ray.exceptions.OutOfMemoryError"
 Answer = TypeVar("Answer")
 log = logging.getLogger("fedveil.server")
 app = ServerApp()
@@ -114,7 +116,7 @@ class FlowerTransport:
         if message is None:
             return refusal(task, node, "reply", "the message cannot be unpacked"), 0
         if message.has_error():
-            return refusal(task, node, "failed", message.error.reason or "no reason given"), 0
+            return refusal(task, node, "failed", in_short(message.error.reason or "no reason given")), 0
         expected = replies_to(task, self._job, layout)
         return read_reply(message.content, expected, task, node), payload_bytes(message.content)
 
@@ -132,6 +134,15 @@ def _patiently(call: Callable[[], Answer]) -> Answer:
                 raise
             log.warning("the SuperLink failed, asked again: %s", place_of(error))
             time.sleep(POLL_SECONDS)
+
+
+def in_short(reason: str) -> str:
+    """Return a simulation's own words about a full memory as one sentence, and all others as they are."""
+    if RAY_WITHOUT_MEMORY not in reason:
+        return reason
+    held = re.search(r"was ([\d.]+)GB / ([\d.]+)GB", reason)
+    full = f" ({held[1]} of {held[2]} GB)" if held else ""
+    return f"this machine's memory is full{full}, so Ray ended a worker: end other programs, or run with --workers 1"
 
 
 @app.main()

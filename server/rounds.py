@@ -120,7 +120,7 @@ def run_rounds(
             if round_number > 1 and spent and all(failure.kind == "budget" for failure in got.failures):
                 observer.stopped(_without_budget(job, got, round_number))
                 break
-            raise _too_few(got, round_number, job.config.min_sites)
+            raise too_few(got, round_number, job.config.min_sites)
         results = list(got.results.values())
         averaged = list(got.summed) or with_noises(job, contributions(job, results, state), results, state)
         learning = layer_lines(job, state, averaged, results, summed=bool(got.summed))
@@ -169,7 +169,7 @@ def _initialise(job: Job, sites: Sites, server_model: ServerModel, observer: Obs
         if len(got.results) < job.config.min_sites:
             score = server_model.score(state.adapter)
             observer.missed(RoundOutcome(0, got, score, time.monotonic() - began, counts=False))
-            raise _too_few(got, 0, job.config.min_sites)
+            raise too_few(got, 0, job.config.min_sites)
         observer.initialised(RoundOutcome(0, got, None, time.monotonic() - began))
         results = list(got.results.values())
         measured = mean(contributions(job, results, state))
@@ -193,9 +193,13 @@ def _without_budget(job: Job, got: Gathering, round_number: int) -> str:
     return f"{left} budget left after round {round_number - 1}, {job.config.min_sites} needed"
 
 
-def _too_few(got: Gathering, round_number: int, wanted: int) -> RunFailed:
-    absent = got.refusals.values()
-    told, last = [f"{a.site} ({a.kind}): {a.reason}" for a in absent], got.failures[-1] if got.failures else None
+def too_few(got: Gathering, round_number: int, wanted: int) -> RunFailed:
+    """Return why a round does not count: who did not take part, those of one reason together."""
+    last, sites = got.failures[-1] if got.failures else None, dict[tuple[str, str], list[str]]()
+    for absent in got.refusals.values():
+        sites.setdefault((absent.kind, absent.reason), []).append(absent.site)
+    # Of a reason that all have, such as a full memory, one line is read and not one for each.
+    told = [f"{', '.join(names)} ({kind}): {reason}" for (kind, reason), names in sites.items()]
     # What no site answers for, such as how many make a sum, and what to do then.
     reasons = "; ".join([*([last.reason] if last and not last.site else []), *told])
     attempts = f" in {got.attempts} attempts" if got.attempts > 1 else ""

@@ -137,6 +137,13 @@ def test_a_missing_file_names_the_nearest_data_set() -> None:
     refused(Path("rotten-tomatos"), "there is no data set 'rotten-tomatos' (did you mean 'rotten-tomatoes'?)")
 
 
+def test_a_file_that_is_not_there_is_no_misspelt_data_set(tmp_path: Path) -> None:
+    """A site's own records have gone; the names of public sets are no answer to that."""
+    refused(tmp_path / "gone.csv", f"there is no file or folder {tmp_path}/gone.csv: name one that is there")
+    refused(tmp_path / "folder", f"there is no file or folder {tmp_path}/folder: ")
+    refused(Path("gone.csv"), f"there is no file or folder {Path.cwd()}/gone.csv: ")
+
+
 def test_an_unknown_ending_lists_those_that_can_be_read(tmp_path: Path) -> None:
     (tmp_path / "reviews.xlsx").write_text("x")
     refused(tmp_path / "reviews.xlsx", "ends in '.xlsx', which cannot be read; wanted are .csv, .tsv, .jsonl, .parquet")

@@ -487,6 +487,16 @@ def test_a_folder_is_made_once_and_keys_are_private(tmp_path: Path) -> None:
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
+def test_a_site_with_another_sites_private_key_does_not_start(tmp_path: Path) -> None:
+    """The server would know it by that key, and drop every reply under the name in node.pub."""
+    site = site_with_records(tmp_path, "two.csv", b"text,label\na,bad\nb,good\n")
+    (site.path / "node.key").write_bytes(new_node_key("clinic").private)
+    with pytest.raises(ConfigError, match=r"node.pub is not node.key's: .* put the right node.key back"):
+        start_site(site, pytest.fail)
+    found = {finding.what: finding for finding in examine_site_quickly(site)}
+    assert not found["key pair"].ok
+
+
 def test_a_renewed_certificate_is_of_the_same_authority(tmp_path: Path) -> None:
     server = make_server(tmp_path / "server", ["fl.example.org"])
     before = (server.path / "server.pem").read_bytes()

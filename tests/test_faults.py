@@ -22,10 +22,12 @@ from common.messages.state import AdapterState
 from common.messages.tensors import apply
 from common.messages.wire import STYPE, decode_reply, encode_reply
 from common.privacy.events import sampled_gaussian
-from common.run_lines import ConfigFile, PrivacyLine, ResultFile, RoundLine, read_file, read_lines
+from common.run_lines import Absence, ConfigFile, PrivacyLine, ResultFile, RoundLine, read_file, read_lines
 from experiments.in_process import InProcessTransport, run_in_process
+from server.app import in_short
 from server.replies import LONGEST_REASON, clean, refusal
-from server.sites import Exchange
+from server.rounds import too_few
+from server.sites import Exchange, Gathering
 
 Tamper = Callable[[TrainResult], Any]
 
@@ -125,6 +127,22 @@ def test_weights_follow_who_took_part(toy_settings: dict[str, Any]) -> None:
     gone, _ = faulty(away={0: [2], 1: [2]})
     assert [line.participants for line in read_lines(RoundLine, folder)] == [["site-0", "site-1"]] * 2
     assert same(folder, run_in_process(plain(toy_settings), 3, "away", gone)), "a lost site still has a weight"
+
+
+def test_a_reason_that_several_sites_have_is_told_once() -> None:
+    full = in_short(
+        "<class 'ray.exceptions.OutOfMemoryError'>:<'1 worker(s) were killed due to the node running low on memory. "
+        "Memory on the node (IP: 192.0.2.2, ID: 09fe) was 22.44GB / 23.54GB (0.953110), which exceeds the threshold"
+    )
+    assert full.startswith(
+        "this machine's memory is full (22.44 of 23.54 GB), so Ray ended a worker: end other programs"
+    )
+    assert in_short("no answer") == "no answer"
+    told = [("site-0", full), ("site-1", full), ("site-2", "no answer")]
+    got = Gathering(refusals={i: Absence(1, 2, site, i, "failed", why) for i, (site, why) in enumerate(told)})
+    assert str(too_few(got, 1, 1)) == (
+        f"round 1: 0 sites succeeded, 1 needed. site-0, site-1 (failed): {full}; site-2 (failed): no answer"
+    )
 
 
 def test_a_run_below_quorum_stops_with_a_reason_and_keeps_what_was_trained(toy_settings: dict[str, Any]) -> None:

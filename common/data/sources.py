@@ -318,6 +318,8 @@ def _files_of(source: str) -> list[Path]:
         if not files:
             raise DataError(f"the folder {source} holds no data file; wanted are {', '.join(READERS)}")
         return files
+    if not path.is_file() and (path.is_absolute() or path.suffix.lower() in READERS):
+        raise DataError(f"there is no file or folder {path.absolute()}: name one that is there, or put it there")
     if not path.is_file():
         raise DataError(
             f"there is no data set {source!r}{nearest(source, DATASETS)}: name one of {', '.join(DATASETS)}, "
