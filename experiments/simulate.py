@@ -145,19 +145,55 @@ def _superlink(home: Path) -> Iterator[_Link]:
         _wait_for_port(link, port)
         yield link
     finally:
-        _end(process)
+        end(process)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the SuperLink and everything it started; it leads a process group of its own."""
-    for what, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0)):
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, what)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(patience)
-            break
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+def end(process: subprocess.Popen[Any], patience: float = 10.0) -> None:
+    """End the SuperLink and everything it started.
+
+    It leads a process group of its own, and so does the SuperExec below it, with the simulation and Ray: of a run that
+    was cut off these would train on for nobody.
+    """
+    groups = {process.pid, *groups_below(process.pid)}
+    for what in (signal.SIGTERM, signal.SIGKILL):
+        for group in groups:
+            with suppress(ProcessLookupError):
+                os.killpg(group, what)
+        deadline = time.monotonic() + patience
+        while time.monotonic() < deadline:
+            process.poll()
+            if not any(group in groups for _, _, group in _processes()):
+                return
+            time.sleep(0.1)
+
+
+def groups_below(pid: int) -> set[int]:
+    """Return the process groups of a process, of all that it started and of what these started; not this one's own."""
+    running, found = list(_processes()), {pid}
+    while more := {child for child, parent, _ in running if parent in found} - found:
+        found |= more
+    return {group for child, _, group in running if child in found} - {os.getpgrp()}
+
+
+def _processes() -> Iterator[tuple[int, int, int]]:
+    """Yield number, parent and group of every process of this machine that has not ended.
+
+    A slim image of Linux has no ``ps``, and a first process that leaves zombies.
+    """
+    if not Path("/proc/self/stat").exists():
+        told = subprocess.run(
+            ["ps", "-A", "-o", "pid=,ppid=,pgid=,stat="], capture_output=True, text=True, check=True
+        ).stdout
+        for line in told.splitlines():
+            pid, parent, group, state = line.split()
+            if not state.startswith("Z"):
+                yield int(pid), int(parent), int(group)
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # ended meanwhile
+            # The name stands in brackets and may hold spaces; after it come state, parent and group.
+            state, parent, group = stat.read_text(errors="replace").rpartition(")")[2].split()[:3]
+            if state != "Z":
+                yield int(stat.parent.name), int(parent), int(group)
 
 
 def _wait_for_port(link: _Link, port: int) -> None:
