@@ -50,7 +50,7 @@ def sweep(
     table = results_file(results, read.name)
     text = markdown_of(ended.rows)
     replace_file(table.with_suffix(".md"), text.encode())
-    _say(f"\n{text}")
+    _say(f"\n{text.partition('<details>')[0]}")
     _say(f"written to {table}, and .csv and .md beside it")
     if ended.failed:
         _say(f"{len(ended.failed)} of {len(read.cells)} runs failed:")

@@ -182,6 +182,17 @@ def test_the_words_below_say_what_a_seed_is_and_what_the_intervals_leave_out() -
     assert "code aaaaaaaaaaaa, bbbbbbbbbbbb." in markdown_of([SEEDS[0], replace(SEEDS[1], code="b" * 64)])
 
 
+def test_what_every_reader_needs_stands_below_the_table_and_the_rest_is_folded_away() -> None:
+    many = [replace(SEEDS[0], seed=i, code=str(i) * 64) for i in range(4)]
+    needed, _, folded = markdown_of(many).partition("<details>")
+    for said in ("in brackets each seed.", "ε is per record, of the site", "a standard error of"):
+        assert said in needed
+    for said in ("* Arms: federated", "* A seed gives", "4 states of the code, of which each row names its own."):
+        assert said in folded
+    assert folded.endswith("\n\n</details>\n"), "what comes after the table would be folded away as well"
+    assert len(needed.splitlines()[-2]) < 400
+
+
 def test_an_epsilon_that_counts_on_honest_sites_names_them_wherever_runs_stand_beside_each_other() -> None:
     summed = [replace(r, variant="sum", settings={**r.settings, "privacy.honest-sites": 3}) for r in SEEDS]
     told = markdown_of([*SEEDS, *summed])

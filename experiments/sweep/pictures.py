@@ -23,7 +23,7 @@ from experiments.sweep.arms import ARMS, FEDERATED
 from experiments.sweep.file import epsilon_name
 from experiments.sweep.published import Published
 from experiments.sweep.rows import Row
-from experiments.sweep.summary import Group, Interval, groups, markdown_of
+from experiments.sweep.summary import Group, Interval, filled, groups, markdown_of, notes
 from reports.page_style import STYLE
 
 if TYPE_CHECKING:
@@ -303,7 +303,7 @@ def to_page(name: str, rows: Sequence[Row], published: Sequence[Published], svgs
         Markup('<figure class="picture"><figcaption><strong>{}</strong></figcaption>{}</figure>').format(title, svg)
         for title, svg in zip(titles, svgs, strict=True)
     )
-    table, _, notes = markdown_of(rows).partition("\n\n")
+    table, (needed, more) = markdown_of(rows).partition("\n\n")[0], notes(rows, filled(groups(rows)))
     parts = [
         Markup("<h1>{}</h1>").format(visible(name)),
         Markup(
@@ -311,7 +311,7 @@ def to_page(name: str, rows: Sequence[Row], published: Sequence[Published], svgs
             "</p>"
         ),
         figures,
-        Markup("<h2>Figures</h2>{}<p>{}</p>").format(_table(_cells(table)), _plain(notes)),
+        Markup("<h2>Figures</h2>{}<p>{}</p>").format(_table(_cells(table)), _plain(" ".join([*needed, *more]))),
     ]
     if published:
         header = ["method", "model", "data", "ε, as stated", "accuracy", "source", "note"]

@@ -207,12 +207,20 @@ def markdown_of(rows: Sequence[Row], columns: Sequence[str] = ()) -> str:
     if not rows:
         return "No run has ended.\n"
     found = groups(rows)
-    shown = columns or [
-        name for name, words in COLUMNS.items() if name not in OPTIONAL or any(words(one) != UNKNOWN for one in found)
-    ]
+    shown = columns or filled(found)
     lines = [f"| {' | '.join(shown)} |", "|" + "---|" * len(shown)]
     lines += [f"| {' | '.join(COLUMNS[name](group) for name in shown)} |" for group in found]
-    return "\n".join(lines) + "\n\n" + " ".join(_notes(rows, shown)) + "\n"
+    needed, more = notes(rows, shown)
+    lines += ["", " ".join(needed), "", f"<details><summary>{FOLDED}</summary>", ""]
+    lines += [*(f"* {sentence}" for sentence in more), "", "</details>"]
+    return "\n".join(lines) + "\n"
+
+
+def filled(found: Sequence[Group]) -> list[str]:
+    """Return the columns of a table of all: those of ``OPTIONAL`` that have no figure stay away."""
+    return [
+        name for name, words in COLUMNS.items() if name not in OPTIONAL or any(words(one) != UNKNOWN for one in found)
+    ]
 
 
 def _accuracy_words(group: Group) -> str:
@@ -281,8 +289,19 @@ OPTIONAL = frozenset({"numbers", "exact", "processor", "intruders (of noise)"})
 """Columns that a table has only where one of its rows has a figure for them."""
 
 
-def _notes(rows: Sequence[Row], shown: Sequence[str]) -> list[str]:
-    """Return sentences on what the figures in the columns that are ``shown`` are, and are not."""
+FOLDED = "What a seed, an arm and each column is, and where the runs ran"
+"""Over the sentences that a page folds away."""
+MOST_CODES = 3
+"""Of more states of the code than that the summary has the number, and each row its own."""
+
+
+def notes(rows: Sequence[Row], shown: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return sentences on what the figures are, and are not: those that every reader needs, and the others.
+
+    Args:
+        rows: at least one.
+        shown: columns of the table.
+    """
     arms = [ARMS[name] for name in ARMS if any(row.arm == name for row in rows)]
     deltas = sorted({row.delta for row in rows if row.delta is not None})
     fitted = sorted({row.penalty for row in rows if row.penalty is not None})
@@ -298,15 +317,25 @@ def _notes(rows: Sequence[Row], shown: Sequence[str]) -> list[str]:
     told = [f"Mean over seeds ± half of its {100 * CONFIDENCE:.0f} % interval (Student's t); in brackets each seed."]
     if any(not TASKS[str(row.settings["model.task"])].labelled for row in rows):
         told.append("Accuracy is the share of right next tokens: judge by the loss, in nats a token.")
-    if "arm" in shown:
-        told.append(f"Arms: {'; '.join(f'{arm.name}, {arm.about}' for arm in arms)}.")
-    if fitted:
-        told.append(f"λ of the fitted heads: {', '.join(f'{penalty:.1g}' for penalty in fitted)}.")
     if deltas:
         held = ", ".join(f"{delta:g}" for delta in deltas)
         told.append(f"ε is per {' or '.join(units)}, of the site that has spent most, at δ {held}.")
     if _honest(rows):
         told.append("With h it counts on so many honest sites; what holds without them is in each run's report.")
+    size = " to ".join(f"{size:,}" for size in dict.fromkeys((sizes[0], sizes[-1])))
+    if all(TASKS[str(row.settings["model.task"])].labelled for row in rows):
+        told.append(
+            f"The test part has {size} records, so one accuracy has a standard error of {error:.1f} points"
+            + ("." if cut else ", which is not in the intervals, as all runs share the test part.")
+        )
+    else:
+        told.append(f"The test part has {size} records.")
+    needed = told
+    told = []
+    if "arm" in shown:
+        told.append(f"Arms: {'; '.join(f'{arm.name}, {arm.about}' for arm in arms)}.")
+    if fitted:
+        told.append(f"λ of the fitted heads: {', '.join(f'{penalty:.1g}' for penalty in fitted)}.")
     seed = "A seed gives the start and, without privacy, the order of batches"
     told.append(f"{seed}; {_division(divided, cut)}.")
     if deltas:
@@ -322,18 +351,12 @@ def _notes(rows: Sequence[Row], shown: Sequence[str]) -> list[str]:
             "Intruders are new directions among the ten largest of each layer's weights, summed over layers, in "
             "brackets those that the run's noise alone makes."
         )
-    size = " to ".join(f"{size:,}" for size in dict.fromkeys((sizes[0], sizes[-1])))
-    if all(TASKS[str(row.settings["model.task"])].labelled for row in rows):
-        told.append(
-            f"The test part has {size} records, so one accuracy has a standard error of {error:.1f} points"
-            + ("." if cut else ", which is not in the intervals, as all runs share the test part.")
-        )
-    else:
-        told.append(f"The test part has {size} records.")
     timed = [row.seconds_in_all for row in rows if row.seconds_in_all is not None]
     took = f", {seconds_text(sum(timed))} in all" if len(timed) == len(rows) else ""
-    told.append(f"{counted(len(rows), 'run')}{took}, on {'; '.join(machines)}, code {', '.join(codes)}.")
-    return told
+    few = len(codes) <= MOST_CODES
+    code = f"code {', '.join(codes)}" if few else f"{len(codes)} states of the code, of which each row names its own"
+    told.append(f"{counted(len(rows), 'run')}{took}, on {'; '.join(machines)}, {code}.")
+    return needed, told
 
 
 def _division(divided: bool, cut: bool) -> str:
