@@ -148,7 +148,7 @@ def _superlink(home: Path) -> Iterator[_Link]:
         end(process)
 
 
-def end(process: subprocess.Popen[Any], patience: float = 10.0) -> None:
+def end(process: subprocess.Popen[str] | subprocess.Popen[bytes], patience: float = 10.0) -> None:
     """End the SuperLink and everything it started.
 
     It leads a process group of its own, and so does the SuperExec below it, with the simulation and Ray: of a run that
