@@ -51,7 +51,7 @@ from faults.sum_scenarios import SERVER_LIES, wrong_after_a_lie
 from reports import markdown_report, report_of
 from server import checkpoint
 from server import sums as sums_at_server
-from server.rounds import _too_few
+from server.rounds import too_few
 from server.sites import Gathering
 from strategies.job import configure
 
@@ -363,7 +363,7 @@ def test_budgets_that_are_spent_one_after_the_other_end_the_run_well(summed: dic
 
 def test_a_round_of_carried_refusals_alone_is_told_without_a_failure() -> None:
     got = Gathering(refusals={0: Absence(3, 1, "site-0", 0, "budget", "it is spent")})
-    assert "site-0 (budget): it is spent" in str(_too_few(got, 3, 2))
+    assert "site-0 (budget): it is spent" in str(too_few(got, 3, 2))
 
 
 def test_who_refused_before_the_last_sum_is_not_missed_from_it_twice(summed: dict[str, Any]) -> None:
