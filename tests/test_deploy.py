@@ -652,8 +652,8 @@ def test_check_and_withdrawal_let_cells_hold_line_breaks_by_the_policy_alone(
     assert lines[0] == "records: 2 of 2 rows fit"
     monkeypatch.setattr(Ledger, "remember", lambda _, __, records: withdrawn.append(len(records)))
     withdraw_site(site, "asked for", lines.append)
-    assert withdrawn == [2 * 2], (
-        "a record, of two hashes each, that goes over lines would be taken again under another name"
+    assert withdrawn == [2 * 3], (
+        "a record, of three hashes each, that goes over lines would be taken again under another name"
     )
 
 

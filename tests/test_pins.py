@@ -249,7 +249,7 @@ def test_a_deployed_part_of_a_public_data_set_does_not_open_the_servers_test_fil
     part: dict[str, Scalar] = {"partition-id": 0, "num-partitions": 2}
     config = configure({"data.partition": "iid", "data.test": "/no/such.csv"}).config
     assert len(open_site(part, config, "1", simulated=False).data.examples) > 4000
-    with pytest.raises(FedVeilError, match=r"no data set '/no/such\.csv'"):
+    with pytest.raises(FedVeilError, match=r"no file or folder /no/such\.csv"):
         open_site(part, config, "1", simulated=True)
 
 
