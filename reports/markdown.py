@@ -11,6 +11,7 @@ from common.privacy.figures import NO_CLAIM, bound_text, epsilon_text
 from common.words import (
     UNKNOWN,
     bytes_text,
+    counted,
     number_text,
     numbers_text,
     percent_text,
@@ -77,10 +78,11 @@ def _result(data: ReportData) -> list[str]:
     central = server_is_trusted(data.claim.privacy_mode)
     basis = "by the server's ledger" if central else f"worst site: {plain(head.worst_site)}"
     accuracy = f"{percent_text(head.accuracy_before)} before → {percent_text(head.accuracy_after)} after"
+    most = "at most " if central else ""
     lines = [
         f"- status: {plain(ended)}",
         f"- accuracy on public data: {accuracy}",
-        f"- rounds: {head.rounds_done} of {head.rounds_planned}, {'at most ' if central else ''}{head.sites} sites",
+        f"- rounds: {head.rounds_done} of {head.rounds_planned}, {most}{counted(head.sites, 'site')}",
         f"- adapter payload: {bytes_text(head.bytes_down)} down, {bytes_text(head.bytes_up)} up"
         + (", of the usual draw" if central else f"; {seconds_text(head.seconds)}"),
     ]

@@ -81,8 +81,8 @@ PAGE = """\
 {{ data.accuracy[0].after|share }}{% endif %}</dd></div>
 <div><dt>Rounds</dt>
 <dd class="big">{{ head.rounds_done }} <small>of {{ head.rounds_planned }}</small></dd>
-<dd class="note">{% if central %}a cohort of at most {{ head.sites }} sites
-{%- else %}{{ head.sites }} sites took part; {{ head.seconds|seconds }}{% endif %}</dd></div>
+<dd class="note">{% if central %}a cohort of at most {{ head.sites }} site{{ 's' if head.sites != 1 }}
+{%- else %}{{ head.sites }} site{{ 's' if head.sites != 1 }} took part; {{ head.seconds|seconds }}{% endif %}</dd></div>
 <div><dt>Traffic, adapter payload</dt>
 <dd class="big">{{ head.bytes_down|bytes }} <small>down</small></dd>
 <dd class="note">{{ head.bytes_up|bytes }} up,

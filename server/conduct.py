@@ -13,6 +13,7 @@ from common.model.federated import Score
 from common.paths import run_folder, run_name
 from common.privacy.figures import epsilon_text
 from common.run_lines import ProgressFile, Reached, ResultFile, ServerStart, Status
+from common.words import counted
 from reports import federation_epsilon, write_reports
 from server.admission import Member
 from server.checkpoint import Checkpoint, load_checkpoint
@@ -67,7 +68,7 @@ class _Observer:
         )
         text = self._job.origin.fingerprint
         made = f", public text of SHA-256 {text}" if text else ""
-        self._folder.say(f"initialisation by {self._job.origin.name}{made}: {len(results)} sites, {cost}", 0)
+        self._folder.say(f"initialisation by {self._job.origin.name}{made}: {counted(len(results), 'site')}, {cost}", 0)
         if told := self._server_model.told:
             self._folder.say(told, 0)
         for absence in outcome.got.refusals.values():

@@ -12,6 +12,7 @@ from common.messages.tensors import merge
 from common.model.federated import Score
 from common.run_lines import LayerLine
 from common.starts import PaidStart
+from common.words import counted
 from server.admission import Admission, Member
 from server.aggregation import contributions
 from server.checkpoint import Checkpoint
@@ -189,8 +190,9 @@ def _initialise(job: Job, sites: Sites, server_model: ServerModel, observer: Obs
 def _without_budget(job: Job, got: Gathering, round_number: int) -> str:
     if job.mechanism.summed:
         return f"too few sites for a sum have budget left after round {round_number - 1}"
-    left = f"{len(got.results)} sites have" if got.results else "no site has"
-    return f"{left} budget left after round {round_number - 1}, {job.config.min_sites} needed"
+    left = counted(len(got.results), "site") if got.results else "no site"
+    have = "have" if len(got.results) > 1 else "has"
+    return f"{left} {have} budget left after round {round_number - 1}, {job.config.min_sites} needed"
 
 
 def too_few(got: Gathering, round_number: int, wanted: int) -> RunFailed:
@@ -204,5 +206,6 @@ def too_few(got: Gathering, round_number: int, wanted: int) -> RunFailed:
     reasons = "; ".join([*([last.reason] if last and not last.site else []), *told])
     attempts = f" in {got.attempts} attempts" if got.attempts > 1 else ""
     return RunFailed(
-        f"round {round_number}: {len(got.results)} sites succeeded{attempts}, {wanted} needed. {clean(reasons, 2000)}"
+        f"round {round_number}: {counted(len(got.results), 'site')} succeeded{attempts}, {wanted} needed. "
+        f"{clean(reasons, 2000)}"
     )

@@ -13,6 +13,7 @@ from common.messages.state import below_head, of_head
 from common.messages.tensors import fingerprint
 from common.run_lines import Absence
 from common.secure_sum import KeyOffer
+from common.words import counted
 from server.admission import Admission
 from server.model import ServerModel
 from strategies import Contribution, ServerState
@@ -114,7 +115,7 @@ class Sites:
             wanted, settled = config.min_sites - len(got.results), got.settled()
             nodes = self._transport.nodes(wanted, settled)
             if len(nodes) < wanted:
-                message = f"{len(nodes)} sites could be asked, {wanted} more are needed for min-sites"
+                message = f"{counted(len(nodes), 'site')} could be asked, {wanted} more are needed for min-sites"
                 self._note(got, Absence(round_number, attempt, "", None, "quorum", message))
                 continue
             self._attempt(got, nodes, round_number, state)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from common.privacy.figures import epsilon_text
-from common.words import natural
+from common.words import counted, natural
 from reports.alike import alike_absences
 
 if TYPE_CHECKING:  # a report is made from files alone, without loading what trains
@@ -54,7 +54,10 @@ def round_line(job: Job, outcome: RoundOutcome, members: Mapping[int, Member]) -
         sites, spent = f"cohort of {job.config.privacy.cohort}", epsilon_words([got.released], per, "trusted server")
     else:
         whose = f"worst site, h = {job.config.privacy.honest_sites}" if job.mechanism.summed else "worst site"
-        sites, spent = f"{len(got.results)} sites", epsilon_words((m.spending for m in members.values()), per, whose)
+        sites, spent = (
+            counted(len(got.results), "site"),
+            epsilon_words((m.spending for m in members.values()), per, whose),
+        )
     payload = (got.bytes_down + got.bytes_up) / 1e6
     line = (
         f"round {outcome.round_number}/{job.config.rounds}  {score_words(outcome.score)}  "

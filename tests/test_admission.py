@@ -229,7 +229,7 @@ def test_the_round_line_tells_what_the_federation_has_spent_also_if_the_worst_si
     later = replace(clinic, round_number=2, spending=replace(clinic.spending, epsilon_total=4.0))
     admission.enrol({2: later})
     line = round_line(job, RoundOutcome(2, Gathering({1: later}), None, 1.0), admission.members)
-    assert "ε 7.500 of 8 (δ 1e-05, record-level, worst site)  1 sites" in line
+    assert "ε 7.500 of 8 (δ 1e-05, record-level, worst site)  1 site" in line
 
 
 def test_the_round_line_is_short_where_a_thousand_sites_refuse_each_in_its_own_words() -> None:

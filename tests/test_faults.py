@@ -148,7 +148,7 @@ def test_a_reason_that_several_sites_have_is_told_once() -> None:
 def test_a_run_below_quorum_stops_with_a_reason_and_keeps_what_was_trained(toy_settings: dict[str, Any]) -> None:
     kind, made = faulty(lost={1: [1], 2: [1], 3: [1]})
     settings = {**plain(toy_settings), "min-sites": 2, "round-retries": 2, "rounds": 3}
-    with pytest.raises(RunFailed, match=r"round 2: 1 sites succeeded in 3 attempts, 2 needed. site-1 \(late\)"):
+    with pytest.raises(RunFailed, match=r"round 2: 1 site succeeded in 3 attempts, 2 needed. site-1 \(late\)"):
         run_in_process(settings, 2, "short", kind)
     assert made[0].asked[1:] == [(2, [0, 1]), (2, [1]), (2, [1])]
     folder = Path(settings["output"]) / "ffa-lora-short"
@@ -171,7 +171,7 @@ def test_a_run_below_quorum_stops_with_a_reason_and_keeps_what_was_trained(toy_s
 
 def test_nobody_is_asked_and_charged_while_a_quorum_is_out_of_reach(toy_settings: dict[str, Any]) -> None:
     kind, made = faulty(away={0: [1], 1: [1]})
-    with pytest.raises(RunFailed, match=r"1 sites could be asked, 2 more are needed"):
+    with pytest.raises(RunFailed, match=r"1 site could be asked, 2 more are needed"):
         run_in_process({**toy_settings, "min-sites": 2}, 2, "few", kind)
     assert made[0].asked == []
     assert not list(Path(toy_settings["output"]).glob("*/ledgers/*"))
