@@ -457,7 +457,7 @@ def _away_from_zero(model: FederatedModel) -> Iterator[None]:
     try:
         with torch.no_grad():
             for name, parameter in factors:
-                if name == model.adapter.scale_factor:
+                if name == model.adapter.scale_factor or name in model.adapter.divisors:
                     parameter.fill_(1.0)
                 else:
                     parameter.copy_(AWAY * torch.randn(parameter.shape, generator=draw))

@@ -96,6 +96,9 @@ class Adapter(ABC):
     scale_factor: ClassVar[str] = ""
     """The frozen factor that is a scale itself, one number in place of ``scaling``: a rehearsal puts 1 there, as in
     place of any scale. Empty: there is none."""
+    divisors: ClassVar[tuple[str, ...]] = ()
+    """The frozen factors that the change is divided by: a rehearsal puts 1 there. Numbers around 0 would have a model
+    of many layers overflow."""
 
     @classmethod
     def check(cls, config: RunConfig) -> None:

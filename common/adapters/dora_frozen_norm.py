@@ -40,6 +40,7 @@ class DoRAFrozenNorm(Mapped):
     trained: ClassVar[tuple[str, ...]] = ("B", "mu")
     frozen: ClassVar[tuple[str, ...]] = ("A", "c")
     linear: ClassVar[bool] = True
+    divisors: ClassVar[tuple[str, ...]] = ("c",)
     noise: ClassVar[str] = "diag(x_mu / c) W0 + s x_B A: norm σC/b √(m + s² m ‖A‖²)"
     no_free_scale: ClassVar[str] = "trains magnitudes beside B, whose gradients no scale changes"
 

@@ -33,6 +33,7 @@ class DoRAMagnitude(Mapped):
     trained: ClassVar[tuple[str, ...]] = ("mu",)
     frozen: ClassVar[tuple[str, ...]] = ("c",)
     linear: ClassVar[bool] = True
+    divisors: ClassVar[tuple[str, ...]] = ("c",)
     noise: ClassVar[str] = "diag(x_mu / c) W0: norm σC/b √m"
     scales: ClassVar[tuple[str, ...]] = ("rank",)
     directions: ClassVar[tuple[str, ...]] = ()
