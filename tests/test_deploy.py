@@ -249,7 +249,8 @@ def check_that_trials_are_paid_on_the_same_sites(folder: Path) -> None:
     for name, rate in (("slow", 0.1), ("fast", 1.0)):
         tables += [f"[trials.{name}]", f"training.learning-rate = {rate}"]
     (folder / "trials.toml").write_text(
-        "\n".join(['base = "toy.toml"', "ledger-epsilon = 3.0", *tables]), encoding="utf-8"
+        # Trials depart from what the first run planned, and are priced as such.
+        "\n".join(['base = "toy.toml"', "ledger-epsilon = 4.0", *tables]), encoding="utf-8"
     )
     words = ["tune", "trials.toml", "--server", "server", "--sites", "2", "--yes", "--output", "trials"]
     for _ in range(2):  # the second time everything is there
@@ -265,7 +266,8 @@ def check_that_trials_are_paid_on_the_same_sites(folder: Path) -> None:
             assert len(runs) == 3, "a trial was not charged, or one twice"
             tried = [entry for entry in held if entry.run != first.run]
             releases = [Release(entry.event, entry.count) for entry in tried]
-            assert epsilon(releases, 1e-3) == pytest.approx(float(printed), abs=1e-3)
+            # What is printed holds whoever chooses the trials, which costs a little.
+            assert 0.95 * float(printed) < epsilon(releases, 1e-3) < float(printed) + 1e-3
 
 
 @pytest.mark.deployment

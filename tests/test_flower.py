@@ -102,7 +102,7 @@ def test_a_run_in_which_every_site_fails_names_the_reasons(settings_file: Path, 
     done = fedveil("run", "-c", str(settings_file), "-c", "privacy.delta=0.2", "--sites", "2", cwd=tmp_path)
     assert done.returncode == 1
     assert "round 1: 0 sites succeeded" in done.stderr
-    assert "site-0 (failed): privacy.delta is 0.2" in done.stderr
+    assert "site-0, site-1 (failed): privacy.delta is 0.2" in done.stderr
     (folder,) = (tmp_path / "runs").iterdir()
     assert read_file(ResultFile, folder).status == "failed"
 
