@@ -250,7 +250,8 @@ def check_that_trials_are_paid_on_the_same_sites(folder: Path) -> None:
         tables += [f"[trials.{name}]", f"training.learning-rate = {rate}"]
     (folder / "trials.toml").write_text(
         # Trials depart from what the first run planned, and are priced as such.
-        "\n".join(['base = "toy.toml"', "ledger-epsilon = 4.0", *tables]), encoding="utf-8"
+        "\n".join(['base = "toy.toml"', "ledger-epsilon = 4.0", *tables]),
+        encoding="utf-8",
     )
     words = ["tune", "trials.toml", "--server", "server", "--sites", "2", "--yes", "--output", "trials"]
     for _ in range(2):  # the second time everything is there
