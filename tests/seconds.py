@@ -1,4 +1,4 @@
-"""Where the tests' time goes: the whole processor time, held against a limit in CI, and the files that take longest."""
+"""The tests' whole processor time, held against a limit in CI, and the files that take longest."""
 
 from __future__ import annotations
 

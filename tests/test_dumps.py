@@ -40,6 +40,19 @@ def test_a_process_that_asked_for_no_dump_leaves_none(after: str, tmp_path: Path
     assert not dumped(tmp_path, "write_no_dumps()", after)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="another system has no such mark")
+def test_a_process_that_asked_says_so_wherever_dumps_go() -> None:
+    """Also where the system writes none, and the next test is skipped."""
+    asked = "import ctypes, resource\nfrom client.dumps import write_no_dumps\n{}\n"
+    shown = "print(resource.getrlimit(resource.RLIMIT_CORE)[0], ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))"
+    for call, told in (("write_no_dumps()", True), ("", False)):
+        code = asked.format(call) + shown
+        said = subprocess.run(
+            [sys.executable, "-c", code], env={"PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, check=True
+        ).stdout.split()
+        assert (said == [b"0", b"0"]) is told
+
+
 @pytest.mark.skipif(resource.getrlimit(resource.RLIMIT_CORE)[1] == 0, reason="no process may leave a dump here")
 def test_a_process_that_did_not_ask_is_found(tmp_path: Path) -> None:
     if not dumped(tmp_path, ""):
