@@ -18,18 +18,21 @@ from client.ledger.rows import Charge, Terms
 from client.pins import refusal
 from client.site import Site
 from common.accountant import EVALUATION
-from common.errors import LedgerError, ProtocolError
+from common.errors import BudgetExhausted, LedgerError, ProtocolError
 from common.log import about
 from common.messages.round import KeyTask, Spending, TrainTask
 from common.privacy.accounting import Release, check_terms, gaussian_release
 from common.privacy.plan import PrivacyPlan
-from common.privacy.privacy_filter import promised_noise
+from common.privacy.privacy_filter import History, noise_after, promised_noise
 from common.secure_sum import check_headroom
 from common.starts import PaidStart
 from common.tasks import TASKS
 from strategies.job import Job
 
 log = logging.getLogger("fedveil.site")
+
+FRESH = History()
+"""Of records that have spent nothing."""
 
 
 def pay_round(site: Site, job: Job, task: TrainTask, deadline: Deadline) -> tuple[PrivacyPlan, Spending]:
@@ -46,7 +49,7 @@ def pay_round(site: Site, job: Job, task: TrainTask, deadline: Deadline) -> tupl
     """
     steps = job.config.training.local_steps
     with Ledger(site.ledger_path, apart=deadline.extended) as ledger:
-        plan = _plan(ledger, site, job, deadline)
+        plan = _plan(ledger, site, job, task.run, deadline)
         if task.round_number:
             releases = (plan.release(steps), *evaluation_releases(job, site, 1))
             charge = _offered(site, job, task, releases, plan)
@@ -72,7 +75,7 @@ def check_budget(site: Site, job: Job, task: KeyTask, deadline: Deadline) -> Non
     """
     steps = job.config.training.local_steps
     with Ledger(site.ledger_path, apart=deadline.extended) as ledger:
-        plan = _plan(ledger, site, job, deadline)
+        plan = _plan(ledger, site, job, task.run, deadline)
         releases = (plan.release(steps),)
         _within(site, steps, fewer=releases[0].count < steps)(*ledger.trained(site.dataset_id, task.run))
         ledger.check(
@@ -141,27 +144,32 @@ def evaluation_releases(job: Job, site: Site, rounds: int) -> list[Release]:
     return [gaussian_release(site.policy.metrics_noise, 1.0, rounds, EVALUATION, clip_norm=1.0)] if allowed else []
 
 
-def plan_of(job: Job, site: Site, terms: Terms) -> PrivacyPlan:
+def plan_of(job: Job, site: Site, terms: Terms, history: History = FRESH) -> PrivacyPlan:
     """Return the site's plan for the whole run, with room for its initialisation and evaluations.
 
-    Noise is calibrated for the stricter budget of run and site (``terms``) and for the most rounds
-    that the policy lets the site join; it is never below the policy's least.
+    Noise is calibrated for what the ``history`` of its records leaves of the stricter budget of run and site
+    (``terms``), and for the most rounds that the policy lets the site join; it is never below the policy's least.
+    Where no noise would do, it is that of records that have spent nothing, and the ledger stops the run.
+
+    Raises:
+        BudgetExhausted: the run's sites must do the same, and what is left is too little for all of its rounds.
+        PolicyRefusal: they must, and the policy asks for more noise.
+        ConfigError: the run asks for figures that no honest job has.
     """
     config = job.config
     epsilon, delta = terms.stricter(config.privacy.epsilon, config.privacy.delta)
     if job.mechanism.summed:
-        return _common_plan(job, site, epsilon, delta)
+        return _common_plan(job, site, epsilon, delta, history)
     rounds = site.policy.rounds_of(config.rounds, config.training.local_steps)
+    steps = rounds * config.training.local_steps
     paid = job.origin.release(_least_start_noise(job, site, epsilon, delta))
-    plan = job.mechanism.plan(
-        replace(config.privacy, epsilon=epsilon, delta=delta),
-        config.training,
-        rounds * config.training.local_steps,
-        site.public_size,
-        [*([paid] if paid else []), *evaluation_releases(job, site, rounds)],
-    )
-    noise = max(plan.event.noise_multiplier, site.policy.min_noise_multiplier)
-    return replace(plan, event=plan.event.having(noise_multiplier=noise))
+    beside = [*([paid] if paid else []), *evaluation_releases(job, site, rounds)]
+    privacy = replace(config.privacy, epsilon=epsilon, delta=delta)
+    plan = job.mechanism.plan(privacy, config.training, steps, site.public_size, beside)
+    noise = plan.event.noise_multiplier
+    if history.releases and not privacy.noise_multiplier:
+        noise = noise_after(history, plan.event, steps, beside, epsilon, delta) or noise
+    return replace(plan, event=plan.event.having(noise_multiplier=max(noise, site.policy.min_noise_multiplier)))
 
 
 def _least_start_noise(job: Job, site: Site, epsilon: float, delta: float) -> float:
@@ -183,10 +191,11 @@ def _least_start_noise(job: Job, site: Site, epsilon: float, delta: float) -> fl
     return max(least, paid.event.noise_multiplier * own / asked)
 
 
-def _common_plan(job: Job, site: Site, epsilon: float, delta: float) -> PrivacyPlan:
+def _common_plan(job: Job, site: Site, epsilon: float, delta: float, history: History) -> PrivacyPlan:
     """Return the plan of a run whose sites must do the same: the run's own noise, and what the site lets it cost.
 
     Raises:
+        BudgetExhausted: the run leaves its noise open, and all of its rounds cost more than is left.
         PolicyRefusal: the policy asks for more noise than the site itself is to add.
         ConfigError: the site's own part does not fit a sum's words.
     """
@@ -199,13 +208,23 @@ def _common_plan(job: Job, site: Site, epsilon: float, delta: float) -> PrivacyP
     if noise < least:
         asked = f"noise multiplier {noise:g} of each site, and {plan.event.noise_multiplier:g} of the sum"
         raise refusal("min-noise-multiplier", f"{least:g}", asked)
+    if history.releases and not config.privacy.noise_multiplier:
+        steps = site.policy.rounds_of(config.rounds, config.training.local_steps) * config.training.local_steps
+        needed = noise_after(history, plan.event, steps, (), epsilon, delta)
+        if needed != plan.event.noise_multiplier:
+            raise BudgetExhausted(
+                f"data set {site.dataset_id!r} has spent some of its budget of {epsilon:g} at delta {delta:g} in "
+                f"earlier runs: too little is left for {steps} steps at noise {plan.event.noise_multiplier:g}, and "
+                "the sites of a sum share one noise: "
+                + (f"set privacy.noise-multiplier to {needed:g}" if needed else "ask for fewer rounds")
+            )
     return replace(plan, delta=delta, max_epsilon=epsilon)
 
 
-def _plan(ledger: Ledger, site: Site, job: Job, deadline: Deadline) -> PrivacyPlan:
+def _plan(ledger: Ledger, site: Site, job: Job, run: str, deadline: Deadline) -> PrivacyPlan:
     terms = ledger.lower_budget(site.dataset_id, site.policy.epsilon, site.policy.delta)
     with deadline.extended():
-        return plan_of(job, site, terms)
+        return plan_of(job, site, terms, ledger.history(site.dataset_id, run))
 
 
 def _offered(

@@ -15,6 +15,7 @@ lacks none: never resume a copied or restored folder whose ledger is its own; na
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,7 +33,7 @@ from common.privacy import MECHANISMS
 from common.privacy.accounting import Release
 from common.privacy.events import Event
 from common.privacy.figures import epsilon_text
-from common.privacy.privacy_filter import Commitment, commitment_to, price
+from common.privacy.privacy_filter import Commitment, History, commitment_to, price
 from common.strict_json import from_json, to_json
 from server.lock import locked
 
@@ -133,6 +134,12 @@ class ServerLedger:
     def rounds_of(self, run: str) -> int:
         """Return how many rounds of a run were charged, a repeated one counted once; errors as of ``charges``."""
         return len({charge.round_number for charge in self.charges() if charge.run == run})
+
+    def history(self, run: str) -> History:
+        """Return what was spent before a run's first charge, all of it where it has none; errors as of ``charges``."""
+        held = self._content()
+        before = list(itertools.takewhile(lambda charge: charge.run != run, held.charges))
+        return History(tuple(charge.release for charge in before), held.commitment()) if before else History()
 
     def charge(
         self,

@@ -31,33 +31,33 @@ def known(job: Job) -> bool:
     )
 
 
-def site_noise(job: Job, result: TrainResult, *, usual: bool = False) -> float:
+def site_noise(job: Job, result: TrainResult, *, most: float = math.inf) -> float:
     """Return the standard deviation of the noise on one number of a site's change, after plain steps.
 
     Args:
         job: the run, of which something is charged.
         result: the site's answer; only its round, its size and what it was charged for are used.
-        usual: count a site that states more noise than the run's own at the run's own.
+        most: count a site that states more than so many times the run's own noise at that.
     """
-    return _rate(job, result) * _gradient(job, result, result.public_size, usual)
+    return _rate(job, result) * _gradient(job, result, result.public_size, most)
 
 
 def release_noise(job: Job, result: TrainResult) -> float:
     """Return the standard deviation of the noise on one number of what a site releases for a paid start: σ C / b."""
-    return _gradient(job, result, result.public_size, usual=False)
+    return _gradient(job, result, result.public_size)
 
 
-def sum_noise(job: Job, results: Sequence[TrainResult], *, usual: bool = False) -> float:
+def sum_noise(job: Job, results: Sequence[TrainResult], *, most: float = math.inf) -> float:
     """Return the same of the one change that the sum of all sites makes, in which every site adds its part.
 
     Args:
         job: the run, of which something is charged.
         results: those that are in the sum, at least one.
-        usual: as of ``site_noise``.
+        most: as of ``site_noise``.
     """
     first = next((result for result in results if result.spending is not None), results[0])
     sizes = sum(result.public_size for result in results)
-    return _rate(job, first) * _gradient(job, first, sizes, usual) * math.sqrt(len(results))
+    return _rate(job, first) * _gradient(job, first, sizes, most) * math.sqrt(len(results))
 
 
 def cohort_noise(job: Job, result: TrainResult) -> float:
@@ -67,7 +67,7 @@ def cohort_noise(job: Job, result: TrainResult) -> float:
         job: a run in which the server draws the noise.
         result: stands for the whole cohort; only its size and what the round was charged for are used.
     """
-    return _gradient(job, result, result.public_size, usual=False)
+    return _gradient(job, result, result.public_size)
 
 
 def of_average(shares: Sequence[float], noises: Sequence[float]) -> float:
@@ -88,18 +88,20 @@ def averaged_noise(
         job: the run.
         results: those that count, all of one round.
         averaged: what is averaged, in the order of ``results``, or the one sum.
-        usual: as of ``site_noise``. So a lie about noise moves nothing. Else what a site is known by counts
+        usual: count no site above the run's own noise, times as many as all of them state: sites with earlier runs
+            add more, and a lie about noise moves nothing. Else what a site is known by counts
             (``Contribution.noise``), that is with the factor that its change was shortened by.
     """
+    most = _stated_by_all(job, results) if usual and job.mechanism.charged else math.inf
     if job.mechanism.central:
         return averaged[0].noise or 0.0  # which the server drew itself
     if not job.mechanism.charged:
         return 0.0
     if job.mechanism.summed:
-        return sum_noise(job, results, usual=usual)
+        return sum_noise(job, results, most=most)
     whole = math.fsum(one.weight for one in averaged)
     noises = [
-        site_noise(job, result, usual=usual) if usual or one.noise is None else one.noise
+        site_noise(job, result, most=most) if usual or one.noise is None else one.noise
         for one, result in zip(averaged, results, strict=True)
     ]
     return of_average([one.weight / whole for one in averaged], noises)
@@ -127,9 +129,15 @@ def _rate(job: Job, result: TrainResult) -> float:
     return math.hypot(*(job.config.site_rate(number, step) for step in range(job.config.training.local_steps)))
 
 
-def _gradient(job: Job, result: TrainResult, size: int, usual: bool) -> float:
+def _stated_by_all(job: Job, results: Sequence[TrainResult]) -> float:
+    """Return how many times the run's own noise every site states, at least 1."""
+    events = [(result, result.spending.event) for result in results if result.spending]
+    return max(1.0, min((event.noise_multiplier / usual_noise(job, one) for one, event in events), default=1.0))
+
+
+def _gradient(job: Job, result: TrainResult, size: int, most: float = math.inf) -> float:
     plan = paid_plan(job, result)
     event = result.spending.event if result.spending else plan.event
-    if usual:
-        event = event.having(noise_multiplier=min(event.noise_multiplier, usual_noise(job, result)))
+    if math.isfinite(most):
+        event = event.having(noise_multiplier=min(event.noise_multiplier, most * usual_noise(job, result)))
     return type(plan)(event, event.sample_rate * size, plan.delta, plan.max_epsilon).gradient_noise_std

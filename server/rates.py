@@ -5,8 +5,8 @@ stated noise, batch and share of the average, the learning rates, and the rounds
 much: the rate is the largest up to ``server.learning-rate`` at which noise moves no number by more than
 ``server.most-noise`` in standard deviation. With a heavy ball a round's noise is passed on 1/(1 - μ)-fold, so over
 rounds of rates η_t noise ν a round makes ν √(Σ η_t²) / (1 - μ), or less where the run ends before it is passed on. A
-site that states more noise than the run's weighs less by its square, and is counted at the run's own: stating much
-lowers no rate.
+site that states more noise than the run's weighs less by its square, and is counted at the run's own, times as many as
+all sites state: where all have trained before they add more, and one that states much lowers no rate.
 """
 
 from __future__ import annotations

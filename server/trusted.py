@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,6 +26,8 @@ from common.messages.tensors import fingerprint
 from common.messages.wire import encode_task, payload_bytes
 from common.paths import run_folder
 from common.privacy.client_level import clipped
+from common.privacy.plan import PrivacyPlan
+from common.privacy.privacy_filter import History, noise_after
 from common.randomness import add_private_noise, private_poisson_sample
 from common.run_lines import COHORT, Absence
 from server.admission import Admission
@@ -55,9 +57,8 @@ class TrustedSites(Sites):
         self, job: Job, run: str, transport: Transport, server_model: ServerModel, admission: Admission
     ) -> None:
         super().__init__(job, run, transport, server_model, admission)
-        privacy, config = job.config.privacy, job.config
-        self._plan = job.mechanism.plan(privacy, config.training, config.rounds, privacy.cohort)
         self._ledger = ServerLedger(ledger_path(job, run), job.mechanism.claim.per)
+        self._plan = _plan(job, self._ledger.history(run))
 
     def gather(self, round_number: int, state: ServerState) -> Gathering:
         """Charge the round, ask the sites that are drawn, and return the noised mean; ``released`` says what it cost.
@@ -160,6 +161,19 @@ class TrustedSites(Sites):
         up = sum(4 * math.prod(shape) for factors in self._layout(round_number).values() for shape in factors.values())
         sites = self._plan.expected_batch_size
         return round(sites * payload_bytes(encode_task(task))), round(sites * up)
+
+
+def _plan(job: Job, history: History) -> PrivacyPlan:
+    """Return the plan of all rounds, with the noise that fits into what earlier runs of the ledger have left.
+
+    Where none does, it is that of a ledger that holds nothing, which then refuses.
+    """
+    privacy, config = job.config.privacy, job.config
+    plan = job.mechanism.plan(privacy, config.training, config.rounds, privacy.cohort)
+    if not history.releases or privacy.noise_multiplier:
+        return plan
+    noise = noise_after(history, plan.event, config.rounds, (), privacy.epsilon, privacy.delta)
+    return replace(plan, event=plan.event.having(noise_multiplier=noise or plan.event.noise_multiplier))
 
 
 def ledger_path(job: Job, run: str) -> Path:

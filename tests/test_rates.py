@@ -81,17 +81,25 @@ def test_head_and_adapter_are_bounded_each_for_itself() -> None:
     assert slow.server.learning_rate * slow.server.head_rate == pytest.approx(30.0 * 1e-4)
 
 
-def test_a_site_that_states_much_noise_lowers_no_rate() -> None:
-    job = job_of()
+def rate_where_all_state(times: float, **more: float) -> float:
+    """Return the server's rate where every site states so many times the run's noise, or what is said of a site."""
     results, averaged = round_of(1, {})
-    assert results[1].spending is not None
-    loud = replace(results[1].spending, event=sampled_gaussian(1e5, 0.5, 1.0))
-    lying = [results[0], replace(results[1], spending=loud)]
-    usual = replace(results[1].spending, event=sampled_gaussian(2.0, 0.5, 1.0))
-    honest = [results[0], replace(results[1], spending=usual)]
-    assert averaged_noise(job, lying, averaged, usual=True) == pytest.approx(
-        averaged_noise(job, honest, averaged, usual=True)
-    )
+    told = []
+    for result in results:
+        assert result.spending is not None
+        event = sampled_gaussian(2.0 * more.get(result.site.replace("-", "_"), times), 0.5, 1.0)
+        told.append(replace(result, spending=replace(result.spending, event=event)))
+    return within_noise(job_of(), told, averaged).server.learning_rate
+
+
+def test_noise_that_all_sites_add_lowers_the_rate_and_no_single_site_does() -> None:
+    """As where all have trained before, and what is left of their budgets asks for more."""
+    usual = rate_where_all_state(1.0)
+    assert rate_where_all_state(1.5) == pytest.approx(usual / 1.5)
+    assert rate_where_all_state(1.5, site_1=1e5) == pytest.approx(usual / 1.5)
+    assert rate_where_all_state(1e5, site_0=1.0) == usual
+    assert rate_where_all_state(1.0, site_1=1e5) == usual
+    assert rate_where_all_state(0.5) >= usual
 
 
 @pytest.mark.parametrize("more", [{"server.most-noise": 0.0}, {"server.most-noise": 1e6}, {"privacy.mode": "none"}])

@@ -43,7 +43,7 @@ from common.privacy import privacy_filter
 from common.privacy.accounting import Release, alone, honest_sites
 from common.privacy.events import event_from
 from common.privacy.figures import epsilon_text, honest_text, remaining_text
-from common.privacy.privacy_filter import Commitment, commitment_to
+from common.privacy.privacy_filter import Commitment, History, commitment_to
 
 ENTRY = ("id", "dataset", "run", "round_number", "purpose", "unit", "count", "delta", "charged_at", "caused_by")
 """Fields of an entry that are columns."""
@@ -496,11 +496,24 @@ class Ledger:
             LedgerError: the file cannot be read, or holds what has no price: figures that no mechanism has, or a kind
                 of release that this version does not know. It is never left out.
         """
+        return self._released("dataset = ? AND (run != ? OR id <= ?)", (dataset, without, after))
+
+    def history(self, dataset: str, run: str) -> History:
+        """Return what ``dataset`` had spent before the first charge of a run, all of it where there is none.
+
+        Raises:
+            LedgerError: as for ``spent``.
+        """
+        first = "(SELECT MIN(id) FROM charges WHERE dataset = ? AND run = ?)"
+        before = self._released(f"dataset = ? AND id < COALESCE({first}, id + 1)", (dataset, dataset, run))
+        return History(tuple(before), self.plans.of_history(dataset, before)) if before else History()
+
+    def _released(self, where: str, figures: tuple[str | int, ...]) -> list[Release]:
         with self._file.reading() as db:
             rows = db.execute(
-                "SELECT kind, figures, SUM(count), purpose FROM charges WHERE dataset = ? "
-                "AND (run != ? OR id <= ?) GROUP BY kind, figures, purpose ORDER BY MIN(id)",
-                (dataset, without, after),
+                f"SELECT kind, figures, SUM(count), purpose FROM charges WHERE {where} "
+                "GROUP BY kind, figures, purpose ORDER BY MIN(id)",
+                figures,
             ).fetchall()
         try:
             return [Release(event_from(kind, text), count, purpose) for kind, text, count, purpose in rows]

@@ -230,7 +230,7 @@ class PrivacyConfig(Section):
     ``client-level`` it bounds a site's whole change of a round."""
     noise_multiplier: Annotated[float, NOT_NEGATIVE, Unit("clip norms")] = 0.0
     """Standard deviation of the noise over the clip norm. 0: the least that keeps every round of the run within
-    ``privacy.epsilon``, found by each site for its own size."""
+    ``privacy.epsilon``, found by each site for its own size and for what earlier runs on its records have left."""
     honest_sites: Annotated[int, NOT_NEGATIVE, Unit("sites")] = 0
     """For ``secure-sum``: least number of sites of a sum that do as they should and share nothing with the server.
     Their parts of the noise make what is priced. 0: the run's noise is not shared."""

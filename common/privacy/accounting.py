@@ -337,14 +337,25 @@ def _least_noise(target: float, delta: float, event: Event, steps: int, spent: M
         counts[event.having(noise_multiplier=noise).priced()] += steps
         return _priced(_sorted(counts), delta, "pld")[0]
 
+    found = least_at(cost, target)
+    if found is None:
+        raise BudgetExhausted(
+            f"epsilon {epsilon_text(already, decimals=4)} of {target:g} is spent at delta {delta:g}, too little is "
+            f"left for {steps} more steps at any noise: ask for fewer steps or agree on a larger budget"
+        )
+    return found
+
+
+def least_at(cost: Callable[[float], float], target: float) -> float | None:
+    """Return the least noise multiplier whose ``cost`` is at most ``target``, as ``least_noise`` does; None: none is.
+
+    ``cost`` falls with the noise. One that remembers what it was asked saves half of the time.
+    """
     enough = 1.0
     while cost(enough) > target:
         enough *= 2
         if enough > MOST_NOISE:
-            raise BudgetExhausted(
-                f"epsilon {epsilon_text(already, decimals=4)} of {target:g} is spent at delta {delta:g}, too little is "
-                f"left for {steps} more steps at any noise: ask for fewer steps or agree on a larger budget"
-            )
+            return None
     short = enough / 2
     while cost(short) <= target:
         enough, short = short, short / 2

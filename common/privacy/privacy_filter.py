@@ -31,7 +31,7 @@ from dataclasses import dataclass, replace
 
 from common.accountant import AT_RATE_1, TRAINING, Accountant, Detour, Method
 from common.check import in_range
-from common.privacy.accounting import Release, divergence_at, epsilon_with_method, least_noise
+from common.privacy.accounting import Release, divergence_at, epsilon_with_method, least_at, least_noise
 from common.privacy.events import Event, kind_of
 from common.privacy.meaning import epsilon_of_several
 
@@ -59,6 +59,16 @@ class Commitment:
         return all(release.event.sample_rate == 1 and _is_gaussian(release) for release in self.releases)
 
 
+@dataclass(frozen=True)
+class History:
+    """What a data set had spent before a run, and by which plan that is priced."""
+
+    releases: tuple[Release, ...] = ()
+    """Empty: the run is its first."""
+    commitment: Commitment = Commitment(())
+    """Of the data set's first run; without a release where ``releases`` is empty."""
+
+
 def commitment_to(planned: Iterable[Release], first: Iterable[Release]) -> Commitment:
     """Return what is written down before the first charge: the run's plan, with what is charged first in it.
 
@@ -82,6 +92,34 @@ def promised_noise(event: Event, epsilon: float, delta: float, steps: int, befor
     """Return the least noise of a plan of ``before`` and ``steps`` releases of ``event``; as ``least_noise``."""
     at = planned_delta([*before, Release(event, steps)], delta)
     return least_noise(event, epsilon, at, steps, before)
+
+
+def noise_after(
+    history: History, event: Event, steps: int, beside: Sequence[Release], epsilon: float, delta: float
+) -> float | None:
+    """Return the noise with which a run fits into what a history leaves of ``epsilon``; None where none does.
+
+    It is the noise of ``event`` where that suffices, and else the least that does.
+
+    Args:
+        history: of the data set before the run.
+        event: a step of the run, at the noise that it has where nothing was spent.
+        steps: of the run.
+        beside: the run's other releases.
+        epsilon, delta: the budget of all of it.
+    """
+
+    def after(noise: float) -> list[Release]:
+        return [*history.releases, *beside, Release(event.having(noise_multiplier=noise), steps)]
+
+    def cost(noise: float) -> float:
+        # What is no step of the first plan departs from it.
+        return price(after(noise), history.commitment, delta)[0] if whole else departed(after(noise), delta)[0]
+
+    whole = history.commitment.whole
+    if price(after(event.noise_multiplier), history.commitment, delta)[0] <= epsilon:
+        return event.noise_multiplier
+    return least_at(cost, epsilon)
 
 
 def planned_delta(releases: Iterable[Release], delta: float) -> float:
