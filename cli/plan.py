@@ -25,12 +25,17 @@ def plan(
     sites: Annotated[int | None, typer.Option(help="Simulated sites that divide the data; 4 if not said.")] = None,
     sizes: Annotated[str, typer.Option(help="Public sizes instead, one per site: 700,2400,3400.")] = "",
     find: Annotated[str, typer.Option(help="Turn it round: noise, rounds or sample-rate within the budget.")] = "",
+    after: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder of an earlier run on the same records, whose spending counts; again for each."),
+    ] = None,
     calibration: Annotated[bool, typer.Option(help="Take a few steps on public records to estimate time.")] = True,
     workers: Annotated[int, typer.Option(min=0, help="Processes that train at once; 0: as many as pay off.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything to this file as well.")] = None,
 ) -> None:
     """Print what a run will cost in privacy, bytes, time and memory, before any training."""
     from common.config.text import parse_settings
+    from experiments.planner.earlier import history_of
     from experiments.planner.find import find as find_within_budget
     from experiments.planner.forecast import forecast
     from experiments.planner.price import site_plans
@@ -51,14 +56,15 @@ def plan(
                 f"what follows is of the recipe {job.config.recipe!r}; with data.records = {sum(public_sizes)}, as "
                 f"these sites have, it is {other!r}"
             )
+    history = history_of(after or [], job)
     if find:
-        found = find_within_budget(job, find)
+        found = find_within_budget(job, find, history)
         job = configure({**overrides, "recipe": job.config.recipe, found.setting: found.value})
-        site_plans(job, public_sizes)
+        site_plans(job, public_sizes, history)
         print_found(console, job, public_sizes, found)
         content = {**vars(found), "sizes": list(public_sizes), "settings": job.settings()}
     else:
-        planned = forecast(job, public_sizes, workers=workers, calibrated=calibration)
+        planned = forecast(job, public_sizes, workers=workers, calibrated=calibration, history=history)
         print_forecast(console, planned)
         content = planned.as_json()
     if json_file is not None:

@@ -23,16 +23,13 @@ from common.log import about
 from common.messages.round import KeyTask, Spending, TrainTask
 from common.privacy.accounting import Release, check_terms, gaussian_release
 from common.privacy.plan import PrivacyPlan
-from common.privacy.privacy_filter import History, noise_after, promised_noise
+from common.privacy.privacy_filter import FRESH, History, noise_after, promised_noise
 from common.secure_sum import check_headroom
 from common.starts import PaidStart
 from common.tasks import TASKS
 from strategies.job import Job
 
 log = logging.getLogger("fedveil.site")
-
-FRESH = History()
-"""Of records that have spent nothing."""
 
 
 def pay_round(site: Site, job: Job, task: TrainTask, deadline: Deadline) -> tuple[PrivacyPlan, Spending]:

@@ -33,7 +33,7 @@ from common.privacy import MECHANISMS
 from common.privacy.accounting import Release
 from common.privacy.events import Event
 from common.privacy.figures import epsilon_text
-from common.privacy.privacy_filter import Commitment, History, commitment_to, price
+from common.privacy.privacy_filter import FRESH, Commitment, History, commitment_to, price
 from common.strict_json import from_json, to_json
 from server.lock import locked
 
@@ -139,7 +139,7 @@ class ServerLedger:
         """Return what was spent before a run's first charge, all of it where it has none; errors as of ``charges``."""
         held = self._content()
         before = list(itertools.takewhile(lambda charge: charge.run != run, held.charges))
-        return History(tuple(charge.release for charge in before), held.commitment()) if before else History()
+        return History(tuple(charge.release for charge in before), held.commitment()) if before else FRESH
 
     def charge(
         self,

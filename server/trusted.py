@@ -58,7 +58,7 @@ class TrustedSites(Sites):
     ) -> None:
         super().__init__(job, run, transport, server_model, admission)
         self._ledger = ServerLedger(ledger_path(job, run), job.mechanism.claim.per)
-        self._plan = _plan(job, self._ledger.history(run))
+        self._plan = sums_plan(job, self._ledger.history(run))
 
     def gather(self, round_number: int, state: ServerState) -> Gathering:
         """Charge the round, ask the sites that are drawn, and return the noised mean; ``released`` says what it cost.
@@ -163,7 +163,7 @@ class TrustedSites(Sites):
         return round(sites * payload_bytes(encode_task(task))), round(sites * up)
 
 
-def _plan(job: Job, history: History) -> PrivacyPlan:
+def sums_plan(job: Job, history: History) -> PrivacyPlan:
     """Return the plan of all rounds, with the noise that fits into what earlier runs of the ledger have left.
 
     Where none does, it is that of a ledger that holds nothing, which then refuses.

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made_run import MadeRun
+from typer.testing import CliRunner
 
+from cli.main import app
 from client import budget
 from client.budget import plan_of
 from client.deadline import Deadline
@@ -16,12 +19,20 @@ from client.ledger.ledger import Ledger
 from client.ledger.rows import Terms
 from client.policy import Policy
 from client.site import Site
+from common.config.text import to_toml
 from common.errors import BudgetExhausted
 from common.messages.round import TrainTask
 from common.privacy.accounting import Release, gaussian_release
 from common.privacy.events import sampled_gaussian
+from common.privacy.figures import epsilon_text
 from common.privacy.privacy_filter import History, commitment_to, noise_after, price, promised_noise
+from common.run_lines import PrivacyLine, read_lines
 from common.tasks.examples import Dataset
+from experiments.in_process import run_in_process, simulated_nodes
+from experiments.planner.earlier import history_of
+from experiments.planner.find import find
+from experiments.planner.forecast import forecast
+from experiments.planner.price import simulated_sizes
 from server import trusted
 from server.ledger import ServerLedger
 from strategies.job import Job, configure
@@ -217,7 +228,7 @@ def check_that_a_second_run_of_a_trusted_server_ends(folder: Path) -> None:
         job = configure({**TRUSTED, "privacy.delta": DELTA, "privacy.epsilon": most, "rounds": 5})
         for number in range(1, 6):
             ledger = ServerLedger(path, "site")
-            plan = trusted._plan(job, ledger.history(run))
+            plan = trusted.sums_plan(job, ledger.history(run))
             planned = [plan.release(5)]
             spent = ledger.charge(run, number, plan.event, DELTA, most, planned).epsilon_total
         assert 0.99 * most < spent <= most
@@ -235,3 +246,68 @@ def test_a_trusted_server_that_forgets_earlier_runs_is_found_out(
     monkeypatch.setattr(ServerLedger, "history", lambda *_: History())
     with pytest.raises(BudgetExhausted):
         check_that_a_second_run_of_a_trusted_server_ends(tmp_path)
+
+
+# --- what a coordinator plans -----------------------------------------------------------------------------------------
+
+
+def check_that_the_plan_of_a_second_run_is_what_it_does(toy_settings: dict[str, Any], folder: Path) -> None:
+    nodes = simulated_nodes(2, folder / "ledgers")
+    first = run_in_process({**toy_settings, "privacy.epsilon": 2.0}, nodes, run="first")
+    job = configure({**toy_settings, "privacy.epsilon": 6.5})
+    planned = forecast(job, simulated_sizes(job, 2), calibrated=False, history=history_of([first], job))
+    second = run_in_process({**toy_settings, "privacy.epsilon": 6.5}, nodes, run="second")
+    told = [line.spent for line in read_lines(PrivacyLine, second) if line.site == "site-0" and line.spent]
+    assert [spent.epsilon_total for spent in told] == [one.epsilon for one in planned.rounds]
+    assert {spent.event.noise_multiplier for spent in told} == {planned.plans[0].event.noise_multiplier}
+    assert planned.rounds_within == job.config.rounds == len(told)
+    assert planned.spent == pytest.approx(told[0].epsilon_total - told[0].epsilon_round)
+    assert find(job, "noise", planned.history).value == planned.plans[0].event.noise_multiplier
+
+
+@pytest.mark.usefixtures("rough_prices")
+def test_the_plan_of_a_second_run_is_what_it_does(toy_settings: dict[str, Any], tmp_path: Path) -> None:
+    check_that_the_plan_of_a_second_run_is_what_it_does(toy_settings, tmp_path)
+
+
+def made(folder: Path, settings: dict[str, Any], **noise: float) -> Path:
+    run = MadeRun(folder, {"recipe": "plain", "rounds": 1, **settings}, noise=noise)
+    return run.start().round(1, 0.8).end().folder
+
+
+def test_the_site_that_has_spent_most_in_all_stands_for_all(tmp_path: Path) -> None:
+    runs = [made(tmp_path / "0", {}, north=1.0, south=2.0), made(tmp_path / "1", {}, north=3.0, south=0.9)]
+    history = history_of(runs, configure({}))
+    assert [release.event.noise_multiplier for release in history.releases] == [2.0, 0.9]
+    assert history.commitment.releases == history.releases[:1]
+    assert history_of([], configure({})) == History()
+
+
+@pytest.mark.parametrize(
+    ("earlier", "settings", "words"),
+    [
+        ({"privacy.mode": "none"}, {}, "was without privacy, so no ε holds for its records"),
+        ({}, TRUSTED, "protects a record and this one a site: no ε holds for both"),
+        ({}, {"privacy.epsilon": 0.1}, "earlier runs leave too little of epsilon 0.1"),
+    ],
+    ids=["without privacy", "another unit", "nothing left"],
+)
+def test_what_no_plan_comes_after_is_said_in_one_line(
+    earlier: dict[str, Any], settings: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    folder = made(tmp_path / "run", earlier)
+    path = tmp_path / "settings.toml"
+    path.write_text(to_toml(settings), encoding="utf-8")
+    asked = ["plan", "-c", str(path), "--sizes", "60,60", "--find", "noise", "--after", str(folder)]
+    told = CliRunner().invoke(app, asked)
+    assert told.exit_code == 1
+    assert words in " ".join(told.output.split())
+
+
+def test_a_plan_after_a_run_says_what_that_has_spent(tmp_path: Path) -> None:
+    folder = made(tmp_path / "run", {})
+    asked = ["plan", "--sizes", "60,60", "--no-calibration", "--after", str(folder)]
+    told = CliRunner().invoke(app, asked, env={"COLUMNS": "80"})
+    assert told.exit_code == 0, told.output
+    spent = max(line.spent.epsilon_total for line in read_lines(PrivacyLine, folder) if line.spent)
+    assert f"Earlier runs have spent ε {epsilon_text(spent)}, which is counted here" in " ".join(told.output.split())

@@ -43,7 +43,7 @@ from common.privacy import privacy_filter
 from common.privacy.accounting import Release, alone, honest_sites
 from common.privacy.events import event_from
 from common.privacy.figures import epsilon_text, honest_text, remaining_text
-from common.privacy.privacy_filter import Commitment, History, commitment_to
+from common.privacy.privacy_filter import FRESH, Commitment, History, commitment_to
 
 ENTRY = ("id", "dataset", "run", "round_number", "purpose", "unit", "count", "delta", "charged_at", "caused_by")
 """Fields of an entry that are columns."""
@@ -506,7 +506,7 @@ class Ledger:
         """
         first = "(SELECT MIN(id) FROM charges WHERE dataset = ? AND run = ?)"
         before = self._released(f"dataset = ? AND id < COALESCE({first}, id + 1)", (dataset, dataset, run))
-        return History(tuple(before), self.plans.of_history(dataset, before)) if before else History()
+        return History(tuple(before), self.plans.of_history(dataset, before)) if before else FRESH
 
     def _released(self, where: str, figures: tuple[str | int, ...]) -> list[Release]:
         with self._file.reading() as db:

@@ -68,6 +68,14 @@ class History:
     commitment: Commitment = Commitment(())
     """Of the data set's first run; without a release where ``releases`` is empty."""
 
+    def changed(self, change: Callable[[Iterable[Release]], list[Release]]) -> History:
+        """Return it with its releases changed, such as to what each costs alone."""
+        return History(tuple(change(self.releases)), self.commitment.changed(change))
+
+
+FRESH = History()
+"""Of a data set that has spent nothing."""
+
 
 def commitment_to(planned: Iterable[Release], first: Iterable[Release]) -> Commitment:
     """Return what is written down before the first charge: the run's plan, with what is charged first in it.
@@ -92,6 +100,13 @@ def promised_noise(event: Event, epsilon: float, delta: float, steps: int, befor
     """Return the least noise of a plan of ``before`` and ``steps`` releases of ``event``; as ``least_noise``."""
     at = planned_delta([*before, Release(event, steps)], delta)
     return least_noise(event, epsilon, at, steps, before)
+
+
+def price_after(history: History, releases: Sequence[Release], delta: float) -> tuple[float, Accountant]:
+    """Return the ε at ``delta`` of a history and a run that keeps to its plan, and what computed it."""
+    if not history.releases:
+        return promised(releases, delta)
+    return price([*history.releases, *releases], history.commitment, delta)
 
 
 def noise_after(

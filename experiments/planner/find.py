@@ -13,8 +13,8 @@ from common.check import one_of
 from common.errors import BudgetExhausted, ConfigError, PrivacyError
 from common.privacy.accounting import Release
 from common.privacy.events import LEAST_NOISE, Event
-from common.privacy.privacy_filter import promised, promised_noise
-from experiments.planner.price import MOST_ROUNDS, last_within, paid_before, releases_of_round
+from common.privacy.privacy_filter import FRESH, History, price_after
+from experiments.planner.price import MOST_ROUNDS, last_within, noise_for_all, paid_before, releases_of_round
 from strategies.job import Job
 
 RATES = (*(float(f"{digits}e{power}") for power in range(-7, -2) for digits in range(100, 1000)), 1.0)
@@ -35,8 +35,13 @@ class Found:
     next_epsilon: float | None
 
 
-def find(job: Job, quantity: str) -> Found:
+def find(job: Job, quantity: str, history: History = FRESH) -> Found:
     """Return what the budget ``privacy.epsilon`` allows of ``quantity``: noise, rounds or sample-rate.
+
+    Args:
+        job: the run.
+        quantity: one of the three.
+        history: what earlier runs have spent of the records.
 
     Raises:
         ConfigError: privacy is off, the quantity is unknown, or it needs ``privacy.noise-multiplier``.
@@ -49,20 +54,21 @@ def find(job: Job, quantity: str) -> Found:
         raise ConfigError(
             f"--find {quantity} needs a noise multiplier: set privacy.noise-multiplier (0 lets the run choose it)"
         )
-    found = QUANTITIES[quantity](job)
+    found = QUANTITIES[quantity](job, history)
     if not found.epsilon <= found.budget or (found.next_epsilon is not None and found.next_epsilon <= found.budget):
         raise PrivacyError(f"{found.setting} = {found.value} did not stand its check: this is a fault of FedVeil")
     return found
 
 
-def noise_for(job: Job) -> Found:
+def noise_for(job: Job, history: History) -> Found:
     """Return the least noise multiplier that keeps every round within the budget, to a thousandth."""
     privacy, steps = job.config.privacy, job.config.rounds * releases_of_round(job)
     before = tuple(paid_before(job))
     event = _event(job)
-    noise = promised_noise(event, privacy.epsilon, privacy.delta, steps, before)
+    noise = noise_for_all(history, event, steps, before, privacy.epsilon, privacy.delta)
     return _found(
         job,
+        history,
         "privacy.noise-multiplier",
         noise,
         None if noise <= LEAST_NOISE else noise / 1.001,
@@ -70,35 +76,35 @@ def noise_for(job: Job) -> Found:
     )
 
 
-def rounds_for(job: Job) -> Found:
+def rounds_for(job: Job, history: History) -> Found:
     """Return the most rounds that stay within the budget at the configured noise."""
     event, local = _event(job), releases_of_round(job)
 
     def release(rounds: float) -> Release:
         return Release(event, int(rounds) * local)
 
-    rounds = last_within(lambda count: _fits(job, release(count)), MOST_ROUNDS)
+    rounds = last_within(lambda count: _fits(job, history, release(count)), MOST_ROUNDS)
     if not rounds:
         raise _nothing(job, "one round")
-    return _found(job, "rounds", rounds, rounds + 1 if rounds < MOST_ROUNDS else None, release)
+    return _found(job, history, "rounds", rounds, rounds + 1 if rounds < MOST_ROUNDS else None, release)
 
 
-def sample_rate_for(job: Job) -> Found:
+def sample_rate_for(job: Job, history: History) -> Found:
     """Return the largest sample rate of three digits that stays within the budget at the configured noise."""
     event, steps = _event(job), job.config.rounds * releases_of_round(job)
 
     def release(rate: float) -> Release:
         return Release(event.having(sample_rate=rate), steps)
 
-    count = last_within(lambda n: _fits(job, release(RATES[n - 1])), len(RATES))
+    count = last_within(lambda n: _fits(job, history, release(RATES[n - 1])), len(RATES))
     if not count:
         raise _nothing(job, f"a sample rate of {RATES[0]:g}")
     following = RATES[count] if count < len(RATES) else None
     setting = "privacy.site-rate" if job.mechanism.central else "training.sample-rate"
-    return _found(job, setting, RATES[count - 1], following, release)
+    return _found(job, history, setting, RATES[count - 1], following, release)
 
 
-QUANTITIES: dict[str, Callable[[Job], Found]] = {
+QUANTITIES: dict[str, Callable[[Job, History], Found]] = {
     "noise": noise_for,
     "rounds": rounds_for,
     "sample-rate": sample_rate_for,
@@ -109,12 +115,12 @@ def _event(job: Job) -> Event:
     return job.mechanism.event(job.config.privacy, job.config.training)
 
 
-def _price(job: Job, release: Release) -> float:
-    return promised([*paid_before(job), release], job.config.privacy.delta)[0]
+def _price(job: Job, history: History, release: Release) -> float:
+    return price_after(history, [*paid_before(job), release], job.config.privacy.delta)[0]
 
 
-def _fits(job: Job, release: Release) -> bool:
-    return _price(job, release) <= job.config.privacy.epsilon
+def _fits(job: Job, history: History, release: Release) -> bool:
+    return _price(job, history, release) <= job.config.privacy.epsilon
 
 
 def _nothing(job: Job, least: str) -> BudgetExhausted:
@@ -125,6 +131,13 @@ def _nothing(job: Job, least: str) -> BudgetExhausted:
     )
 
 
-def _found(job: Job, setting: str, value: float, following: float | None, release: Callable[[float], Release]) -> Found:
-    dearer = None if following is None else _price(job, release(following))
-    return Found(setting, value, _price(job, release(value)), job.config.privacy.epsilon, following, dearer)
+def _found(
+    job: Job,
+    history: History,
+    setting: str,
+    value: float,
+    following: float | None,
+    release: Callable[[float], Release],
+) -> Found:
+    dearer = None if following is None else _price(job, history, release(following))
+    return Found(setting, value, _price(job, history, release(value)), job.config.privacy.epsilon, following, dearer)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from common.messages.state import HEAD
 from common.model.device import worker_count
-from common.privacy.accounting import alone
+from common.privacy.accounting import Release, alone
 from common.privacy.claim import NO_CLAIM
 from common.privacy.dpsgd import rounding_margin
 from common.privacy.plan import PrivacyPlan
-from common.privacy.privacy_filter import promised
+from common.privacy.privacy_filter import FRESH, History, price_after
 from experiments.planner.calibration import Calibration, calibrate, feature_seconds, round_seconds
 from experiments.planner.price import (
     LEAST_SIGNAL,
@@ -44,7 +44,7 @@ class Forecast:
     plans: list[PrivacyPlan]
     rounds: list[PricedRound]
     rounds_within: int | None
-    """Rounds that a fresh budget lasts at this noise."""
+    """Rounds that the budget lasts at this noise."""
     thrown_away: list[ThrownAway]
     """What attempts at a sum cost that bring none."""
     traffic: Traffic
@@ -54,6 +54,13 @@ class Forecast:
     calibration: Calibration | None
     """None when nothing was measured."""
     signal: SignalToNoise | None
+    history: History = FRESH
+    """What earlier runs have spent of the records."""
+
+    @property
+    def spent(self) -> float:
+        """ε of earlier runs, at the run's δ; 0 without one."""
+        return price_after(self.history, (), self.job.config.privacy.delta)[0]
 
     @property
     def epsilon_alone(self) -> float | None:
@@ -61,7 +68,8 @@ class Forecast:
         if not self.job.mechanism.summed or self.job.config.privacy.honest_sites == 1:
             return None
         plan = self.plans[0]
-        return promised(alone([plan.release(self.job.config.total_steps)]), plan.delta)[0]
+        own = alone([plan.release(self.job.config.total_steps)])
+        return price_after(self.history.changed(alone), own, plan.delta)[0]
 
     @property
     def more_honest(self) -> dict[int, float]:
@@ -73,8 +81,15 @@ class Forecast:
             return {}
         plan, privacy, sites = self.plans[0], self.job.config.privacy, len(self.sizes)
         release = plan.release(self.job.config.total_steps)
+
+        def with_so_many(honest: int) -> float:
+            def change(releases: Iterable[Release]) -> list[Release]:
+                return [dataclasses.replace(one, event=one.event.of_honest(honest)) for one in releases]
+
+            return price_after(self.history.changed(change), change([release]), plan.delta)[0]
+
         return {
-            honest: promised([dataclasses.replace(release, event=release.event.of_honest(honest))], plan.delta)[0]
+            honest: with_so_many(honest)
             for honest in sorted({sites - privacy.colluders, sites})
             if honest > privacy.honest_sites
         }
@@ -164,6 +179,7 @@ class Forecast:
             "epsilon_alone": self.epsilon_alone,
             "epsilon_of_more_honest_sites": {str(sites): spent for sites, spent in self.more_honest.items()},
             "thrown_away": [dataclasses.asdict(one) for one in self.thrown_away],
+            "epsilon_of_earlier_runs": self.spent,
             "rounds_within_budget": self.rounds_within,
             "rounds_within_budget_searched_to": MOST_ROUNDS,
             "bytes_per_site_and_round": dataclasses.asdict(self.traffic),
@@ -190,7 +206,9 @@ class Forecast:
         }
 
 
-def forecast(job: Job, sizes: Sequence[int], *, workers: int = 0, calibrated: bool = True) -> Forecast:
+def forecast(
+    job: Job, sizes: Sequence[int], *, workers: int = 0, calibrated: bool = True, history: History = FRESH
+) -> Forecast:
     """Return what a run of ``job`` over sites of these public sizes will cost.
 
     Args:
@@ -198,12 +216,13 @@ def forecast(job: Job, sizes: Sequence[int], *, workers: int = 0, calibrated: bo
         sizes: public sizes, one per site.
         workers: processes that train at once on this machine; 0: as many as ``fedveil run`` takes.
         calibrated: take a few steps on public test records, for time, memory and alignment.
+        history: what earlier runs have spent of the records.
 
     Raises:
         PrivacyError: no such run can start: delta does not fit a size, or the budget cannot pay for a step.
         DataError, ModelError: the public data or the model cannot be loaded.
     """
-    plans = site_plans(job, sizes)
+    plans = site_plans(job, sizes, history)
     server_model = ServerModel(job)
     workers = worker_count(len(sizes), workers, keeps=job.config.keeps)
     calibration = calibrate(server_model, job.config, workers) if calibrated else None
@@ -215,14 +234,15 @@ def forecast(job: Job, sizes: Sequence[int], *, workers: int = 0, calibrated: bo
         sizes=tuple(sizes),
         plans=plans,
         # Noise, rate and budget are the run's: they do not depend on a site's size, so one account serves all.
-        rounds=[priced for plan in plans[:1] for priced in priced_rounds(job, plan)],
-        rounds_within=next((rounds_within(job, plan) for plan in plans[:1]), None),
-        thrown_away=[one for plan in plans[:1] for one in thrown_away(job, plan)],
+        rounds=[priced for plan in plans[:1] for priced in priced_rounds(job, plan, history)],
+        rounds_within=next((rounds_within(job, plan, history) for plan in plans[:1]), None),
+        thrown_away=[one for plan in plans[:1] for one in thrown_away(job, plan, history)],
         traffic=traffic(job, server_model, plans),
         payloads=payload_by_strategy(server_model),
         workers=workers,
         calibration=calibration,
         signal=_signal(job, sizes, plans, trained, calibration, rounding_margin(server_model.model.device)),
+        history=history,
     )
 
 

@@ -1,8 +1,8 @@
 """The price of a run in privacy, before it: from configuration and public sizes only, never from a record.
 
 The noise is the one that the run itself will use: a plan is made by the same function that a site calls before
-it is charged (``client.budget.plan_of``), for a site without a policy and with a fresh ledger. A site's own
-policy may be stricter.
+it is charged (``client.budget.plan_of``), for a site without a policy, whose ledger holds what is said of earlier runs
+or nothing. A site's own policy may be stricter.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from client.site import Site
 from common.accountant import Accountant
 from common.data.partition import public_size_of_part, site_part
 from common.data.sources import train_and_test
-from common.errors import ConfigError
+from common.errors import BudgetExhausted, ConfigError
 from common.privacy.accounting import Release, alone
+from common.privacy.events import Event
 from common.privacy.plan import PrivacyPlan
-from common.privacy.privacy_filter import promised, promised_noise
+from common.privacy.privacy_filter import FRESH, History, noise_after, price_after, promised, promised_noise
 from common.tasks.examples import Dataset
+from server.trusted import sums_plan
 from strategies.job import Job
 
 MOST_ROUNDS = 100_000
@@ -130,20 +132,24 @@ def paid_before(job: Job) -> list[Release]:
     return [paid] if paid else []
 
 
-def site_plans(job: Job, sizes: Sequence[int]) -> list[PrivacyPlan]:
+def site_plans(job: Job, sizes: Sequence[int], history: History = FRESH) -> list[PrivacyPlan]:
     """Return each site's plan, as the run will make it; none where nothing is charged.
 
     A trusted server has one plan, of the sum: it stands for every site.
 
+    Args:
+        job: the run.
+        sizes: public sizes, one per site.
+        history: what earlier runs have spent of the records.
+
     Raises:
-        PrivacyError: delta does not fit a size, or the budget is spent by the initialisation.
+        PrivacyError: delta does not fit a size, or the budget is spent by earlier runs or the initialisation.
     """
     if job.mechanism.central:
-        privacy, config = job.config.privacy, job.config
-        return [job.mechanism.plan(privacy, config.training, config.rounds, privacy.cohort)] * len(sizes)
+        return [sums_plan(job, history)] * len(sizes)
     if not job.mechanism.charged:
         return []
-    return [plan_of(job, _planned_site(size), Terms(math.inf, math.inf)) for size in sizes]
+    return [plan_of(job, _planned_site(size), Terms(math.inf, math.inf), history) for size in sizes]
 
 
 def releases_of_round(job: Job) -> int:
@@ -156,15 +162,15 @@ def _planned_site(size: int) -> Site:
     return Site("planned", Dataset("planned", (), ()), "planned", size, Path())
 
 
-def priced_rounds(job: Job, plan: PrivacyPlan) -> list[PricedRound]:
+def priced_rounds(job: Job, plan: PrivacyPlan, history: History = FRESH) -> list[PricedRound]:
     """Return what a site has spent after the initialisation, if it pays for one, and after each round."""
     before, local = paid_before(job), releases_of_round(job)
     numbers = ([0] if before else []) + spread(job.config.rounds, MOST_PRICED)
     priced = []
     for number in numbers:
         releases = [*before, plan.release(number * local)] if number else before
-        value, accountant = promised(releases, plan.delta)
-        rdp = promised(releases, plan.delta, method="rdp")[0]
+        value, accountant = price_after(history, releases, plan.delta)
+        rdp = promised([*history.releases, *releases], plan.delta, method="rdp")[0]
         priced.append(PricedRound(number, number * local, value, rdp, accountant))
     return priced
 
@@ -180,7 +186,7 @@ def spread(count: int, most: int) -> list[int]:
     return [1 + round(i * (count - 1) / (most - 1)) for i in range(most)]
 
 
-def thrown_away(job: Job, plan: PrivacyPlan) -> list[ThrownAway]:
+def thrown_away(job: Job, plan: PrivacyPlan, history: History = FRESH) -> list[ThrownAway]:
     """Return what one attempt that is thrown away costs, and as many as the run tries; none where no sum is asked for.
 
     Raises:
@@ -192,18 +198,41 @@ def thrown_away(job: Job, plan: PrivacyPlan) -> list[ThrownAway]:
     priced = []
     for attempts in sorted({1, most}):
         release = plan.release(job.config.total_steps + attempts * job.config.training.local_steps)
-        least = promised_noise(plan.event, plan.max_epsilon, plan.delta, release.count)
-        summed, single = (promised(releases, plan.delta)[0] for releases in ([release], alone([release])))
+        least = noise_for_all(history, plan.event, release.count, (), plan.max_epsilon, plan.delta)
+        summed = price_after(history, [release], plan.delta)[0]
+        single = price_after(history.changed(alone), alone([release]), plan.delta)[0]
         priced.append(ThrownAway(attempts, summed, single, least))
     return priced
 
 
-def rounds_within(job: Job, plan: PrivacyPlan) -> int:
-    """Return how many rounds a fresh budget lasts at the plan's noise, from 0 to ``MOST_ROUNDS``."""
+def noise_for_all(
+    history: History, event: Event, steps: int, beside: Sequence[Release], epsilon: float, delta: float
+) -> float:
+    """Return the least noise with which a run fits into what a history leaves; as ``promised_noise`` without one.
+
+    Raises:
+        BudgetExhausted: no noise does.
+    """
+    fresh = promised_noise(event, epsilon, delta, steps, beside)
+    if not history.releases:
+        return fresh
+    found = noise_after(history, event.having(noise_multiplier=fresh), steps, beside, epsilon, delta)
+    if found is None:
+        raise BudgetExhausted(
+            f"earlier runs leave too little of epsilon {epsilon:g} at delta {delta:g} for {steps} steps at any noise: "
+            "ask for fewer rounds, or agree on a larger budget"
+        )
+    return found
+
+
+def rounds_within(job: Job, plan: PrivacyPlan, history: History = FRESH) -> int:
+    """Return how many rounds the budget lasts at the plan's noise, from 0 to ``MOST_ROUNDS``."""
     before, local = paid_before(job), releases_of_round(job)
-    return last_within(
-        lambda rounds: promised([*before, plan.release(rounds * local)], plan.delta)[0] <= plan.max_epsilon, MOST_ROUNDS
-    )
+
+    def fits(rounds: int) -> bool:
+        return price_after(history, [*before, plan.release(rounds * local)], plan.delta)[0] <= plan.max_epsilon
+
+    return last_within(fits, MOST_ROUNDS)
 
 
 def last_within(fits: Callable[[int], bool], most: int) -> int:

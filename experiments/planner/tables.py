@@ -109,7 +109,10 @@ def _print_rounds(console: Console, forecast: Forecast) -> None:
     _print_thrown_away(console, forecast)
     lasts = forecast.rounds_within
     more = "at least " if lasts == MOST_ROUNDS else ""
-    console.print(f"A fresh budget lasts {more}{lasts:,} rounds at this noise.")
+    lasting = "A fresh budget"
+    if forecast.history.releases:
+        lasting = f"Earlier runs have spent ε {epsilon_text(forecast.spent)}, which is counted here. What is left"
+    console.print(f"{lasting} lasts {more}{lasts:,} rounds at this noise.")
 
 
 def _rests(forecast: Forecast) -> str:
