@@ -35,7 +35,7 @@ def plan(
 ) -> None:
     """Print what a run will cost in privacy, bytes, time and memory, before any training."""
     from common.config.text import parse_settings
-    from experiments.planner.earlier import history_of
+    from experiments.planner.earlier import earlier_runs
     from experiments.planner.find import find as find_within_budget
     from experiments.planner.forecast import forecast
     from experiments.planner.price import site_plans
@@ -56,7 +56,10 @@ def plan(
                 f"what follows is of the recipe {job.config.recipe!r}; with data.records = {sum(public_sizes)}, as "
                 f"these sites have, it is {other!r}"
             )
-    history = history_of(after or [], job)
+    earlier = earlier_runs(after or [], job)
+    history = earlier.history
+    if earlier.note:
+        console.print(f"WARNING: {earlier.note}", markup=False, style="bold")
     if find:
         found = find_within_budget(job, find, history)
         job = configure({**overrides, "recipe": job.config.recipe, found.setting: found.value})

@@ -23,7 +23,7 @@ from common.log import about
 from common.messages.round import KeyTask, Spending, TrainTask
 from common.privacy.accounting import Release, check_terms, gaussian_release
 from common.privacy.plan import PrivacyPlan
-from common.privacy.privacy_filter import FRESH, History, noise_after, promised_noise
+from common.privacy.privacy_filter import FRESH, History, noise_after, price_after, promised_noise
 from common.secure_sum import check_headroom
 from common.starts import PaidStart
 from common.tasks import TASKS
@@ -205,14 +205,15 @@ def _common_plan(job: Job, site: Site, epsilon: float, delta: float, history: Hi
     if noise < least:
         asked = f"noise multiplier {noise:g} of each site, and {plan.event.noise_multiplier:g} of the sum"
         raise refusal("min-noise-multiplier", f"{least:g}", asked)
-    if history.releases and not config.privacy.noise_multiplier:
-        steps = site.policy.rounds_of(config.rounds, config.training.local_steps) * config.training.local_steps
+    steps = site.policy.rounds_of(config.rounds, config.training.local_steps) * config.training.local_steps
+    open_noise = history.releases and not config.privacy.noise_multiplier
+    # A budget that is stricter than the run's ends before the run does, with earlier runs or without.
+    if open_noise and price_after(FRESH, [plan.release(steps)], delta)[0] <= epsilon:
         needed = noise_after(history, plan.event, steps, (), epsilon, delta)
         if needed != plan.event.noise_multiplier:
             raise BudgetExhausted(
-                f"data set {site.dataset_id!r} has spent some of its budget of {epsilon:g} at delta {delta:g} in "
-                f"earlier runs: too little is left for {steps} steps at noise {plan.event.noise_multiplier:g}, and "
-                "the sites of a sum share one noise: "
+                f"earlier runs leave too little of the budget of {epsilon:g} at delta {delta:g} for {steps} steps at "
+                f"noise {plan.event.noise_multiplier:g}, and the sites of a sum share one noise: "
                 + (f"set privacy.noise-multiplier to {needed:g}" if needed else "ask for fewer rounds")
             )
     return replace(plan, delta=delta, max_epsilon=epsilon)
@@ -220,8 +221,10 @@ def _common_plan(job: Job, site: Site, epsilon: float, delta: float, history: Hi
 
 def _plan(ledger: Ledger, site: Site, job: Job, run: str, deadline: Deadline) -> PrivacyPlan:
     terms = ledger.lower_budget(site.dataset_id, site.policy.epsilon, site.policy.delta)
+    # Whether a sum can end is asked before its first round; from then on the ledger says when it ends.
+    begun = job.mechanism.summed and ledger.trained(site.dataset_id, run) != (0, 0)
     with deadline.extended():
-        return plan_of(job, site, terms, ledger.history(site.dataset_id, run))
+        return plan_of(job, site, terms, FRESH if begun else ledger.history(site.dataset_id, run))
 
 
 def _offered(

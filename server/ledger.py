@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -139,7 +140,13 @@ class ServerLedger:
         """Return what was spent before a run's first charge, all of it where it has none; errors as of ``charges``."""
         held = self._content()
         before = list(itertools.takewhile(lambda charge: charge.run != run, held.charges))
-        return History(tuple(charge.release for charge in before), held.commitment()) if before else FRESH
+        delta = min((charge.delta for charge in held.charges), default=math.inf)
+        commitment = held.commitment() if before else FRESH.commitment
+        return History(tuple(charge.release for charge in before), commitment, delta)
+
+    def first_event(self, run: str) -> Event | None:
+        """Return what a run's first charge was for; None where it has none; errors as of ``charges``."""
+        return next((charge.event for charge in self.charges() if charge.run == run), None)
 
     def charge(
         self,

@@ -26,6 +26,7 @@ from common.messages.tensors import fingerprint
 from common.messages.wire import encode_task, payload_bytes
 from common.paths import run_folder
 from common.privacy.client_level import clipped
+from common.privacy.events import Event
 from common.privacy.plan import PrivacyPlan
 from common.privacy.privacy_filter import History, noise_after
 from common.randomness import add_private_noise, private_poisson_sample
@@ -58,7 +59,7 @@ class TrustedSites(Sites):
     ) -> None:
         super().__init__(job, run, transport, server_model, admission)
         self._ledger = ServerLedger(ledger_path(job, run), job.mechanism.claim.per)
-        self._plan = sums_plan(job, self._ledger.history(run))
+        self._plan = sums_plan(job, self._ledger.history(run), self._ledger.first_event(run))
 
     def gather(self, round_number: int, state: ServerState) -> Gathering:
         """Charge the round, ask the sites that are drawn, and return the noised mean; ``released`` says what it cost.
@@ -163,17 +164,27 @@ class TrustedSites(Sites):
         return round(sites * payload_bytes(encode_task(task))), round(sites * up)
 
 
-def sums_plan(job: Job, history: History) -> PrivacyPlan:
+def sums_plan(job: Job, history: History, first: Event | None = None) -> PrivacyPlan:
     """Return the plan of all rounds, with the noise that fits into what earlier runs of the ledger have left.
 
     Where none does, it is that of a ledger that holds nothing, which then refuses.
+
+    Args:
+        job: the run.
+        history: of the ledger before it.
+        first: what its first round was charged for, whose noise stays; None: none was.
     """
-    privacy, config = job.config.privacy, job.config
+    config, privacy = job.config, job.config.privacy
+    privacy = replace(privacy, delta=min(privacy.delta, history.delta))
     plan = job.mechanism.plan(privacy, config.training, config.rounds, privacy.cohort)
-    if not history.releases or privacy.noise_multiplier:
+    noise = plan.event.noise_multiplier
+    if privacy.noise_multiplier:
         return plan
-    noise = noise_after(history, plan.event, config.rounds, (), privacy.epsilon, privacy.delta)
-    return replace(plan, event=plan.event.having(noise_multiplier=noise or plan.event.noise_multiplier))
+    if first == plan.event.having(noise_multiplier=first.noise_multiplier if first else noise):
+        noise = first.noise_multiplier
+    elif history.releases:
+        noise = noise_after(history, plan.event, config.rounds, (), privacy.epsilon, privacy.delta) or noise
+    return replace(plan, event=plan.event.having(noise_multiplier=noise))
 
 
 def ledger_path(job: Job, run: str) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,28 @@ from client.ledger.ledger import Ledger
 from client.ledger.rows import Terms
 from client.policy import Policy
 from client.site import Site
+from common.accountant import TRAINING
 from common.config.text import to_toml
-from common.errors import BudgetExhausted
+from common.errors import BudgetExhausted, ConfigError, PolicyRefusal
 from common.messages.round import TrainTask
-from common.privacy.accounting import Release, gaussian_release
-from common.privacy.events import sampled_gaussian
+from common.privacy.accounting import Release, alone, gaussian_release
+from common.privacy.events import Event, SummedGaussian, sampled_gaussian
 from common.privacy.figures import epsilon_text
-from common.privacy.privacy_filter import History, commitment_to, noise_after, price, promised_noise
+from common.privacy.privacy_filter import (
+    FRESH,
+    History,
+    commitment_to,
+    noise_after,
+    price,
+    price_after,
+    promised,
+    promised_noise,
+)
 from common.run_lines import PrivacyLine, read_lines
+from common.starts import PaidStart
 from common.tasks.examples import Dataset
 from experiments.in_process import run_in_process, simulated_nodes
-from experiments.planner.earlier import history_of
+from experiments.planner.earlier import earlier_runs
 from experiments.planner.find import find
 from experiments.planner.forecast import forecast
 from experiments.planner.price import simulated_sizes
@@ -61,16 +73,28 @@ def clinic(folder: Path, policy: Policy | None = None) -> Site:
 def train(site: Site, run: str, **settings: Any) -> list[float]:
     """Pay for every round of a run; return what the records have spent after each."""
     job = configure({"privacy.delta": DELTA, "rounds": 4, **settings})
-    return [pay(site, job, run, number) for number in range(1, job.config.rounds + 1)]
+    return [pay(site, job, run, number) for number in begin(job)]
+
+
+def begin(job: Job) -> list[int]:
+    """Return the rounds of a run, with round 0 where its start is paid for."""
+    return [*([0] if isinstance(job.origin, PaidStart) else []), *range(1, job.config.rounds + 1)]
 
 
 def pay(site: Site, job: Job, run: str, number: int) -> float:
     return budget.pay_round(site, job, TrainTask(run, number, {}, {}, "", "", ""), Deadline())[1].epsilon_total
 
 
+def history_and_step(site: Site, job: Job) -> tuple[History, Event]:
+    with Ledger(site.ledger_path) as ledger:
+        history = ledger.history(site.dataset_id, "none")
+    return history, plan_of(job, site, Terms(math.inf, math.inf)).event
+
+
 def noises(site: Site, run: str) -> set[float]:
     with Ledger(site.ledger_path) as ledger:
-        return {entry.event.noise_multiplier for entry in ledger.entries() if entry.run == run}
+        own = [entry for entry in ledger.entries() if entry.run == run and entry.purpose == TRAINING]
+    return {entry.event.noise_multiplier for entry in own}
 
 
 # --- the noise --------------------------------------------------------------------------------------------------------
@@ -115,6 +139,29 @@ def test_it_is_the_runs_own_where_that_fits() -> None:
     assert price([step, Release(other, 4)], history.commitment, DELTA)[0] > most
 
 
+@pytest.mark.parametrize(
+    ("rate", "steps", "first", "most"), [(0.33, 4, 2.0, 3.0), (0.1, 20, 3.0, 5.0), (0.33, 6, 4.0, 6.5)]
+)
+def test_it_is_that_of_the_first_plan_where_that_is_the_cheapest(
+    rate: float, steps: int, first: float, most: float
+) -> None:
+    noise = promised_noise(sampled_gaussian(1.0, rate), first, DELTA, steps)
+    step = gaussian_release(noise, rate, steps)
+    history = History((step,), commitment_to([step], []))
+    fresh = sampled_gaussian(promised_noise(step.event, most, DELTA, steps), rate)
+    assert noise_after(history, fresh, steps, (), most, DELTA) == noise
+    assert price([step, step], history.commitment, DELTA)[0] <= most
+
+
+def test_without_a_history_it_is_what_was_promised() -> None:
+    event = sampled_gaussian(1.0, 0.3)
+    least = promised_noise(event, 2.0, DELTA, 6)
+    assert noise_after(FRESH, event.having(noise_multiplier=0.5 * least), 6, (), 2.0, DELTA) == pytest.approx(
+        least, 1e-3
+    )
+    assert noise_after(FRESH, event, 6, (), 0.0, DELTA) is None
+
+
 def test_there_is_none_where_nothing_is_left() -> None:
     for rate in (1.0, 0.3):
         step = gaussian_release(1.0, rate, 6)
@@ -138,6 +185,13 @@ def test_what_came_before_a_run_is_what_was_charged_before_its_first_round(tmp_p
         assert held.commitment == ledger.plans.of("ward")
         assert list(ledger.history("ward", "third").releases) == ledger.spent("ward")
         assert ledger.history("clinic", "third") == History()
+    with Ledger(site.ledger_path) as ledger:
+        # A run of the same name on other records is none of these.
+        other = replace(site, name="clinic", dataset_id="clinic")
+        train(other, "second", **{"privacy.epsilon": 2.0})
+        train(site, "fourth", **{"privacy.epsilon": 8.0, "privacy.noise-multiplier": 50.0, "rounds": 1})
+        assert len(ledger.history("clinic", "second").releases) == 0
+        assert ledger.history("ward", "second") == held
 
 
 # --- at a site --------------------------------------------------------------------------------------------------------
@@ -147,6 +201,7 @@ def check_that_a_second_run_ends(folder: Path, policy: Policy | None = None, **s
     site = clinic(folder, policy)
     train(site, "first", **{"privacy.epsilon": 2.0, **settings})
     spent = train(site, "second", **{"privacy.epsilon": 6.5, **settings})
+    assert len(spent) == len(begin(configure({"rounds": 4, **settings})))
     most = min(6.5, policy.epsilon if policy else math.inf)
     assert 0.99 * most < spent[-1] <= most
     assert len(noises(site, "second")) == 1, "the noise changed from round to round"
@@ -168,6 +223,20 @@ def test_a_second_run_has_all_of_its_rounds(way: str, tmp_path: Path) -> None:
 
 def test_a_second_run_keeps_the_policys_budget(tmp_path: Path) -> None:
     check_that_a_second_run_ends(tmp_path, Policy(epsilon=4.0, delta=DELTA))
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.33])
+def test_a_second_run_leaves_room_for_its_counts_and_none_for_rounds_that_it_may_not_join(
+    rate: float, tmp_path: Path
+) -> None:
+    policy = Policy(epsilon=6.5, delta=DELTA, max_rounds=2, send_noised_metrics=True, metrics_noise=8.0)
+    site, settings = clinic(tmp_path, policy), {"training.sample-rate": rate}
+    train(site, "first", **{"privacy.epsilon": 2.0, "rounds": 2, **settings})
+    job = configure({"privacy.delta": DELTA, "rounds": 4, "privacy.epsilon": 8.0, **settings})
+    spent = [pay(site, job, "second", number) for number in (1, 2)]
+    assert 0.98 * 6.5 < spent[-1] <= 6.5
+    with pytest.raises(PolicyRefusal):
+        pay(site, job, "second", 3)
 
 
 def test_a_site_that_calibrates_as_if_nothing_were_spent_is_found_out(
@@ -208,7 +277,10 @@ def test_the_noise_stays_when_another_run_comes_between(tmp_path: Path) -> None:
 def test_a_sum_that_could_not_end_is_refused_before_its_first_round_and_told_what_would_do(tmp_path: Path) -> None:
     site = clinic(tmp_path)
     train(site, "first", **SUM, **{"privacy.epsilon": 2.0})
-    with pytest.raises(BudgetExhausted, match=r"the sites of a sum share one noise: set privacy\.noise") as refused:
+    with pytest.raises(
+        BudgetExhausted,
+        match=r"^earlier runs leave too little of the budget of 6\.5 .* share one noise: set privacy\.noise",
+    ) as refused:
         train(site, "second", **SUM, **{"privacy.epsilon": 6.5})
     assert not noises(site, "second"), "a refused run was charged"
     told = re.search(r"noise-multiplier to ([\d.]+)", str(refused.value))
@@ -219,18 +291,43 @@ def test_a_sum_that_could_not_end_is_refused_before_its_first_round_and_told_wha
         train(site, "third", **SUM, **{"privacy.epsilon": 6.4})
 
 
+def test_a_sum_that_has_begun_is_ended_by_the_ledger_alone(tmp_path: Path) -> None:
+    """Here the steward lowers the budget after round 1."""
+    site = clinic(tmp_path, Policy(epsilon=8.0, delta=DELTA))
+    settings = {**SUM, "training.sample-rate": 1.0}
+    train(site, "first", **settings, **{"privacy.epsilon": 8.0, "privacy.noise-multiplier": 1000.0, "rounds": 1})
+    job = configure({"privacy.delta": DELTA, "rounds": 4, "privacy.epsilon": 8.0, **settings})
+    noise = noise_after(*history_and_step(site, job), 4, (), 8.0, DELTA)
+    job = configure({**job.settings(), "privacy.noise-multiplier": noise})
+    pay(site, job, "second", 1)
+    lowered = replace(site, policy=Policy(epsilon=7.5, delta=DELTA))
+    assert [pay(lowered, job, "second", number) < 7.5 for number in (2, 3)] == [True, True]
+    with pytest.raises(BudgetExhausted, match="refuses round 4 of run 'second'"):
+        pay(lowered, job, "second", 4)
+
+
+def test_a_sum_whose_site_has_a_stricter_budget_goes_on_until_that_ends(tmp_path: Path) -> None:
+    site = clinic(tmp_path, Policy(epsilon=5.0, delta=DELTA))
+    settings = {**SUM, "training.sample-rate": 1.0}
+    train(site, "first", **settings, **{"privacy.epsilon": 5.0, "privacy.noise-multiplier": 1000.0, "rounds": 1})
+    job = configure({"privacy.delta": DELTA, "rounds": 4, "privacy.epsilon": 8.0, **settings})
+    assert pay(site, job, "second", 1) < 5.0
+    with pytest.raises(BudgetExhausted, match="refuses round 2 of run 'second'"):
+        pay(site, job, "second", 2)
+
+
 # --- at a trusted server ----------------------------------------------------------------------------------------------
 
 
 def check_that_a_second_run_of_a_trusted_server_ends(folder: Path) -> None:
     path = folder / "sites.json"
-    for run, most in (("first", 2.0), ("second", 6.5)):
-        job = configure({**TRUSTED, "privacy.delta": DELTA, "privacy.epsilon": most, "rounds": 5})
+    for run, most, delta in (("first", 2.0, 0.1 * DELTA), ("second", 6.5, DELTA)):
+        job = configure({**TRUSTED, "privacy.delta": delta, "privacy.epsilon": most, "rounds": 5})
         for number in range(1, 6):
             ledger = ServerLedger(path, "site")
-            plan = trusted.sums_plan(job, ledger.history(run))
+            plan = trusted.sums_plan(job, ledger.history(run), ledger.first_event(run))
             planned = [plan.release(5)]
-            spent = ledger.charge(run, number, plan.event, DELTA, most, planned).epsilon_total
+            spent = ledger.charge(run, number, plan.event, plan.delta, most, planned).epsilon_total
         assert 0.99 * most < spent <= most
     found = {(charge.run, charge.event.noise_multiplier) for charge in ServerLedger(path, "site").charges()}
     assert len(found) == 2, "the noise changed from round to round"
@@ -238,6 +335,17 @@ def check_that_a_second_run_of_a_trusted_server_ends(folder: Path) -> None:
 
 def test_a_second_run_of_a_trusted_server_has_all_of_its_rounds(tmp_path: Path) -> None:
     check_that_a_second_run_of_a_trusted_server_ends(tmp_path)
+
+
+def test_the_noise_of_a_trusted_servers_run_stays_when_another_run_came_before_its_first_round(tmp_path: Path) -> None:
+    job, ledger = configure({**TRUSTED, "rounds": 5}), ServerLedger(tmp_path / "sites.json", "site")
+    plan = trusted.sums_plan(job, ledger.history("late"))
+    other = sampled_gaussian(20.0, plan.event.sample_rate)
+    ledger.charge("other", 1, other, plan.delta, 8.0)
+    ledger.charge("late", 1, plan.event, plan.delta, 8.0)
+    again = trusted.sums_plan(job, ledger.history("late"), ledger.first_event("late"))
+    assert again == plan
+    assert trusted.sums_plan(job, ledger.history("late")) != plan
 
 
 def test_a_trusted_server_that_forgets_earlier_runs_is_found_out(
@@ -253,9 +361,9 @@ def test_a_trusted_server_that_forgets_earlier_runs_is_found_out(
 
 def check_that_the_plan_of_a_second_run_is_what_it_does(toy_settings: dict[str, Any], folder: Path) -> None:
     nodes = simulated_nodes(2, folder / "ledgers")
-    first = run_in_process({**toy_settings, "privacy.epsilon": 2.0}, nodes, run="first")
+    first = run_in_process({**toy_settings, "privacy.epsilon": 2.0, "privacy.delta": 1e-4}, nodes, run="first")
     job = configure({**toy_settings, "privacy.epsilon": 6.5})
-    planned = forecast(job, simulated_sizes(job, 2), calibrated=False, history=history_of([first], job))
+    planned = forecast(job, simulated_sizes(job, 2), calibrated=False, history=earlier_runs([first], job).history)
     second = run_in_process({**toy_settings, "privacy.epsilon": 6.5}, nodes, run="second")
     told = [line.spent for line in read_lines(PrivacyLine, second) if line.site == "site-0" and line.spent]
     assert [spent.epsilon_total for spent in told] == [one.epsilon for one in planned.rounds]
@@ -270,6 +378,24 @@ def test_the_plan_of_a_second_run_is_what_it_does(toy_settings: dict[str, Any], 
     check_that_the_plan_of_a_second_run_is_what_it_does(toy_settings, tmp_path)
 
 
+def test_a_search_finds_the_rate_and_the_noise_of_the_first_plan() -> None:
+    step = gaussian_release(1.5, 0.3, 6)
+    history = History((step,), commitment_to([step], []), DELTA)
+    most = price([step, step], history.commitment, DELTA)[0]
+    asked = {"recipe": "plain", "rounds": 6, "training.local-steps": 1, "privacy.delta": DELTA}
+    job = configure({**asked, "privacy.epsilon": 1.01 * most, "training.sample-rate": 0.3})
+    assert find(job, "noise", history).value == 1.5
+    set_noise = configure({**asked, "privacy.epsilon": 1.01 * most, "privacy.noise-multiplier": 1.5})
+    assert find(set_noise, "sample-rate", history).value == 0.3
+    assert find(configure({**set_noise.settings(), "training.sample-rate": 0.3}), "rounds", history).value == 6
+
+
+def test_what_a_history_costs_alone_is_priced_by_its_plan_alone() -> None:
+    step = Release(Event(SummedGaussian.name, {**sampled_gaussian(2.0, 0.3).figures, "honest_sites": 3}), 6)
+    bare = History((step,), commitment_to([step], [])).changed(alone)
+    assert price_after(bare, (), DELTA)[0] == promised(alone([step]), DELTA)[0]
+
+
 def made(folder: Path, settings: dict[str, Any], **noise: float) -> Path:
     run = MadeRun(folder, {"recipe": "plain", "rounds": 1, **settings}, noise=noise)
     return run.start().round(1, 0.8).end().folder
@@ -277,10 +403,10 @@ def made(folder: Path, settings: dict[str, Any], **noise: float) -> Path:
 
 def test_the_site_that_has_spent_most_in_all_stands_for_all(tmp_path: Path) -> None:
     runs = [made(tmp_path / "0", {}, north=1.0, south=2.0), made(tmp_path / "1", {}, north=3.0, south=0.9)]
-    history = history_of(runs, configure({}))
+    history = earlier_runs(runs, configure({})).history
     assert [release.event.noise_multiplier for release in history.releases] == [2.0, 0.9]
     assert history.commitment.releases == history.releases[:1]
-    assert history_of([], configure({})) == History()
+    assert earlier_runs([], configure({})).history == History()
 
 
 @pytest.mark.parametrize(
@@ -304,10 +430,37 @@ def test_what_no_plan_comes_after_is_said_in_one_line(
     assert words in " ".join(told.output.split())
 
 
-def test_a_plan_after_a_run_says_what_that_has_spent(tmp_path: Path) -> None:
-    folder = made(tmp_path / "run", {})
-    asked = ["plan", "--sizes", "60,60", "--no-calibration", "--after", str(folder)]
+def test_a_plan_after_a_run_says_what_that_has_spent(toy_settings: dict[str, Any], tmp_path: Path) -> None:
+    folder, path = made(tmp_path / "run", {}), tmp_path / "settings.toml"
+    path.write_text(to_toml(toy_settings), encoding="utf-8")
+    asked = ["plan", "-c", str(path), "--sizes", "60,60", "--no-calibration", "--after", str(folder)]
     told = CliRunner().invoke(app, asked, env={"COLUMNS": "80"})
     assert told.exit_code == 0, told.output
     spent = max(line.spent.epsilon_total for line in read_lines(PrivacyLine, folder) if line.spent)
     assert f"Earlier runs have spent ε {epsilon_text(spent)}, which is counted here" in " ".join(told.output.split())
+
+
+def test_folders_that_cannot_say_what_was_spent_are_refused_or_warned_of(tmp_path: Path) -> None:
+    folder, job = made(tmp_path / "run", {}), configure({})
+    with pytest.raises(ConfigError, match="named twice"):
+        earlier_runs([folder, folder], job)
+    assert earlier_runs([folder], job).note == ""
+    lines = folder / PrivacyLine.NAME
+    whole = lines.read_text(encoding="utf-8")
+
+    def with_totals(total: str) -> None:
+        lines.write_text(re.sub(r'"epsilon_total": ?[^,}]+', f'"epsilon_total": {total}', whole), encoding="utf-8")
+
+    with_totals("3.2")
+    assert "held ε 3.200 in all, more than these runs cost" in earlier_runs([folder], job).note
+    with_totals("Infinity")
+    with pytest.raises(ConfigError, match="were released without privacy"):
+        earlier_runs([folder], job)
+    lines.write_text(whole[:30] + "\n" + whole, encoding="utf-8")
+    with pytest.raises(ConfigError, match="is damaged, so what it spent is not known"):
+        earlier_runs([folder], job)
+    lines.write_text(whole, encoding="utf-8")
+    config = folder / "config.json"
+    config.write_text(config.read_text(encoding="utf-8").replace('"rounds"', '"roundz"'), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"run.* is none of this version: .*roundz"):
+        earlier_runs([folder], job)

@@ -45,7 +45,7 @@ ORDER_SHARES = {order: 1 / (order - 1) / sum(1 / (each - 1) for each in ORDERS) 
 
 @dataclass(frozen=True)
 class Commitment:
-    """What a data set's first run planned: all of its releases, at least one."""
+    """What a data set's first run planned: all of its releases; none where nothing is spent."""
 
     releases: tuple[Release, ...]
 
@@ -67,10 +67,12 @@ class History:
     """Empty: the run is its first."""
     commitment: Commitment = Commitment(())
     """Of the data set's first run; without a release where ``releases`` is empty."""
+    delta: float = math.inf
+    """The smallest δ of any of it, at which all that comes after is composed as well; infinite where there is none."""
 
     def changed(self, change: Callable[[Iterable[Release]], list[Release]]) -> History:
         """Return it with its releases changed, such as to what each costs alone."""
-        return History(tuple(change(self.releases)), self.commitment.changed(change))
+        return replace(self, releases=tuple(change(self.releases)), commitment=self.commitment.changed(change))
 
 
 FRESH = History()
@@ -114,7 +116,8 @@ def noise_after(
 ) -> float | None:
     """Return the noise with which a run fits into what a history leaves of ``epsilon``; None where none does.
 
-    It is the noise of ``event`` where that suffices, and else the least that does.
+    It is the noise of ``event`` where that suffices, and else the least that does: a larger one, or that of a step of
+    the first plan, which is cheap because it keeps to it.
 
     Args:
         history: of the data set before the run.
@@ -124,17 +127,31 @@ def noise_after(
         epsilon, delta: the budget of all of it.
     """
 
-    def after(noise: float) -> list[Release]:
-        return [*history.releases, *beside, Release(event.having(noise_multiplier=noise), steps)]
+    def run(noise: float) -> list[Release]:
+        return [*beside, Release(event.having(noise_multiplier=noise), steps)]
+
+    def fits(noise: float) -> bool:
+        return price_after(history, run(noise), delta)[0] <= epsilon
 
     def cost(noise: float) -> float:
-        # What is no step of the first plan departs from it.
-        return price(after(noise), history.commitment, delta)[0] if whole else departed(after(noise), delta)[0]
+        # What is no step of the first plan departs from it, and the price of what departs falls with the noise.
+        if departs:
+            return departed([*history.releases, *run(noise)], delta)[0]
+        return price_after(history, run(noise), delta)[0]
 
-    whole = history.commitment.whole
-    if price(after(event.noise_multiplier), history.commitment, delta)[0] <= epsilon:
+    departs = bool(history.releases) and not history.commitment.whole
+    if not epsilon > 0:
+        return None
+    if fits(event.noise_multiplier):
         return event.noise_multiplier
-    return least_at(cost, epsilon)
+    planned = [release.event for release in history.commitment.releases] if departs else []
+    like = {
+        own.noise_multiplier
+        for own in planned
+        if own.having(noise_multiplier=1.0).priced() == event.having(noise_multiplier=1.0).priced()
+    }
+    found = [noise for noise in (least_at(cost, epsilon), *filter(fits, like)) if noise is not None]
+    return min(found, default=None)
 
 
 def planned_delta(releases: Iterable[Release], delta: float) -> float:

@@ -62,10 +62,10 @@ def find(job: Job, quantity: str, history: History = FRESH) -> Found:
 
 def noise_for(job: Job, history: History) -> Found:
     """Return the least noise multiplier that keeps every round within the budget, to a thousandth."""
-    privacy, steps = job.config.privacy, job.config.rounds * releases_of_round(job)
+    budget, steps = job.config.privacy.epsilon, job.config.rounds * releases_of_round(job)
     before = tuple(paid_before(job))
     event = _event(job)
-    noise = noise_for_all(history, event, steps, before, privacy.epsilon, privacy.delta)
+    noise = noise_for_all(history, event, steps, before, budget, _delta(job, history))
     return _found(
         job,
         history,
@@ -97,11 +97,15 @@ def sample_rate_for(job: Job, history: History) -> Found:
         return Release(event.having(sample_rate=rate), steps)
 
     count = last_within(lambda n: _fits(job, history, release(RATES[n - 1])), len(RATES))
-    if not count:
+    # The rate of the first plan is cheaper than those around it, where the noise is its own, too.
+    planned = [each.event.sample_rate for each in history.commitment.releases]
+    rates = [rate for rate in planned if _fits(job, history, release(rate))]
+    if not count and not rates:
         raise _nothing(job, f"a sample rate of {RATES[0]:g}")
-    following = RATES[count] if count < len(RATES) else None
+    rate = max([*RATES[:count][-1:], *rates])
+    following = next((other for other in RATES if other > rate), None)
     setting = "privacy.site-rate" if job.mechanism.central else "training.sample-rate"
-    return _found(job, history, setting, RATES[count - 1], following, release)
+    return _found(job, history, setting, rate, following, release)
 
 
 QUANTITIES: dict[str, Callable[[Job, History], Found]] = {
@@ -116,7 +120,11 @@ def _event(job: Job) -> Event:
 
 
 def _price(job: Job, history: History, release: Release) -> float:
-    return price_after(history, [*paid_before(job), release], job.config.privacy.delta)[0]
+    return price_after(history, [*paid_before(job), release], _delta(job, history))[0]
+
+
+def _delta(job: Job, history: History) -> float:
+    return min(job.config.privacy.delta, history.delta)
 
 
 def _fits(job: Job, history: History, release: Release) -> bool:

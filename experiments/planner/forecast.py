@@ -60,7 +60,7 @@ class Forecast:
     @property
     def spent(self) -> float:
         """ε of earlier runs, at the run's δ; 0 without one."""
-        return price_after(self.history, (), self.job.config.privacy.delta)[0]
+        return price_after(self.history, (), min(self.job.config.privacy.delta, self.history.delta))[0]
 
     @property
     def epsilon_alone(self) -> float | None:

@@ -149,7 +149,7 @@ def site_plans(job: Job, sizes: Sequence[int], history: History = FRESH) -> list
         return [sums_plan(job, history)] * len(sizes)
     if not job.mechanism.charged:
         return []
-    return [plan_of(job, _planned_site(size), Terms(math.inf, math.inf), history) for size in sizes]
+    return [plan_of(job, _planned_site(size), Terms(math.inf, history.delta), history) for size in sizes]
 
 
 def releases_of_round(job: Job) -> int:
@@ -208,14 +208,12 @@ def thrown_away(job: Job, plan: PrivacyPlan, history: History = FRESH) -> list[T
 def noise_for_all(
     history: History, event: Event, steps: int, beside: Sequence[Release], epsilon: float, delta: float
 ) -> float:
-    """Return the least noise with which a run fits into what a history leaves; as ``promised_noise`` without one.
+    """Return the noise with which a run fits into what a history leaves; as ``promised_noise`` without one.
 
     Raises:
         BudgetExhausted: no noise does.
     """
     fresh = promised_noise(event, epsilon, delta, steps, beside)
-    if not history.releases:
-        return fresh
     found = noise_after(history, event.having(noise_multiplier=fresh), steps, beside, epsilon, delta)
     if found is None:
         raise BudgetExhausted(
