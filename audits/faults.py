@@ -253,8 +253,8 @@ def divisor_of_records() -> Iterator[None]:
     """A divisor that counts the site's records instead of taking the size that it declares."""
     planned = budget.plan_of
 
-    def counted(job: Any, site: Any, terms: Any) -> Any:
-        plan = planned(job, site, terms)
+    def counted(job: Any, site: Any, *rest: Any) -> Any:
+        plan = planned(job, site, *rest)
         return replace(plan, expected_batch_size=plan.event.sample_rate * len(site.data.examples))
 
     with patch.object(budget, "plan_of", counted):
