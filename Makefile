@@ -91,7 +91,8 @@ docs: environment
 	$(BIN)/python -m cli.reference
 	$(BIN)/python -m reports.picture docs/demo.json
 	$(BIN)/fedveil pictures experiments/results/rotten-tomatoes.jsonl experiments/results/secure-sum.jsonl \
-	  --without 'probe*,*-from-words,*four-honest*,*-without-noise' --output docs/pictures
+	  --only 'metric,rotten-tomatoes: head-only,fedavg-lora,ffa-lora,fed-sb,fed-svd,open,three-honest' \
+	  --output docs/pictures
 
 settings: environment
 	$(BIN)/python -m cli.settings --write

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -13,6 +13,9 @@ from rich.console import Console
 from cli.errors import for_people
 from common.errors import ConfigError, DataError
 from experiments.run import sweep as run_sweep
+
+if TYPE_CHECKING:
+    from experiments.sweep.rows import Row
 
 console = Console(highlight=False, soft_wrap=True, emoji=False)
 sweep = for_people(run_sweep)
@@ -28,6 +31,9 @@ def pictures(
         Path | None, typer.Option(help="TOML file of published figures; the shipped one if not said.")
     ] = None,
     ours: Annotated[bool, typer.Option("--ours", help="Draw no published figures.")] = False,
+    only: Annotated[
+        str, typer.Option(help="Variants to draw, with commas between, such as 'metric,head-only'; all if not said.")
+    ] = "",
     without: Annotated[
         str, typer.Option(help="Variants to leave out, with commas between, such as 'probe*,*-from-words'.")
     ] = "",
@@ -41,13 +47,32 @@ def pictures(
         if not file.is_file():
             raise DataError(f"{file} is not there: give a table that fedveil sweep has written (.jsonl)")
     rows = [row for file in files for row in read_rows(file)]
-    for left_out in filter(None, map(str.strip, without.split(","))):
-        kept = [row for row in rows if not fnmatchcase(row.variant, left_out)]
-        if len(kept) == len(rows):
-            raise ConfigError(f"--without: no variant is {left_out!r}: name some of the tables")
-        rows = kept
-    if len(files) > 1:  # variants of two sweeps may have one name
-        rows = [replace(row, variant=f"{row.sweep}: {row.variant}") for row in rows]
+    first = rows[0].sweep if rows else ""
+    if wanted := _patterns("--only", only, rows):
+        rows = sorted((row for row in rows if _named(row, wanted)), key=lambda row: _named(row, wanted)[0])
+    unwanted = _patterns("--without", without, rows)
+    rows = [row for row in rows if not _named(row, unwanted)]
+    # Variants of two sweeps may have one name.
+    rows = [row if row.sweep == first else replace(row, variant=f"{row.sweep}: {row.variant}") for row in rows]
     figures = [] if ours else read_published(published or SHIPPED)
     for path in write_pictures(rows, figures, output or files[0].parent, files[0].stem):
         console.print(str(path), markup=False)
+
+
+def _patterns(option: str, said: str, rows: list[Row]) -> list[str]:
+    """Return the patterns that an option names.
+
+    Raises:
+        ConfigError: one is no variant's.
+    """
+    patterns = [pattern for pattern in map(str.strip, said.split(",")) if pattern]
+    for pattern in patterns:
+        if not any(_named(row, [pattern]) for row in rows):
+            raise ConfigError(f"{option}: no variant is {pattern!r}: name some of the tables")
+    return patterns
+
+
+def _named(row: Row, patterns: list[str]) -> list[int]:
+    """Return which of the patterns name a row's variant, alone or with its sweep."""
+    names = row.variant, f"{row.sweep}: {row.variant}"
+    return [i for i, pattern in enumerate(patterns) if any(fnmatchcase(name, pattern) for name in names)]

@@ -269,19 +269,22 @@ def bars_of(axes: Any) -> list[tuple[float, float]]:
     return [(bar[0][1], bar[1][1]) for bar in bars]
 
 
-def test_points_stand_at_their_epsilon_and_published_ones_are_open_marks() -> None:
+def test_points_stand_at_their_epsilon_and_published_ones_are_open_marks_in_a_part_of_their_own() -> None:
     figure = epsilon_figure(groups([*SEEDS, *SITES, *OPEN]), PUBLISHED)
-    (axes,) = figure.axes
-    lines = lines_of(axes)
-    assert set(lines) == {"wide", "wide, local-only", "published: FedSVD, RoBERTa-large, SST-2"}
+    ours, theirs = figure.axes
+    lines = lines_of(ours)
+    assert set(lines) == {"wide", "wide, local-only"}
     assert lines["wide"] == ([pytest.approx(8.0, rel=0.05)], [pytest.approx(76.0)]), "no line leads to a run without ε"
-    assert lines["published: FedSVD, RoBERTa-large, SST-2"] == ([3.0], [pytest.approx(90.46)])
-    (marks,) = [line for line in axes.lines if str(line.get_label()).startswith("published")]
+    assert lines_of(theirs) == {"published: FedSVD, RoBERTa-large, SST-2": ([3.0], [pytest.approx(90.46)])}
+    (marks,) = theirs.lines
     assert (marks.get_markerfacecolor(), marks.get_linestyle()) == ("none", "None")
-    points = [(x, y) for c in axes.containers for x, y in zip(*c.lines[0].get_data(), strict=True)]
+    (by_itself,) = epsilon_figure(groups([*SEEDS, *SITES, *OPEN]), []).axes
+    scales = [(*axes.get_xlim(), *axes.get_ylim()) for axes in (ours, by_itself)]
+    assert scales[0] == pytest.approx(scales[1]), "other data widen our scales"
+    points = [(x, y) for c in ours.containers for x, y in zip(*c.lines[0].get_data(), strict=True)]
     assert any(x > 16 and y == pytest.approx(85.0) for x, y in points)
     found = groups(SEEDS)[0].accuracy
-    assert bars_of(axes)[0] == pytest.approx((100 * found.low, 100 * found.high))
+    assert bars_of(ours)[0] == pytest.approx((100 * found.low, 100 * found.high))
 
 
 def test_bytes_are_of_what_travels_with_a_part_for_each_epsilon() -> None:
@@ -301,8 +304,8 @@ def test_the_command_draws_tables_together_and_says_what_is_missing(tmp_path: Pa
     answer = CliRunner().invoke(app, ["pictures", *both, "--output", str(tmp_path / "drawn"), "--ours"])
     assert answer.exit_code == 0, answer.output
     page = (tmp_path / "drawn" / "one.html").read_text(encoding="utf-8")
-    assert "made: wide" in page
     assert "other: wide" in page
+    assert "made: wide" not in page, "the first table's names are plain"
     assert "RoBERTa" not in page
     write_rows(tmp_path / "two.jsonl", [replace(SEEDS[0], sweep="other", variant="narrow-x", accuracy=0.9)])
     answer = CliRunner().invoke(app, ["pictures", *both, "--output", str(tmp_path / "few"), "--without", "narrow*"])
@@ -311,6 +314,15 @@ def test_the_command_draws_tables_together_and_says_what_is_missing(tmp_path: Pa
     answer = CliRunner().invoke(app, ["pictures", *both, "--without", "narrow*, gone"])
     assert answer.exit_code == 1
     assert "no variant is 'gone'" in " ".join(answer.output.split())
+    for chosen, order in (("narrow*,wide,w*", ["other: narrow-x", "wide"]), ("made: *", ["wide"])):
+        some = ["--output", str(tmp_path / "some"), "--ours", "--only", chosen]
+        answer = CliRunner().invoke(app, ["pictures", *both, *some])
+        assert answer.exit_code == 0, answer.output
+        page = (tmp_path / "some" / "one.html").read_text(encoding="utf-8")
+        assert re.findall(r"<tr><td>([^<]+)</td>", page) == order, "not as they were named, once each"
+    answer = CliRunner().invoke(app, ["pictures", *both, "--only", "wide,gone*"])
+    assert answer.exit_code == 1
+    assert "--only: no variant is 'gone*'" in " ".join(answer.output.split())
     answer = CliRunner().invoke(app, ["pictures", str(tmp_path / "three.jsonl")])
     assert answer.exit_code == 1
     assert "three.jsonl is not there" in answer.output
@@ -319,9 +331,11 @@ def test_the_command_draws_tables_together_and_says_what_is_missing(tmp_path: Pa
 def test_the_shipped_page_is_of_the_committed_rows(tmp_path: Path) -> None:
     """All but the drawings, whose bytes are matplotlib's, and the style, which is the report's."""
     results = [ROOT / "experiments" / "results" / f"{name}.jsonl" for name in ("rotten-tomatoes", "secure-sum")]
-    left_out = re.search(r"--without '(.*)' --output docs/pictures", (ROOT / "Makefile").read_text(encoding="utf-8"))
-    assert left_out
-    places = ["--without", left_out[1], "--output", str(tmp_path)]
+    drawn_ones = re.search(
+        r"--only '(.*)' \\\n\s+--output docs/pictures", (ROOT / "Makefile").read_text(encoding="utf-8")
+    )
+    assert drawn_ones
+    places = ["--only", drawn_ones[1], "--output", str(tmp_path)]
     drawn = CliRunner().invoke(app, ["pictures", *map(str, results), *places])
     assert drawn.exit_code == 0, drawn.output
     made, shipped = (

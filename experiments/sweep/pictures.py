@@ -49,6 +49,8 @@ MARK_WIDTH, LETTER_WIDTH = 0.55, 0.068
 """Inches of a legend's mark and of a letter at its size, so that no name is cut off."""
 PLOT_HEIGHT, ROW_HEIGHT = 4.4, 0.17
 """Inches of what is not the legend, and of each of its rows, so that many names take nothing from the plot."""
+PUBLISHED_WIDTH = 0.3
+"""Of the part for published figures, where ours is 1. They are of other models and data, so its scale is its own."""
 
 
 def write_pictures(rows: Sequence[Row], published: Sequence[Published], folder: Path, name: str) -> list[Path]:
@@ -78,28 +80,25 @@ def write_pictures(rows: Sequence[Row], published: Sequence[Published], folder: 
 
 
 def epsilon_figure(found: Sequence[Group], published: Sequence[Published]) -> Figure:
-    """Return accuracy against ε: a line for each variant and arm, with intervals; published figures as open marks.
+    """Return accuracy against ε: a line for each variant and arm, with intervals; beside it, published figures.
 
     Runs without privacy stand behind the largest ε, apart from the lines: they have no place on the axis. A fitted head
     is a line over all of it. Where accuracy is of next tokens, the loss stands in its place, and no published figure.
     """
-    figure, (axes,) = _figure(8.6)
-    whole, published = found, published if _by_accuracy(found) else []
-    found = [group for group in found if not ARMS[group.arm].fitted]
-    asked = [group.epsilon_asked for group in found] + [item.epsilon for item in published]
-    claimed = sorted({epsilon for epsilon in asked if epsilon is not None})
-    behind = NO_EPSILON * (claimed[-1] if claimed else 1.0)
-    lines = list(dict.fromkeys((group.variant, group.arm) for group in found))
+    shown = published if _by_accuracy(found) else []
+    figure, parts = _figure(8.6, widths=[1.0, PUBLISHED_WIDTH] if shown else [1.0])
+    ours = [group for group in found if not ARMS[group.arm].fitted]
+    behind = _at_epsilons(parts[0], [group.epsilon_asked for group in ours])
+    lines = list(dict.fromkeys((group.variant, group.arm) for group in ours))
     for number, line in enumerate(lines):
         shift = math.exp(min(SPREAD, MOST_SPREAD / len(lines)) * (number - (len(lines) - 1) / 2))
-        members = [group for group in found if (group.variant, group.arm) == line]
+        members = [group for group in ours if (group.variant, group.arm) == line]
         members.sort(key=lambda group: group.epsilon_asked or math.inf)
         joined = [group for group in members if group.epsilon_asked is not None]
-        index = _index(whole, line[0])
-        _points(
-            axes, [shift * (group.epsilon_asked or behind) for group in members], members, index, ARMS[line[1]].fill
-        )
-        axes.plot(
+        index = _index(found, line[0])
+        places = [shift * (group.epsilon_asked or behind) for group in members]
+        _points(parts[0], places, members, index, ARMS[line[1]].fill)
+        parts[0].plot(
             [shift * (group.epsilon_asked or behind) for group in joined or members],
             [_shown(group).mean for group in joined or members],
             color=COLOURS[index % len(COLOURS)],
@@ -110,6 +109,16 @@ def epsilon_figure(found: Sequence[Group], published: Sequence[Published]) -> Fi
             markersize=5,
             label=_line_name(*line, min((group.honest for group in members if group.honest), default=0)),
         )
+    _fitted_heads(parts[0], found)
+    if shown:
+        _published(parts[1], shown)
+    _finish(figure, parts, found)
+    return figure
+
+
+def _published(axes: Axes, published: Sequence[Published]) -> None:
+    """Draw figures of other models and data as open marks, a kind for each method, model and data set."""
+    behind = _at_epsilons(axes, [item.epsilon for item in published])
     for number, kind in enumerate(dict.fromkeys(_kind(item) for item in published)):
         items = [item for item in published if _kind(item) == kind]
         axes.plot(
@@ -121,12 +130,19 @@ def epsilon_figure(found: Sequence[Group], published: Sequence[Published]) -> Fi
             color="#59636e",
             label=f"published: {kind}",
         )
+    axes.set_title("published:\nother models and data", fontsize=8)
+    axes.margins(x=0.15)
+    axes.tick_params(axis="y", labelsize=8)
+
+
+def _at_epsilons(axes: Axes, asked: Sequence[float | None]) -> float:
+    """Mark the ε of these on a logarithmic axis, and return where those without one stand."""
+    claimed = sorted({epsilon for epsilon in asked if epsilon is not None})
+    behind = NO_EPSILON * (claimed[-1] if claimed else 1.0)
     places = [*claimed, *([behind] if None in asked else [])]
     _logarithmic(axes, places, [*map(epsilon_name, claimed), *([NO_CLAIM] if None in asked else [])])
     axes.set_xlabel("ε, at most")
-    _fitted_heads(axes, whole)
-    _finish(figure, [axes], whole)
-    return figure
+    return behind
 
 
 def bytes_figure(found: Sequence[Group]) -> Figure:
@@ -136,7 +152,7 @@ def bytes_figure(found: Sequence[Group]) -> Figure:
     """
     sending = [group for group in found if group.payload]
     asked = sorted({group.epsilon_asked for group in sending}, key=lambda epsilon: epsilon or math.inf)
-    figure, parts = _figure(max(7.6, 2.7 * len(asked)), max(1, len(asked)))
+    figure, parts = _figure(max(7.6, 2.7 * len(asked)), [1.0] * max(1, len(asked)), one_scale=True)
     payloads = [group.payload for group in sending if group.payload]
     marks = _decades(min(payloads), max(payloads)) if payloads else []
     for axes, epsilon in zip(parts, asked, strict=False):
@@ -198,7 +214,8 @@ def _decades(low: float, high: float) -> list[float]:
     return [10.0**power for power in range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 2)]
 
 
-def _figure(width: float, parts: int = 1) -> tuple[Figure, list[Axes]]:
+def _figure(width: float, widths: Sequence[float], *, one_scale: bool = False) -> tuple[Figure, list[Axes]]:
+    """Return a figure of so many inches and its parts, side by side, with one vertical scale or one each."""
     try:
         from matplotlib import rcParams
         from matplotlib.figure import Figure
@@ -209,7 +226,7 @@ def _figure(width: float, parts: int = 1) -> tuple[Figure, list[Axes]]:
     # Text stays text, and the same figures give the same bytes.
     rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "fedveil"})
     figure = Figure(figsize=(width, PLOT_HEIGHT), layout="constrained")
-    return figure, list(figure.subplots(1, parts, sharey=True, squeeze=False)[0])
+    return figure, list(figure.subplots(1, len(widths), width_ratios=widths, sharey=one_scale, squeeze=False)[0])
 
 
 def _points(
