@@ -24,6 +24,7 @@ def watched(job: Job, step: ServerStep, weight: Callable[[str], Tensor], noise: 
         weight: returns W0 of a layer, shape (out, in).
         noise: standard deviation of the noise on one number of the averaged change; 0: there is none.
     """
+    rate = job.config.training.learning_rate  # of the one plain step that sites take
 
     def taken(before: ServerState, averaged: ServerState) -> ServerState:
         after = step(before, averaged)
@@ -33,12 +34,12 @@ def watched(job: Job, step: ServerStep, weight: Callable[[str], Tensor], noise: 
         for layer, held in before.adapter.items():
             if layer in OWN:
                 continue
-            change = {
-                name: tensor.double() - averaged.adapter[layer][name].double()
+            gradients = {
+                name: (tensor.double() - averaged.adapter[layer][name].double()) / rate
                 for name, tensor in held.items()
                 if before.trains(layer, name)
             }
-            now = importance(weight(layer), held, change, job.adapter.scaling, noise**2)
+            now = importance(weight(layer), held, gradients, job.adapter.scaling, (noise / rate) ** 2)
             kept = before.memory.get(layer, {})
             scores[layer] = running({name: kept[name] for name in (ROWS, COLUMNS) if name in kept}, now)
         return replace(after, memory=merge(after.memory, scores))

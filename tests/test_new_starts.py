@@ -33,7 +33,7 @@ from common.privacy.plan import gaussian_plan
 from common.run_lines import PrivacyLine, RoundLine, read_lines
 from common.starts import STARTS, Start
 from common.starts.calibration import calibrated
-from common.starts.directions import leading_rows, minor_rows, orthonormal_rows, with_fixed_signs
+from common.starts.directions import leading_rows, minor_rows, orthonormal_rows, spanned_rows, with_fixed_signs
 from common.starts.eva import EVA, input_moments
 from common.starts.gradient import mean_gradient
 from common.starts.public_text import known_sha256, read_text
@@ -108,6 +108,12 @@ def test_minor_of_weights_is_orthonormal_and_spans_what_the_weight_reaches_least
         least = torch.linalg.eigvalsh(gram)[:RANK]
         assert (torch.diagonal(rows.double() @ gram @ rows.double().T) - least).abs().max() < 1e-5
         assert (rows.double() @ gram - least[:, None] * rows.double()).abs().max() < 1e-5, "no eigenvectors"
+    # And before they are rounded to float32.
+    for matrix in (W, W.T):
+        rows, gram = minor_rows(matrix, RANK), matrix.T @ matrix
+        least = torch.linalg.eigvalsh(gram)[:RANK]
+        assert off_identity(rows) < 1e-10
+        assert (rows @ gram - least[:, None] * rows).abs().max() < 1e-10
 
 
 def test_minor_directions_that_a_weight_does_not_reach_are_the_same_whatever_basis_an_svd_gives(
@@ -137,6 +143,14 @@ def test_nystrom_spans_the_first_rows_and_columns_and_leaves_the_model_as_it_was
     # The interpolation: W's first rows and columns are those of C U⁻¹ R, whose directions these are.
     interpolated = columns @ torch.linalg.solve(W[:RANK, :RANK], rows)
     assert (interpolated[:RANK] - rows).abs().max() < 1e-9
+    assert (interpolated[:, :RANK] - columns).abs().max() < 1e-9
+    # And before they are rounded to float32: the same spans, orthonormal.
+    A, B = spanned_rows(rows), spanned_rows(columns.T).T
+    assert max(off_identity(A), off_identity(B.T)) < 1e-10
+    assert (rows @ A.T @ A - rows).abs().max() < 1e-10
+    assert (B @ B.T @ columns - columns).abs().max() < 1e-10
+    assert (made["A"] - A).abs().max() < 1e-6
+    assert (made["B"] - B).abs().max() < 1e-6
     core = made["B"].T @ interpolated @ made["A"].T
     assert (made["B"] @ core @ made["A"] - interpolated).abs().max() < 1e-5, "the core does not reach the Nyström form"
 
@@ -264,9 +278,13 @@ def test_shards_are_pefts_miss_also_when_exported(rank: int, tmp_path: Path) -> 
         block.data.copy_(B.T)
     adapter.write(ours, state)
     x = draw(5, 12, seed=8).float()
-    assert torch.allclose(ours(x), miss(x), atol=1e-5)
-    adapter.export(ours, state, tmp_path, "base")
-    assert torch.allclose(PeftModel.from_pretrained(again(), tmp_path)(x), miss(x), atol=1e-5)
+    wanted = miss(x)
+    assert torch.allclose(ours(x), wanted, rtol=1e-6, atol=1e-6)
+    adapter.export(ours, state, tmp_path / "lora", "base")
+    miss.save_pretrained(str(tmp_path / "miss"))
+    exported = [PeftModel.from_pretrained(again(), tmp_path / kind)(x) for kind in ("lora", "miss")]
+    assert torch.equal(exported[1], wanted)
+    assert torch.allclose(exported[0], exported[1], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("into", [12, 10], ids=["in whole shards", "with a rest"])
@@ -285,9 +303,9 @@ def test_a_core_between_shards_is_pefts_miss_mini_also_when_exported(into: int, 
         mini.base_model.model.get_submodule(name).miss_block["default"].data.copy_(factors["R"].T)
     adapter.write(ours, state)
     wanted = mini(x)
-    assert torch.allclose(ours(x), wanted, atol=1e-5)
+    assert torch.allclose(ours(x), wanted, rtol=1e-6, atol=1e-6)
     adapter.export(ours, state, tmp_path, "base")
-    assert torch.allclose(PeftModel.from_pretrained(again(), tmp_path)(x), wanted, atol=1e-5)
+    assert torch.allclose(PeftModel.from_pretrained(again(), tmp_path)(x), wanted, rtol=1e-6, atol=1e-6)
     turned = {name: {**factors, "R": factors["R"].T.contiguous()} for name, factors in state.items()}
     adapter.write(ours, turned)
     assert (ours(x) - wanted).abs().max() > 1e-2, "a core the wrong way round would do: nothing is proved"
@@ -403,6 +421,10 @@ def test_pooled_moments_are_those_of_all_texts_and_averaged_directions_are_not(m
     for name, held in whole.items():
         pooled = (tokens[0] * first[name]["M"] + tokens[1] * second[name]["M"]) / sum(tokens)
         assert (pooled - held["M"]).abs().max() < 1e-12 * held["M"].abs().max() + 1e-12
+        mean = (tokens[1] * second[name]["m"] + tokens[0] * first[name]["m"]) / sum(tokens)
+        assert (mean - held["m"]).abs().max() < 1e-12 * held["m"].abs().max() + 1e-12
+        centred = EVA(centred=True).from_statistic({"M": pooled, "m": mean}, RANK)["A"]
+        assert (centred - EVA(centred=True).from_statistic(held, RANK)["A"]).abs().max() < 1e-5
         mean = (leading_rows(first[name]["M"], RANK) + leading_rows(second[name]["M"], RANK)) / 2
         assert (mean - leading_rows(held["M"], RANK)).abs().max() > 1e-3, "averaging A would do: nothing is proved"
 

@@ -30,6 +30,7 @@ from experiments.pruning.files import NAME, read_pruned
 from experiments.pruning.prune import prune_model
 from experiments.pruning.recover import recover_run
 from server.checkpoint import memory_of
+from server.watched import watched
 from strategies import Contribution, ServerState
 from strategies.ffa_lora import FFALoRA
 from strategies.job import configure
@@ -258,6 +259,9 @@ def test_invariant_p3_a_is_orthonormal_in_kept_coordinates_before_and_after_and_
         whole = recovered(pair, shape, *KEPT.sides(layer, units))["A"]
         for A in (pair["A"], whole):
             assert (A @ A.T - torch.eye(2)).abs().max() < 1e-6
+        exact = {"A": torch.linalg.qr(pair["A"].double().T)[0].T, "B": pair["B"].double()}
+        for A in (exact["A"], recovered(exact, shape, *KEPT.sides(layer, units))["A"]):
+            assert (A @ A.T - torch.eye(2)).abs().max() < 1e-12
         columns = KEPT.sides(layer, units)[1] or ()
         seeded = STARTS["orthonormal"]().factors(_place(layer, shape), ("A",))["A"][:, list(columns)]
         singular = torch.linalg.svdvals(seeded)
@@ -382,10 +386,10 @@ def test_invariant_p4_the_criterion_from_changes_is_that_from_gradients_and_its_
     held = {"A": A, "B": B}
     gradients = {"A": draw(2, 13, seed=4), "B": draw(9, 2, seed=5)}
     sent = {name: held[name] - eta * gradients[name] for name in trained}
-    change = {name: (held[name] - sent[name]) / eta for name in trained}
-    a, b = (change.get(n, torch.zeros_like(held[n])) for n in ("A", "B"))
+    step = {name: (held[name] - sent[name]) / eta for name in trained}
+    a, b = (step.get(n, torch.zeros_like(held[n])) for n in ("A", "B"))
     whole = criterion(W, A, B, a, b, s)
-    found = importance(W, held, change, s, 0.0)
+    found = importance(W, held, step, s, 0.0)
     assert (found[ROWS] - whole.sum(1) / whole.norm()).abs().max() < 1e-12
     assert (found[COLUMNS] - whole.sum(0) / whole.norm()).abs().max() < 1e-12
     assert (running(found, found)[ROWS] - found[ROWS]).abs().max() < 1e-12
@@ -400,6 +404,36 @@ def test_invariant_p4_the_criterion_from_changes_is_that_from_gradients_and_its_
     spread = A.square().sum(0)[None] + ((B.square().sum(1)[:, None] + 2 * tau**2) if "A" in trained else 0)
     bias = (W + s * B @ A).square() * s**2 * tau**2 * spread
     assert float((total.sum(1) - bias.sum(1)).abs().max() / bias.sum(1).max()) < 0.08
+    found = importance(W, held, step, s, tau**2)
+    net = whole - bias
+    assert (found[ROWS] - net.sum(1) / net.norm()).abs().max() < 1e-12
+    assert (found[COLUMNS] - net.sum(0) / net.norm()).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize(("strategy", "trained"), [("ffa-lora", ("B",)), ("fedavg-lora", ("A", "B"))])
+def test_invariant_p4_a_servers_scores_are_of_gradients_less_their_noise_and_a_tenth_is_new(
+    strategy: str, trained: tuple[str, ...]
+) -> None:
+    rate, noise = 0.3, 0.02
+    plain = {"training.local-steps": 1, "training.optimizer": "sgd", "training.learning-rate": rate}
+    job = configure({**plain, "recipe": "plain", "strategy": strategy, "server.scores": True, "rounds": 2})
+    W, A, B, s = draw(9, 13, seed=1), draw(2, 13, seed=2), draw(9, 2, seed=3), job.adapter.scaling
+    step = watched(
+        job, lambda before, averaged: replace(before, round_number=before.round_number + 1), lambda _: W, noise
+    )
+    state, expected = ServerState(0, {"layer": {"A": A, "B": B}}, trained), dict[str, Tensor]()
+    spread = A.square().sum(0)[None] + ((B.square().sum(1)[:, None] + 2 * (noise / rate) ** 2) if "A" in trained else 0)
+    bias = (W + s * B @ A).square() * s**2 * (noise / rate) ** 2 * spread
+    for round_number in (1, 2):
+        gradients = {"A": draw(2, 13, seed=10 * round_number), "B": draw(9, 2, seed=10 * round_number + 1)}
+        sent = {n: t - rate * gradients[n] if n in trained else t for n, t in (("A", A), ("B", B))}
+        state = step(state, replace(state, adapter={"layer": sent}))
+        a = gradients["A"] if "A" in trained else torch.zeros_like(A)
+        net = criterion(W, A, B, a, gradients["B"], s) - bias
+        now = {ROWS: net.sum(1) / net.norm(), COLUMNS: net.sum(0) / net.norm()}
+        expected = {n: 0.9 * expected[n] + 0.1 * t if expected else t for n, t in now.items()}
+        for name, tensor in expected.items():
+            assert (state.memory["layer"][name] - tensor).abs().max() < 1e-12, f"round {round_number}: {name}"
 
 
 def test_invariant_p4_a_run_keeps_its_scores_and_prune_chooses_by_them(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -626,6 +627,14 @@ def test_a_threshold_is_refused_where_it_means_nothing() -> None:
     z = draw(50, seed=3)
     found = job.rule.step({}, {"layer": {"z": z}}, {}, Known({}, 0.1))["layer"]["z"]
     assert torch.allclose(found, torch.nn.functional.softshrink(z, 0.1 * NormalDist().inv_cdf(1 - LEVEL / 100)))
+
+
+def test_t4_of_a_diagonal_noise_alone_is_kept_as_seldom_as_the_level_says() -> None:
+    job = configure({**PLAIN, "strategy": "fedavg-lora", "adapter.name": "lora-diagonal"})
+    draws = 0.1 * draw(4000, 50, seed=4)
+    kept = [job.rule.step({}, {"layer": {"z": z}}, {}, Known({}, 0.1))["layer"]["z"].any() for z in draws]
+    share = float(torch.stack(kept).double().mean())
+    assert abs(share - LEVEL) < 4 * math.sqrt(LEVEL / 4000), f"{share:.3f} of noise is kept"
 
 
 def test_a_threshold_runs_privately_and_what_noise_explains_does_not_move(

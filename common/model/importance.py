@@ -1,12 +1,12 @@
 """LoRAPrune's criterion, from changes that the server has anyway.
 
 Zhang, Chen et al.: LoRAPrune: Structured Pruning Meets Low-Rank Parameter-Efficient Fine-Tuning, Findings of ACL 2024.
-A weight matters by how much the loss would change without it, |∂L/∂W ∘ W|, and what stands for the gradient is the
-step of s B A itself: ``s (g_B A + B g_A - g_B g_A) = s (B A - (B - g_B)(A - g_A))``, made of LoRA's gradients alone.
-With one plain step at the sites the averaged change over their rate is that gradient, noised: so the criterion is
+A weight matters by how much the loss would change without it, |∂L/∂W ∘ W|, and what stands for the gradient is a
+step of s B A of rate 1: ``s (g_B A + B g_A - g_B g_A) = s (B A - (B - g_B)(A - g_A))``, made of LoRA's gradients alone.
+With one plain step at the sites the averaged change over their rate is these gradients, noised: so the criterion is
 post-processing, and free. A choice by gradients or activations of private records would be a release of its own.
 
-The paper takes absolute values. Here they are squares, because of these the noise is known: on a change with noise of
+The paper takes absolute values. Here they are squares, because of these the noise is known: on gradients with noise of
 variance τ² a number adds τ² (W_ij)² s² (‖A_j‖² + ‖B_i‖² + r τ²), the last two where A is trained as well, and that is
 taken off. Scores are over the length of all scores of a layer, and a running mean over rounds, as in the paper.
 """
@@ -27,24 +27,25 @@ ROWS, COLUMNS = "important rows", "important columns"
 
 
 def importance(
-    weight: Tensor, held: Mapping[str, Tensor], change: Mapping[str, Tensor], scaling: float, variance: float
+    weight: Tensor, held: Mapping[str, Tensor], gradients: Mapping[str, Tensor], scaling: float, variance: float
 ) -> Factors:
     """Return the scores of one layer's outputs and inputs in one round, float64; about 0 where there is noise alone.
 
     Args:
         weight: W0, shape (out, in).
         held: A, shape (rank, in), and B, shape (out, rank), before the round.
-        change: ``before - averaged`` of those that are trained.
+        gradients: ``(before - averaged) / rate`` of those that are trained.
         scaling: s.
-        variance: of the noise on one number of the change.
+        variance: of the noise on one number of the gradients.
     """
     A, B = held["A"].double(), held["B"].double()
-    a = change["A"].double() if "A" in change else torch.zeros_like(A)
-    b = change["B"].double() if "B" in change else torch.zeros_like(B)
+    a = gradients["A"].double() if "A" in gradients else torch.zeros_like(A)
+    b = gradients["B"].double() if "B" in gradients else torch.zeros_like(B)
     whole = (weight.double() + scaling * B @ A).square()
     step = scaling * (b @ A + B @ a - b @ a)
-    spread = (A.square().sum(0)[None] if "B" in change else 0) + (B.square().sum(1)[:, None] if "A" in change else 0)
-    both = len(A) * variance if {"A", "B"} <= set(change) else 0.0
+    spread = A.square().sum(0)[None] if "B" in gradients else 0
+    spread = spread + (B.square().sum(1)[:, None] if "A" in gradients else 0)
+    both = len(A) * variance if {"A", "B"} <= set(gradients) else 0.0
     net = whole * (step.square() - scaling**2 * variance * (spread + both))
     length = net.square().sum().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
     return {ROWS: net.sum(1) / length, COLUMNS: net.sum(0) / length}
