@@ -233,6 +233,14 @@ def test_calibration_counts_what_is_spent_already() -> None:
     assert epsilon([*spent, gaussian_release(noise / 1.01, 0.05, 100)], DELTA) > 5.0
 
 
+def test_calibration_counts_what_is_spent_at_the_very_noise_that_it_tries() -> None:
+    spent = [gaussian_release(2.0, 0.1, 500)]
+    target = epsilon(spent, DELTA) + 0.5
+    noise = noise_multiplier_for(target, DELTA, 0.1, 100, spent)
+    assert noise > 2.0
+    assert epsilon([*spent, gaussian_release(noise, 0.1, 100)], DELTA) <= target
+
+
 def test_calibration_refuses_when_the_history_alone_passes_the_budget() -> None:
     with pytest.raises(BudgetExhausted, match=r"is spent already, above the budget of 1 ") as refusal:
         noise_multiplier_for(1.0, DELTA, 0.05, 10, [gaussian_release(1.0, 0.05, 500)])

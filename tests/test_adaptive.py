@@ -25,7 +25,8 @@ from client.ledger.rows import Charge, Receipt
 from common.errors import BudgetExhausted, LedgerError
 from common.privacy import privacy_filter
 from common.privacy.accounting import Release, epsilon, gaussian_release
-from common.privacy.events import SampledGaussian, sampled_gaussian
+from common.privacy.events import Event, SampledGaussian, SummedGaussian, sampled_gaussian
+from common.privacy.meaning import epsilon_of_several
 from common.privacy.privacy_filter import (
     ORDER_SHARES,
     PLANNED_SHARE,
@@ -150,6 +151,7 @@ def test_what_keeps_to_the_plan_is_priced_as_one_list_in_any_order_and_beyond_it
     assert price([START, times(STEP, 7)], PLAN, DELTA)[0] == promised([times(START, 2), times(STEP, 7)], DELTA)[0]
     part = price([times(STEP, 2)], PLAN, DELTA)[0]
     assert part == promised([START, times(STEP, 2)], DELTA)[0], "the start may still be asked for, and counts"
+    assert price([START], PLAN, DELTA)[0] == promised([START], DELTA)[0], "a step counts before any was taken"
     assert price([], PLAN, DELTA)[0] == 0.0, "nothing is spent by a plan"
     for clip in (0.1, 5.0):
         scaled = gaussian_release(0.9, 0.3, 1, clip_norm=clip)
@@ -213,6 +215,22 @@ def test_a_release_that_is_not_gaussian_is_never_taken_for_one(monkeypatch: pyte
     assert price_of_several([gaussian_release(4.0, 1.0, 6)], plan, 3, DELTA) == math.inf
 
 
+def test_what_is_not_gaussian_has_no_price_after_a_plan_of_whole_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = commitment_to([gaussian_release(4.0, 1.0, 6)], [])
+    figures = {"noise_multiplier": 4.0, "sample_rate": 1.0, "clip_norm": 1.0, "honest_sites": 2}
+    other = Release(Event(SummedGaussian.name, figures), 1)
+    assert price([other], plan, DELTA)[0] < math.inf
+    monkeypatch.setattr(SummedGaussian, "gaussian", False)
+    assert plan.whole
+    assert price([other], plan, DELTA)[0] == math.inf
+    assert price_of_several([other], plan, 3, DELTA) == math.inf
+
+
+def test_the_noise_of_whole_batches_after_a_sampled_start_fits_the_plans_part_of_delta() -> None:
+    noise = promised_noise(sampled_gaussian(1.0, 1.0), EPSILON, DELTA, 6, [START])
+    assert 0.999 * EPSILON < promised([START, gaussian_release(noise, 1.0, 6)], DELTA)[0] <= EPSILON
+
+
 def test_a_plan_of_whole_batches_takes_every_later_release_for_one() -> None:
     plan = commitment_to([gaussian_release(4.0, 1.0, 6)], [])
     value, accountant = price([gaussian_release(4.0, 1.0, 6), gaussian_release(5.0, 0.1, 2)], plan, DELTA)
@@ -241,6 +259,11 @@ def test_a_person_who_departs_is_priced_as_at_rate_1() -> None:
         epsilon([gaussian_release(1.1 / 3, 1.0, 1)], left), rel=0.01
     )
     assert price_of_several([STEP], plan, 3, DELTA) < price_of_several([OTHER], plan, 3, DELTA)
+    assert price_of_several([STEP], plan, 3, DELTA) == epsilon_of_several([STEP], 3, PLANNED_SHARE * DELTA)
+    whole, sampled = gaussian_release(4.0, 1.0, 6), gaussian_release(5.0, 0.1, 2)
+    as_whole = [whole, gaussian_release(5.0, 1.0, 2)]
+    found = price_of_several([whole, sampled], commitment_to([whole], []), 3, DELTA)
+    assert found == epsilon_of_several(as_whole, 3, DELTA) > epsilon_of_several([whole, sampled], 3, DELTA)
 
 
 # --- in a ledger ---
@@ -296,6 +319,15 @@ def test_another_name_of_the_same_records_has_its_own_first_plan(tmp_path: Path)
         assert [plan.releases for plan in plans if plan] == [(times(STEP, 5),), (times(OTHER, 3),)]
         assert ledger.epsilon("ward", DELTA) == price([STEP, OTHER], PLAN, DELTA)[0], "its history departs"
         assert ledger.epsilon("clinic", DELTA) == promised([OTHER], DELTA)[0]
+
+
+def test_a_name_that_is_charged_for_anothers_round_first_has_that_runs_plan(tmp_path: Path) -> None:
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        ledger.remember("clinic", [2, 3])
+        charge(ledger, STEP, planned=(times(STEP, 5),), records=[1, 2])
+        assert ledger.plans.of("clinic") == ledger.plans.of("ward") == Commitment((times(STEP, 5),))
+        charge(ledger, OTHER, dataset="clinic", planned=(OTHER,), run="second", records=[3])
+        assert ledger.epsilon("clinic", DELTA) == price([STEP, OTHER], PLAN, DELTA)[0], "what came later is planned"
 
 
 def test_a_ledger_of_the_format_before_is_priced_as_if_its_history_had_been_planned(tmp_path: Path) -> None:

@@ -497,10 +497,21 @@ def rounds_raw(path: Path) -> list[int]:
         ("sampled-gaussian", '{"noise_multiplier":9.0,"sample_rate":0.1,"clip_norm":1.0,"share":0.5}'),
         ("sampled-gaussian", '{"noise_multiplier":9.0,"sample_rate":0.1}'),
         ("sampled-gaussian", '{"noise_multiplier":"9","sample_rate":0.1,"clip_norm":1.0}'),
+        ("summed-gaussian", '{"noise_multiplier":9.0,"sample_rate":0.1,"clip_norm":1.0,"honest_sites":2.5}'),
+        ("summed-gaussian", '{"noise_multiplier":9.0,"sample_rate":0.1,"clip_norm":1.0,"honest_sites":0.0}'),
         ("sampled-gaussian", "[]"),
         ("sampled-gaussian", "noise"),
     ],
-    ids=["an unknown kind", "a figure more", "a figure less", "a text", "no figures", "no JSON"],
+    ids=[
+        "an unknown kind",
+        "a figure more",
+        "a figure less",
+        "a text",
+        "half a site",
+        "no site",
+        "no figures",
+        "no JSON",
+    ],
 )
 def test_a_release_in_a_ledger_that_has_no_price_is_refused_and_never_left_out(
     path: Path, kind: str, figures: str

@@ -168,6 +168,14 @@ def test_figures_that_no_honest_job_has_are_refused_before_they_are_priced(
 
 
 @pytest.mark.parametrize(("figure", "words"), ABSURD)
+def test_a_charge_refuses_them_in_what_its_run_is_to_release(figure: dict[str, Any], words: str) -> None:
+    """The plan is priced with every later charge."""
+    planned = gaussian_release(**{"noise_multiplier": 1.0, "sample_rate": 0.1, "count": 5, **figure})
+    with pytest.raises(ConfigError, match=words):
+        Charge("ward", releases=(ROUND,), planned=(planned,), **TERMS)
+
+
+@pytest.mark.parametrize(("figure", "words"), ABSURD)
 def test_a_plan_refuses_them_before_it_looks_for_a_noise(
     monkeypatch: pytest.MonkeyPatch, figure: dict[str, Any], words: str
 ) -> None:

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -665,6 +666,18 @@ def test_the_price_alone_is_never_of_more_noise_than_a_site_draws() -> None:
             assert event.alone().noise_multiplier * 0.7 <= noise_share(noise, 0.7, honest)
             assert event.alone().noise_multiplier == pytest.approx(noise / honest**0.5)
     assert sampled_gaussian(2.0, 0.3).alone() == sampled_gaussian(2.0, 0.3)
+
+
+def test_the_price_of_more_honest_sites_is_never_of_more_noise_than_they_draw() -> None:
+    for honest in (1, 2, 3, 7):
+        for noise in (0.37, 1.9492, 2.0, 4.6164):
+            event = Event("summed-gaussian", {**sampled_gaussian(noise, 0.3).figures, "honest_sites": honest})
+            for sites in (1, 2, 5, 12):
+                priced = event.of_honest(sites)
+                drawn = sites * Fraction(noise_share(noise, 1.0, honest)) ** 2
+                assert Fraction(priced.noise_multiplier) ** 2 <= drawn
+                assert priced.noise_multiplier == pytest.approx(noise * (sites / honest) ** 0.5)
+                assert priced.figures["honest_sites"] == sites
 
 
 @pytest.mark.parametrize("fault", [SOUND, DOUBLED], ids=lambda fault: fault.name or "as it is")
