@@ -74,6 +74,14 @@ def test_a_ledger_that_keeps_nothing_is_found_out(ledger: Ledger, monkeypatch: p
         check_that_a_reservation_keeps_what_it_says(ledger)
 
 
+def test_where_all_is_kept_nothing_is_released_though_it_cost_nothing(ledger: Ledger) -> None:
+    ledger.holds.reserve("ward", "mine", cost_of(3), LATER)
+    nothing = gaussian_release(noise_multiplier=1e5, sample_rate=1e-6, count=1)
+    assert promised([nothing], DELTA)[0] == 0.0
+    with pytest.raises(BudgetExhausted, match="kept for another run"):
+        charge(ledger, 1, run="other", release=nothing)
+
+
 def test_what_a_run_has_added_is_no_longer_kept_for_it(ledger: Ledger) -> None:
     """Against prices that are composed here by hand."""
     ledger.set_budget("ward", 8.0, DELTA)

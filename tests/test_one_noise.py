@@ -22,12 +22,13 @@ from client.ledger.ledger import Ledger
 from client.ledger.migrations import MIGRATIONS
 from client.ledger.rows import Charge
 from client.ledger.sums import Sums
-from common.errors import ConfigError, PolicyRefusal, ProtocolError
+from common.errors import BudgetExhausted, ConfigError, PolicyRefusal, ProtocolError
 from common.messages.round import KeyReply, KeyTask, Refusal, TrainResult
 from common.messages.wire import encode_task
 from common.privacy import MECHANISMS
-from common.privacy.accounting import composable, epsilon, gaussian_release
+from common.privacy.accounting import Release, composable, epsilon, gaussian_release
 from common.privacy.claim import Claim
+from common.privacy.events import Event
 from common.privacy.meaning import _of_several, meaning_of
 from common.privacy.units import PERSON, RECORD
 
@@ -154,6 +155,21 @@ def test_two_sites_of_one_ledger_that_share_no_record_are_in_one_sum(clinics: Su
     assert isinstance(second, TrainResult), second
     with Ledger(clinics.site.ledger) as ledger:
         assert {entry.dataset: entry.caused_by for entry in ledger.entries()} == {"clinic": None, "ward": None}
+
+
+def test_the_ceiling_of_the_price_alone_is_on_what_another_name_of_the_records_has_spent(tmp_path: Path) -> None:
+    figures = {**gaussian_release(3.0, 0.1, 1).event.figures, "honest_sites": 4}
+    shared, plain = Release(Event("summed-gaussian", figures), 5), gaussian_release(3.0, 0.1, 1)
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        first = ledger.charge(Charge("lab", "run", 1, (shared,), 1e-5, 50.0), records={1})
+        other = ledger.epsilon_alone("lab", 1e-5)
+        assert first.alone_after == other > 1.5 * first.epsilon_after
+        own = Charge("ward", "run", 1, (plain,), 1e-5, 50.0, max_alone=other)
+        assert ledger.charge(own, records={2}).alone_after < 0.5 * other
+        with pytest.raises(BudgetExhausted, match="more than the policy's epsilon-alone"):
+            ledger.charge(own, records={1})
+        made = ledger.charge(replace(own, max_alone=50.0), records={1})
+        assert made.alone_after == ledger.epsilon_alone("lab", 1e-5) > other
 
 
 def test_a_ledger_of_the_eighth_format_knows_a_site_by_its_data_set(tmp_path: Path) -> None:

@@ -14,10 +14,12 @@ from audits.sum_site import SumSite
 from audits.tiny_site import clinic
 from client import budget
 from client.ledger.ledger import Ledger
+from client.ledger.rows import Charge
 from client.outgoing import without_paths
-from common.errors import RunFailed
+from common.errors import PolicyRefusal, RunFailed
 from common.messages.round import KeyReply, KeyTask, Refusal, Task, TrainTask
 from common.messages.wire import encode_reply
+from common.privacy.accounting import gaussian_release
 from common.run_lines import RoundLine, read_lines
 from common.secure_sum import rounding
 from experiments.in_process import InProcessTransport, run_in_process
@@ -79,6 +81,32 @@ def test_a_site_whose_records_have_no_budget_under_another_name_gives_no_key(
     task = clinics.task(2)
     monkeypatch.undo()
     clinics.refuse(task, "shares with another data set")
+
+
+def test_all_that_refuses_a_charge_refuses_a_key_in_the_same_words_and_nothing_is_written(tmp_path: Path) -> None:
+    def asked(dataset: str, **terms: Any) -> Charge:
+        return Charge(dataset, "run", 1, (gaussian_release(2.0, 0.1, 1),), 1e-5, 9.0, **terms)
+
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        ledger.charge(asked("sites", unit="site"), records={1})
+        ledger.charge(asked("north", site="north", mask_key=b"n" * 32), records={2})
+        ledger.expose("open", run="open", round_number=1, steps=1, records={3})
+        ledger.charge(asked("gone"), records={4})
+        ledger.holds.withdraw("gone", "asked for")
+        held = ledger.entries()
+        for charge, record, words in (
+            (asked("sites"), 1, "charged for another unit"),
+            (asked("ward"), 1, "charged for another unit"),
+            (asked("ward", site="south", mask_key=b"s" * 32), 2, "in one sum a record is at one site"),
+            (asked("north", site="south", mask_key=b"s" * 32), 5, "in one sum a record is at one site"),
+            (asked("ward"), 3, "released without privacy"),
+            (asked("gone"), 4, "was withdrawn by its steward"),
+        ):
+            for ask in (ledger.check, ledger.charge):
+                with pytest.raises(PolicyRefusal, match=words):
+                    ask(charge, records={record})
+        ledger.check(asked("ward"), records={6})
+        assert ledger.entries() == held
 
 
 class Unwilling(InProcessTransport):
