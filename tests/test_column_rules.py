@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import pytest
@@ -276,6 +277,41 @@ def test_increlora_gives_columns_to_the_layer_that_learns_and_to_no_other() -> N
     assert [held["dense"] for held in seen] == [2, 5, 6, 6]
     assert [held["query"] for held in seen] == [2, 2, 2, 2]
     assert strategy.told(state) == "columns that are trained next: 6 in dense; 2 in query"
+
+
+def test_a_layers_score_is_the_energy_of_its_sites_shares_and_noises_less_the_least_of_so_many_layers() -> None:
+    strategy = IncreLoRA(start_columns=4)
+    state = strategy.start(start(), ("B",))
+    noises = (0.1, 0.3, 0.2)
+    made = [
+        replace(one, weight=weight, noise=noise)
+        for one, weight, noise in zip(
+            sites(strategy, state, 3, {"query": 0.4, "dense": 0.8}, 0.1), (1.0, 6.0, 3.0), noises, strict=True
+        )
+    ]
+    combined, shares = strategy.combine(state, made), (0.1, 0.6, 0.3)
+    for layer in LAYERS:
+        held = state.adapter[layer]["B"][:, :4]
+        changes = [(one.state[layer]["B"] - held).flatten() for one in made]
+        units = [float(change.norm()) / noise for change, noise in zip(changes, noises, strict=True)]
+        changes = [change * min(1, sorted(units)[1] / unit) for change, unit in zip(changes, units, strict=True)]
+        pairs = [(j, k) for j in range(3) for k in range(3) if j != k]
+        value = sum(shares[j] * shares[k] * float(changes[j] @ changes[k]) for j, k in pairs)
+        variance = sum((shares[j] * shares[k] * noises[j] * noises[k]) ** 2 for j, k in pairs)
+        wanted = value / (2 * len(changes[0]) * variance) ** 0.5 - NormalDist().inv_cdf(1 - 0.05 / len(LAYERS))
+        assert float(combined.memory[layer][SCORE]) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_round_that_gives_no_score_chooses_nothing_by_the_last_ones() -> None:
+    strategy = IncreLoRA(start_columns=1, more_columns=1)
+    state = strategy.start(start(), ("B",))
+    state = strategy.server_update(state, sites(strategy, state, 1, {"dense": 5.0}, 0.1))
+    assert counts(state) == {"query": 1, "dense": 2}
+    for made in (
+        sites(strategy, state, 2, {"dense": 5.0}, 0.1, 1),
+        [replace(one, noise=None) for one in sites(strategy, state, 2, {"dense": 5.0}, 0.1)],
+    ):
+        assert counts(strategy.server_update(state, made)) == counts(state)
 
 
 def test_c6_a_layer_that_grows_computes_what_it_did_and_by_alpha_over_its_columns_it_would_not() -> None:

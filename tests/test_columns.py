@@ -45,7 +45,7 @@ from server.conduct import conduct
 from server.optimizer import server_step
 from server.records import RunFolder
 from server.replies import replies_to
-from strategies import Contribution, ServerState
+from strategies import Contribution, Moments, ServerState
 from strategies.columns import MASK
 from strategies.ffa_lora import FFALoRA
 from strategies.flexlora import FlexLoRA
@@ -234,6 +234,24 @@ def test_a_column_that_one_site_trains_moves_by_its_share_under_adam_too(kind: t
         steps = [(one.adapter[layer]["B"] - state.adapter[layer]["B"]).abs().mean(0) for one in (stepped, planted)]
         assert (steps[0] / steps[0][0]).tolist() == pytest.approx([1.0] * 3 + [0.1] * (RANK - 3), rel=1e-6)
         assert (steps[1] / steps[1][0]).tolist() == pytest.approx([1.0] * RANK), "the fault is not found"
+
+
+def test_columns_of_a_layer_whose_moments_begin_anew_count_their_steps_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LAYERS, "query", (8, 7))
+    strategy, state = FlexLoRA(), FlexLoRA().start(start(), ("B",))
+    for number in range(3):
+        parts = [
+            Contribution(str(k), 1.0 + k, sent(strategy, state, trained_at(state, rank, 7 * number + k), rank), rank)
+            for k, rank in enumerate((3, RANK))
+        ]
+        averaged = strategy.combine(state, parts)
+        fresh = server_step(CONFIG, replace(state, optimizer=Moments()), averaged)
+        stepped = server_step(CONFIG, state, averaged)
+        for layer in LAYERS:
+            assert torch.equal(stepped.adapter[layer]["B"], fresh.adapter[layer]["B"])
+            assert stepped.optimizer.clocks[layer]["B"].tolist() == [1.0] * RANK
+        state = strategy.settle(stepped)
+    assert state.optimizer.steps == {HEAD: 3}
 
 
 def split_layer(columns: Sequence[int], seed: int = 3) -> tuple[nn.Linear, SplitColumns, Tensor]:

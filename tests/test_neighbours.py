@@ -25,7 +25,7 @@ from common.run_lines import RoundLine, read_lines
 from experiments.in_process import run_in_process
 from server.checkpoint import saved_state
 from server.optimizer import server_step
-from strategies import Average, Contribution, ServerState, Strategy
+from strategies import Average, Contribution, Moments, ServerState, Strategy
 from strategies.fedavg import FedAvgLoRA
 from strategies.fedex_lora import FedExLoRA
 from strategies.flexlora import FlexLoRA
@@ -104,6 +104,19 @@ def test_flora_begins_every_round_with_the_model_as_it_was_and_nothing_of_the_fa
     second = FLoRA().settle(replace(first, round_number=2))
     assert not torch.allclose(first.adapter["layer"]["A"], second.adapter["layer"]["A"]), "A is drawn by the round"
     assert torch.equal(FLoRA().settle(first).adapter["layer"]["A"].norm(), first.adapter["layer"]["A"].norm())
+
+
+def test_flora_begins_the_servers_moments_anew_with_the_factors() -> None:
+    config = configure({**TURNING, "rounds": 6}).config
+    state = FLoRA().start(begun(), ("A", "B"))
+    for number in (10, 20):
+        averaged = FLoRA().combine(state, sites([trained(number + k) for k in range(3)]))
+        stepped = server_step(config, state, averaged)
+        fresh = server_step(config, replace(state, optimizer=Moments()), averaged)
+        assert all(torch.equal(stepped.adapter["layer"][n], fresh.adapter["layer"][n]) for n in ("A", "B"))
+        assert stepped.optimizer.first["layer"].keys() == {"A", "B"}
+        state = FLoRA().settle(stepped)
+        assert state.optimizer == Moments()
 
 
 def test_x7_stacking_carries_k_times_the_quadratic_noise_of_averaged_factors() -> None:
