@@ -586,6 +586,31 @@ def test_noise_alone_stays_at_zero_and_a_smaller_edge_lets_it_through() -> None:
     assert float(job.rule.step(before, strong, {}, Known(frozen, tau))["layer0"]["B"].norm()) > 10 * tau
 
 
+def test_no_rule_moves_an_adapter_in_the_rounds_in_which_it_rests() -> None:
+    job = configure({**PLAIN, "rounds": 3, "training.refit": 1})
+    held: AdapterState = {"layer": {"A": draw(RANK, INTO, seed=1), "B": draw(OUT, RANK, seed=2)}}
+    mean: AdapterState = {"layer": {**held["layer"], "B": draw(OUT, RANK, seed=3)}}
+    for done, rests in ((1, False), (2, True)):
+        before = ServerState(done, held, ("B",))
+        after = ruled_step(job, job.config, {}, before, replace(before, adapter=mean), 0.3).adapter["layer"]
+        assert torch.equal(after["B"], held["layer"]["B"]) == rests
+
+
+def test_the_level_of_a_threshold_is_divided_among_all_layers_of_a_round() -> None:
+    job, layers = configure(PLAIN), [f"layer{k}" for k in range(3)]
+    after: AdapterState = {layer: {"B": draw(OUT, RANK, seed=20 + k)} for k, layer in enumerate(layers)}
+    frozen: AdapterState = {layer: {"A": draw(RANK, INTO, seed=30 + k)} for k, layer in enumerate(layers)}
+    found = job.rule.step(after, after, {}, Known(frozen, 0.1))
+    for layer in layers:
+        A, B = frozen[layer]["A"], after[layer]["B"]
+        xi = 0.1 * edge_behind(OUT, torch.linalg.svdvals(A).tolist(), LEVEL / 3)
+        assert float((found[layer]["B"] @ A - slow(B, A, xi)).abs().max()) < 1e-10
+    diagonals: AdapterState = {layer: {"z": draw(50, seed=40 + k)} for k, layer in enumerate(layers)}
+    edge = 0.1 * NormalDist().inv_cdf(1 - LEVEL / (2 * 3 * 50))
+    for layer, made in job.rule.step(diagonals, diagonals, {}, Known({}, 0.1)).items():
+        assert torch.allclose(made["z"], torch.nn.functional.softshrink(diagonals[layer]["z"], edge))
+
+
 def test_the_edge_behind_a_matrix_is_that_of_draws() -> None:
     for rows, gains in ((13, (1.0, 0.8, 0.3)), (3, (2.0, 1.0, 1.0, 0.5, 0.1)), (40, (5.0, 0.0))):
         drawn = torch.linalg.svdvals(draw(20_000, rows, len(gains), seed=8) * torch.tensor(gains).double())[:, 0]
