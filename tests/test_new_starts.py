@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from audits.tiny_models import FILLER, GOOD, TARGETS, write_reviews
 from common.adapters import ADAPTERS, LoRAFrozenA, Place
-from common.adapters.base import base_weight
+from common.adapters.base import base_weight, stored_transposed
 from common.config.sections import HeadConfig
 from common.errors import ConfigError, DataError, ModelError
 from common.messages.state import HEAD, AdapterState
@@ -665,6 +665,27 @@ def test_a_scale_is_calibrated_of_both_factors_gradients_by_the_formula(model_fo
         if layer != HEAD:
             assert float(factors["s"]) == pytest.approx(want / have, rel=1e-4)
             assert float(factors["s"]) != pytest.approx(want / one, rel=0.02), "one half would do: nothing is proved"
+
+
+def test_a_square_layer_that_is_stored_transposed_is_calibrated_as_it_computes(
+    model_folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TARGETS, "gpt2", "attn.c_proj")
+    model = tiny(model_folder("gpt2"), "gpt2", STARTS["svd-of-weights"]())
+    assert all(stored_transposed(layer) for layer in model.adapter.layers(model.peft_model).values())
+    records = model.prepare([model.task.of_text(text) for text in TEXTS])
+    squares = torch.zeros(2, len(records), dtype=torch.float64)
+    for i, record in enumerate(records):
+        for layer, held in mean_gradient(model, [model.batch([record])]).items():
+            G, A = held["G"].double(), model.start[layer]["A"].double()
+            assert G.shape[0] == G.shape[1], "another shape would be an error, and no wrong length"
+            squares[0, i] += RANK / G.shape[1] * G.square().sum()
+            squares[1, i] += (G.T @ A.T).square().sum()
+    wanted, turned = squares.sqrt().median(1).values.tolist()
+    found = gradients(model, calibrated(model, model.start, records), records)
+    assert float(torch.tensor(found).median()) == pytest.approx(wanted, rel=1e-3)
+    plain = float(torch.tensor(gradients(model, model.start, records)).median())
+    assert plain / turned != pytest.approx(1.0, rel=0.02), "either orientation is as long: nothing is proved"
 
 
 def test_an_adapter_has_a_scale_that_a_start_may_choose_or_says_why_not() -> None:
