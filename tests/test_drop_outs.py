@@ -484,6 +484,22 @@ def test_a_task_that_comes_twice_has_one_answer_and_other_sites_have_other_secre
     assert not set(fewer.sealed) & set(first.sealed)
 
 
+def test_no_two_secrets_share_a_polynomial_and_no_two_directions_of_a_pair_a_key_stream() -> None:
+    federation = Federation(5)
+    federation.share()
+    held = {name: federation.agree(name).held for name in federation.names}
+    for site in federation.names:
+        pairs = [(own[site][:SHARE_BYTES], own[site][SHARE_BYTES:]) for own in held.values()]
+        apart = {(int.from_bytes(one, "big") - int.from_bytes(other, "big")) % PRIME for one, other in pairs}
+        assert len(apart) == 5, "one share of each tells how far a site's two secrets are apart"
+    first, second = federation.names[:2]
+    streams = [
+        bytes(a ^ b for a, b in zip(federation.sealed(holder, [sender])[0], held[holder][sender], strict=False))
+        for sender, holder in ((first, second), (second, first))
+    ]
+    assert streams[0] != streams[1], "a key seals twice"
+
+
 def test_the_key_of_a_lost_site_opens_nothing_that_was_sealed_for_it() -> None:
     """With one key for masks and seals, the server would have one share more of everybody from each lost site."""
 
