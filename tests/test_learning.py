@@ -14,6 +14,9 @@ from made_run import MadeRun
 from torch import Tensor
 
 import common.nulls
+from common.accountant import INITIALISATION, TRAINING, Accountant
+from common.messages.round import Spending, TrainResult
+from common.messages.state import HEAD, AdapterState
 from common.nulls import Energy, cross_site_energy, energy_of_sum, least_score, noise_edge
 from common.privacy import dpsgd
 from common.run_lines import LayerLine, RoundLine, read_lines
@@ -21,6 +24,13 @@ from common.strict_json import to_json
 from experiments.in_process import run_in_process
 from reports import markdown_report, report_of, write_reports
 from reports.learning import learning_sentence
+from server.aggregation import contributions
+from server.learning import layer_lines, statistic_noise, step_noise, with_noises
+from server.noise import averaged_noise, exact_noise
+from server.terms import paid_plan
+from strategies import Contribution, ServerState, Strategy
+from strategies.ffa_lora import FFALoRA
+from strategies.job import Job, configure
 
 SHARES = (0.4, 0.3, 0.2, 0.1)
 NOISES = (2.0, 1.0, 0.5, 0.7)
@@ -160,6 +170,201 @@ def test_the_edge_of_a_wide_matrix_is_the_limit_and_near_the_draws(monkeypatch: 
     drawn = noise_edge(100, 100, 0.05)
     monkeypatch.setattr(common.nulls, "WIDE", 50)
     assert noise_edge(100, 100, 0.05) == pytest.approx(drawn, rel=2e-3)
+
+
+# --- of a round's answers ---------------------------------------------------------------------------------------------
+
+SIZES, TOLD = (100, 300, 50), (2.0, 2.0, 5.0)
+OUT = {"query": 5, "dense": 9}
+RATE, HEAD_RATE, SAMPLED = 0.7, 3.0, 0.5
+
+
+def drawn(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def job_of(**more: Any) -> Job:
+    own: dict[str, Any] = {
+        "rounds": 4,
+        "strategy": "ffa-lora",
+        "training.optimizer": "sgd",
+        "training.learning-rate": RATE,
+        "training.local-steps": 1,
+        "training.sample-rate": SAMPLED,
+        "server.optimizer": "none",
+        "privacy.noise-multiplier": 2.0,
+        "privacy.epsilon": 500.0,
+        "head-rate": HEAD_RATE,
+    }
+    return configure({**own, **more})
+
+
+def state_of(trained: tuple[str, ...] = ("B",)) -> ServerState:
+    adapter: AdapterState = {x: {"A": drawn(1, 3, 7), "B": drawn(2, out, 3)} for x, out in OUT.items()}
+    return ServerState(0, {**adapter, HEAD: {"weight": drawn(3, 2, 4), "bias": drawn(4, 2)}}, trained)
+
+
+def answers(job: Job, changes: Sequence[AdapterState], state: ServerState, number: int = 1) -> list[TrainResult]:
+    """Return what sites of unlike sizes and noises answer that changed what they train by so much."""
+    found = []
+    for k, (size, noise, change) in enumerate(zip(SIZES, TOLD, changes, strict=True)):
+        result = TrainResult("1", number, f"site-{k}", size, change, None)
+        event = paid_plan(job, result).event
+        event = event.having(noise_multiplier=event.noise_multiplier * noise / TOLD[0])
+        kind = TRAINING if number else INITIALISATION
+        spent = Spending(kind, event, 1, 4, 1e-5, 0.5, 1.5, 500.0, 498.5, Accountant("pld", "0.6.0"))
+        sent = {x: {n: t + (state.adapter[x][n] if number else 0) for n, t in f.items()} for x, f in change.items()}
+        found.append(replace(result, contribution=sent, spending=spent))
+    return found
+
+
+def weighed(shares: Sequence[float], parts: Sequence[Tensor]) -> Tensor:
+    return torch.stack([share * part for share, part in zip(shares, parts, strict=True)]).sum(0)
+
+
+def spent_of(result: TrainResult) -> Spending:
+    assert result.spending is not None
+    return result.spending
+
+
+def alike(seed: int, lengths: Sequence[float] = (1.0, 0.5, 2.0)) -> list[AdapterState]:
+    """Return three sites' changes in one direction of rank one in each tensor, none of them as long as the next."""
+    tensors = {x: {"B": torch.outer(drawn(seed, out), drawn(seed + 1, 3))} for x, out in OUT.items()}
+    tensors[HEAD] = {"weight": torch.outer(drawn(seed, 2), drawn(seed + 1, 4)), "bias": drawn(seed + 2, 2)}
+    return [{x: {n: length * t for n, t in f.items()} for x, f in tensors.items()} for length in lengths]
+
+
+def told_by_pairs(changes: Sequence[Tensor], shares: Sequence[float], noises: Sequence[float]) -> float:
+    """Return a score by the sum over pairs of sites, one after the other."""
+    pairs = [(j, k) for j in range(len(changes)) for k in range(len(changes)) if j != k]
+    value = math.fsum(shares[j] * shares[k] * float(changes[j] @ changes[k]) for j, k in pairs)
+    variance = math.fsum((shares[j] * shares[k] * noises[j] * noises[k]) ** 2 for j, k in pairs)
+    return value / math.sqrt(2 * len(changes[0]) * variance)
+
+
+def test_a_rounds_lines_are_by_the_shares_noises_and_rates_of_its_sites_and_the_edge_is_of_all_its_matrices() -> None:
+    job, state = job_of(), state_of()
+    # By sizes over variances the second site would have 0.74 of the average, and has half.
+    shares = [0.5 * 100 / 108, 0.5, 0.5 * 8 / 108]
+    noises = [RATE * noise / (SAMPLED * size) for size, noise in zip(SIZES, TOLD, strict=True)]
+    mean = math.hypot(*(p * t for p, t in zip(shares, noises, strict=True)))
+    changes, matrices = alike(5), 4
+    for x, out in OUT.items():
+        # One layer's singular value is just below the edge of four matrices and above that of one, the other's above.
+        average = weighed(shares, [change[x]["B"] for change in changes])
+        wanted = mean * noise_edge(out, 3, common.nulls.LEVEL / matrices) * (0.97 if x == "query" else 1.03)
+        times = wanted / float(torch.linalg.matrix_norm(average, 2))
+        changes = [{**change, x: {"B": times * change[x]["B"]}} for change in changes]
+    results = answers(job, changes, state)
+    averaged = with_noises(job, contributions(job, results, state), results, state)
+    assert all(one.state is result.contribution for one, result in zip(averaged, results, strict=True))
+    assert averaged_noise(job, results, averaged) == pytest.approx(mean, rel=1e-12)
+    lines = {line.layer: line for line in layer_lines(job, state, averaged, results, summed=False)}
+    assert list(lines) == ["dense", HEAD, "query"]
+    assert (lines["query"].above, lines["dense"].above) == (0, 1)
+    assert lines["query"].change > mean * noise_edge(5, 3, common.nulls.LEVEL), "the level of one matrix says the same"
+    for x, line in lines.items():
+        flat = [torch.cat([change[x][n].flatten() for n in sorted(change[x])]) for change in changes]
+        own = [noise * (HEAD_RATE if x == HEAD else 1.0) for noise in noises]
+        assert line.score == pytest.approx(told_by_pairs(flat, shares, own), rel=1e-9)
+        assert line.change == pytest.approx(float(weighed(shares, flat).norm()), rel=1e-9)
+
+
+def test_a_change_that_is_shortened_has_its_noise_shortened_with_it() -> None:
+    job, state = job_of(), state_of()
+    noises = [RATE * noise / (SAMPLED * size) for size, noise in zip(SIZES, TOLD, strict=True)]
+    results = answers(job, alike(5, (0.01, 0.01, 3.0)), state)
+    averaged = with_noises(job, contributions(job, results, state), results, state)
+    sent = results[2].contribution["dense"]["B"] - state.adapter["dense"]["B"]
+    kept = averaged[2].state["dense"]["B"] - state.adapter["dense"]["B"]
+    factor = float(kept.norm() / sent.norm())
+    assert factor < 0.9, "nothing is shortened"
+    assert [one.noise for one in averaged] == pytest.approx([noises[0], noises[1], factor * noises[2]], rel=1e-9)
+    shares = [one.weight / math.fsum(one.weight for one in averaged) for one in averaged]
+    wanted = math.hypot(shares[0] * noises[0], shares[1] * noises[1], shares[2] * factor * noises[2])
+    assert averaged_noise(job, results, averaged) == pytest.approx(wanted, rel=1e-9)
+
+
+def test_the_noise_of_a_paid_starts_mean_is_that_of_its_sites_shares_and_of_what_was_shortened() -> None:
+    paid = {"strategy": "fed-sb", "adapter.start": "dp-gradient", "start.noise-multiplier": 4.0}
+    job, state = job_of(**paid, **{"start.sample-rate": 0.25}), state_of(("R",))
+    own = [4.0 * noise / TOLD[0] / (0.25 * size) for size, noise in zip(SIZES, TOLD, strict=True)]
+    for lengths in ((0.1, 0.1, 0.1), (0.1, 0.1, 90.0)):
+        changes = [{x: {"G": length * drawn(7, out, 7)} for x, out in OUT.items()} for length in lengths]
+        results = answers(job, changes, state, 0)
+        averaged = contributions(job, results, state)
+        parts = [float(a.state["dense"]["G"].norm()) / length for a, length in zip(averaged, lengths, strict=True)]
+        shares, factor = [0.5 * 100 / 108, 0.5, 0.5 * 8 / 108], parts[2] / parts[0]
+        assert (factor < 0.9) == (lengths[2] > 1)
+        wanted = math.hypot(shares[0] * own[0], shares[1] * own[1], shares[2] * factor * own[2])
+        assert statistic_noise(job, results, state) == pytest.approx(wanted, rel=1e-9)
+
+
+def test_of_a_sum_the_line_is_of_what_moves_in_the_round_by_the_noise_of_all_sites_together() -> None:
+    summed = {"privacy.mode": "secure-sum", "privacy.honest-sites": 2, "privacy.colluders": 1}
+    job, state = job_of(strategy="rolora", **summed), state_of(("A", "B"))
+    paid = answers(job, alike(5), state)
+    results = [replace(one, spending=replace(spent_of(one), event=paid_plan(job, one).event)) for one in paid]
+    change = {x: {"B": drawn(8, out, 3)} for x, out in OUT.items()}
+    moved = {x: {"A": state.adapter[x]["A"], "B": state.adapter[x]["B"] + change[x]["B"]} for x in OUT}
+    averaged = [Contribution("all", 1.0, moved)]
+    noise = RATE * 2.0 / math.sqrt(2) * math.sqrt(3) / (SAMPLED * sum(SIZES))
+    for line in layer_lines(job, state, averaged, results, summed=True):
+        numbers = 3 * OUT[line.layer]
+        wanted = (float(change[line.layer]["B"].square().sum()) / noise**2 - numbers) / math.sqrt(2 * numbers)
+        assert line.numbers == numbers, "a factor that rests counts as noise"
+        assert line.score == pytest.approx(wanted, rel=1e-9)
+
+
+def test_layers_have_no_line_in_a_round_in_which_they_rest() -> None:
+    job, state = job_of(**{"training.refit": 1}), replace(state_of(), round_number=3)
+    results = answers(job, alike(5), state, 4)
+    averaged = with_noises(job, contributions(job, results, state), results, state)
+    assert [line.layer for line in layer_lines(job, state, averaged, results, summed=False)] == [HEAD]
+    earlier = replace(state, round_number=2)
+    assert len(layer_lines(job, earlier, averaged, results, summed=False)) == 3
+
+
+class Halved(FFALoRA):
+    """Sends half of what it trained."""
+
+    name = "halved"
+
+    def uplink(self, trained: AdapterState) -> AdapterState:
+        return {x: {n: t / 2 for n, t in factors.items()} for x, factors in trained.items()}
+
+
+class Centred(FFALoRA):
+    """Steps by gradients less their mean."""
+
+    name = "centred"
+
+    def correct(self, gradients: AdapterState, weights: AdapterState, received: AdapterState) -> AdapterState:
+        return {x: {n: t - t.mean() for n, t in factors.items()} for x, factors in gradients.items()}
+
+
+@pytest.mark.parametrize(
+    ("more", "strategy"),
+    [
+        ({"training.local-steps": 2}, None),
+        ({"training.optimizer": "adam"}, None),
+        ({"training.weight-decay": 0.1}, None),
+        ({}, Halved()),
+        ({}, Centred()),
+    ],
+    ids=["steps", "optimizer", "decay", "uplink", "correct"],
+)
+def test_the_noise_of_a_change_is_known_of_a_plain_step_that_is_sent_as_it_is(
+    more: dict[str, Any], strategy: Strategy | None
+) -> None:
+    state, plain = state_of(), job_of()
+    job = job_of(**more)
+    job = replace(job, strategy=strategy or job.strategy)
+    for held, is_known in ((plain, True), (job, False)):
+        results = answers(held, alike(5), state)
+        averaged = contributions(held, results, state)
+        assert all((step_noise(held, result) is not None) == is_known for result in results)
+        assert (exact_noise(held, results, averaged) is not None) == is_known
 
 
 # --- through whole runs -----------------------------------------------------------------------------------------------

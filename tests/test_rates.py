@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from common.privacy.events import sampled_gaussian
 from server.noise import averaged_noise
 from server.optimizer import server_step
 from server.rates import within_noise
+from server.terms import paid_plan
 from strategies import Contribution
 from strategies.job import Job, configure
 
@@ -40,6 +42,11 @@ def job_of(**more: Any) -> Job:
         "training.sample-rate": 0.5,
     }
     return configure({**own, **more})
+
+
+def spent_of(result: TrainResult) -> Spending:
+    assert result.spending is not None
+    return result.spending
 
 
 def round_of(number: int, state: AdapterState) -> tuple[list[TrainResult], list[Contribution]]:
@@ -86,9 +93,8 @@ def rate_where_all_state(times: float, **more: float) -> float:
     results, averaged = round_of(1, {})
     told = []
     for result in results:
-        assert result.spending is not None
         event = sampled_gaussian(2.0 * more.get(result.site.replace("-", "_"), times), 0.5, 1.0)
-        told.append(replace(result, spending=replace(result.spending, event=event)))
+        told.append(replace(result, spending=replace(spent_of(result), event=event)))
     return within_noise(job_of(), told, averaged).server.learning_rate
 
 
@@ -100,6 +106,37 @@ def test_noise_that_all_sites_add_lowers_the_rate_and_no_single_site_does() -> N
     assert rate_where_all_state(1e5, site_0=1.0) == usual
     assert rate_where_all_state(1.0, site_1=1e5) == usual
     assert rate_where_all_state(2.0, site_0=0.5) == rate_where_all_state(1.0, site_0=0.5)
+
+
+def test_several_steps_of_a_round_add_their_noise_by_the_squares_of_their_own_rates() -> None:
+    plain = {"server.optimizer": "none", "server.most-noise": 0.0}
+    job = job_of(**plain, **{"training.local-steps": 3, "schedule": "linear", "training.refit": 3})
+    results, averaged = round_of(4, {})
+    rates = [0.7 * (1 - (9 + step) / 27) for step in range(3)]
+    site = ((0.25 * 3 / 50) ** 2 + (0.75 * 2 / 150) ** 2) ** 0.5
+    assert averaged_noise(job, results, averaged) == pytest.approx(math.hypot(*rates) * site, rel=1e-12)
+
+
+def test_a_sum_carries_every_sites_part_of_the_noise_over_the_sizes_of_all() -> None:
+    summed = {"privacy.mode": "secure-sum", "privacy.honest-sites": 2, "privacy.colluders": 1}
+    job = job_of(**summed)
+    results, averaged = round_of(1, {})
+    event = paid_plan(job, results[0]).event
+    paid = [replace(one, spending=replace(spent_of(one), event=event)) for one in results]
+    paid += [replace(paid[0], site="site-2", public_size=50)]
+    wanted = 0.7 * 2.0 / math.sqrt(2) * math.sqrt(3) / (0.5 * 450)
+    assert averaged_noise(job, paid, averaged[:1]) == pytest.approx(wanted, rel=1e-12)
+    loud = [replace(paid[0], spending=replace(spent_of(paid[0]), event=event.having(noise_multiplier=1e5))), *paid[1:]]
+    assert averaged_noise(job, loud, averaged[:1]) > 1e4 * wanted
+    assert averaged_noise(job, loud, averaged[:1], usual=True) == pytest.approx(wanted, rel=1e-12)
+
+
+def test_the_rate_follows_from_the_rates_of_the_rounds_of_its_phase_alone() -> None:
+    job = job_of(**{"schedule": "linear", "training.refit": 3})
+    results, averaged = round_of(4, {})
+    way = math.hypot(*(1 - done / 9 for done in range(9))) / 0.4
+    noise = averaged_noise(job, results, averaged, usual=True)
+    assert within_noise(job, results, averaged).server.learning_rate == pytest.approx(BOUND / (noise * way), rel=1e-12)
 
 
 @pytest.mark.parametrize("more", [{"server.most-noise": 0.0}, {"server.most-noise": 1e6}, {"privacy.mode": "none"}])
