@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from fractions import Fraction
 
 import numpy as np
@@ -20,6 +22,7 @@ from common.errors import MechanismError, ProtocolError
 from common.secure_sum import (
     Agreement,
     AttemptName,
+    Context,
     Holder,
     Identity,
     KeyOffer,
@@ -36,6 +39,7 @@ from common.secure_sum import (
     total,
     unmasked,
 )
+from common.secure_sum.canonical import canonical
 from common.secure_sum.masks import Words, mask_of, pair_seed
 from common.secure_sum.shares import PRIME, SECRET_BYTES, SHARE_BYTES, combined, split, weights
 
@@ -498,6 +502,18 @@ def test_no_two_secrets_share_a_polynomial_and_no_two_directions_of_a_pair_a_key
         for sender, holder in ((first, second), (second, first))
     ]
     assert streams[0] != streams[1], "a key seals twice"
+
+
+def test_masks_are_bound_to_who_holds_shares_and_to_how_many_tell_a_secret() -> None:
+    federation = Federation(5)
+    federation.share()
+    holder, own = federation.agree("site-01"), federation.attempts["site-01"]
+    keys = {name: shared.offer.public for name, shared in federation.shared.items()}
+    values = {**asdict(own.name), "threshold": 4, "keys": [[o.site, o.public] for o in federation.offers()]}
+    sharing = hashlib.sha256(canonical("fedveil/secure-sum/1/sharing", values)).digest()
+    assert holder.threshold == 4
+    assert holder.digest == Context(own.name, TERMS, TASK, keys, sharing).digest()
+    assert holder.digest != Context(own.name, TERMS, TASK, keys).digest()
 
 
 def test_the_key_of_a_lost_site_opens_nothing_that_was_sealed_for_it() -> None:
