@@ -416,8 +416,9 @@ def test_invariant_p4_a_servers_scores_are_of_gradients_less_their_noise_and_a_t
 ) -> None:
     rate, noise = 0.3, 0.02
     plain = {"training.local-steps": 1, "training.optimizer": "sgd", "training.learning-rate": rate}
-    job = configure({**plain, "recipe": "plain", "strategy": strategy, "server.scores": True, "rounds": 2})
-    W, A, B, s = draw(9, 13, seed=1), draw(2, 13, seed=2), draw(9, 2, seed=3), job.adapter.scaling
+    own = {"strategy": strategy, "adapter.rank": 4, "adapter.alpha": 6.8, "server.scores": True, "rounds": 2}
+    job = configure({**plain, "recipe": "plain", **own})
+    W, A, B, s = draw(9, 13, seed=1), draw(2, 13, seed=2), draw(9, 2, seed=3), 6.8 / 4
     step = watched(
         job, lambda before, averaged: replace(before, round_number=before.round_number + 1), lambda _: W, noise
     )
