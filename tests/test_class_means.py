@@ -131,6 +131,26 @@ def test_two_unequal_sites_sum_up_to_all_records_as_a_slow_reference_does(
     assert (said - behind @ rows.T).abs().max() < 1e-2 * float((behind @ rows.T).abs().max())
 
 
+def test_a_noised_count_that_is_next_to_nothing_or_negative_is_taken_for_the_least(
+    make: Callable[..., FederatedModel],
+) -> None:
+    start = ClassMeans(sample_rate=1.0, clip_norm=CLIP)
+    model, config = make(start), configure({**RUN, "privacy.clip-norm": 2.0}).config
+    draw = torch.Generator().manual_seed(4)
+    sums = torch.randn(start.layout(model)[HEAD]["sums"], generator=draw, dtype=torch.float64)
+    for told in ((-0.4, 0.1, 0.05), (2.0, -1.2, 0.001)):
+        counts = torch.tensor(told, dtype=torch.float64)
+        statistic: AdapterState = {HEAD: {"sums": sums, "counts": counts * COUNT * CLIP}}
+        made, public = start.complete(model, config, LABELS, statistic), start._map(model)
+        everyone = max(0.1, sum(told))
+        mean, P = sums.sum(0) / everyone, public["map"].double()
+        centre = public["centre"].double() + torch.linalg.solve(P.T, mean)
+        assert torch.allclose(made[METRIC]["centre"].double(), centre, rtol=1e-5, atol=1e-5 * float(centre.abs().max()))
+        rows = sums / counts.clamp(min=0.1 * everyone / 3)[:, None] - mean
+        found = made[HEAD]["weight"].double()
+        assert torch.allclose(found / found.norm(), rows / rows.norm(), rtol=1e-5, atol=1e-6)
+
+
 def test_what_is_public_is_the_same_bytes_at_sites_with_other_records(make: Callable[..., FederatedModel]) -> None:
     start = ClassMeans(sample_rate=1.0, clip_norm=CLIP)
     seen = []
