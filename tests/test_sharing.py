@@ -15,7 +15,7 @@ from made_run import DELTA, MadeRun
 from test_card import with_adapter
 
 from cli import report as summary
-from common.privacy.accounting import gaussian_release
+from common.privacy.accounting import Release, alone, gaussian_release
 from common.privacy.figures import bound_text, epsilon_text, remaining_text
 from common.privacy.privacy_filter import promised
 from common.run_lines import AuditFile, BesideRow, Finding
@@ -178,6 +178,19 @@ def test_no_figure_stands_without_its_honest_sites_and_a_form_that_drops_them_is
     assert shared.sharing is not None
     assert epsilon_text(shared.headline.epsilon) in text
     assert f"{shared.sharing.epsilon_alone:.3f}"[:-1] in text, "the price alone is missing"
+
+
+def test_the_other_prices_are_the_dearest_sites_by_the_sum_of_fewest_sites(shared: ReportData) -> None:
+    sharing, site = shared.sharing, shared.sites[0]
+    assert sharing is not None
+    assert site.delta is not None
+    rounds = [Release(site.events[0], 3)]
+    assert len({own.epsilon_alone for own in shared.sites}) == 2, "all sites cost the same: nothing is proved"
+    assert (sharing.honest_sites, sharing.summed) == (2, 3)
+    assert sharing.epsilon_alone == pytest.approx(promised(alone(rounds), site.delta)[0], abs=1e-9)
+    (more,) = sharing.more_honest
+    wanted = promised([Release(site.events[0].of_honest(3), 3)], site.delta)[0]
+    assert (more.honest_sites, more.epsilon) == (3, pytest.approx(wanted, abs=1e-9))
 
 
 @pytest.mark.parametrize("form", [form for form in FORMS if form != "picture"])
