@@ -256,6 +256,20 @@ def test_the_mean_is_that_of_a_slow_reference_whatever_sizes_are_said(world: Wor
     assert torch.allclose(found, wanted / COHORT_SIZE, rtol=1e-12, atol=1e-18)
 
 
+def test_at_a_rate_below_1_divisor_noise_and_bytes_are_those_of_the_usual_draw(
+    settings: dict[str, Any], world: World
+) -> None:
+    part = replace(world, job=configure({**settings, "privacy.site-rate": 0.25}))
+    with without_noise():
+        whole, fewer = (flat(one.mean(update)) for one in (world, part))
+    assert torch.allclose(fewer, 4 * whole, rtol=1e-12, atol=1e-18)
+    of_all, of_some = (
+        one.sites(MadeUp(update, COHORT_SIZE), k).gather(1, one.state) for one, k in ((world, "1"), (part, "2"))
+    )
+    assert of_some.summed[0].noise == pytest.approx(2.0 * CLIP / (0.25 * COHORT_SIZE))
+    assert (4 * of_some.bytes_down, 4 * of_some.bytes_up) == (of_all.bytes_down, of_all.bytes_up)
+
+
 def test_what_goes_on_to_the_strategy_is_the_state_moved_by_the_mean(world: World) -> None:
     with without_noise():
         mean = world.mean(update)
@@ -402,6 +416,18 @@ def test_a_charge_that_would_pass_the_budget_is_refused_and_not_written(tmp_path
     # All is composed at the smallest δ that any of it was charged at.
     later = ledger.charge("b", 1, sampled_gaussian(20.0, 1.0), 1e-2, 60.0)
     assert later.delta == 1e-3
+
+
+def test_a_rounds_epsilon_is_what_it_adds_and_later_runs_are_held_to_the_smallest_delta(tmp_path: Path) -> None:
+    ledger, before = ServerLedger(tmp_path / "sites.json", "site"), 0.0
+    for number in range(1, 4):
+        spent = ledger.charge("a", number, sampled_gaussian(6.0, 1.0), 1e-3, 60.0)
+        assert spent.epsilon_round == pytest.approx(spent.epsilon_total - before, abs=1e-12)
+        before = spent.epsilon_total
+    ledger.charge("b", 1, sampled_gaussian(9.0, 1.0), 1e-4, 60.0)
+    histories = [ledger.history(run) for run in "abc"]
+    assert [history.delta for history in histories] == [1e-4] * 3
+    assert [len(history.releases) for history in histories] == [0, 3, 4]
 
 
 def test_servers_that_share_a_ledger_never_spend_the_same_remainder(tmp_path: Path) -> None:
