@@ -7,17 +7,29 @@ from typing import Any
 
 import pytest
 from test_probe import ask, settings
+from test_second_run import clinic as ward
 
 from audits.tiny_site import OneSite, clinic
 from client import budget
-from common.messages.round import Refusal, Spending, TrainResult
-from common.privacy.privacy_filter import promised_noise
+from client.deadline import Deadline
+from client.ledger.ledger import Ledger
+from client.policy import Policy
+from client.site import Site
+from common.messages.round import Refusal, Spending, TrainResult, TrainTask
+from common.privacy.plan import PrivacyPlan
+from common.privacy.privacy_filter import promised, promised_noise
 from common.run_lines import BaselineFile, read_file
 from experiments.in_process import run_in_process
 from reports import report_of
+from strategies.job import Job, configure
 
 STEPS = 5
 """Of the probe in these settings."""
+PAID = {"recipe": "plain", "strategy": "ffa-lora", "adapter.start": "dp-eva", "privacy.delta": 1e-5}
+
+
+def pay(site: Site, job: Job, number: int) -> tuple[PrivacyPlan, Spending]:
+    return budget.pay_round(site, job, TrainTask("run", number, {}, {}, "", "", ""), Deadline())
 
 
 def strict(toy_settings: dict[str, Any], folder: Path, noise: float = 0.0) -> OneSite:
@@ -64,6 +76,33 @@ def test_noise_that_is_set_by_hand_grows_alike(toy_settings: dict[str, Any], tmp
     spending = spent_by(strict(toy_settings, tmp_path, noise=4.0))
     ratio = promised_noise(spending.event, 3.0, 1e-3, STEPS) / promised_noise(spending.event, 30.0, 1e-3, STEPS)
     assert spending.event.noise_multiplier == pytest.approx(4.0 * ratio, rel=2e-3)
+
+
+def test_a_site_that_comes_after_round_0_has_the_start_in_its_plan_all_the_same(tmp_path: Path) -> None:
+    """A server may ask for it afterwards."""
+    site, job = ward(tmp_path), configure({**PAID, "privacy.epsilon": 8.0, "rounds": 4})
+    pay(site, job, 1)
+    total = pay(site, job, 0)[1].epsilon_total
+    with Ledger(site.ledger_path) as ledger:
+        plan, spent = ledger.plans.of("ward"), ledger.spent("ward")
+    assert plan is not None
+    assert job.origin.release() in plan.releases
+    assert total == promised(spent, 1e-5)[0], "the start departs from the plan of its own run"
+
+
+@pytest.mark.parametrize("least", [0.0, 300.0])
+def test_a_start_is_made_with_the_noise_that_it_is_charged_for(least: float, tmp_path: Path) -> None:
+    """At a site whose budget is stricter than the run's, and that asks for more noise than that takes."""
+    site = ward(tmp_path, Policy(epsilon=2.0, delta=1e-5, min_noise_multiplier=least))
+    job = configure({**PAID, "privacy.epsilon": 8.0, "rounds": 4})
+    asked = job.origin.release()
+    assert asked is not None
+    plan, spending = pay(site, job, 0)
+    assert plan.event == spending.event
+    if least:
+        assert plan.event.noise_multiplier == least
+    else:
+        assert plan.event.noise_multiplier > 1.5 * asked.event.noise_multiplier
 
 
 @pytest.mark.parametrize(

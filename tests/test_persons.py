@@ -35,7 +35,7 @@ from common.data import split
 from common.data.partition import site_part
 from common.data.sources import load_dataset, train_and_test
 from common.data.split import public_split
-from common.errors import ConfigError, DataError, MechanismError, PrivacyError
+from common.errors import ConfigError, DataError, MechanismError, PolicyRefusal, PrivacyError
 from common.messages.wire import encode_reply
 from common.privacy import MECHANISMS, together
 from common.privacy.accounting import Release
@@ -479,7 +479,7 @@ def test_size_divisor_and_delta_count_persons(site: OneSite) -> None:
     [
         ({"unit": None, "person": None}, "unit = 'record'; the run asks for privacy.unit = 'person'"),
         ({"unit": "person", "person": "label"}, "person = 'label'; the run asks for data.person = 'author'"),
-        ({"unit": "person", "person": "author", "records_per_person": 4}, "records-per-person = 4; the run asks for"),
+        ({"unit": "person", "person": "author", "records_per_person": 7}, "records-per-person = 7; the run asks for"),
     ],
 )
 def test_a_run_is_held_to_the_stewards_unit_column_and_bound(site: OneSite, rules: dict[str, Any], words: str) -> None:
@@ -492,6 +492,13 @@ def test_a_run_is_held_to_the_stewards_unit_column_and_bound(site: OneSite, rule
 def test_a_run_by_record_is_refused_where_the_steward_protects_persons(site: OneSite) -> None:
     site.settings |= {"privacy.unit": "record", "data.person": ""}
     assert "unit = 'person'; the run asks for privacy.unit = 'record'" in site.refuse().reason
+
+
+def test_a_steward_who_protects_persons_does_so_in_public_records_too() -> None:
+    policy = Policy(unit="person", person="author")
+    policy.check_job(configure(BY_PERSON), private=False)
+    with pytest.raises(PolicyRefusal, match="unit = 'person'; the run asks for"):
+        policy.check_job(configure({}), private=False)
 
 
 @pytest.mark.parametrize(

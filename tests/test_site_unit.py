@@ -146,6 +146,7 @@ def without_noise() -> Iterator[None]:
         ({"min-sites": 9}, "more than privacy.cohort"),
         ({"privacy.delta": 0.2}, "above 1/8 of the cohort's sites"),
         ({"privacy.site-rate": 0.0}, "privacy.site-rate"),
+        ({"server.most-noise": 5.0}, "server.most-noise is for noise that sites add"),
         ({"server.scores": True}, "server.scores is for noise that sites add"),
         ({"strategy": "fedex-lora"}, "no strategy is given more than a sum"),
         ({"strategy": "fed-sb", "adapter.start": "dp-gradient"}, "is for a private run"),

@@ -152,6 +152,8 @@ def test_a_site_that_refused_a_vector_is_asked_no_more_in_the_run(
 def test_the_least_noise_of_a_policy_is_of_what_the_site_itself_adds(clinics: SumSite) -> None:
     clinics.rule(min_noise_multiplier=1.5)  # of the sum it is 2, of each of two honest sites 2 / √2
     refused(clinics, "noise multiplier 1.41421 of each site")
+    clinics.site.settings |= {"privacy.clip-norm": 5.0}
+    refused(clinics, "noise multiplier 1.41421 of each site")
     clinics.rule(min_noise_multiplier=1.41)
     assert isinstance(clinics.key(), KeyReply)
 
@@ -189,6 +191,16 @@ def test_a_sum_that_does_not_fit_its_words_is_refused_before_anybody_pays(
         run_in_process(summed, 4, run="blind")
     (blind,) = Path(summed["output"]).glob("*blind")
     assert min(charges(blind)) > 1, "planted: the test above would pass without the look"
+
+
+def test_the_room_in_a_sums_words_is_for_the_parts_of_colluders_too(
+    clinics: SumSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[int] = []
+    monkeypatch.setattr(budget, "check_headroom", lambda *own: counted.append(own[-1]))
+    clinics.site.settings |= {"privacy.honest-sites": 2, "privacy.colluders": 1}
+    assert isinstance(clinics.key(), KeyReply)
+    assert counted == [3]
 
 
 def test_a_majority_that_was_charged_for_another_release_than_the_runs_is_named(clinics: SumSite) -> None:

@@ -30,7 +30,7 @@ from client.ledger.ledger import Ledger
 from client.ledger.sums import Sums
 from common import randomness
 from common.config.sections import Scalar
-from common.errors import ConfigError, ProtocolError, RunFailed
+from common.errors import ConfigError, MechanismError, ProtocolError, RunFailed
 from common.messages.round import KeyReply, KeyTask, Refusal, Task, TrainResult, TrainTask
 from common.messages.state import HEAD
 from common.messages.tensors import entries
@@ -580,6 +580,19 @@ def test_a_margin_on_the_noise_is_on_a_sites_share_too(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(dpsgd.ClipAndShare, "read", without)
     assert beyond(), "the check is blind"
+
+
+def test_a_round_of_a_sum_makes_no_second_sum_and_keeps_the_words_of_the_first() -> None:
+    event = Event("summed-gaussian", {**sampled_gaussian(2.0, 0.25).figures, "honest_sites": 2})
+    plan, module = SecureSumPlan(event, 10.0, 1e-3, 40.0), torch.nn.Linear(3, 2, bias=False)
+    with plan.stepping()(module, torch.optim.SGD(module.parameters()), plan) as steps:
+        steps.order = (module.weight,)
+        steps.step([], lambda _: torch.zeros(0))
+        first = steps.words
+        with pytest.raises(MechanismError, match="a second sum was not paid for"):
+            steps.step([], lambda _: torch.zeros(0))
+        assert steps.words is first is not None
+    assert "words" not in vars(module.weight), "a vector without its masks is left on the model"
 
 
 def prices_at_first_use(clinics: SumSite, number: int, monkeypatch: pytest.MonkeyPatch) -> tuple[float, float]:
