@@ -216,6 +216,7 @@ def test_records_that_were_charged_before_and_are_out_later_are_infinite_from_th
     expose(path, "other", texts(3, *range(100, 120)))
     with Ledger(path) as ledger:
         assert ledger.epsilon("ward", 1e-5) == math.inf
+        assert ledger.epsilon_alone("ward", 1e-5) == ledger.epsilon_of_person("ward", 3, 1e-5) == math.inf
         assert ledger.epsilon("nobody's", 1e-5) == 0.0
     with pytest.raises(PolicyRefusal, match="without privacy"):
         charge_for(path, "ward", texts(*range(20)))

@@ -347,6 +347,7 @@ def test_a_receipt_is_what_was_charged_and_what_that_composes_to(ledger: Ledger)
     charge(ledger, 2, run="mine")
     charge(ledger, 1, run="last")
     ledger.fail("ward", run="mine", round_number=2, reason="SECRET-REASON")
+    ledger.fail("lab", run="mine", round_number=1, reason="of other records")
     made = receipt_of(ledger, "ward", "mine")
     assert made.epsilon_run == cost_of(2)
     assert made.epsilon_before == promised([twice], DELTA)[0], "what the first plan still has counts"
@@ -357,6 +358,7 @@ def test_a_receipt_is_what_was_charged_and_what_that_composes_to(ledger: Ledger)
     assert "SECRET-REASON" not in json.dumps(made.as_json()), "words of the site's log leave it"
     assert made.withdrawn == ""
     ledger.expose("ward", run="open", round_number=1, steps=2)
+    ledger.expose("lab", run="open", round_number=1, steps=2)
     assert receipt_of(ledger, "ward", "mine").epsilon_after is None
     open_run = receipt_of(ledger, "ward", "open")
     assert (open_run.epsilon_run, open_run.rounds, len(open_run.exposures)) == (None, (), 1)
@@ -382,6 +384,15 @@ def test_a_receipt_has_what_its_records_have_spent_under_another_name(ledger: Le
     far = receipt_of(ledger, "ward", "mine")
     assert (far.epsilon_after, far.largest) == (cost_of(1), None)
     json.dumps(far.as_json(), allow_nan=False)
+
+
+def test_the_largest_figure_of_a_record_holds_at_the_delta_that_is_asked_whatever_another_name_has(
+    ledger: Ledger,
+) -> None:
+    charge(ledger, 1, dataset="lab", run="other", delta=1e-3, records={1})
+    charge(ledger, 1, run="mine", records={1})
+    assert ledger.terms("lab").delta == 1e-3
+    assert ledger.largest("ward", DELTA) == cost_of(2) > ledger.epsilon("lab", 1e-3)
 
 
 def test_a_receipt_is_signed_and_a_changed_one_is_found(ledger: Ledger, path: Path, tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from common.accountant import EVALUATION, Accountant
 from common.errors import BudgetExhausted, ConfigError, LedgerError, PolicyRefusal
 from common.privacy.accounting import Release, gaussian_release
 from common.privacy.privacy_filter import promised
+from common.tasks.chat import Conversation
 from common.tasks.examples import Dataset
 from common.tasks.text import TextExample
 
@@ -566,6 +567,9 @@ def test_what_is_withdrawn_stays_so_however_it_is_written(path: Path) -> None:
 def test_other_words_are_another_record(path: Path) -> None:
     charge_for(path, "ward", visits())
     assert charge_for(path, "clinic", visits(lambda text: f"{text} again")).epsilon_before == 0
+    asked = (("user", "hello"), ("assistant", "good day"))
+    two = [Conversation(turns=(*asked, ("user", "and now?"), ("assistant", end))) for end in ("rest", "walk")]
+    assert contents.said(two[0]) != contents.said(two[1]), "a conversation is known by how it begins"
 
 
 def check_that_units_do_not_mix(path: Path) -> None:
@@ -896,6 +900,19 @@ def test_a_migration_that_fails_half_way_leaves_the_old_ledger(
     assert layout(old_ledger) == [("charges", "table"), ("no_delete", "trigger"), ("no_update", "trigger")]
     with Ledger(old_ledger) as ledger:
         assert ledger.epsilon("ward", DELTA) == cost_of(1)
+
+
+def test_every_table_but_that_of_the_key_refuses_changes_and_removals(path: Path) -> None:
+    Ledger(path).close()
+    connection = sqlite3.connect(path)
+    held = connection.execute("SELECT type, tbl_name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite_%'").fetchall()
+    connection.close()
+    tables = {table for kind, table, _ in held if kind == "table"} - {"secrets"}
+    assert {"charges", "reservations", "withdrawals", "mask_keys", "signed_lists", "plans"} <= tables
+    for table in tables:
+        for verb in ("UPDATE", "DELETE"):
+            stop = rf"BEFORE {verb} ON {table}\s+BEGIN SELECT RAISE\(ABORT, '[a-z ]+ are only ever added'\); END"
+            assert any(kind == "trigger" and re.search(stop, said) for kind, _, said in held), (verb, table)
 
 
 @pytest.mark.parametrize("table", ["budgets", "records"])
