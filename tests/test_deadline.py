@@ -147,6 +147,20 @@ def test_a_time_below_the_worst_is_refused_and_none_is_as_fast_as_it_goes() -> N
     assert free.left() == math.inf
 
 
+def test_what_a_round_computes_before_its_steps_has_its_own_time_and_its_own_reserve() -> None:
+    ahead = Timing({8: 0.5}, {8: 4}, 0.25, 0.0)
+    worst = TIMING.worst(2, 25.0, 0) + 3 * ahead.worst(1, 10.0, 0)
+    with pytest.raises(PolicyRefusal):
+        Deadline(worst / TRAINED - 0.01).allow(TIMING, 2, 25.0, 0, (ahead, 3, 10.0))
+    held = Deadline(worst / TRAINED + 0.01)
+    held.allow(TIMING, 2, 25.0, 0, (ahead, 3, 10.0))
+    assert held.reserve == pytest.approx(TIMING.reserve(2) + ahead.reserve(1))
+    of_persons = TIMING.worst(2, 25.0, 0, 3, 10)
+    assert of_persons > 1.5 * TIMING.worst(2, 25.0, 0)
+    with pytest.raises(PolicyRefusal):
+        Deadline(of_persons / TRAINED - 0.01).allow(TIMING, 2, 25.0, 0, None, 3, 10)
+
+
 def test_how_long_records_took_is_held_against_the_policy_alone_and_against_no_figure_of_a_servers() -> None:
     for steps, gone, refused in ((2, 0.0, False), (2, 1.2, False), (1, 1.3, True), (2, 1.3, True)):
         late = Deadline(10.0, began=time.monotonic() - gone)

@@ -20,7 +20,7 @@ from client.app import PLAIN
 from client.ledger.ledger import Ledger
 from client.ledger.rows import Failure
 from client.own_records import prepared
-from client.rehearsal import rehearse, rehearse_initial
+from client.rehearsal import rehearse, rehearse_initial, rehearse_turn
 from common.adapters import ADAPTERS, DoRA
 from common.adapters.mapped import Mapped
 from common.config.sections import HeadConfig
@@ -292,6 +292,64 @@ def test_a_model_that_remembers_what_passed_before_is_refused(
     monkeypatch.setattr(model, "losses", remembering)
     with pytest.raises(ModelError, match="before it"):
         rehearse(model)
+
+
+def test_a_model_that_is_another_one_as_lengths_descend_and_stays_so_is_refused(
+    model_folder: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = federated(model_folder("bert"), "classification", "query,value")
+    losses, among, scale = model.losses, rehearsal._Rehearsal._among_others, [1.0]
+
+    def later(*own: Any) -> list[Tensor]:
+        scale[0] = 1.01
+        return among(*own)
+
+    monkeypatch.setattr(rehearsal._Rehearsal, "_among_others", later)
+    monkeypatch.setattr(model, "losses", lambda batch: losses(batch) * scale[0])
+    with pytest.raises(ModelError, match=r"depends on what was computed before it$"):
+        rehearse(model)
+
+
+def test_a_record_that_only_a_longer_one_before_it_moves_is_refused(
+    model_folder: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = federated(model_folder("bert"), "classification", "query,value")
+    losses = model.losses
+
+    def moved(batch: Any) -> Tensor:
+        found, tokens = losses(batch), batch["attention_mask"].sum(dim=1)
+        return found * (1 + (tokens[: len(found)] < tokens[0]).float())
+
+    monkeypatch.setattr(model, "losses", moved)
+    with pytest.raises(ModelError, match="depends on the records beside it"):
+        rehearse(model)
+
+
+def test_products_that_records_share_in_the_longest_shape_alone_are_found(
+    model_folder: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = federated(model_folder("bert"), "classification", "query,value")
+
+    def shared(own: FederatedModel, batches: Any) -> bool:
+        return {batch["input_ids"].shape[1] for batch in batches} == {own.shapes.lengths[-1]}
+
+    monkeypatch.setattr(rehearsal, "follow_from_records", shared)
+    rehearse(model)
+    assert {model.shapes.rows_of(length) for length in model.shapes.lengths} == {1}
+
+
+def test_a_turn_rehearses_its_own_factors_alone(
+    model_folder: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = federated(model_folder("bert"), "classification", "query,value")
+    first, *others = sorted({name for _, name in model.below_head()})
+    turns: list[set[int]] = []
+    monkeypatch.setattr(rehearsal._Rehearsal, "run", lambda own: turns.append(set(map(id, own.trained))))
+    rehearse_turn(model, [first])
+    rehearse(model)
+    resting = {id(p) for (_, name), p in model.below_head().items() if name in others}
+    assert resting
+    assert turns[1] - turns[0] == resting
 
 
 def test_shapes_that_do_not_fit_the_memory_are_refused_before_a_charge(
