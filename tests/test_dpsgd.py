@@ -622,6 +622,21 @@ def test_a_step_outside_the_context_is_refused_before_anything_moves(toy: Toy) -
     assert unchanged(toy, before)
 
 
+def test_each_pass_of_a_step_is_asked_for_first_and_a_refusal_ends_the_step(toy: Toy) -> None:
+    passed: list[int] = []
+
+    def ask() -> None:
+        passed.append(len(passed))
+        if len(passed) == 3:
+            raise TimeoutError
+
+    before = values(toy)
+    with PrivateSteps(toy, SGD(used(toy), lr=1.0), plan(), before_pass=ask) as steps, pytest.raises(TimeoutError):
+        steps.step([BATCH] * 4, toy.losses)
+    assert passed == [0, 1, 2]
+    assert unchanged(toy, before)
+
+
 @pytest.mark.parametrize("change", ["in place", "replaced"])
 def test_a_gradient_changed_after_its_release_is_refused(toy: Toy, change: str) -> None:
     optimizer = SGD(used(toy), lr=1.0)

@@ -359,7 +359,8 @@ def test_a_receipt_is_what_was_charged_and_what_that_composes_to(ledger: Ledger)
     assert made.withdrawn == ""
     ledger.expose("ward", run="open", round_number=1, steps=2)
     ledger.expose("lab", run="open", round_number=1, steps=2)
-    assert receipt_of(ledger, "ward", "mine").epsilon_after is None
+    bare = receipt_of(ledger, "ward", "mine")
+    assert (bare.epsilon_run, bare.epsilon_before, bare.epsilon_after, bare.largest) == (None,) * 4
     open_run = receipt_of(ledger, "ward", "open")
     assert (open_run.epsilon_run, open_run.rounds, len(open_run.exposures)) == (None, (), 1)
     with pytest.raises(LedgerError, match="holds no round of run 'mime'"):

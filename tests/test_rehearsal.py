@@ -338,6 +338,23 @@ def test_products_that_records_share_in_the_longest_shape_alone_are_found(
     assert {model.shapes.rows_of(length) for length in model.shapes.lengths} == {1}
 
 
+def test_the_scale_of_features_is_1_while_a_model_rehearses(
+    model_folder: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the server's, and could make a record's part in a gradient vanish."""
+    model = federated(model_folder("bert"), "classification", "query,value")
+    model.module.feature_scale = 1e-9
+    losses, seen = model.losses, set()
+
+    def watched(batch: Any) -> Tensor:
+        seen.add(model.module.feature_scale)
+        return losses(batch)
+
+    monkeypatch.setattr(model, "losses", watched)
+    rehearse(model)
+    assert (seen, model.module.feature_scale) == ({1.0}, 1e-9)
+
+
 def test_a_turn_rehearses_its_own_factors_alone(
     model_folder: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
