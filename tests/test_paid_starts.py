@@ -194,6 +194,15 @@ def test_invariant_23_the_sites_mean_is_that_of_all_records_in_any_order(tiny: M
 
 
 @each_family
+def test_the_open_mean_of_moments_is_of_each_records_own_tokens_and_not_of_its_padding(tiny: Make, family: str) -> None:
+    model = tiny(family, PrivateEVA())
+    whole, alone = moments(model), [moments(model, [text]) for text in TEXTS]
+    for name, M in whole.items():
+        assert all(float(one[name].trace()) == pytest.approx(1, abs=1e-6) for one in alone)
+        assert (torch.stack([one[name] for one in alone]).mean(0) - M).abs().max() < 1e-6
+
+
+@each_family
 def test_invariant_29_layers_that_share_an_input_share_a(tiny: Make, family: str) -> None:
     model = tiny(family, PrivateEVA())
     shared = shared_inputs(model)

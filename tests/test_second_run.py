@@ -340,6 +340,14 @@ def test_the_noise_of_a_trusted_servers_run_stays_when_another_run_came_before_i
     assert trusted.sums_plan(job, ledger.history("late")) != plan
 
 
+@pytest.mark.parametrize("noise", [3.0, 40.0])
+def test_noise_that_a_trusted_servers_run_sets_itself_stays_whatever_came_before(noise: float, tmp_path: Path) -> None:
+    job = configure({**TRUSTED, "rounds": 5, "privacy.noise-multiplier": noise})
+    ledger = ServerLedger(tmp_path / "sites.json", "site")
+    ledger.charge("other", 1, sampled_gaussian(20.0, 1.0), DELTA, 8.0)
+    assert trusted.sums_plan(job, ledger.history("late")).event.noise_multiplier == noise
+
+
 def test_a_trusted_server_that_forgets_earlier_runs_is_found_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
