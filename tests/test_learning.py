@@ -316,6 +316,34 @@ def test_of_a_sum_the_line_is_of_what_moves_in_the_round_by_the_noise_of_all_sit
         assert line.score == pytest.approx(wanted, rel=1e-9)
 
 
+def test_of_sites_of_unlike_ranks_the_lines_are_of_the_columns_that_all_of_them_train() -> None:
+    job, state = job_of(strategy="heterogeneous-ranks"), state_of()
+    results = []
+    for result, rank in zip(answers(job, alike(5, (0.01, 0.02, 0.03)), state), (2, 3, 1), strict=True):
+        own = {x: {"B": result.contribution[x]["B"][:, :rank]} for x in OUT}
+        results.append(replace(result, contribution={**own, HEAD: result.contribution[HEAD]}, rank=rank))
+    averaged = with_noises(job, contributions(job, results, state), results, state)
+    lines = {line.layer: line for line in layer_lines(job, state, averaged, results, summed=False)}
+    assert lines.keys() == {*OUT, HEAD}
+    shares = [one.weight / math.fsum(one.weight for one in averaged) for one in averaged]
+    for x, out in OUT.items():
+        first = [one.state[x]["B"][:, 0] - state.adapter[x]["B"][:, 0] for one in averaged]
+        noises = [one.noise or 0.0 for one in averaged]
+        assert lines[x].numbers == out
+        assert lines[x].score == pytest.approx(told_by_pairs(first, shares, noises), rel=1e-9)
+
+
+def test_a_trusted_servers_noise_is_alike_in_head_and_layers_whatever_the_heads_rate() -> None:
+    central = {"privacy.mode": "client-level", "privacy.unit": "site", "privacy.cohort": 20, "privacy.delta": 1e-3}
+    job, state = job_of(**central), state_of()
+    (change,) = alike(5, (1.0,))
+    moved = {x: {n: state.adapter[x][n] + t for n, t in factors.items()} for x, factors in change.items()}
+    for line in layer_lines(job, state, [Contribution("all", 1.0, moved, noise=0.3)], [], summed=True):
+        flat = torch.cat([t.flatten() for t in change[line.layer].values()])
+        wanted = (float(flat.square().sum()) / 0.3**2 - len(flat)) / math.sqrt(2 * len(flat))
+        assert line.score == pytest.approx(wanted, rel=1e-9)
+
+
 def test_layers_have_no_line_in_a_round_in_which_they_rest() -> None:
     job, state = job_of(**{"training.refit": 1}), replace(state_of(), round_number=3)
     results = answers(job, alike(5), state, 4)
