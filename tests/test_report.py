@@ -68,6 +68,14 @@ def test_figures_are_those_of_the_files(made: MadeRun) -> None:
             assert words in text, f"report.{form} does not say {words!r}"
 
 
+def test_a_rounds_epsilon_is_the_worst_sites_by_then(made: MadeRun) -> None:
+    lines = made.lines("privacy.jsonl")
+    for row in report_of(made.folder).rounds:
+        by_then = {line["site"]: line["epsilon_total"] for line in lines if line["round"] <= row.round_number}
+        assert row.epsilon_worst == max(by_then.values(), default=None)
+    assert by_then["north"] > by_then["south"], "any site's would do"
+
+
 def test_epsilon_is_computed_again_by_pld_and_rdp(made: MadeRun) -> None:
     north, south = report_of(made.folder).sites
     releases = [gaussian_release(0.8, 0.05, 15)]
