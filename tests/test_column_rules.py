@@ -314,6 +314,15 @@ def test_a_round_that_gives_no_score_chooses_nothing_by_the_last_ones() -> None:
         assert counts(strategy.server_update(state, made)) == counts(state)
 
 
+def test_increlora_grows_after_every_round_of_its_interval_and_after_no_other() -> None:
+    strategy, seen = IncreLoRA(start_columns=1, more_columns=1, interval=3), list[int]()
+    state = strategy.start(start(), ("B",))
+    for number in range(1, 7):
+        state = strategy.server_update(state, sites(strategy, state, number, {"dense": 5.0}, 0.1))
+        seen.append(counts(state)["dense"])
+    assert seen == [1, 1, 2, 2, 2, 3]
+
+
 def test_c6_a_layer_that_grows_computes_what_it_did_and_by_alpha_over_its_columns_it_would_not() -> None:
     strategy = IncreLoRA(start_columns=4, more_columns=2, top_layers=2)
     state = strategy.start(start(), ("B",))

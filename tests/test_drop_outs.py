@@ -168,6 +168,21 @@ def test_the_fields_number_is_the_least_prime_above_every_secret() -> None:
     assert [number for number in range(2**256 + 1, PRIME + 1, 2) if is_prime(number)] == [PRIME]
 
 
+def test_a_coefficient_is_drawn_so_wide_that_its_remainder_is_as_good_as_uniform(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[int] = []
+
+    def counted(seed: bytes, count: int) -> Words:
+        asked.append(count)
+        return mask_of(seed, count)
+
+    monkeypatch.setattr("common.secure_sum.shares.mask_of", counted)
+    split(bytes(SECRET_BYTES), 4, 7, bytes(32))
+    (words,) = asked
+    assert 2 ** (32 * words // 3) // PRIME >= 2**127
+
+
 def test_what_is_no_share_is_refused() -> None:
     shares = split(bytes(SECRET_BYTES), 2, 3, os.urandom(32))
     for numbers in ((1, 1), (0, 1), (1, PRIME)):

@@ -431,6 +431,19 @@ def test_a_rounds_epsilon_is_what_it_adds_and_later_runs_are_held_to_the_smalles
     assert [len(history.releases) for history in histories] == [0, 3, 4]
 
 
+def test_a_ledger_that_has_lost_what_another_server_charged_is_refused_once_that_was_read(tmp_path: Path) -> None:
+    path, event = tmp_path / "sites.json", sampled_gaussian(6.0, 1.0)
+    reader, other = ServerLedger(path, "site"), ServerLedger(path, "site")
+    other.charge("a", 1, event, 1e-3, 60.0)
+    older = path.read_bytes()
+    other.charge("a", 2, event, 1e-3, 60.0)
+    assert len(reader.charges()) == 2
+    path.write_bytes(older)
+    with pytest.raises(LedgerError, match="has 1 charges, and had 2: put back the file"):
+        reader.charge("b", 1, event, 1e-3, 60.0)
+    assert path.read_bytes() == older
+
+
 def test_servers_that_share_a_ledger_never_spend_the_same_remainder(tmp_path: Path) -> None:
     path, event, paid = tmp_path / "sites.json", sampled_gaussian(4.0, 1.0), list[float]()
     budget = promised([Release(event, 5)], 1e-3)[0]
