@@ -341,8 +341,10 @@ def test_the_noise_of_a_trusted_servers_run_stays_when_another_run_came_before_i
 
 
 @pytest.mark.parametrize("noise", [3.0, 40.0])
-def test_noise_that_a_trusted_servers_run_sets_itself_stays_whatever_came_before(noise: float, tmp_path: Path) -> None:
-    job = configure({**TRUSTED, "rounds": 5, "privacy.noise-multiplier": noise})
+def test_noise_that_a_trusted_servers_run_sets_itself_stays_whether_or_not_it_fits(
+    noise: float, tmp_path: Path
+) -> None:
+    job = configure({**TRUSTED, "rounds": 5, "privacy.epsilon": 2.0, "privacy.noise-multiplier": noise})
     ledger = ServerLedger(tmp_path / "sites.json", "site")
     ledger.charge("other", 1, sampled_gaussian(20.0, 1.0), DELTA, 8.0)
     assert trusted.sums_plan(job, ledger.history("late")).event.noise_multiplier == noise
