@@ -47,6 +47,7 @@ from audits.worlds import (
 )
 from common.errors import MechanismError
 from common.model.batching import length_batches
+from common.model.shapes import FixedBatch
 from common.privacy import dpsgd
 from common.privacy.dpsgd import PrivateSteps
 from common.randomness import add_private_noise
@@ -622,7 +623,9 @@ def test_a_step_outside_the_context_is_refused_before_anything_moves(toy: Toy) -
     assert unchanged(toy, before)
 
 
-def test_each_pass_of_a_step_is_asked_for_first_and_a_refusal_ends_the_step(toy: Toy) -> None:
+@pytest.mark.parametrize("fixed", [False, True], ids=["a batch", "of a fixed shape"])
+def test_each_pass_of_a_step_is_asked_for_first_and_a_refusal_ends_the_step(toy: Toy, fixed: bool) -> None:
+    part: Any = FixedBatch({"x": BATCH}, 2) if fixed else BATCH
     passed: list[int] = []
 
     def ask() -> None:
@@ -632,7 +635,7 @@ def test_each_pass_of_a_step_is_asked_for_first_and_a_refusal_ends_the_step(toy:
 
     before = values(toy)
     with PrivateSteps(toy, SGD(used(toy), lr=1.0), plan(), before_pass=ask) as steps, pytest.raises(TimeoutError):
-        steps.step([BATCH] * 4, toy.losses)
+        steps.step([part] * 4, lambda batch: toy.losses(batch["x"] if fixed else batch))
     assert passed == [0, 1, 2]
     assert unchanged(toy, before)
 
