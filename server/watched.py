@@ -24,12 +24,12 @@ def watched(job: Job, step: ServerStep, weight: Callable[[str], Tensor], noise: 
         weight: returns W0 of a layer, shape (out, in).
         noise: standard deviation of the noise on one number of the averaged change; 0: there is none.
     """
-    rate = job.config.training.learning_rate  # of the one plain step that sites take
 
     def taken(before: ServerState, averaged: ServerState) -> ServerState:
         after = step(before, averaged)
         if job.config.rests(before.round_number + 1):
             return after
+        rate = job.config.site_rate(before.round_number + 1, 0)  # of the one plain step that sites take
         scores: AdapterState = {}
         for layer, held in before.adapter.items():
             if layer in OWN:
