@@ -27,6 +27,7 @@ from cli.tune import tune
 from common.words import counted, names_text, natural
 
 if TYPE_CHECKING:
+    from common.model.federated import Score
     from common.run_lines import ProgressFile
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -128,12 +129,24 @@ def _progress_words(state: ProgressFile, seconds: float) -> str:
 
 @app.command()
 @_for_people
-def evaluate(folder: Annotated[Path, typer.Argument(help="A run's folder.")]) -> None:
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="A run's folder.")],
+    recovered: Annotated[
+        Path | None,
+        typer.Option(help="What `recover` made of it: score the large model as it is, and with that adapter."),
+    ] = None,
+) -> None:
     """Load a run's adapter with stock PEFT and score it on the run's public test data."""
-    from experiments.evaluate import evaluate_run
+    from experiments.evaluate import evaluate_recovered, evaluate_run
 
-    score = evaluate_run(folder)
-    console.print(f"accuracy {100 * score.accuracy:.1f} %  loss {score.loss:.4f}")
+    def words(score: Score) -> str:
+        return f"accuracy {100 * score.accuracy:.1f} %  loss {score.loss:.4f}"
+
+    if recovered is None:
+        console.print(words(evaluate_run(folder)))
+        return
+    alone, tuned = evaluate_recovered(folder, recovered)
+    console.print(f"large model:      {words(alone)}\nwith the adapter: {words(tuned)}")
 
 
 @app.command()

@@ -45,3 +45,4 @@ def recover(
 
     large = recover_run(folder, target, pruned)
     console.print(f"adapter: {target}, for {large}", markup=False)
+    console.print(f"score:   fedveil evaluate {folder} --recovered {target}", markup=False)

@@ -18,12 +18,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from audits.tiny_models import VOCABULARY
 from client.local_training import check_task
 from common.adapters import LoRAFrozenA
+from common.data.sources import public_test
 from common.errors import ConfigError, DataError, ModelError, ProtocolError
 from common.messages.round import TrainTask
 from common.model.base import load_base_model
+from common.model.federated import score_records
 from common.model.importance import COLUMNS, ROWS, importance, running
 from common.model.pruned import Kept, by_scores, by_weights, pruned, recovered, units_of
 from common.starts import STARTS
+from experiments.evaluate import evaluate_recovered, load_result
 from experiments.in_process import run_in_process
 from experiments.pruning import prune
 from experiments.pruning.files import NAME, read_pruned
@@ -332,6 +335,25 @@ def test_a_run_on_a_pruned_model_is_recovered_onto_the_large_one_and_both_are_kn
         recover_run(folder, target)
     with pytest.raises(DataError, match="exists already"):
         prune_model(source, small, 1, 16)
+    # Scored on the large one: as it is, and moved by hand as PEFT has merged it above.
+    alone, tuned = evaluate_recovered(folder, target)
+    for score, weights in ((alone, before), (tuned, stock.state_dict())):
+        _, about_run = load_result(folder / "adapter")  # what the run was scored by, but of the large model
+        base = load_base_model(source, "causal-lm")
+        base.module.load_state_dict(weights)
+        task = about_run["kind"]
+        by_hand = task.module(base.module, base, 0, about_run["feature_scale"])
+        examples = public_test(configure(about_run["settings"]).config.data, "causal-lm").examples
+        records = task.prepare(base, examples, task.limit(base, about_run["max_length"]))
+        expected = score_records(by_hand, task, base, records, torch.device("cpu"), torch.float32)
+        assert score.loss == pytest.approx(expected.loss, abs=2e-5), "the large model is scored as another"
+    assert abs(alone.loss - tuned.loss) > 1e-3, "the adapter moves nothing: nothing is proved"
+    with pytest.raises(DataError, match="holds no recovered adapter: give the folder that `fedveil recover` made"):
+        evaluate_recovered(folder, folder)
+    for key, named in (("trained_on", "name the run that it was recovered from"), ("recovered_onto", "other weights")):
+        (target / "recovered.json").write_text(json.dumps({**told, key: "0" * 64}), encoding="utf-8")
+        with pytest.raises(ModelError, match=named):
+            evaluate_recovered(folder, target)
 
 
 def test_invariant_p5_another_small_or_large_model_than_the_runs_is_refused(

@@ -1,4 +1,4 @@
-"""``pruned.json``: what a pruned model was made of, beside it in its folder."""
+"""``pruned.json``, what a pruned model was made of, and other files beside models and adapters."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from common.files import replace_file
 from common.model.pruned import Kept
 
 NAME = "pruned.json"
+RECOVERED = "recovered.json"
+"""Beside a recovered adapter: the fingerprints of the model that it was trained on and of the one that it is for."""
 FORMAT = "fedveil-pruned/1"
 
 

@@ -13,7 +13,7 @@ from common.adapters.base import PEFT_PREFIX
 from common.errors import DataError, ModelError
 from common.model.base import load_base_model
 from common.model.pruned import recovered, units_of
-from experiments.pruning.files import put_json, read_pruned
+from experiments.pruning.files import RECOVERED, put_json, read_pruned
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -66,7 +66,7 @@ def recover_run(run: Path, target: Path, pruned: Path | None = None) -> str:
         put_json(target / CONFIG, {**config, "base_model_name_or_path": told.large})
         save_file(made, str(target / WEIGHTS), metadata={"format": "pt"})
         fingerprints = {"trained_on": told.small_fingerprint, "recovered_onto": told.large_fingerprint}
-        put_json(target / "recovered.json", {"large": told.large, **fingerprints})
+        put_json(target / RECOVERED, {"large": told.large, **fingerprints})
     except OSError as error:
         shutil.rmtree(target, ignore_errors=True)
         raise DataError(f"{target} cannot be written ({error.strerror}): check rights and space") from error
