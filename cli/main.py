@@ -79,9 +79,9 @@ def fedveil(
 def run(
     settings: Overrides = None,
     sites: Annotated[
-        int | None, typer.Option(help="Simulated sites that divide the data; 4, or as a resumed run began.")
+        int | None, typer.Option(min=1, help="Simulated sites that divide the data; 4, or as a resumed run began.")
     ] = None,
-    workers: Annotated[int, typer.Option(help="Processes that train at once; 0: as many as pay off.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that train at once; 0: as many as pay off.")] = 0,
 ) -> None:
     """Run a simulated federation through ``flwr run`` and report on it."""
     from common.config.text import parse_settings

@@ -22,7 +22,9 @@ console = Console(highlight=False, emoji=False)
 @for_people
 def plan(
     settings: Annotated[list[str] | None, typer.Option("-c", "--config", help="Settings, as of 'fedveil run'.")] = None,
-    sites: Annotated[int | None, typer.Option(help="Simulated sites that divide the data; 4 if not said.")] = None,
+    sites: Annotated[
+        int | None, typer.Option(min=1, help="Simulated sites that divide the data; 4 if not said.")
+    ] = None,
     sizes: Annotated[str, typer.Option(help="Public sizes instead, one per site: 700,2400,3400.")] = "",
     find: Annotated[str, typer.Option(help="Turn it round: noise, rounds or sample-rate within the budget.")] = "",
     after: Annotated[

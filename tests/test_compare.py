@@ -162,3 +162,13 @@ def test_two_configurations_of_one_name_are_refused_before_anything_runs(tmp_pat
     with pytest.raises(ConfigError, match="different names"):
         compare(files, [1], 2, {}, tmp_path / "out", lambda *_: None)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "words", ["plan --sites 0", "plan --sites -3", "run --sites 0", "run --sites -3", "run --workers -1"]
+)
+def test_numbers_of_sites_that_there_cannot_be_are_refused_before_anything_is_computed(words: str) -> None:
+    """A recipe that goes by the number of sites took the root of a negative one."""
+    done = CliRunner().invoke(app, words.split())
+    assert (done.exit_code, done.exception.__class__) == (2, SystemExit)
+    assert "is not in the range" in " ".join(done.output.replace("│", " ").split())
