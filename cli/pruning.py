@@ -21,10 +21,11 @@ def prune(
     neurons: Annotated[int, typer.Option(help="Neurons that stay in each layer; 0: all.")] = 0,
     task: Annotated[str, typer.Option(help="Kind of task, as model.task.")] = "causal-lm",
     by: Annotated[
-        Path | None, typer.Option(help="A run on the large model with server.scores, whose scores choose.")
+        Path | None,
+        typer.Option(help="A run on the large model with server.scores, whose scores choose in place of sentences."),
     ] = None,
 ) -> None:
-    """Write a base model with fewer heads and neurons, chosen by weights or a run's scores, as a stock model."""
+    """Write a base model with fewer heads and neurons, chosen on plain sentences or by a run, as a stock model."""
     from experiments.pruning.prune import prune_model
 
     about = prune_model(model, target, groups, neurons, task, by)

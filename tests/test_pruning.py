@@ -24,7 +24,7 @@ from common.messages.round import TrainTask
 from common.model.base import load_base_model
 from common.model.federated import score_records
 from common.model.importance import COLUMNS, ROWS, importance, running
-from common.model.pruned import Kept, by_scores, by_weights, pruned, recovered, units_of
+from common.model.pruned import Kept, by_scores, by_text, pruned, recovered, units_of
 from common.starts import STARTS
 from experiments.evaluate import evaluate_recovered, load_result
 from experiments.in_process import run_in_process
@@ -234,7 +234,7 @@ def test_invariant_p2_a_site_with_another_pruning_of_the_same_model_is_refused(
     source, folders = model_folder("llama"), [tmp_path / name for name in ("ours", "theirs")]
     ours = prune_model(source, folders[0], groups=1, neurons=16).kept
     theirs = Kept(ours.groups, tuple(tuple(i for i in range(24) if i not in kept[:8]) for kept in ours.neurons))
-    monkeypatch.setattr(prune, "by_weights", lambda *_: theirs)
+    monkeypatch.setattr(prune, "by_text", lambda *_: theirs)
     prune_model(source, folders[1], groups=1, neurons=16)
     jobs = [configure({**toy_generation, "model.name": str(folder)}) for folder in folders]
     models = [job.model((), ()) for job in jobs]
@@ -283,20 +283,49 @@ def _place(layer: str, shape: tuple[int, ...]) -> Any:
     return Place(layer, shape[0], shape[1], 2, 1, lambda: torch.zeros(shape))
 
 
-def test_units_are_chosen_by_their_weights_and_layers_choose_apart(large: nn.Module) -> None:
-    with torch.no_grad():
-        for number, (group, neuron) in enumerate(((2, 6), (0, 12))):
-            layer = large.model.layers[number]  # type: ignore[union-attr,index]
-            layer.self_attn.v_proj.weight[6 * group : 6 * group + 6] *= 9
-            layer.mlp.down_proj.weight[:, neuron] *= 9
-    kept = by_weights(large, 1, 1)
-    assert kept == Kept(groups=((2,), (0,)), neurons=((6,), (12,)))
-    assert by_weights(large, 3, 14) == Kept(groups=((0, 1, 2),) * 2, neurons=(tuple(range(14)),) * 2)
-    same = pruned(large, by_weights(large, 3, 14))
+TEXTS = (TOKENS[:1, :5], TOKENS[1:], torch.tensor([[2, 8]]))
+"""Of unlike lengths: a score is of tokens, not of texts."""
+
+
+def energies(model: nn.Module) -> dict[tuple[int, str], list[float]]:
+    """Return what each unit adds to the stream, column by column and token by token: the slow, obvious reference."""
+    found: dict[tuple[int, str], list[float]] = {}
+    for number, layer in enumerate(model.model.layers):  # type: ignore[union-attr,arg-type]
+        for kind, end, count in (("groups", layer.self_attn.o_proj, 3), ("neurons", layer.mlp.down_proj, 14)):
+            seen: list[Tensor] = []
+            hook = end.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0][0]))
+            for tokens in TEXTS:
+                model(tokens)
+            hook.remove()
+            each = end.weight.shape[1] // count
+            totals = [0.0] * count
+            for token in torch.cat(seen):
+                for column, number_in in enumerate(token):
+                    totals[column // each] += float((end.weight[:, column] * number_in).square().sum())
+            found[number, kind] = totals
+    return found
+
+
+def test_units_are_chosen_by_what_they_add_on_a_text_and_layers_choose_apart(large: nn.Module) -> None:
+    """In float64 against token by token; the longest weights are others, so that they decide nothing alone."""
+    expected = energies(large)
+    for groups, neurons in ((1, 5), (2, 9)):
+        kept = by_text(large, TEXTS, groups, neurons)
+        for number in range(2):
+            for kind, count in (("groups", groups), ("neurons", neurons)):
+                totals = expected[number, kind]
+                best = sorted(sorted(range(len(totals)), key=lambda unit: -totals[unit])[:count])
+                assert getattr(kept, kind)[number] == tuple(best)
+        assert kept.neurons[0] != kept.neurons[1]
+    lengths = large.model.layers[0].mlp.down_proj.weight.norm(dim=0)  # type: ignore[union-attr,index]
+    assert tuple(lengths.topk(5).indices.sort().values.tolist()) != by_text(large, TEXTS, 1, 5).neurons[0]
+    assert by_text(large, TEXTS, 3, 14) == Kept(groups=((0, 1, 2),) * 2, neurons=(tuple(range(14)),) * 2)
+    same = pruned(large, by_text(large, TEXTS, 3, 14))
     assert (same(TOKENS).logits - large(TOKENS).logits).abs().max() < 1e-12
+    assert not any(module._forward_pre_hooks for module in large.modules()), "a hook is left"
     for groups, neurons, named in ((0, 3, "--groups is 0"), (4, 3, "--groups is 4"), (1, 15, "--neurons is 15")):
         with pytest.raises(ConfigError, match=named):
-            by_weights(large, groups, neurons)
+            by_text(large, TEXTS, groups, neurons)
     with pytest.raises(ModelError, match="different numbers of units"):
         pruned(large, Kept(groups=((0, 1), (0,)), neurons=KEPT.neurons))
 
@@ -359,7 +388,7 @@ def test_a_run_on_a_pruned_model_is_recovered_onto_the_large_one_and_both_are_kn
 def test_invariant_p5_another_small_or_large_model_than_the_runs_is_refused(
     model_folder: Callable[[str], str], tmp_path: Path
 ) -> None:
-    """Nothing but weights decides what is pruned, so no private gradient or activation can: there is no such option."""
+    """Sentences of FedVeil's own decide what is pruned, or what was sent: no option takes records or a text."""
     source, small = model_folder("llama"), tmp_path / "small"
     about = prune_model(source, small, groups=1, neurons=16)
     run = tmp_path / "run" / "adapter"

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,8 @@ from common.model.importance import COLUMNS, ROWS
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj(?=\.|$)")
 _NAMES = {f"self_attn.{name}_proj" for name in "qkvo"} | {f"mlp.{name}_proj" for name in ("gate", "up", "down")}
+_ENDS = ("o", "down")
+"""Projections whose inputs are what units give; those of the others are what units take."""
 Index = tuple[int, ...]
 
 
@@ -54,10 +56,9 @@ class Kept:
 
     def sides(self, layer: str, units: Units) -> tuple[Index | None, Index | None]:
         """Return the outputs and the inputs of a layer's weight that stay; None: all."""
-        match = _LAYER.search(layer)
-        if match is None:
+        if _LAYER.search(layer) is None:
             return None, None
-        number, role = int(match[1]), match[2]
+        number, role = _role(layer)
         if role in ("gate", "up", "down"):
             kept = self.neurons[number]
             return (None, kept) if role == "down" else (kept, None)
@@ -84,27 +85,47 @@ def units_of(module: nn.Module) -> Units:
     return Units(groups, heads // groups, width, int(config.intermediate_size))
 
 
-def by_weights(module: nn.Module, groups: int, neurons: int) -> Kept:
-    """Return the units of every layer whose weights are longest: no record, public or private, is asked.
+@torch.no_grad()
+def by_text(module: nn.Module, texts: Iterable[Tensor], groups: int, neurons: int) -> Kept:
+    """Return the units of every layer that add most to what follows, on a text that is nobody's record.
 
-    A unit's weights are the rows and columns that go with it, over the root of the mean square of their matrix.
+    A unit ends in columns of one layer: a neuron in one of ``down_proj``, a group of heads in those of ``o_proj``. Its
+    score is the sum over its columns c of E[x_c²] ‖W_c‖², with x_c what reaches the column: the energy that it adds,
+    were its numbers not correlated. Wanda (Sun et al., ICLR 2024) scores single weights by the same two factors.
+
+    Args:
+        module: the model, in eval mode.
+        texts: tokens, shape (1, tokens), at least one text, on the model's device.
+        groups: that stay in each layer. neurons: that stay in each layer.
 
     Raises:
         ConfigError: more units are to stay than there are, or none.
         ModelError: as of ``units_of``.
     """
     units = _checked(module, groups, neurons)
+    ends = {name: layer for name, layer in module.named_modules() if (m := _LAYER.search(name)) and m[2] in _ENDS}
+    energy: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def see(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            sums = inputs[0].double().square().flatten(0, -2).sum(0)
+            energy[name] = energy[name] + sums if name in energy else sums
+
+        return see
+
+    hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in ends.items()]
+    try:
+        for tokens in texts:
+            module(input_ids=tokens)
+    finally:
+        for hook in hooks:
+            hook.remove()
     totals: dict[tuple[int, str], Tensor] = {}
-    for name, parameter in module.named_parameters():
-        match = _LAYER.search(name)
-        if match is None or parameter.dim() != 2:
-            continue
-        number, role = int(match[1]), match[2]
-        weight = parameter.detach().double().cpu()
-        shares = weight.square() / weight.square().mean().clamp(min=torch.finfo(torch.float64).tiny)
-        of_side = shares.sum(0 if role in ("o", "down") else 1)
-        kind, count = ("neurons", units.neurons) if role in ("gate", "up", "down") else ("groups", units.groups)
-        totals[number, kind] = totals.get((number, kind), 0) + of_side.reshape(count, -1).sum(1)
+    for name, layer in ends.items():
+        number, role = _role(name)
+        kind, count = _kind(role, units)
+        columns = energy[name] * layer.get_parameter("weight").double().square().sum(0)
+        totals[number, kind] = columns.reshape(count, -1).sum(1).cpu()
     return _kept(totals, groups, neurons)
 
 
@@ -121,12 +142,11 @@ def by_scores(module: nn.Module, scores: Mapping[str, Factors], groups: int, neu
     units = _checked(module, groups, neurons)
     totals: dict[tuple[int, str], Tensor] = {}
     for layer, held in scores.items():
-        match = _LAYER.search(layer)
-        if match is None or ROWS not in held:
+        if _LAYER.search(layer) is None or ROWS not in held:
             continue
-        number, role = int(match[1]), match[2]
-        of_side = held[COLUMNS if role in ("o", "down") else ROWS].double()
-        kind, count = ("neurons", units.neurons) if role in ("gate", "up", "down") else ("groups", units.groups)
+        number, role = _role(layer)
+        of_side = held[COLUMNS if role in _ENDS else ROWS].double()
+        kind, count = _kind(role, units)
         totals[number, kind] = totals.get((number, kind), 0) + of_side.reshape(count, -1).sum(1)
     layers = int(module.config.num_hidden_layers)  # type: ignore[union-attr,arg-type]
     for kind, wanted, most in (("groups", groups, units.groups), ("neurons", neurons, units.neurons)):
@@ -139,6 +159,19 @@ def by_scores(module: nn.Module, scores: Mapping[str, Factors], groups: int, neu
                     "adapter.targets that go through them, such as 'v_proj,down_proj'"
                 )
     return _kept(totals, groups, neurons)
+
+
+def _role(layer: str) -> tuple[int, str]:
+    """Return the number of a projection's layer and the projection's letter or word."""
+    match = _LAYER.search(layer)
+    if match is None:
+        raise ValueError(f"{layer!r} is no projection of a layer")
+    return int(match[1]), match[2]
+
+
+def _kind(role: str, units: Units) -> tuple[str, int]:
+    """Return which units go through a projection, and how many a layer has."""
+    return ("neurons", units.neurons) if role in ("gate", "up", "down") else ("groups", units.groups)
 
 
 def _checked(module: nn.Module, groups: int, neurons: int) -> Units:

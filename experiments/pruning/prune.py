@@ -6,13 +6,18 @@ import json
 import shutil
 from pathlib import Path
 
+from common.data.prose import PROSE
 from common.errors import DataError, ModelError, ModelNotLoaded
 from common.messages.state import AdapterState
 from common.model.base import BaseModel, load_base_model, model_fingerprint
-from common.model.pruned import by_scores, by_weights, pruned, units_of
+from common.model.device import choose_device
+from common.model.pruned import Kept, by_scores, by_text, pruned, units_of
 from common.tasks import TASKS
 from experiments.pruning.files import Pruned, write_pruned
 from server.checkpoint import memory_of
+
+SENTENCES = 256
+"""Of the prose that comes with FedVeil, about 5,000 tokens."""
 
 
 def prune_model(
@@ -20,8 +25,8 @@ def prune_model(
 ) -> Pruned:
     """Write a model with so many groups of heads and neurons a layer into a new folder; whole or not at all.
 
-    The longest units by their weights stay, or those that a run's scores put first. No record is asked: the scores are
-    of what was sent, so it costs no privacy.
+    Those units stay that add most on sentences that come with FedVeil, or that a run's scores put first. No record is
+    asked: the sentences are nobody's, and the scores are of what was sent, so it costs no privacy.
 
     Args:
         large: the model, as ``model.name`` calls it.
@@ -29,7 +34,7 @@ def prune_model(
         groups: of heads that share a key and a value head, that stay in each layer. 0: all.
         neurons: of the gated layer, that stay in each layer. 0: all.
         task: kind of task, as ``model.task``.
-        by: folder of a run on the large model with ``server.scores``; None: weights decide.
+        by: folder of a run on the large model with ``server.scores``; None: the sentences decide.
 
     Raises:
         DataError: ``target`` exists, or cannot be written; or ``by`` holds no run.
@@ -41,7 +46,7 @@ def prune_model(
     base = load_base_model(large, task)
     units = units_of(base.module)
     counts = groups or units.groups, neurons or units.neurons
-    kept = by_scores(base.module, _scores(by, base), *counts) if by else by_weights(base.module, *counts)
+    kept = by_scores(base.module, _scores(by, base), *counts) if by else _by_prose(base, *counts)
     small = pruned(base.module, kept)
     about = Pruned(
         large=large,
@@ -61,6 +66,15 @@ def prune_model(
         shutil.rmtree(target, ignore_errors=True)
         raise
     return about
+
+
+def _by_prose(base: BaseModel, groups: int, neurons: int) -> Kept:
+    device = choose_device("auto")
+    texts = (base.processor(sentence, return_tensors="pt")["input_ids"].to(device) for sentence in PROSE[:SENTENCES])
+    try:
+        return by_text(base.module.to(device), texts, groups, neurons)
+    finally:
+        base.module.cpu()
 
 
 def _scores(run: Path, base: BaseModel) -> AdapterState:
