@@ -108,8 +108,8 @@ def server_revoke(folder: Folder, site: Annotated[str, typer.Argument(help="The 
 def server_submit(
     folder: Folder,
     config: Annotated[list[str] | None, typer.Option("-c", "--config", help="Settings, as of 'fedveil run'.")] = None,
-    sites: Annotated[int, typer.Option(help="Sites that must be online first.")] = 1,
-    patience: Annotated[float, typer.Option(help="Seconds to wait for them.")] = 300.0,
+    sites: Annotated[int, typer.Option(min=1, help="Sites that must be online first.")] = 1,
+    patience: Annotated[float, typer.Option(min=0, help="Seconds to wait for them.")] = 300.0,
     once: Annotated[bool, typer.Option(help="Do not run a job again that ended well with the same settings.")] = False,
 ) -> None:
     """Run a job on the sites, follow it to its end, and say by the exit code how it ended."""

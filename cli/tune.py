@@ -30,8 +30,8 @@ def tune(
     server: Annotated[
         Path | None, typer.Option(help="A server's folder: the trials run on its sites, not on simulated ones.")
     ] = None,
-    sites: Annotated[int, typer.Option(help="With --server: sites that must be online first.")] = 1,
-    patience: Annotated[float, typer.Option(help="With --server: seconds to wait for them.")] = 300.0,
+    sites: Annotated[int, typer.Option(min=1, help="With --server: sites that must be online first.")] = 1,
+    patience: Annotated[float, typer.Option(min=0, help="With --server: seconds to wait for them.")] = 300.0,
 ) -> None:
     """Print what all trials cost together, ask, run each with the same noise, charged in full, and name the best."""
     from common.words import visible

@@ -20,14 +20,15 @@ from deploy.files import read_bytes
 from deploy.server_folder import CONNECTION, ServerFolder, connection_toml
 
 IN_USE, NO_SUCH_RUN = "already in use", "Run ID not found"
+UNREACHED = "Connection to the SuperLink is unavailable"
 ANSWER_SECONDS = 120.0
 
 
 class Control:
     """The Control API of one server."""
 
-    def __init__(self, home: Path) -> None:
-        self._environment, self._home = environment(home), home
+    def __init__(self, home: Path, address: str) -> None:
+        self._environment, self._home, self._address = environment(home), home, address
 
     def register(self, public_key: Path) -> str:
         """Register a site's public key and return its node id; an empty string if the server knows the key already.
@@ -112,6 +113,8 @@ class Control:
     def _good(self, answer: dict[str, Any], what: str) -> dict[str, Any]:
         if not answer.get("success"):
             words = " ".join(str(answer.get("error-message", answer)).split())
+            if UNREACHED in words:
+                words = f"nothing answers at {self._address}, its Control API: run 'fedveil server start' there"
             raise RunFailed(f"the server did not {what}: {words}")
         return answer
 
@@ -122,4 +125,4 @@ def control_of(folder: ServerFolder) -> Iterator[Control]:
     read_bytes(folder.path / "ca.crt", "the authority's certificate")
     with tempfile.TemporaryDirectory(prefix="fedveil-") as home:
         (Path(home) / "config.toml").write_text(connection_toml(folder), encoding="utf-8")
-        yield Control(Path(home))
+        yield Control(Path(home), f"{folder.control_host}:{folder.control_port}")

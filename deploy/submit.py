@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -141,15 +142,18 @@ def _is_over(status: str) -> bool:
 def _wait_for_sites(
     control: Control, folder: ServerFolder, sites: int, patience: float, say: Callable[[str], None]
 ) -> None:
-    deadline, said = time.monotonic() + patience, ""
+    if math.isnan(patience):
+        raise ConfigError("--patience is nan: give the seconds to wait for sites")
+    deadline, said, pause = time.monotonic() + patience, "", POLL_SECONDS
     while len(online := control.online()) < sites:
         words = f"{counted(sites, 'site')} wanted, {online_words(online, names_in(folder.nodes))}"
         if words != said:
             said = words
             say(f"{words}: waiting up to {patience:g} s")
-        if time.monotonic() > deadline:
+        if time.monotonic() >= deadline:
             raise RunFailed(f"{words} after {patience:g} s: look at the logs of those that are not")
-        time.sleep(POLL_SECONDS)
+        time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
+        pause = min(2 * pause, ASK_SECONDS)
 
 
 def _follow(control: Control, run: str, path: Path, say: Callable[[str], None], *, since: float) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -955,6 +956,29 @@ def test_too_few_sites_is_an_error_that_counts_them(tmp_path: Path, fake_control
     assert control.submitted == []
 
 
+def test_sites_are_waited_for_with_longer_and_longer_pauses_and_not_beyond_what_was_said(
+    tmp_path: Path, fake_control: Callable[..., FakeControl], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each look costs a second of a core, and a job that waits for a clinic waits for minutes."""
+    server, control, clock = make_server(tmp_path / "server", ["127.0.0.1"]), fake_control("completed"), [0.0]
+    pauses: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        clock[0] += seconds
+
+    monkeypatch.setattr(submission, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep, time=time.time))
+    with pytest.raises(RunFailed, match="3 sites wanted"):
+        submission._wait_for_sites(control, server, 3, 60.0, print)  # type: ignore[arg-type]
+    assert pauses[:6] == [1.0, 2.0, 4.0, 8.0, 16.0, 20.0]
+    assert sum(pauses) == 60.0
+    with pytest.raises(ConfigError, match="--patience is nan"):
+        submission._wait_for_sites(control, server, 3, float("nan"), print)  # type: ignore[arg-type]
+    for words in ("--sites 0", "--patience -1"):
+        done = CliRunner().invoke(app, ["server", "submit", str(server.path), *words.split()])
+        assert done.exit_code == 2
+
+
 def test_who_stops_following_a_job_is_told_that_it_goes_on_and_stop_ends_it(
     tmp_path: Path, fake_control: Callable[..., FakeControl], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -989,7 +1013,7 @@ def test_flowers_answers_are_read_whatever_its_exit_code(tmp_path: Path, monkeyp
         flwr.write_text(f"#!/bin/sh\ncat <<'END'\n{text}\nEND\n")
         flwr.chmod(0o755)
 
-    control = control_api.Control(tmp_path)
+    control = control_api.Control(tmp_path, "127.0.0.1:8000")
     says('{"success": false, "error-message": "[code: 23] Public key already in use."}')
     assert control.register(tmp_path / "node.pub") == ""
     says('{"success": false, "error-message": "[code: 1] Access denied."}')
@@ -1005,6 +1029,11 @@ def test_flowers_answers_are_read_whatever_its_exit_code(tmp_path: Path, monkeyp
     control.stop("7")
     says('{"success": false, "error-message": "[code: 16] Run ID not found."}')
     assert control.status("7") == "unknown"
+    says('{"success": false, "error-message": "Using x\\nConnection to the SuperLink is unavailable. Check it."}')
+    with pytest.raises(
+        RunFailed, match=r"list the sites: nothing answers at 127\.0\.0\.1:8000, .*'fedveil server start'"
+    ):
+        control.online()
     says("Connection refused")
     for ask in (control.online, lambda: control.status("7")):
         with pytest.raises(RunFailed, match="Connection refused"):
