@@ -416,6 +416,8 @@ def test_invariant_p5_another_small_or_large_model_than_the_runs_is_refused(
     (small / NAME).write_text("{}", encoding="utf-8")
     with pytest.raises(DataError, match=r"no pruned\.json that can be read"):
         recover_run(run.parent, tmp_path / "out")
+    with pytest.raises(ConfigError, match="nothing is taken out: name with --groups or --neurons"):
+        prune_model(source, tmp_path / "same", 0, 0)
     with pytest.raises(ModelError, match="cannot be pruned to a stock model"):
         prune_model(model_folder("gpt2"), tmp_path / "gpt2", 1, 1)
     assert not (tmp_path / "gpt2").exists()

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from common.data.prose import PROSE
-from common.errors import DataError, ModelError, ModelNotLoaded
+from common.errors import ConfigError, DataError, ModelError, ModelNotLoaded
 from common.messages.state import AdapterState
 from common.model.base import BaseModel, load_base_model, model_fingerprint
 from common.model.device import choose_device
@@ -39,10 +39,12 @@ def prune_model(
     Raises:
         DataError: ``target`` exists, or cannot be written; or ``by`` holds no run.
         ModelError: the model cannot be loaded, or not be pruned to a stock model; or ``by`` trained another.
-        ConfigError: more units are to stay than there are, or the run has no scores of them.
+        ConfigError: all units are to stay or more than there are, or the run has no scores of them.
     """
     if target.exists():
         raise DataError(f"{target} exists already, and nothing is written over: name a new folder")
+    if not groups and not neurons:
+        raise ConfigError("nothing is taken out: name with --groups or --neurons how many stay in each layer")
     base = load_base_model(large, task)
     units = units_of(base.module)
     counts = groups or units.groups, neurons or units.neurons
