@@ -537,6 +537,11 @@ WRITTEN = {
     "other blanks": visits(lambda text: text.replace(" ", "\u00a0 ") + "\r\n"),
     "capitals": visits(str.upper),
     "characters that nobody sees": visits(lambda text: f"\ufeff{text[:2]}\u00ad{text[2:]}\u200b"),
+    "characters that nobody sees either": visits(
+        lambda text: f"\u2068{text[:4]}\ufe0f\u2069{text[4:9]}\u034f\x00{text[9:]}\U000e0001\u061c\x9f"
+    ),
+    "Turkish capitals": visits(lambda text: text.replace("i", "\u0130").upper()),
+    "Turkish small letters": visits(lambda text: text.upper().replace("I", "\u0131").lower() + " "),
     "other names of labels": visits(lambda text: f"{text} ", labels=("0", "1")),
     "other labels": visits(lambda text: f"{text} ", turned=1),
 }

@@ -23,8 +23,13 @@ import unicodedata
 
 from common.tasks.examples import Dataset, Example
 
-_UNSEEN = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]")
-"""A soft hyphen, blanks and joiners of no width, marks of direction, and a byte order mark that became a character."""
+_UNSEEN = re.compile(
+    "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f"
+    "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f"
+    "\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
+"""Control characters that are no blanks, and what Unicode calls ignorable by default: soft hyphens, joiners, fillers
+and blanks of no width, marks of direction, variation selectors, tags, and a byte order mark as a character."""
 
 
 def record_hashes(data: Dataset, key: bytes) -> frozenset[int]:
@@ -53,10 +58,12 @@ def said(example: Example) -> str:
 
 
 def _plain(text: str) -> str:
+    text = _UNSEEN.sub("", text)
     if not text.isascii():
-        # Anew after the case: of a capital with a dot a small letter and a mark are left.
-        folded = unicodedata.normalize("NFKC", _UNSEEN.sub("", text)).casefold()
-        text = unicodedata.normalize("NFKC", folded)
+        folded = unicodedata.normalize("NFKC", text).casefold()
+        # In Turkish i has the capital with a dot, of which a small letter and a mark are left, and the small letter
+        # without one has the capital I. Which letter was meant is not known, so all are one.
+        text = unicodedata.normalize("NFKC", folded.replace("i\u0307", "i").replace("\u0131", "i"))
     return " ".join(text.casefold().split())
 
 
