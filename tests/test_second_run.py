@@ -147,6 +147,22 @@ def test_it_is_that_of_the_first_plan_where_that_is_the_cheapest(
     assert price([step, step], history.commitment, DELTA)[0] <= most
 
 
+@pytest.mark.parametrize("planned", [1.4, 9.0], ids=["the first plan's is too little", "the first plan's fits as well"])
+def test_after_runs_that_departed_it_is_the_least_that_fits(planned: float) -> None:
+    """Where the first plan's own noise fits as well, it is more than is needed."""
+    first, other = gaussian_release(planned, 0.3, 4), gaussian_release(4.0, 0.3, 4)
+    history = History((first, other), commitment_to([first], []))
+
+    def after(noise: float) -> float:
+        return price([*history.releases, gaussian_release(noise, 0.3, 4)], history.commitment, DELTA)[0]
+
+    most = 1.25 * price(history.releases, history.commitment, DELTA)[0]
+    assert (after(planned) <= most) is (planned == 9.0)
+    found = noise_after(history, sampled_gaussian(0.5, 0.3), 4, (), most, DELTA)
+    assert found is not None
+    assert after(found) <= most < after(found / 1.002)
+
+
 def test_without_a_history_it_is_what_was_promised() -> None:
     event = sampled_gaussian(1.0, 0.3)
     least = promised_noise(event, 2.0, DELTA, 6)
@@ -213,6 +229,18 @@ WAYS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("way", WAYS)
 def test_a_second_run_has_all_of_its_rounds(way: str, tmp_path: Path) -> None:
     check_that_a_second_run_ends(tmp_path, **WAYS[way])
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.33])
+def test_a_third_run_after_one_that_departed_has_the_least_noise_with_which_it_ends(
+    rate: float, tmp_path: Path
+) -> None:
+    site, settings = clinic(tmp_path), {"training.sample-rate": rate, "rounds": 2}
+    train(site, "first", **settings, **{"privacy.epsilon": 2.0})
+    train(site, "second", **settings, **{"privacy.epsilon": 4.0, "privacy.noise-multiplier": 8.0})
+    spent = train(site, "third", **settings, **{"privacy.epsilon": 6.5})
+    assert len(spent) == 2
+    assert 0.998 * 6.5 < spent[-1] <= 6.5
 
 
 def test_a_second_run_keeps_the_policys_budget(tmp_path: Path) -> None:
