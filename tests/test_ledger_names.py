@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from client.ledger import migrations
-from client.ledger.file import only_ledger
+from client.ledger.file import only_ledger, withdrawn_in
 from client.ledger.ledger import Ledger, _remember
 from client.ledger.rows import Charge, Receipt
 from client.site import open_site, user_folder
@@ -115,6 +115,18 @@ def test_no_charge_is_lost_between_two_links_and_what_allowed_them_is_found_out(
     assert lost, "two links lose nothing here: the check has no reason"
 
 
+def test_who_is_withdrawn_is_read_though_a_killed_process_left_a_journal(path: Path) -> None:
+    charge(path, 1)
+    with Ledger(path) as ledger:
+        ledger.holds.withdraw("lab", "asked for")
+    child = processes.Process(target=charge_and_die, args=(path,))
+    child.start()
+    child.join()
+    assert Path(f"{path}-journal").exists(), "nothing was written before the kill: the test tests nothing"
+    assert withdrawn_in(path) == {"lab"}
+    assert rounds(path) == [1]
+
+
 def test_a_symbolic_link_is_no_second_name(path: Path) -> None:
     charge(path, 1)
     link = path.with_name("link.sqlite")
@@ -158,6 +170,16 @@ def open_often(folder: Path, begin: Event) -> None:
     begin.wait()
     for number in range(60):
         Ledger(folder / f"{number}.sqlite").close()
+
+
+def test_a_file_that_vanishes_meanwhile_is_an_error_and_no_new_history(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    charge(path)
+    monkeypatch.setattr("client.ledger.file._refuse_second_name", Path.unlink)
+    with pytest.raises(LedgerError, match="cannot be opened"):
+        charge(path, 2)
+    assert not path.exists()
 
 
 def test_two_processes_that_make_the_same_ledgers_disturb_each_other_nowhere(tmp_path: Path) -> None:
@@ -323,6 +345,12 @@ def test_a_ledger_of_the_second_format_keeps_key_history_budgets_and_records(
     assert (after["names"], after["columns"]) == (new["names"], new["columns"])
     charge(second_format, 2)
     assert rounds(second_format) == [1, 2]
+
+
+def test_of_a_format_without_withdrawals_nothing_is_withdrawn(second_format: Path) -> None:
+    before = content(second_format)
+    assert withdrawn_in(second_format) == frozenset()
+    assert content(second_format) == before, "who only asks has migrated it"
 
 
 def test_a_ledger_of_the_third_format_keeps_everything_and_can_hold_failures(path: Path, tmp_path: Path) -> None:
