@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -345,6 +346,25 @@ def test_a_ledger_of_the_second_format_keeps_key_history_budgets_and_records(
     assert (after["names"], after["columns"]) == (new["names"], new["columns"])
     charge(second_format, 2)
     assert rounds(second_format) == [1, 2]
+
+
+LAYOUTS = (
+    *("8844aba8", "0e65a028", "e888c9cb", "a9e05ee1", "8626a8b9"),
+    *("e2df26a2", "61ae3799", "f6247648", "a6509f5e", "4596f8c4"),
+)
+"""Of each format, the beginning of the SHA-256 of all that SQLite says its tables and triggers are."""
+
+
+def test_no_step_to_a_format_has_changed_since_it_was_made() -> None:
+    """A ledger in use has the tables that its steps made then, with what they refuse: a change needs a step more."""
+    connection, found = sqlite3.connect(":memory:"), []
+    for step in migrations.MIGRATIONS:
+        step(connection)
+        rows = connection.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY type, name")
+        text = "\n".join(" ".join(sql.replace('"', "").split()) for (sql,) in rows)
+        found.append(hashlib.sha256(text.encode()).hexdigest()[:8])
+    connection.close()
+    assert tuple(found) == LAYOUTS
 
 
 def test_of_a_format_without_withdrawals_nothing_is_withdrawn(second_format: Path) -> None:
