@@ -26,7 +26,7 @@ import pytest
 
 from client.ledger import migrations
 from client.ledger import record_hashes as contents
-from client.ledger.file import APPLICATION_ID
+from client.ledger.file import APPLICATION_ID, only_ledger, withdrawn_in
 from client.ledger.ledger import Ledger
 from client.ledger.record_hashes import record_hashes
 from client.ledger.rows import Charge, Receipt
@@ -196,6 +196,17 @@ def test_nothing_is_written_when_the_pricing_fails(path: Path, monkeypatch: pyte
         assert charge(ledger, 1).epsilon_after == cost_of(1)
 
 
+def test_an_interrupt_under_the_lock_undoes_the_charge_and_frees_the_lock(path: Path) -> None:
+    def interrupt(*_: int) -> None:
+        raise KeyboardInterrupt
+
+    with Ledger(path) as ledger:
+        with pytest.raises(KeyboardInterrupt):
+            charge(ledger, 1, allow=interrupt)
+        assert ledger.entries() == []
+        assert charge(ledger, 1).epsilon_after == cost_of(1)
+
+
 def test_a_price_that_is_no_number_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "client.ledger.rows.privacy_filter.price", lambda *_: (float("nan"), Accountant("pld", "0.6.0"))
@@ -231,9 +242,10 @@ def test_the_file_is_its_owners_alone_and_survives_power_loss_by_its_settings(pa
     with Ledger(path) as ledger:
         charge(ledger, 1)
         settings = [
-            ledger._file._connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous")
+            ledger._file._connection.execute(f"PRAGMA {name}").fetchone()[0]
+            for name in ("journal_mode", "synchronous", "temp_store")
         ]
-    assert settings == ["delete", 3]  # 3 is EXTRA
+    assert settings == ["delete", 3, 2]  # 3 is EXTRA; 2 is MEMORY: no hash of a record is in a temporary file
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert os.listdir(path.parent) == [path.name], "a copy of the one file must be a copy of the ledger"
 
@@ -436,6 +448,23 @@ def test_a_ledger_that_cannot_be_written_charges_nothing() -> None:
         path.chmod(0o600)
         with Ledger(path) as ledger:
             assert ledger.entries() == []
+
+
+def test_a_folder_that_nobody_may_look_into_is_none_without_a_ledger() -> None:
+    """Not an error of its own kind either: where a failure is noted only a LedgerError is let be."""
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "site.sqlite"
+        Ledger(path).close()
+        for rights, asks in ((0o600, (Ledger, withdrawn_in)), (0o333, (lambda file: only_ledger(file.parent),))):
+            path.parent.chmod(rights)
+            for ask in asks:
+                with no_special_rights(), pytest.raises(LedgerError, match="Permission denied") as error:
+                    ask(path)
+                assert "\n" not in str(error.value)
+        path.parent.chmod(0o700)
+        assert only_ledger(path.parent) == path
+        with pytest.raises(LedgerError, match="File name too long"):
+            withdrawn_in(path.with_name("x" * 300))
 
 
 def test_a_folder_that_is_missing_is_made(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ import re
 import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -41,9 +41,11 @@ def only_ledger(folder: Path) -> Path:
     """Return the file of the one ledger of ``folder``: the one that is there, or where the first one is made.
 
     Raises:
-        LedgerError: there are several. What one of them holds would be forgotten by using another.
+        LedgerError: there are several, or nobody may look. What one of them holds would be forgotten by using another.
     """
-    held = sorted(folder.glob("*.sqlite"))
+    held: list[Path] = []
+    with one_line(folder, "read"), suppress(FileNotFoundError, NotADirectoryError):
+        held = sorted(file for file in folder.iterdir() if file.suffix == ".sqlite")
     if len(held) > 1:
         raise LedgerError(
             f"{held[0]} and {held[1]} are ledgers of one folder: name the one that goes on in the node's configuration "
@@ -61,7 +63,7 @@ def withdrawn_in(path: Path) -> frozenset[str]:
     Raises:
         LedgerError: the file cannot be read, has a second name, or was locked for too long.
     """
-    if not path.exists():
+    if not _is_there(path):
         return frozenset()
     _refuse_second_name(path)
     # mode=rw: a journal that a killed process left is rolled back, as by whoever opens the ledger.
@@ -96,7 +98,7 @@ class LedgerFile:
         apart: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.path, self.apart = Path(path), apart
-        if not self.path.exists():
+        if not _is_there(self.path):
             _create(self.path)
         _refuse_second_name(self.path)
         with one_line(self.path, "opened"):
@@ -208,6 +210,16 @@ def _create(path: Path) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is such a file; LedgerError where nobody may look, which does not say that there is none."""
+    with one_line(path, "opened"):
+        try:
+            path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+    return True
 
 
 def _refuse_second_name(path: Path) -> None:
