@@ -15,6 +15,7 @@ from client.deadline import Deadline
 from client.ledger.ledger import Ledger
 from client.policy import Policy
 from client.site import Site
+from common.errors import ProtocolError
 from common.messages.round import Refusal, Spending, TrainResult, TrainTask
 from common.privacy.plan import PrivacyPlan
 from common.privacy.privacy_filter import promised, promised_noise
@@ -78,6 +79,19 @@ def test_noise_that_is_set_by_hand_grows_alike(toy_settings: dict[str, Any], tmp
     assert spending.event.noise_multiplier == pytest.approx(4.0 * ratio, rel=2e-3)
 
 
+@pytest.mark.parametrize("own", [{"epsilon": 2.0, "delta": 1e-5}, {"epsilon": 8.0, "delta": 1e-9}])
+def test_a_start_has_more_noise_where_either_figure_of_the_budget_is_stricter(
+    own: dict[str, float], tmp_path: Path
+) -> None:
+    site, job = ward(tmp_path, Policy(**own)), configure({**PAID, "privacy.epsilon": 8.0, "rounds": 4})
+    asked = job.origin.release()
+    assert asked is not None
+    noise = pay(site, job, 0)[1].event.noise_multiplier
+    whole = [promised_noise(asked.event, e, d, 1) for e, d in ((own["epsilon"], own["delta"]), (8.0, 1e-5))]
+    assert noise == pytest.approx(asked.event.noise_multiplier * whole[0] / whole[1])
+    assert noise > 1.2 * asked.event.noise_multiplier
+
+
 def test_a_site_that_comes_after_round_0_has_the_start_in_its_plan_all_the_same(tmp_path: Path) -> None:
     """A server may ask for it afterwards."""
     site, job = ward(tmp_path), configure({**PAID, "privacy.epsilon": 8.0, "rounds": 4})
@@ -88,6 +102,15 @@ def test_a_site_that_comes_after_round_0_has_the_start_in_its_plan_all_the_same(
     assert plan is not None
     assert job.origin.release() in plan.releases
     assert total == promised(spent, 1e-5)[0], "the start departs from the plan of its own run"
+
+
+def test_a_start_that_no_release_is_made_for_is_no_round_0(tmp_path: Path) -> None:
+    site, job = ward(tmp_path), configure({"recipe": "plain", "privacy.delta": 1e-5})
+    assert job.origin.release() is None
+    with pytest.raises(ProtocolError, match="no release is made for the start 'orthonormal'"):
+        pay(site, job, 0)
+    with Ledger(site.ledger_path) as ledger:
+        assert ledger.entries() == []
 
 
 @pytest.mark.parametrize("least", [0.0, 300.0])

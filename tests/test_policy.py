@@ -134,6 +134,14 @@ def test_rounds_and_steps_of_a_run_end_where_the_policy_says(site: OneSite) -> N
     assert (got.kind, "max-steps = 3" in got.reason, "4 steps" in got.reason) == ("policy", True, True)
 
 
+def test_steps_are_those_that_were_taken_whatever_a_round_says_later(site: OneSite) -> None:
+    site.rule(max_steps=5)
+    for number, steps in ((1, 4), (2, 1)):
+        site.settings["training.local-steps"] = steps
+        site.train(number)
+    refusal(site, "max-steps = 5", "6 steps", round_number=3)
+
+
 def test_a_server_that_asks_the_same_round_again_gets_no_more_rounds_than_the_policy_has(site: OneSite) -> None:
     site.rule(max_rounds=2)
     site.train(1)

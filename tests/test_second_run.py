@@ -274,6 +274,16 @@ def test_noise_that_the_run_sets_is_used_as_it_is(tmp_path: Path) -> None:
     train(site, "first", **{"privacy.epsilon": 2.0})
     train(site, "second", **{"privacy.epsilon": 20.0, "privacy.noise-multiplier": 1.5})
     assert noises(site, "second") == {1.5}
+    with pytest.raises(BudgetExhausted):
+        train(site, "third", **{"privacy.epsilon": 8.0, "privacy.noise-multiplier": 1.5})
+    assert noises(site, "third") <= {1.5}, "noise that the run sets is another where it does not fit"
+
+
+def test_noise_is_never_below_the_policys_least_whatever_a_history_would_need(tmp_path: Path) -> None:
+    site = clinic(tmp_path, Policy(min_noise_multiplier=40.0))
+    for run in ("first", "second"):
+        train(site, run, **{"privacy.epsilon": 4.0, "rounds": 1})
+        assert noises(site, run) == {40.0}
 
 
 def test_a_run_that_nothing_is_left_for_is_refused_by_the_ledger_in_its_own_words(tmp_path: Path) -> None:
@@ -324,6 +334,20 @@ def test_a_sum_that_has_begun_is_ended_by_the_ledger_alone(tmp_path: Path) -> No
     lowered = replace(site, policy=replace(site.policy, epsilon=1.001 * promised([step], DELTA)[0]))
     with pytest.raises(BudgetExhausted, match="refuses round 2 of run 'second'"):
         pay(lowered, job, "second", 2)
+
+
+def test_a_sum_is_asked_for_no_more_rounds_than_the_site_may_join(tmp_path: Path) -> None:
+    """Two of four rounds fit into what is left, and all four do not."""
+    settings = {**SUM, "training.sample-rate": 1.0}
+    job = configure({"privacy.delta": DELTA, "rounds": 4, "privacy.epsilon": 6.5, **settings})
+    for rounds in (4, 2):
+        site = clinic(tmp_path / str(rounds), Policy(epsilon=6.5, delta=DELTA, max_rounds=rounds))
+        train(site, "first", **settings, **{"privacy.epsilon": 2.0, "rounds": 2})
+        if rounds == 4:
+            with pytest.raises(BudgetExhausted, match="share one noise"):
+                pay(site, job, "second", 1)
+        else:
+            assert pay(site, job, "second", 1) < pay(site, job, "second", 2) <= 6.5
 
 
 def test_a_sum_whose_site_has_a_stricter_budget_goes_on_until_that_ends(tmp_path: Path) -> None:

@@ -83,6 +83,13 @@ def test_a_site_whose_records_have_no_budget_under_another_name_gives_no_key(
     clinics.refuse(task, "shares with another data set")
 
 
+def test_a_site_that_has_had_all_its_rounds_gives_no_key(clinics: SumSite) -> None:
+    clinics.rule(max_rounds=1)
+    clinics.train(1)
+    refused(clinics, "max-rounds = 1", 2)
+    refused(clinics, "max-rounds = 1", 1)
+
+
 def test_all_that_refuses_a_charge_refuses_a_key_in_the_same_words_and_nothing_is_written(tmp_path: Path) -> None:
     def asked(dataset: str, **terms: Any) -> Charge:
         return Charge(dataset, "run", 1, (gaussian_release(2.0, 0.1, 1),), 1e-5, 9.0, **terms)
