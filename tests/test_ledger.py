@@ -29,13 +29,15 @@ from client.ledger import record_hashes as contents
 from client.ledger.file import APPLICATION_ID, only_ledger, withdrawn_in
 from client.ledger.ledger import Ledger
 from client.ledger.record_hashes import record_hashes
-from client.ledger.rows import Charge, Receipt
+from client.ledger.rows import Charge, Receipt, of_all
 from common.accountant import EVALUATION, Accountant
 from common.errors import BudgetExhausted, ConfigError, LedgerError, PolicyRefusal
 from common.privacy.accounting import Release, gaussian_release
 from common.privacy.privacy_filter import promised
 from common.tasks.chat import Conversation
 from common.tasks.examples import Dataset
+from common.tasks.image_classification import ImageExample
+from common.tasks.images import Picture
 from common.tasks.text import TextExample
 
 DELTA = 1e-5
@@ -228,6 +230,28 @@ def test_a_charge_on_impossible_terms_is_refused(path: Path, terms: dict[str, An
         assert ledger.entries() == []
 
 
+@pytest.mark.parametrize(
+    "terms",
+    [
+        *({"unit": ""}, {"mask_key": bytes(32)}, {"max_alone": 0.0}, {"max_alone": math.nan}),
+        *({"max_person": 0.0}, {"max_person": math.nan}),
+    ],
+)
+def test_a_charge_that_nothing_could_be_held_to_is_none(terms: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        Charge("ward", "run-1", 1, (WHISPER,), DELTA, 8.0, **terms)
+
+
+def test_the_dearest_history_of_shared_records_is_said_whole() -> None:
+    pld, rdp = Accountant("pld", "0.6.0"), Accountant("rdp", "0.6.0")
+    own = Receipt(1.0, 2.0, 6.0, 1, 2, pld, 8.0, DELTA, alone_after=2.5)
+    other = Receipt(3.0, 9.0, 0.0, 5, 7, rdp, math.inf, DELTA / 10, alone_after=2.0)
+    dearer = dataclasses.replace(own, epsilon_before=3.0, epsilon_after=9.0, epsilon_remaining=0.0, accountant=rdp)
+    assert of_all(own, [own, other]) == dearer
+    cheaper = dataclasses.replace(other, epsilon_after=2.0, alone_after=4.0)
+    assert of_all(own, [own, cheaper]) == dataclasses.replace(own, alone_after=4.0)
+
+
 def test_rows_can_neither_be_changed_nor_removed(path: Path) -> None:
     with Ledger(path) as ledger:
         charge(ledger, 1)
@@ -367,6 +391,21 @@ def write_damaged(path: Path) -> None:
     path.write_bytes(content)
 
 
+def write_damaged_old_format(path: Path) -> None:
+    connection = sqlite3.connect(path)
+    connection.executescript(FIRST_FORMAT)
+    connection.close()
+    content = bytearray(path.read_bytes())
+    content[4096 : 4096 + 64] = b"\xff" * 64
+    path.write_bytes(content)
+
+
+def write_marked_and_empty(path: Path) -> None:
+    connection = sqlite3.connect(path)
+    connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    connection.close()
+
+
 def write_cut_short(path: Path) -> None:
     with Ledger(path) as ledger:
         charge(ledger, 1)
@@ -389,7 +428,9 @@ def write_impossible_figure(path: Path) -> None:
         (write_nothing, "not a FedVeil ledger"),
         (write_other_database, "not a FedVeil ledger"),
         (write_newer_format, f"format {migrations.FORMAT + 1}, this FedVeil reads {migrations.FORMAT}"),
+        (write_marked_and_empty, f"format 0, this FedVeil reads {migrations.FORMAT}"),
         (write_damaged, "damaged"),
+        (write_damaged_old_format, "damaged"),
         (write_cut_short, "damaged"),
         (write_impossible_figure, "damaged"),
     ],
@@ -604,6 +645,8 @@ def test_other_words_are_another_record(path: Path) -> None:
     asked = (("user", "hello"), ("assistant", "good day"))
     two = [Conversation(turns=(*asked, ("user", "and now?"), ("assistant", end))) for end in ("rest", "walk")]
     assert contents.said(two[0]) != contents.said(two[1]), "a conversation is known by how it begins"
+    shown = [ImageExample(image=Picture(pixels, b""), label=n % 2) for n, pixels in enumerate(("a", "a", "b"))]
+    assert contents.said(shown[0]) == contents.said(shown[1]) != contents.said(shown[2])
 
 
 def check_that_units_do_not_mix(path: Path) -> None:

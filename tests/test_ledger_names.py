@@ -136,6 +136,30 @@ def test_a_symbolic_link_is_no_second_name(path: Path) -> None:
     assert rounds(path) == [1, 2]
 
 
+def test_a_link_to_a_ledger_that_is_gone_makes_no_new_one(path: Path) -> None:
+    link = path.with_name("link.sqlite")
+    link.symlink_to(path)
+    with pytest.raises(LedgerError, match="cannot be opened"):
+        charge(link)
+    assert link.is_symlink()
+    assert os.listdir(path.parent) == [link.name]
+
+
+def test_the_name_that_is_taken_away_is_the_ledgers_own_draft_alone(path: Path) -> None:
+    """Wherever a link to it lies; a draft of another maker is about to be linked."""
+    charge(path)
+    os.link(path, path.with_name(f".{path.name}.abc_1234.draft"))
+    others = [path.with_name(f".{name}.draft") for name in (f"{path.name}.other_12", "lab.sqlite.abc_1234")]
+    for other in others:
+        other.touch()
+    (path.parent / "elsewhere").mkdir()
+    link = path.parent / "elsewhere" / "link.sqlite"
+    link.symlink_to(path)
+    charge(link, 2)
+    assert rounds(path) == [1, 2]
+    assert set(path.parent.iterdir()) == {path, *others, link.parent}
+
+
 def make_and_stop(path: Path, linked: Event) -> None:
     """Make a ledger, and be killed between its two names."""
     unlink = Path.unlink

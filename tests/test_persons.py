@@ -455,9 +455,13 @@ def test_a_unit_without_a_column_is_refused_and_a_row_says_what_it_protects() ->
         configure({"privacy.unit": "person"})
     for name in ("dp-sgd", "secure-sum"):
         claim = MECHANISMS[name].of_unit("person").claim
-        assert (claim.per, claim.adjacency) == ("person", PERSON.adjacency)
+        assert (claim.per, claim.unit, claim.adjacency) == ("person", PERSON.what, PERSON.adjacency)
         assert "person on their own" in claim.sampler
-        assert not set(claim.leaves_out) & set(RECORD.leaves_out)
+        of_records = {*RECORD.leaves_out, *RECORD.leaves_out_of_sums}
+        assert not set(claim.leaves_out) & of_records
+        own = set(MECHANISMS[name].claim.leaves_out) - of_records
+        assert bool(own) is (name == "secure-sum")
+        assert own <= set(claim.leaves_out), "what the mechanism itself leaves out is left out for persons, too"
         assert MECHANISMS[name].of_unit("record") is MECHANISMS[name]
     assert not MECHANISMS["dp-sgd"].of_unit("person").counted, "one person moves a count of records by more than 1"
     assert configure({**BY_PERSON, "privacy.mode": "none"}).mechanism is MECHANISMS["none"]

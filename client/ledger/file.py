@@ -147,15 +147,15 @@ class LedgerFile:
             )
             if application != APPLICATION_ID:
                 raise LedgerError(f"{self.path} is not a FedVeil ledger: name another file")
-            if 1 <= schema < FORMAT and finding == "ok":
+            if finding != "ok":
+                raise sqlite3.DatabaseError(str(finding))
+            if 1 <= schema < FORMAT:
                 schema = self._migrate()
             if schema != FORMAT:
                 raise LedgerError(
                     f"the ledger {self.path} has format {schema}, this FedVeil reads {FORMAT}: "
                     "install the FedVeil that wrote it"
                 )
-            if finding != "ok":
-                raise sqlite3.DatabaseError(str(finding))
 
     def _migrate(self) -> int:
         """Bring a ledger of an earlier format to the present one, whole or not at all; return its format."""
