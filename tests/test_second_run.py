@@ -20,7 +20,7 @@ from client.ledger.ledger import Ledger
 from client.ledger.rows import Terms
 from client.policy import Policy
 from client.site import Site
-from common.accountant import TRAINING
+from common.accountant import EVALUATION, TRAINING
 from common.config.text import to_toml
 from common.errors import BudgetExhausted, ConfigError, PolicyRefusal
 from common.messages.round import TrainTask
@@ -259,6 +259,19 @@ def test_a_second_run_leaves_room_for_its_counts_and_none_for_rounds_that_it_may
     assert 0.98 * 6.5 < spent[-1] <= 6.5
     with pytest.raises(PolicyRefusal):
         pay(site, job, "second", 3)
+
+
+def test_the_first_plan_is_of_the_rounds_that_the_site_may_join(tmp_path: Path) -> None:
+    """A plan of more counts would make every later round dearer."""
+    site = clinic(tmp_path, Policy(epsilon=6.5, delta=DELTA, max_rounds=2, send_noised_metrics=True))
+    train(site, "first", **{"privacy.epsilon": 6.5, "training.sample-rate": 0.33, "training.local-steps": 3}, rounds=1)
+    job = configure({"privacy.delta": DELTA, "rounds": 4, "training.sample-rate": 0.33, "training.local-steps": 3})
+    other = replace(site, dataset_id="lab")
+    pay(other, job, "second", 1)
+    with Ledger(site.ledger_path) as ledger:
+        planned = [ledger.plans.of(name) for name in ("ward", "lab")]
+    counts = [{held.purpose: held.count for held in plan.releases} for plan in planned if plan is not None]
+    assert counts == [{TRAINING: 3, EVALUATION: 1}, {TRAINING: 6, EVALUATION: 2}]
 
 
 def test_a_site_that_calibrates_as_if_nothing_were_spent_is_found_out(
