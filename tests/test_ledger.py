@@ -630,6 +630,16 @@ def test_records_that_say_the_same_are_the_same_however_they_are_written(
     assert before_under_another_name(tmp_path / "planted") == 0
 
 
+def test_no_case_and_no_form_of_a_character_is_another_record() -> None:
+    def said(text: str) -> str:
+        return contents.said(TextExample(text=f"a{text}"))
+
+    for char in map(chr, (*range(0x3000), *range(0xFB00, 0x10000))):
+        written = {unicodedata.normalize(form, char) for form in ("NFD", "NFKC", "NFKD")}
+        written |= {other for text in (char, *written) for other in (text.upper(), text.lower())}
+        assert {said(text) for text in written} == {said(char)}, f"U+{ord(char):04X}"
+
+
 def test_what_is_withdrawn_stays_so_however_it_is_written(path: Path) -> None:
     with Ledger(path) as ledger:
         ledger.remember("ward", record_hashes(visits(), ledger.key))

@@ -22,13 +22,14 @@ from audits.tiny_site import OneSite, clinic
 from audits.worlds import Gradient, Recorder, World, fresh_world, minus, norm, released
 from client import app
 from client.app import forget
+from client.budget import evaluation_releases
 from client.deadline import Timing, most_drawn
 from client.ledger.ledger import Ledger
 from client.ledger.record_hashes import record_hashes
 from client.linearised import Keeping, Linearisation, linearised
 from client.own_records import bounded, prepared
 from client.policy import Policy
-from client.site import own_settings
+from client.site import Site, own_settings
 from common import randomness
 from common.config.sections import DataConfig
 from common.data import split
@@ -467,6 +468,13 @@ def test_a_unit_without_a_column_is_refused_and_a_row_says_what_it_protects() ->
     assert configure({**BY_PERSON, "privacy.mode": "none"}).mechanism is MECHANISMS["none"]
     with pytest.raises(ConfigError, match="does not protect a household"):
         MECHANISMS["dp-sgd"].of_unit("household")
+
+
+def test_no_noised_count_is_of_persons() -> None:
+    """One person moves a count of records by more than the clip that it is priced with."""
+    here = Site("ward", Dataset("ward", (), ("bad", "good")), "ward", 100, Path(), Policy(send_noised_metrics=True))
+    assert evaluation_releases(configure({}), here, 1)
+    assert evaluation_releases(configure(BY_PERSON), here, 1) == []
 
 
 def test_size_divisor_and_delta_count_persons(site: OneSite) -> None:
