@@ -181,7 +181,9 @@ def test_a_noised_count_is_paid_for_and_is_not_a_step(path: Path) -> None:
     count = gaussian_release(5.0, 1.0, 1, purpose="count")
     with Ledger(path) as ledger:
         receipt = ledger.charge(Charge("ward", "r", 1, (ROUND, count), DELTA, 8.0))
+        second = ledger.charge(Charge("ward", "r", 2, (ROUND, count), DELTA, 8.0))
     assert (receipt.steps_round, receipt.steps_total) == (5, 5)
+    assert (second.steps_round, second.steps_total) == (5, 10)
     assert receipt.epsilon_after == epsilon([ROUND, count], DELTA) > cost_of(1)
 
 
@@ -391,6 +393,17 @@ def write_damaged(path: Path) -> None:
     path.write_bytes(content)
 
 
+def write_damaged_where_no_charge_looks(path: Path) -> None:
+    """Leave a row that its table does not allow: SQLite's check then returns what it found, and raises nothing."""
+    Ledger(path).close()
+    connection = sqlite3.connect(path)
+    connection.executescript(
+        "PRAGMA ignore_check_constraints = ON; INSERT INTO reservations (dataset, run, epsilon, until, set_at) "
+        "VALUES ('ward', 'run-1', -1, '2026-01-01', '2026-01-01');"
+    )
+    connection.close()
+
+
 def write_damaged_old_format(path: Path) -> None:
     connection = sqlite3.connect(path)
     connection.executescript(FIRST_FORMAT)
@@ -430,6 +443,7 @@ def write_impossible_figure(path: Path) -> None:
         (write_newer_format, f"format {migrations.FORMAT + 1}, this FedVeil reads {migrations.FORMAT}"),
         (write_marked_and_empty, f"format 0, this FedVeil reads {migrations.FORMAT}"),
         (write_damaged, "damaged"),
+        (write_damaged_where_no_charge_looks, "damaged"),
         (write_damaged_old_format, "damaged"),
         (write_cut_short, "damaged"),
         (write_impossible_figure, "damaged"),
