@@ -38,6 +38,7 @@ from common.data.sources import load_dataset, train_and_test
 from common.data.split import public_split
 from common.errors import ConfigError, DataError, MechanismError, PolicyRefusal, PrivacyError
 from common.messages.wire import encode_reply
+from common.model.shapes import Shapes
 from common.privacy import MECHANISMS, together
 from common.privacy.accounting import Release
 from common.privacy.dpsgd import ClipAndNoise, PrivateSteps
@@ -148,6 +149,18 @@ def test_the_sums_of_units_are_held_within_their_bound(world: World, monkeypatch
     one_more = together.units_at_once
     monkeypatch.setattr(together, "units_at_once", lambda size: one_more(size) + 1)
     assert max(bytes_held(world, monkeypatch)) > together.MOST_BYTES, "the check is blind"
+
+
+def test_persons_pass_in_the_shapes_that_are_asked_for(world: World) -> None:
+    """Those of a start are rehearsed on their own: in others a record might move another's bits."""
+    records, alone = owned(world), replace(world.model.shapes, most=1)
+
+    def rows(shapes: Shapes | None) -> list[int]:
+        whole = together.together(world.model, records, PERSON.members(records), shapes)
+        return [len(tokens_of(batch)) for held in whole for batch, _ in held.parts]
+
+    assert min(rows(None)) > 1
+    assert rows(alone) == [1] * len(records)
 
 
 def test_rows_that_do_not_come_together_are_not_summed(world: World) -> None:
