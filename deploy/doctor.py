@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import math
 import os
 import socket
@@ -70,7 +71,7 @@ def examine_site(folder: SiteFolder) -> Iterator[CheckResult]:
             ("bundles", lambda: _bundles(folder)),
             ("worker's secret", lambda: _secret(folder)),
             ("ledger", lambda: _ledger(folder)),
-            ("disk", lambda: shared.disk(folder.ledger, "disk")),
+            ("disk", lambda: shared.disk(_ledger_file(folder), "disk")),
             ("base model", lambda: shared.base_model(folder.model, folder.task, folder.fingerprint)),
             ("server", lambda: _server(folder)),
             ("clock", lambda: _clock(folder)),
@@ -110,7 +111,7 @@ def certificate_checks(folder: ServerFolder) -> Iterator[CheckResult]:
 def control_checks(folder: ServerFolder) -> Iterator[CheckResult]:
     """The Control port does not listen to everybody."""
     host = folder.control_host
-    open_to_all, local = host in ("0.0.0.0", "::", ""), host in ("127.0.0.1", "::1", "localhost")
+    open_to_all, local = _is_everywhere(host), host in ("127.0.0.1", "::1", "localhost")
     advice = "set control-host to 127.0.0.1" if open_to_all else "let nobody else there"
     who = "every user of this machine does" if local else "it has no login"
     yield CheckResult(
@@ -118,6 +119,15 @@ def control_checks(folder: ServerFolder) -> Iterator[CheckResult]:
         "Control port",
         f"{host}:{folder.control_port}; who reaches it can let nodes in and submit runs, and {who}: {advice}",
     )
+
+
+def _is_everywhere(host: str) -> bool:
+    """Whether who listens there listens to everybody, however the address is written: 0 is 0.0.0.0 as well."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST) if host else ()
+    except OSError:
+        return False
+    return not host or any(ipaddress.ip_address(str(place[0])).is_unspecified for *_, place in found)
 
 
 def _server_ports(folder: ServerFolder) -> Iterator[CheckResult]:
@@ -183,9 +193,9 @@ def _persons(folder: SiteFolder) -> Iterator[CheckResult]:
         yield CheckResult(True, what, found)
         return
     dataset, spent, at = str(settings.get("dataset-id") or policy.dataset_id or settings["site"]), 0.0, policy.delta
-    honest = 0
-    if folder.ledger.exists():
-        with Ledger(folder.ledger) as ledger:
+    honest, file = 0, _ledger_file(folder)
+    if file.exists():
+        with Ledger(file) as ledger:
             at = min(at, ledger.terms(dataset).delta)
             spent, honest = ledger.epsilon_of_person(dataset, most, min(at, 1.0)), ledger.honest_sites(dataset)
     said = f"a person with {counted(most, 'record')} in {dataset} has ε {epsilon_text(spent)}"
@@ -229,7 +239,8 @@ def _peers_of(folder: SiteFolder) -> Iterator[CheckResult]:
     if not policy.honest_sites:
         yield CheckResult(True, what, "the policy lets this site join none")
         return
-    yield from shared.private_file(folder.path / "identity.key", "signing key")
+    key = Path(str(settings.get("identity", folder.path / "identity.key"))).expanduser()
+    yield from shared.private_file(key, "signing key")
     load_roster(roster_file(settings, policy))  # an error says where the file is, which a party's keeps to itself
     roster = party_of(str(settings["site"]), settings, policy, "", simulated=False).roster
     yield CheckResult(
@@ -257,15 +268,23 @@ def _secret(folder: SiteFolder) -> Iterator[CheckResult]:
 
 
 def _ledger(folder: SiteFolder) -> Iterator[CheckResult]:
-    if not folder.ledger.exists():
-        yield CheckResult(True, "ledger", f"{folder.ledger} is not there yet: the first round makes it")
+    file = _ledger_file(folder)
+    if not file.exists():
+        yield CheckResult(True, "ledger", f"{file} is not there yet: the first round makes it")
         return
-    with Ledger(folder.ledger) as ledger:
+    with Ledger(file) as ledger:
         entries = len(ledger.entries())
-    mode = stat.S_IMODE(os.stat(folder.ledger).st_mode)
+    mode = stat.S_IMODE(os.stat(file).st_mode)
     private = not mode & 0o077
-    advice = "" if private else f"; others can read it: chmod 600 {folder.ledger}"
-    yield CheckResult(private, "ledger", f"{folder.ledger} opens, {entries} charges, mode {mode:04o}{advice}")
+    advice = "" if private else f"; others can read it: chmod 600 {file}"
+    yield CheckResult(private, "ledger", f"{file} opens, {entries} charges, mode {mode:04o}{advice}")
+
+
+def _ledger_file(folder: SiteFolder) -> Path:
+    """Return the ledger that rounds are charged to, which the node's settings may name."""
+    from client.site import ledger_of
+
+    return ledger_of(node_settings(folder))
 
 
 def _server(folder: SiteFolder) -> Iterator[CheckResult]:
@@ -279,11 +298,11 @@ def _clock(folder: SiteFolder) -> Iterator[CheckResult]:
         return
     key = read_node_key(read_bytes(folder.path / "node.key", "the site's private key"))
     reply = ask_to_join(folder.server, read_bytes(folder.path / "ca.crt", "the authority's certificate"), key)
-    wrong = reply.answer is Answer.CLOCK
-    advice = "; set it by NTP" if wrong else ""
-    yield CheckResult(
-        not wrong, "clock", reply.answer.value + advice if wrong else "the server accepts this machine's time"
-    )
+    if reply.answer in (Answer.REGISTERED, Answer.UNKNOWN_KEY):  # it looks at the time before it looks for the key
+        yield CheckResult(True, "clock", "the server accepts this machine's time")
+        return
+    more = "set it by NTP" if reply.answer is Answer.CLOCK else f"nothing is known of its time ({reply.words})"
+    yield CheckResult(False, "clock", f"{reply.answer.value}; {more}")
 
 
 def _registration(folder: SiteFolder) -> Iterator[CheckResult]:

@@ -79,9 +79,16 @@ def open_site_folder(path: Path) -> SiteFolder:
     """Return the folder that ``fedveil site init`` made.
 
     Raises:
-        ConfigError: it has no ``site.toml``, or that one has an unknown or ill-typed key.
+        ConfigError: it has no ``site.toml``, or that one has an unknown or ill-typed key, a server without a port, or a
+            port that is none.
     """
-    return open_folder(SiteFolder, path.expanduser().absolute(), "site.toml", "fedveil site init")
+    folder = open_folder(SiteFolder, path.expanduser().absolute(), "site.toml", "fedveil site init")
+    file, (host, _, port) = folder.path / "site.toml", folder.server.rpartition(":")
+    if not (host and port.isascii() and port.isdecimal()):
+        raise ConfigError(f"{file}: server = {folder.server!r} has no port: write HOST:PORT, such as HOST:{FLEET_PORT}")
+    check_port(f"{file}: the port of the server {folder.server!r}", folder.port)
+    check_port(f"{file}: runtime-port", folder.runtime_port)
+    return folder
 
 
 def make_site(
@@ -160,17 +167,20 @@ def node_settings(folder: SiteFolder, more: str = "") -> dict[str, Scalar]:
 
     Raises:
         ConfigError: a key is unknown to a site.
+        LedgerError: the folder holds several ledgers, and the settings name none.
     """
     from client.site import NODE_KEYS  # imports torch: seconds that only this needs
 
+    own = parse_settings([folder.node, more])
     settings: dict[str, Scalar] = {
         "site": folder.site,
-        "ledger": str(folder.ledger),
+        # Of several in the folder the steward names the one that goes on: then which is its one is not asked.
+        "ledger": own["ledger"] if "ledger" in own else str(folder.ledger),
         "policy": str(folder.path / "policy.toml"),
     }
     if (folder.path / "identity.key").exists():  # folders of earlier versions have none
         settings["identity"] = str(folder.path / "identity.key")
-    settings |= parse_settings([folder.node, more])
+    settings |= own
     for key in settings:
         if key not in NODE_KEYS:
             raise ConfigError(f"unknown node setting {key!r}{nearest(key, NODE_KEYS)}")

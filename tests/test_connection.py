@@ -14,17 +14,24 @@ from unittest.mock import patch
 
 import grpc
 import pytest
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.proto.fleet_pb2 import ActivateNodeRequest
 from made_run import MadeRun
 
 from cli.report import print_summary
 from common.errors import ConfigError
 from common.ports import free_ports
 from common.run_lines import CheckLine, ConfigFile, OwnCheck, Reach, ServerFile, ServerStart, read_file
+from deploy import doctor
 from deploy.certificates import SERVER_DAYS, fingerprint, read_certificate
 from deploy.commands import superlink_environment
 from deploy.fleet import AUTHENTICATED, asks_for_keys
+from deploy.node_keys import read_node_key
+from deploy.refusal import why_refused
 from deploy.run_check import Port, check_run
 from deploy.server_folder import ServerFolder, make_server, open_server, renew_server
+from deploy.site_folder import make_site
 from experiments.in_process import run_in_process
 from reports import report_of, write_reports
 from reports.connection import NEVER_KNOWN, NO_NETWORK, NOT_NAMED, NOT_RECORDED, SITES_OWN
@@ -182,8 +189,17 @@ def superlink(folder: ServerFolder, *, keys: bool = True, tls: bool = True) -> I
             return grpc.unary_unary_rpc_method_handler(answer)
 
     called: list[str] = []
+    with served(folder, Fleet(), tls=tls):
+        yield
+    if called:
+        assert [name.rpartition("/")[2] for name in called] == ["RegisterNode", "UnregisterNode"], "a key is left there"
+
+
+@contextmanager
+def served(folder: ServerFolder, handler: grpc.GenericRpcHandler, *, tls: bool = True) -> Iterator[None]:
+    """A program at a server's Fleet port, with the folder's certificate."""
     server = grpc.server(ThreadPoolExecutor(1))
-    server.add_generic_rpc_handlers((Fleet(),))
+    server.add_generic_rpc_handlers((handler,))
     pair = ((folder.path / "server.key").read_bytes(), (folder.path / "server.pem").read_bytes())
     place = f"127.0.0.1:{folder.fleet_port}"
     server.add_secure_port(place, grpc.ssl_server_credentials([pair])) if tls else server.add_insecure_port(place)
@@ -192,8 +208,6 @@ def superlink(folder: ServerFolder, *, keys: bool = True, tls: bool = True) -> I
         yield
     finally:
         server.stop(None).wait()
-    if called:
-        assert [name.rpartition("/")[2] for name in called] == ["RegisterNode", "UnregisterNode"], "a key is left there"
 
 
 def found(folder: ServerFolder) -> OwnCheck:
@@ -360,6 +374,65 @@ def test_a_proxy_of_the_environment_does_not_stand_before_the_own_machine(
         monkeypatch.delenv(name, raising=False)
     with superlink(folder):
         assert asks_for_keys(f"127.0.0.1:{folder.fleet_port}", (folder.path / "ca.crt").read_bytes()) is True
+
+
+# --- how a site asks --------------------------------------------------------------------------------------------------
+
+
+class Activating(grpc.GenericRpcHandler):
+    """A Fleet port that gives one answer to whoever would go online, and keeps what it was sent."""
+
+    def __init__(self, code: grpc.StatusCode, words: str) -> None:
+        self.code, self.words = code, words
+        self.asked: list[tuple[str, ActivateNodeRequest, dict[str, Any]]] = []
+
+    def service(self, details: grpc.HandlerCallDetails) -> Any:
+        def answer(request: bytes, context: grpc.ServicerContext) -> bytes:
+            sent = {str(key): value for key, value in context.invocation_metadata()}
+            self.asked.append((str(details.method), ActivateNodeRequest.FromString(request), sent))
+            if self.code != grpc.StatusCode.OK:
+                context.abort(self.code, self.words)
+            return b""
+
+        return grpc.unary_unary_rpc_method_handler(answer)
+
+
+@pytest.mark.parametrize(
+    ("code", "words", "reason", "clock"),
+    [
+        (grpc.StatusCode.INVALID_ARGUMENT, "Heartbeat interval", "", True),
+        (grpc.StatusCode.FAILED_PRECONDITION, "no such key", "does not know this site's key: send node.pub", True),
+        (grpc.StatusCode.UNAUTHENTICATED, "Invalid timestamp", "refuses the time of this site's clock: set", False),
+        (grpc.StatusCode.UNAUTHENTICATED, "Invalid signature", "another answer: UNAUTHENTICATED: Invalid sig", False),
+        (grpc.StatusCode.UNAVAILABLE, "gone", "the server does not answer: gone", False),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, "late", "the server does not answer: late", False),
+        (grpc.StatusCode.OK, "", "another answer: it let this check go online, which it must not", False),
+    ],
+    ids=lambda value: value.name if isinstance(value, grpc.StatusCode) else "",
+)
+def test_one_answer_alone_lets_a_site_in_and_no_other_says_that_its_clock_is_right(
+    code: grpc.StatusCode, words: str, reason: str, clock: bool, folder: ServerFolder, tmp_path: Path
+) -> None:
+    site = make_site(
+        *(tmp_path / "clinic", "clinic", f"127.0.0.1:{folder.fleet_port}"),
+        policy="",
+        node="partition-id=0 num-partitions=1",
+        authority=folder.path / "ca.crt",
+    )
+    fleet = Activating(code, words)
+    with served(folder, fleet):
+        refused = why_refused(site)
+        (registration,), (time,) = doctor._registration(site), doctor._clock(site)
+    assert reason in refused if reason else refused == ""
+    assert (registration.ok, time.ok) == (reason == "", clock), time.found
+    assert ("accepts this machine's time" in time.found) == clock
+    method, request, sent = fleet.asked[0]
+    assert (method, request.heartbeat_interval) == ("/flwr.proto.Fleet/ActivateNode", 0.0), "the check goes online"
+    key = read_node_key((site.path / "node.key").read_bytes()).public_key()
+    shown = key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    assert request.public_key == sent["flwr-public-key-bin"] == shown
+    signed = sent["flwr-timestamp"].encode()
+    key.verify(sent["flwr-signature-bin"], signed, ec.ECDSA(hashes.SHA256()))
 
 
 # --- how the server app asks ------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,10 @@ def test_the_doctor_and_the_ledger_show_what_a_person_with_the_most_records_has(
             finding.found
             == f"a person with 3 records in clinic has ε {epsilon_text(spent)} at δ 0.001, of at most {ceiling:g}"
         )
+    other = tmp_path / "other.sqlite"
+    folder.ledger.rename(other)
+    (finding,) = doctor._persons(dataclasses.replace(folder, node=f'{folder.node} ledger="{other}"'))
+    assert f"has ε {epsilon_text(spent)} " in finding.found, "another ledger is looked at than rounds are charged to"
 
 
 def test_the_doctor_says_on_how_many_honest_sites_a_person_s_epsilon_counts(tmp_path: Path) -> None:
