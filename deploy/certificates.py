@@ -67,6 +67,8 @@ def new_server_certificate(names: Sequence[str], authority: Issued, now: datetim
     """
     key, alternatives = ec.generate_private_key(ec.SECP384R1()), alternative_names(names)
     issuer = read_certificate(authority.certificate, "the authority")
+    if not belongs_to(issuer, authority.key):
+        raise DataError("the authority's ca.key is not the key of its ca.crt: put both back from one copy")
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0][:64])])
     builder = (
         _builder(subject, issuer.subject, key, SERVER_DAYS, now)

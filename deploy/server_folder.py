@@ -31,6 +31,7 @@ from deploy.certificates import (
     Issued,
     alternative_names,
     belongs_to,
+    is_issued_by,
     new_authority,
     new_server_certificate,
     read_certificate,
@@ -96,8 +97,8 @@ def open_server(path: Path) -> ServerFolder:
     """Return the folder that ``fedveil server init`` made.
 
     Raises:
-        ConfigError: it has no ``server.toml``, or that one has an unknown or ill-typed key, or a fleet address without
-            a port.
+        ConfigError: it has no ``server.toml``, or that one has an unknown or ill-typed key, a fleet address without a
+            port, or a port that is none.
     """
     folder = open_folder(ServerFolder, path.expanduser().absolute(), "server.toml", "fedveil server init")
     port = folder.fleet.rpartition(":")[2]
@@ -106,6 +107,7 @@ def open_server(path: Path) -> ServerFolder:
             f"{folder.path / 'server.toml'}: fleet = {folder.fleet!r} has no port: write ADDRESS:PORT, such as "
             f"0.0.0.0:{FLEET_PORT}"
         )
+    check_port(f"{folder.path / 'server.toml'}: control-port", folder.control_port)
     return folder
 
 
@@ -209,11 +211,15 @@ def renew_server(folder: ServerFolder, authority: Path | None = None) -> None:
     leaves a pair that ``finish_renewal`` puts in place, and what an earlier renewal left is written over.
 
     Raises:
-        DataError: the authority's folder is not there or not whole, or this one cannot be written.
+        DataError: the authority's folder is not there or not whole, or is another than that of ``ca.crt``; or this one
+            cannot be written. What is in use stays.
     """
     authority = (authority or folder.path / "authority").expanduser().absolute()
     names = list(dict.fromkeys([*folder.name_list, *LOCAL_NAMES, folder.control_host]))
     made = new_server_certificate(names, _read_authority(authority))
+    known = read_certificate(read_bytes(folder.path / "ca.crt", "the authority's certificate"), "the authority")
+    if not is_issued_by(read_certificate(made.certificate, "the server"), known):
+        raise DataError(f"{authority} is not the authority of {folder.path / 'ca.crt'}: name that one's folder")
     put_file(folder.path / RENEWAL, made.key + made.certificate, private=True)
     finish_renewal(folder)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import socket
 import ssl
 from collections.abc import Callable
@@ -41,6 +42,7 @@ def test_a_renewal_that_was_interrupted_is_completed_by_the_next_start_or_renewa
         with pytest.raises(Crash):
             renew_server(server)
     if step > 1:
+        assert (server.path / RENEWAL).stat().st_mode & 0o777 == 0o600, "others can read the new key"
         (finding,) = (f for f in doctor.certificate_checks(server) if "interrupted" in f.found)
         assert not finding.ok
     monkeypatch.setattr(start.os, "execve", lambda *_: None)
@@ -70,12 +72,66 @@ def test_the_servers_folder_is_private_also_where_the_authority_is_made_in_it(tm
         assert folder.stat().st_mode & 0o777 == 0o700, f"others can look into {folder}"
 
 
+@pytest.mark.parametrize("umask", [0o000, 0o077])
+def test_a_folders_files_have_their_modes_whatever_the_umask_and_no_key_is_open_for_a_moment(
+    umask: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    early, fchmod = list[int](), os.fchmod
+
+    def watched(number: int, mode: int) -> None:
+        early.append(os.fstat(number).st_mode & 0o777 & ~mode)
+        fchmod(number, mode)
+
+    monkeypatch.setattr(os, "fchmod", watched)
+    before = os.umask(umask)
+    try:
+        server = make_server(tmp_path / "server", ["127.0.0.1"])
+        site = site_for(tmp_path, 9092, server.path)
+    finally:
+        os.umask(before)
+    private = {"server.key", "ca.key", "node.key", "identity.key", "policy.toml"}
+    made = [path for folder in (server.path, site.path) for path in (folder, *folder.rglob("*"))]
+    assert private <= {path.name for path in made}
+    for path in made:
+        wanted = 0o700 if path.is_dir() else 0o600 if path.name in private else 0o644
+        assert path.stat().st_mode & 0o777 == wanted, f"{path}: {path.stat().st_mode:o}"
+    assert early
+    assert not any(early), "a file could be read by others before its mode was set"
+
+
+def test_a_renewal_by_another_authority_or_by_anothers_key_leaves_what_is_in_use(tmp_path: Path) -> None:
+    server, other = (make_server(tmp_path / name, ["127.0.0.1"]) for name in ("server", "other"))
+    before = {name: (server.path / name).read_bytes() for name in ("server.pem", "server.key")}
+    with pytest.raises(DataError, match=r"is not the authority of .*ca\.crt: name that one's folder"):
+        renew_server(server, other.path / "authority")
+    (server.path / "authority" / "ca.key").write_bytes((other.path / "authority" / "ca.key").read_bytes())
+    with pytest.raises(DataError, match=r"ca\.key is not the key of its ca\.crt"):
+        renew_server(server)
+    assert {name: (server.path / name).read_bytes() for name in before} == before
+    assert not (server.path / RENEWAL).exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("ca.crt", "server.pem is not of the authority"), ("server.key", "server.key does not belong to server.pem")],
+)
+def test_a_server_with_a_file_of_another_does_not_start(
+    name: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, other = (make_server(tmp_path / name, ["127.0.0.1"]) for name in ("server", "other"))
+    (server.path / name).write_bytes((other.path / name).read_bytes())
+    monkeypatch.setattr(start.os, "execve", lambda *_: pytest.fail("it starts"))
+    with pytest.raises(DataError, match=words):
+        start.start_server(server, lambda line: None)
+    assert not all(finding.ok for finding in doctor.certificate_checks(server))
+
+
 def test_the_doctor_says_who_reaches_the_control_port(tmp_path: Path) -> None:
     server = make_server(tmp_path / "server", ["127.0.0.1"])
     for host, ok, words in (
         ("127.0.0.1", True, "every user of this machine does: let nobody else there"),
         ("control", True, "it has no login"),
-        ("0.0.0.0", False, "set control-host to 127.0.0.1"),
+        *((host, False, "set control-host to 127.0.0.1") for host in ("0.0.0.0", "::", "", "0", "::0")),
     ):
         (finding,) = doctor.control_checks(dataclasses.replace(server, control_host=host))
         assert (finding.ok, words in finding.found) == (ok, True), finding.found

@@ -30,14 +30,14 @@ from cli.main import app
 from client.ledger.ledger import Ledger
 from client.policy import load_policy
 from common.config.text import to_toml
-from common.errors import ConfigError, DataError, RunFailed, UnreadableFile
+from common.errors import ConfigError, DataError, LedgerError, RunFailed, UnreadableFile
 from common.model.base import load_base_model
 from common.paths import run_folder
 from common.ports import free_ports
 from common.privacy.accounting import Release, epsilon
 from common.run_lines import ConfigFile, ResultFile, Status, read_file, read_json
 from common.strict_json import to_json
-from deploy import certificates, container, registry
+from deploy import certificates, container, doctor, registry
 from deploy import control as control_api
 from deploy import submit as submission
 from deploy.commands import environment, superlink_command, supernode_command
@@ -47,7 +47,7 @@ from deploy.policy_file import policy_text
 from deploy.refusal import why_refused, why_unreachable
 from deploy.server_folder import ServerFolder, make_server, open_server, renew_server
 from deploy.site_check import check_site
-from deploy.site_folder import SiteFolder, make_site, open_site_folder
+from deploy.site_folder import SiteFolder, make_site, node_settings, open_site_folder
 from deploy.start import start_server, start_site
 from deploy.withdraw import withdraw_site
 from reports import report_of
@@ -527,6 +527,50 @@ def test_an_unknown_key_of_a_folder_is_named(tmp_path: Path) -> None:
         file.write("contrl-port = 8000\n")
     with pytest.raises(ConfigError, match="did you mean 'control-port'"):
         open_server(server.path)
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "words"),
+    [
+        ("site.toml", 'server = "fl.example.org"', "has no port: write HOST:PORT"),
+        ("site.toml", 'server = ":9092"', "has no port: write HOST:PORT"),
+        ("site.toml", 'server = "fl.example.org:fleet"', "has no port: write HOST:PORT"),
+        ("site.toml", 'server = "fl.example.org:0"', "must be from 1 to 65535, not 0"),
+        ("site.toml", "runtime-port = 70000", "runtime-port must be from 1 to 65535, not 70000"),
+        ("server.toml", "control-port = 70000", "control-port must be from 1 to 65535, not 70000"),
+    ],
+)
+def test_a_port_that_none_can_be_is_said_when_a_folder_is_opened(
+    name: str, line: str, words: str, tmp_path: Path
+) -> None:
+    server = make_server(tmp_path / "server", ["127.0.0.1"])
+    site = site_for(tmp_path, 9092, server.path)
+    folder, reopen = (site.path, open_site_folder) if name == "site.toml" else (server.path, open_server)
+    reopen(folder)
+    text, key = (folder / name).read_text(encoding="utf-8"), line.partition(" =")[0]
+    (folder / name).write_text(re.sub(rf'(?m)^"?{key}"? = .*$', line, text), encoding="utf-8")
+    with pytest.raises(ConfigError, match=re.escape(words)) as refused:
+        reopen(folder)
+    assert str(folder / name) in str(refused.value)
+
+
+def test_who_names_one_of_two_ledgers_goes_on_with_it_and_the_doctor_looks_at_that_one(tmp_path: Path) -> None:
+    """So says the error of a folder with two; the doctor's word on the other one would be worth nothing."""
+    server = make_server(tmp_path / "server", ["127.0.0.1"])
+    site = site_for(tmp_path, free_ports(1)[0], server.path)
+    site.path.joinpath("ledger").mkdir()
+    first, second = (site.path / "ledger" / f"{name}.sqlite" for name in ("first", "second"))
+    for file in (first, second):
+        Ledger(file).close()
+    with pytest.raises(LedgerError, match="name the one that goes on"):
+        node_settings(site)
+    named = dataclasses.replace(site, node=f'{PART} ledger="{second}"')
+    assert node_settings(named)["ledger"] == str(second)
+    (finding,) = doctor._ledger(named)
+    assert (finding.ok, finding.found) == (True, f"{second} opens, 0 charges, mode 0600")
+    second.chmod(0o640)
+    (finding,) = doctor._ledger(named)
+    assert (finding.ok, f"chmod 600 {second}" in finding.found) == (False, True)
 
 
 def test_the_policy_of_a_new_site_is_one(tmp_path: Path) -> None:
