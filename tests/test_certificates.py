@@ -7,6 +7,7 @@ import os
 import socket
 import ssl
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,26 @@ def test_certificates_pass_the_strict_check(tmp_path: Path, tls_server: Callable
         for finding in (*doctor.authority_checks(server.path), *doctor.certificate_checks(server))
         if not finding.ok
     ]
+
+
+def test_a_certificate_can_do_no_more_than_it_is_for_and_lasts_as_long_as_is_said(tmp_path: Path) -> None:
+    """Whoever steals a server's key can make no further certificate with it."""
+    server = make_server(tmp_path / "server", ["127.0.0.1"])
+    for name, days, constraints, uses in (
+        ("ca.crt", 3650, x509.BasicConstraints(ca=True, path_length=0), {"key_cert_sign", "crl_sign"}),
+        ("server.pem", 397, x509.BasicConstraints(ca=False, path_length=None), {"digital_signature"}),
+    ):
+        held = certificates.read_certificate((server.path / name).read_bytes(), name)
+        found = held.extensions.get_extension_for_class(x509.BasicConstraints)
+        assert (found.critical, found.value) == (True, constraints)
+        usage = held.extensions.get_extension_for_class(x509.KeyUsage).value
+        allowed = ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement")
+        assert {use for use in (*allowed, "key_cert_sign", "crl_sign") if getattr(usage, use)} == uses
+        assert days - 0.01 < certificates.days_left(held) <= days
+        began = datetime.now(UTC) - held.not_valid_before_utc
+        assert timedelta(minutes=9) < began < timedelta(minutes=12), "a site whose clock is behind refuses it"
+    extended = held.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    assert list(extended) == [x509.oid.ExtendedKeyUsageOID.SERVER_AUTH]
 
 
 def test_an_old_folder_is_named_by_the_doctor_and_gets_a_good_server_certificate(

@@ -13,6 +13,7 @@ import sys
 import textwrap
 import threading
 import time
+import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from datetime import UTC, datetime, timedelta
@@ -502,7 +503,7 @@ def test_a_site_with_another_sites_private_key_does_not_start(tmp_path: Path) ->
 
 
 def test_a_renewed_certificate_is_of_the_same_authority(tmp_path: Path) -> None:
-    server = make_server(tmp_path / "server", ["fl.example.org"])
+    server = make_server(tmp_path / "server", ["fl.example.org"], control_host="control")
     before = (server.path / "server.pem").read_bytes()
     renew_server(open_server(server.path))
     after = (server.path / "server.pem").read_bytes()
@@ -510,6 +511,7 @@ def test_a_renewed_certificate_is_of_the_same_authority(tmp_path: Path) -> None:
     authority = certificates.read_certificate((server.path / "ca.crt").read_bytes(), "the authority")
     renewed = certificates.read_certificate(after, "the server")
     assert certificates.is_issued_by(renewed, authority)
+    assert certificates.names_of(renewed) == ["fl.example.org", "localhost", "control", "127.0.0.1"]
     assert certificates.belongs_to(renewed, (server.path / "server.key").read_bytes())
     assert (server.path / "server.key").stat().st_mode & 0o777 == 0o600
 
@@ -552,6 +554,16 @@ def test_a_port_that_none_can_be_is_said_when_a_folder_is_opened(
     with pytest.raises(ConfigError, match=re.escape(words)) as refused:
         reopen(folder)
     assert str(folder / name) in str(refused.value)
+
+
+def test_the_control_port_is_for_this_machine_alone_unless_the_coordinator_says_so(tmp_path: Path) -> None:
+    server = make_server(tmp_path / "server", ["127.0.0.1"])
+    assert server.control_host == "127.0.0.1"
+    text = (server.path / "server.toml").read_text(encoding="utf-8")
+    (server.path / "server.toml").write_text(re.sub(r"(?m)^.*control-host.*\n", "", text), encoding="utf-8")
+    assert open_server(server.path).control_host == "127.0.0.1"
+    connection = tomllib.loads((server.home / "config.toml").read_text(encoding="utf-8"))["superlink"]["fedveil"]
+    assert connection["root-certificates"] == str(server.path / "ca.crt"), "another server is believed"
 
 
 def test_who_names_one_of_two_ledgers_goes_on_with_it_and_the_doctor_looks_at_that_one(tmp_path: Path) -> None:

@@ -25,11 +25,14 @@ from reports.audits import AT_LEAST, CLAIMED, HONEST, audit_reports, bound_note,
 from reports.card import adapter_form, card_of
 from reports.declared import Declared
 from reports.fact_sheet import in_thousand
+from reports.folder import read_run
 from reports.markdown import to_markdown
 from reports.page import to_fact_sheet, to_html
 from reports.picture import picture_of, to_svg
 from reports.registry import registry_record
+from reports.sharing import sharing_of
 from reports.signature import make_key
+from reports.sites import site_reports
 
 SITES = {f"clinic-{i}": 2000 for i in range(4)}
 Marked = dict[str, set[str]]
@@ -191,6 +194,27 @@ def test_the_other_prices_are_the_dearest_sites_by_the_sum_of_fewest_sites(share
     (more,) = sharing.more_honest
     wanted = promised([Release(site.events[0].of_honest(3), 3)], site.delta)[0]
     assert (more.honest_sites, more.epsilon) == (3, pytest.approx(wanted, abs=1e-9))
+
+
+def test_where_sites_count_on_different_numbers_the_claim_rests_on_the_largest(tmp_path: Path) -> None:
+    """With fewer honest ones the claim of the site that counts on more does not hold."""
+    run = summed(tmp_path, 2, 1)
+    lines = run.lines("privacy.jsonl")
+    for line in lines:
+        line["event"]["figures"]["honest_sites"] = 3 if line["site"] == "clinic-1" else 2
+    (run.folder / "privacy.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = report_of(run.folder)
+    assert data.sharing is not None
+    assert (data.sharing.honest_sites, data.sharing.more_honest) == (3, [])
+    assert "as long as 3 sites of each sum are honest (h = 3)" in data.claim.sentence
+
+
+def test_before_a_sum_the_claim_rests_on_what_the_run_asks_for(tmp_path: Path) -> None:
+    asked = {"privacy.mode": "secure-sum", "privacy.honest-sites": 3, "training.optimizer": "sgd"}
+    files = read_run(MadeRun(tmp_path / "run", asked, SITES).start().folder)
+    sharing = sharing_of(files, site_reports(files))
+    assert sharing is not None
+    assert (sharing.honest_sites, sharing.summed) == (3, 0)
 
 
 @pytest.mark.parametrize("form", [form for form in FORMS if form != "picture"])
