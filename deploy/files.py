@@ -28,12 +28,12 @@ def make_folder(folder: Path, files: Mapping[str, bytes], private: frozenset[str
 
     Raises:
         ConfigError: one of the files is there already; nothing was changed.
-        DataError: the folder cannot be written; nothing was left in it.
+        DataError: the folder cannot be written; none of the files was left in it.
     """
     for name in files:
         if (folder / name).exists():
             raise ConfigError(f"{folder / name} is there already and is not overwritten: name another folder")
-    made = not folder.exists()
+    made, placed = not folder.exists(), list[Path]()
     try:
         folder.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
@@ -43,9 +43,13 @@ def make_folder(folder: Path, files: Mapping[str, bytes], private: frozenset[str
             for name in files:
                 (folder / name).parent.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
                 (draft / name).replace(folder / name)
+                placed.append(folder / name)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
     except OSError as error:
+        # Half a folder could be neither used nor made again: its files would be said to be there already.
+        for path in placed:
+            path.unlink(missing_ok=True)
         if made:
             shutil.rmtree(folder, ignore_errors=True)
         raise DataError(f"cannot make {folder} ({error.strerror}): name a folder that you may write") from error

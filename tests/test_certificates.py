@@ -13,10 +13,14 @@ from typing import Any
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ed25519
 from test_deploy import site_for
 
 from common.errors import DataError
 from deploy import certificates, doctor, start
+from deploy.files import make_folder
+from deploy.node_keys import read_node_key
 from deploy.refusal import why_unreachable
 from deploy.server_folder import RENEWAL, ServerFolder, finish_renewal, make_server, renew_server
 
@@ -73,6 +77,41 @@ def test_the_servers_folder_is_private_also_where_the_authority_is_made_in_it(tm
         assert folder.stat().st_mode & 0o777 == 0o700, f"others can look into {folder}"
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_a_folder_that_cannot_be_finished_is_not_left_half_made(
+    there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With half of its files it would be refused for ever: they are there already."""
+    folder, replace = tmp_path / "folder", Path.replace
+    if there:
+        folder.mkdir()
+        (folder / "own.txt").write_text("stays")
+
+    def full(self: Path, target: Path) -> Path:
+        if target.name == "second":
+            raise OSError(28, "No space left on device")
+        return replace(self, target)
+
+    files = {"first.key": b"1", "second": b"2"}
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", full)
+        with pytest.raises(DataError, match="No space left on device"):
+            make_folder(folder, files, frozenset({"first.key"}))
+    assert [path.name for path in tmp_path.rglob("*")] == (["folder", "own.txt"] if there else [])
+    make_folder(folder, files, frozenset({"first.key"}))
+    assert (folder / "second").read_bytes() == b"2"
+
+
+def test_a_key_of_another_kind_is_refused_as_one(tmp_path: Path) -> None:
+    server, other = make_server(tmp_path / "server", ["127.0.0.1"]), ed25519.Ed25519PrivateKey.generate()
+    form, no = serialization.PrivateFormat, serialization.NoEncryption()
+    (server.path / "server.key").write_bytes(other.private_bytes(serialization.Encoding.PEM, form.PKCS8, no))
+    with pytest.raises(DataError, match="a private key is not an elliptic-curve key: make a new pair"):
+        start.start_server(server, pytest.fail)
+    with pytest.raises(DataError, match="the site's private key is not an elliptic-curve key"):
+        read_node_key(other.private_bytes(serialization.Encoding.PEM, form.OpenSSH, no))
+
+
 @pytest.mark.parametrize("umask", [0o000, 0o077])
 def test_a_folders_files_have_their_modes_whatever_the_umask_and_no_key_is_open_for_a_moment(
     umask: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -125,6 +164,16 @@ def test_a_server_with_a_file_of_another_does_not_start(
     with pytest.raises(DataError, match=words):
         start.start_server(server, lambda line: None)
     assert not all(finding.ok for finding in doctor.certificate_checks(server))
+
+
+def test_a_server_with_an_expired_certificate_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    then = datetime.now(UTC) - timedelta(days=certificates.SERVER_DAYS, minutes=1)
+    server = make_server(tmp_path / "server", ["127.0.0.1"], now=then)
+    monkeypatch.setattr(start.os, "execve", lambda *_: pytest.fail("it starts"))
+    with pytest.raises(DataError, match="the server's certificate has expired: renew it"):
+        start.start_server(server, lambda line: None)
+    (finding,) = (found for found in doctor.certificate_checks(server) if not found.ok)
+    assert "expired 0 days ago: renew it" in finding.found
 
 
 def test_the_doctor_says_who_reaches_the_control_port(tmp_path: Path) -> None:
