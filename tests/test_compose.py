@@ -110,7 +110,11 @@ def test_the_superlink_binds_its_control_port_to_that_network(tmp_path: Path) ->
     for name in ("authority", "server", "coordinator"):
         (tmp_path / name).mkdir()
     container.make_keys(0, 8.0, 1e-5, tmp_path)
-    words = superlink_command(open_server(tmp_path / "server"))
+    server = open_server(tmp_path / "server")
+    words = superlink_command(server)
+    for option, name in (("ca-certfile", "ca.crt"), ("certfile", "server.pem"), ("keyfile", "server.key")):
+        assert words[words.index(f"--ssl-{option}") + 1] == str(server.path / name)
+    assert "--disable-runtime-dependency-installation" in words
     assert words[words.index("--host") + 1] == container.CONTROL
     assert words[words.index("--fleet-api-address") + 1].endswith(f":{FLEET_PORT}")
     assert "--enable-supernode-auth" in words

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import getpass
 import json
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -18,12 +20,14 @@ import pytest
 
 from client import runtime
 from common.bundle import own_digest
-from common.errors import ConfigError
+from common.errors import ConfigError, DataError
+from common.ports import free_ports
 from deploy import pair, start
-from deploy.commands import own_module
+from deploy.commands import QUIET, own_module
 from deploy.doctor import examine_site
+from deploy.server_folder import make_server
 from deploy.site_folder import SiteFolder, make_site
-from deploy.units import write_site_unit
+from deploy.units import write_server_unit, write_site_unit
 
 ROOT = Path(__file__).resolve().parent.parent
 STAYS = "open({place!r}, 'a').write(f'{{os.getpid()}}\\n'); time.sleep(60)"
@@ -200,6 +204,61 @@ def test_a_start_makes_a_new_secret_for_the_site_s_user_alone(
     assert file.read_bytes() != first
 
 
+def test_what_a_site_starts_asks_for_the_authority_s_certificate_tells_nobody_and_shows_no_secret(
+    site: SiteFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever runs ps sees a command, and what it starts inherits the environment."""
+    monkeypatch.delenv("FLWR_HOME", raising=False)
+    for name in QUIET:
+        monkeypatch.setenv(name, "1" if name == "FLWR_TELEMETRY_ENABLED" else "0")
+    taken: list[Any] = []
+    monkeypatch.setattr(start, "why_refused", lambda folder: "")
+    monkeypatch.setattr(start.os, "execve", lambda *words: taken.append(words))
+    start.start_site(site, lambda line: None)
+    ((_, command, told),) = taken
+    node = json.loads(command[4])
+    for option, value in (
+        ("--root-certificates", str(site.path / "ca.crt")),
+        ("--auth-supernode-private-key", str(site.path / "node.key")),
+        ("--superlink", "127.0.0.1:1"),
+        ("--host", "127.0.0.1"),
+    ):
+        assert node[node.index(option) + 1] == value
+    assert "--insecure" not in node
+    assert {name: told[name] for name in QUIET} == {
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    }
+    shown = repr(command) + repr(told)
+    for secret in (start.secret_file(site), site.path / "node.key", site.path / "identity.key"):
+        assert [line for line in secret.read_text().splitlines() if line in shown] == [], secret.name
+    folder = start.secret_file(site).parent
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_a_port_that_another_site_took_while_this_one_waited_is_said(
+    site: SiteFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (port,) = free_ports(1)
+    taken = socket.socket()
+    reasons = ["the server does not answer", ""]
+
+    def refused(_: SiteFolder) -> str:
+        if len(reasons) == 1:
+            taken.bind(("127.0.0.1", port))
+            taken.listen()
+        return reasons.pop(0)
+
+    monkeypatch.setattr(start, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(start, "why_refused", refused)
+    monkeypatch.setattr(start.os, "execve", lambda *_: pytest.fail("it starts"))
+    said: list[str] = []
+    with taken, pytest.raises(DataError, match=f"the SuperNode's port 127.0.0.1:{port} cannot be listened on"):
+        start.start_site(dataclasses.replace(site, runtime_port=port), said.append)
+    assert said[1:] == ["waiting: the server does not answer"], "it did not wait, or said that it is let in"
+
+
 def test_a_name_that_is_not_the_key_s_is_refused_before_anything_starts(
     site: SiteFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -246,6 +305,20 @@ def test_the_doctor_names_the_bundles_and_finds_an_open_secret(
     assert "chmod 600" in words
     (site.path / "policy.toml").write_text(POLICY + f'bundles = ["{"b" * 64}"]\n')
     assert said("bundles") == (True, f"{'b' * 64}; not {own_digest()} (the installed version's own)")
+
+
+def test_the_units_give_their_programs_no_more_than_they_need(site: SiteFolder, tmp_path: Path) -> None:
+    server = make_server(tmp_path / "server", ["127.0.0.1"])
+    write_site_unit(site)
+    write_server_unit(server)
+    for folder, own in (
+        (site.path / "fedveil-site.service", {"PrivateDevices=no", f"ReadWritePaths={site.path}"}),
+        (server.path / "fedveil-server.service", {"PrivateDevices=yes", f"ReadWritePaths={server.path}"}),
+    ):
+        held = folder.read_text().splitlines()
+        wanted = {"NoNewPrivileges=yes", "CapabilityBoundingSet=", "PrivateTmp=yes", "ProtectSystem=strict"}
+        wanted |= {"ProtectHome=read-only", "RestrictSUIDSGID=yes", "UMask=0077", f"User={getpass.getuser()}"}
+        assert {line for line in wanted | own if held.count(line) != 1} == set(), folder.name
 
 
 def test_the_unit_tells_the_first_process_alone_to_end(site: SiteFolder) -> None:
