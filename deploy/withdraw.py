@@ -36,7 +36,9 @@ def withdraw_site(folder: SiteFolder, reason: str, say: Callable[[str], None], m
     with Ledger(Path(str(settings["ledger"])).expanduser().absolute()) as ledger:
         ledger.holds.withdraw(dataset, reason)
         say(f"{dataset}: withdrawn. From now on every round on it is refused, and on what was charged for it.")
-        unread = "" if "data" in settings and policy.task else "this site has no records of its own"
+        unread = "" if "data" in settings else "this site has no records of its own"
+        if not (unread or policy.task):
+            unread = "the policy does not say what they are for, so how they are read is not known"
         if not unread:
             try:
                 source = str(settings["data"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,18 @@ from cli.main import app
 from common.bundle import own_digest
 from common.errors import ConfigError
 from common.model.base import load_base_model
+from common.privacy import MECHANISMS
+from common.run_lines import TuningFile
 from experiments.in_process import run_in_process
 from experiments.serving.merge import merge_run
 from reports import report_of, write_reports
 from reports.card import Form, adapter_form, card_of
+from reports.claim import COVERED, NOT_COVERED
+from reports.data import NO_BOUND
 from reports.declared import Declared, declare, read_declared
+from reports.fact_sheet import facts_of
+from reports.markdown import plain
+from reports.registry import TUNING, registry_record
 
 
 def fedveil(*words: Any) -> tuple[int, str]:
@@ -68,6 +76,52 @@ def test_the_card_of_an_adapter_says_what_the_hub_and_people_ask(made: MadeRun) 
     for words in data.claim.not_covered:
         assert words.split(",", maxsplit=1)[0] in text
     assert "nobody has declared one" in text
+
+
+def test_the_card_states_each_part_of_the_claim_under_its_own_name(made: MadeRun) -> None:
+    text, claim, own = card(made), report_of(made.folder).claim, MECHANISMS["dp-sgd"].claim
+    assert (claim.unit, claim.neighbours, claim.adversary) == (own.unit, own.adjacency, own.adversary)
+    assert (claim.sampler, claim.privacy_mode, claim.covered) == (own.sampler, "dp-sgd", list(COVERED))
+    assert claim.not_covered == [*own.leaves_out, *NOT_COVERED]
+    assert "PLD" in claim.accountant
+    private = ModelCard(text).data.to_dict()["differential_privacy"]
+    parts = {"unit": own.unit, "neighbours": own.adjacency, "adversary": own.adversary}
+    parts |= {"mechanism": "dp-sgd", "accountant": claim.accountant}
+    assert {name: value for name, value in private.items() if name not in ("epsilon", "delta")} == parts
+    names = {"Unit": own.unit, "Neighbours": own.adjacency, "Adversary": own.adversary, "Sampling": own.sampler}
+    for name, said in names.items():
+        assert f"- {name}: {plain(said)}\n" in text
+    assert "Their number, as the sites declare it: 3,500, from 1,500 to 2,000 a site." in text
+    assert 'PeftModel.from_pretrained(model, "adapter")' in text
+    assert "The classification head lies beside it" in text
+    for name in ("adapter_config.json", "head.safetensors"):
+        (made.folder / "adapter" / name).unlink()
+    text = card(made)
+    assert "this run trained the head alone" in text
+    assert "The classification head lies beside it" not in text
+
+
+def test_the_price_of_all_trials_stands_in_card_registry_and_fact_sheet(made: MadeRun) -> None:
+    data = replace(report_of(made.folder), tuning=TuningFile(3, True, 5.2, 1e-6))
+    private = ModelCard(card_of(data, Declared(), adapter_form(data), b"")).data.to_dict()["differential_privacy"]
+    assert (private["trials"], private["epsilon_all_trials"], private["delta_all_trials"]) == (3, 5.2, 1e-6)
+    told = yaml.safe_load(registry_record(data, Declared()))["deployment"]
+    all_trials = "all 3 trials together: ε 5.200 at δ 1e-06"
+    assert all_trials in told["privacy_loss"]["privacy_parameters_details"]
+    assert "The run is one of 3 trials" in told["implementation"][TUNING]
+    (fact,) = (fact for fact in facts_of(data) if "promised to the people" in fact.question)
+    assert "chosen among 3 trials" in fact.answers[1]
+    assert "over all, the limit is 5.200 (δ = 1e-06)" in fact.answers[1]
+
+
+def test_what_stands_against_a_claim_is_in_card_registry_and_fact_sheet(made: MadeRun) -> None:
+    data = report_of(made.folder)
+    against = ("a problem of the files", "a gap of the claim")
+    told = replace(data, problems=[against[0]], claim=replace(data.claim, gaps=[against[1]]), meaning=None)
+    facts = " ".join(answer for fact in facts_of(told) for answer in fact.answers)
+    for text in (card_of(told, Declared(), adapter_form(told), b""), registry_record(told, Declared()), facts):
+        assert [words for words in against if words not in text] == []
+    assert NO_BOUND in card_of(told, Declared(), adapter_form(told), b"")
 
 
 def test_the_cards_hashes_are_those_of_the_files(made: MadeRun) -> None:

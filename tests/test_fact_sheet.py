@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,29 @@ def test_the_sheet_says_the_reports_figures_in_words_for_everyone(made: MadeRun)
     ):
         assert part in text, f"the fact sheet does not say {part!r}"
     assert len(text.split()) < 600, "it is no page"
+
+
+def test_each_figure_of_the_sheet_stands_in_its_own_sentence(made: MadeRun) -> None:
+    data = report_of(made.folder)
+    assert data.meaning is not None
+    said = " ".join(answer for fact in facts_of(data) for answer in fact.answers)
+    spent = epsilon_text(data.headline.epsilon)
+    for words in (
+        f"The limit is a number, ε (epsilon): {spent}; the site with the largest may come to 8.",
+        "Chances below δ = 1e-05 are left out of it.",
+        "right in 69.5 % before and 76.0 % after training",
+        "numbers that were computed from its records, with chance numbers (noise) added.",
+        "The model was tested on other records, which are public.",
+        "trained further by 2 sites together, in 1 round of 1 that were planned.",
+        *(
+            f"wrongly names {in_thousand(one.false_positives)} that were not used, it finds at most "
+            f"{in_thousand(one.true_positives)} that were"
+            for one in data.meaning.bounds.attacks
+        ),
+    ):
+        assert words in said
+    off = replace(data, claim=replace(data.claim, made=False))
+    assert "computed from its records, as they are." in facts_of(off)[1].answers[0], "noise is claimed that none added"
 
 
 def test_a_rate_in_a_thousand_is_never_rounded_down() -> None:

@@ -313,6 +313,11 @@ def test_a_steward_withdraws_records_that_were_never_charged(toy_settings: dict[
     lines.clear()
     withdraw_site(gone, "asked for", lines.append)
     assert "known by this name alone" in " ".join(lines)
+    rules = 'dataset-id = "ward"\nepsilon = 8.0\ndelta = 1e-3\npublic-size = 50\n'
+    unpinned = make_site(tmp_path / "unpinned", "clinic", "127.0.0.1:1", policy=rules, node=f'data="{data}"')
+    lines.clear()
+    withdraw_site(unpinned, "asked for", lines.append)
+    assert "(the policy does not say what they are for, " in lines[1], "a site with records is told that it has none"
 
 
 def test_a_withdrawal_stands_whatever_becomes_of_reading_the_records(

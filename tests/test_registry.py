@@ -16,10 +16,13 @@ from made_run import DELTA, MadeRun
 from test_card import fedveil, with_adapter
 
 from common.errors import ConfigError
+from common.privacy import MECHANISMS
 from common.privacy.accounting import gaussian_release
+from common.run_lines import AuditFile, Finding
 from reports import report_of
+from reports.audits import audit_reports
 from reports.declared import Declared, declare, read_declared
-from reports.registry import SCHEMA_COMMIT, UNSTATED, registry_record
+from reports.registry import BY_SERVER, BY_SITES, NOISED, SCHEMA_COMMIT, UNSTATED, registry_record
 
 UPSTREAM = "057e5d81cf60150dd3307e0cf4504b957802fb3b"
 """Commit of github.com/opendp/deployments-registry-data. Its tests/good_deployments/template.yaml, the record that has
@@ -95,6 +98,31 @@ def test_a_record_is_valid_and_states_the_runs_claim(made: MadeRun, answers: dic
     assert (unstated == 0) == bool(answers), "an answer that nobody gave is made up, or one that was given is left out"
 
 
+def test_a_record_says_whom_to_trust_which_unit_and_which_site_is_worst(made: MadeRun) -> None:
+    data = report_of(made.folder)
+    results = audit_reports(
+        {"audit.json": AuditFile(False, "", {}, [Finding("canaries", "as it is", False, False, {})])}, []
+    )
+    told = yaml.safe_load(registry_record(replace(data, audit_results=results), Declared()))["deployment"]
+    model, loss = told["deployment_model"], told["privacy_loss"]
+    for name, lines in (
+        ("trust_assumptions", [f"- {actor.who}: trusted {actor.trusted}" for actor in data.actors]),
+        ("actors", [f"- {actor.who} sees {actor.sees}" for actor in data.actors]),
+    ):
+        assert model[name].splitlines() == lines
+    assert (model["model_name_details"], model["release_type_details"]) == (NOISED["at the site"], BY_SITES)
+    assert model["release_type"] == "One release"
+    own = MECHANISMS["dp-sgd"].claim
+    assert loss["privacy_unit_details"] == f"{own.unit}; neighbours: {own.adjacency}."
+    assert "over all rounds; site north\n" in loss["privacy_parameters_details"], "south has more noise"
+    assert f"sampling: {own.sampler}" in told["implementation"]["mechanisms"]
+    assert told["dp_variant"]["unprotected_quantities"].splitlines() == [f"- {item}" for item in data.unprotected]
+    assert "canaries: FAILED" in told["administrative"]["evidence_sources"]["report"]["misc"]["note"]
+    untold = replace(data, sites=[replace(data.sites[0], public_size=None), *data.sites[1:]])
+    loss = yaml.safe_load(registry_record(untold, Declared()))["deployment"]["privacy_loss"]
+    assert "number_of_privacy_units" not in loss, "a part of the records is said to be all"
+
+
 def test_a_field_that_is_missing_misspelt_or_of_another_word_is_found(made: MadeRun) -> None:
     """The schema can fail."""
     text = registry_record(report_of(made.folder), Declared(curator_type="Nonprofit"))
@@ -163,7 +191,11 @@ def test_a_trusted_server_is_the_central_model(made: MadeRun) -> None:
     data = report_of(made.folder)
     central = replace(data, claim=replace(data.claim, privacy_mode="client-level", per="site"))
     record = yaml.safe_load(registry_record(central, Declared(curator_type="Industry")))
-    assert record["deployment"]["deployment_model"]["model_name"] == "Central"
+    model = record["deployment"]["deployment_model"]
+    assert model["model_name"] == "Central"
+    assert (model["model_name_details"], model["release_type_details"]) == (NOISED["at the server"], BY_SERVER)
+    details = record["deployment"]["privacy_loss"]["privacy_parameters_details"]
+    assert details.startswith("- of every site of the cohort, over all rounds\n"), "a site is named"
     assert faults(record) == []
 
 
@@ -173,6 +205,10 @@ def test_a_trusted_server_is_the_central_model(made: MadeRun) -> None:
         ({"curator-type": "Company"}, "curator-type"),
         ({"report-url": "ftp://x"}, "write an address"),
         ({"report-url": "https://x (y)"}, "write an address"),
+        ({"report-url": "https://x> <script>"}, "write an address"),
+        ({"published": "20261126"}, "write a date as YYYY-MM-DD"),
+        ({"published": "2026-13-01"}, "write a date as YYYY-MM-DD"),
+        ({"base-training-flop": "0"}, "write a number above 0"),
     ],
 )
 def test_an_answer_that_the_registry_cannot_hold_is_refused_in_one_line(

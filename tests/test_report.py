@@ -22,9 +22,13 @@ from common.privacy.accounting import gaussian_release
 from common.privacy.figures import epsilon_text
 from common.privacy.privacy_filter import promised
 from common.run_lines import AuditFile, Finding, Reached
+from common.words import names_text
 from reports import federation_epsilon, markdown_report, report_of, to_json, write_reports
 from reports.audits import WHOSE
+from reports.claim import claim_of
+from reports.folder import read_run
 from reports.page import to_html
+from reports.sites import OLDER, Recomputed, _compare, site_reports
 
 HOSTILE = "<script>alert(1)</script>\x1b[2K\u202e|`*"
 
@@ -82,6 +86,54 @@ def test_epsilon_is_computed_again_by_pld_and_rdp(made: MadeRun) -> None:
     assert north.epsilon_recomputed == pytest.approx(promised(releases, DELTA)[0], abs=1e-9)
     assert north.epsilon_rdp == pytest.approx(promised(releases, DELTA, method="rdp")[0], abs=1e-9)
     assert (north.agreement, south.agreement) == ("agrees", "agrees")
+
+
+@pytest.mark.parametrize(
+    ("total", "agreement", "words"),
+    [
+        (2.0, "agrees", "agrees"),
+        (2.0009, "agrees", "agrees"),
+        (2.002, "larger", "0.002 more: its ledger holds earlier runs"),
+        (1.998, "agrees", OLDER),
+        (1.8995, "agrees", OLDER),
+        (1.898, "agrees", "by the price of what departs from a first plan"),
+        (1.7995, "agrees", "by the price of what departs from a first plan"),
+        (1.798, "smaller", "DISAGREES"),
+        (math.inf, "exposed", "no ε holds"),
+        (None, "none", "released nothing"),
+    ],
+)
+def test_a_sites_total_is_compared_with_each_price_that_a_ledger_may_have_taken(
+    total: float | None, agreement: str, words: str
+) -> None:
+    again = Recomputed(2.0, "PLD", 3.0, at_all_of_delta=1.9, departed=1.8)
+    found, note = _compare(total, again, "")
+    assert (found, words in note) == (agreement, True), note
+    assert _compare(2.0, None, "of another version") == ("unknown", "cannot be computed again: of another version")
+
+
+@pytest.mark.parametrize("agreement", ["smaller", "unknown", "exposed", "agrees", "larger"])
+def test_each_site_whose_figure_cannot_be_believed_is_a_gap(agreement: str, made: MadeRun) -> None:
+    files = read_run(made.folder)
+    north, south = site_reports(files)
+    claim = claim_of(files, [replace(north, agreement=agreement, note="WHY"), south])
+    assert claim.gaps == ([] if agreement in ("agrees", "larger") else ["north: WHY"])
+
+
+def test_each_gap_of_a_claim_has_its_own_reason(made: MadeRun) -> None:
+    files = read_run(made.folder)
+    sites = site_reports(files)
+    unpaid = replace(files, privacy=[replace(line, spent=None) for line in files.privacy if line.site == "south"])
+    unpaid = replace(unpaid, privacy=[*unpaid.privacy, *(line for line in files.privacy if line.site == "north")])
+    assert claim_of(unpaid, sites).gaps == ["no claim for south: a contribution came without a charge"]
+    (gap,) = claim_of(replace(files, result=None), sites).gaps
+    assert gap.startswith("the run has no good end")
+    endless = [replace(sites[0], epsilon_total=math.inf, agreement="exposed", note="WHY"), *sites[1:]]
+    assert claim_of(files, endless).gaps == ["north: WHY"], "what has no end is not shared with other names"
+    many = [replace(sites[0], site=f"site-{i}", agreement="unknown", note=f"WHY {i % 2}") for i in range(13)]
+    assert claim_of(files, many).gaps == [
+        f"{names_text([f'site-{i}' for i in range(13) if i % 2 == kind])}: WHY {kind}" for kind in (0, 1)
+    ]
 
 
 def test_an_earlier_run_makes_the_sites_total_larger_and_is_named(tmp_path: Path) -> None:

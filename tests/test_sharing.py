@@ -23,6 +23,7 @@ from reports import ReportData, report_of, write_reports
 from reports.annex import annex_of
 from reports.audits import AT_LEAST, CLAIMED, HONEST, audit_reports, bound_note, bound_sentences
 from reports.card import adapter_form, card_of
+from reports.claim import claim_of
 from reports.declared import Declared
 from reports.fact_sheet import in_thousand
 from reports.folder import read_run
@@ -32,7 +33,7 @@ from reports.picture import picture_of, to_svg
 from reports.registry import registry_record
 from reports.sharing import sharing_of
 from reports.signature import make_key
-from reports.sites import site_reports
+from reports.sites import fewest_summed, site_reports
 
 SITES = {f"clinic-{i}": 2000 for i in range(4)}
 Marked = dict[str, set[str]]
@@ -207,6 +208,25 @@ def test_where_sites_count_on_different_numbers_the_claim_rests_on_the_largest(t
     assert data.sharing is not None
     assert (data.sharing.honest_sites, data.sharing.more_honest) == (3, [])
     assert "as long as 3 sites of each sum are honest (h = 3)" in data.claim.sentence
+
+
+def test_the_sum_of_fewest_sites_is_one_that_counted_and_without_honest_ones_there_is_no_price(tmp_path: Path) -> None:
+    run = summed(tmp_path, 1, 3)
+    files = read_run(run.folder)
+    (first, *_) = files.rounds
+    told = [replace(first, round_number=0, participants=[]), replace(first, complete=False, participants=["clinic-0"])]
+    assert fewest_summed(replace(files, rounds=[*told, *files.rounds])) == fewest_summed(files) == 3
+    assert {site.epsilon_without_colluders for site in site_reports(files)} == {None}, "three of three collude"
+
+
+def test_a_ledger_with_earlier_runs_says_on_what_these_counted(shared: ReportData, tmp_path: Path) -> None:
+    files, sites = read_run(summed(tmp_path, 2, 1).folder), shared.sites
+    words = "What a site's ledger holds of earlier runs rests on what these counted on"
+    assert words not in claim_of(files, sites).sentence
+    assert words in claim_of(files, [replace(sites[0], agreement="larger"), *sites[1:]]).sentence
+    assert "all of the noise that its records need" not in claim_of(files, sites).sentence
+    own = read_run(summed(tmp_path / "own", 1, 2).folder)
+    assert "(h = 1): each site adds all of the noise that its records need" in claim_of(own, site_reports(own)).sentence
 
 
 def test_before_a_sum_the_claim_rests_on_what_the_run_asks_for(tmp_path: Path) -> None:
