@@ -89,8 +89,10 @@ def rests_on(sharing: Sharing | None) -> str:
 def others_of(sharing: Sharing) -> list[str]:
     """Return the claims beside that of h, each a condition with its ε: alone where h is above 1, and with more honest.
 
-    >>> others_of(Sharing(2, 4, 4.94, [MoreHonest(3, 2.4), MoreHonest(4, 2.1)]))[0]
-    'if no other site adds its noise, or the masks fail (alone): ε 4.940'
+    >>> print(*others_of(Sharing(2, 4, 4.94, [MoreHonest(3, 2.4), MoreHonest(4, 2.1)])), sep="\\n")
+    if no other site adds its noise, or the masks fail (alone): ε 4.940
+    if 3 sites of each sum are honest (h = 3): ε 2.400
+    if all 4 sites of each sum are honest (h = 4): ε 2.100
     """
     bare = epsilon_text(sharing.epsilon_alone, "not known, since it cannot be computed from the run's files")
     told = [f"{NOT_ADDED} (alone): ε {bare}"] if sharing.on_others else []

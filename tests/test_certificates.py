@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ed25519
 from test_deploy import site_for
 
 from common.errors import DataError
+from common.ports import free_ports
 from deploy import certificates, doctor, start
 from deploy.files import make_folder
 from deploy.node_keys import read_node_key
@@ -125,13 +126,19 @@ def test_a_folders_files_have_their_modes_whatever_the_umask_and_no_key_is_open_
     monkeypatch.setattr(os, "fchmod", watched)
     before = os.umask(umask)
     try:
-        server = make_server(tmp_path / "server", ["127.0.0.1"])
+        fleet, control = free_ports(2)
+        server = make_server(tmp_path / "server", ["127.0.0.1"], fleet_port=fleet, control_port=control)
         site = site_for(tmp_path, 9092, server.path)
+        for place in (server.database.parent, server.runs, server.nodes):  # a start makes what is missing
+            place.rmdir()
+        monkeypatch.delenv("FLWR_HOME", raising=False)
+        monkeypatch.setattr(start.os, "execve", lambda *_: None)
+        start.start_server(server, lambda line: None)
     finally:
         os.umask(before)
     private = {"server.key", "ca.key", "node.key", "identity.key", "policy.toml"}
     made = [path for folder in (server.path, site.path) for path in (folder, *folder.rglob("*"))]
-    assert private <= {path.name for path in made}
+    assert private | {"state", "runs", "nodes"} <= {path.name for path in made}
     for path in made:
         wanted = 0o700 if path.is_dir() else 0o600 if path.name in private else 0o644
         assert path.stat().st_mode & 0o777 == wanted, f"{path}: {path.stat().st_mode:o}"
@@ -174,6 +181,20 @@ def test_a_server_with_an_expired_certificate_does_not_start(tmp_path: Path, mon
         start.start_server(server, lambda line: None)
     (finding,) = (found for found in doctor.certificate_checks(server) if not found.ok)
     assert "expired 0 days ago: renew it" in finding.found
+
+
+def test_the_doctor_says_from_when_to_when_a_certificate_holds_and_for_which_names(tmp_path: Path) -> None:
+    for name, days, ok, words in (
+        ("later", 1, False, "not valid before"),
+        ("soon", 10 - certificates.SERVER_DAYS, True, "more days, renew it"),
+        ("now", 0, True, "valid for 397 more days; SHA-256"),
+    ):
+        server = make_server(tmp_path / name, ["127.0.0.1"], now=datetime.now(UTC) + timedelta(days=days))
+        valid, *_, names = doctor.certificate_checks(server)
+        assert (valid.ok, words in valid.found, names.ok) == (ok, True, True), valid.found
+    dialled = dataclasses.replace(server, names="127.0.0.1,fl.example.org")
+    (finding,) = (found for found in doctor.certificate_checks(dialled) if not found.ok)
+    assert finding.found == "it does not hold for fl.example.org: renew it with 'fedveil server renew'"
 
 
 def test_the_doctor_says_who_reaches_the_control_port(tmp_path: Path) -> None:

@@ -804,6 +804,23 @@ def test_a_site_is_well_only_while_it_is_connected(tmp_path: Path) -> None:
         assert not container.site_is_well((table,)), row
 
 
+def test_a_superlink_is_well_only_where_both_ports_show_a_certificate_of_the_authority(
+    tmp_path: Path, tls_server: Callable[[ServerFolder], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, other = (make_server(tmp_path / name, ["127.0.0.1"]) for name in ("server", "other"))
+    good, foreign, (closed,) = tls_server(server), tls_server(other), free_ports(1)
+    monkeypatch.setattr(container, "CONTROL", "127.0.0.1")
+    for fleet, control, well in (
+        (good, good, True),
+        (foreign, good, False),
+        (good, foreign, False),
+        (good, closed, False),
+    ):
+        monkeypatch.setattr(container, "FLEET_PORT", fleet)
+        monkeypatch.setattr(container, "CONTROL_PORT", control)
+        assert container.server_is_well(server.path) is well
+
+
 SILENT = "silent"
 
 
@@ -875,6 +892,42 @@ def test_a_key_that_was_shut_out_is_not_said_to_be_registered(
     again = CliRunner().invoke(app, register)
     assert (again.exit_code, again.output.count("\n")) == (1, 1)
     assert "clinic's key was shut out: the site makes a new one with 'fedveil site init'" in again.output
+
+
+def test_a_name_keeps_its_key_and_what_is_no_sites_public_key_is_not_registered(
+    tmp_path: Path, fake_control: Callable[..., FakeControl], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who could register another key under a site's name would answer in its place."""
+    control, revoked = fake_control(), list[str]()
+    monkeypatch.setattr(control, "revoke", revoked.append)
+    server = make_server(tmp_path / "server", ["127.0.0.1"])
+    site, other = site_for(tmp_path, 9092, server.path), tmp_path / "other.pub"
+    registry.register_site(server, site.path / "node.pub")
+    before = {path.name: path.read_bytes() for path in server.nodes.iterdir()}
+    assert before == {"clinic.id": b"17\n", "clinic.pub": (site.path / "node.pub").read_bytes()}
+    other.write_bytes(new_node_key("clinic").public)
+    with pytest.raises(ConfigError, match="clinic is registered with another key: revoke it first"):
+        registry.register_site(server, other)
+    kind, key, _ = other.read_text(encoding="utf-8").split()
+    private = (site.path / "node.key").read_text(encoding="utf-8")
+    for text in (
+        "",
+        f"{kind} {key}",
+        f"{kind} {key} ../ward",
+        f"{kind} {key} our ward",
+        f"ssh-rsa {key} ward",
+        private,
+    ):
+        other.write_text(text, encoding="utf-8")
+        with pytest.raises(ConfigError, match=r"is not a site's node\.pub: it must be"):
+            registry.register_site(server, other)
+    for name in ("ward", "../nodes/clinic"):
+        with pytest.raises(ConfigError, match=f"no site '{name}' is registered; registered are: clinic"):
+            registry.revoke_site(server, name)
+    assert (len(control.keys), revoked) == (1, [])
+    assert {path.name: path.read_bytes() for path in server.nodes.iterdir()} == before
+    registry.revoke_site(server, "clinic")
+    assert (revoked, list(server.nodes.iterdir())) == (["17"], [])
 
 
 def test_a_finished_job_is_reported_and_other_settings_make_a_new_run(

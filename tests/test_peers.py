@@ -121,6 +121,8 @@ def test_a_folder_of_an_earlier_version_gets_a_signing_key(folders: list[SiteFol
     roster = make_roster(own, others(folders, own))
     assert Identity.from_pem((own.path / "identity.key").read_bytes()).public == roster.keys["north"]
     assert node_settings(own)["identity"] == str(own.path / "identity.key")
+    for name in ("identity.key", "peers.toml"):
+        assert (own.path / name).stat().st_mode & 0o777 == 0o600, f"others can read {name}"
 
 
 def test_entries_that_make_no_roster_are_refused_and_leave_the_old_one(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import tomllib
-from importlib.metadata import distribution, requires
+from importlib.metadata import PackageNotFoundError, distribution, requires
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from packaging.requirements import Requirement
@@ -85,6 +86,45 @@ def test_the_doctor_fails_on_a_cryptography_with_advisories(found: str, ok: bool
     finding = shared_checks._override(found)
     assert finding.ok == ok
     assert ("pip install --upgrade --no-deps" in finding.found) != ok
+
+
+def test_the_doctor_fails_on_a_package_that_is_missing_or_out_of_range_and_on_an_old_python(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    held = {**dict.fromkeys(shared_checks.WATCHED, "1.0"), "flwr": "1.38.0", "cryptography": "50.0.2"}
+    del held["peft"]
+
+    def version(name: str) -> str:
+        if name not in held:
+            raise PackageNotFoundError(name)
+        return held[name]
+
+    monkeypatch.setattr(shared_checks, "version", version)
+    monkeypatch.setattr(shared_checks, "requires", lambda _: ["flwr==1.39.0", "torch>=1.0"])
+    monkeypatch.setattr(shared_checks, "sys", SimpleNamespace(version_info=(3, 10, 14)))
+    failed = {finding.what: finding.found for finding in shared_checks.versions() if not finding.ok}
+    assert set(failed) == {"python", "flwr", "peft"}
+    assert "pip install 'flwr==1.39.0'" in failed["flwr"]
+    assert "not installed" in failed["peft"]
+    monkeypatch.setattr(shared_checks, "sys", SimpleNamespace(version_info=(3, 11, 0)))
+    assert next(iter(shared_checks.versions())).ok
+
+
+def test_the_doctor_fails_on_another_base_model_and_on_a_disk_that_is_full_or_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("common.model.base.load_base_model", lambda *_: SimpleNamespace(fingerprint="ab" * 32))
+    for expected, ok in (("ab" * 32, True), ("", True), ("cd" * 32, False)):
+        (finding,) = shared_checks.base_model("mini", "classification", expected)
+        assert (finding.ok, "ab" * 32 in finding.found) == (ok, True)
+        assert ("the coordinator's)" in finding.found) == (expected == "ab" * 32), "nobody compared it"
+    for free, ok in ((shared_checks.LOW_DISK_BYTES, True), (shared_checks.LOW_DISK_BYTES - 1, False)):
+        monkeypatch.setattr("shutil.disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        (finding,) = shared_checks.disk(tmp_path / "not" / "there", "disk")
+        assert (finding.ok, "make room" in finding.found) == (ok, not ok)
+    monkeypatch.setattr("os.access", lambda *_: False)
+    (finding,) = shared_checks.disk(tmp_path, "disk")
+    assert (finding.ok, "may not be written" in finding.found) == (False, True)
 
 
 def test_nobody_uses_the_parts_of_cryptography_that_docs_security_calls_unreached() -> None:
