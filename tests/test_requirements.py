@@ -117,7 +117,7 @@ def test_the_doctor_fails_on_another_base_model_and_on_a_disk_that_is_full_or_cl
     for expected, ok in (("ab" * 32, True), ("", True), ("cd" * 32, False)):
         (finding,) = shared_checks.base_model("mini", "classification", expected)
         assert (finding.ok, "ab" * 32 in finding.found) == (ok, True)
-        assert ("the coordinator's)" in finding.found) == (expected == "ab" * 32), "nobody compared it"
+        assert ("(the coordinator's)" in finding.found) == (expected == "ab" * 32), "nobody compared it"
     for free, ok in ((shared_checks.LOW_DISK_BYTES, True), (shared_checks.LOW_DISK_BYTES - 1, False)):
         monkeypatch.setattr("shutil.disk_usage", lambda _, free=free: SimpleNamespace(free=free))
         (finding,) = shared_checks.disk(tmp_path / "not" / "there", "disk")
