@@ -32,7 +32,7 @@ from client.rehearsal import (
     rehearse_routed,
     rehearse_turn,
 )
-from client.site import Site, check_job, forget_readings, open_site, policy_of
+from client.site import Site, check_job, forget_readings, name_of, open_site, policy_of
 from client.sums import Party, agreed, make_key, next_key, party_of, told_for_sum
 from common.config.sections import Scalar
 from common.errors import BudgetExhausted, ConfigError, PolicyRefusal, ProtocolError
@@ -456,11 +456,6 @@ def refused(error: Exception, node: Mapping[str, Scalar], run: str, number: int,
     """Return what the server is told of an error in round ``number``, and say it in the site's own log."""
     reason = public_reason(error, node, simulated=simulated)
     return _refuse(Refusal(run, number, name_of(node), _kind_of(error), reason), error)
-
-
-def name_of(node: Mapping[str, Scalar]) -> str:
-    """Return what the site of this node's configuration is called."""
-    return str(node.get("site") or f"site-{node.get('partition-id', '?')}")
 
 
 def rounds_trained() -> int:

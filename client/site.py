@@ -101,6 +101,11 @@ class Site:
         return 0
 
 
+def name_of(node: Mapping[str, Scalar]) -> str:
+    """Return what the site of this node's configuration is called."""
+    return str(node.get("site") or f"site-{node.get('partition-id', 0)}")
+
+
 def policy_of(node: Mapping[str, Scalar]) -> Policy:
     """Return the rules of the steward behind this node's configuration.
 
@@ -159,7 +164,7 @@ def open_site(node: Mapping[str, Scalar], config: RunConfig, run: str, *, simula
     for key in node:
         if key not in NODE_KEYS:
             raise ConfigError(f"unknown node setting {key!r}{nearest(key, NODE_KEYS)}")
-    name, policy = str(node.get("site") or f"site-{node.get('partition-id', 0)}"), policy_of(node)
+    name, policy = name_of(node), policy_of(node)
     own_ledger = "ledger" in node or not simulated
     ledger = ledger_of(node) if own_ledger else run_folder(config, run) / "ledgers" / f"{name}.sqlite"
     dataset_id = str(node.get("dataset-id") or policy.dataset_id or name)

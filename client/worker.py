@@ -24,7 +24,7 @@ from client.dumps import write_no_dumps
 from client.lookout import Lookout
 from client.outgoing import UNTOLD
 from client.runtime import ANEW, NODE_TOO, LostMessage, Node, NotOurNode, TaskLost, failed
-from client.site import policy_of
+from client.site import name_of, policy_of
 from common.bundle import bundle_digest, own_digest
 from common.config.sections import Scalar
 from common.errors import ConfigError
@@ -66,7 +66,7 @@ def reply_to(message: Message, context: Context, bundle: bytes, node: Mapping[st
             return Message(encode_reply(reply), reply_to=message)
         return installed.app(message, context)
     except Exception as error:  # Flower would send its words
-        log.error("failed: %s", place_of(error), extra=about(run, None, installed.name_of(node)))
+        log.error("failed: %s", place_of(error), extra=about(run, None, name_of(node)))
         return failed(message, UNTOLD)
 
 
@@ -157,7 +157,7 @@ def main() -> int:
     set_up()
     logging.getLogger("fedveil").propagate = False  # libraries put handlers of their own on the root
     settings: dict[str, Scalar] = json.loads(words.node)
-    where = about("", None, installed.name_of(settings))
+    where = about("", None, name_of(settings))
     try:
         allowed = ", ".join(digits[:12] for digits in policy_of(settings).allowed_bundles(own_digest()))
     except ConfigError as error:

@@ -168,6 +168,18 @@ def test_nothing_is_left_after_the_last_round_whatever_became_of_it(
     assert bool(computed()) == (own is HEAD), "the planted fault is not what the check rests on"
 
 
+def test_a_site_whose_steward_names_none_has_one_name_in_all_that_it_says_and_keeps(
+    toy_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    site = clinic({**toy_settings, **HEAD}, tmp_path)
+    del site.node["site"]
+    assert site.train(3).site == "site-0"
+    assert computed() == {"site-0"}
+    assert site.refuse(9).site == "site-0", "the server hears of two sites"
+    site.train(4)
+    assert not computed(), "what the last round leaves is dropped under another name"
+
+
 def test_sites_of_one_process_keep_theirs_while_another_ends(
     toy_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
