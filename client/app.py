@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -54,8 +55,9 @@ log = logging.getLogger("fedveil.site")
 app = ClientApp()
 
 
-PLAIN, INITIAL, VECTORS, REFIT = "plain steps", "round 0", "steps on vectors", "the head's steps on features"
-"""What a model rehearses."""
+PLAIN, INITIAL, FEATURED = "plain steps", "round 0", "features"
+VECTORS, REFIT = "steps on vectors", "the head's steps on features"
+"""What a model rehearses, in this order."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,6 @@ class _Process:
     """What of private training the current model is known to do rightly, and how fast, by the names above."""
     trained: int = 0
     """Rounds that were paid for and trained: what asks for no more than these keeps nothing longer in memory."""
-    features: Timing | None = None
-    """How fast the current model computes features, where it was seen to do it rightly; None: it needs not, or was not.
-    """
     derivatives: dict[str, Derivatives] = field(default_factory=dict)
     """Each site's records as the steps of a linearised run take them."""
     built: str = ""
@@ -115,7 +114,7 @@ def _set_threads() -> None:
     """
     if (cores := own_cores()) != torch.get_num_threads():
         torch.set_num_threads(cores)
-        _process.rehearsed, _process.features = {}, None
+        _process.rehearsed = {}
 
 
 def _model(job: Job, site: Site) -> FederatedModel:
@@ -125,7 +124,7 @@ def _model(job: Job, site: Site) -> FederatedModel:
     site.policy.check_model(config.model.name, model.base.fingerprint)
     if _process.model is not model:
         _process.left += [_process.records, _process.derivatives]
-        _process.model, _process.records, _process.rehearsed, _process.features = model, {}, {}, None
+        _process.model, _process.records, _process.rehearsed = model, {}, {}
         _process.derivatives = {}
         _process.built = tensors_digest(model.module)
     return model
@@ -169,27 +168,42 @@ def _say_if_more(deadline: Deadline, job: Job, site: Site) -> None:
 def _rehearse(job: Job, site: Site, model: FederatedModel, task: TrainTask, later: Sequence[int]) -> str:
     """Let the model rehearse what it has not, for a task and ``later`` rounds; return what the task's steps are called.
 
-    The features are last of what passes through the model: the others may change how it attends.
+    What changes how the model computes, such as how it attends or which shapes it takes, has all that passed before it
+    pass anew: another kind of round is to be no question that makes a rehearsed one untrue.
     """
     rounds = [task.round_number, *later]
-    steps = _rehearse_steps(job, site, model, task)
-    start = _paid_start(job, task.round_number)
-    if start and INITIAL not in _process.rehearsed:
-        # Round 0 may change how the model attends; until all have passed, nothing counts as rehearsed.
-        attention, before = model.attention, _process.rehearsed.pop(PLAIN)
-        initial = rehearse_initial(model, start)
-        if model.attention != attention:
-            before, _process.features = rehearse(model), None
-        _process.rehearsed = {PLAIN: before, INITIAL: initial}
-    if _process.features is None and any(_on_features(job, model, number) for number in rounds):
-        # Features that were computed before are dropped.
-        _process.left.append(_process.records)
-        _process.features, _process.records = rehearse_features(model), {}
-    if VECTORS not in _process.rehearsed and any(_on_vectors(job, number) for number in rounds):
-        _process.rehearsed[VECTORS] = rehearse_linearised(model)
-    if REFIT not in _process.rehearsed and any(map(job.config.rests, rounds)):
-        _process.rehearsed[REFIT] = rehearse_head(model)
+    steps, rehearsal = _steps(job, site, model, task)
+    wanted: dict[str, Callable[[], Timing]] = {steps: rehearsal}
+    if start := _paid_start(job, task.round_number):
+        wanted[INITIAL] = partial(rehearse_initial, model, start)
+    if any(_on_features(job, model, number) for number in rounds):
+        wanted[FEATURED] = partial(_featured, model)
+    if any(_on_vectors(job, number) for number in rounds):
+        wanted[VECTORS] = partial(rehearse_linearised, model)
+    if any(map(job.config.rests, rounds)):
+        wanted[REFIT] = partial(rehearse_head, model)
+    while missing := next((name for name in wanted if name not in _process.rehearsed), ""):
+        before = _ways(model)
+        try:
+            timing = wanted[missing]()
+        finally:  # also where it fails: the next task may be for a round that has passed
+            now = _ways(model)
+            if any(now[way] != what for way, what in before.items()):
+                _process.rehearsed = {}
+        _process.rehearsed[missing] = timing
     return steps
+
+
+def _ways(model: FederatedModel) -> dict[object, object]:
+    """Return what a rehearsal may change of how the model computes records of other rehearsals."""
+    return {"attention": model.attention, "lowers": model.lowers, "shapes": model.shapes, **model.vector_shapes}
+
+
+def _featured(model: FederatedModel) -> Timing:
+    """Let features be rehearsed, and drop those that were computed before."""
+    _process.left.append(_process.records)
+    _process.records = {}
+    return rehearse_features(model)
 
 
 def _paid_start(job: Job, number: int) -> PaidStart | None:
@@ -238,8 +252,8 @@ def _allow(deadline: Deadline, job: Job, site: Site, model: FederatedModel, numb
     ahead = None
     if on_vectors:
         ahead = (rehearsed[steps], contrasts(model), most)
-    elif _process.features and _on_features(job, model, number):
-        ahead = (_process.features, 1, most)
+    elif _on_features(job, model, number):
+        ahead = (rehearsed[FEATURED], 1, most)
     deadline.allow(timing, count, rate * site.public_size, scored, ahead, each, _units_at_once(job, model, start))
 
 
@@ -251,25 +265,20 @@ def _units_at_once(job: Job, model: FederatedModel, start: PaidStart | None) -> 
         return units_at_once(sum(p.numel() for p in model.module.parameters() if p.requires_grad))
 
 
-def _rehearse_steps(job: Job, site: Site, model: FederatedModel, task: TrainTask) -> str:
-    """Let the model rehearse the steps of a task's round, if it has not, and return what they are called."""
-    chosen = job.strategy.columns(task.state, site.declared_rank(job)) if task.round_number else None
-    turn = job.strategy.turn(task.round_number) if task.round_number else None
-    active = job.strategy.active(task.round_number, job.config.rounds) if task.round_number else 0
+def _steps(job: Job, site: Site, model: FederatedModel, task: TrainTask) -> tuple[str, Callable[[], Timing]]:
+    """Return what the steps of a task's round are called, and what rehearses them."""
+    number = task.round_number
+    chosen = job.strategy.columns(task.state, site.declared_rank(job)) if number else None
+    turn = job.strategy.turn(number) if number else None
+    active = job.strategy.active(number, job.config.rounds) if number else 0
     if chosen is not None:
         name = f"steps on columns: {[len(chosen[layer]) for layer in sorted(chosen)]}"
-    elif active:
-        name = f"steps through {active} directions"
-    else:
-        name = PLAIN if turn is None else f"steps on {', '.join(turn)}"
-    if name not in _process.rehearsed:
-        if chosen is not None:
-            _process.rehearsed[name] = rehearse_columns(model, chosen)
-        elif active:
-            _process.rehearsed[name] = rehearse_routed(model, active)
-        else:
-            _process.rehearsed[name] = rehearse(model) if turn is None else rehearse_turn(model, turn)
-    return name
+        return name, partial(rehearse_columns, model, chosen)
+    if active:
+        return f"steps through {active} directions", partial(rehearse_routed, model, active)
+    if turn is not None:
+        return f"steps on {', '.join(turn)}", partial(rehearse_turn, model, turn)
+    return PLAIN, partial(rehearse, model)
 
 
 def _records(

@@ -314,7 +314,7 @@ def test_features_that_no_rehearsal_saw_reach_no_private_run(
     before = app._process.records["site-0"].records
     assert before
     assert FEATURES in before[0]
-    assert app._process.features is None
+    assert app.FEATURED not in app._process.rehearsed
     model = app._process.model
     run_in_process(settings(toy_settings), 1, "private")
     assert app._process.model is model

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,10 +18,12 @@ from audits.tiny_models import VOCABULARY, tiny_deberta, tiny_tokenizer
 from audits.tiny_site import OneSite, clinic
 from client import app, rehearsal
 from client.app import PLAIN
+from client.deadline import Deadline, Timing
 from client.ledger.ledger import Ledger
 from client.ledger.rows import Failure
 from client.own_records import prepared
 from client.rehearsal import rehearse, rehearse_initial, rehearse_turn
+from client.site import open_site
 from common.adapters import ADAPTERS, DoRA
 from common.adapters.mapped import Mapped
 from common.config.sections import HeadConfig
@@ -36,6 +39,7 @@ from common.starts.kaiming import Kaiming
 from common.starts.orthonormal import Orthonormal
 from common.tasks import TASKS
 from common.tasks.text import TextExample
+from strategies.job import configure
 
 SIZE = len(VOCABULARY)
 HONEST = [("bert", "classification", "query,value"), ("gpt2", "causal-lm", "c_attn"), ("llama", "causal-lm", "q_proj")]
@@ -587,9 +591,11 @@ def test_a_start_whose_rehearsal_fails_leaves_no_round_rehearsed(
     site = clinic({**toy_settings, **own}, tmp_path)
     assert isinstance(site.ask(site.task(1)), TrainResult)
     assert set(app._process.rehearsed) == {PLAIN}
+    # As after rounds of another kind, which a server may ask for before round 0.
+    app._process.rehearsed["steps on A"] = app._process.rehearsed[PLAIN]
 
     def fails(model: FederatedModel, _: Any) -> Any:
-        model.base.module.set_attn_implementation("eager")
+        model.base.module.set_attn_implementation("sdpa")
         raise ModelError("no memory")
 
     monkeypatch.setattr(app, "rehearse_initial", fails)
@@ -597,6 +603,51 @@ def test_a_start_whose_rehearsal_fails_leaves_no_round_rehearsed(
     model_of.cache_clear()  # that model attends otherwise now
     assert isinstance(refused, Refusal)
     assert app._process.rehearsed == {}, "rounds count as rehearsed with an attention that they were not rehearsed with"
+
+
+def narrow(model: FederatedModel) -> None:
+    model.shapes = model.shapes.narrowed(model.shapes.longest, 1)
+
+
+def attend_otherwise(model: FederatedModel) -> None:
+    model.base.module.set_attn_implementation("sdpa")  # type: ignore[operator]
+
+
+def lower_nothing(model: FederatedModel) -> None:
+    model.lowers = False
+
+
+@pytest.mark.parametrize(
+    ("way", "fails"), [(narrow, False), (narrow, True), (attend_otherwise, False), (lower_nothing, False)]
+)
+def test_a_kind_of_round_that_changes_how_the_model_computes_has_the_others_rehearsed_anew(
+    way: Callable[[FederatedModel], None],
+    fails: bool,
+    toy_settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rounds that train B are rehearsed, and those that train A change what was seen then."""
+    asked = clinic({**toy_settings, "strategy": "rolora"}, tmp_path)
+    model_of.cache_clear()
+    job, seen = configure(asked.settings), list[str]()
+    site, model = open_site(asked.node, job.config, "1", simulated=False), asked.model()
+
+    def turned(model: FederatedModel, names: Sequence[str]) -> Timing:
+        seen.extend(names)
+        if len(seen) == 2:
+            way(model)
+            if fails:
+                raise ModelError("no memory")
+        return Timing({8: 0.1}, {8: 1}, 0.1, 0.1)
+
+    monkeypatch.setattr(app, "_process", app._Process())
+    monkeypatch.setattr(app, "rehearse_turn", turned)
+    for number in (1, 2, 3):
+        with pytest.raises(ModelError) if fails and number == 2 else nullcontext():
+            app._hold_to(Deadline(), job, site, model, asked.task(number))
+    model_of.cache_clear()
+    assert seen == ["B", "A", "B"], "a round is trained in a way that no rehearsal has seen"
 
 
 # --- records ----------------------------------------------------------------------------------------------------------
@@ -614,11 +665,12 @@ def test_a_record_that_the_model_cannot_take_is_left_out(
         if any(example.text == "odd" for example in examples):
             raise TypeError("TextInputSequence must be str")
         records = tokenise(tokenizer, examples, longest)
-        others = {"two": [SIZE + 3], "three": [5] * (model.max_length + 1)}  # unknown, and not cut
+        # Unknown, not cut, and without a number.
+        others: dict[str, Any] = {"two": [SIZE + 3], "three": [5] * (model.max_length + 1), "four": [5, None]}
         pairs = zip(records, examples, strict=True)
         return [{**record, "input_ids": others.get(e.text, record["input_ids"])} for record, e in pairs]
 
     monkeypatch.setattr(type(model.task), "tokenise", lambda _, *arguments: picky(*arguments))
-    odd = [TextExample(text="odd", label=0), TextExample(text="two", label=1), TextExample(text="three", label=1)]
+    odd = [TextExample(text=text, label=1) for text in ("odd", "two", "three", "four")]
     assert prepared(model, [good[0], *odd, good[1]]) == wanted
     assert prepared(model, []) == []
