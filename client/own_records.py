@@ -57,7 +57,7 @@ def prepared(model: FederatedModel, examples: Sequence[Example], unit: Unit = RE
         if unit.grouped:
             record = {**record, OWNER: numbers.setdefault(example.person, len(numbers))}
         made.append(record)
-    fitting = [record for record in made if model.task.fits(model.base, record, model.max_length)]
+    fitting = [record for record in made if _fits(model, record)]
     if len(fitting) < len(made):
         log.warning("records that the model cannot take (too long, empty, of unknown tokens) contribute zero")
     return fitting
@@ -92,3 +92,11 @@ def _one(model: FederatedModel, example: Example) -> Record | None:
         log.warning("a record could not be prepared and contributes zero: %s", place_of(error))
         return None
     return record
+
+
+def _fits(model: FederatedModel, record: Record) -> bool:
+    try:
+        return model.task.fits(model.base, record, model.max_length)
+    except Exception as error:  # of a token that is no number, say: some tokenizers have none for what they do not know
+        log.warning("a record could not be measured: %s", place_of(error))
+        return False
