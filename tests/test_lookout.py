@@ -334,6 +334,24 @@ def test_a_look_that_goes_on_in_slices_sees_what_a_whole_one_does(
     assert Lookout({}).look() is False, "a site that plays a part of public data has no file"
 
 
+def test_records_below_the_home_are_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "own.csv").touch()
+    own = Lookout({"data": "~/own.csv", "ledger": str(tmp_path / "none.sqlite")})
+    assert not own.look()
+    (tmp_path / "own.csv").write_text("more")
+    assert own.look()
+
+
+def test_a_link_to_a_folder_is_looked_at_and_not_into(tmp_path: Path) -> None:
+    """As the records are read: one that leads upwards would have a look go round in a circle."""
+    (tmp_path / "good").mkdir()
+    (tmp_path / "good" / "1.png").touch()
+    (tmp_path / "good" / "round").symlink_to(tmp_path)
+    found = sorted(lookout._own_files({"data": str(tmp_path)}))
+    assert found == [str(tmp_path / "good" / name) for name in ("1.png", "round")]
+
+
 def test_a_drop_that_takes_longer_than_it_may_is_said_at_the_site(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

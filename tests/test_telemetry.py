@@ -22,10 +22,10 @@ from audits.tiny_models import VOCABULARY, tiny_tokenizer, write_questions
 from audits.tiny_site import OneSite, clinic
 from client import local_training
 from client.app import train
-from client.outgoing import TOLD, UNTOLD, public_reason, without_paths
+from client.outgoing import TOLD, UNTOLD, own_words, public_reason, without_paths
 from common import randomness
 from common.accountant import Accountant, Detour
-from common.errors import DataError, FedVeilError, MechanismError, ModelError
+from common.errors import ConfigError, DataError, FedVeilError, MechanismError, ModelError
 from common.messages.round import (
     KeyReply,
     NoisedCount,
@@ -377,6 +377,57 @@ def test_no_rest_of_a_path_with_blanks_is_told(named: bool, tmp_path: Path, monk
         told = without_paths(f"the ledger {place} cannot be read; see {place}: twice", node)
         assert not [word for word in ("Quincy", "Secret", "kept", "here", str(tmp_path)) if word in told], told
     assert "<ledger" in without_paths(f"the ledger {real} is damaged", node)
+
+
+@pytest.mark.parametrize(
+    ("node", "told"),
+    [
+        ({"ledger": "a link/l.sqlite"}, "a link/l.sqlite"),
+        ({"ledger": "~/kept here/l.sqlite"}, "home/kept here/l.sqlite"),
+        ({"data": "home/kept here", "ledger": "home/kept here/of us/l.sqlite"}, "home/kept here/of us/l.sqlite"),
+    ],
+    ids=["through a link", "below the home", "below another"],
+)
+def test_a_path_of_the_node_is_told_by_its_name_however_it_is_written(
+    node: dict[str, Any], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (tmp_path / "a link").symlink_to(home)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(home))
+    assert without_paths(f"the ledger {tmp_path / told} is damaged", node) == "the ledger <ledger> is damaged"
+
+
+@pytest.mark.parametrize("key", ["ledger", "policy", "data", "identity"])
+def test_every_setting_of_the_node_that_is_a_path_is_told_by_its_name(key: str) -> None:
+    assert without_paths("see /srv/our ward/file", {key: "/srv/our ward/file"}) == f"see <{key}>"
+
+
+def test_where_the_home_is_the_root_no_stroke_is_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container whose user has none."""
+    monkeypatch.setenv("HOME", "/")
+    assert without_paths("1 / 50 of it; see https://host/x", {}) == "1 / 50 of it; see https://host/x"
+
+
+def test_a_home_that_is_a_link_is_told_by_its_name_where_it_leads_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "Dr Quincy").mkdir()
+    (tmp_path / "home").symlink_to(tmp_path / "Dr Quincy")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert without_paths(f"see {tmp_path / 'Dr Quincy'}", {}) == "see <home>"
+
+
+def test_a_folder_whose_name_begins_as_the_home_s_does_is_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/srv/ann")
+    assert without_paths("see /srv/annex/x and /srv/ann", {}) == "see <path> and <home>"
+
+
+def test_the_sites_own_log_has_no_words_about_data() -> None:
+    assert own_words(ConfigError("rounds is 0")) == "rounds is 0"
+    for error in (DataError("row 7 says: a lovely film"), ValueError("a lovely film")):
+        assert "lovely" not in own_words(error)
 
 
 def test_the_list_has_every_field_of_every_reply_and_no_other() -> None:
