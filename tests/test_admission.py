@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,18 +15,21 @@ from client.budget import plan_of
 from client.ledger.rows import Terms
 from client.policy import Policy
 from client.site import Site
-from common.accountant import TRAINING, Accountant
+from common.accountant import INITIALISATION, TRAINING, Accountant
 from common.config.sections import PrivacyConfig, TrainingConfig
 from common.messages.round import NoisedCount, Spending, TrainResult
+from common.messages.state import HEAD
 from common.privacy.events import EVENTS, Event, SampledGaussian
 from common.privacy.plan import PrivacyPlan
 from common.privacy.record_level import DPSGD
 from common.run_lines import Absence
 from common.tasks.examples import Dataset
 from server.admission import Admission
+from server.plausible import held_by, honest_norm
 from server.rounds import RoundOutcome
 from server.sites import Gathering
 from server.terminal import epsilon_words, round_line
+from server.terms import least_plan
 from strategies import ServerState
 from strategies.job import Job, configure
 
@@ -149,6 +153,124 @@ def test_a_strict_site_is_not_implausible_by_the_noise_that_it_adds(size: int, p
     assert honest.spending is not None
     quiet = replace(honest, spending=told(honest.spending, noise_multiplier=plan(job).event.noise_multiplier))
     assert "norm" in Admission(job, {}).judge({1: quiet}, STATE, [1])[1], "the bound does not follow the noise"
+
+
+def test_an_update_is_measured_from_where_it_began() -> None:
+    job = configure(PLAIN)
+    far = ServerState(0, {"layer": {"B": torch.full((NUMBERS,), 1e3)}}, ("B",))
+    honest = answer(job, plan(job))
+    moved = replace(
+        honest, contribution={"layer": {"B": far.adapter["layer"]["B"] + honest.contribution["layer"]["B"]}}
+    )
+    assert Admission(job, {}).judge({1: moved}, far, [1]) == {}
+    assert "norm" in Admission(job, {}).judge({1: honest}, far, [1])[1]
+    assert held_by(job, replace(honest, round_number=0), far) == {}, "round 0 brings no change of the adapter"
+
+
+WITH_HEAD: dict[str, Any] = {
+    **PLAIN,
+    "rounds": 4,
+    "server.optimizer": "none",
+    "training.local-steps": 2,
+    "training.learning-rate": 0.01,
+    "training.schedule": "linear",
+    "training.head-rate": 3.0,
+    "training.momentum": 0.5,
+    "training.beta2": 0.9999,
+}
+CLIP, NOISE = 2.0, 4.0
+RATES = 0.0075 + 0.00625
+"""Of the two steps of round 2."""
+AS_MANY = 100 + 3**2 * 20
+"""Numbers that move as far as 100 of the adapter and 20 of the head, which moves three times as far."""
+
+
+@pytest.mark.parametrize(
+    ("settings", "step"),
+    [
+        ({"training.optimizer": "adamw", "training.weight-decay": 0.5}, 50 * AS_MANY**0.5 + 0.5 * 3 * 120**0.5),
+        ({"training.optimizer": "adam", "training.momentum": 0.99}, AS_MANY**0.5),
+        ({"training.optimizer": "sgd"}, 3 * CLIP + CLIP * NOISE * AS_MANY**0.5 / 200),
+        ({"training.optimizer": "momentum"}, (3 * CLIP + CLIP * NOISE * AS_MANY**0.5 / 200) / (1 - 0.5)),
+        ({"training.optimizer": "sgd", "privacy.mode": "none"}, math.inf),
+    ],
+    ids=["adamw", "adam, whose first moment is slower", "sgd", "momentum", "without a clip"],
+)
+def test_how_far_an_honest_update_lies_follows_from_the_settings(settings: dict[str, Any], step: float) -> None:
+    private = {"privacy.clip-norm": CLIP, "privacy.noise-multiplier": 1.0, "training.sample-rate": 0.1}
+    job = configure({**WITH_HEAD, **private, **settings})
+    state = ServerState(1, {"layer": {"B": torch.ones(100)}, HEAD: {"weight": torch.ones(20)}}, ("B",))
+    own = plan(configure({**WITH_HEAD, **private}))
+    told = answer(job, own, noise_multiplier=NOISE)
+    result = replace(told, round_number=2, contribution=state.adapter)
+    assert honest_norm(job, least_plan(job, result), result, state) == pytest.approx(RATES * step)
+    elsewhere = replace(result, contribution={"layer": {"other": torch.ones(100)}})
+    assert honest_norm(job, least_plan(job, result), elsewhere, state) == math.inf, "what it is a change of is unknown"
+
+
+def test_what_several_steps_of_a_start_bring_may_be_as_long_as_these() -> None:
+    job = configure({**PLAIN, "adapter.start": "probe", "adapter.name": "lora-metric"})
+    first = replace(answer(job, plan(job)), round_number=0)
+    one = least_plan(job, first).longest_gradient(NUMBERS, first.spending and first.spending.event)
+    assert job.origin.way > 1
+    assert honest_norm(job, least_plan(job, first), first, STATE) == pytest.approx(one * job.origin.way)
+
+
+@pytest.mark.parametrize(
+    ("figures", "words"),
+    [
+        ({"purpose": INITIALISATION}, "of kind 'initialisation', this round is 'training'"),
+        ({"steps_total": 0}, "went back"),
+        ({"epsilon_total": 0.198}, "went back"),
+        ({"clip_norm": 0.0}, "must all be above 0"),
+        ({"sample_rate": 1e-7}, "sample rate is below 1e-06"),
+        ({"delta": 1e-13}, "delta below 1e-12"),
+        ({"noise_multiplier": 1.996}, "noise multiplier 1.996 is below 2"),
+        ({"clip_norm": 1.001}, "clip norm 1.001 is above 1"),
+        ({"delta": 1.001e-5}, "delta 1.001e-05 is above 1e-05"),
+        ({"epsilon_budget": 8.01}, "budget 8.01 is above 8"),
+        ({"epsilon_round": 0.21}, "price of the round 0.21 is above 0.2"),
+    ],
+    ids=lambda told: next(iter(told)) if isinstance(told, dict) else "",
+)
+def test_a_figure_that_no_honest_site_states_is_dropped(figures: dict[str, Any], words: str) -> None:
+    job = configure({**PLAIN, "privacy.noise-multiplier": 2.0, "privacy.clip-norm": 1.0})
+    admission, own = Admission(job, {}), plan(job)
+    admission.enrol({1: answer(job, own)})
+    assert admission.judge({1: answer(job, own, noise_multiplier=1.999)}, STATE, [1]) == {}, "a version's rounding"
+    assert words in admission.judge({1: answer(job, own, **figures)}, STATE, [1])[1]
+
+
+def test_a_release_of_another_kind_than_the_runs_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(EVENTS, "truncated", Truncated())
+    job = configure({"privacy.noise-multiplier": 2.0})
+    honest = answer(job, plan(job))
+    assert honest.spending is not None
+    event = Event("truncated", {**honest.spending.event.figures, "cut": 4.0})
+    told = replace(honest, spending=replace(honest.spending, event=event))
+    assert Admission(job, {}).judge({1: told}, STATE, [1]) == {
+        1: "the spending's releases are 'truncated', the run's are 'sampled-gaussian'"
+    }
+
+
+def test_round_0_counts_no_steps() -> None:
+    job = configure({**PLAIN, **DEAR_START})
+    honest = answer(job, job.origin.plan(plan(job), SIZE), purpose=INITIALISATION, steps_round=0)  # type: ignore[attr-defined]
+    first = replace(honest, round_number=0, contribution={"layer": {"B": torch.zeros(NUMBERS)}})
+    assert Admission(job, {}).judge({1: first}, STATE, [1]) == {}
+    told = replace(first, spending=first.spending and replace(first.spending, steps_round=1))
+    assert "for 1 steps, not 0" in Admission(job, {}).judge({1: told}, STATE, [1])[1]
+
+
+def test_what_an_impostor_declares_is_no_size_of_the_site_whose_name_it_takes() -> None:
+    job = configure({**PLAIN, "max-size-ratio": 10.0})
+    usual, huge = answer(job, plan(job)), replace(answer(job, plan(job, size=20 * SIZE), 20 * SIZE))
+    admission = Admission(job, {})
+    admission.enrol({1: usual, 2: replace(usual, site="lab"), 3: replace(usual, site="clinic")})
+    later = {"epsilon_total": 0.3, "steps_total": 2}
+    reasons = admission.judge({1: answer(job, plan(job), **later), 4: huge}, STATE, [1, 2, 3, 4])
+    assert list(reasons) == [4]
+    assert "another node" in reasons[4]
 
 
 def test_a_total_of_shared_records_may_be_above_the_budget_and_the_terminal_says_why() -> None:

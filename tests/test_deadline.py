@@ -30,6 +30,7 @@ from client.ledger import ledger
 from client.ledger.ledger import Ledger
 from client.ledger.rows import price
 from client.rehearsal import rehearse
+from client.site import open_site
 from common import randomness
 from common.config.sections import RunConfig
 from common.errors import PolicyRefusal
@@ -659,6 +660,43 @@ def test_a_site_that_looks_at_the_present_round_alone_is_found_out(
     monkeypatch.setattr(RunConfig, "phases", (1,))
     with pytest.raises(AssertionError, match="the site took part"):
         refused_for_a_later_round("rehearse", site, monkeypatch)
+
+
+def test_a_round_keeps_to_its_own_reserve_and_not_to_that_of_a_later_phase(
+    site: OneSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.settings |= {"rounds": 3, "training.head-first": 1, "training.linearised": 1, "training.refit": 1}
+    for name in LATER:
+        took = timing(long=100.0 if name == "rehearse_linearised" else 1.0)
+        monkeypatch.setattr(app, name, lambda _, took=took: took)
+    monkeypatch.setattr(app, "_process", app._Process())
+    job, model = configure(site.settings), site.model()
+    ours = open_site(site.node, job.config, "1", simulated=False)
+    held, own, later = Deadline(1e6), Deadline(1e6), Deadline(1e6)
+    app._hold_to(held, job, ours, model, site.task(1))
+    app._allow(own, job, ours, model, 1, app.PLAIN)
+    app._allow(later, job, ours, model, 2, app.PLAIN)
+    assert held.reserve == own.reserve < later.reserve
+
+
+def test_the_worst_round_has_every_record_scored_where_a_count_is_sent(
+    site: OneSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "rehearse", lambda _: replace(timing(), score=1.0))
+    monkeypatch.setattr(app, "_process", app._Process())
+    site.rule(send_noised_metrics=True, min_noise_multiplier=1.0, reply_after=60.0)
+    assert "may take 50.0 seconds here" in site.refuse().reason, "fifty records, a second each"
+
+
+def test_nothing_that_one_model_rehearsed_counts_for_another(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    process = app._Process(rehearsed={app.PLAIN: timing()})
+    monkeypatch.setattr(app, "_process", process)
+    job = configure(site.settings)
+    ours = open_site(site.node, job.config, "1", simulated=False)
+    process.records["clinic"] = app._Prepared("1", ours.data, ("record", 1), [])
+    assert app._model(job, ours) is process.model
+    assert not process.rehearsed
+    assert not process.records
 
 
 @pytest.mark.parametrize("mode", ["dp-sgd", "none"])

@@ -25,7 +25,7 @@ from common.privacy.events import sampled_gaussian
 from common.run_lines import Absence, ConfigFile, PrivacyLine, ResultFile, RoundLine, read_file, read_lines
 from experiments.in_process import InProcessTransport, run_in_process
 from server.app import in_short
-from server.replies import LONGEST_REASON, clean, refusal
+from server.replies import LONGEST_REASON, clean, read_reply, refusal
 from server.rounds import too_few
 from server.sites import Exchange, Gathering
 
@@ -423,6 +423,14 @@ def test_a_site_may_be_larger_than_the_others_within_the_ratio(toy_settings: dic
 def test_a_hostile_reason_fills_neither_disk_nor_terminal(toy_settings: dict[str, Any]) -> None:
     assert clean("a\x1b[31m\nb" * 10000).isprintable()
     assert len(clean("x" * 10**6)) == LONGEST_REASON
+
+
+def test_a_refusal_s_reason_is_cleaned_and_a_reply_that_breaks_its_reader_is_one() -> None:
+    task = TrainTask("run", 1, {}, {}, "", "", "")
+    told = encode_reply(Refusal("run", 1, "site-1", "policy", "no\x1b[31m\nmore"))
+    assert read_reply(told, {}, task, 7) == Refusal("run", 1, "site-1", "policy", "no?[31m more")
+    broken = Refusal("run", 1, "node 7", "reply", "the message cannot be read (AttributeError)")
+    assert read_reply(object(), {}, task, 7) == broken
 
 
 # Resuming refuses what it must

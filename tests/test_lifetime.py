@@ -144,6 +144,17 @@ def test_records_that_no_head_alone_is_trained_on_are_tokenised_once(
     assert order_of(site, monkeypatch, "second") == ["pay_round"]
 
 
+def test_records_that_were_read_anew_are_prepared_anew(toy_settings: dict[str, Any], tmp_path: Path) -> None:
+    site, held = clinic(toy_settings, tmp_path), list[int]()
+    path = Path(str(site.node["data"]))
+    for number in (1, 2):
+        site.train(number)
+        held.append(len(app._process.records["clinic"].records or ()))
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+        site_module.forget_readings()
+    assert held == [40, 39]
+
+
 # --- the last round ---------------------------------------------------------------------------------------------------
 
 

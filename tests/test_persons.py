@@ -23,13 +23,13 @@ from audits.worlds import Gradient, Recorder, World, fresh_world, minus, norm, r
 from client import app
 from client.app import forget
 from client.budget import evaluation_releases
-from client.deadline import Timing, most_drawn
+from client.deadline import TRAINED, Deadline, Timing, most_drawn
 from client.ledger.ledger import Ledger
 from client.ledger.record_hashes import record_hashes
 from client.linearised import Keeping, Linearisation, linearised
 from client.own_records import bounded, prepared
 from client.policy import Policy
-from client.site import Site, own_settings
+from client.site import Site, open_site, own_settings
 from common import randomness
 from common.config.sections import DataConfig
 from common.data import split
@@ -356,6 +356,34 @@ def test_records_that_a_run_had_of_each_person_are_made_anew_for_one_that_has_fe
         kept = app._process.records["clinic"]
         app._process.records["clinic"] = replace(kept, unit=(kept.unit[0], 2))
     assert (drawn_of_persons(site, monkeypatch) == {2: 7}) is not taken
+
+
+def test_derivatives_are_of_no_more_records_of_a_person_than_the_run_says_now(site: OneSite) -> None:
+    """A server asks for a round with one bound and, in the same run, for the next with another."""
+    site.settings |= {"training.linearised": 4, "training.local-steps": 1, "privacy.records-per-person": 4}
+    for round_number, most in ((1, 4), (2, 2)):
+        site.settings["privacy.records-per-person"] = most
+        site.train(round_number)
+        vectors = app._process.derivatives["clinic"].records
+        assert max(Counter(vector[OWNER] for vector in vectors).values()) == most
+
+
+def test_the_worst_round_by_person_has_all_records_of_its_persons(site: OneSite) -> None:
+    """On vectors, whose derivatives are computed of every record first."""
+    site.settings |= {"training.linearised": 4, "training.local-steps": 1, "privacy.records-per-person": 4}
+    job, model = configure(site.settings), site.model()
+    ours = open_site(site.node, job.config, "1", simulated=False)
+    through = Timing({8: 1.0, 16: 2.0}, {8: 4, 16: 2}, 0.5, 0.0)
+    on_vectors = Timing({1: 0.25}, {1: 2}, 0.125, 0.0)
+    app._process.rehearsed = {app.PLAIN: through, app.VECTORS: on_vectors}
+    at_once = app._units_at_once(job, model, None)
+    worst = on_vectors.worst(1, job.config.training.sample_rate * 50, 0, 4, at_once) + through.worst(1, 4 * 50.0, 0)
+    try:
+        app._allow(Deadline((worst + 0.01) / TRAINED), job, ours, model, 1, app.PLAIN)
+        with pytest.raises(PolicyRefusal, match="reply-after"):
+            app._allow(Deadline((worst - 0.01) / TRAINED), job, ours, model, 1, app.PLAIN)
+    finally:
+        app._process.rehearsed = {}
 
 
 def test_records_say_whose_they_are_and_no_batch_does(world: World) -> None:
