@@ -6,15 +6,19 @@ import csv
 import json
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from audits.tiny_site import pins
+from audits.tiny_site import clinic, pins
+from client.app import answer
 from common.config.text import to_toml
 from common.errors import ConfigError
 from common.log import JsonLines, about, set_up
+from common.messages.round import Refusal
+from common.messages.wire import encode_task
 from experiments.in_process import run_in_process
 
 CANARY = "zyzzyva"
@@ -80,6 +84,18 @@ def test_an_unforeseen_error_is_logged_by_type_and_place_only() -> None:
     assert (line["run"], line["round"], line["site"]) == ("7", 2, "clinic")
     assert line["message"].startswith("failed [ValueError at test_log.py:")
     assert CANARY not in line["message"]
+
+
+def test_what_a_hostile_server_sends_writes_no_line_and_moves_no_cursor_in_a_sites_log(
+    toy_settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    site = clinic(toy_settings, tmp_path)
+    sent = encode_task(replace(site.task(), run="2\x1b[2K\r\n12:00:00 INFO all is well \u202e\x9b2J"))
+    refused = answer(sent, site.node, site.settings, "1", {})
+    assert isinstance(refused, Refusal)
+    assert "the task is of run 2" in refused.reason
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "the task is of run" in line]
+    assert line.endswith("the task is of run 2?[2K 12:00:00 INFO all is well ??2J, the message came in run 1")
 
 
 def test_a_form_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
