@@ -25,7 +25,7 @@ from common.privacy.record_level import DPSGD
 from common.run_lines import Absence
 from common.tasks.examples import Dataset
 from server.admission import Admission
-from server.plausible import held_by, honest_norm
+from server.plausible import held_by, honest_norm, implausible, oversized
 from server.rounds import RoundOutcome
 from server.sites import Gathering
 from server.terminal import epsilon_words, round_line
@@ -206,6 +206,17 @@ def test_how_far_an_honest_update_lies_follows_from_the_settings(settings: dict[
     assert honest_norm(job, least_plan(job, result), result, state) == pytest.approx(RATES * step)
     elsewhere = replace(result, contribution={"layer": {"other": torch.ones(100)}})
     assert honest_norm(job, least_plan(job, result), elsewhere, state) == math.inf, "what it is a change of is unknown"
+
+
+def test_the_rounds_middle_bounds_where_three_answered_and_nothing_else_does() -> None:
+    usual = {1: 1.0, 2: 1.0}
+    assert implausible({**usual, 3: 99.0}, dict.fromkeys((1, 2, 3), math.inf)) == {}
+    assert list(implausible({**usual, 3: 101.0}, dict.fromkeys((1, 2, 3), math.inf))) == [3]
+    assert implausible({**usual, 3: 101.0}, dict.fromkeys((1, 2, 3), 200.0)) == {}, "the settings alone bound it"
+    assert list(implausible({1: math.nan}, {1: 1.0})) == [1]
+    sizes = {"ward": 10, "lab": 17}
+    assert oversized(sizes, 1.2) == {}, "two have no middle"
+    assert list(oversized({**sizes, "clinic": 10}, 1.2)) == ["lab"]
 
 
 def test_what_several_steps_of_a_start_bring_may_be_as_long_as_these() -> None:
