@@ -442,6 +442,27 @@ def test_a_delta_above_one_over_the_size_and_a_figure_said_twice_stop_the_site(s
     assert site.train().public_size == 60
 
 
+@pytest.mark.parametrize(
+    ("node", "words"),
+    [
+        ({"public_size": 50}, "did you mean 'public-size'"),
+        ({"public-size": None}, "'public-size' is needed beside 'data'"),
+        ({"public-size": 0}, "'public-size' is needed"),
+        ({"public-size": True}, "'public-size' is needed"),
+        ({"public-size": "50"}, "'public-size' is needed"),
+        ({"rank": 0}, "'rank' is 0: give a whole number of columns, at least 1"),
+        ({"rank": True}, "'rank' is True"),
+        ({"rank": "4"}, "'rank' is '4'"),
+        ({"data": None, "partition-id": 0}, "neither 'data' nor 'partition-id' and 'num-partitions'"),
+    ],
+    ids=str,
+)
+def test_a_setting_of_the_node_that_is_none_stops_the_site(site: OneSite, node: dict[str, Any], words: str) -> None:
+    named = {key: value for key, value in {**site.node, **node}.items() if value is not None}
+    with pytest.raises(ConfigError, match=words):
+        open_site(named, configure(site.settings).config, "1", simulated=False)
+
+
 def test_every_rule_has_a_line_in_the_docs() -> None:
     text = (Path(__file__).parent.parent / "docs" / "privacy.md").read_text(encoding="utf-8")
     for key in to_mapping(Policy()):
