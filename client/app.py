@@ -194,9 +194,10 @@ def _rehearse(job: Job, site: Site, model: FederatedModel, task: TrainTask, late
     return steps
 
 
-def _ways(model: FederatedModel) -> dict[object, object]:
+def _ways(model: FederatedModel) -> dict[str, object]:
     """Return what a rehearsal may change of how the model computes records of other rehearsals."""
-    return {"attention": model.attention, "lowers": model.lowers, "shapes": model.shapes, **model.vector_shapes}
+    of_vectors = {str(tangents): shapes for tangents, shapes in model.vector_shapes.items()}
+    return {"attention": model.attention, "lowers": model.lowers, "shapes": model.shapes, **of_vectors}
 
 
 def _featured(model: FederatedModel) -> Timing:
