@@ -129,6 +129,8 @@ def make_site(
             f"the site's name is {site!r}: take a letter or digit, then at most 63 of letters, digits, '.', '_' and '-'"
         )
     host, _, port = server.rpartition(":") if ":" in server else (server, "", str(FLEET_PORT))
+    if ":" in host and not (host.startswith("[") and host.endswith("]")):
+        raise ConfigError(f"the server is {server!r}: write an address of IPv6 in brackets, as [ADDRESS]:PORT")
     if not host or not port.isdigit():
         raise ConfigError(f"the server is {server!r}: write HOST or HOST:PORT")
     check_port(f"the port of the server {server!r}", int(port))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import getpass
+import re
+import shlex
 
 from deploy.commands import program
 from deploy.files import make_folder
@@ -43,7 +45,7 @@ WantedBy=multi-user.target
 
 def write_server_unit(folder: ServerFolder) -> None:
     """Put ``fedveil-server.service`` into a server's folder."""
-    name, words = "fedveil-server", f"server start {folder.path}"
+    name, words = "fedveil-server", ("server", "start")
     _write(folder, name, "FedVeil server (Flower SuperLink)", words, "yes", "control-group")
 
 
@@ -52,52 +54,74 @@ def write_site_unit(folder: SiteFolder) -> None:
 
     Its first process ends the others: a SuperNode that is told twice does not take leave of the server.
     """
-    name, words = "fedveil-site", f"site start {folder.path}"
+    name, words = "fedveil-site", ("site", "start")
     _write(folder, name, f"FedVeil site {folder.site} (SuperNode and worker)", words, "no", "mixed")
 
 
 def _write(
-    folder: ServerFolder | SiteFolder, name: str, description: str, words: str, private_devices: str, kill_mode: str
+    folder: ServerFolder | SiteFolder,
+    name: str,
+    description: str,
+    words: tuple[str, ...],
+    private_devices: str,
+    kill_mode: str,
 ) -> None:
     text = UNIT.format(
         name=name,
         description=description,
         user=getpass.getuser(),
-        command=f"{program('fedveil')} {words}",
+        # Of the arguments alone is $ a variable's sign.
+        command=" ".join([unit_word(program("fedveil")), *words, unit_word(str(folder.path).replace("$", "$$"))]),
         private_devices=private_devices,
         kill_mode=kill_mode,
-        writable=folder.path,
+        writable=unit_word(str(folder.path)),
     )
     make_folder(folder.path, {f"{name}.service": text.encode()}, frozenset())
 
 
+def unit_word(text: str) -> str:
+    """Return one word of a systemd unit: blanks part words there, and ``%`` names a specifier.
+
+    >>> unit_word("/srv/St Mary's/site")
+    '"/srv/St Mary\\'s/site"'
+    >>> unit_word("/srv/site")
+    '/srv/site'
+    """
+    text = text.replace("%", "%%")
+    if not re.search(r"""[\s"'\\]""", text):
+        return text
+    return '"' + re.sub(r"""(["\\])""", r"\\\1", text) + '"'
+
+
 def server_steps(folder: ServerFolder, authority_fingerprint: str) -> str:
     """Return what ``fedveil server init`` prints."""
+    path = shlex.quote(str(folder.path))
     return f"""\
 {folder.path} is ready. The authority's fingerprint (SHA-256), to be compared at every site:
   {authority_fingerprint}
 Next:
-  1. start it          fedveil server start {folder.path}
+  1. start it          fedveil server start {path}
                        (or install {folder.path}/fedveil-server.service)
   2. open port {folder.fleet_port} to the sites; keep {folder.control_host}:{folder.control_port} closed
   3. give every site   {folder.path}/ca.crt and the name {folder.name_list[0]}:{folder.fleet_port}
-  4. let a site in     fedveil server register {folder.path} THE_SITES_node.pub
-  5. look it over      fedveil doctor server {folder.path}
-  6. run a job         fedveil server submit {folder.path} -c SETTINGS --sites 2
+  4. let a site in     fedveil server register {path} THE_SITES_node.pub
+  5. look it over      fedveil doctor server {path}
+  6. run a job         fedveil server submit {path} -c SETTINGS --sites 2
 Move {folder.path}/authority off this machine: it is needed only by 'fedveil server renew'."""
 
 
 def site_steps(folder: SiteFolder) -> str:
     """Return what ``fedveil site init`` prints."""
+    path = shlex.quote(str(folder.path))
     authority = "" if (folder.path / "ca.crt").exists() else f"\n  0. put the coordinator's ca.crt into {folder.path}"
     return f"""\
 {folder.path} is ready.
 Next:{authority}
   1. read the policy   {folder.path}/policy.toml: budget and limits are yours to set
   2. send the coordinator {folder.path}/node.pub (never node.key)
-  3. look it over      fedveil site check {folder.path} (which rows are no records)
-                       fedveil doctor site {folder.path}
+  3. look it over      fedveil site check {path} (which rows are no records)
+                       fedveil doctor site {path}
                        (compare the authority's fingerprint with the coordinator's by another way)
-  4. start it          fedveil site start {folder.path}
+  4. start it          fedveil site start {path}
                        (or install {folder.path}/fedveil-site.service)
 Never restore {folder.path}/ledger from a backup: it would forget what was spent."""

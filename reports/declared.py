@@ -28,7 +28,7 @@ NAME = "declared.toml"
 SECTORS = ("Technology", "Healthcare", "Education", "Government", "Energy", "Finance")
 CURATORS = ("Government", "Industry", "Nonprofit")
 """Sectors, and kinds of publishers, that the registry of deployments knows."""
-ADDRESS = re.compile(r"https?://[^\s<>\"'()\[\]]+")
+ADDRESS = re.compile(r"https://[^\s<>\"'()\[\]]+")
 
 
 @dataclass(frozen=True)

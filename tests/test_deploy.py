@@ -556,6 +556,17 @@ def test_a_port_that_none_can_be_is_said_when_a_folder_is_opened(
     assert str(folder / name) in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("server", "words"),
+    [("fe80::1", r"in brackets, as \[ADDRESS\]:PORT"), ("localhost:x", "write HOST"), (":9092", "write HOST")],
+)
+def test_a_server_that_can_be_read_in_two_ways_is_none(server: str, words: str, tmp_path: Path) -> None:
+    """Of an address of IPv6 without brackets the last group was the port."""
+    with pytest.raises(ConfigError, match=words):
+        make_site(tmp_path / "site", "clinic", server, policy="", node=PART)
+    assert make_site(tmp_path / "site", "clinic", "[fe80::1]:9093", policy="", node=PART).port == 9093
+
+
 def test_the_control_port_is_for_this_machine_alone_unless_the_coordinator_says_so(tmp_path: Path) -> None:
     server = make_server(tmp_path / "server", ["127.0.0.1"])
     assert server.control_host == "127.0.0.1"

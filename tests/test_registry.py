@@ -204,6 +204,7 @@ def test_a_trusted_server_is_the_central_model(made: MadeRun) -> None:
     [
         ({"curator-type": "Company"}, "curator-type"),
         ({"report-url": "ftp://x"}, "write an address"),
+        ({"report-url": "http://clinic.example/run-7"}, "write an address"),
         ({"report-url": "https://x (y)"}, "write an address"),
         ({"report-url": "https://x> <script>"}, "write an address"),
         ({"published": "20261126"}, "write a date as YYYY-MM-DD"),
