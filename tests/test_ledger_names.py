@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from client.ledger import file as ledger_file
 from client.ledger import migrations
 from client.ledger.file import only_ledger, withdrawn_in
 from client.ledger.ledger import Ledger, _remember
@@ -629,3 +630,26 @@ def test_a_migration_that_is_killed_leaves_the_old_ledger_whole(second_format: P
     assert content(second_format) == before
     assert rounds(second_format) == [1]
     assert content(second_format)["format"] == migrations.FORMAT
+
+
+def test_a_new_ledger_has_its_name_on_disk_and_so_have_the_folders_that_were_made_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a loss of power a ledger without a name is none, and what was spent would be spent anew."""
+    synced: list[Path] = []
+    monkeypatch.setattr(ledger_file, "sync_folder", lambda folder: synced.append(folder))
+    Ledger(tmp_path / "a" / "b" / "clinic.sqlite").close()
+    assert set(synced) == {tmp_path / "a" / "b", tmp_path / "a", tmp_path}
+    Ledger(tmp_path / "a" / "ward.sqlite").close()
+    assert synced[3:] == [tmp_path / "a"]
+    # Another process was first: its name may not be on disk yet, and this one is about to charge.
+    first = tmp_path / "a" / "first.sqlite"
+    real = os.link
+
+    def second(source: str, target: Path) -> None:
+        real(source, target)
+        raise FileExistsError
+
+    monkeypatch.setattr(os, "link", second)
+    Ledger(first).close()
+    assert synced[4:] == [tmp_path / "a"]

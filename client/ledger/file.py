@@ -30,6 +30,7 @@ from pathlib import Path
 
 from client.ledger.migrations import FORMAT, migrate
 from common.errors import LedgerError
+from common.files import sync_folder
 
 APPLICATION_ID = 0x46564C44
 """``FVLD``, in the file's header."""
@@ -188,6 +189,7 @@ def _create(path: Path) -> None:
     file descriptor of a live ledger is closed, which would drop this process's locks on it.
     """
     with one_line(path, "made"):
+        missing = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, draft = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".draft", dir=path.parent)  # mode 0600
         os.close(descriptor)
@@ -199,17 +201,13 @@ def _create(path: Path) -> None:
             connection.execute("COMMIT")
             connection.execute("VACUUM")  # the steps have left pages of tables that are gone
             connection.close()
-            try:
+            with suppress(FileExistsError):  # who opened the ledger meanwhile may have been first
                 os.link(draft, path)
-            except FileExistsError:
-                return
         finally:
-            Path(draft).unlink(missing_ok=True)  # who opened the ledger meanwhile may have been first
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+            Path(draft).unlink(missing_ok=True)
+        # Before a charge, whoever was first: after a loss of power no ledger would be there, and nothing spent.
+        for folder in (path.parent, *(each.parent for each in missing)):
+            sync_folder(folder)
 
 
 def _is_there(path: Path) -> bool:
