@@ -116,7 +116,7 @@ def by_text(module: nn.Module, texts: Iterable[Tensor], groups: int, neurons: in
     hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in ends.items()]
     try:
         for tokens in texts:
-            module(input_ids=tokens)
+            module(tokens)
     finally:
         for hook in hooks:
             hook.remove()

@@ -71,8 +71,8 @@ def prune_model(
 
 
 def _by_prose(base: BaseModel, groups: int, neurons: int) -> Kept:
-    device = choose_device("auto")
-    texts = (base.processor(sentence, return_tensors="pt")["input_ids"].to(device) for sentence in PROSE[:SENTENCES])
+    device, tokens = choose_device("auto"), str(base.module.main_input_name)
+    texts = (base.processor(sentence, return_tensors="pt")[tokens].to(device) for sentence in PROSE[:SENTENCES])
     try:
         return by_text(base.module.to(device), texts, groups, neurons)
     finally:
