@@ -388,7 +388,6 @@ def test_a_budget_too_small_for_one_round_is_said_in_one_line() -> None:
     [
         (["--sizes", "60,0"], "whole numbers above 0"),
         (["--sizes", "60", "--sites", "2"], "not both"),
-        (["--sites", "0"], "at least 1 site"),
         (["--find", "round"], "did you mean 'rounds'?"),
         (["--find", "rounds"], "set privacy.noise-multiplier"),
         (["-c", "privcy.epsilon=3.0"], "did you mean 'privacy.epsilon'?"),
