@@ -56,9 +56,10 @@ class Kept:
 
     def sides(self, layer: str, units: Units) -> tuple[Index | None, Index | None]:
         """Return the outputs and the inputs of a layer's weight that stay; None: all."""
-        if _LAYER.search(layer) is None:
+        found = _role(layer)
+        if found is None:
             return None, None
-        number, role = _role(layer)
+        number, role = found
         if role in ("gate", "up", "down"):
             kept = self.neurons[number]
             return (None, kept) if role == "down" else (kept, None)
@@ -103,17 +104,17 @@ def by_text(module: nn.Module, texts: Iterable[Tensor], groups: int, neurons: in
         ModelError: as of ``units_of``.
     """
     units = _checked(module, groups, neurons)
-    ends = {name: layer for name, layer in module.named_modules() if (m := _LAYER.search(name)) and m[2] in _ENDS}
-    energy: dict[str, Tensor] = {}
+    ends = {found: layer for name, layer in module.named_modules() if (found := _role(name)) and found[1] in _ENDS}
+    energy: dict[tuple[int, str], Tensor] = {}
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def watch(end: tuple[int, str]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def see(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             sums = inputs[0].double().square().flatten(0, -2).sum(0)
-            energy[name] = energy[name] + sums if name in energy else sums
+            energy[end] = energy[end] + sums if end in energy else sums
 
         return see
 
-    hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in ends.items()]
+    hooks = [layer.register_forward_pre_hook(watch(end)) for end, layer in ends.items()]
     try:
         for tokens in texts:
             module(tokens)
@@ -121,10 +122,9 @@ def by_text(module: nn.Module, texts: Iterable[Tensor], groups: int, neurons: in
         for hook in hooks:
             hook.remove()
     totals: dict[tuple[int, str], Tensor] = {}
-    for name, layer in ends.items():
-        number, role = _role(name)
+    for (number, role), layer in ends.items():
         kind, count = _kind(role, units)
-        columns = energy[name] * layer.get_parameter("weight").double().square().sum(0)
+        columns = energy[number, role] * layer.get_parameter("weight").double().square().sum(0)
         totals[number, kind] = columns.reshape(count, -1).sum(1).cpu()
     return _kept(totals, groups, neurons)
 
@@ -142,9 +142,10 @@ def by_scores(module: nn.Module, scores: Mapping[str, Factors], groups: int, neu
     units = _checked(module, groups, neurons)
     totals: dict[tuple[int, str], Tensor] = {}
     for layer, held in scores.items():
-        if _LAYER.search(layer) is None or ROWS not in held:
+        found = _role(layer)
+        if found is None or ROWS not in held:
             continue
-        number, role = _role(layer)
+        number, role = found
         of_side = held[COLUMNS if role in _ENDS else ROWS].double()
         kind, count = _kind(role, units)
         totals[number, kind] = totals.get((number, kind), 0) + of_side.reshape(count, -1).sum(1)
@@ -161,12 +162,10 @@ def by_scores(module: nn.Module, scores: Mapping[str, Factors], groups: int, neu
     return _kept(totals, groups, neurons)
 
 
-def _role(layer: str) -> tuple[int, str]:
-    """Return the number of a projection's layer and the projection's letter or word."""
+def _role(layer: str) -> tuple[int, str] | None:
+    """Return the number of a projection's layer and the projection's letter or word; None: it is no projection."""
     match = _LAYER.search(layer)
-    if match is None:
-        raise ValueError(f"{layer!r} is no projection of a layer")
-    return int(match[1]), match[2]
+    return match and (int(match[1]), match[2])
 
 
 def _kind(role: str, units: Units) -> tuple[str, int]:
