@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from glob import escape
 from pathlib import Path
 
 from common.config.sections import RunTerms, Scalar
@@ -46,7 +47,7 @@ def settings_of_resumed(overrides: Mapping[str, Scalar]) -> dict[str, Scalar]:
     if not wanted:
         return dict(overrides)
     output = Path(str(overrides.get("output", RunTerms().output))).expanduser()
-    places = [Path(wanted).expanduser(), output / wanted, *sorted(output.glob(f"*-{wanted}"))]
+    places = [Path(wanted).expanduser(), output / wanted, *sorted(output.glob(f"*-{escape(wanted)}"))]
     found = list(dict.fromkeys(place.absolute() for place in places if (place / NAME).is_file()))
     if len(found) != 1:
         many = f"more than one run: {', '.join(map(str, found))}" if found else f"no run with a checkpoint in {output}"

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from audits.bands import out_of_band
 from audits.class_means import EACH_CLIPPED, audit_class_means
 from audits.faults import DOUBLED, SOUND, Fault
 from audits.tiny_models import TARGETS
@@ -180,7 +181,8 @@ def test_a_site_without_a_record_sends_noise_alone_and_the_server_makes_numbers_
     model = make(start)
     sent = start.privatise(model, [], plan_of(2.0, noise=3.0))
     flat = torch.cat([t.flatten() for t in sent[HEAD].values()])
-    assert float(flat.std()) == pytest.approx(3.0 * CLIP / 2, rel=0.2)
+    # A hundred numbers: half or twice the noise is out of the band, whatever is drawn.
+    assert not out_of_band(float((flat / (3.0 * CLIP / 2)).square().sum()), flat.numel())
     made = start.complete(model, configure(RUN).config, LABELS, sent)
     assert all(bool(t.isfinite().all()) for layer in made.values() for t in layer.values())
 

@@ -26,7 +26,7 @@ from common.run_lines import ConfigFile, PrivacyLine, RoundLine, read_lines
 from experiments.in_process import InProcessTransport, run_in_process
 from server.checkpoint import BEFORE, NAME
 from server.lock import GLANCE_SECONDS, is_written, only_writer
-from server.resume import with_resumed
+from server.resume import settings_of_resumed, with_resumed
 from server.sites import Exchange
 from strategies import STRATEGIES
 
@@ -197,6 +197,15 @@ def test_the_settings_of_a_resumed_run_are_taken_from_its_folder(toy_settings: d
     (Path(settings["resume"]) / NAME).write_bytes(b"rubbish")
     with pytest.raises(DataError, match="is damaged"):
         with_resumed(given)
+
+
+@pytest.mark.parametrize("name", ["a**b", "7?", "[7]7", "**", "*-77"])
+def test_a_runs_name_is_no_pattern(name: str, toy_settings: dict[str, Any]) -> None:
+    folder = Path(toy_settings["output"]) / "ffa-lora-77"
+    folder.mkdir(parents=True)
+    (folder / NAME).touch()
+    with pytest.raises(ConfigError, match="names no run with a checkpoint in"):
+        settings_of_resumed({"output": toy_settings["output"], "resume": name})
 
 
 def without(folder: Path, key: str) -> None:
