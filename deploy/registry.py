@@ -17,8 +17,8 @@ def register_site(folder: ServerFolder, public_key: Path) -> str:
     """Register a site's key and return what to tell people.
 
     Raises:
-        ConfigError: the file is no public key with the site's name as its comment, the name has another key, or
-            the key was shut out.
+        ConfigError: the file is no public key with the site's name as its comment, the name has another key, the key
+            is another site's, or it was shut out.
         RunFailed: the server refused or did not answer.
     """
     line = read_bytes(public_key, "the site's public key").decode("utf-8", errors="replace").split()
@@ -27,6 +27,12 @@ def register_site(folder: ServerFolder, public_key: Path) -> str:
     name, kept = line[2], folder.nodes / f"{line[2]}.pub"
     if kept.exists() and kept.read_text(encoding="utf-8").split()[:2] != line[:2]:
         raise ConfigError(f"{name} is registered with another key: revoke it first with 'fedveil server revoke'")
+    for other in sorted(folder.nodes.glob("*.pub")):
+        if other.stem != name and other.read_text(encoding="utf-8").split()[:2] == line[:2]:
+            raise ConfigError(
+                f"{public_key} is the key of {other.stem}, which is registered: {name} makes its own with "
+                "'fedveil site init'"
+            )
     with control_of(folder) as control:
         node = control.register(public_key.absolute())
     if not node:

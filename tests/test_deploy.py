@@ -919,7 +919,10 @@ def test_a_name_keeps_its_key_and_what_is_no_sites_public_key_is_not_registered(
     other.write_bytes(new_node_key("clinic").public)
     with pytest.raises(ConfigError, match="clinic is registered with another key: revoke it first"):
         registry.register_site(server, other)
-    kind, key, _ = other.read_text(encoding="utf-8").split()
+    kind, key, _ = (site.path / "node.pub").read_text(encoding="utf-8").split()
+    other.write_text(f"{kind} {key} ward", encoding="utf-8")
+    with pytest.raises(ConfigError, match="is the key of clinic, which is registered: ward makes its own with"):
+        registry.register_site(server, other)
     private = (site.path / "node.key").read_text(encoding="utf-8")
     for text in (
         "",
