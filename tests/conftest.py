@@ -54,7 +54,10 @@ ROUGHLY_PRICED = (
     *("test_sharing", "test_telemetry", "test_tracking", "test_wire_audit", "test_worker"),
 )
 """Files of runs that are about no price: theirs come from a grid ten times as coarse, looser and never wrong."""
-ONE_LENGTH = ("test_add_pages", "test_federation", "test_systems")
+ONE_LENGTH = (
+    *("test_add_pages", "test_federation", "test_optimizers", "test_refit", "test_resume", "test_server_optimizer"),
+    *("test_lossy_rounds", "test_sums", "test_systems"),
+)
 """Files of runs that are not about lengths: their made-up reviews lose up to two words that say nothing, and then pass
 in one shape of two that are rehearsed, not in two of three."""
 ROUGH: dict[tuple[Any, str], Any] = {
