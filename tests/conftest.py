@@ -55,8 +55,9 @@ ROUGHLY_PRICED = (
 )
 """Files of runs that are about no price: theirs come from a grid ten times as coarse, looser and never wrong."""
 ONE_LENGTH = (
-    *("test_add_pages", "test_federation", "test_optimizers", "test_refit", "test_resume", "test_server_optimizer"),
-    *("test_lossy_rounds", "test_sums", "test_systems"),
+    *("test_add_pages", "test_column_rules", "test_federation", "test_flylora", "test_merge", "test_new_starts"),
+    *("test_optimizers", "test_paid_start", "test_refit", "test_resume", "test_rows", "test_server_optimizer"),
+    *("test_site_unit", "test_sums", "test_systems"),
 )
 """Files of runs that are not about lengths: their made-up reviews lose up to two words that say nothing, and then pass
 in one shape of two that are rehearsed, not in two of three."""
