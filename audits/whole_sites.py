@@ -133,10 +133,11 @@ def flat(state: AdapterState) -> Tensor:
 
 def pull(axis: int, received: AdapterState, length: float) -> AdapterState:
     """Return what was received with its number ``axis`` moved by so many clips."""
-    moved, first = apply(lambda tensor: tensor.double().clone(), received), 0
-    for _, _, tensor in entries(moved):
+    moved, first = {layer: dict(factors) for layer, factors in received.items()}, 0
+    for layer, name, tensor in entries(received):
         if first <= axis < first + tensor.numel():
-            tensor.view(-1)[axis - first] += length * CLIP
+            moved[layer][name] = own = tensor.double().clone()
+            own.view(-1)[axis - first] += length * CLIP
         first += tensor.numel()
     return moved
 

@@ -8,13 +8,12 @@ every product.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from common.model.federated import FederatedModel
 from common.model.shapes import FixedBatch
@@ -22,7 +21,7 @@ from common.model.shapes import FixedBatch
 GROUPED = "grouped"
 """In the name of every product of rows in groups, the sizes of which are numbers in a tensor and no shape."""
 
-Traced = tuple[str, tuple[tuple[int, ...], ...]]
+Traced = tuple[Any, tuple[torch.Size, ...]]
 """An operation, and the shapes of what it takes and gives."""
 
 
@@ -38,9 +37,17 @@ class _Trace(TorchDispatchMode):
         del types
         given = kwargs or {}
         found = func(*args, **given)
-        shapes = tuple(tuple(leaf.shape) for leaf in tree_leaves((args, given, found)) if isinstance(leaf, Tensor))
-        self.seen.append((str(func), shapes))
+        self.seen.append((func, tuple(_shapes((args, given, found)))))
         return found
+
+
+def _shapes(part: Any) -> Iterator[torch.Size]:
+    """Yield the shape of every tensor in what an operation takes or gives, in order."""
+    if isinstance(part, Tensor):
+        yield part.shape
+    elif isinstance(part, tuple | list | dict):
+        for inner in part.values() if isinstance(part, dict) else part:
+            yield from _shapes(inner)
 
 
 def follow_from_records(model: FederatedModel, batches: Iterable[FixedBatch]) -> bool:
@@ -54,7 +61,8 @@ def follow_from_records(model: FederatedModel, batches: Iterable[FixedBatch]) ->
     for batch in batches:
         with torch.no_grad(), _Trace() as trace:
             model.losses(batch)
-        if any(GROUPED in operation for operation, _ in trace.seen) or (first or trace.seen) != trace.seen:
+        operations = {operation for operation, _ in trace.seen}
+        if any(GROUPED in str(operation) for operation in operations) or (first or trace.seen) != trace.seen:
             return True
         first = trace.seen
     return False

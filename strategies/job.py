@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from functools import lru_cache
+from typing import Any, TypeVar
 
 from common.adapters import ADAPTERS, ALIASES, Adapter, build_adapter
 from common.check import OneOf, Rule, nearest
@@ -17,7 +18,8 @@ from common.messages.tensors import merge, start_fingerprint
 from common.model.federated import FederatedModel, model_of
 from common.privacy import Mechanism
 from common.starts import STARTS, Start, check_directions
-from common.tasks import TASKS
+from common.tasks import TASKS, roles_of_all
+from common.tasks.roles import Role
 from common.trackers import NO_TRACKER
 from strategies import ROWS
 from strategies.base import ServerState, Strategy
@@ -170,10 +172,19 @@ def known_settings() -> dict[str, Scalar]:
 
 def declared_settings() -> dict[str, Scalar]:
     """Return every setting by its present name with the default that its field declares."""
+    return dict(_declared(tuple(STARTS.values()), (*ROWS.items(), *RULES.items()), roles_of_all()))
+
+
+# Every job asks for them several times; the tables may get rows meanwhile.
+@lru_cache(maxsize=64)
+def _declared(
+    starts: tuple[type[Start], ...], rows: tuple[tuple[str, type[Any]], ...], roles: tuple[Role, ...]
+) -> Mapping[str, Scalar]:
+    del roles  # of which defaults have the columns
     known = defaults(RunSettings)
-    for start in STARTS.values():
+    for start in starts:
         known.update({START + key: value for key, value in defaults(start).items()})
-    for name, row in (*ROWS.items(), *RULES.items()):
+    for name, row in rows:
         known.update({f"{name}.{key}": value for key, value in defaults(row).items()})
     return known
 

@@ -45,6 +45,8 @@ BY_MODE: Sequence[tuple[str, str]] = (("adapter", "mechanism"), ("strategy", "me
 """Axes of which every pair runs a round with one unit of each mode: the others differ in what is drawn and clipped."""
 BEGUN: Sequence[tuple[str, str]] = (("task", "start"), ("adapter", "start"))
 """Axes of which every pair begins, up to round 1."""
+LENGTH = 15
+"""Most tokens of a record: of two shapes, that are rehearsed, and all records have one."""
 TRAIN, TEST = 24, 8
 """Records of the sites together, and of the public test."""
 TEMPLATE = (
@@ -169,7 +171,7 @@ class World:
             write_reviews(folder / f"{name}.csv", TRAIN + TEST, seed)
         return {
             "model.name": self.model_folder("bert"),
-            "model.max-length": 24,
+            "model.max-length": LENGTH,
             "data.name": str(folder / "reviews.csv"),
             "adapter.targets": "query,intermediate.dense",
             "head.start": "random",
@@ -203,7 +205,7 @@ class World:
         (folder / "model" / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
         return {
             "model.name": str(folder / "model"),
-            "model.max-length": 24,
+            "model.max-length": LENGTH,
             "data.name": str(folder / "talks.jsonl"),
             "adapter.targets": "q_proj,v_proj",
             "head.policy": "frozen",

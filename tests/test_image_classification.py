@@ -435,13 +435,17 @@ def test_without_pillow_a_job_is_refused_before_a_record_is_read(
 @pytest.fixture
 def toy(vit: Callable[[str], str], tmp_path: Path) -> dict[str, Any]:
     """Return settings of a private run on 240 digits, noughts and ones."""
+    return toy_digits(vit, tmp_path)
+
+
+def toy_digits(vit: Callable[..., str], folder: Path) -> dict[str, Any]:
     return {
         "strategy": "ffa-lora",
         "model.name": vit("dinov2"),
         "model.task": NAME,
         "model.max-length": TOKENS,
         "model.feature-scale": 8.0,
-        "data.name": str(write_folder(tmp_path / "digits", digits(count=240))),
+        "data.name": str(write_folder(folder / "digits", digits(count=240))),
         "data.labels": "0,1",
         "data.test-size": 40,
         "data.partition": "iid",
@@ -459,7 +463,7 @@ def toy(vit: Callable[[str], str], tmp_path: Path) -> dict[str, Any]:
         "privacy.epsilon": 1000.0,
         "precision": "float32",
         "device": "cpu",
-        "output": str(tmp_path / "runs"),
+        "output": str(folder / "runs"),
     }
 
 
@@ -529,23 +533,46 @@ def test_a_start_from_text_takes_made_up_images_and_no_other(toy: dict[str, Any]
             configure({**toy, **own, "start.text": text})
 
 
-@pytest.mark.parametrize("kind", ["dinov2", "vit"])
-def test_a_merged_model_of_images_answers_as_the_run_by_the_code_that_merge_prints(
-    toy: dict[str, Any], vit: Callable[[str], str], tmp_path: Path, kind: str
-) -> None:
-    own = {"model.name": vit(kind), "adapter.targets": ",".join(targets_of(vit(kind)))}
-    run = run_in_process({**toy, **own, "rounds": 1}, 2)
-    (tmp_path / "image.png").write_bytes(encoded(digits(count=1)[0][0]))
-    code = merge_run(run, tmp_path / "merged")
-    blocked = "import sys; sys.modules.update(common=None)\n"
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", blocked + code], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+MERGED = ("dinov2", "vit")
+ASK = """
+import json, os, sys
+sys.modules.update(common=None)
+for folder, code in json.load(sys.stdin).items():
+    os.chdir(folder)
+    exec(code, {})
+"""
+
+
+@pytest.fixture(scope="module")
+def merged(
+    vit: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Path, Path, list[float]]]:
+    """Return of each kind the folder of its merged model, its run, and the shares that the printed code tells.
+
+    It runs in another process: one for all kinds, as libraries load slowly.
+    """
+    runs, codes = dict[str, Path](), dict[str, str]()
+    for kind in MERGED:
+        folder = tmp_path_factory.mktemp(kind)
+        own = {"model.name": vit(kind), "adapter.targets": ",".join(targets_of(vit(kind)))}
+        runs[kind] = run_in_process({**toy_digits(vit, folder), **own, "rounds": 1}, 2)
+        (folder / "image.png").write_bytes(encoded(digits(count=1)[0][0]))
+        codes[str(folder)] = merge_run(runs[kind], folder / "merged")
+    words = [sys.executable, "-P", "-c", ASK]
+    done = subprocess.run(words, input=json.dumps(codes), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    shares = [float(number) for number in done.stdout[2 : done.stdout.index("]")].split(",")]
-    answers = {answer.text: answer.probability for answer in ask_run(run, [str(tmp_path / "image.png")])}
+    said = [json.loads(line[1 : line.index("]") + 1]) for line in done.stdout.splitlines()]
+    return {kind: (Path(folder), runs[kind], shares) for kind, folder, shares in zip(MERGED, codes, said, strict=True)}
+
+
+@pytest.mark.parametrize("kind", MERGED)
+def test_a_merged_model_of_images_answers_as_the_run_by_the_code_that_merge_prints(
+    merged: dict[str, tuple[Path, Path, list[float]]], vit: Callable[[str], str], tmp_path: Path, kind: str
+) -> None:
+    folder, run, shares = merged[kind]
+    answers = {answer.text: answer.probability for answer in ask_run(run, [str(folder / "image.png")])}
     assert [answers["0"], answers["1"]] == pytest.approx(shares, abs=1e-5)
-    made = ImageProcessor.from_settings(json.loads((tmp_path / "merged" / "preprocessor_config.json").read_text()))
+    made = ImageProcessor.from_settings(json.loads((folder / "merged" / "preprocessor_config.json").read_text()))
     assert made == load_base_model(vit(kind), NAME).processor
     with pytest.raises(DataError, match="check the path"):
         ask_run(run, [str(tmp_path / "none.png")])

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -202,34 +203,60 @@ def test_a_start_that_every_party_derives_leaves_base_and_outputs_bit_for_bit(
 
 
 DERIVED_OURS = [name for name in DERIVED if name in OURS]
+OF_A = "lora-frozen-a orthonormal"
+"""Adapter and start of FFA-LoRA, whose sites share A."""
 PRINT_FINGERPRINTS = """
 import sys
-from common.adapters import LoRASB
+import torch
+torch.manual_seed(1)
+from common.adapters import ADAPTERS
 from common.messages.tensors import fingerprint
 from common.model.base import BaseModel, load_base_model
 from common.starts import STARTS
-for name in sys.argv[2:]:
-    adapter = LoRASB(3, 6.0, ("query", "dense"), STARTS[name]())
-    print(name, fingerprint(adapter.read(adapter.attach(load_base_model(sys.argv[1], "classification").module, 1))))
+for words in sys.argv[2:]:
+    kind, name = words.split()
+    adapter = ADAPTERS[kind](3, 6.0, ("query", "dense"), STARTS[name]())
+    start = adapter.read(adapter.attach(load_base_model(sys.argv[1], "classification").module, 1))
+    print(words, fingerprint(start), sep="/")
 """
 
 
 @pytest.fixture(scope="module")
 def derived_elsewhere(model_folder: Folder) -> dict[str, str]:
-    """Return the fingerprint of every start as another process derives it; one process, as libraries load slowly."""
-    command = [sys.executable, "-c", PRINT_FINGERPRINTS, model_folder("bert"), *DERIVED_OURS]
-    there = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True)
-    lines = [line.split() for line in there.stdout.splitlines()]
-    return {line[0]: line[1] for line in lines if len(line) == 2}
+    """Return the fingerprint of every start as another process derives it; one process, as libraries load slowly.
+
+    Hashes and random numbers of this process are not those of the other one.
+    """
+    wanted = [*(f"lora-sb {name}" for name in DERIVED_OURS), OF_A]
+    there = subprocess.run(
+        [sys.executable, "-c", PRINT_FINGERPRINTS, model_folder("bert"), *wanted],
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, "PYTHONHASHSEED": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return dict(line.split("/") for line in there.stdout.splitlines() if "/" in line)
+
+
+def derived_here(folder: str, kind: str, start: str) -> str:
+    torch.manual_seed(2)
+    adapter = ADAPTERS[kind](3, 6.0, ("query", "dense"), STARTS[start]())
+    return fingerprint(adapter.read(adapter.attach(load_base_model(folder, "classification").module, 1)))
 
 
 @pytest.mark.parametrize("name", DERIVED_OURS)
 def test_two_processes_derive_the_same_start(
     model_folder: Folder, derived_elsewhere: dict[str, str], name: str
 ) -> None:
-    adapter = ADAPTERS["lora-sb"](3, 6.0, ("query", "dense"), STARTS[name]())
-    here = adapter.read(adapter.attach(load_base_model(model_folder("bert"), "classification").module, 1))
-    assert derived_elsewhere[name] == fingerprint(here)
+    assert derived_elsewhere[f"lora-sb {name}"] == derived_here(model_folder("bert"), "lora-sb", name)
+
+
+def test_every_process_derives_the_same_a_from_the_seed(
+    model_folder: Folder, derived_elsewhere: dict[str, str]
+) -> None:
+    here = derived_here(model_folder("bert"), *OF_A.split())
+    assert derived_elsewhere[OF_A] == here, "processes disagree on the shared A"
 
 
 # --- shards -----------------------------------------------------------------------------------------------------------

@@ -24,6 +24,8 @@ from strategies.job import configure, declared_settings, known_settings, with_re
 from strategies.recipes import AUTO, FILLED, RECIPES, Asked
 
 MANY = "a,b,c,d,e"
+TEXTS = 60
+"""Public texts of a run: of 600 each is a pass of its own."""
 IMAGES = {"model.task": "image-classification", "model.name": "dinov2-small", "data.name": "textile-images"}
 
 WORDS = {"model.task": "causal-lm", "data.name": "asdiv"}
@@ -249,6 +251,15 @@ KEPT = (
 )
 
 
+@pytest.fixture
+def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a recipe's start read few public texts: a map of a tiny model's features needs no more."""
+    whole = RECIPES["metric"].settings
+    monkeypatch.setattr(type(RECIPES["metric"]), "settings", lambda _, asked: {**whole(asked), "start.records": TEXTS})
+    monkeypatch.setattr("common.starts.public_metric.MADE", TEXTS)
+
+
+@pytest.mark.usefixtures("few_texts")
 @pytest.mark.parametrize("labels", [2, 5])
 def test_a_run_that_says_nothing_of_its_method_is_the_one_that_says_it_all(
     labels: int, toy_settings: dict[str, Any], tmp_path: Path
@@ -324,6 +335,7 @@ def mpnet_settings(toy: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {key: toy[key] for key in KEPT} | own | noise
 
 
+@pytest.mark.usefixtures("few_texts")
 def test_the_default_recipe_trains_an_encoder_of_other_sizes_whose_layers_have_other_names(
     toy_settings: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -336,6 +348,7 @@ def test_the_default_recipe_trains_an_encoder_of_other_sizes_whose_layers_have_o
     assert named == ["v"]
 
 
+@pytest.mark.usefixtures("few_texts")
 def test_derivatives_that_no_site_should_hold_are_refused_before_a_charge_and_the_refusal_names_the_recipe(
     toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,8 +13,6 @@ import pytest
 import torch
 
 import client.site
-from audits.faults import SOUND, Fault
-from audits.hostile_records import APART, COLUMNS, DIVISIONS, ROWS, audit_records
 from audits.tiny_models import write_questions
 from audits.tiny_site import OneSite, clinic
 from client.ledger.ledger import Ledger
@@ -416,9 +414,3 @@ def test_the_whole_row_is_known_again_from_another_kind_of_file(tmp_path: Path) 
     assert len(set(rows[0])) == 2
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
         assert ledger.key, "rows are hashed once more under it"
-
-
-@pytest.mark.parametrize("fault", [SOUND, ROWS, COLUMNS, APART, DIVISIONS], ids=lambda fault: fault.name or "sound")
-def test_a_hostile_server_learns_nothing_by_records_and_each_fault_is_found(fault: Fault, tmp_path: Path) -> None:
-    finding = audit_records(tmp_path, fault)
-    assert finding.passed, finding
