@@ -554,7 +554,7 @@ def merged(
     runs, codes = dict[str, Path](), dict[str, str]()
     for kind in MERGED:
         folder = tmp_path_factory.mktemp(kind)
-        own = {"model.name": vit(kind), "adapter.targets": ",".join(targets_of(vit(kind)))}
+        own = {"model.name": vit(kind), "adapter.targets": ",".join(targets_of(vit(kind))), "model.feature-scale": 2.0}
         runs[kind] = run_in_process({**toy_digits(vit, folder), **own, "rounds": 1}, 2)
         (folder / "image.png").write_bytes(encoded(digits(count=1)[0][0]))
         codes[str(folder)] = merge_run(runs[kind], folder / "merged")
@@ -572,6 +572,7 @@ def test_a_merged_model_of_images_answers_as_the_run_by_the_code_that_merge_prin
     folder, run, shares = merged[kind]
     answers = {answer.text: answer.probability for answer in ask_run(run, [str(folder / "image.png")])}
     assert [answers["0"], answers["1"]] == pytest.approx(shares, abs=1e-5)
+    assert max(shares) < 0.999, "an answer that is as good as sure is the same of other features"
     made = ImageProcessor.from_settings(json.loads((folder / "merged" / "preprocessor_config.json").read_text()))
     assert made == load_base_model(vit(kind), NAME).processor
     with pytest.raises(DataError, match="check the path"):
