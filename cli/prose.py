@@ -180,4 +180,4 @@ def _by(column: str, rows: Sequence[Row], key: str) -> dict[int, float]:
 
 
 def _written(value: float, *, loss: bool) -> str:
-    return (f"{value:.2f}" if loss else f"{100 * value:.1f}").replace("-", "−")
+    return (f"{value:z.2f}" if loss else f"{100 * value:z.1f}").replace("-", "−")
