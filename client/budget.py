@@ -157,16 +157,16 @@ def plan_of(job: Job, site: Site, terms: Terms, history: History = FRESH) -> Pri
     epsilon, delta = terms.stricter(config.privacy.epsilon, config.privacy.delta)
     if job.mechanism.summed:
         return _common_plan(job, site, epsilon, delta, history)
-    rounds = site.policy.rounds_of(config.rounds, config.training.local_steps)
-    steps = rounds * config.training.local_steps
+    rounds, steps = site.policy.most_of(job)
     paid = job.origin.release(_least_start_noise(job, site, epsilon, delta))
     beside = [*([paid] if paid else []), *evaluation_releases(job, site, rounds)]
     privacy = replace(config.privacy, epsilon=epsilon, delta=delta)
     plan = job.mechanism.plan(privacy, config.training, steps, site.public_size, beside)
-    noise = plan.event.noise_multiplier
+    least = site.policy.min_noise_multiplier
+    noise = max(plan.event.noise_multiplier, least)
     if history.releases and not privacy.noise_multiplier:
-        noise = noise_after(history, plan.event, steps, beside, epsilon, delta) or noise
-    return replace(plan, event=plan.event.having(noise_multiplier=max(noise, site.policy.min_noise_multiplier)))
+        noise = noise_after(history, plan.event, steps, beside, epsilon, delta, least=least) or noise
+    return replace(plan, event=plan.event.having(noise_multiplier=noise))
 
 
 def _least_start_noise(job: Job, site: Site, epsilon: float, delta: float) -> float:
@@ -205,7 +205,7 @@ def _common_plan(job: Job, site: Site, epsilon: float, delta: float, history: Hi
     if noise < least:
         asked = f"noise multiplier {noise:g} of each site, and {plan.event.noise_multiplier:g} of the sum"
         raise refusal("min-noise-multiplier", f"{least:g}", asked)
-    steps = site.policy.rounds_of(config.rounds, config.training.local_steps) * config.training.local_steps
+    _, steps = site.policy.most_of(job)
     open_noise = history.releases and not config.privacy.noise_multiplier
     # A budget that is stricter than the run's ends before the run does, with earlier runs or without.
     if open_noise and price_after(FRESH, [plan.release(steps)], delta)[0] <= epsilon:
@@ -240,8 +240,7 @@ def _offered(
     policy, unit = site.policy, job.mechanism.claim.per
     most, ceiling = policy.person_terms(unit)
     start = job.origin.release(_least_start_noise(job, site, plan.max_epsilon, plan.delta))
-    rounds = policy.rounds_of(job.config.rounds, job.config.training.local_steps)
-    steps = plan.release(rounds * job.config.training.local_steps)
+    rounds, steps = policy.most_of(job)
     return Charge(
         site.dataset_id,
         task.run,
@@ -253,7 +252,7 @@ def _offered(
         max_alone=policy.epsilon_alone,
         records_per_person=most,
         max_person=ceiling,
-        planned=(*([start] if start else []), steps, *evaluation_releases(job, site, rounds)),
+        planned=(*([start] if start else []), plan.release(steps), *evaluation_releases(job, site, rounds)),
     )
 
 

@@ -353,9 +353,11 @@ class Policy:
         if steps > self.max_steps:
             raise refusal("max-steps", self.max_steps, f"{steps} steps so far, this round's included")
 
-    def rounds_of(self, rounds: int, local_steps: int) -> int:
-        """Return the most rounds that the site can join of a run of ``rounds``; at least 1."""
-        return max(1, min(rounds, self.max_rounds, self.max_steps // local_steps))
+    def most_of(self, job: Job) -> tuple[int, int]:
+        """Return the most rounds of a run that the site can join, at least 1, and the steps that they have."""
+        each = job.config.training.local_steps
+        rounds = max(1, min(job.config.rounds, self.max_rounds, self.max_steps // each))
+        return rounds, rounds * each
 
 
 def _names(text: str) -> tuple[str, ...]:

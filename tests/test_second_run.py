@@ -147,6 +147,29 @@ def test_it_is_that_of_the_first_plan_where_that_is_the_cheapest(
     assert price([step, step], history.commitment, DELTA)[0] <= most
 
 
+def test_where_a_site_asks_for_more_than_the_first_plan_had_it_is_the_least_that_still_fits() -> None:
+    """A little more than planned departs, and is dearer than planned: the run would end before its last round."""
+    step = gaussian_release(promised_noise(sampled_gaussian(1.0, 0.33), 4.0, DELTA, 6), 0.33, 6)
+    planned, history = step.event.noise_multiplier, History((step,), commitment_to([step], []))
+
+    def after(noise: float) -> float:
+        return price([step, gaussian_release(noise, 0.33, 6)], history.commitment, DELTA)[0]
+
+    def found(least: float, most: float = 6.5) -> float | None:
+        fresh = sampled_gaussian(promised_noise(step.event, most, DELTA, 6), 0.33)
+        return noise_after(history, fresh, 6, (), most, DELTA, least=least)
+
+    least = 1.01 * planned
+    assert after(least) > 6.5, "what is asked for fits as it is, and shows nothing"
+    more = found(least)
+    assert more is not None
+    assert more > least
+    assert after(more) <= 6.5 < after(more / 1.002)
+    assert found(0.9 * planned) == planned, "a site that asks for less than was planned"
+    assert found(1.1 * more) == 1.1 * more, "a site that asks for more than is needed"
+    assert found(least, 4.5) is None, "nothing that the site allows fits into 4.5"
+
+
 @pytest.mark.parametrize("planned", [1.4, 9.0], ids=["the first plan's is too little", "the first plan's fits as well"])
 def test_after_runs_that_departed_it_is_the_least_that_fits(planned: float) -> None:
     """Where the first plan's own noise fits as well, it is more than is needed."""
@@ -229,6 +252,18 @@ WAYS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("way", WAYS)
 def test_a_second_run_has_all_of_its_rounds(way: str, tmp_path: Path) -> None:
     check_that_a_second_run_ends(tmp_path, **WAYS[way])
+
+
+def test_a_second_run_has_all_of_its_rounds_where_the_site_asks_for_more_noise_by_then(tmp_path: Path) -> None:
+    """Its least is a little more than the first plan's noise, which would do; so much departs from that plan."""
+    settings = {"training.sample-rate": 0.33, "rounds": 6, "training.local-steps": 1}
+    site = clinic(tmp_path)
+    train(site, "first", **{"privacy.epsilon": 4.0, **settings})
+    (planned,) = noises(site, "first")
+    site = clinic(tmp_path, Policy(min_noise_multiplier=1.01 * planned))
+    spent = train(site, "second", **{"privacy.epsilon": 6.5, **settings})
+    assert 0.99 * 6.5 < spent[-1] <= 6.5
+    assert min(noises(site, "second")) > 1.01 * planned
 
 
 @pytest.mark.parametrize("rate", [1.0, 0.33])

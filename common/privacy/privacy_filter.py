@@ -112,12 +112,19 @@ def price_after(history: History, releases: Sequence[Release], delta: float) -> 
 
 
 def noise_after(
-    history: History, event: Event, steps: int, beside: Sequence[Release], epsilon: float, delta: float
+    history: History,
+    event: Event,
+    steps: int,
+    beside: Sequence[Release],
+    epsilon: float,
+    delta: float,
+    *,
+    least: float = 0.0,
 ) -> float | None:
     """Return the noise with which a run fits into what a history leaves of ``epsilon``; None where none does.
 
     It is the noise of ``event`` where that suffices, and else the least that does: a larger one, or that of a step of
-    the first plan, which is cheap because it keeps to it.
+    the first plan, which is cheap because it keeps to it. None of them is below ``least``.
 
     Args:
         history: of the data set before the run.
@@ -125,6 +132,8 @@ def noise_after(
         steps: of the run.
         beside: the run's other releases.
         epsilon, delta: the budget of all of it.
+        least: what whoever holds the records asks for at least. A step of more noise than the first plan's departs from
+            it, and may cost more than one that keeps to it.
     """
 
     def run(noise: float) -> list[Release]:
@@ -142,16 +151,18 @@ def noise_after(
     departs = bool(history.releases) and not history.commitment.whole
     if not epsilon > 0:
         return None
-    if fits(event.noise_multiplier):
-        return event.noise_multiplier
+    own = max(event.noise_multiplier, least)
+    if fits(own):
+        return own
     planned = [release.event for release in history.commitment.releases] if departs else []
     like = {
-        own.noise_multiplier
-        for own in planned
-        if own.having(noise_multiplier=1.0).priced() == event.having(noise_multiplier=1.0).priced()
+        step.noise_multiplier
+        for step in planned
+        if step.having(noise_multiplier=1.0).priced() == event.having(noise_multiplier=1.0).priced()
     }
-    found = [noise for noise in (least_at(cost, epsilon), *filter(fits, like)) if noise is not None]
-    return min(found, default=None)
+    found = {max(noise, least) for noise in (least_at(cost, epsilon), *like) if noise is not None}
+    # More noise than the least that fits may depart, and then not fit.
+    return min(filter(fits, found), default=None)
 
 
 def planned_delta(releases: Iterable[Release], delta: float) -> float:
