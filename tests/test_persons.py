@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import json
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -34,7 +35,7 @@ from common import randomness
 from common.config.sections import DataConfig
 from common.data import split
 from common.data.partition import site_part
-from common.data.sources import load_dataset, train_and_test
+from common.data.sources import load_dataset, load_protected, train_and_test
 from common.data.split import public_split
 from common.errors import ConfigError, DataError, MechanismError, PolicyRefusal, PrivacyError
 from common.messages.wire import encode_reply
@@ -50,6 +51,7 @@ from common.starts import STARTS, PaidStart
 from common.tasks import Record
 from common.tasks.base import OWNER
 from common.tasks.examples import Dataset
+from common.tasks.tables import Table
 from common.tasks.text import TextExample, tokens_of
 from deploy.site_check import check_site
 from deploy.site_folder import SiteFolder
@@ -299,6 +301,46 @@ def test_which_records_a_person_has_follows_from_them_alone() -> None:
     assert bounded(everyone, 6) == everyone
     with pytest.raises(MechanismError, match="nobody's"):
         bounded([example("whose", "")], 2)
+
+
+def used_beside(folder: Path, first: str) -> dict[str, set[str]]:
+    """Return the texts that are used of each person of a JSONL file, two of the five; ``first`` is its first line."""
+    rows = [
+        {"text": f"{i} of {name}", "label": "good", "who": name, "note": f"{name}{i}", " note": f"{i * 7 % 5}{name}"}
+        for name in "abcdefgh"
+        for i in range(5)
+    ]
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join([first, *map(json.dumps, rows)]), encoding="utf-8")
+    config = DataConfig(labels="bad,good", person="who")
+    used: dict[str, set[str]] = {}
+    for kept in bounded(load_protected(config, "classification", str(path)).dataset.examples, 2):
+        used.setdefault(kept.person, set()).add(kept.text)
+    return {name: texts for name, texts in used.items() if name != "q"}
+
+
+ORDERS = [
+    '{"text": "x", "label": "bad", "who": "q", "note": "1", " note": "2"}',
+    '{"text": "x", "label": "bad", "who": "q", " note": "2", "note": "1"}',
+]
+
+
+def test_no_persons_records_are_chosen_by_how_another_names_its_cells(tmp_path: Path) -> None:
+    """Two names that are one but for blanks: a hash has one of their cells, and which follows from no other row."""
+    first, second = (used_beside(tmp_path, line) for line in ORDERS)
+    assert first == second
+    assert [len(texts) for texts in first.values()] == [2] * 8
+
+
+def test_cells_in_the_order_in_which_the_file_names_them_first_are_found_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def in_the_files_order(own: Table, index: int) -> list[tuple[str, object]]:
+        return [(name, column[index]) for name, column in own.columns.items()]
+
+    monkeypatch.setattr(Table, "row", in_the_files_order)
+    with pytest.raises(AssertionError):
+        test_no_persons_records_are_chosen_by_how_another_names_its_cells(tmp_path)
 
 
 def test_what_the_model_is_given_has_so_many_records_of_each_person(world: World) -> None:

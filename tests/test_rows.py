@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from common.errors import DataError, LedgerError, UnreadableFile
 from common.messages.round import Refusal, Reply, TrainResult
 from common.messages.wire import encode_reply
 from common.privacy import dpsgd
+from common.tasks import tables
 from common.tasks.cells import CELL_CHARACTERS
 from common.tasks.tables import Unfit
 from strategies.job import configure
@@ -397,6 +399,39 @@ def test_a_name_that_no_json_line_has_is_no_error_of_protected_data(tmp_path: Pa
     with pytest.raises(DataError, match="has no column 'note'"):
         load_dataset(config, "classification")
     assert [row.row for row in load_protected(config, "classification").unfit] == [1]
+
+
+def check_that_no_row_is_held_by_anothers_names(folder: Path) -> None:
+    """Read 400 rows beside one of 4,000 names: what they hold together is no product of the two."""
+    rows = [f'{{"text": "the film {i}", "label": "good"}}' for i in range(400)]
+    wide = json.dumps({"text": "one", "label": "bad"} | {str(i): i for i in range(4000)})
+    config = DataConfig(labels="bad,good")
+    peaks = []
+    for number, lines in enumerate(([*rows, wide], [*rows, rows[0]])):
+        path = folder / f"{number}.jsonl"
+        path.write_text("\n".join(lines), encoding="utf-8")
+        load_protected(config, "classification", str(path))  # what a first reading imports is none of it
+        tracemalloc.start()
+        try:
+            assert len(load_protected(config, "classification", str(path)).dataset.examples) == 401
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+    assert peaks[0] - peaks[1] < 400 * 4000 * 4, f"{peaks} bytes beside a wide row and without one"
+
+
+def test_a_row_of_many_names_takes_no_other_ones_time_or_memory(tmp_path: Path) -> None:
+    check_that_no_row_is_held_by_anothers_names(tmp_path)
+
+
+def test_a_table_of_all_rows_by_all_names_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def whole(rows: Any) -> dict[str, list[Any]]:
+        return {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
+
+    monkeypatch.setattr(tables, "_Objects", whole)
+    monkeypatch.setattr(tables.Table, "row", lambda own, at: ((name, cells[at]) for name, cells in own.columns.items()))
+    with pytest.raises(AssertionError, match="beside a wide row"):
+        check_that_no_row_is_held_by_anothers_names(tmp_path)
 
 
 def test_the_whole_row_is_known_again_from_another_kind_of_file(tmp_path: Path) -> None:

@@ -151,8 +151,7 @@ def _unfit(table: Table, row: int, reason: str, words: str) -> Unfit:
 def _row_digest(table: Table, row: int) -> bytes:
     """Return the SHA-256 of a whole row: the same for the same row of any kind of file, whatever is chosen of it."""
     cells = {}
-    for column, values in table.columns.items():
-        value = values[row]
+    for column, value in table.row(row):
         if value is not UNREADABLE and not is_missing(value):
             cells[column.strip()] = plain(value).strip()
     return hashlib.sha256(json.dumps(cells, sort_keys=True).encode()).digest()

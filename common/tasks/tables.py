@@ -12,9 +12,10 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,45 @@ class Table:
     @property
     def size(self) -> int:
         """Number of rows, the unread ones among them."""
-        return max((len(column) for column in self.columns.values()), default=len(self.unread))
+        return len(next(iter(self.columns.values()), self.unread))
+
+    def row(self, index: int) -> Iterable[tuple[str, object]]:
+        """Return the cells of a row, counted from 0, each with its column's name; of an object its own, by name.
+
+        So what is made of a row follows from it alone, however another one orders its names.
+        """
+        if isinstance(self.columns, _Objects):
+            return sorted(self.columns.rows[index].items(), key=itemgetter(0))
+        return ((name, column[index]) for name, column in self.columns.items())
+
+
+class _Objects(Mapping[str, Sequence[object]]):
+    """The columns of rows that name their cells themselves; each is made when it is asked for.
+
+    All of them at once would be as large as the number of rows times that of all names, so that one row of many names
+    would have every other take its time and its memory.
+    """
+
+    def __init__(self, rows: Sequence[Mapping[str, object]]) -> None:
+        self.rows = rows
+        self._names = dict.fromkeys(name for row in rows for name in row)
+        self._made: Columns = {}
+
+    def __getitem__(self, name: str) -> Sequence[object]:
+        if name not in self._names:
+            raise KeyError(name)
+        if name not in self._made:
+            self._made[name] = [row.get(name) for row in self.rows]
+        return self._made[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def read_hub(source: str) -> Table:
@@ -237,9 +276,7 @@ def _read_jsonl(path: Path) -> Table:
             unread[len(records)] = _unread(path, len(records), "is not a JSON object", what)
             record = {}
         records.append(record)
-    names = dict.fromkeys(name for record in records for name in record)
-    columns: Columns = {name: [record.get(name) for record in records] for name in names}
-    return Table(str(path), columns, unread=unread, has_header=False, folder=path.parent)
+    return Table(str(path), _Objects(records), unread=unread, has_header=False, folder=path.parent)
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
