@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier
@@ -24,6 +24,7 @@ from typing import Any
 
 import pytest
 
+from client.ledger import ledger as ledger_module
 from client.ledger import migrations
 from client.ledger import record_hashes as contents
 from client.ledger.file import APPLICATION_ID, only_ledger, withdrawn_in
@@ -796,6 +797,26 @@ def test_changed_records_under_one_name_stay_on_one_budget_and_old_ones_stay_kno
     second = charge_for(path, "ward", texts(*range(100, 120)))
     assert second.epsilon_before == first.epsilon_after
     assert charge_for(path, "clinic", texts(*range(20))).epsilon_before == second.epsilon_after
+
+
+def test_what_is_known_of_records_is_not_written_again_under_the_lock(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others wait for that lock, and would see how many records there are."""
+    written: list[int] = []
+    real = ledger_module._remember
+
+    def remember(db: Any, dataset: str, records: Collection[int]) -> None:
+        written.append(len(records))
+        real(db, dataset, records)
+
+    monkeypatch.setattr(ledger_module, "_remember", remember)
+    for numbers in (range(20), range(20), range(21), range(20)):
+        charge_for(path, "ward", texts(*numbers))
+    each = written[0] // 20
+    assert written == [20 * each, 0, each, 0]
+    charge_for(path, "clinic", texts(*range(20)))
+    assert written[4] == 20 * each, "what is known of one data set is not known of another"
 
 
 def test_a_ledger_that_knows_records_by_what_was_read_of_them_still_knows_them(path: Path) -> None:

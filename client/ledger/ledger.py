@@ -150,11 +150,11 @@ class Ledger:
             LedgerError: the file cannot be read or written, or was locked for too long.
         """
         dataset = charge.dataset
-        with self._offer(charge, records) as (db, prices, told):
+        with self._offer(charge, records) as (db, prices, told, unknown):
             self._hold_to_withdrawals(dataset)
             if allow:
                 allow(*self.trained(dataset, charge.run))
-            _remember(db, dataset, records)
+            _remember(db, dataset, unknown)
             exposed = self.exposed(dataset)
             if not after_exposure:
                 self._hold_closed(dataset, exposed)
@@ -329,29 +329,30 @@ class Ledger:
     @contextmanager
     def _offer(
         self, charge: Charge, records: Collection[int]
-    ) -> Iterator[tuple[Any, dict[str, Receipt], list[Receipt]]]:
+    ) -> Iterator[tuple[Any, dict[str, Receipt], list[Receipt], list[int]]]:
         """Hold the write lock with the prices of a charge on top of everything that the ledger holds by then.
 
-        Yields the file's connection, each data set's price as it is judged, and the prices from which the receipt takes
-        the largest.
+        Yields the file's connection, each data set's price as it is judged, the prices from which the receipt takes
+        the largest, and the records that the ledger does not know yet.
 
-        They are computed before the lock is taken, and again if anybody else has written meanwhile. Who is
+        All is found before the lock is taken, and again if anybody else has written meanwhile. Who is
         too slow ``PRICES`` times computes them under the lock: some seconds, by the accountant's ``MOST_WORK``.
         """
 
-        def offer() -> tuple[dict[str, Receipt], list[Receipt]]:
+        def offer() -> tuple[dict[str, Receipt], list[Receipt], list[int]]:
             names = [charge.dataset, *self._recognise(charge.dataset, records)]
+            unknown = self._unknown(charge.dataset, records)
             prices = self._prices(names, charge)
-            return prices, self._at_most(prices, charge, prices[charge.dataset].delta)
+            return prices, self._at_most(prices, charge, prices[charge.dataset].delta), unknown
 
         for left in reversed(range(PRICES + 1)):
-            seen, prices = self._version(), offer()
+            seen, offered = self._version(), offer()
             with self._file.transaction() as db:
                 if self._version() != seen:
                     if left:
                         continue
-                    prices = offer()
-                yield db, *prices
+                    offered = offer()
+                yield db, *offered
                 return
 
     def _version(self) -> int:
@@ -424,6 +425,16 @@ class Ledger:
                 (dataset,),
             )
             return [name for (name,) in rows.fetchall()]
+
+    def _unknown(self, dataset: str, records: Collection[int]) -> list[int]:
+        """Return those ``records`` that ``dataset`` is not known by yet.
+
+        Other nodes wait for the lock under which they are written, each time for as long as that takes: what is known
+        takes none of it.
+        """
+        with self._file.reading() as db:
+            known = {value for (value,) in db.execute("SELECT hash FROM records WHERE dataset = ?", (dataset,))}
+        return [value for value in records if value not in known]
 
     def _prices(self, names: Sequence[str], charge: Charge) -> dict[str, Receipt]:
         """Return what a charge costs each data set: the first has the records, the others share some.
