@@ -23,8 +23,13 @@ COVERED = (
     "every release beside training that is listed in this report",
     "all rounds together, and earlier runs as far as the site's ledger holds them",
 )
+ENDED = (
+    "an end of the run that was chosen by what its rounds had shown: then what holds is the ε of the planned end, and "
+    "of the budget in any case"
+)
 NOT_COVERED = (
     "choices of settings made by looking at earlier runs on the same records",
+    ENDED,
     "side channels, such as how long a site takes",
     "the base model, which may have been trained on the same records before",
     "rounds that a site charged and that never counted: the site's ledger has the last word",
@@ -39,6 +44,7 @@ COVERED_BY_SERVER = (
 """The same where the server is trusted with every update."""
 BY_SERVER = (
     "choices of settings made by looking at earlier runs of the same sites",
+    ENDED,
     "side channels, such as what the sites' network shows",
     "the base model, which may have been trained on the same records before",
     "what a site has given away otherwise, such as in runs of another server, or by another ledger of this one",

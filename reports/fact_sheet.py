@@ -83,7 +83,7 @@ def _records(data: ReportData) -> Fact:
 def _promise(data: ReportData) -> Fact:
     claim, head = data.claim, data.headline
     question = "What is promised to the people in the records?"
-    if not claim.made:
+    if not claim.made or (head.epsilon is not None and math.isinf(head.epsilon)):
         return Fact(question, [claim.sentence])
     answer = (
         f"There is a limit on how much any one {claim.per} can change all that left a site, and the finished model. It "

@@ -134,7 +134,7 @@ def _meaning(data: ReportData) -> list[str]:
     return [
         "## What ε means",
         "",
-        plain(whose_sentence(meaning, central=server_is_trusted(data.claim.privacy_mode))),
+        plain(whose_sentence(central=server_is_trusted(data.claim.privacy_mode))),
         "",
         *spoken,
         *_table(columns, attacks),

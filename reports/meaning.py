@@ -1,37 +1,46 @@
-"""The meaning of ε in a report: attacks on the site that this run cost most, and people with several records."""
+"""The meaning of ε in a report: attacks on the sites, and people with several records.
+
+Which site an attack finds most at need not be the one with the largest ε: each has its ε at its own δ. So every figure
+is the largest of all sites'.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from common.privacy import mechanism_of
-from common.privacy.accounting import alone
+from common.privacy.accounting import Release, alone
+from common.privacy.events import Event
 from common.privacy.figures import bound_text, epsilon_text
-from common.privacy.meaning import Meaning, meaning_of
+from common.privacy.meaning import Attack, Meaning, Several, meaning_of
+from common.words import names_text, natural
 from reports.folder import RunFiles
 from reports.sharing import NOT_ADDED, Sharing, rests_on, sharing_of
 from reports.sites import SiteReport, releases_of_site
 from reports.trials import TRIAL_ALONE
 
 RECORD = "record"
-THIS_RUN = (
-    "These figures are of this run's releases alone. The site's ledger holds more, which an attacker may use as well."
+THIS_RUN = "These figures are of this run's releases alone. {} ledger holds more, which an attacker may use as well."
+LEFT_OUT = "They leave out what could not be computed again: {}."
+NO_BOUND = (
+    "No bound on attacks is known for this ε: it is infinite, or too large for one, or could not be computed again."
 )
-
-NO_BOUND = "No bound on attacks is known for this ε: it is too large for one, or could not be computed again."
 
 
 @dataclass(frozen=True)
 class MeaningReport:
-    """The figures of the site whose releases in this run cost most."""
+    """The largest figures of all sites."""
 
     site: str
+    """Whose releases in this run have the largest ε."""
     per: str
     """The unit in one word."""
     epsilon: float
-    """Of this run's releases, computed again."""
+    """Of this run's releases, computed again: the largest of all sites."""
     delta: float
+    """The largest of all sites'."""
     bounds: Meaning
     caution: str
     """What the figures leave out; empty: nothing that this report knows of."""
@@ -66,26 +75,78 @@ def meaning_report(files: RunFiles, sites: Sequence[SiteReport]) -> MeaningRepor
     if not known:
         return None
     worst = max(known, key=lambda site: site.epsilon_recomputed or 0.0)
-    epsilon, delta = worst.epsilon_recomputed or 0.0, worst.delta or 0.0
-    bounds = meaning_of(releases_of_site(worst.site, files), delta)
+    epsilon, delta = worst.epsilon_recomputed or 0.0, max(site.delta or 0.0 for site in known)
+    released = _dearest([releases_of_site(site.site, files) for site in known])
+    bounds = _largest(released, delta)
     if bounds is None:
         return None
     sharing, per = sharing_of(files, sites), mechanism.claim.per
     honest = sharing.honest_sites if sharing else 0
-    bare = meaning_of(alone(releases_of_site(worst.site, files)), delta) if honest > 1 else None
+    bare = _largest([alone(releases) for releases in released], delta) if honest > 1 else None
     if per != RECORD:
         # Of another unit a person may be one whole; in a sum it is one at each of its sites, alone each has its noise.
         bounds = bounds if mechanism.summed else replace(bounds, several=[])
         bare = bare and replace(bare, several=[])
-    cautions = [THIS_RUN] * (worst.agreement == "larger") + [TRIAL_ALONE] * (files.tuning is not None)
-    caution = " ".join(cautions)
+    ledger = "The server's" if mechanism.central else "A site's"
+    cautions = [THIS_RUN.format(ledger)] * any(site.agreement == "larger" for site in sites)
+    lost = [site.site for site in sites if site.epsilon_worst is not None and site not in known]
+    cautions += [LEFT_OUT.format(names_text(sorted(lost, key=natural)))] * bool(lost)
+    caution = " ".join([*cautions, *[TRIAL_ALONE] * (files.tuning is not None)])
     seen = "all that the server gave away" if mechanism.central else "all that was sent"
     return MeaningReport(worst.site, per, epsilon, delta, bounds, caution, seen, honest, bare, summed=mechanism.summed)
 
 
-def whose_sentence(meaning: MeaningReport, *, central: bool) -> str:
-    """Return of which site the figures are; ``central``: whether a trusted server noised the sum of all."""
-    return "Of every site of the cohort." if central else f"Of the site that this run cost most: {meaning.site}."
+def _largest(released: Sequence[Sequence[Release]], delta: float) -> Meaning | None:
+    """Return the largest of each figure over lists of releases; None where one of them has none."""
+    found = [meaning_of(releases, delta) for releases in released]
+    each = [meaning for meaning in found if meaning is not None]
+    if len(each) < len(found):
+        return None
+    attacks = [
+        Attack(same[0].false_positives, max(attack.true_positives for attack in same))
+        for same in zip(*(meaning.attacks for meaning in each), strict=True)
+    ]
+    several: dict[int, list[float]] = {}
+    for meaning in each:
+        for own in meaning.several:
+            several.setdefault(own.units, []).append(own.epsilon)
+    told = [Several(units, max(figures)) for units, figures in several.items() if len(figures) == len(each)]
+    return Meaning(attacks, max(meaning.advantage for meaning in each), told)
+
+
+def _dearest(released: Sequence[Sequence[Release]]) -> list[list[Release]]:
+    """Return the lists of which no other has each release as often and with no more noise: those have no less meaning.
+
+    Sites mostly do the same, and a figure of each takes a second.
+    """
+    held: list[list[Release]] = []
+    for releases in released:
+        counts: Counter[Event] = Counter()
+        for release in releases:
+            counts[release.event] += release.count
+        own = sorted((Release(event, count) for event, count in counts.items()), key=_order)
+        if not any(_within(own, other) for other in held):
+            held = [*(other for other in held if not _within(other, own)), own]
+    return held
+
+
+def _order(release: Release) -> tuple[str, str, float]:
+    return release.event.kind, release.event.having(noise_multiplier=1.0).text(), release.event.noise_multiplier
+
+
+def _within(own: Sequence[Release], other: Sequence[Release]) -> bool:
+    """Whether each release of ``own`` is one of ``other``, which has it as often and with no more noise."""
+    return len(own) == len(other) and all(
+        _order(mine)[:2] == _order(its)[:2]
+        and mine.event.noise_multiplier >= its.event.noise_multiplier
+        and mine.count <= its.count
+        for mine, its in zip(own, other, strict=True)
+    )
+
+
+def whose_sentence(*, central: bool) -> str:
+    """Return of which sites the figures are; ``central``: whether a trusted server noised the sum of all."""
+    return "Of every site of the cohort." if central else "Of every site: each figure is the largest of theirs."
 
 
 def condition(meaning: MeaningReport) -> str:

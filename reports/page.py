@@ -69,7 +69,7 @@ def to_html(data: ReportData) -> str:
         not_recorded=NOT_RECORDED,
         sites_own=SITES_OWN,
         none_refused=none_refused(central=central),
-        whose_meaning=whose_sentence(data.meaning, central=central) if data.meaning else "",
+        whose_meaning=whose_sentence(central=central) if data.meaning else "",
         made=facts_of(data)[0].answers[0],
         head=data.headline,
         claim=data.claim,

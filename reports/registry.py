@@ -19,6 +19,7 @@ from common.privacy import MECHANISMS
 from common.privacy.figures import epsilon_text
 from common.words import counted, numbers_text, percent_text, visible
 from reports.claim import server_is_trusted
+from reports.connection import NO_NETWORK
 from reports.data import ReportData, cares_of, setting_of
 from reports.declared import Declared, several
 from reports.meaning import attack_sentence, several_sentence
@@ -44,8 +45,16 @@ BY_SITES = (
     "Every site's ledger composes all runs on its records and stops at its budget. A site can be asked again until "
     "then."
 )
+BY_RUN = "A simulation: the ledgers of its sites are of this run alone, and nothing else counts towards its figures."
 BY_SERVER = "The server's ledger composes all runs that are charged to it, and stops at the budget."
 """What composes a run with others."""
+
+
+def _composed(data: ReportData, *, central: bool) -> str:
+    if central:
+        return BY_SERVER
+    said = {text for connection in data.connections for text in connection.said}
+    return BY_SITES if said.isdisjoint(NO_NETWORK.values()) else BY_RUN
 
 
 def registry_record(data: ReportData, declared: Declared) -> str:
@@ -83,7 +92,7 @@ def registry_record(data: ReportData, declared: Declared) -> str:
                 "trust_assumptions": _lines([f"{actor.who}: trusted {actor.trusted}" for actor in data.actors]),
                 "actors": _lines([f"{actor.who} sees {actor.sees}" for actor in data.actors]),
                 "release_type": "Many releases" if _more(data) else "One release",
-                "release_type_details": BY_SERVER if mechanism.central else BY_SITES,
+                "release_type_details": _composed(data, central=mechanism.central),
                 "data_source_type": "Static",
                 "access_type": "Non-interactive",
             },

@@ -92,6 +92,7 @@ def unprotected_of(sites: Sequence[SiteReport], cut_test: str, claim: Claim) -> 
     said = [
         f"the number of {claim.per or 'record'}s that each site declares ({number_text(sum(sizes))} in all)",
         "which site took part in which round, when, and how long it took",
+        "what each site's ledger says: steps, ε spent and left over all runs on its records, its budget and its δ",
     ]
     if claim.made and server_is_trusted(claim.privacy_mode):
         said = [

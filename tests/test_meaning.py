@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from common.privacy.events import Event, SampledGaussian
 from common.privacy.figures import epsilon_text
 from common.privacy.meaning import FALSE_POSITIVES, UNITS, meaning_of
 from reports import markdown_report, report_of
+from reports import meaning as told
 from reports.annex import annex_of
 from reports.declared import Declared
 from reports.meaning import NO_BOUND, THIS_RUN
@@ -230,8 +232,67 @@ def test_earlier_runs_on_the_ledger_are_no_part_of_the_bounds_and_that_is_said(t
     run = MadeRun(tmp_path / "run", sites={"north": 2000}, earlier=earlier).start().round(1, 0.7).end()
     found = report_of(run.folder).meaning
     assert found is not None
-    assert found.caution == THIS_RUN
+    assert found.caution == THIS_RUN.format("A site's")
     assert "holds more" in markdown_report(run.folder)
+
+
+def test_every_bound_is_the_largest_of_all_sites(tmp_path: Path) -> None:
+    """The site in the north has the largest ε, at a δ of its own; attacks find more at the other one."""
+    noise = {"north": 0.99, "south": 0.97}
+    run = (
+        MadeRun(tmp_path / "run", {"rounds": 1}, noise=noise, delta={"north": DELTA / 100}).start().round(1, 0.7).end()
+    )
+    data = report_of(run.folder)
+    found, own = data.meaning, {name: [gaussian_release(value, 0.05, 5)] for name, value in noise.items()}
+    assert found is not None
+    assert (found.site, found.delta) == (data.headline.worst_site, data.headline.delta) == ("north", DELTA)
+    assert found.epsilon == data.headline.epsilon
+    north, south = (meaning_of(own[name], DELTA) for name in ("north", "south"))
+    assert north is not None
+    assert south is not None
+    assert found.bounds == south
+    assert all(a.true_positives < b.true_positives for a, b in zip(north.attacks, south.attacks, strict=True))
+    assert all(a.epsilon < b.epsilon for a, b in zip(north.several, south.several, strict=True))
+
+
+def test_the_bounds_of_the_site_with_the_largest_epsilon_alone_are_found_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(told, "_dearest", lambda released: released[:1])
+    with pytest.raises(AssertionError):
+        test_every_bound_is_the_largest_of_all_sites(tmp_path)
+
+
+def test_sites_whose_releases_are_within_anothers_are_not_computed() -> None:
+    first, more = gaussian_release(1.0, 0.05, 5), gaussian_release(1.0, 0.05, 6)
+    count, louder = gaussian_release(20.0, 1.0, 1, "evaluation"), gaussian_release(0.9, 0.05, 5)
+    parted = [first, replace(more, count=1)]
+    assert told._dearest([[first], [more], parted, [first]]) == [[more]]
+    assert told._dearest([[first], [louder]]) == [[louder]]
+    several: list[list[Release]] = [[more, count], [louder]]
+    assert {len(held) for held in told._dearest(several)} == {1, 2}, "neither is within the other"
+    assert len(told._dearest([[more], [louder]])) == 2
+
+
+def test_what_another_sites_ledger_holds_is_said_whichever_site_has_the_largest_epsilon(tmp_path: Path) -> None:
+    earlier: dict[str, list[Release]] = {"south": [gaussian_release(1.0, 0.05, 20)]}
+    run = MadeRun(tmp_path / "run", {"rounds": 1}, noise={"north": 1.0}, earlier=earlier).start().round(1, 0.7).end()
+    found = report_of(run.folder).meaning
+    assert found is not None
+    assert (found.site, found.caution) == ("north", THIS_RUN.format("A site's"))
+
+
+def test_sites_that_could_not_be_computed_again_are_named_as_left_out(tmp_path: Path) -> None:
+    run = MadeRun(tmp_path / "run", {"rounds": 1}).start().round(1, 0.7).end()
+    lines = run.lines("privacy.jsonl")
+    (run.folder / "privacy.jsonl").unlink()
+    for line in lines:
+        if line["site"] == "south":
+            line["event"]["kind"] = "of another version"
+        run.append("privacy.jsonl", line)
+    found = report_of(run.folder).meaning
+    assert found is not None
+    assert (found.site, found.caution) == ("north", "They leave out what could not be computed again: south.")
 
 
 def test_a_run_without_a_claim_has_no_bounds(tmp_path: Path) -> None:

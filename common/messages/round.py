@@ -151,7 +151,10 @@ SPENDING_PURPOSES = (TRAINING, INITIALISATION)
 
 @dataclass(frozen=True)
 class SpendingFigures:
-    """What one round cost one site, by its own ledger: a function of public settings only."""
+    """What one round cost one site, by its own ledger.
+
+    It follows from settings, policies and what was charged before, also to other data sets that share a record.
+    """
 
     purpose: str
     """One of SPENDING_PURPOSES; ``initialisation`` is a release before round 1."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from common.privacy.claim import Claim
 from common.privacy.mechanism import Mechanism, Pace
 from common.privacy.plan import PrivacyPlan
+from common.privacy.units import RECORD
 
 if TYPE_CHECKING:
     from common.config.sections import PrivacyConfig
@@ -26,7 +27,7 @@ class DPSGD(Mechanism):
         adversary="a server that sees every upload and knows who took part, and anyone who sees the final model",
         sampler="Poisson, each record on its own, from the operating system's entropy",
         per="record",
-        leaves_out=("a person with several records: the unit is one record",),
+        leaves_out=RECORD.leaves_out,
     )
     noised: ClassVar[Literal["at the site", "in the sum", "at the server", "nowhere"]] = "at the site"
     charged: ClassVar[bool] = True

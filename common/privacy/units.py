@@ -96,7 +96,10 @@ RECORD = Unit(
     what="one training record of one site",
     adjacency="add or remove one record",
     each="each record on its own",
-    leaves_out=("a person with several records: the unit is one record",),
+    leaves_out=(
+        "a person with several records: the unit is one record",
+        "a record, or a person, at several sites: what these have spent adds up",
+    ),
     across="their records are disjoint.",
     grouped=False,
     leaves_out_of_sums=(
