@@ -16,7 +16,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
@@ -137,9 +137,10 @@ def make_server(
     control_host: str = "127.0.0.1",
     control_port: int = CONTROL_PORT,
     fleet_port: int = FLEET_PORT,
+    unit: Mapping[str, bytes] | None = None,
     now: datetime | None = None,
 ) -> ServerFolder:
-    """Make a server's folder: authority, certificate, connection, service unit.
+    """Make a server's folder: authority, certificate, connection.
 
     Args:
         path: the folder.
@@ -148,6 +149,7 @@ def make_server(
         control_host: address of the Control API; a name is resolved when the server starts.
         control_port: its port.
         fleet_port: port of the Fleet API, on all addresses.
+        unit: a service unit that goes into it as well, by the file's name.
         now: when the certificate is issued; it is valid for SERVER_DAYS from then. Default: now.
 
     Raises:
@@ -179,6 +181,7 @@ def make_server(
         "server.pem": certificate.certificate,
         "server.key": certificate.key,
         "flwr/config.toml": connection_toml(folder).encode(),
+        **(unit or {}),
         "server.toml": to_toml(described).encode(),
     }
     make_folder(path, files, private=frozenset({"server.key"}))

@@ -103,6 +103,7 @@ def make_site(
     model: str = "all-MiniLM-L6-v2",
     task: str = "classification",
     fingerprint: str = "",
+    unit: Mapping[str, bytes] | None = None,
 ) -> SiteFolder:
     """Make a site's folder: key pair, policy, description.
 
@@ -117,6 +118,7 @@ def make_site(
         model: base model that the doctor checks.
         task: what it is used for, as ``model.task``.
         fingerprint: its fingerprint, from the coordinator.
+        unit: a service unit that goes into it as well, by the file's name.
 
     Raises:
         ConfigError: a setting is wrong, or the folder is there already; nothing was changed.
@@ -158,6 +160,7 @@ def make_site(
         "identity.key": identity.pem(),
         "identity.toml": entry(site, identity.public).encode(),
         "policy.toml": policy.encode(),
+        **(unit or {}),
         "site.toml": to_toml(described).encode(),
     }
     make_folder(path, files, private=frozenset({"node.key", "identity.key", "policy.toml"}))

@@ -492,6 +492,26 @@ def test_a_folder_is_made_once_and_keys_are_private(tmp_path: Path) -> None:
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize("who", ["server", "site"])
+def test_a_user_without_a_name_is_a_number_in_the_unit_and_init_makes_all_or_nothing(
+    who: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by 'docker run --user 12345': the folder stood there without its unit, and could not be made again."""
+    monkeypatch.setattr("getpass.getuser", lambda: {}["getpwuid(): uid not found: 12345"])
+    monkeypatch.setattr("os.getuid", lambda: 12345)
+    folder, more = tmp_path / who, ["--name", "127.0.0.1"] if who == "server" else ["--server", "127.0.0.1"]
+    unit = folder / f"fedveil-{who}.service"
+    folder.mkdir()
+    unit.write_text("the user's own", encoding="utf-8")
+    taken = CliRunner().invoke(app, [who, "init", str(folder), *more])
+    assert (taken.exit_code, f"{unit} is there already" in taken.output) == (1, True), taken.output
+    assert not (folder / f"{who}.toml").exists()
+    unit.unlink()
+    done = CliRunner().invoke(app, [who, "init", str(folder), *more])
+    assert (done.exit_code, done.exception) == (0, None), done.output
+    assert "User=12345\n" in unit.read_text(encoding="utf-8")
+
+
 def test_a_site_with_another_sites_private_key_does_not_start(tmp_path: Path) -> None:
     """The server would know it by that key, and drop every reply under the name in node.pub."""
     site = site_with_records(tmp_path, "two.csv", b"text,label\na,bad\nb,good\n")
