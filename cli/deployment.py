@@ -162,6 +162,7 @@ def site_init(
     runtime_port: Annotated[int, typer.Option(help="Loopback port for Flower's own processes.")] = 9094,
 ) -> None:
     """Make a site's folder: key pair, policy file, service unit."""
+    from deploy.commands import node_config
     from deploy.policy_file import models_of, pins_of, policy_text
     from deploy.site_folder import make_site
     from deploy.units import site_steps, site_unit
@@ -172,7 +173,7 @@ def site_init(
         data = data.expanduser().absolute()
         if not data.exists():
             raise ConfigError(f"--data: there is nothing at {data}")
-        node = f'data="{data}" {node}'.strip()
+        node = f"{node_config({'data': str(data)})} {node}".strip()
     site = name or folder.expanduser().absolute().name
     # A part of a public data set needs no pins, and then nobody may know its labels here.
     pins = pins_of(task, columns, labels, max_length) if data or columns or labels else {}

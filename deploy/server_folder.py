@@ -26,7 +26,7 @@ from common.check import nearest
 from common.config.sections import Scalar
 from common.config.text import read_settings_file, to_toml
 from common.errors import ConfigError, DataError
-from common.ports import check_port
+from common.ports import LARGEST, check_port
 from deploy.certificates import (
     Issued,
     alternative_names,
@@ -102,13 +102,18 @@ def open_server(path: Path) -> ServerFolder:
     """
     folder = open_folder(ServerFolder, path.expanduser().absolute(), "server.toml", "fedveil server init")
     port = folder.fleet.rpartition(":")[2]
-    if not (port.isascii() and port.isdecimal() and 0 < int(port) < 1 << 16):
+    if not (is_number(port) and 0 < int(port) < 1 << 16):
         raise ConfigError(
             f"{folder.path / 'server.toml'}: fleet = {folder.fleet!r} has no port: write ADDRESS:PORT, such as "
             f"0.0.0.0:{FLEET_PORT}"
         )
     check_port(f"{folder.path / 'server.toml'}: control-port", folder.control_port)
     return folder
+
+
+def is_number(port: str) -> bool:
+    """Whether a text is a number that may be a port's: Python reads other digits as well, but not thousands of them."""
+    return port.isascii() and port.isdecimal() and len(port) <= len(str(LARGEST))
 
 
 def open_folder(kind: type[Folder], path: Path, name: str, command: str) -> Folder:

@@ -46,7 +46,9 @@ WantedBy=multi-user.target
 
 def server_unit(path: Path) -> dict[str, bytes]:
     """Return ``fedveil-server.service`` of a server's folder at ``path``, by the file's name."""
-    return _unit(path, "fedveil-server", "FedVeil server (Flower SuperLink)", ("server", "start"), "yes", "control-group")
+    return _unit(
+        path, "fedveil-server", "FedVeil server (Flower SuperLink)", ("server", "start"), "yes", "control-group"
+    )
 
 
 def site_unit(path: Path, site: str) -> dict[str, bytes]:
@@ -75,7 +77,7 @@ def _unit(
 
 
 def _user() -> str:
-    """Return the user's name, or number where the machine knows no name for it, as in a container; systemd takes both."""
+    """Return the user's name, or number where the machine has no name for it, as in a container; systemd takes both."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):  # OSError from Python 3.13 on

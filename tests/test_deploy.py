@@ -23,6 +23,7 @@ from typing import Any
 
 import httpx
 import pytest
+from flwr.common.config import parse_config_args
 from typer.testing import CliRunner
 
 from audits.tiny_models import TARGETS, write_reviews
@@ -41,7 +42,7 @@ from common.strict_json import to_json
 from deploy import certificates, container, doctor, registry
 from deploy import control as control_api
 from deploy import submit as submission
-from deploy.commands import environment, superlink_command, supernode_command
+from deploy.commands import environment, node_config, superlink_command, supernode_command
 from deploy.doctor import examine_site
 from deploy.node_keys import is_pair, new_node_key
 from deploy.policy_file import policy_text
@@ -557,6 +558,10 @@ def test_an_unknown_key_of_a_folder_is_named(tmp_path: Path) -> None:
         ("site.toml", 'server = "fl.example.org"', "has no port: write HOST:PORT"),
         ("site.toml", 'server = ":9092"', "has no port: write HOST:PORT"),
         ("site.toml", 'server = "fl.example.org:fleet"', "has no port: write HOST:PORT"),
+        ("site.toml", 'server = "fl.example.org:²"', "has no port: write HOST:PORT"),
+        ("site.toml", f'server = "fl.example.org:{"9" * 5000}"', "has no port: write HOST:PORT"),
+        ("site.toml", 'server = "fl.example.org\\n:9092"', "has no port: write HOST:PORT"),
+        ("server.toml", f'fleet = "0.0.0.0:{"9" * 5000}"', "has no port: write ADDRESS:PORT"),
         ("site.toml", 'server = "fl.example.org:0"', "must be from 1 to 65535, not 0"),
         ("site.toml", "runtime-port = 70000", "runtime-port must be from 1 to 65535, not 70000"),
         ("server.toml", "control-port = 70000", "control-port must be from 1 to 65535, not 70000"),
@@ -570,7 +575,7 @@ def test_a_port_that_none_can_be_is_said_when_a_folder_is_opened(
     folder, reopen = (site.path, open_site_folder) if name == "site.toml" else (server.path, open_server)
     reopen(folder)
     text, key = (folder / name).read_text(encoding="utf-8"), line.partition(" =")[0]
-    (folder / name).write_text(re.sub(rf'(?m)^"?{key}"? = .*$', line, text), encoding="utf-8")
+    (folder / name).write_text(re.sub(rf'(?m)^"?{key}"? = .*$', lambda _: line, text), encoding="utf-8")
     with pytest.raises(ConfigError, match=re.escape(words)) as refused:
         reopen(folder)
     assert str(folder / name) in str(refused.value)
@@ -578,7 +583,16 @@ def test_a_port_that_none_can_be_is_said_when_a_folder_is_opened(
 
 @pytest.mark.parametrize(
     ("server", "words"),
-    [("fe80::1", r"in brackets, as \[ADDRESS\]:PORT"), ("localhost:x", "write HOST"), (":9092", "write HOST")],
+    [
+        ("fe80::1", r"in brackets, as \[ADDRESS\]:PORT"),
+        ("localhost:x", "write HOST"),
+        (":9092", "write HOST"),
+        ("localhost:²", "write HOST"),
+        ("localhost:" + "9" * 5000, "write HOST"),
+        ("localhost\n:9092", "write HOST"),
+        ("our server:9092", "write HOST"),
+    ],
+    ids=lambda text: text[:20],
 )
 def test_a_server_that_can_be_read_in_two_ways_is_none(server: str, words: str, tmp_path: Path) -> None:
     """Of an address of IPv6 without brackets the last group was the port."""
@@ -646,6 +660,18 @@ def test_a_site_that_could_never_work_is_not_made(words: list[str], reason: str,
     assert (done.exit_code, done.output.count("\n")) == (1, 1), done.output
     assert reason in done.output
     assert not (tmp_path / "site").exists()
+
+
+@pytest.mark.parametrize("name", [r"back\table", 'the "old" one', "a'b\\\"c\\", "two\nlines\t", "ä b = 'c'", "$a\x7f"])
+def test_a_path_of_records_is_the_path_that_was_named_whatever_is_in_it(name: str, tmp_path: Path) -> None:
+    """A backslash and a t were a tab, and so another path; after a quote the rest was no setting."""
+    (tmp_path / name).touch()
+    words = ["--server", "fl.example.org", "--data", str(tmp_path / name), "--public-size", "2000"]
+    done = CliRunner().invoke(app, ["site", "init", str(tmp_path / "site"), *words, "--labels", "bad,good"])
+    assert done.exit_code == 0, done.output
+    settings = node_settings(open_site_folder(tmp_path / "site"))
+    assert settings["data"] == str(tmp_path / name)
+    assert parse_config_args([node_config(settings)]) == settings, "Flower reads the node's settings otherwise"
 
 
 @pytest.mark.parametrize(
