@@ -8,6 +8,7 @@ import re
 import shlex
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import textwrap
@@ -17,6 +18,7 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +26,8 @@ from typing import Any
 import httpx
 import pytest
 from flwr.common.config import parse_config_args
+from flwr.proto.control_pb2 import ListNodesResponse
+from flwr.proto.node_pb2 import NodeInfo
 from typer.testing import CliRunner
 
 from audits.tiny_models import TARGETS, write_reviews
@@ -44,7 +48,7 @@ from deploy import control as control_api
 from deploy import submit as submission
 from deploy.commands import environment, node_config, superlink_command, supernode_command
 from deploy.doctor import examine_site
-from deploy.node_keys import is_pair, new_node_key
+from deploy.node_keys import is_pair, new_node_key, public_pem
 from deploy.policy_file import policy_text
 from deploy.refusal import why_refused, why_unreachable
 from deploy.server_folder import ServerFolder, make_server, open_server, renew_server
@@ -394,6 +398,20 @@ def test_a_site_that_is_kept_out_says_which_reason(processes: Processes, tmp_pat
     registration = {finding.what: finding for finding in examine_site_quickly(site["stranger"])}["registration"]
     assert not registration.ok
     assert "does not know this site's key" in registration.found
+    # Killed after Flower's answer and before the folder's files, then after it and before they are gone.
+    key, names = site["stranger"].path / "node.pub", ("stranger.id", "stranger.pub")
+    said = registry.register_site(server, key)
+    kept = {name: (server.nodes / name).read_bytes() for name in names}
+    for name in names:
+        (server.nodes / name).unlink()
+    assert registry.register_site(server, key) == said
+    assert why_refused(site["stranger"]) == ""
+    registry.revoke_site(server, "stranger")
+    for name in names:
+        (server.nodes / name).write_bytes(kept[name])
+    registry.revoke_site(server, "stranger")
+    with pytest.raises(registry.ShutOut):
+        registry.register_site(server, key)
 
 
 def examine_site_quickly(folder: SiteFolder) -> list[Any]:
@@ -887,7 +905,8 @@ class FakeControl:
     def __init__(self, results: list[Status], statuses: list[str]) -> None:
         self.results, self.statuses = results, statuses
         self.submitted: list[dict[str, Any]] = []
-        self.keys: set[str] = set()
+        self.keys: dict[str, str] = {}
+        self.revoked: list[str] = []
         self.stopped: list[str] = []
 
     def online(self) -> set[int]:
@@ -900,11 +919,16 @@ class FakeControl:
         key = public_key.read_text().split()[1]
         if key in self.keys:
             return ""
-        self.keys.add(key)
-        return "17"
+        self.keys[key] = str(17 + len(self.keys))
+        return self.keys[key]
 
     def revoke(self, node_id: str) -> None:
         """Keep the key, as Flower does."""
+        self.revoked.append(node_id)
+
+    def node_of(self, line: bytes) -> str:
+        node = self.keys.get(line.decode().split()[1], "")
+        return "" if node in self.revoked else node
 
     def status(self, run: str) -> str:
         status = self.statuses.pop(0) if self.statuses else "unknown"
@@ -952,11 +976,10 @@ def test_a_key_that_was_shut_out_is_not_said_to_be_registered(
 
 
 def test_a_name_keeps_its_key_and_what_is_no_sites_public_key_is_not_registered(
-    tmp_path: Path, fake_control: Callable[..., FakeControl], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, fake_control: Callable[..., FakeControl]
 ) -> None:
     """Who could register another key under a site's name would answer in its place."""
-    control, revoked = fake_control(), list[str]()
-    monkeypatch.setattr(control, "revoke", revoked.append)
+    control = fake_control()
     server = make_server(tmp_path / "server", ["127.0.0.1"])
     site, other = site_for(tmp_path, 9092, server.path), tmp_path / "other.pub"
     registry.register_site(server, site.path / "node.pub")
@@ -984,10 +1007,119 @@ def test_a_name_keeps_its_key_and_what_is_no_sites_public_key_is_not_registered(
     for name in ("ward", "../nodes/clinic"):
         with pytest.raises(ConfigError, match=f"no site '{name}' is registered; registered are: clinic"):
             registry.revoke_site(server, name)
-    assert (len(control.keys), revoked) == (1, [])
+    assert (len(control.keys), control.revoked) == (1, [])
     assert {path.name: path.read_bytes() for path in server.nodes.iterdir()} == before
     registry.revoke_site(server, "clinic")
-    assert (revoked, list(server.nodes.iterdir())) == (["17"], [])
+    assert (control.revoked, list(server.nodes.iterdir())) == (["17"], [])
+
+
+@pytest.mark.parametrize("lost", [("clinic.id", "clinic.pub"), ("clinic.id",), ("clinic.pub",)])
+def test_whoever_was_killed_as_a_key_was_registered_registers_it_again(
+    lost: tuple[str, ...], tmp_path: Path, fake_control: Callable[..., FakeControl]
+) -> None:
+    """Flower had the key and the folder did not: it was said to be shut out, and the site to need a new one."""
+    control = fake_control()
+    server = make_server(tmp_path / "server", ["127.0.0.1"])
+    site = site_for(tmp_path, 9092, server.path)
+    said = registry.register_site(server, site.path / "node.pub")
+    before = {path.name: path.read_bytes() for path in server.nodes.iterdir()}
+    for name in lost:
+        (server.nodes / name).unlink()
+    if "clinic.id" not in lost:
+        own = (site.path / "node.pub").read_text(encoding="utf-8")
+        (tmp_path / "ward.pub").write_text(own.replace("clinic", "ward"), encoding="utf-8")
+        with pytest.raises(ConfigError, match="is the key of clinic, which is registered: ward makes its own"):
+            registry.register_site(server, tmp_path / "ward.pub")
+    assert registry.register_site(server, site.path / "node.pub") == said == "clinic is registered as node 17"
+    assert {path.name: path.read_bytes() for path in server.nodes.iterdir()} == before
+    assert len(control.keys) == 1
+
+
+@pytest.mark.parametrize("left", [("clinic.id", "clinic.pub"), ("clinic.id",), ("clinic.pub",)])
+def test_whoever_was_killed_as_a_site_was_shut_out_shuts_it_out_again(
+    left: tuple[str, ...], tmp_path: Path, fake_control: Callable[..., FakeControl]
+) -> None:
+    """Flower knew the node no more, and the site stayed registered for ever, in the folder and in words."""
+    fake_control()
+    server = make_server(tmp_path / "server", ["127.0.0.1"])
+    site = site_for(tmp_path, 9092, server.path)
+    registry.register_site(server, site.path / "node.pub")
+    before = {path.name: path.read_bytes() for path in server.nodes.iterdir()}
+    registry.revoke_site(server, "clinic")
+    for name in left:
+        (server.nodes / name).write_bytes(before[name])
+    with pytest.raises(registry.ShutOut, match="clinic's key was shut out"):
+        registry.register_site(server, site.path / "node.pub")
+    assert "clinic is shut out" in registry.revoke_site(server, "clinic")
+    assert list(server.nodes.iterdir()) == []
+
+
+def test_a_site_is_shut_out_by_its_key_whatever_its_number_is_said_to_be(
+    tmp_path: Path, fake_control: Callable[..., FakeControl]
+) -> None:
+    control = fake_control()
+    server = make_server(tmp_path / "server", ["127.0.0.1"])
+    registry.register_site(server, site_for(tmp_path, 9092, server.path).path / "node.pub")
+    (server.nodes / "clinic.id").write_text("99\n", encoding="utf-8")
+    registry.revoke_site(server, "clinic")
+    assert control.revoked == ["99", "17"], "Flower did not know the number, and lets the key in"
+
+
+def test_a_key_in_the_folder_that_is_not_text_is_no_trace(
+    tmp_path: Path, fake_control: Callable[..., FakeControl]
+) -> None:
+    control = fake_control()
+    server = make_server(tmp_path / "server", ["127.0.0.1"])
+    site = site_for(tmp_path, 9092, server.path)
+    (server.nodes / "ward.pub").write_bytes(b"\xff\xfe")
+    registry.register_site(server, site.path / "node.pub")
+    with pytest.raises(DataError, match=r"neither .*ward\.id nor .*ward\.pub says which node is the site's"):
+        registry.revoke_site(server, "ward")
+    (server.nodes / "clinic.pub").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="clinic is registered with another key: revoke it first"):
+        registry.register_site(server, site.path / "node.pub")
+    registry.revoke_site(server, "clinic")
+    assert (control.revoked, [path.name for path in server.nodes.iterdir()]) == (["17"], ["ward.pub"])
+
+
+def test_whose_key_a_node_s_is_is_asked_of_the_server_alone(tmp_path: Path) -> None:
+    server, own, other = make_server(tmp_path / "server", ["127.0.0.1"]), new_node_key("clinic"), new_node_key("ward")
+    nodes = [
+        NodeInfo(node_id=7, public_key=public_pem(other.public), status="online"),
+        NodeInfo(node_id=2**64 - 9, public_key=public_pem(own.public), status="registered"),
+    ]
+    status = [200]
+
+    class Answers(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            assert self.path == "/v1/control/list-nodes"
+            self.rfile.read(int(self.headers["content-length"]))
+            self.send_response(status[0])
+            self.end_headers()
+            self.wfile.write(ListNodesResponse(nodes_info=nodes).SerializeToString())
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(server.path / "server.pem", server.path / "server.key")
+    with HTTPServer(("127.0.0.1", 0), Answers) as answers:
+        answers.socket = context.wrap_socket(answers.socket, server_side=True)
+        thread = threading.Thread(target=answers.serve_forever, daemon=True)
+        thread.start()
+        with control_api.control_of(dataclasses.replace(server, control_port=answers.server_port)) as control:
+            assert (control.node_of(own.public), control.node_of(other.public)) == (str(2**64 - 9), "7")
+            assert control.node_of(new_node_key("clinic").public) == ""
+            nodes[1].status = "unregistered"
+            assert control.node_of(own.public) == "", "a key that was shut out is let in"
+            status[0] = 500
+            with pytest.raises(RunFailed, match=r"did not tell whose keys it knows: .*500 Internal Server Error'"):
+                control.node_of(own.public)
+            with pytest.raises(DataError, match="a site's public key is not in OpenSSH form"):
+                control.node_of(b"ecdsa-sha2-nistp384 AAAA clinic")
+            answers.shutdown()
+    with pytest.raises(RunFailed, match=r"did not tell whose keys it knows: nothing answers at 127\.0\.0\.1"):
+        control.node_of(own.public)
 
 
 def test_a_finished_job_is_reported_and_other_settings_make_a_new_run(
@@ -1188,6 +1320,13 @@ def test_flowers_answers_are_read_whatever_its_exit_code(tmp_path: Path, monkeyp
     says('{"success": false, "error-message": "[code: 1] Access denied."}')
     with pytest.raises(RunFailed, match=r"the server did not register the key: .*Access denied"):
         control.register(tmp_path / "node.pub")
+    says('{"success": true, "node-id": 7}')
+    control.revoke("7")
+    says('{"success": false, "error-message": "Using x [code: 24] Node ID not found for account."}')
+    control.revoke("7")
+    says('{"success": false, "error-message": "[code: 1] Access denied."}')
+    with pytest.raises(RunFailed, match=r"the server did not revoke the site: .*Access denied"):
+        control.revoke("7")
     says('{"success": true, "runs": [{"run-id": "7", "status": "finished:failed"}]}')
     assert control.status("7") == "finished:failed"
     says(
