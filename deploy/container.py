@@ -11,7 +11,6 @@ import shutil
 import socket
 import ssl
 import sys
-import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -132,8 +131,19 @@ def make_keys(
     for own in folders if honest else ():
         roster = make_roster(own, [other.path / ENTRY for other in folders if other is not own])
         policy = own.path / "policy.toml"
-        if "honest-sites" in tomllib.loads(policy.read_text(encoding="utf-8")):
+        if _joins_sums(policy):
             pin_roster(policy, roster.digest)
+
+
+def _joins_sums(policy: Path) -> bool:
+    """Whether a policy takes part in secure sums; one that is none takes part in nothing, which was said."""
+    from client.policy import load_policy
+    from common.errors import ConfigError
+
+    try:
+        return load_policy(policy).honest_sites > 0
+    except ConfigError:
+        return False
 
 
 def _say_if_refused(folder: Path, name: str, job: Job) -> None:
