@@ -260,6 +260,23 @@ def test_a_job_that_divides_the_data_otherwise_than_when_they_were_handed_out_is
         check_that_parts_are_handed_out_once(tmp_path / "anew")
 
 
+def test_the_job_becomes_its_submission_and_says_what_stops_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked, begun = list[tuple[int, str]](), list[list[str]]()
+    monkeypatch.setattr(container, "job_command", lambda *words: asked.append(words) or ["/bin/true", "3"])
+    monkeypatch.setattr(os, "execv", lambda path, words: begun.append([path, *words]))
+    job = SERVICES["job"]
+    assert (job["entrypoint"], "command" in job) == (["python", "-m", "deploy.container", "job"], False)
+    for name in job["environment"]:
+        monkeypatch.setenv(name, {"SITES": "3", "FEDVEIL_SETTINGS": "rounds=2"}[name])
+    assert container.main("job") == 0
+    assert (asked, begun) == ([(3, "rounds=2")], [["/bin/true", "/bin/true", "3"]])
+    monkeypatch.setenv("SITES", "all")
+    assert container.main("job") == 1
+    assert capsys.readouterr().err == "fedveil: SITES is 'all': write a number, or leave it out\n"
+
+
 def test_the_keys_are_made_with_the_settings_of_the_job() -> None:
     assert SERVICES["keys"]["environment"]["FEDVEIL_SETTINGS"] == SERVICES["job"]["environment"]["FEDVEIL_SETTINGS"]
 

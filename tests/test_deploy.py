@@ -1013,6 +1013,37 @@ def test_a_name_keeps_its_key_and_what_is_no_sites_public_key_is_not_registered(
     assert (control.revoked, list(server.nodes.iterdir())) == (["17"], [])
 
 
+def test_a_site_that_was_shut_out_does_not_stop_the_job_of_the_others(
+    tmp_path: Path, fake_control: Callable[..., FakeControl], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its key lies in the coordinator's volume at every start of the containers."""
+    fake_control()
+    for name in ("authority", "server", "coordinator", "site-1", "site-2"):
+        (tmp_path / name).mkdir()
+    container.make_keys(2, 8.0, 1e-5, tmp_path)
+    folder = tmp_path / "coordinator"
+
+    def sites(number: int) -> str:
+        words = container.job_command(number, "rounds=3", folder)
+        assert words[:4] == [FEDVEIL, "server", "submit", str(folder)]
+        assert words[-2:] == ["-c", "rounds=3"]
+        return words[words.index("--sites") + 1]
+
+    assert sites(2) == "2"
+    registry.revoke_site(open_server(folder), "site-1")
+    capsys.readouterr()
+    assert (sites(2), sites(3)) == ("1", "2")
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("site-1's key was shut out")
+    assert said[0].endswith("; the job goes on without it")
+    assert said[1] == "site-2 was registered before"
+    with pytest.raises(ConfigError, match="every site was shut out"):
+        sites(1)
+    (folder / "keys" / "site-2.pub").write_text("no key", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"site-2\.pub is not a site's node\.pub"):
+        sites(2)
+
+
 @pytest.mark.parametrize("lost", [("clinic.id", "clinic.pub"), ("clinic.id",), ("clinic.pub",)])
 def test_whoever_was_killed_as_a_key_was_registered_registers_it_again(
     lost: tuple[str, ...], tmp_path: Path, fake_control: Callable[..., FakeControl]
