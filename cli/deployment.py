@@ -43,7 +43,7 @@ def server_init(
     """Make a server's folder: certificate authority, certificate, Flower's connection, service unit."""
     from deploy.certificates import fingerprint, read_certificate
     from deploy.server_folder import make_server
-    from deploy.units import server_steps, write_server_unit
+    from deploy.units import server_steps, server_unit
 
     made = make_server(
         folder,
@@ -52,8 +52,8 @@ def server_init(
         control_host=control_host,
         control_port=control_port,
         fleet_port=fleet_port,
+        unit=server_unit(folder),
     )
-    write_server_unit(made)
     authority_certificate = read_certificate((made.path / "ca.crt").read_bytes(), "the authority")
     _say(server_steps(made, fingerprint(authority_certificate)))
 
@@ -162,9 +162,10 @@ def site_init(
     runtime_port: Annotated[int, typer.Option(help="Loopback port for Flower's own processes.")] = 9094,
 ) -> None:
     """Make a site's folder: key pair, policy file, service unit."""
+    from deploy.commands import node_config
     from deploy.policy_file import models_of, pins_of, policy_text
     from deploy.site_folder import make_site
-    from deploy.units import site_steps, write_site_unit
+    from deploy.units import site_steps, site_unit
 
     if data is not None:
         if public_size < 1:
@@ -172,7 +173,7 @@ def site_init(
         data = data.expanduser().absolute()
         if not data.exists():
             raise ConfigError(f"--data: there is nothing at {data}")
-        node = f'data="{data}" {node}'.strip()
+        node = f"{node_config({'data': str(data)})} {node}".strip()
     site = name or folder.expanduser().absolute().name
     # A part of a public data set needs no pins, and then nobody may know its labels here.
     pins = pins_of(task, columns, labels, max_length) if data or columns or labels else {}
@@ -187,8 +188,8 @@ def site_init(
         model=model,
         task=task,
         fingerprint=fingerprint,
+        unit=site_unit(folder, site),
     )
-    write_site_unit(made)
     _say(site_steps(made))
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from common.config.sections import Scalar
+from common.config.text import toml_value
 from deploy.server_folder import ServerFolder
 from deploy.site_folder import SiteFolder, node_settings
 from server.own_check import FOLDER
@@ -20,6 +21,8 @@ QUIET = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
 }
 """Flower reports to nobody and installs nothing at run time."""
+QUOTE, QUOTE_BY_NUMBER = r"\"", r"\u0022"
+"""A quote within a text in TOML, in two ways."""
 
 
 def program(name: str) -> str:
@@ -93,9 +96,15 @@ def own_module(name: str) -> list[str]:
 
 
 def node_config(settings: Mapping[str, Scalar]) -> str:
-    """Return settings as Flower's ``--node-config`` takes them.
+    """Return settings as Flower's ``--node-config`` takes them, and the folder's ``node``.
 
     >>> node_config({"site": "clinic", "partition-id": 0})
     'site="clinic" partition-id=0'
     """
-    return " ".join(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in settings.items())
+    return " ".join(f"{key}={_value(value)}" for key, value in settings.items())
+
+
+def _value(value: Scalar) -> str:
+    """Return a value in TOML; a text has no quote in it, at which both readers would take it to end."""
+    text = toml_value(value)
+    return f'"{text[1:-1].replace(QUOTE, QUOTE_BY_NUMBER)}"' if isinstance(value, str) else text

@@ -1,6 +1,6 @@
-"""The parts of docker-compose.yml that are no command of ``fedveil``: making keys once, and saying who is well.
+"""The parts of docker-compose.yml that are no command of ``fedveil``: making keys once, letting sites in, and health.
 
-Run as ``python -m deploy.container keys | healthy-server | healthy-site``. Health is asked
+Run as ``python -m deploy.container keys | job | healthy-server | healthy-site``. Health is asked
 for every few seconds, so its way imports the standard library alone.
 """
 
@@ -11,7 +11,7 @@ import shutil
 import socket
 import ssl
 import sys
-import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -23,6 +23,8 @@ FOLDER, PKI = Path("/federation"), Path("/pki")
 FLEET_PORT, CONTROL_PORT = 9092, 8000
 SERVER, CONTROL = "superlink", "control"
 """Host names on the sites' networks and on the coordinator's network."""
+PATIENCE = 600
+"""Seconds for which a job waits for its sites."""
 ESTABLISHED = "01"
 """A TCP connection's state in /proc/net/tcp."""
 
@@ -132,8 +134,19 @@ def make_keys(
     for own in folders if honest else ():
         roster = make_roster(own, [other.path / ENTRY for other in folders if other is not own])
         policy = own.path / "policy.toml"
-        if "honest-sites" in tomllib.loads(policy.read_text(encoding="utf-8")):
+        if _joins_sums(policy):
             pin_roster(policy, roster.digest)
+
+
+def _joins_sums(policy: Path) -> bool:
+    """Whether a policy takes part in secure sums; one that is none takes part in nothing, which was said."""
+    from client.policy import load_policy
+    from common.errors import ConfigError
+
+    try:
+        return load_policy(policy).honest_sites > 0
+    except ConfigError:
+        return False
 
 
 def _say_if_refused(folder: Path, name: str, job: Job) -> None:
@@ -155,6 +168,40 @@ def _handed_out(first: Path, sites: int, division: str) -> tuple[int, str]:
         node = node_settings(open_site_folder(first))
         sites, division = int(node.get("num-partitions", 0)), str(node.get("division", ""))
     return sites, f' division="{division}"' if division else ""
+
+
+def job_command(sites: int, settings: str, folder: Path = FOLDER) -> list[str]:
+    """Register the sites' public keys and return the command that submits the job to those that are let in.
+
+    A key that was shut out is said and left out: it lies here at every start, and is no reason to stop the others.
+
+    Args:
+        sites: how many sites the job is for; those that were shut out are not waited for.
+        settings: of the job, as ``fedveil run -c`` takes them.
+        folder: the coordinator's.
+
+    Raises:
+        ConfigError: a key is none or another site's, or all sites were shut out.
+        DataError: a file cannot be read.
+        RunFailed: the server refused or did not answer.
+    """
+    from common.errors import ConfigError
+    from deploy.commands import program
+    from deploy.registry import ShutOut, register_site
+    from deploy.server_folder import open_server
+
+    server, shut_out = open_server(folder), set[str]()
+    for key in sorted((folder / "keys").glob("site-*.pub")):
+        try:
+            print(register_site(server, key), flush=True)
+        except ShutOut as error:
+            shut_out.add(key.stem)
+            print(f"{error}; the job goes on without it", flush=True)
+    wanted = sites - len(shut_out & {f"site-{number}" for number in range(1, sites + 1)})
+    if wanted < 1:
+        raise ConfigError("every site was shut out: 'docker compose down --volumes' starts over")
+    submit = [program("fedveil"), "server", "submit", str(folder), "--once"]
+    return [*submit, "--sites", str(wanted), "--patience", str(PATIENCE), "-c", settings]
 
 
 def server_is_well(folder: Path = FOLDER) -> bool:
@@ -182,24 +229,34 @@ def site_is_well(tables: tuple[Path, ...] = (Path("/proc/net/tcp"), Path("/proc/
     return False
 
 
-def _make_keys_by_environment() -> int:
+def _start_job() -> NoReturn:
+    command = job_command(_whole("SITES", 4), os.environ.get("FEDVEIL_SETTINGS", ""))
+    os.execv(command[0], command)
+
+
+def _said(do: Callable[[], None]) -> int:
+    """Return the exit code of a part whose errors are for people; those of the disk are as the machine says them."""
     from common.errors import FedVeilError
 
     try:
-        make_keys(
-            _whole("SITES", 4),
-            _number("SITE_EPSILON", 8.0),
-            _number("SITE_DELTA", 1e-5),
-            settings=os.environ.get("FEDVEIL_SETTINGS", ""),
-            fingerprint=os.environ.get("MODEL_FINGERPRINT", ""),
-            mechanisms=os.environ.get("SITE_MECHANISMS", ""),
-            honest=_whole("SITE_HONEST_SITES", 0),
-            alone=_number("SITE_EPSILON_ALONE", 0.0),
-        )
-    except FedVeilError as error:
+        do()
+    except (FedVeilError, OSError) as error:
         print(f"fedveil: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _make_keys_by_environment() -> None:
+    make_keys(
+        _whole("SITES", 4),
+        _number("SITE_EPSILON", 8.0),
+        _number("SITE_DELTA", 1e-5),
+        settings=os.environ.get("FEDVEIL_SETTINGS", ""),
+        fingerprint=os.environ.get("MODEL_FINGERPRINT", ""),
+        mechanisms=os.environ.get("SITE_MECHANISMS", ""),
+        honest=_whole("SITE_HONEST_SITES", 0),
+        alone=_number("SITE_EPSILON_ALONE", 0.0),
+    )
 
 
 def _whole(name: str, default: int) -> int:
@@ -230,8 +287,10 @@ def main(role: str) -> int:
     if role == "healthy-site":
         return 0 if site_is_well() else 1
     if role == "keys":
-        return _make_keys_by_environment()
-    print(f"unknown role {role!r}: keys, healthy-server or healthy-site", file=sys.stderr)
+        return _said(_make_keys_by_environment)
+    if role == "job":
+        return _said(_start_job)
+    print(f"unknown role {role!r}: keys, job, healthy-server or healthy-site", file=sys.stderr)
     return 2
 
 

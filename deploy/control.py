@@ -1,9 +1,13 @@
-"""Flower's own command against a server's Control API: register, revoke, list, submit, status."""
+"""Flower's own command against a server's Control API: register, revoke, list, submit, status.
+
+Whose key a node's is, Flower's command does not show: that alone is asked by Flower's client of the API.
+"""
 
 from __future__ import annotations
 
 import json
 import re
+import ssl
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -17,18 +21,28 @@ from common.errors import RunFailed
 from deploy.app import app_folder
 from deploy.commands import environment, program
 from deploy.files import read_bytes
+from deploy.node_keys import public_pem
 from deploy.server_folder import CONNECTION, ServerFolder, connection_toml
 
-IN_USE, NO_SUCH_RUN = "already in use", "Run ID not found"
+IN_USE, NO_SUCH_NODE, NO_SUCH_RUN = "already in use", "Node ID not found", "Run ID not found"
+SHUT_OUT = "unregistered"
+"""Status of a node whose key Flower keeps and lets in no more."""
 UNREACHED = "Connection to the SuperLink is unavailable"
 ANSWER_SECONDS = 120.0
 
 
 class Control:
-    """The Control API of one server."""
+    """The Control API of one server.
 
-    def __init__(self, home: Path, address: str) -> None:
+    Args:
+        home: Flower's own folder, with the connection.
+        address: HOST:PORT.
+        authority: the certificate authority's certificate, PEM.
+    """
+
+    def __init__(self, home: Path, address: str, authority: bytes = b"") -> None:
         self._environment, self._home, self._address = environment(home), home, address
+        self._authority = authority
 
     def register(self, public_key: Path) -> str:
         """Register a site's public key and return its node id; an empty string if the server knows the key already.
@@ -42,12 +56,38 @@ class Control:
         return str(self._good(answer, "register the key")["node-id"])
 
     def revoke(self, node_id: str) -> None:
-        """Unregister a node: it is refused from its next call on.
+        """Unregister a node: it is refused from its next call on, as is one that the server does not know or no more.
 
         Raises:
             RunFailed: the server refused or did not answer.
         """
-        self._good(self._call("supernode", "unregister", node_id, CONNECTION), "revoke the site")
+        answer = self._call("supernode", "unregister", node_id, CONNECTION)
+        if answer.get("success") or NO_SUCH_NODE not in str(answer.get("error-message")):
+            self._good(answer, "revoke the site")
+
+    def node_of(self, line: bytes) -> str:
+        """Return the id of the node that a site's public key is registered as; empty: it is not, or was shut out.
+
+        Raises:
+            DataError: ``line`` is no public key in OpenSSH form.
+            RunFailed: the server refused or did not answer.
+        """
+        import httpx  # with Flower's client, seconds that only this needs
+        from flwr.proto.control_pb2 import ListNodesRequest
+        from flwr.supercore.control import ControlHttpClient
+
+        key, failed, nodes = public_pem(line), "", []
+        try:
+            with ControlHttpClient.from_server_address(
+                self._address, insecure=False, root_certificates=self._authority, interceptors=()
+            ) as client:
+                nodes = list(client.ListNodes(ListNodesRequest()).nodes_info)
+        except httpx.RequestError:
+            failed = UNREACHED
+        except (httpx.HTTPStatusError, ssl.SSLError, ValueError) as error:
+            failed = str(error).partition("\n")[0]
+        self._good({"success": not failed, "error-message": failed}, "tell whose keys it knows")
+        return next((str(node.node_id) for node in nodes if node.public_key == key and node.status != SHUT_OUT), "")
 
     def online(self) -> set[int]:
         """Return the numbers of the nodes that are online.
@@ -122,7 +162,7 @@ class Control:
 @contextmanager
 def control_of(folder: ServerFolder) -> Iterator[Control]:
     """Yield the Control API of a server's folder; needs ``server.toml`` and ``ca.crt`` of it, and no key."""
-    read_bytes(folder.path / "ca.crt", "the authority's certificate")
+    authority = read_bytes(folder.path / "ca.crt", "the authority's certificate")
     with tempfile.TemporaryDirectory(prefix="fedveil-") as home:
         (Path(home) / "config.toml").write_text(connection_toml(folder), encoding="utf-8")
-        yield Control(Path(home), f"{folder.control_host}:{folder.control_port}")
+        yield Control(Path(home), f"{folder.control_host}:{folder.control_port}", authority)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from common.errors import ConfigError, DataError
+from common.files import sync_folder
 
 PRIVATE_MODE = 0o600
 PUBLIC_MODE = 0o644
@@ -18,8 +19,8 @@ FOLDER_MODE = 0o700
 def make_folder(folder: Path, files: Mapping[str, bytes], private: frozenset[str]) -> None:
     """Put ``files`` into ``folder``; those named in ``private`` are readable by their owner only.
 
-    Everything is written beside its place and synced first, and then moved. The last file of the
-    mapping comes last, so a folder that has it is complete.
+    Everything is written beside its place and synced first, and then moved, each name on disk before the
+    next. The last file of the mapping comes last, so a folder that has it is complete.
 
     Args:
         folder: made if it is not there.
@@ -44,8 +45,11 @@ def make_folder(folder: Path, files: Mapping[str, bytes], private: frozenset[str
                 (folder / name).parent.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
                 (draft / name).replace(folder / name)
                 placed.append(folder / name)
+                sync_folder((folder / name).parent)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
+        if made:
+            sync_folder(folder.parent)
     except OSError as error:
         # Half a folder could be neither used nor made again: its files would be said to be there already.
         for path in placed:
@@ -56,7 +60,7 @@ def make_folder(folder: Path, files: Mapping[str, bytes], private: frozenset[str
 
 
 def put_file(path: Path, content: bytes, *, private: bool) -> None:
-    """Put ``content`` at ``path`` in one step, in place of what is there.
+    """Put ``content`` at ``path``, durably and in one step, in place of what is there.
 
     Raises:
         DataError: the folder cannot be written.
@@ -66,6 +70,7 @@ def put_file(path: Path, content: bytes, *, private: bool) -> None:
         draft.unlink(missing_ok=True)  # of one that was interrupted
         _write(draft, content, PRIVATE_MODE if private else PUBLIC_MODE)
         draft.replace(path)
+        sync_folder(path.parent)
     except OSError as error:
         raise DataError(f"cannot write {path} ({error.strerror}): check rights and space") from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -51,6 +52,19 @@ def is_pair(private: bytes, public: bytes) -> bool:
         DataError: ``private`` is not a site's key.
     """
     return public.split()[:2] == _public_line(read_node_key(private).public_key()).split()
+
+
+def public_pem(line: bytes) -> bytes:
+    """Return a site's public key, a line in OpenSSH form, as Flower keeps it (PEM).
+
+    Raises:
+        DataError: it is not one.
+    """
+    try:
+        key = serialization.load_ssh_public_key(line)
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise DataError("a site's public key is not in OpenSSH form: take the site's node.pub") from error
+    return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 
 def _public_line(key: ec.EllipticCurvePublicKey) -> bytes:

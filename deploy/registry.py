@@ -1,50 +1,82 @@
-"""The registry of sites that may join: public keys and node ids, at the SuperLink and in the server's folder."""
+"""The registry of sites that may join: public keys and node ids, at the SuperLink and in the server's folder.
+
+Flower's answer and the folder's files are two steps, and a process may be killed between them. So Flower's word is what
+counts: a key that it knows is looked up there, and whoever repeats a command ends where it would have.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from common.errors import ConfigError
-from common.files import replace_file
+from common.errors import ConfigError, DataError
+from common.files import replace_file, sync_folder
 from common.secure_sum.roster import SITE_NAME
 from deploy.control import control_of
 from deploy.files import read_bytes
+from deploy.node_keys import public_pem
 from deploy.server_folder import ServerFolder
+
+
+class ShutOut(ConfigError):
+    """A key was shut out: Flower keeps its row, and lets it in no more."""
 
 
 def register_site(folder: ServerFolder, public_key: Path) -> str:
     """Register a site's key and return what to tell people.
 
     Raises:
-        ConfigError: the file is no public key with the site's name as its comment, the name has another key, the key
-            is another site's, or it was shut out.
+        ShutOut: the key was shut out.
+        ConfigError: the file is no public key with the site's name as its comment, the name has another key, or the key
+            is another site's.
+        DataError: a file cannot be read.
         RunFailed: the server refused or did not answer.
     """
-    line = read_bytes(public_key, "the site's public key").decode("utf-8", errors="replace").split()
+    line = _words(public_key)
     if len(line) != 3 or not line[0].startswith("ecdsa-sha2-") or not SITE_NAME.fullmatch(line[2]):
         raise ConfigError(f"{public_key} is not a site's node.pub: it must be 'ecdsa-sha2-... KEY NAME'")
-    name, kept = line[2], folder.nodes / f"{line[2]}.pub"
-    if kept.exists() and kept.read_text(encoding="utf-8").split()[:2] != line[:2]:
+    name, text = line[2], " ".join(line) + "\n"
+    kept, number = folder.nodes / f"{name}.pub", folder.nodes / f"{name}.id"
+    if kept.exists() and _words(kept)[:2] != line[:2]:
         raise ConfigError(f"{name} is registered with another key: revoke it first with 'fedveil server revoke'")
     for other in sorted(folder.nodes.glob("*.pub")):
-        if other.stem != name and other.read_text(encoding="utf-8").split()[:2] == line[:2]:
-            raise ConfigError(
-                f"{public_key} is the key of {other.stem}, which is registered: {name} makes its own with "
-                "'fedveil site init'"
-            )
+        if other.stem != name and _words(other)[:2] == line[:2]:
+            raise ConfigError(_owned(public_key, other.stem, name))
     with control_of(folder) as control:
         node = control.register(public_key.absolute())
-    if not node:
-        # Flower keeps a revoked key's row, and lets that key in no more.
-        if not (folder.nodes / f"{name}.id").is_file():
-            raise ConfigError(f"{name}'s key was shut out: the site makes a new one with 'fedveil site init'")
+        known = "" if node else control.node_of(text.encode())
+    if not node and not known:
+        raise ShutOut(f"{name}'s key was shut out: the site makes a new one with 'fedveil site init'")
+    for other in sorted(folder.nodes.glob("*.id")):
+        if known and other.stem != name and _words(other, "the site's number") == [known]:
+            raise ConfigError(_owned(public_key, other.stem, name))
+    if known and kept.exists() and number.exists() and _words(number, "the site's number") == [known]:
         return f"{name} was registered before"
     folder.nodes.mkdir(exist_ok=True)
-    # A run reads these while it goes on (``server.registered``): never half a file.
-    replace_file(folder.nodes / f"{name}.id", f"{node}\n".encode())
-    replace_file(kept, (" ".join(line) + "\n").encode())
-    return f"{name} is registered as node {node}"
+    # A run reads these while it goes on (``server.registered``): never half a file. The key comes first, so that the
+    # name is taken: whoever is killed in between leaves a key that is looked up the next time.
+    replace_file(kept, text.encode())
+    replace_file(number, f"{node or known}\n".encode())
+    return f"{name} is registered as node {node or known}"
+
+
+def _words(path: Path, what: str = "the site's public key") -> list[str]:
+    """Return the words of a key's or a number's file; one that is not UTF-8 has others than any key or number."""
+    return read_bytes(path, what).decode("utf-8", errors="replace").split()
+
+
+def _key(path: Path) -> bytes:
+    """Return the line of a registered key; empty: there is none, or what is there is no key."""
+    try:
+        line = read_bytes(path, "the site's public key")
+        public_pem(line)
+    except DataError:
+        return b""
+    return line
+
+
+def _owned(public_key: Path, owner: str, name: str) -> str:
+    return f"{public_key} is the key of {owner}, which is registered: {name} makes its own with 'fedveil site init'"
 
 
 def online_words(online: Collection[int], names: Mapping[int, str]) -> str:
@@ -58,18 +90,28 @@ def online_words(online: Collection[int], names: Mapping[int, str]) -> str:
 
 
 def revoke_site(folder: ServerFolder, name: str) -> str:
-    """Shut a site out and return what to tell people.
+    """Shut a site out and return what to tell people; one that Flower has shut out already is taken out of the folder.
 
     Raises:
         ConfigError: no site of this name was registered with this folder.
+        DataError: nothing in the folder says which node is the site's.
         RunFailed: the server refused or did not answer.
     """
-    found = folder.nodes / f"{name}.id"
-    if not SITE_NAME.fullmatch(name) or not found.is_file():
-        known = ", ".join(sorted(path.stem for path in folder.nodes.glob("*.id"))) or "none"
-        raise ConfigError(f"no site {name!r} is registered; registered are: {known}")
+    kept, number = folder.nodes / f"{name}.pub", folder.nodes / f"{name}.id"
+    if not SITE_NAME.fullmatch(name) or not (kept.is_file() or number.is_file()):
+        known = ", ".join(sorted({path.stem for kind in ("id", "pub") for path in folder.nodes.glob(f"*.{kind}")}))
+        raise ConfigError(f"no site {name!r} is registered; registered are: {known or 'none'}")
+    node, key = "".join(_words(number, "the site's number")) if number.is_file() else "", _key(kept)
+    numbered = node.isascii() and node.isdecimal()
+    if not numbered and not key:
+        raise DataError(f"neither {number} nor {kept} says which node is the site's: put its node.pub there")
     with control_of(folder) as control:
-        control.revoke(found.read_text(encoding="utf-8").strip())
-    for path in (found, folder.nodes / f"{name}.pub"):
+        if numbered:
+            control.revoke(node)
+        # A number that Flower does not know is no proof: what counts is that it lets the key in no more.
+        if key and (left := control.node_of(key)):
+            control.revoke(left)
+    for path in (kept, number):
         path.unlink(missing_ok=True)
+    sync_folder(folder.nodes)
     return f"{name} is shut out; what its ledger has been charged stays charged"

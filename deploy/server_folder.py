@@ -16,7 +16,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
@@ -26,7 +26,7 @@ from common.check import nearest
 from common.config.sections import Scalar
 from common.config.text import read_settings_file, to_toml
 from common.errors import ConfigError, DataError
-from common.ports import check_port
+from common.ports import LARGEST, check_port
 from deploy.certificates import (
     Issued,
     alternative_names,
@@ -102,13 +102,18 @@ def open_server(path: Path) -> ServerFolder:
     """
     folder = open_folder(ServerFolder, path.expanduser().absolute(), "server.toml", "fedveil server init")
     port = folder.fleet.rpartition(":")[2]
-    if not (port.isascii() and port.isdecimal() and 0 < int(port) < 1 << 16):
+    if not (is_number(port) and 0 < int(port) < 1 << 16):
         raise ConfigError(
             f"{folder.path / 'server.toml'}: fleet = {folder.fleet!r} has no port: write ADDRESS:PORT, such as "
             f"0.0.0.0:{FLEET_PORT}"
         )
     check_port(f"{folder.path / 'server.toml'}: control-port", folder.control_port)
     return folder
+
+
+def is_number(port: str) -> bool:
+    """Whether a text is a number that may be a port's: Python reads other digits as well, but not thousands of them."""
+    return port.isascii() and port.isdecimal() and len(port) <= len(str(LARGEST))
 
 
 def open_folder(kind: type[Folder], path: Path, name: str, command: str) -> Folder:
@@ -137,9 +142,10 @@ def make_server(
     control_host: str = "127.0.0.1",
     control_port: int = CONTROL_PORT,
     fleet_port: int = FLEET_PORT,
+    unit: Mapping[str, bytes] | None = None,
     now: datetime | None = None,
 ) -> ServerFolder:
-    """Make a server's folder: authority, certificate, connection, service unit.
+    """Make a server's folder: authority, certificate, connection.
 
     Args:
         path: the folder.
@@ -148,6 +154,7 @@ def make_server(
         control_host: address of the Control API; a name is resolved when the server starts.
         control_port: its port.
         fleet_port: port of the Fleet API, on all addresses.
+        unit: a service unit that goes into it as well, by the file's name.
         now: when the certificate is issued; it is valid for SERVER_DAYS from then. Default: now.
 
     Raises:
@@ -179,6 +186,7 @@ def make_server(
         "server.pem": certificate.certificate,
         "server.key": certificate.key,
         "flwr/config.toml": connection_toml(folder).encode(),
+        **(unit or {}),
         "server.toml": to_toml(described).encode(),
     }
     make_folder(path, files, private=frozenset({"server.key"}))

@@ -31,7 +31,7 @@ from common.secure_sum.roster import SITE_NAME, entry
 from deploy.certificates import read_certificate
 from deploy.files import make_folder, read_bytes
 from deploy.node_keys import is_pair, new_node_key
-from deploy.server_folder import FLEET_PORT, open_folder
+from deploy.server_folder import FLEET_PORT, is_number, open_folder
 
 if TYPE_CHECKING:
     from client.policy import Policy
@@ -84,11 +84,16 @@ def open_site_folder(path: Path) -> SiteFolder:
     """
     folder = open_folder(SiteFolder, path.expanduser().absolute(), "site.toml", "fedveil site init")
     file, (host, _, port) = folder.path / "site.toml", folder.server.rpartition(":")
-    if not (host and port.isascii() and port.isdecimal()):
+    if not (_is_host(host) and is_number(port)):
         raise ConfigError(f"{file}: server = {folder.server!r} has no port: write HOST:PORT, such as HOST:{FLEET_PORT}")
     check_port(f"{file}: the port of the server {folder.server!r}", folder.port)
     check_port(f"{file}: runtime-port", folder.runtime_port)
     return folder
+
+
+def _is_host(host: str) -> bool:
+    """Whether a text can be dialled: it is not empty, and nothing in it would begin another line or word."""
+    return bool(host) and host.isprintable() and " " not in host
 
 
 def make_site(
@@ -103,6 +108,7 @@ def make_site(
     model: str = "all-MiniLM-L6-v2",
     task: str = "classification",
     fingerprint: str = "",
+    unit: Mapping[str, bytes] | None = None,
 ) -> SiteFolder:
     """Make a site's folder: key pair, policy, description.
 
@@ -117,6 +123,7 @@ def make_site(
         model: base model that the doctor checks.
         task: what it is used for, as ``model.task``.
         fingerprint: its fingerprint, from the coordinator.
+        unit: a service unit that goes into it as well, by the file's name.
 
     Raises:
         ConfigError: a setting is wrong, or the folder is there already; nothing was changed.
@@ -131,7 +138,7 @@ def make_site(
     host, _, port = server.rpartition(":") if ":" in server else (server, "", str(FLEET_PORT))
     if ":" in host and not (host.startswith("[") and host.endswith("]")):
         raise ConfigError(f"the server is {server!r}: write an address of IPv6 in brackets, as [ADDRESS]:PORT")
-    if not host or not port.isdigit():
+    if not _is_host(host) or not is_number(port):
         raise ConfigError(f"the server is {server!r}: write HOST or HOST:PORT")
     check_port(f"the port of the server {server!r}", int(port))
     if (path / "site.toml").exists():
@@ -158,6 +165,7 @@ def make_site(
         "identity.key": identity.pem(),
         "identity.toml": entry(site, identity.public).encode(),
         "policy.toml": policy.encode(),
+        **(unit or {}),
         "site.toml": to_toml(described).encode(),
     }
     make_folder(path, files, private=frozenset({"node.key", "identity.key", "policy.toml"}))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import getpass
+import os
 import re
 import shlex
+from pathlib import Path
 
 from deploy.commands import program
-from deploy.files import make_folder
 from deploy.server_folder import ServerFolder
 from deploy.site_folder import SiteFolder
 
@@ -43,40 +44,44 @@ WantedBy=multi-user.target
 """
 
 
-def write_server_unit(folder: ServerFolder) -> None:
-    """Put ``fedveil-server.service`` into a server's folder."""
-    name, words = "fedveil-server", ("server", "start")
-    _write(folder, name, "FedVeil server (Flower SuperLink)", words, "yes", "control-group")
+def server_unit(path: Path) -> dict[str, bytes]:
+    """Return ``fedveil-server.service`` of a server's folder at ``path``, by the file's name."""
+    return _unit(
+        path, "fedveil-server", "FedVeil server (Flower SuperLink)", ("server", "start"), "yes", "control-group"
+    )
 
 
-def write_site_unit(folder: SiteFolder) -> None:
-    """Put ``fedveil-site.service`` into a site's folder. GPUs are devices, so a site keeps /dev.
+def site_unit(path: Path, site: str) -> dict[str, bytes]:
+    """Return ``fedveil-site.service`` of a site's folder at ``path``. GPUs are devices, so a site keeps /dev.
 
     Its first process ends the others: a SuperNode that is told twice does not take leave of the server.
     """
-    name, words = "fedveil-site", ("site", "start")
-    _write(folder, name, f"FedVeil site {folder.site} (SuperNode and worker)", words, "no", "mixed")
+    return _unit(path, "fedveil-site", f"FedVeil site {site} (SuperNode and worker)", ("site", "start"), "no", "mixed")
 
 
-def _write(
-    folder: ServerFolder | SiteFolder,
-    name: str,
-    description: str,
-    words: tuple[str, ...],
-    private_devices: str,
-    kill_mode: str,
-) -> None:
+def _unit(
+    path: Path, name: str, description: str, words: tuple[str, ...], private_devices: str, kill_mode: str
+) -> dict[str, bytes]:
+    folder = str(path.expanduser().absolute())
     text = UNIT.format(
         name=name,
         description=description,
-        user=getpass.getuser(),
+        user=_user(),
         # Of the arguments alone is $ a variable's sign.
-        command=" ".join([unit_word(program("fedveil")), *words, unit_word(str(folder.path).replace("$", "$$"))]),
+        command=" ".join([unit_word(program("fedveil")), *words, unit_word(folder.replace("$", "$$"))]),
         private_devices=private_devices,
         kill_mode=kill_mode,
-        writable=unit_word(str(folder.path)),
+        writable=unit_word(folder),
     )
-    make_folder(folder.path, {f"{name}.service": text.encode()}, frozenset())
+    return {f"{name}.service": text.encode()}
+
+
+def _user() -> str:
+    """Return the user's name, or number where the machine has no name for it, as in a container; systemd takes both."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # OSError from Python 3.13 on
+        return str(os.getuid())
 
 
 def unit_word(text: str) -> str:

@@ -20,7 +20,7 @@ from test_deploy import site_for
 from common.errors import DataError
 from common.ports import free_ports
 from deploy import certificates, doctor, start
-from deploy.files import make_folder
+from deploy.files import make_folder, put_file
 from deploy.node_keys import read_node_key
 from deploy.refusal import why_unreachable
 from deploy.server_folder import RENEWAL, ServerFolder, finish_renewal, make_server, renew_server
@@ -101,6 +101,24 @@ def test_a_folder_that_cannot_be_finished_is_not_left_half_made(
     assert [path.name for path in tmp_path.rglob("*")] == (["folder", "own.txt"] if there else [])
     make_folder(folder, files, frozenset({"first.key"}))
     assert (folder / "second").read_bytes() == b"2"
+
+
+def test_a_name_is_on_disk_before_the_next_file_s_and_before_a_folder_is_said_to_be_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a loss of power a key whose name was in memory alone would be the old one, beside a new certificate."""
+    found, folder = list[tuple[str, list[str]]](), tmp_path / "folder"
+
+    def sync(place: Path) -> None:
+        found.append((place.name, sorted(path.name for path in place.iterdir() if path.name[0] != ".")))
+
+    monkeypatch.setattr("deploy.files.sync_folder", sync)
+    make_folder(folder, {"first.key": b"1", "in/second": b"2", "third": b"3"}, frozenset({"first.key"}))
+    names = ["first.key", "in", "third"]
+    assert found == [("folder", names[:1]), ("in", ["second"]), ("folder", names), (tmp_path.name, ["folder"])]
+    found.clear()
+    put_file(folder / "fourth", b"4", private=True)
+    assert found == [("folder", sorted([*names, "fourth"]))]
 
 
 def test_a_key_of_another_kind_is_refused_as_one(tmp_path: Path) -> None:

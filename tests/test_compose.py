@@ -210,6 +210,23 @@ def test_a_site_that_comes_later_is_in_the_roster_of_all(tmp_path: Path) -> None
     assert pinned == [roster.digest for roster in rosters]
 
 
+@pytest.mark.parametrize("broken", [b"epsilon = \n", b"\xff\xfe", b"honest-sites = 'three'\n"])
+def test_a_policy_that_is_none_is_said_and_the_others_get_the_roster(
+    broken: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("authority", "server", "coordinator", *SITES):
+        (tmp_path / name).mkdir()
+    container.make_keys(3, 8.0, 1e-5, tmp_path, settings=SUM, honest=3, alone=9.0)
+    (tmp_path / "site-1" / "policy.toml").write_bytes(broken)
+    capsys.readouterr()
+    container.make_keys(4, 8.0, 1e-5, tmp_path, settings=SUM, honest=3, alone=9.0)
+    assert "site-1 will refuse this job: the policy " in capsys.readouterr().out
+    assert (tmp_path / "site-1" / "policy.toml").read_bytes() == broken
+    for name in ("site-2", "site-3", "site-4"):
+        policy = load_policy(tmp_path / name / "policy.toml")
+        assert policy.peers_hash == load_roster(tmp_path / name / "peers.toml").digest
+
+
 def check_that_parts_are_handed_out_once(pki: Path) -> None:
     """Play M4: make keys for a job, then ask site 1 with settings that would give it records of others."""
     for name in ("authority", "server", "coordinator", *SITES):
@@ -241,6 +258,23 @@ def test_a_job_that_divides_the_data_otherwise_than_when_they_were_handed_out_is
     monkeypatch.setattr("client.site.check_division", lambda *_: None)  # planted: the job's settings divide anew
     with pytest.raises(pytest.fail.Exception):
         check_that_parts_are_handed_out_once(tmp_path / "anew")
+
+
+def test_the_job_becomes_its_submission_and_says_what_stops_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked, begun = list[tuple[int, str]](), list[list[str]]()
+    monkeypatch.setattr(container, "job_command", lambda *words: asked.append(words) or ["/bin/true", "3"])
+    monkeypatch.setattr(os, "execv", lambda path, words: begun.append([path, *words]))
+    job = SERVICES["job"]
+    assert (job["entrypoint"], "command" in job) == (["python", "-m", "deploy.container", "job"], False)
+    for name in job["environment"]:
+        monkeypatch.setenv(name, {"SITES": "3", "FEDVEIL_SETTINGS": "rounds=2"}[name])
+    assert container.main("job") == 0
+    assert (asked, begun) == ([(3, "rounds=2")], [["/bin/true", "/bin/true", "3"]])
+    monkeypatch.setenv("SITES", "all")
+    assert container.main("job") == 1
+    assert capsys.readouterr().err == "fedveil: SITES is 'all': write a number, or leave it out\n"
 
 
 def test_the_keys_are_made_with_the_settings_of_the_job() -> None:

@@ -8,6 +8,7 @@ import re
 import shlex
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import textwrap
@@ -17,12 +18,16 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
+from flwr.common.config import parse_config_args
+from flwr.proto.control_pb2 import ListNodesResponse
+from flwr.proto.node_pb2 import NodeInfo
 from typer.testing import CliRunner
 
 from audits.tiny_models import TARGETS, write_reviews
@@ -41,9 +46,9 @@ from common.strict_json import to_json
 from deploy import certificates, container, doctor, registry
 from deploy import control as control_api
 from deploy import submit as submission
-from deploy.commands import environment, superlink_command, supernode_command
+from deploy.commands import environment, node_config, superlink_command, supernode_command
 from deploy.doctor import examine_site
-from deploy.node_keys import is_pair, new_node_key
+from deploy.node_keys import is_pair, new_node_key, public_pem
 from deploy.policy_file import policy_text
 from deploy.refusal import why_refused, why_unreachable
 from deploy.server_folder import ServerFolder, make_server, open_server, renew_server
@@ -393,6 +398,20 @@ def test_a_site_that_is_kept_out_says_which_reason(processes: Processes, tmp_pat
     registration = {finding.what: finding for finding in examine_site_quickly(site["stranger"])}["registration"]
     assert not registration.ok
     assert "does not know this site's key" in registration.found
+    # Killed after Flower's answer and before the folder's files, then after it and before they are gone.
+    key, names = site["stranger"].path / "node.pub", ("stranger.id", "stranger.pub")
+    said = registry.register_site(server, key)
+    kept = {name: (server.nodes / name).read_bytes() for name in names}
+    for name in names:
+        (server.nodes / name).unlink()
+    assert registry.register_site(server, key) == said
+    assert why_refused(site["stranger"]) == ""
+    registry.revoke_site(server, "stranger")
+    for name in names:
+        (server.nodes / name).write_bytes(kept[name])
+    registry.revoke_site(server, "stranger")
+    with pytest.raises(registry.ShutOut):
+        registry.register_site(server, key)
 
 
 def examine_site_quickly(folder: SiteFolder) -> list[Any]:
@@ -492,6 +511,26 @@ def test_a_folder_is_made_once_and_keys_are_private(tmp_path: Path) -> None:
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize("who", ["server", "site"])
+def test_a_user_without_a_name_is_a_number_in_the_unit_and_init_makes_all_or_nothing(
+    who: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by 'docker run --user 12345': the folder stood there without its unit, and could not be made again."""
+    monkeypatch.setattr("getpass.getuser", lambda: {}["getpwuid(): uid not found: 12345"])
+    monkeypatch.setattr("os.getuid", lambda: 12345)
+    folder, more = tmp_path / who, ["--name", "127.0.0.1"] if who == "server" else ["--server", "127.0.0.1"]
+    unit = folder / f"fedveil-{who}.service"
+    folder.mkdir()
+    unit.write_text("the user's own", encoding="utf-8")
+    taken = CliRunner().invoke(app, [who, "init", str(folder), *more])
+    assert (taken.exit_code, f"{unit} is there already" in taken.output) == (1, True), taken.output
+    assert not (folder / f"{who}.toml").exists()
+    unit.unlink()
+    done = CliRunner().invoke(app, [who, "init", str(folder), *more])
+    assert (done.exit_code, done.exception) == (0, None), done.output
+    assert "User=12345\n" in unit.read_text(encoding="utf-8")
+
+
 def test_a_site_with_another_sites_private_key_does_not_start(tmp_path: Path) -> None:
     """The server would know it by that key, and drop every reply under the name in node.pub."""
     site = site_with_records(tmp_path, "two.csv", b"text,label\na,bad\nb,good\n")
@@ -537,6 +576,10 @@ def test_an_unknown_key_of_a_folder_is_named(tmp_path: Path) -> None:
         ("site.toml", 'server = "fl.example.org"', "has no port: write HOST:PORT"),
         ("site.toml", 'server = ":9092"', "has no port: write HOST:PORT"),
         ("site.toml", 'server = "fl.example.org:fleet"', "has no port: write HOST:PORT"),
+        ("site.toml", 'server = "fl.example.org:²"', "has no port: write HOST:PORT"),
+        ("site.toml", f'server = "fl.example.org:{"9" * 5000}"', "has no port: write HOST:PORT"),
+        ("site.toml", 'server = "fl.example.org\\n:9092"', "has no port: write HOST:PORT"),
+        ("server.toml", f'fleet = "0.0.0.0:{"9" * 5000}"', "has no port: write ADDRESS:PORT"),
         ("site.toml", 'server = "fl.example.org:0"', "must be from 1 to 65535, not 0"),
         ("site.toml", "runtime-port = 70000", "runtime-port must be from 1 to 65535, not 70000"),
         ("server.toml", "control-port = 70000", "control-port must be from 1 to 65535, not 70000"),
@@ -550,7 +593,7 @@ def test_a_port_that_none_can_be_is_said_when_a_folder_is_opened(
     folder, reopen = (site.path, open_site_folder) if name == "site.toml" else (server.path, open_server)
     reopen(folder)
     text, key = (folder / name).read_text(encoding="utf-8"), line.partition(" =")[0]
-    (folder / name).write_text(re.sub(rf'(?m)^"?{key}"? = .*$', line, text), encoding="utf-8")
+    (folder / name).write_text(re.sub(rf'(?m)^"?{key}"? = .*$', lambda _: line, text), encoding="utf-8")
     with pytest.raises(ConfigError, match=re.escape(words)) as refused:
         reopen(folder)
     assert str(folder / name) in str(refused.value)
@@ -558,7 +601,16 @@ def test_a_port_that_none_can_be_is_said_when_a_folder_is_opened(
 
 @pytest.mark.parametrize(
     ("server", "words"),
-    [("fe80::1", r"in brackets, as \[ADDRESS\]:PORT"), ("localhost:x", "write HOST"), (":9092", "write HOST")],
+    [
+        ("fe80::1", r"in brackets, as \[ADDRESS\]:PORT"),
+        ("localhost:x", "write HOST"),
+        (":9092", "write HOST"),
+        ("localhost:²", "write HOST"),
+        ("localhost:" + "9" * 5000, "write HOST"),
+        ("localhost\n:9092", "write HOST"),
+        ("our server:9092", "write HOST"),
+    ],
+    ids=lambda text: text[:20],
 )
 def test_a_server_that_can_be_read_in_two_ways_is_none(server: str, words: str, tmp_path: Path) -> None:
     """Of an address of IPv6 without brackets the last group was the port."""
@@ -626,6 +678,18 @@ def test_a_site_that_could_never_work_is_not_made(words: list[str], reason: str,
     assert (done.exit_code, done.output.count("\n")) == (1, 1), done.output
     assert reason in done.output
     assert not (tmp_path / "site").exists()
+
+
+@pytest.mark.parametrize("name", [r"back\table", 'the "old" one', "a'b\\\"c\\", "two\nlines\t", "ä b = 'c'", "$a\x7f"])
+def test_a_path_of_records_is_the_path_that_was_named_whatever_is_in_it(name: str, tmp_path: Path) -> None:
+    """A backslash and a t were a tab, and so another path; after a quote the rest was no setting."""
+    (tmp_path / name).touch()
+    words = ["--server", "fl.example.org", "--data", str(tmp_path / name), "--public-size", "2000"]
+    done = CliRunner().invoke(app, ["site", "init", str(tmp_path / "site"), *words, "--labels", "bad,good"])
+    assert done.exit_code == 0, done.output
+    settings = node_settings(open_site_folder(tmp_path / "site"))
+    assert settings["data"] == str(tmp_path / name)
+    assert parse_config_args([node_config(settings)]) == settings, "Flower reads the node's settings otherwise"
 
 
 @pytest.mark.parametrize(
@@ -841,7 +905,8 @@ class FakeControl:
     def __init__(self, results: list[Status], statuses: list[str]) -> None:
         self.results, self.statuses = results, statuses
         self.submitted: list[dict[str, Any]] = []
-        self.keys: set[str] = set()
+        self.keys: dict[str, str] = {}
+        self.revoked: list[str] = []
         self.stopped: list[str] = []
 
     def online(self) -> set[int]:
@@ -854,11 +919,16 @@ class FakeControl:
         key = public_key.read_text().split()[1]
         if key in self.keys:
             return ""
-        self.keys.add(key)
-        return "17"
+        self.keys[key] = str(17 + len(self.keys))
+        return self.keys[key]
 
     def revoke(self, node_id: str) -> None:
         """Keep the key, as Flower does."""
+        self.revoked.append(node_id)
+
+    def node_of(self, line: bytes) -> str:
+        node = self.keys.get(line.decode().split()[1], "")
+        return "" if node in self.revoked else node
 
     def status(self, run: str) -> str:
         status = self.statuses.pop(0) if self.statuses else "unknown"
@@ -906,11 +976,10 @@ def test_a_key_that_was_shut_out_is_not_said_to_be_registered(
 
 
 def test_a_name_keeps_its_key_and_what_is_no_sites_public_key_is_not_registered(
-    tmp_path: Path, fake_control: Callable[..., FakeControl], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, fake_control: Callable[..., FakeControl]
 ) -> None:
     """Who could register another key under a site's name would answer in its place."""
-    control, revoked = fake_control(), list[str]()
-    monkeypatch.setattr(control, "revoke", revoked.append)
+    control = fake_control()
     server = make_server(tmp_path / "server", ["127.0.0.1"])
     site, other = site_for(tmp_path, 9092, server.path), tmp_path / "other.pub"
     registry.register_site(server, site.path / "node.pub")
@@ -938,10 +1007,150 @@ def test_a_name_keeps_its_key_and_what_is_no_sites_public_key_is_not_registered(
     for name in ("ward", "../nodes/clinic"):
         with pytest.raises(ConfigError, match=f"no site '{name}' is registered; registered are: clinic"):
             registry.revoke_site(server, name)
-    assert (len(control.keys), revoked) == (1, [])
+    assert (len(control.keys), control.revoked) == (1, [])
     assert {path.name: path.read_bytes() for path in server.nodes.iterdir()} == before
     registry.revoke_site(server, "clinic")
-    assert (revoked, list(server.nodes.iterdir())) == (["17"], [])
+    assert (control.revoked, list(server.nodes.iterdir())) == (["17"], [])
+
+
+def test_a_site_that_was_shut_out_does_not_stop_the_job_of_the_others(
+    tmp_path: Path, fake_control: Callable[..., FakeControl], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its key lies in the coordinator's volume at every start of the containers."""
+    fake_control()
+    for name in ("authority", "server", "coordinator", "site-1", "site-2"):
+        (tmp_path / name).mkdir()
+    container.make_keys(2, 8.0, 1e-5, tmp_path)
+    folder = tmp_path / "coordinator"
+
+    def sites(number: int) -> str:
+        words = container.job_command(number, "rounds=3", folder)
+        assert words[:4] == [FEDVEIL, "server", "submit", str(folder)]
+        assert words[-2:] == ["-c", "rounds=3"]
+        return words[words.index("--sites") + 1]
+
+    assert sites(2) == "2"
+    registry.revoke_site(open_server(folder), "site-1")
+    capsys.readouterr()
+    assert (sites(2), sites(3)) == ("1", "2")
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("site-1's key was shut out")
+    assert said[0].endswith("; the job goes on without it")
+    assert said[1] == "site-2 was registered before"
+    with pytest.raises(ConfigError, match="every site was shut out"):
+        sites(1)
+    (folder / "keys" / "site-2.pub").write_text("no key", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"site-2\.pub is not a site's node\.pub"):
+        sites(2)
+
+
+@pytest.mark.parametrize("lost", [("clinic.id", "clinic.pub"), ("clinic.id",), ("clinic.pub",)])
+def test_whoever_was_killed_as_a_key_was_registered_registers_it_again(
+    lost: tuple[str, ...], tmp_path: Path, fake_control: Callable[..., FakeControl]
+) -> None:
+    """Flower had the key and the folder did not: it was said to be shut out, and the site to need a new one."""
+    control = fake_control()
+    server = make_server(tmp_path / "server", ["127.0.0.1"])
+    site = site_for(tmp_path, 9092, server.path)
+    said = registry.register_site(server, site.path / "node.pub")
+    before = {path.name: path.read_bytes() for path in server.nodes.iterdir()}
+    for name in lost:
+        (server.nodes / name).unlink()
+    if "clinic.id" not in lost:
+        own = (site.path / "node.pub").read_text(encoding="utf-8")
+        (tmp_path / "ward.pub").write_text(own.replace("clinic", "ward"), encoding="utf-8")
+        with pytest.raises(ConfigError, match="is the key of clinic, which is registered: ward makes its own"):
+            registry.register_site(server, tmp_path / "ward.pub")
+    assert registry.register_site(server, site.path / "node.pub") == said == "clinic is registered as node 17"
+    assert {path.name: path.read_bytes() for path in server.nodes.iterdir()} == before
+    assert len(control.keys) == 1
+
+
+@pytest.mark.parametrize("left", [("clinic.id", "clinic.pub"), ("clinic.id",), ("clinic.pub",)])
+def test_whoever_was_killed_as_a_site_was_shut_out_shuts_it_out_again(
+    left: tuple[str, ...], tmp_path: Path, fake_control: Callable[..., FakeControl]
+) -> None:
+    """Flower knew the node no more, and the site stayed registered for ever, in the folder and in words."""
+    fake_control()
+    server = make_server(tmp_path / "server", ["127.0.0.1"])
+    site = site_for(tmp_path, 9092, server.path)
+    registry.register_site(server, site.path / "node.pub")
+    before = {path.name: path.read_bytes() for path in server.nodes.iterdir()}
+    registry.revoke_site(server, "clinic")
+    for name in left:
+        (server.nodes / name).write_bytes(before[name])
+    with pytest.raises(registry.ShutOut, match="clinic's key was shut out"):
+        registry.register_site(server, site.path / "node.pub")
+    assert "clinic is shut out" in registry.revoke_site(server, "clinic")
+    assert list(server.nodes.iterdir()) == []
+
+
+def test_a_site_is_shut_out_by_its_key_whatever_its_number_is_said_to_be(
+    tmp_path: Path, fake_control: Callable[..., FakeControl]
+) -> None:
+    control = fake_control()
+    server = make_server(tmp_path / "server", ["127.0.0.1"])
+    registry.register_site(server, site_for(tmp_path, 9092, server.path).path / "node.pub")
+    (server.nodes / "clinic.id").write_text("99\n", encoding="utf-8")
+    registry.revoke_site(server, "clinic")
+    assert control.revoked == ["99", "17"], "Flower did not know the number, and lets the key in"
+
+
+def test_a_key_in_the_folder_that_is_not_text_is_no_trace(
+    tmp_path: Path, fake_control: Callable[..., FakeControl]
+) -> None:
+    control = fake_control()
+    server = make_server(tmp_path / "server", ["127.0.0.1"])
+    site = site_for(tmp_path, 9092, server.path)
+    (server.nodes / "ward.pub").write_bytes(b"\xff\xfe")
+    registry.register_site(server, site.path / "node.pub")
+    with pytest.raises(DataError, match=r"neither .*ward\.id nor .*ward\.pub says which node is the site's"):
+        registry.revoke_site(server, "ward")
+    (server.nodes / "clinic.pub").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="clinic is registered with another key: revoke it first"):
+        registry.register_site(server, site.path / "node.pub")
+    registry.revoke_site(server, "clinic")
+    assert (control.revoked, [path.name for path in server.nodes.iterdir()]) == (["17"], ["ward.pub"])
+
+
+def test_whose_key_a_node_s_is_is_asked_of_the_server_alone(tmp_path: Path) -> None:
+    server, own, other = make_server(tmp_path / "server", ["127.0.0.1"]), new_node_key("clinic"), new_node_key("ward")
+    nodes = [
+        NodeInfo(node_id=7, public_key=public_pem(other.public), status="online"),
+        NodeInfo(node_id=2**64 - 9, public_key=public_pem(own.public), status="registered"),
+    ]
+    status = [200]
+
+    class Answers(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            assert self.path == "/v1/control/list-nodes"
+            self.rfile.read(int(self.headers["content-length"]))
+            self.send_response(status[0])
+            self.end_headers()
+            self.wfile.write(ListNodesResponse(nodes_info=nodes).SerializeToString())
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(server.path / "server.pem", server.path / "server.key")
+    with HTTPServer(("127.0.0.1", 0), Answers) as answers:
+        answers.socket = context.wrap_socket(answers.socket, server_side=True)
+        thread = threading.Thread(target=answers.serve_forever, daemon=True)
+        thread.start()
+        with control_api.control_of(dataclasses.replace(server, control_port=answers.server_port)) as control:
+            assert (control.node_of(own.public), control.node_of(other.public)) == (str(2**64 - 9), "7")
+            assert control.node_of(new_node_key("clinic").public) == ""
+            nodes[1].status = "unregistered"
+            assert control.node_of(own.public) == "", "a key that was shut out is let in"
+            status[0] = 500
+            with pytest.raises(RunFailed, match=r"did not tell whose keys it knows: .*500 Internal Server Error'"):
+                control.node_of(own.public)
+            with pytest.raises(DataError, match="a site's public key is not in OpenSSH form"):
+                control.node_of(b"ecdsa-sha2-nistp384 AAAA clinic")
+            answers.shutdown()
+    with pytest.raises(RunFailed, match=r"did not tell whose keys it knows: nothing answers at 127\.0\.0\.1"):
+        control.node_of(own.public)
 
 
 def test_a_finished_job_is_reported_and_other_settings_make_a_new_run(
@@ -1142,6 +1351,13 @@ def test_flowers_answers_are_read_whatever_its_exit_code(tmp_path: Path, monkeyp
     says('{"success": false, "error-message": "[code: 1] Access denied."}')
     with pytest.raises(RunFailed, match=r"the server did not register the key: .*Access denied"):
         control.register(tmp_path / "node.pub")
+    says('{"success": true, "node-id": 7}')
+    control.revoke("7")
+    says('{"success": false, "error-message": "Using x [code: 24] Node ID not found for account."}')
+    control.revoke("7")
+    says('{"success": false, "error-message": "[code: 1] Access denied."}')
+    with pytest.raises(RunFailed, match=r"the server did not revoke the site: .*Access denied"):
+        control.revoke("7")
     says('{"success": true, "runs": [{"run-id": "7", "status": "finished:failed"}]}')
     assert control.status("7") == "finished:failed"
     says(

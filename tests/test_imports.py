@@ -36,6 +36,7 @@ DOORS = {
         "server/pulls.py",
         "server/submission.py",
         "common/messages/wire.py",
+        "deploy/control.py",
         "deploy/fleet.py",
         "faults/checks.py",
         "faults/faulty_server.py",

@@ -28,7 +28,7 @@ from deploy.commands import QUIET, own_module
 from deploy.doctor import examine_site
 from deploy.server_folder import make_server
 from deploy.site_folder import SiteFolder, make_site
-from deploy.units import server_steps, write_server_unit, write_site_unit
+from deploy.units import server_steps, server_unit, site_unit
 
 ROOT = Path(__file__).resolve().parent.parent
 STAYS = "open({place!r}, 'a').write(f'{{os.getpid()}}\\n'); time.sleep(60)"
@@ -310,23 +310,20 @@ def test_the_doctor_names_the_bundles_and_finds_an_open_secret(
 
 def test_the_units_give_their_programs_no_more_than_they_need(site: SiteFolder, tmp_path: Path) -> None:
     server = make_server(tmp_path / "server", ["127.0.0.1"])
-    write_site_unit(site)
-    write_server_unit(server)
-    for folder, own in (
-        (site.path / "fedveil-site.service", {"PrivateDevices=no", f"ReadWritePaths={site.path}"}),
-        (server.path / "fedveil-server.service", {"PrivateDevices=yes", f"ReadWritePaths={server.path}"}),
+    for (name, unit), own in (
+        (*site_unit(site.path, site.site).items(), {"PrivateDevices=no", f"ReadWritePaths={site.path}"}),
+        (*server_unit(server.path).items(), {"PrivateDevices=yes", f"ReadWritePaths={server.path}"}),
     ):
-        held = folder.read_text().splitlines()
+        held = unit.decode().splitlines()
         wanted = {"NoNewPrivileges=yes", "CapabilityBoundingSet=", "PrivateTmp=yes", "ProtectSystem=strict"}
         wanted |= {"ProtectHome=read-only", "RestrictSUIDSGID=yes", "UMask=0077", f"User={getpass.getuser()}"}
-        assert {line for line in wanted | own if held.count(line) != 1} == set(), folder.name
+        assert {line for line in wanted | own if held.count(line) != 1} == set(), name
 
 
 def test_a_folder_with_blanks_and_signs_in_its_name_is_one_word_of_a_unit_and_of_the_steps(tmp_path: Path) -> None:
     """Blanks part words in both, and in a unit a per cent sign names a specifier and a dollar sign a variable."""
     server = make_server(tmp_path / "St Mary's 5% $A", ["127.0.0.1"])
-    write_server_unit(server)
-    held = (server.path / "fedveil-server.service").read_text().splitlines()
+    held = server_unit(server.path)["fedveil-server.service"].decode().splitlines()
     assert f'ReadWritePaths="{tmp_path}/St Mary\'s 5%% $A"' in held
     assert [line for line in held if line.startswith("ExecStart=") and f' server start "{tmp_path}/St' in line]
     assert [line for line in held if line.endswith(' 5%% $$A"')]
@@ -340,5 +337,4 @@ def test_a_folder_with_blanks_and_signs_in_its_name_is_one_word_of_a_unit_and_of
 
 
 def test_the_unit_tells_the_first_process_alone_to_end(site: SiteFolder) -> None:
-    write_site_unit(site)
-    assert "KillMode=mixed\n" in (site.path / "fedveil-site.service").read_text()
+    assert b"KillMode=mixed\n" in site_unit(site.path, site.site)["fedveil-site.service"]
