@@ -36,7 +36,8 @@ def plan(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything to this file as well.")] = None,
 ) -> None:
     """Print what a run will cost in privacy, bytes, time and memory, before any training."""
-    from common.config.text import parse_settings
+    from common.config.text import files_in, parse_settings
+    from common.files import write_output
     from experiments.planner.earlier import earlier_runs
     from experiments.planner.find import find as find_within_budget
     from experiments.planner.forecast import forecast
@@ -73,7 +74,9 @@ def plan(
         print_forecast(console, planned)
         content = planned.as_json()
     if json_file is not None:
-        _write(json_file, content)
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        write_output({json_file: text.encode()}, [*files_in(settings or []), *(after or [])])
+        console.print(f"written to {json_file}", markup=False, soft_wrap=True)
 
 
 def _sizes(job: Job, sites: int | None, sizes: str) -> tuple[int, ...]:
@@ -88,13 +91,3 @@ def _sizes(job: Job, sites: int | None, sizes: str) -> tuple[int, ...]:
     if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
         raise ConfigError(f"--sizes is {sizes!r}: give whole numbers above 0, separated by commas, such as 700,2400")
     return tuple(int(part) for part in parts)
-
-
-def _write(path: Path, content: dict[str, object]) -> None:
-    from common.files import replace_file
-
-    try:
-        replace_file(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
-    except OSError as error:
-        raise ConfigError(f"--json: {path} cannot be written ({error.strerror}): name a file in a folder") from error
-    console.print(f"written to {path}", markup=False, soft_wrap=True)

@@ -26,7 +26,7 @@ def parse_settings(texts: Iterable[str]) -> dict[str, Scalar]:
     """
     settings: dict[str, Scalar] = {}
     for text in texts:
-        if text.endswith(".toml") and "=" not in text:
+        if files_in([text]):
             settings |= read_settings_file(Path(text))
             continue
         position = 0
@@ -41,6 +41,11 @@ def parse_settings(texts: Iterable[str]) -> dict[str, Scalar]:
                 raise ConfigError(f"cannot read the value of {key!r}: {value} (text needs quotes)") from error
             position = match.end()
     return settings
+
+
+def files_in(texts: Iterable[str]) -> list[Path]:
+    """Return the paths that stand among the texts of ``parse_settings``."""
+    return [Path(text).expanduser() for text in texts if text.endswith(".toml") and "=" not in text]
 
 
 def read_settings_file(path: Path) -> dict[str, Scalar]:
