@@ -90,21 +90,30 @@ def _keep_beside(folder: Path, table: Path) -> None:
 
 
 def _write_picture(folder: Path, picture: Path, sign: Path | None) -> None:
-    from common.files import replace_file
+    from common.files import write_output
+    from common.run_lines import BesideFile, ProgressFile
     from common.strict_json import to_json
     from reports import report_of
-    from reports.picture import picture_of, to_svg
+    from reports.picture import picture_of, read_picture, to_svg
+    from reports.signature import EVIDENCE, FORMS
 
     if picture.suffix != ".svg":
         raise ConfigError(f"--picture is {str(picture)!r}: name a file that ends in .svg")
     if sign is not None:
         raise ConfigError("--picture writes no report that could be signed: give --sign without it")
-    figures = picture_of(report_of(folder))
-    try:
-        replace_file(picture.with_suffix(".json"), (json.dumps(to_json(figures), indent=1) + "\n").encode())
-        replace_file(picture, to_svg(figures).encode())
-    except OSError as error:
-        raise DataError(f"{picture} cannot be written ({error.strerror}): name another file") from error
+    figures, beside = picture_of(report_of(folder)), picture.with_suffix(".json")
+    if beside.is_file():
+        try:
+            read_picture(beside)
+        except (DataError, ValueError):
+            raise DataError(f"{beside} is there and is no picture's: name another --picture") from None
+    elif (
+        beside.name in (*FORMS, *EVIDENCE, ProgressFile.NAME, BesideFile.NAME)
+        and folder.resolve() == beside.parent.resolve()
+    ):
+        raise DataError(f"{beside} is a name of the run's own files: name another --picture")
+    told = (json.dumps(to_json(figures), indent=1) + "\n").encode()
+    write_output({beside: told, picture: to_svg(figures).encode()})
     console.print(f"picture: {picture}", markup=False)
 
 

@@ -76,6 +76,20 @@ def test_a_picture_that_cannot_be_is_refused(name: str, more: list[str], said: s
     assert not (run.folder / name).exists()
 
 
+def test_a_picture_takes_no_other_files_place(run: MadeRun, tmp_path: Path) -> None:
+    (tmp_path / "list.json").write_text('["mine"]')
+    before = {path: path.read_bytes() for path in [*run.folder.glob("*.json"), tmp_path / "list.json"]}
+    for name in (run.folder / "result", run.folder / "config", run.folder / "report", tmp_path / "list"):
+        done = CliRunner().invoke(app, ["report", str(run.folder), "--picture", f"{name}.svg"])
+        assert (done.exit_code, "name another --picture" in done.output) == (1, True), done.output
+        assert not name.with_suffix(".svg").exists()
+    assert {path: path.read_bytes() for path in before} == before
+    assert not (run.folder / "report.json").exists()
+    for _ in range(2):
+        done = CliRunner().invoke(app, ["report", str(run.folder), "--picture", str(run.folder / "own.svg")])
+        assert done.exit_code == 0, done.output
+
+
 def test_a_run_without_a_claim_shows_no_epsilon_and_foreign_names_are_text() -> None:
     picture = Picture("<script>&", 2, None, None, [PicturedRound(0, 0.5, 1.0, None, 0, None)])
     shown = texts(to_svg(picture))
