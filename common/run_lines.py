@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from common.config.sections import Scalar
 from common.errors import DataError
 from common.messages.round import SpendingFigures
-from common.strict_json import BESIDE, Endless, called, from_json
+from common.strict_json import BESIDE, Endless, Measured, called, from_json
 
 AUDITS = "audit*"
 """Names of the files in which audits leave their findings, each an ``AuditFile``."""
@@ -120,14 +120,14 @@ class BaselineFile(RunFile):
 
     NAME: ClassVar[str] = "baseline.json"
     accuracy: float
-    loss: float
+    loss: Measured
     labels: list[LabelScore] = field(default_factory=list)
     """Empty where records have no label."""
     slices: list[LabelScore] = field(default_factory=list)
     """By slice of the test data (``data.slice``)."""
     begun_accuracy: float | None = None
     """After round 0, if the run's start was made from the sites' records there."""
-    begun_loss: float | None = None
+    begun_loss: Measured | None = None
 
 
 @dataclass(frozen=True)
@@ -211,11 +211,11 @@ class LayerLine:
     """That sites train in it."""
     form: Literal["across sites", "of the sum"]
     """What ``score`` is of: what the sites' changes have in common, or the one sum that is seen."""
-    change: float
+    change: Measured
     """Euclidean norm of the averaged change, before the server's optimiser."""
-    agreement: float | None
+    agreement: Measured | None
     """Mean cosine of two sites' changes, each by its share; None of a sum, or of one site."""
-    score: float | None
+    score: Measured | None
     """In standard deviations of what noise alone gives, whose mean is 0; None where that noise is not known."""
     rank: int
     """The most singular values that the averaged change can have."""
@@ -237,7 +237,7 @@ class RoundLine(RunFile):
     """Sites whose result counts; with a trusted server, which tells nobody, the cohort."""
     accuracy: float | None
     """On public data; None, as ``loss``, in a round that was not scored."""
-    loss: float | None
+    loss: Measured | None
     bytes_down: int
     """Adapter payload of all tasks; with a trusted server, of the usual draw."""
     bytes_up: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -33,6 +34,17 @@ def number_text(value: float | None) -> str:
     if value is None:
         return UNKNOWN
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def decimal_text(value: float | None, decimals: int) -> str:
+    """Return a figure with so many decimals; one of a model that diverged has none.
+
+    >>> decimal_text(0.5, 2), decimal_text(float("nan"), 2), decimal_text(None, 2)
+    ('0.50', 'not finite', '–')
+    """
+    if value is None:
+        return UNKNOWN
+    return f"{value:.{decimals}f}" if math.isfinite(value) else "not finite"
 
 
 def numbers_text(values: list[float]) -> str:

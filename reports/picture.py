@@ -14,7 +14,7 @@ from pathlib import Path
 from markupsafe import escape
 
 from common.privacy.figures import epsilon_text
-from common.strict_json import Endless, from_json
+from common.strict_json import Endless, Measured, from_json
 from common.words import counted, percent_text, visible
 from reports.charts import HEIGHT, WIDTH, Axis, Chart, Curve, Mark, line_chart
 from reports.claim import server_is_trusted
@@ -45,7 +45,7 @@ class PicturedRound:
     number: int
     accuracy: float | None
     """On public test data; None: it was not scored."""
-    loss: float | None
+    loss: Measured | None
     epsilon: Endless | None
     """Of the site that has spent most, after this round; None: no claim is made."""
     payload: int

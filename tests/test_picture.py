@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 from cli.main import app
 from common.privacy.accounting import gaussian_release
+from common.run_lines import BaselineFile
 from reports import report_of
 from reports.picture import Picture, PicturedRound, picture_of, read_picture, to_svg
 
@@ -64,6 +66,10 @@ def test_the_command_writes_a_picture_and_the_figures_that_it_is_drawn_from_agai
     assert done.exit_code == 0, done.output
     assert to_svg(read_picture(tmp_path / "run.json")) == (tmp_path / "run.svg").read_text(encoding="utf-8")
     assert not (run.folder / "report.html").exists(), "a report was written as well"
+    run.write(BaselineFile(accuracy=0.5, loss=math.nan))
+    done = CliRunner().invoke(app, ["report", str(run.folder), "--picture", str(tmp_path / "run.svg")])
+    assert done.exit_code == 0, done.output
+    assert '"loss": "nan"' in (tmp_path / "run.json").read_text(encoding="utf-8"), "what is no JSON was written"
 
 
 @pytest.mark.parametrize(

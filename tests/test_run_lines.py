@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+import math
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import pytest
 from made_run import MadeRun
 
 from common.errors import DataError
-from common.files import finite
+from common.files import append_lines, finite
 from common.messages.round import SpendingFigures
 from common.run_lines import (
     Absence,
     BaselineFile,
     ConfigFile,
+    LayerLine,
     PrivacyLine,
     ProgressFile,
     ResultFile,
@@ -28,7 +30,7 @@ from common.run_lines import (
 )
 from common.strict_json import to_json
 from experiments.in_process import run_in_process
-from reports import report_of
+from reports import report_of, write_reports
 from reports.audits import audit_reports
 from reports.folder import read_run
 
@@ -84,6 +86,28 @@ def test_a_file_with_another_key_is_left_out_of_the_report_which_says_so(tmp_pat
     files = read_run(made.folder)
     assert (files.baseline is None, files.result is None) == (kind is BaselineFile, kind is ResultFile)
     assert files.problems == [f"{kind.NAME} has the unknown field 'loss of the site', and is left out"]
+
+
+def test_a_round_of_a_model_that_diverged_is_read_as_it_is_written_and_said(tmp_path: Path) -> None:
+    made = MadeRun(tmp_path / "run", {"rounds": 3}).start().round(1, 0.7)
+    made.write(BaselineFile(accuracy=0.5, loss=math.inf))
+    lost = {"layer": "q", "numbers": 8, "form": "across sites", "rank": 2, "above": None}
+    learning = [LayerLine(**lost, change=math.inf, agreement=math.nan, score=-math.inf)]
+    for number, loss in ((2, math.nan), (3, math.inf)):
+        made.round(number, 0.1)
+        told = [*read_lines(RoundLine, made.folder)]
+        (made.folder / RoundLine.NAME).unlink()
+        told[-1] = replace(told[-1], loss=loss, learning=learning)
+        append_lines(made.folder / RoundLine.NAME, [to_json(line) for line in told])
+    made.end()
+    assert [str(line.loss) for line in read_lines(RoundLine, made.folder)] == ["0.57", "nan", "inf"]
+    assert read_file(BaselineFile, made.folder).loss == math.inf
+    report = report_of(made.folder)
+    assert (report.problems, [row.round_number for row in report.rounds]) == ([], [0, 1, 2, 3])
+    write_reports(made.folder)
+    for form in ("report.md", "report.html"):
+        assert (made.folder / form).read_text(encoding="utf-8").count("not finite") >= 3, form
+    assert json.loads((made.folder / "report.json").read_bytes())["rounds"][2]["loss"] == "nan"
 
 
 def test_who_did_not_take_part_is_one_shape_from_the_attempt_to_the_report(tmp_path: Path) -> None:

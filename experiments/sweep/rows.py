@@ -17,7 +17,7 @@ from typing import Any, Literal
 from common.config.sections import Scalar
 from common.errors import DataError
 from common.files import finite, replace_file
-from common.strict_json import Endless, from_json, to_json
+from common.strict_json import Endless, Measured, from_json, to_json
 
 Key = tuple[str, str, int | None, float | None, int]
 
@@ -41,9 +41,9 @@ class Row:
     accuracy_before: float
     """On the public test part, before round 1."""
     accuracy: float
-    loss_before: float
+    loss_before: Measured
     """Mean cross-entropy on the public test part, in nats."""
-    loss: float
+    loss: Measured
     test_records: int
     epsilon: Endless | None
     """Spent by the site that has spent most; None without a claim."""
