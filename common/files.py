@@ -6,7 +6,9 @@ import json
 import math
 import os
 import stat
+import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from common.errors import DataError
 FileState = tuple[int, int, int] | None
 DATABASE = b"SQLite format 3\0"
 """What a file of SQLite, such as a ledger, begins with."""
+LONGEST_WRITE = 60.0
+"""Seconds."""
 BESIDE_DATABASE = ("-journal", "-wal", "-shm")
 """How the names of the files end that belong to a database."""
 
@@ -83,6 +87,26 @@ def _is_database(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         return file.read(len(DATABASE)) == DATABASE
+
+
+def drop_leftovers(folder: Path) -> None:
+    """Remove what a process that was killed in ``replace_file`` left in a folder; what another one writes now stays."""
+    for path in folder.glob(".*.tmp"):
+        process = path.name.split(".")[-2]
+        with suppress(OSError):
+            # No replacement takes a minute: the number is another process's by then.
+            if process.isdecimal() and (not _runs(int(process)) or time.time() - path.stat().st_mtime > LONGEST_WRITE):
+                path.unlink()
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def sync_folder(folder: Path) -> None:
