@@ -17,7 +17,7 @@ from common.privacy.figures import epsilon_text
 if TYPE_CHECKING:
     from experiments.compare import Outcome
 
-console = Console(highlight=False, soft_wrap=True, emoji=False)
+console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
 
 
 @for_people
@@ -52,5 +52,5 @@ def compare(
     outcomes = run_all(configs or list(DEFAULT), numbers, sites, parse_settings(settings or []), output, done)
     (output / "compare.md").write_text(table(outcomes), encoding="utf-8")
     (output / "compare.json").write_text(json.dumps([asdict(o) for o in outcomes], indent=1) + "\n", encoding="utf-8")
-    console.print(table(outcomes), markup=False)
-    console.print(f"written to {output / 'compare.md'} and {output / 'compare.json'}", markup=False)
+    console.print(table(outcomes))
+    console.print(f"written to {output / 'compare.md'} and {output / 'compare.json'}")

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from common.privacy.events import Event
 
 ledger_app = typer.Typer(no_args_is_help=True, help="Look into a site's privacy ledger, and set budgets.")
-console = Console(highlight=False, soft_wrap=True, emoji=False)
+console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
 
 EXPOSED = (
     "Records of it were released without privacy: no ε holds for them, and private rounds are refused unless the "
@@ -421,4 +421,4 @@ def _cell(value: Any) -> Any:
 def _say(line: str) -> None:
     from common.words import visible
 
-    console.print(visible(line), markup=False)
+    console.print(visible(line))

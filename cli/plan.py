@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,7 +17,7 @@ from common.errors import ConfigError
 if TYPE_CHECKING:
     from strategies.job import Job
 
-console = Console(highlight=False, emoji=False)
+console = Console(highlight=False, emoji=False, markup=False)
 
 
 @for_people
@@ -62,7 +63,7 @@ def plan(
     earlier = earlier_runs(after or [], job)
     history = earlier.history
     if earlier.note:
-        console.print(f"WARNING: {earlier.note}", markup=False, style="bold")
+        console.print(f"WARNING: {earlier.note}", style="bold")
     if find:
         found = find_within_budget(job, find, history)
         job = configure({**overrides, "recipe": job.config.recipe, found.setting: found.value})
@@ -76,7 +77,7 @@ def plan(
     if json_file is not None:
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         write_output({json_file: text.encode()}, [*files_in(settings or []), *(after or [])])
-        console.print(f"written to {json_file}", markup=False, soft_wrap=True)
+        console.print(f"written to {json_file}", soft_wrap=True)
 
 
 def _sizes(job: Job, sites: int | None, sizes: str) -> tuple[int, ...]:
@@ -88,6 +89,6 @@ def _sizes(job: Job, sites: int | None, sizes: str) -> tuple[int, ...]:
     if sites is not None:
         raise ConfigError("give --sizes or --sites, not both: the sizes say how many sites there are")
     parts = [part.strip() for part in sizes.split(",")]
-    if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+    if not all(re.fullmatch(r"0*[1-9][0-9]{0,17}", part) for part in parts):
         raise ConfigError(f"--sizes is {sizes!r}: give whole numbers above 0, separated by commas, such as 700,2400")
     return tuple(int(part) for part in parts)
