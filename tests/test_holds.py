@@ -195,7 +195,11 @@ def test_a_reservation_that_is_none_is_refused(ledger: Ledger, words: Any, said:
         ledger.holds.reserve(*words)
 
 
-@pytest.mark.parametrize("text", ["tomorrow", "2026-13-01", "2026-12-31T12:00:00", ""])
+OUTSIDE = ("9999-12-31T23:59:59-01:00", "0001-01-01T00:00:00+14:00")
+"""Times whose year in UTC is none."""
+
+
+@pytest.mark.parametrize("text", ["tomorrow", "2026-13-01", "2026-12-31T12:00:00", "", *OUTSIDE])
 def test_a_time_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="is no time"):
         moment(text)
