@@ -11,7 +11,6 @@ import shutil
 import socket
 import ssl
 import sys
-import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -67,6 +66,7 @@ def make_keys(
     from common.data.partition import division_of
     from common.errors import ConfigError
     from common.privacy.units import PERSON
+    from common.toml import toml_of
     from deploy.peers import ENTRY, PEERS, make_roster
     from deploy.pin import pin_roster
     from deploy.policy_file import mechanisms_of_job, models_of, pins_of_job, policy_text
@@ -132,7 +132,7 @@ def make_keys(
     for own in folders if honest else ():
         roster = make_roster(own, [other.path / ENTRY for other in folders if other is not own])
         policy = own.path / "policy.toml"
-        if "honest-sites" in tomllib.loads(policy.read_text(encoding="utf-8")):
+        if "honest-sites" in toml_of(policy.read_text(encoding="utf-8")):
             pin_roster(policy, roster.digest)
 
 

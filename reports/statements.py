@@ -18,6 +18,7 @@ from pathlib import Path
 from common.check import nearest
 from common.errors import ConfigError, DataError
 from common.files import replace_file
+from common.toml import toml_of
 
 FOLDER = "statements"
 """In the folder of a run."""
@@ -58,7 +59,7 @@ def read_statement(content: bytes, name: str) -> Statement:
         ConfigError: it is not TOML, lacks a key, or has one that no statement has.
     """
     try:
-        held = tomllib.loads(content.decode("utf-8"))
+        held = toml_of(content.decode("utf-8"))
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"the statement {name} cannot be read: {' '.join(str(error).split())}") from error
     for key in held:

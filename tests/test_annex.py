@@ -151,6 +151,7 @@ def test_a_steward_states_by_the_policy_and_no_server_gets_it(toy_settings: dict
     read = read_statement(out.read_bytes(), "clinic.toml")
     assert (read.site, read.dataset, read.answers) == ("clinic", "ward", ANSWERS)
     assert read.sha256 in said
+    assert read_statement(b"\xef\xbb\xbf" + out.read_bytes(), "clinic.toml").answers == ANSWERS
     held = (folder.path / "policy.toml").read_bytes()
     for own in (folder.path / "policy.toml", folder.path / "node.key", site.node["data"]):
         code, said = fedveil("site", "statement", folder.path, "-o", own)

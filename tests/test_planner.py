@@ -387,6 +387,8 @@ def test_a_budget_too_small_for_one_round_is_said_in_one_line() -> None:
     ("words", "said"),
     [
         (["--sizes", "60,0"], "whole numbers above 0"),
+        (["--sizes", f"60,1{'0' * 5000}"], "whole numbers above 0"),
+        (["-c", f"privacy.epsilon=1{'0' * 400}"], "cannot read the value of 'privacy.epsilon'"),
         (["--sizes", "60", "--sites", "2"], "not both"),
         (["--find", "round"], "did you mean 'rounds'?"),
         (["--find", "rounds"], "set privacy.noise-multiplier"),

@@ -22,6 +22,7 @@ from common.check import nearest
 from common.errors import ConfigError
 from common.secure_sum.canonical import canonical
 from common.secure_sum.identity import KEY_BYTES
+from common.toml import toml_of
 
 LEAST_SITES = 3
 """Of a roster: of a sum of two, each knows the other's part."""
@@ -83,7 +84,7 @@ def load_roster(path: Path) -> Roster:
         ConfigError: it cannot be read, or as ``parse_roster``.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the roster {path} cannot be read: {' '.join(str(error).split())}") from error
     return parse_roster(text, path)
@@ -97,7 +98,7 @@ def parse_roster(text: str, path: Path | str) -> Roster:
             roster.
     """
     try:
-        return Roster(_keys(tomllib.loads(text)))
+        return Roster(_keys(toml_of(text)))
     except (tomllib.TOMLDecodeError, ConfigError) as error:
         raise ConfigError(f"the roster {path}: {error}") from error
 
@@ -111,7 +112,7 @@ def joined(texts: Mapping[str, str]) -> Roster:
     keys: dict[str, bytes] = {}
     for path, text in texts.items():
         try:
-            own = _keys(tomllib.loads(text))
+            own = _keys(toml_of(text))
         except (tomllib.TOMLDecodeError, ConfigError) as error:
             raise ConfigError(f"the roster's entry {path}: {error}") from error
         if twice := [name for name, key in own.items() if keys.get(name, key) != key]:
