@@ -7,7 +7,6 @@ kind.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -15,7 +14,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from common.config.sections import Scalar
 from common.errors import DataError
 from common.messages.round import SpendingFigures
-from common.strict_json import BESIDE, Endless, Measured, called, from_json
+from common.strict_json import BESIDE, Endless, Measured, called, from_json, json_of
 
 AUDITS = "audit*"
 """Names of the files in which audits leave their findings, each an ``AuditFile``."""
@@ -172,6 +171,32 @@ class ResultFile(RunFile):
     """Empty when it completed."""
     reached: Reached | None = field(metadata=BESIDE)
     """None if no round was complete, or nothing could be saved."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterFile(RunFile):
+    """What the adapter beside it, in ``adapter/``, was trained on, and what scoring it needs."""
+
+    NAME: ClassVar[str] = "fedveil.json"
+    base_model: str
+    base_fingerprint: str
+    """SHA-256 of what the base model computes (``common.model.base.model_fingerprint``)."""
+    base_parameters: int = 0
+    """Weights of the base model; 0, as of the next two: an earlier FedVeil did not record it."""
+    adapter_parameters: int = 0
+    """Numbers that sites train below the head."""
+    head_parameters: int = 0
+    bundle: str = ""
+    """SHA-256 of the server's code; empty: an earlier FedVeil did not record it."""
+    task: str
+    label_names: list[str]
+    """In the order of the head's rows; empty without labels."""
+    max_length: int
+    """As ``model.max-length``."""
+    feature_scale: float
+    precision: str
+    """Of the forward pass, as torch calls its dtype."""
+    settings: dict[str, Scalar]
 
 
 @dataclass(frozen=True)
@@ -358,14 +383,18 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON file of a run's folder.
 
     Raises:
-        DataError: the file is missing or not JSON.
+        DataError: the file is missing, cannot be read, or is no JSON object.
     """
     try:
-        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        value = json_of(path.read_bytes())
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing: {path.parent} is not the folder of a finished run") from error
-    except json.JSONDecodeError as error:
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}): check rights and files") from error
+    except ValueError as error:
         raise DataError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path} is not an object")
     return value
 
 
@@ -389,9 +418,9 @@ def read_lines(of: type[F], folder: Path) -> list[F]:
     if not path.is_file():
         return []
     lines: list[F] = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, text in enumerate(path.read_bytes().splitlines(), start=1):
         try:
-            lines.append(from_json(of, json.loads(text), f"line {number} of {path}"))
+            lines.append(from_json(of, json_of(text), f"line {number} of {path}"))
         except ValueError as error:
             raise DataError(f"line {number} of {path} is not JSON: {error}") from error
     return lines

@@ -7,6 +7,7 @@ infinite, which files hold as the text ``inf``, and one of type ``Measured`` may
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,14 @@ NOT_FINITE = ("inf", "-inf", "nan")
 BESIDE = {"beside": True}
 """Metadata of a field, a dataclass or None, whose own fields are written beside the others; all null for None."""
 T = TypeVar("T")
+
+
+def json_of(text: str | bytes) -> Any:
+    """Return the value of a text, in UTF-8, whose every fault is a ValueError: also brackets that nest too deeply."""
+    try:
+        return json.loads(text if isinstance(text, str) else text.decode("utf-8"))
+    except RecursionError as error:
+        raise ValueError("brackets are nested too deeply") from error
 
 
 def called(key: str) -> dict[str, str]:

@@ -37,7 +37,7 @@ from common.privacy.accounting import Release
 from common.privacy.events import LEAST_NOISE, MOST_NOISE
 from common.privacy.privacy_filter import commitment_to, price, promised
 from common.run_lines import BaselineFile, ResultFile, RoundLine, TuningFile, read_file, read_lines
-from common.strict_json import Endless, Measured, from_json, to_json
+from common.strict_json import Endless, Measured, from_json, json_of, to_json
 from common.tasks import TASKS
 from common.toml import read_toml
 from experiments.planner.price import paid_before, site_plans
@@ -348,7 +348,7 @@ def _tell(tuning: Tuning, paid: Sequence[Outcome], whom: Sequence[Outcome], best
 
 def _state(path: Path) -> State:
     try:
-        return from_json(State, json.loads(path.read_text(encoding="utf-8")), str(path))
+        return from_json(State, json_of(path.read_bytes()), str(path))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({' '.join(str(error).split())}): mend it, or move it away") from error
 

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_run import MadeRun
+from made_run import MadeRun, adapter_told
+from test_report import fedveil
 
 from common.errors import DataError
 from common.files import append_lines, finite
 from common.messages.round import SpendingFigures
 from common.run_lines import (
     Absence,
+    AdapterFile,
     BaselineFile,
     ConfigFile,
     LayerLine,
@@ -30,9 +32,11 @@ from common.run_lines import (
 )
 from common.strict_json import to_json
 from experiments.in_process import run_in_process
+from experiments.site_count import recorded_sites
 from reports import report_of, write_reports
 from reports.audits import audit_reports
 from reports.folder import read_run
+from reports.picture import read_picture
 
 FILES: tuple[type[RunFile], ...] = (ConfigFile, BaselineFile, ProgressFile, ResultFile)
 LINES: tuple[type[RunFile], ...] = (RoundLine, PrivacyLine)
@@ -63,6 +67,46 @@ def test_what_is_not_there_is_an_error_or_none(tmp_path: Path) -> None:
     (tmp_path / "rounds.jsonl").write_text("{\n")
     with pytest.raises(DataError, match=r"line 1 of .*rounds\.jsonl is not JSON"):
         read_lines(RoundLine, tmp_path)
+
+
+HUGE = b"1" * 5000
+DAMAGED = [b"\xff", b"[" * 100_000, HUGE, b"[]", b"null", b'{"status": "\xff"}', b'{"round": %s}' % HUGE]
+"""Contents of files that no line or file of a run has."""
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=lambda content: content[:12].decode("latin-1"))
+def test_a_damaged_file_is_one_line_to_every_reader(content: bytes, tmp_path: Path) -> None:
+    made = MadeRun(tmp_path / "run", {"rounds": 1}).start().round(1, 0.7).end()
+    (made.folder / "adapter").mkdir()
+    damaged = ("result.json", "rounds.jsonl", "audit.json", "beside.json", "adapter/fedveil.json", "simulated.json")
+    for name in damaged:
+        (made.folder / name).write_bytes(content)
+    for read in (
+        lambda: read_file(ResultFile, made.folder),
+        lambda: read_lines(RoundLine, made.folder),
+        lambda: read_file(AdapterFile, made.folder / "adapter"),
+        lambda: read_picture(made.folder / "result.json"),
+        lambda: recorded_sites(made.folder),
+    ):
+        with pytest.raises((DataError, ValueError)) as caught:
+            read()
+        assert "\n" not in str(caught.value)
+    problems = report_of(made.folder).problems
+    assert len(problems) == len(damaged) - 1, problems
+    for command in ("evaluate", "ask", "intruders", "prune"):
+        words = {"ask": ["text"], "prune": ["--by", str(made.folder), str(tmp_path / "out")]}.get(command, [])
+        code, said = fedveil(command, *([] if command == "prune" else [made.folder]), *words)
+        assert code in (1, 2), said
+        assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("content", [{}, {"task": "classification"}, {"task": "dreams"}, {"precision": "float0"}])
+def test_an_adapter_that_does_not_say_what_it_is_is_one_line(content: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    whole = content if len(content) != 1 or "classification" in content.values() else adapter_told(**content)
+    (tmp_path / "run" / "adapter" / "fedveil.json").write_text(json.dumps(whole))
+    code, said = fedveil("evaluate", tmp_path / "run")
+    assert (code, said.count("\n"), "fedveil.json" in said) == (1, 1, True), said
 
 
 @pytest.mark.parametrize("kind", LINES, ids=lambda kind: kind.NAME)
