@@ -20,8 +20,16 @@ def visible(text: str) -> str:
     >>> visible("site\\x1b[2K\\nfine")
     'site\ufffd[2K fine'
     """
-    spaced = re.sub(r"[\t\r\n]+", " ", text)
-    return "".join(character if character.isprintable() else "\ufffd" for character in spaced)
+    return printable(re.sub(r"[\t\r\n]+", " ", text))
+
+
+def printable(text: str, instead: str = "\ufffd") -> str:
+    """Return ``text`` with ``instead`` of every character that cannot be seen.
+
+    >>> printable("a\\x1b[2Kb", "?")
+    'a?[2Kb'
+    """
+    return "".join(character if character.isprintable() else instead for character in text)
 
 
 def percent_text(share: float | None) -> str:

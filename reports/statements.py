@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.check import nearest
+from common.check import PLAIN_NAME, nearest
 from common.errors import ConfigError, DataError
 from common.files import replace_file
 from common.toml import toml_of
@@ -29,7 +28,6 @@ QUESTIONS = {
 }
 """What a steward answers, by the policy's keys."""
 KEYS = ("site", "dataset-id", *QUESTIONS)
-SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ def read_statement(content: bytes, name: str) -> Statement:
             raise ConfigError(
                 f"the statement {name} lacks {key}: have the steward write it with 'fedveil site statement'"
             )
-    if not SITE_NAME.fullmatch(held["site"]):
+    if not PLAIN_NAME.fullmatch(held["site"]):
         raise ConfigError(f"the statement {name} is of the site {held['site'][:70]!r}, which is no name of one")
     answers = {key: held[key] for key in QUESTIONS}
     return Statement(held["site"], held["dataset-id"], answers, hashlib.sha256(content).hexdigest())

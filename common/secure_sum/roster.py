@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.check import nearest
+from common.check import PLAIN_NAME, nearest
 from common.errors import ConfigError
 from common.secure_sum.canonical import canonical
 from common.secure_sum.identity import KEY_BYTES
@@ -27,7 +27,7 @@ from common.toml import toml_of
 LEAST_SITES = 3
 """Of a roster: of a sum of two, each knows the other's part."""
 MOST_SITES = 1000
-SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+SITE_NAME = PLAIN_NAME
 """A site's name is also the comment of its node's key, where a blank would end it, and names files at the server."""
 _KEYS = ("name", "key")
 
