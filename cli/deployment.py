@@ -275,7 +275,7 @@ def site_statement(
         settings = node_settings(site)
         write_output(
             {output: text.encode()},
-            [folder, *(Path(str(settings[key])) for key in ("policy", "data") if key in settings)],
+            [site.path, *(Path(str(settings[key])) for key in ("policy", "data") if key in settings)],
         )
         _say(f"written: {output}")
 
