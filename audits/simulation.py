@@ -96,7 +96,7 @@ def probe_run(folder: Path, fault: Fault = SOUND, canaries: int = CANARIES) -> F
     settings = settings_of(folder, axes[present].tolist())
     with patch.object(app, "PROJECT", bundle(folder / "bundle", fault)):
         run = simulate(settings, 1, lambda _: None)
-    module, _ = load_result(run / "adapter")
+    module = load_result(run / "adapter").module
     # The strategy trains the B factors alone; they start at zero and stand in the module's order.
     after = torch.cat([p.detach().double().flatten() for name, p in module.named_parameters() if "lora_B" in name])
     divisor = public_size_of_part(int(present.sum()))

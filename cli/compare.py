@@ -17,7 +17,7 @@ from common.privacy.figures import epsilon_text
 if TYPE_CHECKING:
     from experiments.compare import Outcome
 
-console = Console(highlight=False, soft_wrap=True, emoji=False)
+console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
 
 
 @for_people
@@ -34,6 +34,7 @@ def compare(
 ) -> None:
     """Run each configuration with and without privacy under each seed, and print a table."""
     from common.config.text import parse_settings
+    from common.files import finite, replace_file
     from experiments.compare import DEFAULT, table
     from experiments.compare import compare as run_all
 
@@ -50,7 +51,8 @@ def compare(
         )
 
     outcomes = run_all(configs or list(DEFAULT), numbers, sites, parse_settings(settings or []), output, done)
-    (output / "compare.md").write_text(table(outcomes), encoding="utf-8")
-    (output / "compare.json").write_text(json.dumps([asdict(o) for o in outcomes], indent=1) + "\n", encoding="utf-8")
-    console.print(table(outcomes), markup=False)
-    console.print(f"written to {output / 'compare.md'} and {output / 'compare.json'}", markup=False)
+    replace_file(output / "compare.md", table(outcomes).encode())
+    told = json.dumps(finite([asdict(outcome) for outcome in outcomes]), indent=1, allow_nan=False) + "\n"
+    replace_file(output / "compare.json", told.encode())
+    console.print(table(outcomes))
+    console.print(f"written to {output / 'compare.md'} and {output / 'compare.json'}")

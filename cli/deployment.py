@@ -10,7 +10,7 @@ import typer
 
 from cli.column_options import with_columns
 from cli.errors import for_people
-from common.errors import ConfigError, DataError
+from common.errors import ConfigError
 from deploy.check_results import CheckResult
 
 server_app = typer.Typer(no_args_is_help=True, help="The coordinator's side: keys, sites, jobs.")
@@ -262,20 +262,22 @@ def site_statement(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="A file to hand over.")] = None,
 ) -> None:
     """Print the steward's own statement from the policy (source, legal-basis, retention), and its hash."""
-    from deploy.site_folder import open_site_folder
+    from deploy.site_folder import node_settings, open_site_folder
     from deploy.statement import statement_of
     from reports.statements import read_statement
 
-    text = statement_of(open_site_folder(folder))
+    site = open_site_folder(folder)
+    text = statement_of(site)
     _say(text.rstrip("\n"))
     _say(f"SHA-256: {read_statement(text.encode(), 'of this site').sha256}")
     if output is not None:
-        from common.files import replace_file
+        from common.files import write_output
 
-        try:
-            replace_file(output, text.encode())
-        except OSError as error:
-            raise DataError(f"{output} cannot be written ({error.strerror}): name another file") from error
+        settings = node_settings(site)
+        write_output(
+            {output: text.encode()},
+            [site.path, *(Path(str(settings[key])) for key in ("policy", "data") if key in settings)],
+        )
         _say(f"written: {output}")
 
 

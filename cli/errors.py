@@ -34,4 +34,5 @@ def for_people(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _say(what: object) -> None:
-    Console(stderr=True, highlight=False, soft_wrap=True, emoji=False).print(f"fedveil: {what}", markup=False)
+    console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False, markup=False)
+    console.print(f"fedveil: {what}")

@@ -13,7 +13,7 @@ from rich.text import Text
 from cli.errors import for_people
 from common.words import UNKNOWN, counted, visible
 
-console = Console(highlight=False, soft_wrap=True, emoji=False)
+console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
 
 
 @for_people

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from cli.errors import for_people
 from common.check import in_range, nearest, one_of, positive
-from common.errors import ConfigError, DataError, LedgerError
+from common.errors import ConfigError, LedgerError
 from common.privacy.figures import epsilon_text, honest_text, remaining_text
 from common.privacy.meaning import MOST_UNITS
 from common.privacy.units import RECORD
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from common.privacy.events import Event
 
 ledger_app = typer.Typer(no_args_is_help=True, help="Look into a site's privacy ledger, and set budgets.")
-console = Console(highlight=False, soft_wrap=True, emoji=False)
+console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
 
 EXPOSED = (
     "Records of it were released without privacy: no ε holds for them, and private rounds are refused unless the "
@@ -219,7 +219,7 @@ def receipt(
 ) -> None:
     """Print what one run has cost a data set; as a file, with every charge, it can be signed and handed over."""
     from client.ledger.receipts import receipt_of
-    from common.files import replace_file
+    from common.files import write_output
 
     if sign is not None and output is None:
         raise ConfigError("--sign needs a file to sign: name one with --output")
@@ -251,11 +251,8 @@ def receipt(
         from reports.signature import sign as signed_with
 
         files[output.with_name(f"{output.name}.sig")] = signed_with(content, sign)
-    for place, data in files.items():
-        try:
-            replace_file(place, data)
-        except OSError as error:
-            raise DataError(f"{place} cannot be written ({error.strerror}): name another file") from error
+    write_output(files, [path, *([] if sign is None else [sign])])
+    for place in files:
         _say(f"written: {place}")
 
 
@@ -289,12 +286,9 @@ def export(
     if output is None:
         sys.stdout.write(text)
         return
-    from common.files import replace_file
+    from common.files import write_output
 
-    try:
-        replace_file(output, text.encode())
-    except OSError as error:
-        raise DataError(f"{output} cannot be written ({error.strerror}): name another file") from error
+    write_output({output: text.encode()}, [path])
     _say(f"{len(charges)} charges, {len(exposures)} exposures and {len(failures)} failures are in {output}")
 
 
@@ -427,4 +421,4 @@ def _cell(value: Any) -> Any:
 def _say(line: str) -> None:
     from common.words import visible
 
-    console.print(visible(line), markup=False)
+    console.print(visible(line))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from cli.compare import compare
 from cli.deployment import doctor_app, server_app, site_app
@@ -24,7 +25,7 @@ from cli.serving import ask, export, merge
 from cli.settings import settings
 from cli.sweep import pictures, sweep
 from cli.tune import tune
-from common.words import counted, names_text, natural
+from common.words import counted, decimal_text, names_text, natural, visible
 
 if TYPE_CHECKING:
     from common.model.federated import Score
@@ -40,7 +41,7 @@ for command in (report, watch, verify, keygen, merge, export, ask, prune, recove
     app.command()(command)
 app.command()(compare)
 app.command()(settings)
-console = Console(highlight=False, soft_wrap=True, emoji=False)
+console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
 
 Overrides = Annotated[
     list[str] | None,
@@ -98,22 +99,23 @@ def run(
     job = configure(overrides)
     print_notes(job, note)
     number, promise = sites_of(job.config, sites), job.mechanism.promise(job.config.privacy)
-    console.print(
+    banner = (
         f"{job.strategy.name} on {job.config.model.name} and {job.config.data.name}: "
         f"{counted(number, 'site')}, {counted(job.config.rounds, 'round')} of "
         f"{counted(job.config.training.local_steps, 'step')}, {promise}"
     )
+    console.print(visible(banner))
     with console.status("starting Flower") as status:
 
         def watch(progress: Any) -> None:
             for line in progress.lines:
-                console.print(line, markup=False)
-            status.update(_progress_words(progress.state, time.monotonic() - began))
+                console.print(line)
+            status.update(Text(visible(_progress_words(progress.state, time.monotonic() - began))))
 
         folder = simulate(overrides, number, watch, workers=workers)
     write_reports(folder)
     print_summary(folder)
-    console.print(f"report: {folder / 'report.html'}\nadapter: {folder / 'adapter'}", markup=False)
+    console.print(f"report: {folder / 'report.html'}\nadapter: {folder / 'adapter'}")
     console.print(f"{time.monotonic() - began:.0f} s in all")
 
 
@@ -140,7 +142,7 @@ def evaluate(
     from experiments.evaluate import evaluate_recovered, evaluate_run
 
     def words(score: Score) -> str:
-        return f"accuracy {100 * score.accuracy:.1f} %  loss {score.loss:.4f}"
+        return f"accuracy {100 * score.accuracy:.1f} %  loss {decimal_text(score.loss, 4)}"
 
     if recovered is None:
         console.print(words(evaluate_run(folder)))

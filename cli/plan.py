@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,7 +17,7 @@ from common.errors import ConfigError
 if TYPE_CHECKING:
     from strategies.job import Job
 
-console = Console(highlight=False, emoji=False)
+console = Console(highlight=False, emoji=False, markup=False)
 
 
 @for_people
@@ -36,7 +37,8 @@ def plan(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything to this file as well.")] = None,
 ) -> None:
     """Print what a run will cost in privacy, bytes, time and memory, before any training."""
-    from common.config.text import parse_settings
+    from common.config.text import files_in, parse_settings
+    from common.files import write_output
     from experiments.planner.earlier import earlier_runs
     from experiments.planner.find import find as find_within_budget
     from experiments.planner.forecast import forecast
@@ -61,7 +63,7 @@ def plan(
     earlier = earlier_runs(after or [], job)
     history = earlier.history
     if earlier.note:
-        console.print(f"WARNING: {earlier.note}", markup=False, style="bold")
+        console.print(f"WARNING: {earlier.note}", style="bold")
     if find:
         found = find_within_budget(job, find, history)
         job = configure({**overrides, "recipe": job.config.recipe, found.setting: found.value})
@@ -73,7 +75,9 @@ def plan(
         print_forecast(console, planned)
         content = planned.as_json()
     if json_file is not None:
-        _write(json_file, content)
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        write_output({json_file: text.encode()}, [*files_in(settings or []), *(after or [])])
+        console.print(f"written to {json_file}", soft_wrap=True)
 
 
 def _sizes(job: Job, sites: int | None, sizes: str) -> tuple[int, ...]:
@@ -85,16 +89,6 @@ def _sizes(job: Job, sites: int | None, sizes: str) -> tuple[int, ...]:
     if sites is not None:
         raise ConfigError("give --sizes or --sites, not both: the sizes say how many sites there are")
     parts = [part.strip() for part in sizes.split(",")]
-    if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+    if not all(re.fullmatch(r"0*[1-9][0-9]{0,17}", part) for part in parts):
         raise ConfigError(f"--sizes is {sizes!r}: give whole numbers above 0, separated by commas, such as 700,2400")
     return tuple(int(part) for part in parts)
-
-
-def _write(path: Path, content: dict[str, object]) -> None:
-    from common.files import replace_file
-
-    try:
-        replace_file(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
-    except OSError as error:
-        raise ConfigError(f"--json: {path} cannot be written ({error.strerror}): name a file in a folder") from error
-    console.print(f"written to {path}", markup=False, soft_wrap=True)

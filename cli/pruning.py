@@ -10,7 +10,7 @@ from rich.console import Console
 
 from cli.errors import for_people
 
-console = Console(highlight=False, soft_wrap=True, emoji=False)
+console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
 
 
 @for_people
@@ -29,8 +29,8 @@ def prune(
     from experiments.pruning.prune import prune_model
 
     about = prune_model(model, target, groups, neurons, task, by)
-    console.print(f"model: {target}, fingerprint {about.small_fingerprint}", markup=False)
-    console.print(f"of:    {about.large}, fingerprint {about.large_fingerprint}", markup=False)
+    console.print(f"model: {target}, fingerprint {about.small_fingerprint}")
+    console.print(f"of:    {about.large}, fingerprint {about.large_fingerprint}")
 
 
 @for_people
@@ -45,5 +45,5 @@ def recover(
     from experiments.pruning.recover import recover_run
 
     large = recover_run(folder, target, pruned)
-    console.print(f"adapter: {target}, for {large}", markup=False)
-    console.print(f"score:   fedveil evaluate {folder} --recovered {target}", markup=False)
+    console.print(f"adapter: {target}, for {large}")
+    console.print(f"score:   fedveil evaluate {folder} --recovered {target}")

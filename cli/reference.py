@@ -40,6 +40,7 @@ from common.privacy.events import Event
 from common.run_lines import (
     AUDITS,
     Absence,
+    AdapterFile,
     AuditFile,
     BaselineFile,
     BesideFile,
@@ -138,6 +139,7 @@ def run_folder_page() -> str:
         TuningFile,
     )
     parts = [(f"`{kind.NAME}`", _fields(kind), _about(kind)) for kind in files]
+    parts.append((f"`adapter/{AdapterFile.NAME}`", _fields(AdapterFile), _about(AdapterFile)))
     parts.append((f"`{AUDITS}.json`", _fields(AuditFile), _about(AuditFile)))
     nested: Mapping[type[Any], str] = {
         SpendingFigures: "in `privacy.jsonl`, beside the other keys",
@@ -160,7 +162,8 @@ def run_folder_page() -> str:
         "showed, `log.jsonl` the server's log, `adapter/` the result in PEFT's format with the head and a model card "
         "beside it, `report.*` the report, `facts.html` its fact sheet. In a simulation `ledgers/` holds the sites' "
         "ledgers. Of a run whose server is trusted, `log.jsonl` and `ledgers/` have the times of rounds and are not to "
-        "be published.",
+        "be published. A figure of type `Endless` may be the text `inf`, and one of type `Measured`, of a model that "
+        "may have diverged, also `-inf` or `nan`.",
         *parts,
     )
 

@@ -19,7 +19,7 @@ from common.words import counted
 
 MOST_NAME = 20
 """Columns that a narrow terminal keeps for the name of a site."""
-console = Console(highlight=False, soft_wrap=True, emoji=False)
+console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
 
 
 @for_people
@@ -67,13 +67,13 @@ def report(
         return
     for file in statements or []:
         kept = keep_statement(folder, file)
-        console.print(f"statement of {visible(kept.site)}: SHA-256 {kept.sha256}", markup=False)
+        console.print(f"statement of {visible(kept.site)}: SHA-256 {kept.sha256}")
     written = write_reports(folder, sign, registry=registry, annex=annex or bool(statements))
     print_summary(folder)
     if registry:
         for key, question in read_declared(folder).open().items():
-            console.print(f"not declared: {key}: {question}", markup=False)
-    console.print("\n".join(str(path) for path in written), markup=False)
+            console.print(f"not declared: {key}: {question}")
+    console.print("\n".join(str(path) for path in written))
 
 
 def _keep_beside(folder: Path, table: Path) -> None:
@@ -90,22 +90,31 @@ def _keep_beside(folder: Path, table: Path) -> None:
 
 
 def _write_picture(folder: Path, picture: Path, sign: Path | None) -> None:
-    from common.files import replace_file
+    from common.files import finite, write_output
+    from common.run_lines import BesideFile, ProgressFile
     from common.strict_json import to_json
     from reports import report_of
-    from reports.picture import picture_of, to_svg
+    from reports.picture import picture_of, read_picture, to_svg
+    from reports.signature import EVIDENCE, FORMS
 
     if picture.suffix != ".svg":
         raise ConfigError(f"--picture is {str(picture)!r}: name a file that ends in .svg")
     if sign is not None:
         raise ConfigError("--picture writes no report that could be signed: give --sign without it")
-    figures = picture_of(report_of(folder))
-    try:
-        replace_file(picture.with_suffix(".json"), (json.dumps(to_json(figures), indent=1) + "\n").encode())
-        replace_file(picture, to_svg(figures).encode())
-    except OSError as error:
-        raise DataError(f"{picture} cannot be written ({error.strerror}): name another file") from error
-    console.print(f"picture: {picture}", markup=False)
+    figures, beside = picture_of(report_of(folder)), picture.with_suffix(".json")
+    if beside.is_file():
+        try:
+            read_picture(beside)
+        except (DataError, ValueError):
+            raise DataError(f"{beside} is there and is no picture's: name another --picture") from None
+    elif (
+        beside.name in (*FORMS, *EVIDENCE, ProgressFile.NAME, BesideFile.NAME)
+        and folder.resolve() == beside.parent.resolve()
+    ):
+        raise DataError(f"{beside} is a name of the run's own files: name another --picture")
+    told = (json.dumps(finite(to_json(figures)), indent=1, allow_nan=False) + "\n").encode()
+    write_output({beside: told, picture: to_svg(figures).encode()})
+    console.print(f"picture: {picture}")
 
 
 @for_people
@@ -117,7 +126,7 @@ def watch(
     from reports.watch import LOOPBACK, Watched
 
     with Watched(folder, port) as watched:
-        console.print(f"http://{LOOPBACK}:{watched.server_port}/ (Ctrl-C ends it)", markup=False)
+        console.print(f"http://{LOOPBACK}:{watched.server_port}/ (Ctrl-C ends it)")
         try:
             watched.serve_forever(poll_interval=0.2)
         except KeyboardInterrupt:
@@ -138,7 +147,7 @@ def verify(
     try:
         signed = verified(folder if folder.is_dir() else folder.parent, key)
     except NotGenuine as error:
-        console.print(f"invalid: {error}", markup=False)
+        console.print(f"invalid: {error}")
         raise typer.Exit(1) from None
     epsilon, delta = signed["epsilon"], signed["delta"]
     claim = "no privacy claim" if epsilon is None else f"ε {epsilon_text(float(epsilon))} at δ {delta:g}"
@@ -154,7 +163,6 @@ def verify(
     console.print(
         f"valid: run {visible(signed['run'])} ({visible(signed['strategy'])}), {visible(signed['status'])}{rounds}, "
         f"{claim}; signed {signed['signed']} by the owner of {key}; {files}",
-        markup=False,
     )
 
 
@@ -184,7 +192,7 @@ def keygen(path: Annotated[Path, typer.Argument(help="Where the private key goes
     from reports.signature import make_key
 
     public = make_key(path)
-    console.print(f"private key: {path} (keep it to yourself)\npublic key: {public} (give it away)", markup=False)
+    console.print(f"private key: {path} (keep it to yourself)\npublic key: {public} (give it away)")
 
 
 def print_summary(folder: Path) -> None:
@@ -227,18 +235,18 @@ def print_summary(folder: Path) -> None:
     else:
         console.print(f"federation: {data.claim.sentence}")
     if head.epsilon is not None and (note := bound_note(data.audit_results)):
-        console.print(note, markup=False)
+        console.print(note)
     if data.unbounded:
-        console.print(data.unbounded, markup=False)
+        console.print(data.unbounded)
     if data.meaning is not None:
         said = (attack_sentence(data.meaning), several_sentence(data.meaning), data.meaning.caution)
-        console.print(visible(" ".join(text for text in said if text)), markup=False)
+        console.print(visible(" ".join(text for text in said if text)))
     for text in connection_sentences(data.connections):
-        console.print(visible(text), markup=False)
+        console.print(visible(text))
     for text in data.alarms:
         console.print(Text(f"AUDIT FAILED: {visible(text)}", style="bold red"))
     for text in [*data.problems, *data.claim.gaps]:
-        console.print(f"take care: {visible(text)}", markup=False)
+        console.print(f"take care: {visible(text)}")
     console.print(
         f"accuracy on public data: {percent_text(head.accuracy_before)} before, "
         f"{percent_text(head.accuracy_after)} after {counted(head.rounds_done, 'round')}"
@@ -248,7 +256,6 @@ def print_summary(folder: Path) -> None:
         console.print(
             f"with 95 % intervals, on {counted(whole.records, 'public record')}: {share_text(whole.before)} before, "
             f"{share_text(whole.after)} after",
-            markup=False,
         )
     if data.status != "completed":
-        console.print(visible(f"{data.status}: {data.reason or 'no result yet'}"), markup=False)
+        console.print(visible(f"{data.status}: {data.reason or 'no result yet'}"))

@@ -11,7 +11,7 @@ from rich.console import Console
 from cli.errors import for_people
 from common.words import counted, percent_text
 
-console = Console(highlight=False, soft_wrap=True, emoji=False)
+console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
 RunFolder = Annotated[Path, typer.Argument(help="A run's folder.")]
 
 
@@ -28,7 +28,7 @@ def merge(
     from experiments.serving.merge import merge_run
 
     code = merge_run(folder, target, form)
-    console.print(f"model: {target}\n\n{code}", markup=False, end="")
+    console.print(f"model: {target}\n\n{code}", end="")
 
 
 @for_people
@@ -40,7 +40,7 @@ def export(
     from experiments.serving.gguf import export_gguf
 
     layers = export_gguf(folder, gguf)
-    console.print(f"adapter: {gguf}, {counted(layers, 'layer')}", markup=False)
+    console.print(f"adapter: {gguf}, {counted(layers, 'layer')}")
 
 
 @for_people
@@ -56,4 +56,4 @@ def ask(
 
     for answer in ask_run(folder, words):
         share = "" if answer.probability is None else f"{percent_text(answer.probability):>8}  "
-        console.print(f"{share}{answer.text}", markup=False)
+        console.print(f"{share}{answer.text}")

@@ -15,10 +15,9 @@ from rich.console import Console
 
 from cli.errors import for_people
 from cli.notes import print_notes
-from common.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
-console = Console(highlight=False, soft_wrap=True, emoji=False)
+console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
 
 
 @for_people
@@ -29,8 +28,8 @@ def settings(
 ) -> None:
     """Print every setting with its meaning, range, unit and value, as a TOML file that ``-c`` takes."""
     from cli.settings_reference import lines_of, select, values_of
-    from common.config.text import parse_settings
-    from common.files import replace_file
+    from common.config.text import files_in, parse_settings
+    from common.files import write_output
     from strategies.job import configure, known_settings, with_recipe
     from strategies.renamed import by_new_names
 
@@ -43,12 +42,7 @@ def settings(
     sys.stdout.write("\n".join(shown))
     if json_file is not None:
         content = json.dumps(values_of(asked, run, names or []), indent=2, ensure_ascii=False) + "\n"
-        try:
-            replace_file(json_file, content.encode())
-        except OSError as error:
-            raise ConfigError(
-                f"--json: {json_file} cannot be written ({error.strerror}): name a file in a folder"
-            ) from error
+        write_output({json_file: content.encode()}, files_in(config or []))
 
 
 def write() -> list[Path]:

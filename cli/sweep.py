@@ -17,7 +17,7 @@ from experiments.run import sweep as run_sweep
 if TYPE_CHECKING:
     from experiments.sweep.rows import Row
 
-console = Console(highlight=False, soft_wrap=True, emoji=False)
+console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
 sweep = for_people(run_sweep)
 
 
@@ -56,7 +56,7 @@ def pictures(
     rows = [row if row.sweep == first else replace(row, variant=f"{row.sweep}: {row.variant}") for row in rows]
     figures = [] if ours else read_published(published or SHIPPED)
     for path in write_pictures(rows, figures, output or files[0].parent, files[0].stem):
-        console.print(str(path), markup=False)
+        console.print(str(path))
 
 
 def _patterns(option: str, said: str, rows: list[Row]) -> list[str]:

@@ -17,7 +17,7 @@ from common.privacy.figures import epsilon_text
 if TYPE_CHECKING:
     from experiments.tune import Tuned, Tuning
 
-console = Console(highlight=False, soft_wrap=True, emoji=False)
+console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
 
 
 @for_people
@@ -56,7 +56,7 @@ def tune(
         most = max(spent(output, tuning.delta).values())
         _say(f"charged to each ledger, at most: ε {epsilon_text(most)} at δ {tuning.delta:g}")
     _say(_ended(tuned, len(tuning.trials)))
-    console.print(visible(f"report: {Path(tuned.best.folder) / 'report.html'}"), markup=False)
+    console.print(visible(f"report: {Path(tuned.best.folder) / 'report.html'}"))
 
 
 def _print_price(tuning: Tuning) -> None:
@@ -88,4 +88,4 @@ def _ended(tuned: Tuned, trials: int) -> str:
 def _say(line: str) -> None:
     from common.words import visible
 
-    console.print(visible(line), markup=False)
+    console.print(visible(line))

@@ -27,6 +27,7 @@ from common.privacy.meaning import MOST_UNITS
 from common.privacy.mechanism import Mechanism
 from common.privacy.record_level import DPSGD
 from common.privacy.units import PERSON, RECORD
+from common.toml import toml_of
 from strategies import STRATEGIES
 from strategies.job import Job
 
@@ -386,7 +387,7 @@ def load_policy(path: Path) -> Policy:
 def parse_policy(text: str, path: Path | str) -> Policy:
     """Return the policy of a file's text; ``path`` names it in errors, which are those of load_policy."""
     try:
-        values = tomllib.loads(text)
+        values = toml_of(text)
     except tomllib.TOMLDecodeError as error:
         reason = " ".join(str(error).split()).replace(
             "Cannot overwrite a value", "a key stands there for the second time"

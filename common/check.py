@@ -20,6 +20,8 @@ from dataclasses import dataclass
 
 from common.errors import ConfigError
 
+PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+"""A name that somebody else chooses, and that is written into file names, ledgers and reports."""
 CLIP_NORMS = (1e-6, 1e6)
 """Least and largest L2 bound of a record's gradient."""
 

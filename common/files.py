@@ -6,11 +6,21 @@ import json
 import math
 import os
 import stat
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from common.errors import DataError
+
 FileState = tuple[int, int, int] | None
+DATABASE = b"SQLite format 3\0"
+"""What a file of SQLite, such as a ledger, begins with."""
+LONGEST_WRITE = 60.0
+"""Seconds."""
+BESIDE_DATABASE = ("-journal", "-wal", "-shm")
+"""How the names of the files end that belong to a database."""
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -22,10 +32,81 @@ def replace_file(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except Exception:
+    except BaseException:  # Ctrl-C as well: what is half written stays in nobody's folder
         partial.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def write_output(files: Mapping[Path, bytes], reads: Iterable[Path] = ()) -> None:
+    """Write what a command was asked for, each file as ``replace_file`` does, and never over what is somebody's own.
+
+    Args:
+        files: contents by path; all paths are looked at before the first is written.
+        reads: what the command reads: files, and folders of which no file may be overwritten.
+
+    Raises:
+        DataError: a path is one of ``reads`` or lies in one of them, is a ledger or another database or a part of one,
+            or cannot be written.
+    """
+    reads = list(reads)
+    for path in files:
+        try:
+            _refuse(path, reads)
+        except OSError as error:
+            raise _unwritable(path, error) from error
+    for path, data in files.items():
+        try:
+            replace_file(path, data)
+        except OSError as error:
+            raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> DataError:
+    return DataError(f"{path} cannot be written ({error.strerror}): name another file")
+
+
+def _refuse(path: Path, reads: Sequence[Path]) -> None:
+    """Raise DataError if ``path`` is of a database or of what a command reads; what is not there yet is of neither."""
+    for ending in ("", *BESIDE_DATABASE):
+        owner = path.with_name(path.name.removesuffix(ending)) if path.name.endswith(ending) else path
+        if _is_database(owner):
+            raise DataError(f"{owner} is a ledger or another database and is not overwritten: name another file")
+    if not path.exists():
+        return
+    if not path.is_file() and not path.is_dir():
+        raise DataError(f"{path} is no file that could be replaced: name another one")
+    for read in reads:
+        if read.exists() and (path.samefile(read) or path.resolve().is_relative_to(read.resolve())):
+            place = "is read by this command" if path.samefile(read) else f"lies in {read}"
+            raise DataError(f"{path} {place} and is not overwritten: name another file")
+
+
+def _is_database(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(DATABASE)) == DATABASE
+
+
+def drop_leftovers(folder: Path) -> None:
+    """Remove what a process that was killed in ``replace_file`` left in a folder; what another one writes now stays."""
+    for path in folder.glob(".*.tmp"):
+        process = path.name.split(".")[-2]
+        with suppress(OSError):
+            # No replacement takes a minute: the number is another process's by then.
+            if process.isdecimal() and (not _runs(int(process)) or time.time() - path.stat().st_mtime > LONGEST_WRITE):
+                path.unlink()
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def sync_folder(folder: Path) -> None:

@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from common.check import one_of
+from common.words import printable
 
 VARIABLE = "FEDVEIL_LOG"
 FORMS = ("text", "json")
@@ -62,7 +63,7 @@ class JsonLines(logging.Formatter):
 def _fields(record: logging.LogRecord) -> dict[str, object]:
     context = {"run": "", "round": None, "site": "", **getattr(record, "about", {})}
     # A refusal repeats what the other side sent: no code of its own moves the reader's cursor, or turns a line around.
-    message = "".join(c if c.isprintable() else "?" for c in " ".join(record.getMessage().split()))
+    message = printable(" ".join(record.getMessage().split()), "?")
     if record.exc_info and record.exc_info[1] is not None:
         message += f" [{place_of(record.exc_info[1])}]"
     moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path, PurePath
 
+from common.check import PLAIN_NAME
 from common.config.sections import RunConfig
 from common.errors import ConfigError
 
-RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-"""A server chooses it, and it is written into ledgers, file names and reports of others."""
+RUN_NAME = PLAIN_NAME
+"""A server chooses it."""
 
 
 def run_folder(config: RunConfig, run: str) -> Path:

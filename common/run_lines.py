@@ -7,7 +7,6 @@ kind.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -15,7 +14,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from common.config.sections import Scalar
 from common.errors import DataError
 from common.messages.round import SpendingFigures
-from common.strict_json import BESIDE, Endless, called, from_json
+from common.strict_json import BESIDE, Endless, Measured, called, from_json, json_of
 
 AUDITS = "audit*"
 """Names of the files in which audits leave their findings, each an ``AuditFile``."""
@@ -120,14 +119,14 @@ class BaselineFile(RunFile):
 
     NAME: ClassVar[str] = "baseline.json"
     accuracy: float
-    loss: float
+    loss: Measured
     labels: list[LabelScore] = field(default_factory=list)
     """Empty where records have no label."""
     slices: list[LabelScore] = field(default_factory=list)
     """By slice of the test data (``data.slice``)."""
     begun_accuracy: float | None = None
     """After round 0, if the run's start was made from the sites' records there."""
-    begun_loss: float | None = None
+    begun_loss: Measured | None = None
 
 
 @dataclass(frozen=True)
@@ -174,6 +173,32 @@ class ResultFile(RunFile):
     """None if no round was complete, or nothing could be saved."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class AdapterFile(RunFile):
+    """What the adapter beside it, in ``adapter/``, was trained on, and what scoring it needs."""
+
+    NAME: ClassVar[str] = "fedveil.json"
+    base_model: str
+    base_fingerprint: str
+    """SHA-256 of what the base model computes (``common.model.base.model_fingerprint``)."""
+    base_parameters: int = 0
+    """Weights of the base model; 0, as of the next two: an earlier FedVeil did not record it."""
+    adapter_parameters: int = 0
+    """Numbers that sites train below the head."""
+    head_parameters: int = 0
+    bundle: str = ""
+    """SHA-256 of the server's code; empty: an earlier FedVeil did not record it."""
+    task: str
+    label_names: list[str]
+    """In the order of the head's rows; empty without labels."""
+    max_length: int
+    """As ``model.max-length``."""
+    feature_scale: float
+    precision: str
+    """Of the forward pass, as torch calls its dtype."""
+    settings: dict[str, Scalar]
+
+
 @dataclass(frozen=True)
 class Absence:
     """A site that did not take part in one attempt at a round, and why; or a whole attempt that asked nobody."""
@@ -211,11 +236,11 @@ class LayerLine:
     """That sites train in it."""
     form: Literal["across sites", "of the sum"]
     """What ``score`` is of: what the sites' changes have in common, or the one sum that is seen."""
-    change: float
+    change: Measured
     """Euclidean norm of the averaged change, before the server's optimiser."""
-    agreement: float | None
+    agreement: Measured | None
     """Mean cosine of two sites' changes, each by its share; None of a sum, or of one site."""
-    score: float | None
+    score: Measured | None
     """In standard deviations of what noise alone gives, whose mean is 0; None where that noise is not known."""
     rank: int
     """The most singular values that the averaged change can have."""
@@ -237,7 +262,7 @@ class RoundLine(RunFile):
     """Sites whose result counts; with a trusted server, which tells nobody, the cohort."""
     accuracy: float | None
     """On public data; None, as ``loss``, in a round that was not scored."""
-    loss: float | None
+    loss: Measured | None
     bytes_down: int
     """Adapter payload of all tasks; with a trusted server, of the usual draw."""
     bytes_up: int
@@ -358,14 +383,18 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON file of a run's folder.
 
     Raises:
-        DataError: the file is missing or not JSON.
+        DataError: the file is missing, cannot be read, or is no JSON object.
     """
     try:
-        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        value = json_of(path.read_bytes())
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing: {path.parent} is not the folder of a finished run") from error
-    except json.JSONDecodeError as error:
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}): check rights and files") from error
+    except ValueError as error:
         raise DataError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path} is not an object")
     return value
 
 
@@ -389,9 +418,9 @@ def read_lines(of: type[F], folder: Path) -> list[F]:
     if not path.is_file():
         return []
     lines: list[F] = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, text in enumerate(path.read_bytes().splitlines(), start=1):
         try:
-            lines.append(from_json(of, json.loads(text), f"line {number} of {path}"))
+            lines.append(from_json(of, json_of(text), f"line {number} of {path}"))
         except ValueError as error:
             raise DataError(f"line {number} of {path} is not JSON: {error}") from error
     return lines

@@ -2,11 +2,12 @@
 
 A field is written under its own name, or under the one that ``called`` gives it. Every field is always written; one
 that has a default may be missing when it is read. Figures are finite; only a field of type ``Endless`` may be
-infinite, which files hold as the text ``inf``.
+infinite, which files hold as the text ``inf``, and one of type ``Measured`` may be ``inf``, ``-inf`` and ``nan``.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,9 +20,20 @@ from common.errors import DataError
 
 MOST = sys.float_info.max
 Endless = Annotated[float, "may be infinite"]
+Measured = Annotated[float, "may be infinite, or no number"]
+"""Of a model, which may have diverged."""
+NOT_FINITE = ("inf", "-inf", "nan")
 BESIDE = {"beside": True}
 """Metadata of a field, a dataclass or None, whose own fields are written beside the others; all null for None."""
 T = TypeVar("T")
+
+
+def json_of(text: str | bytes) -> Any:
+    """Return the value of a text, in UTF-8, whose every fault is a ValueError: also brackets that nest too deeply."""
+    try:
+        return json.loads(text if isinstance(text, str) else text.decode("utf-8"))
+    except RecursionError as error:
+        raise ValueError("brackets are nested too deeply") from error
 
 
 def called(key: str) -> dict[str, str]:
@@ -116,6 +128,8 @@ def _read(kind: Any, value: Any, what: str) -> Any:
     origin, inside = get_origin(kind), get_args(kind)
     if kind == Endless and value in (math.inf, "inf"):
         return math.inf
+    if kind == Measured and (value in NOT_FINITE or (isinstance(value, float) and not math.isfinite(value))):
+        return float(value)
     if origin is Annotated:
         return _read(inside[0], value, what)
     if origin in (Union, UnionType):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -19,8 +20,16 @@ def visible(text: str) -> str:
     >>> visible("site\\x1b[2K\\nfine")
     'site\ufffd[2K fine'
     """
-    spaced = re.sub(r"[\t\r\n]+", " ", text)
-    return "".join(character if character.isprintable() else "\ufffd" for character in spaced)
+    return printable(re.sub(r"[\t\r\n]+", " ", text))
+
+
+def printable(text: str, instead: str = "\ufffd") -> str:
+    """Return ``text`` with ``instead`` of every character that cannot be seen.
+
+    >>> printable("a\\x1b[2Kb", "?")
+    'a?[2Kb'
+    """
+    return "".join(character if character.isprintable() else instead for character in text)
 
 
 def percent_text(share: float | None) -> str:
@@ -33,6 +42,17 @@ def number_text(value: float | None) -> str:
     if value is None:
         return UNKNOWN
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def decimal_text(value: float | None, decimals: int) -> str:
+    """Return a figure with so many decimals; one of a model that diverged has none.
+
+    >>> decimal_text(0.5, 2), decimal_text(float("nan"), 2), decimal_text(None, 2)
+    ('0.50', 'not finite', '–')
+    """
+    if value is None:
+        return UNKNOWN
+    return f"{value:.{decimals}f}" if math.isfinite(value) else "not finite"
 
 
 def numbers_text(values: list[float]) -> str:

@@ -9,12 +9,18 @@ import tempfile
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 from common.config.sections import ModelConfig
 from common.config.text import toml_value
 from common.errors import ConfigError, DataError
 from common.tasks import TASKS
+from common.toml import toml_of
 from deploy.policy_file import BUDGET_HEAD, PINS_HEAD, Pins, pins_of
+
+T = TypeVar("T")
+KINDS: dict[type, str] = {str: "text", int: "a whole number", list: "a list of texts"}
+LABEL = "each of labels"
 
 
 def changed_pins(path: Path, task: str, columns: Mapping[str, str], labels: str, max_length: int) -> Pins:
@@ -31,14 +37,27 @@ def changed_pins(path: Path, task: str, columns: Mapping[str, str], labels: str,
     from client.pins import LABELS, MAX_LENGTH, TASK, keys_of
 
     try:
-        held = tomllib.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        held = toml_of(path.read_text(encoding="utf-8-sig")) if path.exists() else {}
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise DataError(f"cannot change {path}: {' '.join(str(error).split())}") from error
-    task = task or str(held.get(TASK, ModelConfig().task))
-    held = {key: value for key, value in held.items() if task in TASKS and key in keys_of(task)}
-    kept = {key: str(value) for key, value in held.items() if key not in (TASK, LABELS, MAX_LENGTH)}
-    labels = labels or ",".join(map(str, held.get(LABELS, ())))
-    return pins_of(task, kept | dict(columns), labels, max_length or held.get(MAX_LENGTH, ModelConfig().max_length))
+    task = task or _held(path, held, TASK, str, ModelConfig().task)
+    kept = [key for key in held if task in TASKS and key in keys_of(task) and key not in columns]
+    own = {key: _held(path, held, key, str, "") for key in kept if key not in (TASK, LABELS, MAX_LENGTH)}
+    if not labels and LABELS in kept:
+        texts = _held(path, held, LABELS, list, [])
+        labels = ",".join(_held(path, {LABEL: text}, LABEL, str, "") for text in texts)
+    if not max_length:
+        usual = ModelConfig().max_length
+        max_length = _held(path, held, MAX_LENGTH, int, usual) if MAX_LENGTH in kept else usual
+    return pins_of(task, own | dict(columns), labels, max_length)
+
+
+def _held(path: Path, held: Mapping[str, Any], key: str, kind: type[T], usual: T) -> T:
+    """Return what a policy has under a key, or ``usual`` where it has nothing; ConfigError if that is no ``kind``."""
+    value = held.get(key, usual)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ConfigError(f"the policy {path}: {key} must be {KINDS[kind]}, not {value!r}: mend it, or say what it is")
+    return value
 
 
 def pin(path: Path, pins: Pins, budget: Pins | None = None) -> None:
@@ -83,12 +102,12 @@ def _put(path: Path, *parts: tuple[Pins, Sequence[str], str]) -> None:
 
     keys = {key for _, own, _ in parts for key in own}
     try:
-        after = before = path.read_text(encoding="utf-8") if path.exists() else ""
-        others = {key: value for key, value in tomllib.loads(before).items() if key not in keys}
+        after = before = path.read_text(encoding="utf-8-sig") if path.exists() else ""
+        others = {key: value for key, value in toml_of(before).items() if key not in keys}
         for values, own, head in parts:
             after = _with_pins(after, values, own, head)
         parse_policy(after, path)
-        if {key: value for key, value in tomllib.loads(after).items() if key not in keys} != others:
+        if {key: value for key, value in toml_of(after).items() if key not in keys} != others:
             raise ConfigError(f"{path} is written in a way that this command does not understand: add the pins by hand")
         _replace(path, after)
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -101,7 +120,7 @@ def _with_pins(text: str, pins: Pins, keys: Sequence[str], head: str) -> str:
     while lines:
         key, length = _pin_at(lines, keys)
         taken, lines = lines[:length], lines[length:]
-        if not key or (key in pins and tomllib.loads("".join(taken))[key] == pins[key]):
+        if not key or (key in pins and toml_of("".join(taken))[key] == pins[key]):
             kept += taken
         else:
             kept += [f"{comment}\n" for comment in _comments("".join(taken))]
@@ -118,7 +137,7 @@ def _pin_at(lines: Sequence[str], keys: Sequence[str]) -> tuple[str, int]:
     match = re.match(r"""\s*["']?([A-Za-z0-9-]+)["']?\s*=""", lines[0])
     for length in range(1, len(lines) + 1 if match else 1):
         try:
-            value = tomllib.loads("".join(lines[:length]))
+            value = toml_of("".join(lines[:length]))
         except tomllib.TOMLDecodeError:
             continue  # a list may go on in the next line
         (key,) = value
@@ -128,11 +147,11 @@ def _pin_at(lines: Sequence[str], keys: Sequence[str]) -> tuple[str, int]:
 
 def _comments(text: str) -> list[str]:
     """Return the comments in the text of one key: what can go without changing its value."""
-    value, comments, start = tomllib.loads(text), list[str](), 0
+    value, comments, start = toml_of(text), list[str](), 0
     while (start := text.find("#", start)) >= 0:
         end = start + len(text[start:].partition("\n")[0])
         try:
-            free = tomllib.loads(text[:start] + text[end:]) == value
+            free = toml_of(text[:start] + text[end:]) == value
         except tomllib.TOMLDecodeError:
             free = False
         if free:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from common.config.sections import Scalar
 from common.errors import ConfigError, DataError, RunFailed
 from common.paths import run_folder
 from common.run_lines import ResultFile, read_file, read_json
+from common.strict_json import from_json, to_json
 from common.words import counted
 from deploy.control import Control, control_of
 from deploy.registry import online_words
@@ -31,6 +32,16 @@ ASK_SECONDS = 20.0
 """Asking Flower costs a second of a core."""
 SILENCE_SECONDS = 300.0
 """How long the SuperLink may be silent, while nobody writes the run's folder, before a job is given up."""
+
+
+@dataclass(frozen=True)
+class LastJob:
+    """The job that was submitted last from a server's folder."""
+
+    run: str
+    folder: str
+    """Of the run."""
+    settings: dict[str, Scalar]
 
 
 def submit(
@@ -63,14 +74,14 @@ def submit(
     settings = with_ledger(settings, folder.runs)
     check_tracker(configure(settings).config.tracker)
     with control_of(folder) as control:
-        last = _last_job(folder, settings) if once else {}
-        path = Path(str(last.get("folder", "")))
+        last = _last_job(folder, settings) if once else None
+        path = Path(last.folder if last else "")
         if last and _ended_well(path):
-            say(f"run {last['run']} with these settings has ended: nothing to do")
+            say(f"run {last.run} with these settings has ended: nothing to do")
             return path
-        if last and (is_written(path) or not _is_over(control.status(last["run"]))):
-            say(f"run {last['run']} with these settings is under way")
-            _follow_until_stopped(control, folder, last["run"], path, say, since=0.0)
+        if last and (is_written(path) or not _is_over(control.status(last.run))):
+            say(f"run {last.run} with these settings is under way")
+            _follow_until_stopped(control, folder, last.run, path, say, since=0.0)
             return path
         resumed = {**settings, "resume": str(path)} if last and (path / CHECKPOINT).is_file() else settings
         if resumed.get("resume") and is_written(Path(str(resumed["resume"]))):
@@ -80,7 +91,7 @@ def submit(
         began = time.time()
         run = control.submit(resumed)
         path = run_folder(configure(resumed).config, run)
-        write_json(_job_file(folder), {"run": run, "folder": str(path), "settings": dict(settings)})
+        write_json(_job_file(folder), to_json(LastJob(run, str(path), dict(settings))))
         say(f"run {run} submitted" + (f", it goes on in {path}" if resumed.get("resume") else ""))
         _follow_until_stopped(control, folder, run, path, say, since=began)
     return path
@@ -95,8 +106,8 @@ def stop_job(folder: ServerFolder) -> str:
     """
     if not _job_file(folder).is_file():
         raise ConfigError(f"no job was submitted from {folder.path}: there is no run to stop")
-    job = read_json(_job_file(folder))
-    run, path = str(job["run"]), Path(str(job["folder"]))
+    job = _read_job(folder)
+    run, path = job.run, Path(job.folder)
     with control_of(folder) as control:
         if _is_over(control.status(run)):
             return f"run {run} has ended before: there is nothing to stop"
@@ -122,12 +133,16 @@ def _job_file(folder: ServerFolder) -> Path:
     return folder.path / "last-job.json"
 
 
-def _last_job(folder: ServerFolder, settings: Mapping[str, Scalar]) -> dict[str, Any]:
-    """Return the last job if it had these settings; else nothing."""
+def _read_job(folder: ServerFolder) -> LastJob:
+    return from_json(LastJob, read_json(_job_file(folder)), str(_job_file(folder)))
+
+
+def _last_job(folder: ServerFolder, settings: Mapping[str, Scalar]) -> LastJob | None:
+    """Return the last job if it had these settings; else None."""
     if not _job_file(folder).is_file():
-        return {}
-    job = read_json(_job_file(folder))
-    return job if job["settings"] == dict(settings) else {}
+        return None
+    job = _read_job(folder)
+    return job if job.settings == dict(settings) else None
 
 
 def _ended_well(path: Path) -> bool:

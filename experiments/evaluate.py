@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -15,23 +15,36 @@ from common.errors import DataError, ModelError
 from common.model.base import BaseModel, load_base_model
 from common.model.device import choose_attention, choose_device
 from common.model.federated import Score, score_records
-from common.run_lines import read_json
-from common.tasks import TASKS
+from common.run_lines import AdapterFile, read_file
+from common.tasks import TASKS, Task
 from common.tasks.module import TaskModule
-from experiments.pruning.files import RECOVERED
+from experiments.pruning.files import RecoveredFile
 from strategies.job import configure
 
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-def load_result(adapter: Path) -> tuple[TaskModule, dict[str, Any]]:
-    """Return the model of a saved adapter, built with ``PeftModel.from_pretrained``, and its description.
+
+@dataclass(frozen=True)
+class Result:
+    """The model of a saved adapter, and what it is."""
+
+    module: TaskModule
+    about: AdapterFile
+    base: BaseModel
+    task: Task
+    """With the run's pooling."""
+
+
+def load_result(adapter: Path) -> Result:
+    """Return the model of a saved adapter, built with ``PeftModel.from_pretrained``.
 
     Raises:
         DataError: the folder holds no saved adapter.
         ModelError: the base model on this machine has other weights than the run's.
     """
     about = _about(adapter)
-    base = _base(about, about["base_model"])
-    if base.fingerprint != about["base_fingerprint"]:
+    base = _base(about, about.base_model)
+    if base.fingerprint != about.base_fingerprint:
         raise ModelError(f"the base model {base.name!r} here has other weights than the run's")
     # A run of the head alone has no adapter.
     tuned = (adapter / "adapter_config.json").is_file()
@@ -40,7 +53,7 @@ def load_result(adapter: Path) -> tuple[TaskModule, dict[str, Any]]:
 
 def evaluate_run(folder: Path) -> Score:
     """Return the score of a run's final adapter on the run's public test data."""
-    return _score(*load_result(folder / "adapter"))
+    return _score(load_result(folder / "adapter"))
 
 
 def evaluate_recovered(folder: Path, recovered: Path) -> tuple[Score, Score]:
@@ -58,57 +71,54 @@ def evaluate_recovered(folder: Path, recovered: Path) -> tuple[Score, Score]:
     """
     adapter = folder / "adapter"
     about = _about(adapter)
-    if not (recovered / RECOVERED).is_file():
+    if not (recovered / RecoveredFile.NAME).is_file():
         raise DataError(f"{recovered} holds no recovered adapter: give the folder that `fedveil recover` made")
-    told = read_json(recovered / RECOVERED)
-    if told["trained_on"] != about["base_fingerprint"]:
+    told = read_file(RecoveredFile, recovered)
+    if told.trained_on != about.base_fingerprint:
         raise ModelError(
-            f"{recovered} is of a run on a model of fingerprint {told['trained_on'][:12]}, and {folder} trained on "
-            f"{about['base_fingerprint'][:12]}: name the run that it was recovered from"
+            f"{recovered} is of a run on a model of fingerprint {told.trained_on[:12]}, and {folder} trained on "
+            f"{about.base_fingerprint[:12]}: name the run that it was recovered from"
         )
 
     def scored(tuned: Path | None) -> Score:
-        base = _base(about, told["large"])  # anew: PEFT changes the module that it is given
-        if base.fingerprint != told["recovered_onto"]:
+        base = _base(about, told.large)  # anew: PEFT changes the module that it is given
+        if base.fingerprint != told.recovered_onto:
             raise ModelError(f"{base.name!r} here has other weights than the model that the adapter was recovered onto")
-        return _score(*_result(about, base, adapter, tuned))
+        return _score(_result(about, base, adapter, tuned))
 
     return scored(None), scored(recovered)
 
 
-def _about(adapter: Path) -> dict[str, Any]:
-    if not (adapter / "fedveil.json").is_file():
+def _about(adapter: Path) -> AdapterFile:
+    if not (adapter / AdapterFile.NAME).is_file():
         raise DataError(f"{adapter} holds no adapter: give the folder of a finished run")
-    return read_json(adapter / "fedveil.json")
+    about = read_file(AdapterFile, adapter)
+    if about.task not in TASKS or about.precision not in PRECISIONS:
+        raise DataError(f"{adapter / AdapterFile.NAME} names a task or a precision that this FedVeil does not know")
+    return about
 
 
-def _base(about: Mapping[str, Any], name: str) -> BaseModel:
-    settings = about["settings"]
-    pool, bits = str(settings.get("head.pool", "mean")), str(settings.get("model.quantise", "none"))
-    return load_base_model(name, about["task"], pool, bits)
+def _base(about: AdapterFile, name: str) -> BaseModel:
+    pool, bits = (str(about.settings.get(*usual)) for usual in (("head.pool", "mean"), ("model.quantise", "none")))
+    return load_base_model(name, about.task, pool, bits)
 
 
-def _result(
-    about: Mapping[str, Any], base: BaseModel, adapter: Path, tuned: Path | None
-) -> tuple[TaskModule, dict[str, Any]]:
-    """Return a base model with the adapter of ``tuned``, if any, and the head of ``adapter``, and what it is."""
+def _result(about: AdapterFile, base: BaseModel, adapter: Path, tuned: Path | None) -> Result:
+    """Return a base model with the adapter of ``tuned``, if any, and the head of ``adapter``."""
     with pefts_old_names():
         peft_model = PeftModel.from_pretrained(base.module, str(tuned)) if tuned else base.module
-    pool, classes = str(about["settings"].get("head.pool", "mean")), len(about["label_names"])
-    task = TASKS[about["task"]].pooled(pool)
-    model = task.module(peft_model, base, classes if task.labelled else 0, about["feature_scale"])
+    task = TASKS[about.task].pooled(str(about.settings.get("head.pool", "mean")))
+    model = task.module(peft_model, base, len(about.label_names) if task.labelled else 0, about.feature_scale)
     if model.head is not None:
         model.head.load_state_dict(load_file(str(adapter / "head.safetensors")))
-    return model, {**about, "base": base, "kind": task}
+    return Result(model, about, base, task)
 
 
-def _score(module: TaskModule, about: Mapping[str, Any]) -> Score:
-    import torch
-
-    job = configure(about["settings"])
-    test = public_test(job.config.data, about["task"])
-    task, base = about["kind"], about["base"]
+def _score(result: Result) -> Score:
+    about, task, base = result.about, result.task, result.base
+    job = configure(about.settings)
+    test = public_test(job.config.data, about.task)
     device = choose_device(job.config.device)
     choose_attention(base.module, device)
-    records = task.prepare(base, test.examples, task.limit(base, about["max_length"]))
-    return score_records(module.to(device), task, base, records, device, getattr(torch, about["precision"]))
+    records = task.prepare(base, test.examples, task.limit(base, about.max_length))
+    return score_records(result.module.to(device), task, base, records, device, PRECISIONS[about.precision])

@@ -29,7 +29,7 @@ from common.messages.round import Spending, SpendingFigures, TrainResult
 from common.messages.state import OWN, AdapterState
 from common.messages.tensors import apply, merge
 from common.model.base import load_base_model
-from common.run_lines import PrivacyLine, RoundLine, read_json, read_lines
+from common.run_lines import AdapterFile, PrivacyLine, RoundLine, read_file, read_lines
 from experiments.spectra import Top, count_above, spectrum_of, top_of
 from server.aggregation import contributions
 from server.checkpoint import saved_state
@@ -80,15 +80,15 @@ def intruders_of(run: Path, top: int = TOP, cosine: float = COSINE) -> list[Laye
     """
     positive(top=top)
     in_range(0, 1, cosine=cosine)
-    if not (run / "adapter" / "fedveil.json").is_file():
+    if not (run / "adapter" / AdapterFile.NAME).is_file():
         raise DataError(f"{run} holds no adapter: give the folder of a finished run")
-    about = read_json(run / "adapter" / "fedveil.json")
-    job = configure(about["settings"])
+    about = read_file(AdapterFile, run / "adapter")
+    job = configure(about.settings)
     adapter = job.adapter
     if not adapter.trained:
         raise ModelError(f"adapter {adapter.name!r} changes no layer: there is nothing to count")
-    base = load_base_model(about["base_model"], about["task"], job.config.head.pool, job.config.model.quantise)
-    if base.fingerprint != about["base_fingerprint"]:
+    base = load_base_model(about.base_model, about.task, job.config.head.pool, job.config.model.quantise)
+    if base.fingerprint != about.base_fingerprint:
         raise ModelError(f"the base model {base.name!r} here has other weights than the run's")
     peft_model, state = adapter.attach(base.module, job.config.seed), saved_state(run)
     weights = {name: base_weight(layer) for name, layer in adapter.layers(peft_model).items()}
@@ -183,7 +183,7 @@ def _measured(job: Job, run: Path, state: ServerState) -> AdapterState:
     """Return what the run's rule took from public text; errors as of ``rule_statistic``."""
     if type(job.rule).measure is ServerRule.measure:
         return {}
-    labels = tuple(read_json(run / "adapter" / "fedveil.json")["label_names"])
+    labels = tuple(read_file(AdapterFile, run / "adapter").label_names)
     return rule_statistic(job, job.model(labels), state)
 
 

@@ -21,7 +21,8 @@ from pathlib import Path
 
 from common.config.sections import Scalar
 from common.config.text import to_toml
-from common.data.partition import check_partition
+from common.data.partition import check_partition, site_part
+from common.data.sources import train_and_test
 from common.errors import ConfigError, RunFailed
 from common.model.device import own_cores, worker_count
 from common.paths import run_folder
@@ -62,6 +63,7 @@ def simulate(
 
     Raises:
         ConfigError: a setting is wrong; nothing was started.
+        DataError: the records cannot be read, or are too few for the sites; nothing was started.
         RunFailed: the run did not end well; the message says why.
     """
     if sites < 1:
@@ -80,17 +82,18 @@ def simulate(
             f"min-sites is {job.config.min_sites}, and {counted(sites, 'site')} would be there: no round would count; "
             "lower it, or take more sites"
         )
+    # Raises where the records are too few for the sites.
+    site_part(train_and_test(job.config.data, job.config.model.task)[0], job.config.data, 0, sites)
     _check_output(Path(output))
     with tempfile.TemporaryDirectory(prefix="fedveil-") as scratch, _superlink(Path(scratch)) as link:
-        known = 0
+        known, began = 0, time.time()
         if job.config.resume:
-            # The end and the lines that the run's folder has already are not those that are waited for.
-            (run_folder(job.config, "") / ResultFile.NAME).unlink(missing_ok=True)
+            # The lines that the run's folder has already are not those that are waited for.
             known = len(_log_lines(run_folder(job.config, "")))
         run = _submit(link, settings, sites, worker_count(sites, workers, keeps=job.config.keeps))
         folder = run_folder(job.config, run)
         record_sites(folder, sites)
-        _follow(link, run, folder, watch, known)
+        _follow(link, run, folder, watch, known, since=began)
     return folder
 
 
@@ -232,10 +235,13 @@ def _resources(sites: int, workers: int) -> str:
     )
 
 
-def _follow(link: _Link, run: str, folder: Path, watch: Callable[[Progress], None], printed: int) -> None:
+def _follow(
+    link: _Link, run: str, folder: Path, watch: Callable[[Progress], None], printed: int, *, since: float
+) -> None:
+    """Tell ``watch`` of a run until it ends; a result older than ``since`` is that of the attempt before."""
     checked, seen = time.monotonic(), 0.0
     while True:
-        ended = read_if_there(ResultFile, folder)
+        ended = _result(folder, since)
         lines = _log_lines(folder)
         watch(Progress(lines[printed:], read_if_there(ProgressFile, folder) or ProgressFile("starting Flower and Ray")))
         printed = len(lines)
@@ -250,7 +256,7 @@ def _follow(link: _Link, run: str, folder: Path, watch: Callable[[Progress], Non
         if time.monotonic() - checked > QUIET_SECONDS:
             checked = time.monotonic()
             status = _status(link, run)
-            if status.startswith("finished") and not (folder / ResultFile.NAME).exists():
+            if status.startswith("finished") and not _result(folder, since):
                 raise RunFailed(f"the run ended as {status} and left no result: {_last_words(link)}")
         time.sleep(0.4)
     # The reports come after the result; the server is ended, with the SuperLink, as soon as this returns or raises.
@@ -259,6 +265,15 @@ def _follow(link: _Link, run: str, folder: Path, watch: Callable[[Progress], Non
         time.sleep(0.1)
     if ended.status == "failed":
         raise RunFailed(ended.reason)
+
+
+def _result(folder: Path, since: float) -> ResultFile | None:
+    try:
+        if (folder / ResultFile.NAME).stat().st_mtime < since:
+            return None
+    except FileNotFoundError:
+        return None
+    return read_if_there(ResultFile, folder)
 
 
 def _last_written(folder: Path) -> float:

@@ -7,31 +7,39 @@ budget, and figures of two numbers do not compare.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from common.config.sections import RunConfig
 from common.errors import ConfigError
 from common.paths import run_folder
-from common.run_lines import read_json
+from common.run_lines import RunFile, read_if_there
+from common.strict_json import to_json
 from server.records import write_json
 
-NAME = "simulated.json"
 USUAL = 4
 """Sites of a run that nobody gave a number for."""
+
+
+@dataclass(frozen=True)
+class SimulatedFile(RunFile):
+    """How a run was simulated."""
+
+    NAME: ClassVar[str] = "simulated.json"
+    sites: int
 
 
 def record_sites(folder: Path, sites: int) -> None:
     """Write the number of simulated sites into a run's folder, which is made if need be."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / NAME, {"sites": sites})
+    write_json(folder / SimulatedFile.NAME, to_json(SimulatedFile(sites)))
 
 
 def recorded_sites(folder: Path) -> int | None:
     """Return the number of simulated sites of a run; None if its folder does not say."""
-    if not (folder / NAME).is_file():
-        return None
-    sites: int = read_json(folder / NAME)["sites"]
-    return sites
+    held = read_if_there(SimulatedFile, folder)
+    return held.sites if held else None
 
 
 def sites_of(config: RunConfig, asked: int | None) -> int:

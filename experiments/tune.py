@@ -21,10 +21,9 @@ The file::
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import exp, inf, log
+from math import exp, inf, isfinite, log
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +37,9 @@ from common.privacy.accounting import Release
 from common.privacy.events import LEAST_NOISE, MOST_NOISE
 from common.privacy.privacy_filter import commitment_to, price, promised
 from common.run_lines import BaselineFile, ResultFile, RoundLine, TuningFile, read_file, read_lines
-from common.strict_json import Endless, from_json, to_json
+from common.strict_json import Endless, Measured, from_json, json_of, to_json
 from common.tasks import TASKS
+from common.toml import read_toml
 from experiments.planner.price import paid_before, site_plans
 from experiments.site_count import USUAL
 from reports import write_reports
@@ -117,7 +117,7 @@ class Outcome:
     folder: str
     accuracy_before: float
     accuracy: float
-    loss: float
+    loss: Measured
     epsilon: Endless | None
     """By the ledgers, of everything that was charged by its end, this trial and those before it."""
 
@@ -149,12 +149,7 @@ def read_tuning(path: Path) -> Tuning:
             from the others in what none may differ in.
         PrivacyError: no noise keeps all trials within the budget.
     """
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read the trials {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from error
+    content = read_toml(path, "the trials")
     try:
         sites, trials, base = _trials(content, path.parent)
         return _priced(path.stem, sites, trials, base, content.get(LEDGER))
@@ -325,10 +320,15 @@ def conduct_trials(tuning: Tuning, output: Path, conduct: Conduct, say: Callable
         _tell(tuning, outcomes, outcomes[-1:], None)
         say(f"{number}/{len(asked)} {trial.name}: {score_words(outcomes[-1])}")
     labelled = TASKS[configure(tuning.trials[0].settings).config.model.task].labelled
-    key: Callable[[Outcome], float] = (lambda o: -o.accuracy) if labelled else (lambda o: o.loss)
+    # A model that diverged is no trial's best.
+    key: Callable[[Outcome], float] = (lambda o: -o.accuracy) if labelled else _finite_loss
     best = min(outcomes, key=key)
     _tell(tuning, outcomes, outcomes, best)
     return Tuned(outcomes, best, "accuracy" if labelled else "loss")
+
+
+def _finite_loss(outcome: Outcome) -> float:
+    return outcome.loss if isfinite(outcome.loss) else inf
 
 
 def _tell(tuning: Tuning, paid: Sequence[Outcome], whom: Sequence[Outcome], best: Outcome | None) -> None:
@@ -348,18 +348,18 @@ def _tell(tuning: Tuning, paid: Sequence[Outcome], whom: Sequence[Outcome], best
 
 def _state(path: Path) -> State:
     try:
-        return from_json(State, json.loads(path.read_text(encoding="utf-8")), str(path))
+        return from_json(State, json_of(path.read_bytes()), str(path))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({' '.join(str(error).split())}): mend it, or move it away") from error
 
 
 def score_words(outcome: Outcome) -> str:
     """Return a trial's scores in words."""
-    from common.words import percent_text
+    from common.words import decimal_text, percent_text
 
     return (
         f"accuracy {percent_text(outcome.accuracy)} ({percent_text(outcome.accuracy_before)} before), "
-        f"loss {outcome.loss:.4f}"
+        f"loss {decimal_text(outcome.loss, 4)}"
     )
 
 

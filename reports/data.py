@@ -16,7 +16,7 @@ from common.config.sections import Scalar
 from common.data.packaged import sha256_of
 from common.data.sources import unprotected_test
 from common.errors import ConfigError, DataError
-from common.run_lines import Absence, BesideRow, PrivacyLine, RoundLine, TuningFile, read_json
+from common.run_lines import Absence, AdapterFile, BesideRow, PrivacyLine, RoundLine, TuningFile, read_file
 from common.words import natural
 from reports.audits import AuditReport, audit_alarms, audit_cares, audit_reports
 from reports.claim import Claim, claim_of, server_is_trusted
@@ -33,7 +33,7 @@ from reports.trials import at_least
 from reports.trust import Actor, actors_of, unprotected_of
 from strategies.job import known_settings
 
-ADAPTER = "adapter/fedveil.json"
+ADAPTER = f"adapter/{AdapterFile.NAME}"
 ADAPTER_FILES = tuple(
     f"adapter/{name}"
     for name in ("adapter_config.json", "adapter_model.safetensors", "head.safetensors", "fedveil.json")
@@ -236,17 +236,15 @@ def _origin(folder: Path, problems: list[str]) -> Origin | None:
     if not about.is_file():
         return None
     try:
-        told = read_json(about)
-        base_model, base = str(told["base_model"]), str(told["base_fingerprint"])
-        numbers = [int(told.get(f"{of}_parameters", 0)) for of in ("base", "adapter", "head")]
-        numbers.append(len(told.get("label_names", [])))
+        told = read_file(AdapterFile, about.parent)
         files = {name: sha256_of(folder / name) for name in ADAPTER_FILES if (folder / name).is_file()}
-    except (DataError, KeyError, OSError, TypeError, ValueError) as error:
+    except (DataError, OSError) as error:
         problems.append(
             f"{ADAPTER} cannot be read ({type(error).__name__}): what the adapter is made of is missing here"
         )
         return None
-    return Origin(base_model, base, str(told.get("bundle", "")), files, *numbers)
+    sizes = told.base_parameters, told.adapter_parameters, told.head_parameters, len(told.label_names)
+    return Origin(told.base_model, told.base_fingerprint, told.bundle, files, *sizes)
 
 
 def _declared(folder: Path, problems: list[str]) -> Declared:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from common.errors import DataError
-from common.files import finite, replace_file
+from common.files import drop_leftovers, finite, replace_file
 from reports.annex import NAME as ANNEX
 from reports.annex import annex_of
 from reports.card import NAME as CARD
@@ -21,7 +21,8 @@ from reports.markdown import to_markdown
 from reports.page import to_fact_sheet, to_html
 from reports.registry import NAME as REGISTRY
 from reports.registry import registry_record
-from reports.signature import SIGNATURE, STATEMENT, Run, covers, evidence, members, sign, statement
+from reports.signature import ADAPTER, SIGNATURE, STATEMENT, Run, covers, evidence, members, sign, statement
+from reports.statements import FOLDER as STATEMENTS
 from reports.statements import statements_of
 
 REPORT_JSON = "report.json"
@@ -56,6 +57,8 @@ def write_reports(folder: Path, key: Path | None = None, *, registry: bool = Fal
         ConfigError: what is declared about the run, or a steward's statement beside it, cannot be read.
     """
     try:
+        for place in (folder, folder / ADAPTER, folder / STATEMENTS):
+            drop_leftovers(place)
         before = evidence(folder)
     except OSError as error:
         raise DataError(f"{folder} cannot be read ({error.strerror}): check rights and files") from error

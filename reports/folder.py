@@ -7,7 +7,6 @@ every form of the report shows first. Only ``config.json`` must be there.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +27,7 @@ from common.run_lines import (
     ServerFile,
     TuningFile,
 )
-from common.strict_json import from_json
+from common.strict_json import from_json, json_of
 
 T = TypeVar("T")
 F = TypeVar("F", bound=RunFile)
@@ -111,7 +110,7 @@ UNSAID = ": it does not say that any audit passed"
 def _file(of: type[T], path: Path, problems: list[str], then: str = LEFT_OUT) -> T | None:
     """Return what a file holds, or None with a problem if it is damaged, ``then`` what follows from that."""
     try:
-        return from_json(of, json.loads(path.read_text(encoding="utf-8")), path.name)
+        return from_json(of, json_of(path.read_bytes()), path.name)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -138,7 +137,7 @@ def _lines(of: type[F], folder: Path, problems: list[str]) -> Iterator[F]:
             continue
         what = f"line {number} of {path.name}"
         try:
-            line = from_json(of, json.loads(text), what)
+            line = from_json(of, json_of(text), what)
         except (DataError, ValueError) as error:
             fault = str(error) if isinstance(error, DataError) else f"{what} is not whole"
             problems.append(f"{fault}{LEFT_OUT}: what it held is missing here")

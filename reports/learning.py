@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from common.nulls import LEVEL, least_score
 from common.run_lines import RoundLine
-from common.words import UNKNOWN, number_text
+from common.words import UNKNOWN, decimal_text, number_text
 
 SHOWN_ROUNDS = 8
 """Last rounds whose scores a table shows; the report's JSON has all."""
@@ -98,7 +98,7 @@ LEARNING_COLUMNS = ("layer", "numbers", "scores by round", "rounds that learnt",
 def learning_cells(row: LayerReport) -> tuple[str, ...]:
     """Return a row of the table of layers as text."""
     shown = row.scores[-SHOWN_ROUNDS:]
-    scores = ", ".join(UNKNOWN if score is None else f"{score:.1f}" for _, score in shown)
+    scores = ", ".join(decimal_text(score, 1) for _, score in shown)
     cut = "… " if len(row.scores) > len(shown) else ""
     known = [score for _, score in row.scores if score is not None]
     return (
@@ -106,6 +106,6 @@ def learning_cells(row: LayerReport) -> tuple[str, ...]:
         number_text(row.numbers),
         f"{cut}{scores}",
         f"{row.learnt} of {len(known)}" if known else UNKNOWN,
-        UNKNOWN if row.agreement is None else f"{row.agreement:.2f}",
+        decimal_text(row.agreement, 2),
         UNKNOWN if row.above is None else f"{row.above} of {row.rank}",
     )

@@ -12,6 +12,7 @@ from common.words import (
     UNKNOWN,
     bytes_text,
     counted,
+    decimal_text,
     number_text,
     numbers_text,
     percent_text,
@@ -253,7 +254,7 @@ def _rounds(data: ReportData) -> list[str]:
                 (
                     str(r.round_number),
                     percent_text(r.accuracy),
-                    "–" if r.loss is None else f"{r.loss:.4f}",
+                    decimal_text(r.loss, 4),
                     epsilon_text(r.epsilon_worst, NO_CLAIM if r.round_number or not data.claim.made else UNKNOWN),
                     participants_text(r.participants, data.sites) if r.counted else "did not count",
                     number_text(r.bytes_down),

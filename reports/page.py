@@ -44,7 +44,7 @@ def _template(page: str) -> Template:
         autoescape=True, undefined=StrictUndefined, finalize=_shown, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"epsilon": figures.epsilon_text, "remaining": figures.remaining_text}
-    for name in ("percent", "number", "numbers", "bytes", "seconds", "value"):
+    for name in ("percent", "decimal", "number", "numbers", "bytes", "seconds", "value"):
         environment.filters[name] = getattr(words, f"{name}_text")
     environment.filters |= {"audit": audit_words, "figures": distinct}
     environment.filters |= {"attacks": attack_sentence, "several": several_sentence, "bound": figures.bound_text}

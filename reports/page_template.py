@@ -390,7 +390,7 @@ and the {{ "rounds that the server wrote down" if central else "steps that each 
 {% if not central %}<th scope="col" class="n">time</th>{% endif %}</tr></thead>
 <tbody>{% for round in data.rounds %}
 <tr><th scope="row" class="n">{{ round.round_number }}</th><td class="n">{{ round.accuracy|percent }}</td>
-<td class="n">{{ "–" if round.loss is none else "%.4f"|format(round.loss) }}</td>
+<td class="n">{{ round.loss|decimal(4) }}</td>
 <td class="n">{{ round.epsilon_worst|epsilon("no claim" if round.round_number or not claim.made else "–") }}</td>
 <td class="wide">{% if round.counted %}{{ round.participants|took_part(data.sites) }}
 {%- else %}<span class="bad">did not count</span>{% endif %}</td><td class="n">{{ round.bytes_down|number }}</td>

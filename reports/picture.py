@@ -5,7 +5,6 @@ The figures lie beside it as JSON: ``python -m reports.picture FILE.json`` draws
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from pathlib import Path
 from markupsafe import escape
 
 from common.privacy.figures import epsilon_text
-from common.strict_json import Endless, from_json
+from common.strict_json import Endless, Measured, from_json, json_of
 from common.words import counted, percent_text, visible
 from reports.charts import HEIGHT, WIDTH, Axis, Chart, Curve, Mark, line_chart
 from reports.claim import server_is_trusted
@@ -45,7 +44,7 @@ class PicturedRound:
     number: int
     accuracy: float | None
     """On public test data; None: it was not scored."""
-    loss: float | None
+    loss: Measured | None
     epsilon: Endless | None
     """Of the site that has spent most, after this round; None: no claim is made."""
     payload: int
@@ -205,7 +204,7 @@ def _placed(chart: Chart, left: int) -> str:
 
 def read_picture(path: Path) -> Picture:
     """Return the figures in a file; DataError if it is not as ``fedveil report --picture`` writes it."""
-    return from_json(Picture, json.loads(path.read_text(encoding="utf-8")), str(path))
+    return from_json(Picture, json_of(path.read_bytes()), str(path))
 
 
 if __name__ == "__main__":

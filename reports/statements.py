@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.check import nearest
+from common.check import PLAIN_NAME, nearest
 from common.errors import ConfigError, DataError
 from common.files import replace_file
+from common.toml import toml_of
 
 FOLDER = "statements"
 """In the folder of a run."""
@@ -28,7 +28,6 @@ QUESTIONS = {
 }
 """What a steward answers, by the policy's keys."""
 KEYS = ("site", "dataset-id", *QUESTIONS)
-SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def read_statement(content: bytes, name: str) -> Statement:
         ConfigError: it is not TOML, lacks a key, or has one that no statement has.
     """
     try:
-        held = tomllib.loads(content.decode("utf-8"))
+        held = toml_of(content.decode("utf-8"))
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"the statement {name} cannot be read: {' '.join(str(error).split())}") from error
     for key in held:
@@ -69,7 +68,7 @@ def read_statement(content: bytes, name: str) -> Statement:
             raise ConfigError(
                 f"the statement {name} lacks {key}: have the steward write it with 'fedveil site statement'"
             )
-    if not SITE_NAME.fullmatch(held["site"]):
+    if not PLAIN_NAME.fullmatch(held["site"]):
         raise ConfigError(f"the statement {name} is of the site {held['site'][:70]!r}, which is no name of one")
     answers = {key: held[key] for key in QUESTIONS}
     return Statement(held["site"], held["dataset-id"], answers, hashlib.sha256(content).hexdigest())

@@ -40,6 +40,7 @@ from common.model.federated import FederatedModel, Score
 from common.privacy.claim import NO_CLAIM, NOTHING
 from common.run_lines import (
     COHORT,
+    AdapterFile,
     BaselineFile,
     ConfigFile,
     CountLine,
@@ -249,23 +250,21 @@ class RunFolder:
         if model.head:
             head = {name: tensor.float().cpu().contiguous() for name, tensor in model.folded_head.items()}
             save_file(head, str(folder / "head.safetensors"), metadata={"labels": json.dumps(label_names)})
-        write_json(
-            folder / "fedveil.json",
-            {
-                "base_model": config.model.name,
-                "base_fingerprint": model.base.fingerprint,
-                "base_parameters": model.base_parameters,
-                "adapter_parameters": sum(p.numel() for p in model.below_head().values()),
-                "head_parameters": sum(p.numel() for p in model.head.values()),
-                "bundle": own_digest(),
-                "task": config.model.task,
-                "label_names": list(label_names),
-                "max_length": config.model.max_length,
-                "feature_scale": config.model.feature_scale,
-                "precision": str(model.precision).removeprefix("torch."),
-                "settings": self.job.settings(),
-            },
+        about = AdapterFile(
+            base_model=config.model.name,
+            base_fingerprint=model.base.fingerprint,
+            base_parameters=model.base_parameters,
+            adapter_parameters=sum(p.numel() for p in model.below_head().values()),
+            head_parameters=sum(p.numel() for p in model.head.values()),
+            bundle=own_digest(),
+            task=config.model.task,
+            label_names=list(label_names),
+            max_length=config.model.max_length,
+            feature_scale=config.model.feature_scale,
+            precision=str(model.precision).removeprefix("torch."),
+            settings=self.job.settings(),
         )
+        write_json(folder / AdapterFile.NAME, to_json(about))
         return folder
 
 

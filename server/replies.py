@@ -10,6 +10,7 @@ from common.errors import ProtocolError
 from common.messages.columns import narrowed_layout
 from common.messages.round import Refusal, Reply, SumReply, Task, TrainResult, TrainTask
 from common.messages.wire import Layout, decode_reply, decode_sum_reply, round_of
+from common.words import printable
 from strategies.job import Job
 
 LONGEST_REASON = 500
@@ -18,8 +19,7 @@ LONGEST_REASON = 500
 
 def clean(text: str, longest: int = LONGEST_REASON) -> str:
     """Return a site's words as one printable line of bounded length: no control codes, no line breaks."""
-    line = " ".join(text[: 2 * longest].split())
-    return "".join(c if c.isprintable() else "?" for c in line)[:longest]
+    return printable(" ".join(text[: 2 * longest].split()), "?")[:longest]
 
 
 def refusal(task: Task, node: int, kind: str, reason: str) -> Refusal:

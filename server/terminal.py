@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from common.privacy.figures import epsilon_text
-from common.words import counted, natural
+from common.words import counted, decimal_text, natural
 from reports.alike import alike_absences
 
 if TYPE_CHECKING:  # a report is made from files alone, without loading what trains
@@ -39,7 +39,7 @@ def epsilon_words(told: Iterable[Spending | None], unit: str, whose: str = "wors
 
 def score_words(score: Score | None) -> str:
     """Return accuracy and loss, or that the round was not scored."""
-    return f"accuracy {100 * score.accuracy:.1f} %  loss {score.loss:.3f}" if score else "not scored"
+    return f"accuracy {100 * score.accuracy:.1f} %  loss {decimal_text(score.loss, 3)}" if score else "not scored"
 
 
 def round_line(job: Job, outcome: RoundOutcome, members: Mapping[int, Member]) -> str:

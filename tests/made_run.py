@@ -159,3 +159,10 @@ class MadeRun:
 
     def lines(self, name: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.folder / name).read_text(encoding="utf-8").splitlines()]
+
+
+def adapter_told(**changes: Any) -> dict[str, Any]:
+    """Return what ``adapter/fedveil.json`` of a run holds, of an earlier FedVeil but for ``changes``."""
+    usual: dict[str, Any] = {"base_model": "m", "base_fingerprint": "ab" * 32, "task": "classification"}
+    scored = {"label_names": [], "max_length": 128, "feature_scale": 1.0, "precision": "float32", "settings": {}}
+    return {**usual, **scored, **changes}

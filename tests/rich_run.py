@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from made_run import DELTA, MadeRun, spent
+from made_run import DELTA, MadeRun, adapter_told, spent
 
 from common.privacy.accounting import gaussian_release
 from common.privacy.privacy_filter import promised
@@ -105,8 +105,8 @@ def rich(folder: Path) -> MadeRun:
     run.audited("audit.json", AuditFile(True, "2026-11-25T08:00:00+00:00", versions, findings))
     adapter = folder / "adapter"
     adapter.mkdir()
-    made_of = {"base_model": "all-MiniLM-L6-v2", "base_fingerprint": "ab" * 32, "bundle": "cd" * 32}
-    (adapter / "fedveil.json").write_text(json.dumps({**made_of, "base_parameters": 22_713_216}))
+    made_of = adapter_told(base_model="all-MiniLM-L6-v2", bundle="cd" * 32, base_parameters=22_713_216)
+    (adapter / "fedveil.json").write_text(json.dumps(made_of))
     for name in ("adapter_config.json", "adapter_model.safetensors", "head.safetensors"):
         (adapter / name).write_bytes(name.encode())
     return run.end()

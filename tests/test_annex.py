@@ -151,6 +151,12 @@ def test_a_steward_states_by_the_policy_and_no_server_gets_it(toy_settings: dict
     read = read_statement(out.read_bytes(), "clinic.toml")
     assert (read.site, read.dataset, read.answers) == ("clinic", "ward", ANSWERS)
     assert read.sha256 in said
+    assert read_statement(b"\xef\xbb\xbf" + out.read_bytes(), "clinic.toml").answers == ANSWERS
+    held = (folder.path / "policy.toml").read_bytes()
+    for own in (folder.path / "policy.toml", folder.path / "node.key", site.node["data"]):
+        code, said = fedveil("site", "statement", folder.path, "-o", own)
+        assert (code, "is not overwritten: name another file" in said) == (1, True), said
+    assert (folder.path / "policy.toml").read_bytes() == held
     site.rule(**{key.replace("-", "_"): f"SECRET {text}" for key, text in ANSWERS.items()})
     reply = site.train(1)
     assert "SECRET" not in repr(reply)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from huggingface_hub import ModelCard
-from made_run import MadeRun
+from made_run import MadeRun, adapter_told
 from typer.testing import CliRunner
 
 from cli.main import app
@@ -41,9 +41,7 @@ def with_adapter(run: MadeRun, base: str = "sentence-transformers/all-MiniLM-L6-
     """Leave the files of an adapter in a made run's folder."""
     folder = run.folder / "adapter"
     folder.mkdir()
-    (folder / "fedveil.json").write_text(
-        json.dumps({"base_model": base, "base_fingerprint": "ab" * 32, "bundle": "cd" * 32})
-    )
+    (folder / "fedveil.json").write_text(json.dumps(adapter_told(base_model=base, bundle="cd" * 32)))
     for name in ("adapter_config.json", "adapter_model.safetensors", "head.safetensors"):
         (folder / name).write_bytes(name.encode())
     return run

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_run import MadeRun
+from made_run import MadeRun, adapter_told
 from test_report import forms
 
 from common.privacy.accounting import gaussian_release
@@ -38,7 +38,7 @@ def made(folder: Path, settings: dict[str, Any], rounds: list[int], *, start: bo
         run.append("rounds.jsonl", {**line, "round": number})
     (folder / "adapter").mkdir()
     sizes = {"base_parameters": N, "adapter_parameters": P, "head_parameters": H, "label_names": LABELS}
-    told = {"base_model": "m", "base_fingerprint": "ab", **sizes, **about}
+    told = adapter_told(**sizes | about)
     (folder / "adapter" / "fedveil.json").write_text(json.dumps(told))
     return run.end()
 

@@ -503,6 +503,44 @@ def test_a_job_written_as_toml_is_the_same_job_when_read(tmp_path: Path) -> None
     assert configure(parse_settings([str(file)])) == job
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[privcy]\n", "privcy is a section without settings: write some below it, or leave it out"),
+        ("[start.calibration]\n", "start.calibration is a section without settings"),
+        ('"adapter.rank" = 8\n[adapter]\nrank = 4\n', "adapter.rank is given twice: leave one out"),
+        ("[adapter]\nrank = 4\n['adapter.x']\ny = 1\n[adapter.x]\ny = 1\n", "adapter.x.y is given twice"),
+        (f"rounds = 1{'0' * 400}", "is not TOML: a whole number has more than 64 bits"),
+        (f"rounds = 1{'0' * 5000}", "is not TOML: a whole number has more than 64 bits"),
+        (f"rounds = {'[' * 5000}", "is not TOML: brackets or keys are nested too deeply"),
+        (f"{'a.' * 5000}b = 1", "is not TOML: brackets or keys are nested too deeply"),
+    ],
+)
+def test_a_file_of_settings_that_is_none_is_one_line(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        parse_settings([str(tmp_path / "mine.toml")])
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("privcy={}", "privcy is a section without settings"),
+        ('adapter={rank=4,"rank"=8}', "cannot read the value of 'adapter'"),
+        (f"rounds=1{'0' * 400}", "0… (a whole number has more than 64 bits)"),
+        (f"rounds=1{'0' * 5000}", "0… (a whole number has more than 64 bits)"),
+        (f"rounds={'[' * 5000}", "[… (brackets or keys are nested too deeply)"),
+    ],
+)
+def test_a_pair_that_is_none_is_one_short_line(text: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_settings([text])
+    assert said in str(caught.value)
+    assert len(str(caught.value)) < 200
+
+
 paths = st.lists(st.text("abc-_09", min_size=1, max_size=6), min_size=1, max_size=3).map(".".join)
 values = (
     st.booleans()

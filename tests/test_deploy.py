@@ -1195,6 +1195,21 @@ def test_a_job_that_still_runs_is_followed_and_not_submitted_twice(
     assert "is under way" in said[-1]
 
 
+@pytest.mark.parametrize(
+    "content", [b"{}", b"[]", b"[" * 100_000, b'{"run": 7, "folder": "x", "settings": {}}', b"\xff"]
+)
+def test_a_damaged_note_of_the_last_job_is_one_line(
+    content: bytes, tmp_path: Path, fake_control: Callable[..., FakeControl]
+) -> None:
+    server, control = make_server(tmp_path / "server", ["127.0.0.1"]), fake_control()
+    (server.path / "last-job.json").write_bytes(content)
+    for command in (lambda: submission.stop_job(server), lambda: submission.submit(server, {}, print, once=True)):
+        with pytest.raises(DataError, match=r"last-job\.json") as caught:
+            command()
+        assert "\n" not in str(caught.value)
+    assert control.submitted == []
+
+
 def test_a_resumed_job_that_still_runs_is_followed_too(
     tmp_path: Path, fake_control: Callable[..., FakeControl]
 ) -> None:

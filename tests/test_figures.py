@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from decimal import Decimal
 
 import pytest
@@ -22,11 +23,18 @@ def test_what_is_spent_is_never_shown_smaller_nor_what_is_left_larger(value: flo
     spent, left = (Decimal(text(value, decimals=decimals)) for text in (epsilon_text, remaining_text))
     # A float is the shortest decimal that reads back as it: what a person typed, or the accountant printed.
     assert left <= Decimal(repr(value)) <= spent
-    assert spent - left in (0, Decimal(10) ** -decimals), "further away than one unit of the last place"
+    last = Decimal(10) ** (spent.adjusted() - 3) if value >= 10**6 else Decimal(10) ** -decimals
+    assert spent - left in (0, last, last / 10), "further away than one unit of the last place"
     assert float(left) <= value <= float(spent)
 
 
-@given(st.integers(0, 10**9))
+def test_a_huge_figure_is_short_and_still_not_rounded_down() -> None:
+    shown = [epsilon_text(value) for value in (999_999.9999, 10.0**6, 1_234_000.1, sys.float_info.max)]
+    assert shown == ["1000000.000", "1.000e+6", "1.235e+6", "1.798e+308"]
+    assert remaining_text(1_234_999.9) == "1.234e+6"
+
+
+@given(st.integers(0, 10**9 - 1))
 def test_a_figure_of_three_decimals_reads_as_it_was_typed(thousandths: int) -> None:
     typed = f"{thousandths // 1000}.{thousandths % 1000:03}"
     assert epsilon_text(float(typed)) == remaining_text(float(typed)) == typed

@@ -66,13 +66,13 @@ def test_the_harness_finds_the_log_likelihoods_of_the_runs_model(
         )
         samples = sorted(results["samples"]["fedveil-tiny"], key=lambda sample: sample["doc_id"])
         found.append([float(sample["resps"][0][0][0]) for sample in samples])
-    module, about = load_result(adapter)
-    tokenizer, wanted = about["base"].processor, []
+    result = load_result(adapter)
+    tokenizer, wanted = result.base.processor, []
     for prompt, completion in rows:
         before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         whole = tokenizer(f"{prompt} {completion}", add_special_tokens=False)["input_ids"]
         with torch.no_grad():
-            logits = module.encoder.eval()(input_ids=torch.tensor([whole[:-1]])).logits[0].log_softmax(-1)
+            logits = result.module.encoder.eval()(input_ids=torch.tensor([whole[:-1]])).logits[0].log_softmax(-1)
         wanted.append(sum(float(logits[i - 1, whole[i]]) for i in range(len(before), len(whole))))
     assert found[0] == pytest.approx(wanted, abs=1e-3)
     assert found[1] != pytest.approx(wanted, abs=1e-3), "the adapter changes nothing here"

@@ -195,7 +195,11 @@ def test_a_reservation_that_is_none_is_refused(ledger: Ledger, words: Any, said:
         ledger.holds.reserve(*words)
 
 
-@pytest.mark.parametrize("text", ["tomorrow", "2026-13-01", "2026-12-31T12:00:00", ""])
+OUTSIDE = ("9999-12-31T23:59:59-01:00", "0001-01-01T00:00:00+14:00")
+"""Times whose year in UTC is none."""
+
+
+@pytest.mark.parametrize("text", ["tomorrow", "2026-13-01", "2026-12-31T12:00:00", "", *OUTSIDE])
 def test_a_time_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="is no time"):
         moment(text)
@@ -419,6 +423,39 @@ def test_a_receipt_is_signed_and_a_changed_one_is_found(ledger: Ledger, path: Pa
     public.verify(signature, out.read_bytes())
     with pytest.raises(InvalidSignature):
         public.verify(signature, out.read_bytes().replace(b"mine", b"mime"))
+
+
+@pytest.mark.parametrize("ending", ["", "-wal", "-journal"])
+@pytest.mark.parametrize("words", [("export",), ("receipt", "--dataset", "ward", "--run", "mine")])
+def test_no_command_writes_over_a_ledger(words: tuple[str, ...], ending: str, ledger: Ledger, path: Path) -> None:
+    """Neither over the one that it reads nor over another, under no name, nor over what belongs to one."""
+    charge(ledger, 1, run="mine")
+    with Ledger(path.with_name("other.sqlite")) as held:
+        held.set_budget("ward", 1.0, DELTA)
+    path.with_name("linked").symlink_to(path)
+    before = path.read_bytes()
+    for name in ("site.sqlite", "other.sqlite", "linked"):
+        target = path.with_name(name + ending)
+        code, said = fedveil("ledger", words[0], path, *words[1:], "-o", target)
+        assert (code, said.count("fedveil:")) == (1, 1), said
+        assert "is a ledger or another database and is not overwritten: name another file" in said
+    assert path.read_bytes() == before
+    assert path.with_name("linked").is_symlink()
+    assert Ledger(path).entries()
+
+
+def test_no_receipt_is_written_over_the_key_that_signs_it_or_over_no_file(ledger: Ledger, path: Path) -> None:
+    charge(ledger, 1, run="mine")
+    key, pipe = path.with_name("steward.pem"), path.with_name("pipe")
+    fedveil("keygen", key)
+    os.mkfifo(pipe)
+    before = key.read_bytes()
+    words = ("ledger", "receipt", path, "--dataset", "ward", "--run", "mine", "--sign", key, "-o")
+    for output, why in ((key, "is read by this command"), (pipe, "is no file that could be replaced")):
+        code, said = fedveil(*words, output)
+        assert (code, why in said) == (1, True), said
+        assert not output.with_name(f"{output.name}.sig").exists()
+    assert key.read_bytes() == before
 
 
 def in_a_sum(honest_sites: int) -> Release:

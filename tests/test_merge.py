@@ -37,10 +37,10 @@ def fedveil(*words: Any) -> tuple[int, str]:
 
 def logits_of(run: Path, texts: list[Any]) -> Tensor:
     """Return what stock PEFT and the head beside it make of texts, or of pairs of them, one at a time."""
-    module, about = load_result(run / "adapter")
-    task, base = about["kind"], about["base"]
+    result = load_result(run / "adapter")
+    module, task, base = result.module, result.task, result.base
     columns = [text if isinstance(text, list) else [text] for text in texts]
-    records = task.prepare(base, [task.asked(words) for words in columns], task.limit(base, about["max_length"]))
+    records = task.prepare(base, [task.asked(words) for words in columns], task.limit(base, result.about.max_length))
     with torch.no_grad():
         return torch.cat([module.eval()(task.collate(base, [record])) for record in records])
 
@@ -121,7 +121,7 @@ def test_a_fault_in_the_dense_layer_is_found(toy_settings: dict[str, Any], tmp_p
     """The same comparison sees a head whose feature scale was forgotten."""
     run = run_in_process({**toy_settings, "rounds": 1, "model.feature-scale": 3.0}, 2)
     merge_run(run, tmp_path / "merged")
-    module, _ = load_result(run / "adapter")
+    module = load_result(run / "adapter").module
     from safetensors.torch import save_file
 
     forgotten = {"linear.weight": module.head.weight.detach(), "linear.bias": module.head.bias.detach()}
@@ -149,16 +149,16 @@ def test_a_merged_language_model_has_the_same_logits_and_completes(
 ) -> None:
     own = {"model.name": model_folder(family), "adapter.targets": TARGETS[family]}
     run = run_in_process({**toy_generation, "rounds": 1, "training.learning-rate": 0.05, **own}, 2)
-    module, about = load_result(run / "adapter")
+    result = load_result(run / "adapter")
     code, said = fedveil("merge", run, tmp_path / "merged")
     assert code == 0, said
     model, tokenizer = (kind.from_pretrained(tmp_path / "merged") for kind in (AutoModelForCausalLM, AutoTokenizer))
     tokens = tokenizer(TEXTS[0], return_tensors="pt")["input_ids"]
     mask = torch.ones_like(tokens)
     with torch.no_grad():
-        wanted = module.eval()({"input_ids": tokens, "attention_mask": mask})
+        wanted = result.module.eval()({"input_ids": tokens, "attention_mask": mask})
         assert (model(input_ids=tokens, attention_mask=mask).logits - wanted).abs().max() < CLOSE
-    base = about["base"].module
+    base = result.base.module
     assert type(model) is type(base)
     assert f"import AutoTokenizer, {type(base).__name__}" in said
     prompt = "question the film is answer"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 from cli.main import app
 from common.privacy.accounting import gaussian_release
+from common.run_lines import BaselineFile
 from reports import report_of
 from reports.picture import Picture, PicturedRound, picture_of, read_picture, to_svg
 
@@ -64,6 +66,10 @@ def test_the_command_writes_a_picture_and_the_figures_that_it_is_drawn_from_agai
     assert done.exit_code == 0, done.output
     assert to_svg(read_picture(tmp_path / "run.json")) == (tmp_path / "run.svg").read_text(encoding="utf-8")
     assert not (run.folder / "report.html").exists(), "a report was written as well"
+    run.write(BaselineFile(accuracy=0.5, loss=math.nan))
+    done = CliRunner().invoke(app, ["report", str(run.folder), "--picture", str(tmp_path / "run.svg")])
+    assert done.exit_code == 0, done.output
+    assert '"loss": "nan"' in (tmp_path / "run.json").read_text(encoding="utf-8"), "what is no JSON was written"
 
 
 @pytest.mark.parametrize(
@@ -74,6 +80,20 @@ def test_a_picture_that_cannot_be_is_refused(name: str, more: list[str], said: s
     assert done.exit_code == 1
     assert said in done.output
     assert not (run.folder / name).exists()
+
+
+def test_a_picture_takes_no_other_files_place(run: MadeRun, tmp_path: Path) -> None:
+    (tmp_path / "list.json").write_text('["mine"]')
+    before = {path: path.read_bytes() for path in [*run.folder.glob("*.json"), tmp_path / "list.json"]}
+    for name in (run.folder / "result", run.folder / "config", run.folder / "report", tmp_path / "list"):
+        done = CliRunner().invoke(app, ["report", str(run.folder), "--picture", f"{name}.svg"])
+        assert (done.exit_code, "name another --picture" in done.output) == (1, True), done.output
+        assert not name.with_suffix(".svg").exists()
+    assert {path: path.read_bytes() for path in before} == before
+    assert not (run.folder / "report.json").exists()
+    for _ in range(2):
+        done = CliRunner().invoke(app, ["report", str(run.folder), "--picture", str(run.folder / "own.svg")])
+        assert done.exit_code == 0, done.output
 
 
 def test_a_run_without_a_claim_shows_no_epsilon_and_foreign_names_are_text() -> None:

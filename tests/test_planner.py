@@ -387,6 +387,8 @@ def test_a_budget_too_small_for_one_round_is_said_in_one_line() -> None:
     ("words", "said"),
     [
         (["--sizes", "60,0"], "whole numbers above 0"),
+        (["--sizes", f"60,1{'0' * 5000}"], "whole numbers above 0"),
+        (["-c", f"privacy.epsilon=1{'0' * 400}"], "cannot read the value of 'privacy.epsilon'"),
         (["--sizes", "60", "--sites", "2"], "not both"),
         (["--find", "round"], "did you mean 'rounds'?"),
         (["--find", "rounds"], "set privacy.noise-multiplier"),
@@ -403,6 +405,14 @@ def test_what_is_wrong_is_said_in_one_line(
     lines = [line for line in result.stderr.splitlines() if line.startswith("fedveil:")]
     assert len(lines) == 1
     assert said in lines[0]
+
+
+def test_the_plan_is_not_written_over_its_settings(tmp_path: Path, toy_settings: dict[str, Any]) -> None:
+    (tmp_path / "mine.toml").write_text("rounds = 3\n", encoding="utf-8")
+    words = ["-c", str(tmp_path / "mine.toml"), "--find", "noise", "--json", str(tmp_path / "mine.toml")]
+    result = run_plan(tmp_path, toy_settings, *words)
+    assert (result.exit_code, "is read by this command and is not overwritten" in result.stderr) == (1, True)
+    assert (tmp_path / "mine.toml").read_text(encoding="utf-8") == "rounds = 3\n"
 
 
 def test_without_privacy_there_is_nothing_to_find() -> None:

@@ -181,6 +181,44 @@ def test_pins_that_a_call_does_not_name_stay_and_all_are_said(tmp_path: Path) ->
     )
 
 
+def test_a_policy_that_begins_with_a_byte_order_mark_is_pinned_as_any_other(tmp_path: Path) -> None:
+    path = tmp_path / "policy.toml"
+    fedveil("site", "pin", str(path), "--labels", "bad,good")
+    text = path.read_text(encoding="utf-8")
+    rest = text.replace('task = "classification"', "")
+    path.write_text(f'\ufefftask = "classification"\n{rest}', encoding="utf-8")
+    fedveil("site", "pin", str(path), "--text", "note", "--epsilon", "3")
+    policy = load_policy(path)
+    assert (policy.columns["text"], policy.labels, policy.epsilon) == ("note", "bad,good", 3.0)
+    assert path.read_text(encoding="utf-8").count("task =") == 1
+
+
+@pytest.mark.parametrize(
+    ("held", "said"),
+    [
+        ("labels = 5", "labels must be a list of texts, not 5"),
+        ('labels = "bad"', "labels must be a list of texts, not 'bad'"),
+        ("labels = [1, 2]", "each of labels must be text, not 1"),
+        ('text = ["a"]', "text must be text, not ['a']"),
+        ('max-length = "9"', "max-length must be a whole number, not '9'"),
+        ("max-length = true", "max-length must be a whole number, not True"),
+        ("task = 3", "task must be text, not 3"),
+        (f"epsilon = 1{'0' * 5000}", "a whole number has more than 64 bits"),
+    ],
+)
+def test_a_pin_of_another_type_is_one_line_and_nothing_is_made_of_it(held: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "policy.toml"
+    rest = {"task": 'task = "classification"', "labels": 'labels = ["bad", "good"]'}
+    path.write_text("\n".join([held, *(line for key, line in rest.items() if not held.startswith(key))]), "utf-8")
+    before = path.read_text(encoding="utf-8")
+    done = CliRunner().invoke(app, ["site", "pin", str(path), "--label", "verdict"])
+    assert (done.exit_code, said in done.output.replace("\n", "")) == (1, True), done.output
+    assert path.read_text(encoding="utf-8") == before
+    with pytest.raises(ConfigError) as caught:
+        load_policy(path)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_mistyped_folder_makes_no_policy(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["site", "pin", str(tmp_path / "clinc"), "--labels", "bad,good"])
     assert done.exit_code != 0

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from made_run import adapter_told
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -367,13 +368,13 @@ def test_a_run_on_a_pruned_model_is_recovered_onto_the_large_one_and_both_are_kn
     # Scored on the large one: as it is, and moved by hand as PEFT has merged it above.
     alone, tuned = evaluate_recovered(folder, target)
     for score, weights in ((alone, before), (tuned, stock.state_dict())):
-        _, about_run = load_result(folder / "adapter")  # what the run was scored by, but of the large model
+        result = load_result(folder / "adapter")  # what the run was scored by, but of the large model
         base = load_base_model(source, "causal-lm")
         base.module.load_state_dict(weights)
-        task = about_run["kind"]
-        by_hand = task.module(base.module, base, 0, about_run["feature_scale"])
-        examples = public_test(configure(about_run["settings"]).config.data, "causal-lm").examples
-        records = task.prepare(base, examples, task.limit(base, about_run["max_length"]))
+        task, about_run = result.task, result.about
+        by_hand = task.module(base.module, base, 0, about_run.feature_scale)
+        examples = public_test(configure(about_run.settings).config.data, "causal-lm").examples
+        records = task.prepare(base, examples, task.limit(base, about_run.max_length))
         expected = score_records(by_hand, task, base, records, torch.device("cpu"), torch.float32)
         assert score.loss == pytest.approx(expected.loss, abs=2e-5), "the large model is scored as another"
     assert abs(alone.loss - tuned.loss) > 1e-3, "the adapter moves nothing: nothing is proved"
@@ -398,7 +399,7 @@ def test_invariant_p5_another_small_or_large_model_than_the_runs_is_refused(
 
     def leave(fingerprint: str, name: str) -> None:
         (run / "fedveil.json").write_text(
-            json.dumps({"base_model": str(small), "base_fingerprint": fingerprint}), encoding="utf-8"
+            json.dumps(adapter_told(base_model=str(small), base_fingerprint=fingerprint)), encoding="utf-8"
         )
         save_file({name: torch.zeros(2, 16)}, str(run / "adapter_model.safetensors"))
 

@@ -190,10 +190,11 @@ def logits(model: Any, tokens: Tensor) -> Tensor:
 
 def test_a_merged_model_is_what_the_bits_stand_for_and_the_adapter(run: Path, tmp_path: Path) -> None:
     tokens = torch.tensor([[2, 5, 9, 4, 11, 6]])
-    module, _ = load_result(run / "adapter")
+    result = load_result(run / "adapter")
+    module = result.module
     assert any(isinstance(child, LowBits) for child in module.modules())
     wanted = logits(module.encoder, tokens)
-    base = load_base_model(str(load_result(run / "adapter")[1]["base_model"]), "causal-lm", bits="4bit")
+    base = load_base_model(result.about.base_model, "causal-lm", bits="4bit")
     assert (logits(base.module, tokens) - wanted).abs().max() > 1e-3, "the adapter changes nothing here"
     merge_run(run, tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
@@ -203,8 +204,8 @@ def test_a_merged_model_is_what_the_bits_stand_for_and_the_adapter(run: Path, tm
 
 def test_peft_loads_the_adapter_on_a_quantised_and_on_the_full_base(run: Path) -> None:
     tokens = torch.tensor([[2, 5, 9, 4, 11, 6]])
-    module, about = load_result(run / "adapter")
-    wanted, name = logits(module.encoder, tokens), about["base_model"]
+    result = load_result(run / "adapter")
+    wanted, name = logits(result.module.encoder, tokens), result.about.base_model
     four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     for options, close in (({"quantization_config": four, "device_map": "cpu"}, 1e-4), ({}, 0.2)):
         base = AutoModelForCausalLM.from_pretrained(name, **options)

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+import math
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from made_run import MadeRun
+from made_run import MadeRun, adapter_told
+from test_report import fedveil
 
 from common.errors import DataError
-from common.files import finite
+from common.files import append_lines, finite
 from common.messages.round import SpendingFigures
 from common.run_lines import (
     Absence,
+    AdapterFile,
     BaselineFile,
     ConfigFile,
+    LayerLine,
     PrivacyLine,
     ProgressFile,
     ResultFile,
@@ -28,9 +32,11 @@ from common.run_lines import (
 )
 from common.strict_json import to_json
 from experiments.in_process import run_in_process
-from reports import report_of
+from experiments.site_count import recorded_sites
+from reports import report_of, write_reports
 from reports.audits import audit_reports
 from reports.folder import read_run
+from reports.picture import read_picture
 
 FILES: tuple[type[RunFile], ...] = (ConfigFile, BaselineFile, ProgressFile, ResultFile)
 LINES: tuple[type[RunFile], ...] = (RoundLine, PrivacyLine)
@@ -63,6 +69,46 @@ def test_what_is_not_there_is_an_error_or_none(tmp_path: Path) -> None:
         read_lines(RoundLine, tmp_path)
 
 
+HUGE = b"1" * 5000
+DAMAGED = [b"\xff", b"[" * 100_000, HUGE, b"[]", b"null", b'{"status": "\xff"}', b'{"round": %s}' % HUGE]
+"""Contents of files that no line or file of a run has."""
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=lambda content: content[:12].decode("latin-1"))
+def test_a_damaged_file_is_one_line_to_every_reader(content: bytes, tmp_path: Path) -> None:
+    made = MadeRun(tmp_path / "run", {"rounds": 1}).start().round(1, 0.7).end()
+    (made.folder / "adapter").mkdir()
+    damaged = ("result.json", "rounds.jsonl", "audit.json", "beside.json", "adapter/fedveil.json", "simulated.json")
+    for name in damaged:
+        (made.folder / name).write_bytes(content)
+    for read in (
+        lambda: read_file(ResultFile, made.folder),
+        lambda: read_lines(RoundLine, made.folder),
+        lambda: read_file(AdapterFile, made.folder / "adapter"),
+        lambda: read_picture(made.folder / "result.json"),
+        lambda: recorded_sites(made.folder),
+    ):
+        with pytest.raises((DataError, ValueError)) as caught:
+            read()
+        assert "\n" not in str(caught.value)
+    problems = report_of(made.folder).problems
+    assert len(problems) == len(damaged) - 1, problems
+    for command in ("evaluate", "ask", "intruders", "prune"):
+        words = {"ask": ["text"], "prune": ["--by", str(made.folder), str(tmp_path / "out")]}.get(command, [])
+        code, said = fedveil(command, *([] if command == "prune" else [made.folder]), *words)
+        assert code in (1, 2), said
+        assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("content", [{}, {"task": "classification"}, {"task": "dreams"}, {"precision": "float0"}])
+def test_an_adapter_that_does_not_say_what_it_is_is_one_line(content: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    whole = content if len(content) != 1 or "classification" in content.values() else adapter_told(**content)
+    (tmp_path / "run" / "adapter" / "fedveil.json").write_text(json.dumps(whole))
+    code, said = fedveil("evaluate", tmp_path / "run")
+    assert (code, said.count("\n"), "fedveil.json" in said) == (1, 1, True), said
+
+
 @pytest.mark.parametrize("kind", LINES, ids=lambda kind: kind.NAME)
 def test_a_line_with_another_key_is_an_error_and_the_report_says_that_it_is_left_out(
     tmp_path: Path, kind: type[RunFile]
@@ -84,6 +130,28 @@ def test_a_file_with_another_key_is_left_out_of_the_report_which_says_so(tmp_pat
     files = read_run(made.folder)
     assert (files.baseline is None, files.result is None) == (kind is BaselineFile, kind is ResultFile)
     assert files.problems == [f"{kind.NAME} has the unknown field 'loss of the site', and is left out"]
+
+
+def test_a_round_of_a_model_that_diverged_is_read_as_it_is_written_and_said(tmp_path: Path) -> None:
+    made = MadeRun(tmp_path / "run", {"rounds": 3}).start().round(1, 0.7)
+    made.write(BaselineFile(accuracy=0.5, loss=math.inf))
+    lost = {"layer": "q", "numbers": 8, "form": "across sites", "rank": 2, "above": None}
+    learning = [LayerLine(**lost, change=math.inf, agreement=math.nan, score=-math.inf)]
+    for number, loss in ((2, math.nan), (3, math.inf)):
+        made.round(number, 0.1)
+        told = [*read_lines(RoundLine, made.folder)]
+        (made.folder / RoundLine.NAME).unlink()
+        told[-1] = replace(told[-1], loss=loss, learning=learning)
+        append_lines(made.folder / RoundLine.NAME, [to_json(line) for line in told])
+    made.end()
+    assert [str(line.loss) for line in read_lines(RoundLine, made.folder)] == ["0.57", "nan", "inf"]
+    assert read_file(BaselineFile, made.folder).loss == math.inf
+    report = report_of(made.folder)
+    assert (report.problems, [row.round_number for row in report.rounds]) == ([], [0, 1, 2, 3])
+    write_reports(made.folder)
+    for form in ("report.md", "report.html"):
+        assert (made.folder / form).read_text(encoding="utf-8").count("not finite") >= 3, form
+    assert json.loads((made.folder / "report.json").read_bytes())["rounds"][2]["loss"] == "nan"
 
 
 def test_who_did_not_take_part_is_one_shape_from_the_attempt_to_the_report(tmp_path: Path) -> None:

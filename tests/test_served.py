@@ -116,11 +116,11 @@ def causal_job(toy: dict[str, Any], folder: Path, model: str) -> dict[str, Any]:
 
 
 def causal_logits(run: Path) -> list[Tensor]:
-    module, about = load_result(run / "adapter")
-    tokenizer = AutoTokenizer.from_pretrained(about["base"].module.config.name_or_path)
+    result = load_result(run / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(result.base.module.config.name_or_path)
     rows = [tokenizer(text, truncation=True, max_length=24, return_tensors="pt") for text in TEXTS]
     with torch.no_grad():
-        return [module.eval()({key: row[key] for key in ("input_ids", "attention_mask")})[0] for row in rows]
+        return [result.module.eval()({key: row[key] for key in ("input_ids", "attention_mask")})[0] for row in rows]
 
 
 @pytest.fixture(scope="module")

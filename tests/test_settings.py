@@ -293,6 +293,12 @@ def test_the_settings_are_written_as_json(tmp_path: Path) -> None:
     assert (period["owners"], period["value"]) == (["fed-svd"], None), "it is no setting of this run"
     result = CliRunner().invoke(app, ["settings", "--json", str(tmp_path)])
     assert (result.exit_code, "cannot be written" in result.stderr) == (1, True)
+    (tmp_path / "mine.toml").write_text("rounds = 3\n", encoding="utf-8")
+    result = CliRunner().invoke(
+        app, ["settings", "-c", str(tmp_path / "mine.toml"), "--json", str(tmp_path / "mine.toml")]
+    )
+    assert (result.exit_code, "is read by this command and is not overwritten" in result.stderr) == (1, True)
+    assert (tmp_path / "mine.toml").read_text(encoding="utf-8") == "rounds = 3\n"
 
 
 def test_a_text_of_several_lines_stays_a_comment() -> None:

@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +19,7 @@ from test_card import with_adapter
 from test_report import audit_file, fedveil, found
 
 from common.errors import DataError
+from common.files import replace_file
 from common.privacy.figures import epsilon_text
 from reports import ReportData, report_of, write_reports
 from reports.declared import declare
@@ -83,6 +86,38 @@ def test_a_file_that_is_missing_or_came_later_is_found(made: MadeRun, signed: Ca
         (made.folder / name).unlink()
     (made.folder / "adapter" / "elsewhere").symlink_to(made.folder.parent)
     assert signed()[0] == 1, "a folder behind a link passes for signed"
+
+
+@pytest.mark.parametrize("age", [0.0, 3600.0], ids=["of a process that is gone", "old"])
+def test_what_a_killed_report_left_is_neither_signed_nor_kept(
+    age: float, made: MadeRun, tmp_path: Path, signed: Callable[..., tuple[int, str]]
+) -> None:
+    """And what another process writes at the moment stays."""
+    with subprocess.Popen(["sleep", "30"]) as other:
+        gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+        owner = other.pid if age else int(gone.stdout)
+        left = [made.folder / name for name in (f".report.md.{owner}.tmp", f"adapter/.README.md.{owner}.tmp")]
+        for path in left:
+            path.write_bytes(b"half")
+            os.utime(path, (time.time() - age,) * 2)
+        (made.folder / f".progress.json.{other.pid}.tmp").write_bytes(b"half")
+        (made.folder / ".notes.tmp").write_bytes(b"a person's")
+        fedveil("report", made.folder, "--sign", tmp_path / "server.pem")
+        assert not [path for path in left if path.exists()]
+        assert {path.name for path in made.folder.glob(".*.tmp")} == {f".progress.json.{other.pid}.tmp", ".notes.tmp"}
+        other.kill()
+    assert not [name for name in members(made.folder) if name.endswith(".tmp")]
+    assert signed()[0] == 0
+
+
+def test_ctrl_c_leaves_no_half_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(handle: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        replace_file(tmp_path / "report.md", b"half")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_link_in_an_adapter_is_refused_whatever_it_leads_to(

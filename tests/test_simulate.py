@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -19,17 +21,28 @@ import typer
 from made_run import MadeRun
 from typer.testing import CliRunner
 
+import cli
 from audits.tiny_models import write_questions
 from audits.tiny_site import OneSite
 from cli.errors import for_people
 from cli.main import app
-from common.errors import ConfigError, RunFailed
+from common.config.text import to_toml
+from common.errors import ConfigError, DataError, RunFailed
+from common.run_lines import ProgressFile, ResultFile
+from common.strict_json import to_json
 from experiments import simulate as simulation
 from experiments.in_process import InProcessTransport, run_in_process
 from experiments.site_count import record_sites, recorded_sites, sites_of
 from server.checkpoint import NAME
 from server.lock import only_writer
+from server.records import write_json
 from strategies.job import configure
+
+FOLLOW = simulation._follow
+
+
+def refused(*_: Any) -> str:
+    raise RunFailed("flwr run did not start: no")
 
 
 @pytest.fixture
@@ -45,7 +58,7 @@ def no_flower(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         asked.append(sites)
         return "7"
 
-    def follow(link: None, run: str, folder: Path, *others: Any) -> None:
+    def follow(link: None, run: str, folder: Path, *others: Any, since: float) -> None:
         raise RunFailed("it was cut off")
 
     for name, fake in (("_superlink", nothing), ("_submit", submit), ("_follow", follow)):
@@ -80,6 +93,29 @@ def test_a_resumed_run_has_the_sites_that_it_began_with(toy_settings: dict[str, 
     assert "began with 3" in other.output.splitlines()[-1]
     CliRunner().invoke(app, [*resume, "--sites", "3"])
     assert no_flower == [3, 3], "a run was started with other partitions"
+
+
+@pytest.mark.parametrize("name", ["old[/b]/reviews.csv", "[red]reviews.csv"])
+def test_names_of_a_run_are_text_and_no_markup(
+    name: str, toy_settings: dict[str, Any], no_flower: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def follow(link: None, run: str, folder: Path, watch: Any, *_: Any, **__: Any) -> None:
+        state = ProgressFile(f"reads {name}", round_number=1, rounds=2, answered=[name], asked=2)
+        watch(simulation.Progress([f"line of {name}"], state))
+        raise RunFailed(f"no {name}")
+
+    monkeypatch.setattr(simulation, "_follow", follow)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(toy_settings["data.name"], tmp_path / name)
+    (tmp_path / "run.toml").write_text(to_toml({**toy_settings, "data.name": name}), encoding="utf-8")
+    done = CliRunner().invoke(app, ["run", "-c", "run.toml", "--sites", "2"])
+    assert isinstance(done.exception, SystemExit), done.exception
+    for said in (f"and {name}: 2 sites", f"line of {name}", f"fedveil: no {name}"):
+        assert said in done.output
+    for path in Path(cli.__file__).parent.glob("*.py"):
+        made = path.read_text(encoding="utf-8").split("Console(")[1:]
+        assert all("markup=False" in after[: after.index(")")] for after in made), path
 
 
 def test_a_run_writes_down_how_many_sites_it_has(toy_settings: dict[str, Any], no_flower: list[int]) -> None:
@@ -140,7 +176,7 @@ def test_a_failed_run_is_followed_until_its_report_is_written(tmp_path: Path) ->
     writing.start()
     held.wait()
     with pytest.raises(RunFailed, match="nobody answered"):
-        simulation._follow(cast(Any, Alive), "7", tmp_path, lambda progress: None, 0)
+        simulation._follow(cast(Any, Alive), "7", tmp_path, lambda progress: None, 0, since=0.0)
     assert (tmp_path / "report.md").is_file(), "the SuperLink is ended while the server writes"
     writing.join()
 
@@ -162,6 +198,41 @@ def test_more_sites_asked_for_than_there_are_is_said_before_flower_starts(
     with pytest.raises(ConfigError, match="min-sites is 3, and 2 sites would be there"):
         simulation.simulate({**toy_settings, "min-sites": 3}, 2, print)
     assert not no_flower
+
+
+def test_more_sites_than_records_are_refused_before_flower_starts(
+    toy_settings: dict[str, Any], no_flower: list[int]
+) -> None:
+    with pytest.raises(DataError, match=r"training records, too few for 5000 sites"):
+        simulation.simulate(toy_settings, 5000, print)
+    assert not no_flower
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_the_end_before_a_resumed_run_stays_and_is_not_taken_for_its_own(
+    taken: bool, toy_settings: dict[str, Any], no_flower: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = cut_off(toy_settings, 3)
+    record_sites(folder, 3)
+    write_json(folder / "result.json", to_json(ResultFile("failed", "the first end", None)))
+    old = (folder / "result.json").read_bytes()
+    os.utime(folder / "result.json", (1e9, 1e9))
+    if not taken:
+        monkeypatch.setattr(simulation, "_submit", refused)
+    else:
+        monkeypatch.setattr(simulation, "_follow", FOLLOW)
+        monkeypatch.setattr(simulation, "_log_lines", lambda folder: [])
+        ends = iter(["failed", "failed"])
+
+        def watch(progress: Any) -> None:
+            if next(ends, None) is None:
+                write_json(folder / "result.json", to_json(ResultFile("failed", "the second end", None)))
+
+        process = type("Process", (), {"poll": staticmethod(lambda: None)})
+        monkeypatch.setattr(simulation, "_superlink", lambda home: nullcontext(SimpleNamespace(process=process)))
+    with pytest.raises(RunFailed, match="the second end" if taken else "flwr run did not start"):
+        simulation.simulate({**toy_settings, "resume": str(folder)}, 3, watch if taken else print)
+    assert taken or (folder / "result.json").read_bytes() == old
 
 
 def test_an_error_of_the_machine_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from common.errors import ConfigError
 from experiments.site_count import USUAL
 from experiments.sweep.arms import ARMS
 from experiments.sweep.file import Sweep, read_sweep
+from experiments.sweep.published import SHIPPED as SHIPPED_FIGURES
+from experiments.sweep.published import read_published
 from experiments.sweep.rows import Basis, Row, read_rows
 from server.checkpoint import BEFORE, MAY_CHANGE
 from strategies.job import configure, with_recipe
@@ -171,6 +173,12 @@ def test_the_sites_of_an_arm_are_those_of_one_division() -> None:
     assert [pooled.nodes(3, site) for site in pooled.sites(3)] == [[{"partition-id": 0, "num-partitions": 1}]]
 
 
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    assert written(tmp_path, "\ufeffseeds = [1]") == written(tmp_path, "seeds = [1]")
+    (tmp_path / "figures.toml").write_text(f"\ufeff{SHIPPED_FIGURES.read_text(encoding='utf-8')}", encoding="utf-8")
+    assert read_published(tmp_path / "figures.toml") == read_published(SHIPPED_FIGURES)
+
+
 def test_a_baseline_does_not_wait_for_the_sites_that_it_has_not(tmp_path: Path) -> None:
     sweep = written(tmp_path, 'seeds = [1]\nbaselines = ["pooled"]\nsettings = { min-sites = 4 }')
     assert [cell.settings["min-sites"] for cell in sweep.cells] == [4, 1]
@@ -192,9 +200,15 @@ def test_a_baseline_does_not_wait_for_the_sites_that_it_has_not(tmp_path: Path) 
         ("epsilons = [1.0000000001, 1.00000000009]", "two runs would have one name"),
         ("seeds = [1, 1]", "seeds names something twice"),
         ("seeds = ['a']", "seeds must be whole numbers"),
-        ("sites = 0", "sites must be a whole number above 0"),
+        ("", "it says nothing that is to be run: name seeds, epsilons, baselines, variants, settings or a base"),
+        ("# epsilons = [3.0]\nsites = 3", "it says nothing that is to be run"),
+        (f"epsilons = [1{'0' * 400}]", "is not TOML: a whole number has more than 64 bits"),
+        (f"seeds = [1{'0' * 5000}]", "is not TOML: a whole number has more than 64 bits"),
+        (f"seeds = {'[' * 5000}", "is not TOML: brackets or keys are nested too deeply"),
+        (f"settings.{'a.' * 5000}b = 1", "is not TOML: brackets or keys are nested too deeply"),
+        ("sites = 0\nseeds = [1]", "sites must be a whole number above 0"),
         ("baselines = ['federated']", "choose of local-only, pooled, fitted-head"),
-        ("partition-by-seed = 1", "true or false, not 1"),
+        ("seeds = [1]\npartition-by-seed = 1", "true or false, not 1"),
         ("base = 3", "base must be the path of a file"),
         ("base = 'nowhere.toml'", "nowhere.toml: No such file"),
         ("variants = {}", "variants must be tables"),

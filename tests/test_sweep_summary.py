@@ -95,6 +95,13 @@ def test_an_interval_is_scipys(values: list[float]) -> None:
     assert (found.low, found.high) == pytest.approx((low, high), abs=1e-9)
 
 
+def test_values_of_a_model_that_diverged_have_no_interval() -> None:
+    assert [str(interval(values)) for values in ([1.0, math.inf], [math.nan, 1.0])] == [
+        "Interval(mean=inf, half=None)",
+        "Interval(mean=nan, half=None)",
+    ]
+
+
 def test_one_run_has_no_interval() -> None:
     assert (interval([0.7]).mean, interval([0.7]).half) == (0.7, None)
 

@@ -165,7 +165,7 @@ def test_an_opening_that_is_none_is_found(line: str) -> None:
 
 ELSEWHERE = re.compile(r"\([A-Z]{4,}(?:: \w| \d+\.\d)[^)]*\)|\b[A-Z]{4,}\.md\b")
 """A document called by a word in capitals, with a section: "(PRIVACY: 4.1)", "STYLE.md"."""
-OURS = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")
+OURS = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
 
 
 def cited_elsewhere(text: str) -> Iterator[str]:

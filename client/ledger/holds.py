@@ -128,6 +128,7 @@ def moment(text: str) -> str:
             read = datetime.combine(read, time(23, 59, 59), UTC)
         if read.tzinfo is None:
             raise ValueError(text)
-    except ValueError as error:
+        read = read.astimezone(UTC)
+    except (ValueError, OverflowError) as error:  # the latter of a time that is outside the years 1 to 9999 in UTC
         raise ConfigError(f"{text!r} is no time: write a day as 2026-12-31, or 2026-12-31T12:00:00+00:00") from error
-    return read.astimezone(UTC).isoformat(timespec="seconds")
+    return read.isoformat(timespec="seconds")

@@ -11,7 +11,10 @@ from typing import Any
 
 from common.config.sections import Scalar
 from common.errors import ConfigError
+from common.toml import TOO_DEEP, TOO_LARGE, read_toml, toml_of
 
+SHOWN = 60
+"""Characters of a value that an error shows."""
 PAIR = re.compile(r"""\s*([A-Za-z0-9_.-]+)=("[^"]*"|'[^']*'|\S+)\s*""")
 
 
@@ -26,7 +29,7 @@ def parse_settings(texts: Iterable[str]) -> dict[str, Scalar]:
     """
     settings: dict[str, Scalar] = {}
     for text in texts:
-        if text.endswith(".toml") and "=" not in text:
+        if files_in([text]):
             settings |= read_settings_file(Path(text))
             continue
         position = 0
@@ -36,40 +39,47 @@ def parse_settings(texts: Iterable[str]) -> dict[str, Scalar]:
                 raise ConfigError(f"cannot read {text[position:].strip()!r}: write key=value, text in quotes")
             key, value = match.groups()
             try:
-                settings |= flatten(tomllib.loads(f"value = {value}"), rename={"value": key})
+                settings |= flatten(toml_of(f"value = {value}"), rename={"value": key})
             except tomllib.TOMLDecodeError as error:
-                raise ConfigError(f"cannot read the value of {key!r}: {value} (text needs quotes)") from error
+                shown = value if len(value) <= SHOWN else f"{value[:SHOWN]}…"
+                why = str(error) if str(error) in (TOO_LARGE, TOO_DEEP) else "text needs quotes"
+                raise ConfigError(f"cannot read the value of {key!r}: {shown} ({why})") from error
             position = match.end()
     return settings
 
 
+def files_in(texts: Iterable[str]) -> list[Path]:
+    """Return the paths that stand among the texts of ``parse_settings``."""
+    return [Path(text).expanduser() for text in texts if text.endswith(".toml") and "=" not in text]
+
+
 def read_settings_file(path: Path) -> dict[str, Scalar]:
     """Return the flat settings of a TOML file."""
-    try:
-        return flatten(tomllib.loads(path.expanduser().read_text(encoding="utf-8-sig")))
-    except OSError as error:
-        raise ConfigError(f"cannot read the settings file {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not in UTF-8: save it as that") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from error
+    return flatten(read_toml(path.expanduser(), "the settings file"))
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "", rename: Mapping[str, str] | None = None) -> dict[str, Scalar]:
     """Return nested tables as dotted keys.
 
     Raises:
-        ConfigError: a value is neither text, number nor truth value.
+        ConfigError: a value is neither text, number nor truth value, a key is given twice, as ``"a.b"`` and as ``b`` of
+            a table ``a``, or a table within is empty.
     """
     flat: dict[str, Scalar] = {}
     for name, value in table.items():
         key = prefix + (rename or {}).get(name, name)
         if isinstance(value, Mapping):
-            flat |= flatten(value, key + ".")
+            # An empty one may have a name that is mistyped, which no setting in it could tell.
+            if not value:
+                raise ConfigError(f"{key} is a section without settings: write some below it, or leave it out")
+            own = flatten(value, key + ".")
         elif isinstance(value, str | int | float | bool):
-            flat[key] = value
+            own = {key: value}
         else:
             raise ConfigError(f"{key} must be text, a number, true or false, not {value!r}")
+        if twice := [name for name in own if name in flat]:
+            raise ConfigError(f"{twice[0]} is given twice: leave one out")
+        flat |= own
     return flat
 
 

@@ -6,13 +6,17 @@ import math
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 
 NO_CLAIM = "no claim"
+MOST_IN_FULL = 10**6
+"""From here on a figure bounds nothing, and has up to 309 digits before its point."""
 
 
 def epsilon_text(value: float | None, absent: str = NO_CLAIM, decimals: int = 3) -> str:
-    """Return an ε that is never rounded down.
+    """Return an ε that is never rounded down, from a million on with four digits.
 
     >>> epsilon_text(7.99941), epsilon_text(7.0000000009), epsilon_text(0.1), epsilon_text(7.995)
     ('8.000', '7.001', '0.100', '7.995')
+    >>> epsilon_text(999_999.5), epsilon_text(1_234_567.0)
+    ('999999.500', '1.235e+6')
     >>> epsilon_text(None), epsilon_text(float("inf"))
     ('no claim', '∞')
     """
@@ -57,7 +61,8 @@ def most_delta_text(units: int) -> str:
 def _rounded(value: float, decimals: int, towards: str) -> str:
     # The shortest decimal that reads back as this number: what was typed as 0.1 is shown as 0.100.
     typed = Decimal(repr(float(value)))
-    # A float has up to 309 digits before its point.
+    if abs(typed) >= MOST_IN_FULL:
+        return f"{Context(prec=4, rounding=towards).plus(typed):.3e}"
     return f"{typed.quantize(Decimal(10) ** -decimals, towards, Context(prec=400)):zf}"
 
 

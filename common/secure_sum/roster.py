@@ -18,15 +18,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.check import nearest
+from common.check import PLAIN_NAME, nearest
 from common.errors import ConfigError
 from common.secure_sum.canonical import canonical
 from common.secure_sum.identity import KEY_BYTES
+from common.toml import toml_of
 
 LEAST_SITES = 3
 """Of a roster: of a sum of two, each knows the other's part."""
 MOST_SITES = 1000
-SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+SITE_NAME = PLAIN_NAME
 """A site's name is also the comment of its node's key, where a blank would end it, and names files at the server."""
 _KEYS = ("name", "key")
 
@@ -83,7 +84,7 @@ def load_roster(path: Path) -> Roster:
         ConfigError: it cannot be read, or as ``parse_roster``.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the roster {path} cannot be read: {' '.join(str(error).split())}") from error
     return parse_roster(text, path)
@@ -97,7 +98,7 @@ def parse_roster(text: str, path: Path | str) -> Roster:
             roster.
     """
     try:
-        return Roster(_keys(tomllib.loads(text)))
+        return Roster(_keys(toml_of(text)))
     except (tomllib.TOMLDecodeError, ConfigError) as error:
         raise ConfigError(f"the roster {path}: {error}") from error
 
@@ -111,7 +112,7 @@ def joined(texts: Mapping[str, str]) -> Roster:
     keys: dict[str, bytes] = {}
     for path, text in texts.items():
         try:
-            own = _keys(tomllib.loads(text))
+            own = _keys(toml_of(text))
         except (tomllib.TOMLDecodeError, ConfigError) as error:
             raise ConfigError(f"the roster's entry {path}: {error}") from error
         if twice := [name for name, key in own.items() if keys.get(name, key) != key]:

@@ -34,7 +34,6 @@ def print_forecast(console: Console, forecast: Forecast) -> None:
         f"{counted(len(forecast.sizes), 'site')}, {counted(config.rounds, 'round')} of "
         f"{counted(config.training.local_steps, 'step')}. From settings and public sizes; "
         "a site's own policy may be stricter.",
-        markup=False,
     )
     _print_sites(console, forecast)
     _print_rounds(console, forecast)
@@ -42,12 +41,12 @@ def print_forecast(console: Console, forecast: Forecast) -> None:
     _print_machine(console, forecast)
     _print_signal(console, forecast)
     for warning in forecast.warnings:
-        console.print(f"WARNING: {warning}", markup=False, style="bold")
+        console.print(f"WARNING: {warning}", style="bold")
 
 
 def print_found(console: Console, job: Job, sizes: Sequence[int], found: Found) -> None:
     """Print the answer of ``--find``, its check, and how to use it."""
-    console.print(f"{found.setting} = {found.value}", style="bold", markup=False)
+    console.print(f"{found.setting} = {found.value}", style="bold")
     rests = f", {_on(job.config.privacy.honest_sites)}" if job.mechanism.summed else ""
     spent = epsilon_text(found.epsilon)
     console.print(f"  costs ε {spent} of {found.budget:g} at δ {job.config.privacy.delta:g}{rests}")
@@ -58,10 +57,10 @@ def print_found(console: Console, job: Job, sizes: Sequence[int], found: Found) 
         console.print(f"  one step further, {found.next_value:.6g}, would cost {dearer}")
     rate = job.config.training.sample_rate
     batches = ", ".join(f"{rate * size:.1f} of {size}" for size in sizes)
-    console.print(f"  {job.config.total_steps} steps; expected batch by site: {batches}", markup=False)
+    console.print(f"  {job.config.total_steps} steps; expected batch by site: {batches}")
     # By itself the setting might bring another recipe.
     used = f'recipe="{job.config.recipe}" {found.setting}={found.value}'
-    console.print(f"use it: fedveil run -c '{used}' after your other settings", markup=False)
+    console.print(f"use it: fedveil run -c '{used}' after your other settings")
 
 
 def _print_sites(console: Console, forecast: Forecast) -> None:
@@ -96,7 +95,7 @@ def _print_rounds(console: Console, forecast: Forecast) -> None:
     console.print(table)
     others = sorted({str(p.accountant) for p in forecast.rounds if p.accountant.method != "pld"})
     for accountant in others:
-        console.print(f"* {accountant}", markup=False)
+        console.print(f"* {accountant}")
     if forecast.job.mechanism.summed:
         console.print(_rests(forecast))
     if central:
@@ -250,4 +249,4 @@ def _print_signal(console: Console, forecast: Forecast) -> None:
         table.add_row(row, f"{signal.step:.3f}", f"{signal.run[0]:.2f} (up to {signal.run[1]:.2f})")
     table.add_row("limit: all records aligned", f"{signal.step_bound:.3f}", f"{signal.run_bound:.2f}")
     console.print(table)
-    console.print(DEFINITION, markup=False)
+    console.print(DEFINITION)

@@ -6,15 +6,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from common.errors import DataError
 from common.files import replace_file
 from common.model.pruned import Kept
+from common.run_lines import RunFile
+from common.strict_json import json_of
 
 NAME = "pruned.json"
-RECOVERED = "recovered.json"
-"""Beside a recovered adapter: the fingerprints of the model that it was trained on and of the one that it is for."""
 FORMAT = "fedveil-pruned/1"
 
 
@@ -30,6 +30,19 @@ class Pruned:
     """The same of the small model: what a site's policy pins."""
     task: str
     kept: Kept
+
+
+@dataclass(frozen=True)
+class RecoveredFile(RunFile):
+    """Of a recovered adapter, beside it: the model that it was trained on and the one that it is for."""
+
+    NAME: ClassVar[str] = "recovered.json"
+    large: str
+    """The one that it is for, as ``model.name`` calls it."""
+    trained_on: str
+    """Fingerprint, SHA-256."""
+    recovered_onto: str
+    """Fingerprint of ``large``."""
 
 
 def write_pruned(folder: Path, about: Pruned) -> None:
@@ -49,13 +62,13 @@ def read_pruned(folder: Path) -> Pruned:
         DataError: there is none, or it is of no format that is known here.
     """
     try:
-        told = json.loads((folder / NAME).read_text(encoding="utf-8"))
+        told = json_of((folder / NAME).read_bytes())
         if told.pop("format") != FORMAT:
             raise KeyError(FORMAT)
         kept = told.pop("kept")
         sides = {side: tuple(tuple(int(i) for i in index) for index in kept[side]) for side in ("groups", "neurons")}
         return Pruned(**told, kept=Kept(**sides))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{folder} holds no {NAME} that can be read: name the folder that `fedveil prune` wrote"
         ) from error

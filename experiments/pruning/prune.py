@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from common.messages.state import AdapterState
 from common.model.base import BaseModel, load_base_model, model_fingerprint
 from common.model.device import choose_device
 from common.model.pruned import Kept, by_scores, by_text, pruned, units_of
+from common.run_lines import AdapterFile, read_file
 from common.tasks import TASKS
 from experiments.pruning.files import Pruned, write_pruned
 from server.checkpoint import memory_of
@@ -82,8 +82,8 @@ def _by_prose(base: BaseModel, groups: int, neurons: int) -> Kept:
 def _scores(run: Path, base: BaseModel) -> AdapterState:
     memory, name = memory_of(run)
     try:
-        told = str(json.loads((run / "adapter" / "fedveil.json").read_text(encoding="utf-8"))["base_fingerprint"])
-    except (OSError, ValueError, KeyError) as error:
+        told = read_file(AdapterFile, run / "adapter").base_fingerprint
+    except DataError as error:
         raise DataError(
             f"{run} holds no adapter of a run that can be read: name the folder of a finished run"
         ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,9 @@ from common.adapters.base import PEFT_PREFIX
 from common.errors import DataError, ModelError
 from common.model.base import load_base_model
 from common.model.pruned import recovered, units_of
-from experiments.pruning.files import RECOVERED, put_json, read_pruned
+from common.run_lines import AdapterFile, read_file, read_json
+from common.strict_json import to_json
+from experiments.pruning.files import RecoveredFile, put_json, read_pruned
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -37,15 +38,15 @@ def recover_run(run: Path, target: Path, pruned: Path | None = None) -> str:
         raise DataError(f"{target} exists already, and nothing is written over: name a new folder")
     adapter = run / "adapter"
     try:
-        about: dict[str, Any] = json.loads((adapter / "fedveil.json").read_text(encoding="utf-8"))
-        config: dict[str, Any] = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
+        about = read_file(AdapterFile, adapter)
+        config = read_json(adapter / CONFIG)
         tensors = load_file(str(adapter / WEIGHTS))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, DataError) as error:
         raise DataError(f"{adapter} holds no adapter of a run that can be read: name a run's folder") from error
-    told = read_pruned(pruned or Path(about["base_model"]))
-    if told.small_fingerprint != about["base_fingerprint"]:
+    told = read_pruned(pruned or Path(about.base_model))
+    if told.small_fingerprint != about.base_fingerprint:
         raise ModelError(
-            f"the run trained on a model of fingerprint {about['base_fingerprint'][:12]}, and this pruned model is "
+            f"the run trained on a model of fingerprint {about.base_fingerprint[:12]}, and this pruned model is "
             f"{told.small_fingerprint[:12]}: name the one of the run with --pruned"
         )
     large = load_base_model(told.large, told.task)
@@ -65,8 +66,8 @@ def recover_run(run: Path, target: Path, pruned: Path | None = None) -> str:
         target.mkdir(parents=True)
         put_json(target / CONFIG, {**config, "base_model_name_or_path": told.large})
         save_file(made, str(target / WEIGHTS), metadata={"format": "pt"})
-        fingerprints = {"trained_on": told.small_fingerprint, "recovered_onto": told.large_fingerprint}
-        put_json(target / RECOVERED, {"large": told.large, **fingerprints})
+        made_of = RecoveredFile(told.large, told.small_fingerprint, told.large_fingerprint)
+        put_json(target / RecoveredFile.NAME, to_json(made_of))
     except OSError as error:
         shutil.rmtree(target, ignore_errors=True)
         raise DataError(f"{target} cannot be written ({error.strerror}): check rights and space") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.run_lines import read_json
+from common.run_lines import AdapterFile, read_file
 from common.tasks import TASKS, Answer
 from experiments.serving.merge import load_finished
 from strategies.job import configure
@@ -24,5 +24,5 @@ def ask_run(run: Path, words: Sequence[str]) -> list[Answer]:
         ModelError: the base model on this machine is not the run's.
     """
     finished = load_finished(run)
-    config = configure(read_json(run / "adapter" / "fedveil.json")["settings"]).config
+    config = configure(read_file(AdapterFile, run / "adapter").settings).config
     return finished.answer(words, TASKS[config.model.task].columns(config.data))

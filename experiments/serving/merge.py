@@ -87,7 +87,8 @@ def _write_card(run: Path, form: Form, written: Path) -> None:
 
 def load_finished(run: Path) -> Finished:
     """Return the model that a run ended with, in eval mode, the adapter merged into it; errors as of ``merge_run``."""
-    module, about = load_result(run / "adapter")
+    result = load_result(run / "adapter")
+    module, task, base = result.module, result.task, result.base
     # PEFT would merge into numbers that a layer of low bits makes anew, and lose them.
     in_full(module)
     encoder: Any = module.encoder
@@ -96,5 +97,5 @@ def load_finished(run: Path) -> Finished:
             module.encoder = encoder.merge_and_unload(safe_merge=True)
         except ValueError as error:
             raise ModelError(f"the adapter of {run} cannot be merged ({error}): its numbers are not finite") from error
-    task, base = about["kind"], about["base"]
-    return Finished(task, module.eval(), base, tuple(about["label_names"]), task.limit(base, about["max_length"]))
+    labels, limit = tuple(result.about.label_names), task.limit(base, result.about.max_length)
+    return Finished(task, module.eval(), base, labels, limit)

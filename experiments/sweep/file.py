@@ -23,7 +23,6 @@ A file of a run's settings and of none of these keys is that one run.
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,11 +35,14 @@ from common.data.partition import check_partition
 from common.errors import ConfigError
 from common.paths import RUN_NAME
 from common.privacy import MECHANISMS
+from common.toml import read_toml
 from experiments.site_count import USUAL
 from experiments.sweep.arms import ARMS, BASELINES, FEDERATED
 from strategies.job import Job, configure, known_settings, with_recipe
 
 KEYS = ("base", "sites", "seeds", "partition-by-seed", "epsilons", "baselines", "settings", "variants")
+LISTS = ("seeds", "epsilons", "baselines")
+"""Keys that are axes."""
 VARIANT_KEYS = ("config", "settings", "epsilons", "baselines")
 AXES = {
     "seed": "seeds",
@@ -111,12 +113,7 @@ def read_sweep(path: Path) -> Sweep:
     Raises:
         ConfigError: the file cannot be read, has an unknown key, sets what is an axis, or one of its runs is none.
     """
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read the sweep {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from error
+    content = read_toml(path, "the sweep")
     try:
         cells = tuple([_single(content)] if _is_run(content) else _cells(content, path.parent))
     except ConfigError as error:
@@ -146,6 +143,8 @@ def _single(content: Mapping[str, Any]) -> Cell:
 
 def _cells(content: Mapping[str, Any], folder: Path) -> list[Cell]:
     _known(content, KEYS, "")
+    if not {"variants", "settings", "base", *LISTS} & content.keys():
+        raise ConfigError(f"it says nothing that is to be run: name {', '.join(LISTS)}, variants, settings or a base")
     variants = content.get("variants", {BASE: {}})
     if not isinstance(variants, Mapping) or not variants:
         raise ConfigError("variants must be tables, one a row: [variants.NAME]")

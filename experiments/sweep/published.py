@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from common.errors import ConfigError, DataError
+from common.errors import DataError
 from common.strict_json import from_json
+from common.toml import read_toml
 
 SHIPPED = Path(__file__).resolve().parent.parent / "published.toml"
 
@@ -36,12 +36,7 @@ def read_published(path: Path) -> list[Published]:
         ConfigError: it cannot be read.
         DataError: a table lacks a field or has an unknown one, or an accuracy is no share.
     """
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read the published figures {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from error
+    tables = read_toml(path, "the published figures")
     if list(tables) != ["published"] or not isinstance(tables["published"], list):
         raise DataError(
             f"{path} must hold [[published]] tables with {', '.join(item.name for item in fields(Published))}"

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from common.config.sections import Scalar
 from common.errors import DataError
 from common.files import finite, replace_file
-from common.strict_json import Endless, from_json, to_json
+from common.strict_json import Endless, Measured, from_json, json_of, to_json
 
 Key = tuple[str, str, int | None, float | None, int]
 
@@ -41,9 +41,9 @@ class Row:
     accuracy_before: float
     """On the public test part, before round 1."""
     accuracy: float
-    loss_before: float
+    loss_before: Measured
     """Mean cross-entropy on the public test part, in nats."""
-    loss: float
+    loss: Measured
     test_records: int
     epsilon: Endless | None
     """Spent by the site that has spent most; None without a claim."""
@@ -151,7 +151,7 @@ def read_rows(path: Path) -> list[Row]:
 def row_of(text: str, what: str) -> Row:
     """Return a row from its JSON; DataError, which names ``what``, if it is none."""
     try:
-        value = json.loads(text)
+        value = json_of(text)
     except ValueError as error:
         raise DataError(f"{what} is not JSON: {error}") from error
     return from_json(Row, value, what)

@@ -14,7 +14,7 @@ from common.privacy import mechanism_of
 from common.privacy.figures import NO_CLAIM, epsilon_text
 from common.run_lines import BesideFile, BesideRow
 from common.tasks import TASKS
-from common.words import UNKNOWN, bytes_text, counted, seconds_text
+from common.words import UNKNOWN, bytes_text, counted, decimal_text, seconds_text
 from experiments.sweep.arms import ARMS
 from experiments.sweep.file import epsilon_name
 from experiments.sweep.rows import Row
@@ -52,8 +52,8 @@ def interval(values: Sequence[float]) -> Interval:
     from scipy.special import stdtrit
 
     count = len(values)
-    if count < 2:
-        return Interval(values[0], None)
+    if count < 2 or not all(map(math.isfinite, values)):  # a model that diverged has no interval
+        return Interval(statistics.mean(values), None)
     t = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2))
     return Interval(statistics.mean(values), t * statistics.stdev(values) / math.sqrt(count))
 
@@ -234,10 +234,10 @@ def _accuracy_words(group: Group) -> str:
 
 def _loss_words(group: Group) -> str:
     if group.labelled:
-        return f"{group.loss.mean:.3f}"
+        return decimal_text(group.loss.mean, 3)
     apart = "" if group.loss.half is None else f" ± {group.loss.half:.3f}"
-    seeds = f" ({', '.join(f'{value:.3f}' for value in group.losses)})" if len(group.losses) > 1 else ""
-    return f"**{group.loss.mean:.3f}**{apart}{seeds}"
+    seeds = f" ({', '.join(decimal_text(value, 3) for value in group.losses)})" if len(group.losses) > 1 else ""
+    return f"**{decimal_text(group.loss.mean, 3)}**{apart}{seeds}"
 
 
 def _epsilon_words(group: Group) -> str:
