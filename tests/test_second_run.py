@@ -542,11 +542,23 @@ def test_a_plan_after_a_run_says_what_that_has_spent(toy_settings: dict[str, Any
     assert f"Earlier runs have spent ε {epsilon_text(spent)}, which is counted here" in " ".join(told.output.split())
 
 
+def test_a_site_whose_ledger_held_more_is_named_whoever_released_most(tmp_path: Path) -> None:
+    """South told more than anybody, and north released more in the folder: what is known of north counts."""
+    before = {"south": [gaussian_release(1.0, 0.05, 20)]}
+    run = MadeRun(tmp_path / "run", {"rounds": 1}, noise={"north": 1.0, "south": 1.1}, earlier=before)
+    found = earlier_runs([run.start().round(1, 0.8).end().folder], configure({}))
+    assert [release.event.noise_multiplier for release in found.history.releases] == [1.0]
+    (note,) = found.notes
+    told, own, counted = map(float, re.findall(r"(?<= )\d+\.\d+", note))
+    assert note.startswith("south says")
+    assert told > counted > own
+
+
 def test_folders_that_cannot_say_what_was_spent_are_refused_or_warned_of(tmp_path: Path) -> None:
     folder, job = made(tmp_path / "run", {}), configure({})
     with pytest.raises(ConfigError, match="named twice"):
         earlier_runs([folder, folder], job)
-    assert earlier_runs([folder], job).note == ""
+    assert earlier_runs([folder], job).notes == ()
     lines = folder / PrivacyLine.NAME
     whole = lines.read_text(encoding="utf-8")
 
@@ -554,7 +566,9 @@ def test_folders_that_cannot_say_what_was_spent_are_refused_or_warned_of(tmp_pat
         lines.write_text(re.sub(r'"epsilon_total": ?[^,}]+', f'"epsilon_total": {total}', whole), encoding="utf-8")
 
     with_totals("3.2")
-    assert "held ε 3.200 in all, more than these runs cost" in earlier_runs([folder], job).note
+    notes = earlier_runs([folder], job).notes
+    assert all("held ε 3.200 in all, more than these runs cost it" in note for note in notes)
+    assert [note.split()[0] for note in notes] == ["north", "south"]
     with_totals("Infinity")
     with pytest.raises(ConfigError, match="were released without privacy"):
         earlier_runs([folder], job)
