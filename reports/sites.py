@@ -32,6 +32,8 @@ MORE = (
 OLDER = "agrees, at all of δ as earlier versions priced it; the larger figure counts here"
 TOLERANCE = 1e-3
 """In ε: the PLD's discretisation."""
+MOST_PRICED = 64
+"""How many prices a course of ε may take, of all sites that released alike together."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,58 @@ def worst_site(sites: Iterable[SiteReport]) -> SiteReport | None:
     """Return the site that has spent most, whose ε is the federation's; None if none has paid for anything."""
     paid = [site for site in sites if site.epsilon_worst is not None]
     return max(paid, key=lambda site: site.epsilon_worst or 0.0, default=None)
+
+
+def epsilon_by(files: RunFiles, number: int) -> float | None:
+    """Return the federation's ε by the end of a round; None if nobody has paid by then.
+
+    Of each site it is the larger of what it told and what its lines cost: a site may tell less than it released.
+    """
+    cut = _until(files, number)
+    told = [line.spent.epsilon_total for line in cut.privacy if line.spent]
+    return max([*told, *_own_prices(cut)], default=None)
+
+
+def epsilon_course(files: RunFiles) -> dict[int, float | None]:
+    """Return the federation's ε by the end of each round, as ``epsilon_by``.
+
+    In a long run what lines cost is computed for some rounds, evenly spread, and stands for those up to the next: no
+    release makes it less.
+    """
+    numbers = sorted({line.round_number for line in (*files.rounds, *files.privacy)})
+    alike = {(tuple(_priced_of(name, files)), delta) for name, delta in _deltas(files).items()}
+    step = max(1, math.ceil(len(numbers) / max(2, MOST_PRICED // max(1, len(alike)))))
+    priced, course, least = set(numbers[::-1][::step]), dict[int, float | None](), 0.0
+    for number in numbers:
+        if number in priced:
+            least = max([least, *_own_prices(_until(files, number))])
+        told = [line.spent.epsilon_total for line in files.privacy if line.spent and line.round_number <= number]
+        course[number] = max([least, *told]) if told else None
+    return course
+
+
+def _until(files: RunFiles, number: int) -> RunFiles:
+    """Return a run's files as they were at the end of a round."""
+    privacy = [line for line in files.privacy if line.round_number <= number]
+    return replace(files, rounds=[line for line in files.rounds if line.round_number <= number], privacy=privacy)
+
+
+def _deltas(files: RunFiles) -> dict[str, float]:
+    """Return the δ that each site told last; a site that paid for nothing has none."""
+    return {line.site: line.spent.delta for line in files.privacy if line.spent}
+
+
+def _own_prices(files: RunFiles) -> list[float]:
+    """Return what each site's lines cost."""
+    return [promised(_priced_of(name, files), delta)[0] for name, delta in _deltas(files).items()]
+
+
+def _priced_of(name: str, files: RunFiles) -> list[Release]:
+    """Return what one site released; nothing where that has no price here, as the report says of the site."""
+    try:
+        return releases_of_site(name, files)
+    except ConfigError:
+        return []
 
 
 def federation_delta(sites: Iterable[SiteReport]) -> float | None:
