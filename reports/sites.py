@@ -1,8 +1,8 @@
 """The spending of each site: by its own ledger, and computed again here from every line that it sent.
 
-The ledger's total is the number of record. What is computed here knows this run only, so a site
-whose ledger holds earlier runs, or rounds that were charged and then failed, reports more. A site
-that reports less than its own lines cost is wrong, and the report says so.
+The ledger's total is the number of record. What is computed here knows this run only, and of it what reached the
+server, whether or not it counted. So a site whose ledger holds earlier runs, or rounds that were charged and whose
+reply was lost, reports more. A site that reports less than its own lines cost is wrong, and the report says so.
 """
 
 from __future__ import annotations
@@ -255,6 +255,16 @@ def releases_of_site(name: str, files: RunFiles) -> list[Release]:
     return releases_of(paid, files) + [gaussian_release(noise, 1.0, 1, EVALUATION) for noise in noises]
 
 
+def _counted(name: str, files: RunFiles) -> list[bool]:
+    """Return which of a site's releases count: in each round that does and has it, the last that it paid for.
+
+    The others are of attempts that were thrown away, replies that do not count, and rounds that were cut off.
+    """
+    own = [line.round_number for line in files.privacy if line.site == name and line.spent]
+    joined = {line.round_number for line in files.rounds if line.complete and name in line.participants}
+    return [number in joined and number not in own[place + 1 :] for place, number in enumerate(own)]
+
+
 def _site(name: str, files: RunFiles, refused: int) -> SiteReport:
     own = [line for line in files.privacy if line.site == name]
     paid = [line.spent for line in own if line.spent]
@@ -279,8 +289,8 @@ def _site(name: str, files: RunFiles, refused: int) -> SiteReport:
         accountant_recomputed=again.accountant if again else "",
         epsilon_rdp=again.rdp if again else None,
         epsilon_alone=_alone(paid, files, delta) if again else None,
-        epsilon_all_honest=_honest(paid, files, delta, 0) if again else None,
-        epsilon_without_colluders=_honest(paid, files, delta, colluders_of(files)) if again else None,
+        epsilon_all_honest=_honest(name, paid, files, 0) if again else None,
+        epsilon_without_colluders=_honest(name, paid, files, colluders_of(files)) if again else None,
         agreement=agreement,
         note=note,
     )
@@ -318,11 +328,17 @@ def colluders_of(files: RunFiles) -> int:
     return told if isinstance(told, int) else 0
 
 
-def _honest(paid: Sequence[SpendingFigures], files: RunFiles, delta: float | None, but: int) -> float | None:
-    """Return ε if of the sum of fewest sites all add their noise ``but`` so many; None where none is shared."""
+def _honest(name: str, paid: Sequence[SpendingFigures], files: RunFiles, but: int) -> float | None:
+    """Return ε if of the sum of fewest sites all add their noise ``but`` so many; None where none is shared.
+
+    What does not count is priced as the site paid for it: of how many sites that sum was, no line says.
+    """
     releases, sites = releases_of(paid, files), fewest_summed(files) - but
-    own = [replace(release, event=release.event.of_honest(sites)) for release in releases] if sites > 0 else releases
-    return None if delta is None or own == releases else promised(own, delta)[0]
+    own = [
+        replace(release, event=release.event.of_honest(sites)) if counts and sites > 0 else release
+        for release, counts in zip(releases, _counted(name, files), strict=True)
+    ]
+    return None if own == releases else promised(own, paid[-1].delta)[0]
 
 
 def _compare(total: float | None, again: Recomputed | None, fault: str) -> tuple[str, str]:
