@@ -44,7 +44,7 @@ from experiments.in_process import run_in_process, simulated_nodes
 from experiments.planner.earlier import earlier_runs
 from experiments.planner.find import find
 from experiments.planner.forecast import forecast
-from experiments.planner.price import simulated_sizes
+from experiments.planner.price import priced_rounds, simulated_sizes, site_plans
 from server import trusted
 from server.ledger import ServerLedger
 from strategies.job import Job, configure
@@ -478,6 +478,17 @@ def check_that_the_plan_of_a_second_run_is_what_it_does(toy_settings: dict[str, 
 @pytest.mark.usefixtures("rough_prices")
 def test_the_plan_of_a_second_run_is_what_it_does(toy_settings: dict[str, Any], tmp_path: Path) -> None:
     check_that_the_plan_of_a_second_run_is_what_it_does(toy_settings, tmp_path)
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.33])
+def test_the_plan_of_a_run_with_a_paid_start_is_what_its_ledger_charges(rate: float, tmp_path: Path) -> None:
+    """The start takes the whole batch: alone it would have all of δ, beside steps at a lower rate it has not."""
+    start = {"strategy": "fed-sb", "fed-sb.init": "dp-gradient", "fed-sb.init-noise-multiplier": 4.0}
+    asked = {**start, "fed-sb.init-sample-rate": 1.0, "training.sample-rate": rate, "recipe": "plain", "rounds": 2}
+    site, job = clinic(tmp_path), configure({**asked, "privacy.delta": DELTA})
+    rows = priced_rounds(job, site_plans(job, [site.public_size])[0])
+    assert [row.round_number for row in rows] == [0, 1, 2]
+    assert [row.epsilon for row in rows] == [pay(site, job, "run", number) for number in begin(job)]
 
 
 def test_a_search_finds_the_rate_and_the_noise_of_the_first_plan() -> None:
