@@ -141,7 +141,7 @@ def epsilon_course(files: RunFiles) -> dict[int, float | None]:
     In a long run what lines cost is computed for some rounds, evenly spread, and stands for those up to the next: no
     release makes it less.
     """
-    numbers = sorted({line.round_number for line in (*files.rounds, *files.privacy)})
+    numbers = sorted({line.round_number for line in files.rounds} | {line.round_number for line in files.privacy})
     alike = {(tuple(_priced_of(name, files)), delta) for name, delta in _deltas(files).items()}
     step = max(1, math.ceil(len(numbers) / max(2, MOST_PRICED // max(1, len(alike)))))
     priced, course, least = set(numbers[::-1][::step]), dict[int, float | None](), 0.0
