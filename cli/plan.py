@@ -62,8 +62,8 @@ def plan(
             )
     earlier = earlier_runs(after or [], job)
     history = earlier.history
-    if earlier.note:
-        console.print(f"WARNING: {earlier.note}", style="bold")
+    for note in earlier.notes:
+        console.print(f"WARNING: {note}", style="bold")
     if find:
         found = find_within_budget(job, find, history)
         job = configure({**overrides, "recipe": job.config.recipe, found.setting: found.value})

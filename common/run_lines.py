@@ -51,6 +51,8 @@ class ConfigFile(RunFile):
     """The settings that were asked for otherwise than by default."""
     resumed: list[str] = field(default_factory=list)
     """When the run went on, as ``started``."""
+    resumed_after: list[int] = field(default_factory=list)
+    """After which round each time, the last ones if they are fewer: an earlier FedVeil did not record it."""
 
 
 @dataclass(frozen=True)
@@ -289,7 +291,11 @@ class RoundLine(RunFile):
 
 @dataclass(frozen=True)
 class PrivacyLine(RunFile):
-    """What one site released in one round, or a trusted server for all: everything that the claim for it rests on."""
+    """What one site released in one attempt at a round, or a trusted server for all: what the claim for it rests on.
+
+    Also of attempts that were thrown away, of replies that do not count, and of rounds that were cut off by a crash and
+    asked for again: a round that counts has of each site its last line.
+    """
 
     NAME: ClassVar[str] = "privacy.jsonl"
     round_number: int = field(metadata=called("round"))

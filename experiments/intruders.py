@@ -133,8 +133,8 @@ def noise_alone(job: Job, run: Path, start: AdapterState, ended: ServerState) ->
     """
     draw = torch.Generator().manual_seed(0)
     state = job.start({layer: start[layer] for layer in ended.adapter if layer in start})
-    counted = {line.round_number for line in read_lines(RoundLine, run) if line.complete and line.round_number}
-    by_round = {number: _results(run, number) for number in sorted(counted)}
+    counted = [line for line in read_lines(RoundLine, run) if line.complete and line.round_number]
+    by_round = {line.round_number: _results(run, line) for line in sorted(counted, key=lambda line: line.round_number)}
     if why := _unknown(job, by_round):
         return why
     try:
@@ -147,12 +147,14 @@ def noise_alone(job: Job, run: Path, start: AdapterState, ended: ServerState) ->
     return state.adapter
 
 
-def _results(run: Path, round_number: int) -> list[TrainResult]:
-    """Return what each site has stated in a round, without what it sent; of a release that is told twice, the last."""
-    told = {line.site: line for line in read_lines(PrivacyLine, run) if line.round_number == round_number}
+def _results(run: Path, counted: RoundLine) -> list[TrainResult]:
+    """Return what each site that counts has stated in a round, without what it sent: of what it paid for, the last."""
+    number = counted.round_number
+    told = {line.site: line for line in read_lines(PrivacyLine, run) if line.round_number == number}
     return [
-        TrainResult(str(run), round_number, site, line.public_size, {}, _spending(line.spent), rank=line.rank)
+        TrainResult(str(run), number, site, line.public_size, {}, _spending(line.spent), rank=line.rank)
         for site, line in sorted(told.items())
+        if site in counted.participants
     ]
 
 

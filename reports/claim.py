@@ -16,6 +16,7 @@ from reports.folder import RunFiles
 from reports.sharing import Sharing, at_h, others_of, rests_on, sharing_of
 from reports.sites import SiteReport, federation_delta, worst_site
 from reports.trials import at_least, trials_sentence
+from reports.unseen import unseen_charges
 
 COVERED = (
     "every adapter and head tensor that a site sent in a round that counted, and whatever is made of them: "
@@ -32,7 +33,7 @@ NOT_COVERED = (
     ENDED,
     "side channels, such as how long a site takes",
     "the base model, which may have been trained on the same records before",
-    "rounds that a site charged and that never counted: the site's ledger has the last word",
+    "rounds that a site charged and whose answer never came: the site's ledger has the last word",
 )
 COVERED_BY_SERVER = (
     "every model that the server gave away after a round, and whatever is made of it: the final model, its accuracy, "
@@ -204,6 +205,7 @@ def _gaps(files: RunFiles, sites: Sequence[SiteReport], unpaid: list[str]) -> li
         if missing:
             names = names_text(sorted(missing, key=natural))
             gaps.append(f"round {line.round_number}: no line in privacy.jsonl for {names}; ε is too low")
+    gaps += unseen_charges(files)
     if files.result is None or files.result.status == "failed":
         gaps.append("the run has no good end: sites may have charged a round that is not in these files")
     return gaps

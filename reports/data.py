@@ -28,7 +28,15 @@ from reports.learning import LayerReport, layer_reports
 from reports.meaning import NO_BOUND, MeaningReport, meaning_report
 from reports.scores import LabelReport, label_reports
 from reports.sharing import Sharing, sharing_of
-from reports.sites import ReleaseReport, SiteReport, federation_delta, other_releases, site_reports, worst_site
+from reports.sites import (
+    ReleaseReport,
+    SiteReport,
+    epsilon_course,
+    federation_delta,
+    other_releases,
+    site_reports,
+    worst_site,
+)
 from reports.trials import at_least
 from reports.trust import Actor, actors_of, unprotected_of
 from strategies.job import known_settings
@@ -328,9 +336,7 @@ def _accuracy(files: RunFiles, kind: Literal["labels", "slices"]) -> list[LabelR
 
 
 def _rounds(files: RunFiles) -> list[RoundReport]:
-    def worst_by(number: int) -> float | None:
-        paid = [line.spent.epsilon_total for line in files.privacy if line.spent and line.round_number <= number]
-        return max(paid, default=None)
+    course = epsilon_course(files)
 
     def row(line: RoundLine, accuracy: float | None, loss: float | None) -> RoundReport:
         return RoundReport(
@@ -342,7 +348,7 @@ def _rounds(files: RunFiles) -> list[RoundReport]:
             bytes_down=line.bytes_down,
             bytes_up=line.bytes_up,
             seconds=None if _is_central(files) else line.seconds,
-            epsilon_worst=worst_by(line.round_number),
+            epsilon_worst=course[line.round_number],
         )
 
     rows, before = [], files.baseline
@@ -352,7 +358,7 @@ def _rounds(files: RunFiles) -> list[RoundReport]:
         begun = (
             (before.accuracy, before.loss) if before.begun_loss is None else (before.begun_accuracy, before.begun_loss)
         )
-        nothing = RoundReport(0, True, [], before.accuracy, before.loss, None, None, None, worst_by(0))
+        nothing = RoundReport(0, True, [], before.accuracy, before.loss, None, None, None, course.get(0))
         rows.append(row(first, *begun) if first else nothing)
     rows += [row(line, line.accuracy, line.loss) for line in files.rounds if not (before and _is_start(line))]
     return rows

@@ -42,7 +42,7 @@ class RunFiles:
     """None when it is not there yet."""
     rounds: list[RoundLine]
     privacy: list[PrivacyLine]
-    """One line per release of a site, each once."""
+    """One line per release of a site, each once, in order; also of what did not count, or was cut off by a crash."""
     result: ResultFile | None
     """None while the run goes on, or when it was killed."""
     audits: dict[str, str]

@@ -3,13 +3,15 @@
 The statement (``report.signed.json``) is one JSON object in canonical form. It begins with what it is for
 (``CONTEXT``), so that no signature of anything else by the same key passes for one; it says of which run it is, how
 that ended and after how many rounds, its ε and when it was signed; and it holds the SHA-256 of everything in the folder
-that is given to others (``members``): the report in all its forms, the adapter with its model card, the record for the
-registry, the annex with the stewards' statements, and every audit. One that is changed, missing or added is found.
+that is given to others (``members``): the report in all its forms, the adapter with its model card, the same cut to
+lower ranks where a strategy exports it, the record for the registry, the annex with the stewards' statements, and every
+audit. One that is changed, missing or added is found.
 
-It also hashes the lines that the report was computed from (``EVIDENCE``), which need not be given to others: where one
-is there it must be what was signed, and where it is not, whoever verifies is told so. A run that goes on writes to
-them, so it is signed again at its end. Not among them is what may tell when a trusted server asked whom: its log and
-its ledger.
+It also hashes what the server wrote of the run and the report's figures of it are computed from (``EVIDENCE``), which
+need not be given to others: where one is there it must be what was signed, and where it is not, whoever verifies is
+told so. A run that goes on writes to them, so it is signed again at its end. Not among them is what people laid beside
+the run, ``beside.json`` and the declarations: what they say is signed as the report, the card and the records have it.
+Nor is what may tell when a trusted server asked whom: its log and its ledger.
 
 The signature file holds the 64 raw bytes, so that other tools can check it as well::
 
@@ -66,8 +68,10 @@ FORMS = ("report.md", "report.html", "report.json", FACTS)
 EVIDENCE = tuple(
     kind.NAME for kind in (ConfigFile, ServerFile, BaselineFile, RoundLine, PrivacyLine, ResultFile, TuningFile)
 )
-"""What a report is computed from."""
+"""What a report's figures of the run itself are computed from."""
 ADAPTER = "adapter"
+RANKS = "ranks"
+"""The adapter cut to lower ranks, in a folder each."""
 CARD = f"{ADAPTER}/README.md"
 """The model card."""
 
@@ -119,7 +123,7 @@ def sign(content: bytes, key_file: Path) -> bytes:
 def members(folder: Path) -> list[str]:
     """Return what a statement on the run in ``folder`` must name, as it lies there, by path within it, in order.
 
-    In ``adapter/`` that is everything, because whoever loads the adapter may be given any file of it.
+    In ``adapter/`` and ``ranks/`` that is everything, because whoever loads an adapter may be given any file of it.
     """
     found = [path for path in map(folder.joinpath, (*FORMS, REGISTRY, ANNEX)) if path.is_file()]
     found += [path for path in _given(folder) if path.is_symlink() or path.is_file()]
@@ -242,8 +246,8 @@ def _check_evidence(folder: Path, signed: Mapping[str, str] | None) -> None:
 
 def _given(folder: Path) -> list[Path]:
     """Return the folders that are given to others whole, and everything in them."""
-    adapter, statements = folder / ADAPTER, folder / STATEMENTS
-    return [adapter, *adapter.rglob("*"), statements, *statements.glob("*")]
+    adapter, ranks, statements = folder / ADAPTER, folder / RANKS, folder / STATEMENTS
+    return [adapter, *adapter.rglob("*"), ranks, *ranks.rglob("*"), statements, *statements.glob("*")]
 
 
 def _audits(folder: Path) -> list[Path]:

@@ -1,8 +1,8 @@
 """The spending of each site: by its own ledger, and computed again here from every line that it sent.
 
-The ledger's total is the number of record. What is computed here knows this run only, so a site
-whose ledger holds earlier runs, or rounds that were charged and then failed, reports more. A site
-that reports less than its own lines cost is wrong, and the report says so.
+The ledger's total is the number of record. What is computed here knows this run only, and of it what reached the
+server, whether or not it counted. So a site whose ledger holds earlier runs, or rounds that were charged and whose
+reply was lost, reports more. A site that reports less than its own lines cost is wrong, and the report says so.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ MORE = (
 OLDER = "agrees, at all of δ as earlier versions priced it; the larger figure counts here"
 TOLERANCE = 1e-3
 """In ε: the PLD's discretisation."""
+MOST_PRICED = 64
+"""How many prices a course of ε may take, of all sites that released alike together."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,58 @@ def worst_site(sites: Iterable[SiteReport]) -> SiteReport | None:
     return max(paid, key=lambda site: site.epsilon_worst or 0.0, default=None)
 
 
+def epsilon_by(files: RunFiles, number: int) -> float | None:
+    """Return the federation's ε by the end of a round; None if nobody has paid by then.
+
+    Of each site it is the larger of what it told and what its lines cost: a site may tell less than it released.
+    """
+    cut = _until(files, number)
+    told = [line.spent.epsilon_total for line in cut.privacy if line.spent]
+    return max([*told, *_own_prices(cut)], default=None)
+
+
+def epsilon_course(files: RunFiles) -> dict[int, float | None]:
+    """Return the federation's ε by the end of each round, as ``epsilon_by``.
+
+    In a long run what lines cost is computed for some rounds, evenly spread, and stands for those up to the next: no
+    release makes it less.
+    """
+    numbers = sorted({line.round_number for line in files.rounds} | {line.round_number for line in files.privacy})
+    alike = {(tuple(_priced_of(name, files)), delta) for name, delta in _deltas(files).items()}
+    step = max(1, math.ceil(len(numbers) / max(2, MOST_PRICED // max(1, len(alike)))))
+    priced, course, least = set(numbers[::-1][::step]), dict[int, float | None](), 0.0
+    for number in numbers:
+        if number in priced:
+            least = max([least, *_own_prices(_until(files, number))])
+        told = [line.spent.epsilon_total for line in files.privacy if line.spent and line.round_number <= number]
+        course[number] = max([least, *told]) if told else None
+    return course
+
+
+def _until(files: RunFiles, number: int) -> RunFiles:
+    """Return a run's files as they were at the end of a round."""
+    privacy = [line for line in files.privacy if line.round_number <= number]
+    return replace(files, rounds=[line for line in files.rounds if line.round_number <= number], privacy=privacy)
+
+
+def _deltas(files: RunFiles) -> dict[str, float]:
+    """Return the δ that each site told last; a site that paid for nothing has none."""
+    return {line.site: line.spent.delta for line in files.privacy if line.spent}
+
+
+def _own_prices(files: RunFiles) -> list[float]:
+    """Return what each site's lines cost."""
+    return [promised(_priced_of(name, files), delta)[0] for name, delta in _deltas(files).items()]
+
+
+def _priced_of(name: str, files: RunFiles) -> list[Release]:
+    """Return what one site released; nothing where that has no price here, as the report says of the site."""
+    try:
+        return releases_of_site(name, files)
+    except ConfigError:
+        return []
+
+
 def federation_delta(sites: Iterable[SiteReport]) -> float | None:
     """Return the δ at which the worst site's ε holds for every site: the largest, since policies may ask for less.
 
@@ -201,6 +255,16 @@ def releases_of_site(name: str, files: RunFiles) -> list[Release]:
     return releases_of(paid, files) + [gaussian_release(noise, 1.0, 1, EVALUATION) for noise in noises]
 
 
+def _counted(name: str, files: RunFiles) -> list[bool]:
+    """Return which of a site's releases count: in each round that does and has it, the last that it paid for.
+
+    The others are of attempts that were thrown away, replies that do not count, and rounds that were cut off.
+    """
+    own = [line.round_number for line in files.privacy if line.site == name and line.spent]
+    joined = {line.round_number for line in files.rounds if line.complete and name in line.participants}
+    return [number in joined and number not in own[place + 1 :] for place, number in enumerate(own)]
+
+
 def _site(name: str, files: RunFiles, refused: int) -> SiteReport:
     own = [line for line in files.privacy if line.site == name]
     paid = [line.spent for line in own if line.spent]
@@ -225,8 +289,8 @@ def _site(name: str, files: RunFiles, refused: int) -> SiteReport:
         accountant_recomputed=again.accountant if again else "",
         epsilon_rdp=again.rdp if again else None,
         epsilon_alone=_alone(paid, files, delta) if again else None,
-        epsilon_all_honest=_honest(paid, files, delta, 0) if again else None,
-        epsilon_without_colluders=_honest(paid, files, delta, colluders_of(files)) if again else None,
+        epsilon_all_honest=_honest(name, paid, files, 0) if again else None,
+        epsilon_without_colluders=_honest(name, paid, files, colluders_of(files)) if again else None,
         agreement=agreement,
         note=note,
     )
@@ -264,11 +328,17 @@ def colluders_of(files: RunFiles) -> int:
     return told if isinstance(told, int) else 0
 
 
-def _honest(paid: Sequence[SpendingFigures], files: RunFiles, delta: float | None, but: int) -> float | None:
-    """Return ε if of the sum of fewest sites all add their noise ``but`` so many; None where none is shared."""
+def _honest(name: str, paid: Sequence[SpendingFigures], files: RunFiles, but: int) -> float | None:
+    """Return ε if of the sum of fewest sites all add their noise ``but`` so many; None where none is shared.
+
+    What does not count is priced as the site paid for it: of how many sites that sum was, no line says.
+    """
     releases, sites = releases_of(paid, files), fewest_summed(files) - but
-    own = [replace(release, event=release.event.of_honest(sites)) for release in releases] if sites > 0 else releases
-    return None if delta is None or own == releases else promised(own, delta)[0]
+    own = [
+        replace(release, event=release.event.of_honest(sites)) if counts and sites > 0 else release
+        for release, counts in zip(releases, _counted(name, files), strict=True)
+    ]
+    return None if own == releases else promised(own, paid[-1].delta)[0]
 
 
 def _compare(total: float | None, again: Recomputed | None, fault: str) -> tuple[str, str]:

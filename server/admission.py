@@ -71,6 +71,20 @@ class Admission:
             state: what the sites started from.
             online: the nodes that are online, whether or not they answered.
         """
+        reasons = self.contradictions(results, online)
+        left = {node: result for node, result in results.items() if node not in reasons}
+        reasons |= self._oversized(left)
+        left = {node: result for node, result in left.items() if node not in reasons}
+        norms = {node: update_norm(self._job, result, state) for node, result in left.items()}
+        bounds = {n: largest_norm(self._job, least_plan(self._job, r), r, state) for n, r in left.items()}
+        return reasons | implausible(norms, bounds)
+
+    def contradictions(self, results: Mapping[int, TrainResult], online: Collection[int]) -> dict[int, str]:
+        """Return the nodes that no honest site under their name would answer as, with the reason.
+
+        Of what they say was spent nothing is believed, where a result that does not count for what it holds was paid
+        for all the same. Arguments as of ``judge``.
+        """
         reasons: dict[int, str] = {}
         claimed: set[str] = set()
         names = self.registered()
@@ -92,12 +106,7 @@ class Admission:
                 reasons[node] = reason
             else:
                 claimed.add(result.site)
-        left = {node: result for node, result in results.items() if node not in reasons}
-        reasons |= self._oversized(left)
-        left = {node: result for node, result in left.items() if node not in reasons}
-        norms = {node: update_norm(self._job, result, state) for node, result in left.items()}
-        bounds = {n: largest_norm(self._job, least_plan(self._job, r), r, state) for n, r in left.items()}
-        return reasons | implausible(norms, bounds)
+        return reasons
 
     def _oversized(self, results: Mapping[int, TrainResult]) -> dict[int, str]:
         """Return the nodes whose size is out of proportion to the sizes that this round and earlier ones declared."""

@@ -3,7 +3,7 @@
 It holds the server's state (adapter, memory, the optimiser's moments, rounds done), what the server remembers of every
 site, the scores so far, and how long the run's line files were: whatever a crash appended after the
 last checkpoint is cut off again, so at most the round in flight is lost. What sites spent in it
-stays charged to their ledgers.
+stays charged to their ledgers, and in ``privacy.jsonl`` as far as it was written there.
 
 No random stream is stored, because none runs on from round to round: every public stream is named
 by seed, site and round (``common.randomness``), and noise and sampling are the sites' own entropy.

@@ -15,6 +15,8 @@ from common.privacy.figures import epsilon_text
 from common.run_lines import ProgressFile, Reached, ResultFile, ServerStart, Status
 from common.words import counted
 from reports import federation_epsilon, write_reports
+from reports.folder import read_run
+from reports.sites import epsilon_by
 from server.admission import Member
 from server.checkpoint import Checkpoint, load_checkpoint
 from server.lock import GLANCE_SECONDS, only_writer
@@ -62,7 +64,7 @@ class _Observer:
     def initialised(self, outcome: RoundOutcome) -> None:
         self._folder.initialised(outcome)
         results = outcome.got.results.values()
-        spent = max((r.spending.epsilon_total for r in results if r.spending), default=None)
+        spent = self._epsilon(0) if any(result.spending for result in results) else None
         cost = (
             "no record used" if not results else "no claim" if spent is None else f"ε {epsilon_text(spent)}, worst site"
         )
@@ -76,7 +78,8 @@ class _Observer:
 
     def finished(self, outcome: RoundOutcome, state: ServerState, members: Mapping[int, Member]) -> None:
         self._folder.finished(outcome, state, members)
-        self._folder.say(round_line(self._job, outcome, members), outcome.round_number)
+        own = None if self._job.mechanism.central else self._epsilon(outcome.round_number)
+        self._folder.say(round_line(self._job, outcome, members, own), outcome.round_number)
         told = self._job.strategy.told(state)
         if told and outcome.round_number < self._job.config.rounds:
             self._folder.say(f"  {told}", outcome.round_number)
@@ -87,6 +90,10 @@ class _Observer:
 
     def missed(self, outcome: RoundOutcome) -> None:
         self._folder.missed(outcome)
+
+    def _epsilon(self, round_number: int) -> float | None:
+        """Return the federation's ε by the end of a round, by what the folder's lines say and cost."""
+        return epsilon_by(read_run(self._folder.path), round_number)
 
     def stopped(self, reason: str) -> None:
         self.stop_reason = reason

@@ -4,7 +4,7 @@
 ``server.json``     what the server knew of its code, connections and machine at each start
 ``baseline.json``   the score before any record is used
 ``rounds.jsonl``    one line a round: scores on public data, bytes, seconds, who took part, what failed and why
-``privacy.jsonl``   one line a round and site: the privacy report
+``privacy.jsonl``   one line a charge of a site that has come, whether or not it counts: the privacy report
 ``checkpoint.safetensors``  what the run goes on from (see ``server.checkpoint``)
 ``run.log``         what the terminal shows
 ``log.jsonl``       the server's log
@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 
 from common.adapters import LoRAFrozenA
 from common.bundle import own_digest
+from common.errors import DataError
 from common.files import append_lines, cut_file, finite, length, replace_file
 from common.log import about
 from common.messages.round import Spending, TrainResult
@@ -55,7 +56,7 @@ from common.run_lines import (
     read_file,
     read_if_there,
 )
-from common.strict_json import to_json
+from common.strict_json import from_json, to_json
 from common.tasks import TASKS
 from server.admission import Member
 from server.checkpoint import Checkpoint, save_checkpoint
@@ -107,10 +108,28 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     replace_file(path, (json.dumps(finite(value), indent=2) + "\n").encode())
 
 
+def keep_charges(path: Path, size: int) -> None:
+    """Cut a file back to ``size`` bytes and the whole lines of charges after them, in one step."""
+    if not path.is_file():
+        return
+    content = path.read_bytes()
+    kept = [text + b"\n" for text in content[size:].splitlines() if _is_charge(text)]
+    if (whole := content[:size] + b"".join(kept)) != content:
+        replace_file(path, whole)
+
+
+def _is_charge(text: bytes) -> bool:
+    try:
+        return from_json(PrivacyLine, json.loads(text), PrivacyLine.NAME).spent is not None
+    except (ValueError, DataError):  # what a crash has cut off
+        return False
+
+
 class RunFolder:
     """The folder of one run; implements the Observer that writes it.
 
-    With ``saved`` it is the folder of a run that goes on: what was appended after the checkpoint is cut off.
+    With ``saved`` it is the folder of a run that goes on: what was appended after the checkpoint is cut off, but for
+    what sites had paid by then, which was released and stays released.
     """
 
     def __init__(self, path: Path, job: Job, run: str, saved: Checkpoint | None = None) -> None:
@@ -125,12 +144,16 @@ class RunFolder:
         path.mkdir(parents=True, exist_ok=True)
         if saved:
             for name, size in saved.lengths.items():
-                cut_file(path / name, size)
+                if name == PrivacyLine.NAME:
+                    keep_charges(path / name, size)
+                else:
+                    cut_file(path / name, size)
             for half_written in path.glob(".*.tmp"):
                 half_written.unlink()
             (path / ResultFile.NAME).unlink(missing_ok=True)
             config = read_file(ConfigFile, path)
-            self._write(replace(config, resumed=[*config.resumed, now]))
+            after = [*config.resumed_after, saved.state.round_number]
+            self._write(replace(config, resumed=[*config.resumed, now], resumed_after=after))
             return
         versions = {"python": platform.python_version(), **package_versions(job.config.model.quantise)}
         self._write(ConfigFile(run, now, job.settings(), versions, job.chosen()))
@@ -174,7 +197,10 @@ class RunFolder:
 
     def _lines(self, outcome: RoundOutcome) -> None:
         got, results = outcome.got, outcome.got.results.values()
-        self._append(*(privacy_line(self.job, result) for result in results))
+        lines = [privacy_line(self.job, result) for result in results]
+        # First what came of attempts that were thrown away, or does not count: a site's last line has its total.
+        beside = [line for line in (privacy_line(self.job, paid) for paid in got.paid) if line not in lines]
+        self._append(*beside, *lines)
         participants = [result.site for result in results if outcome.counts]
         if got.released:
             self._append(cohort_line(self.job, outcome.round_number, got.released))

@@ -57,6 +57,8 @@ class Gathering:
     """By node; these count."""
     refusals: dict[int, Absence] = field(default_factory=dict)
     """By node, the last word of each that was asked and has no result."""
+    paid: list[TrainResult] = field(default_factory=list)
+    """What was paid for in every attempt, without what it held, in order; also what does not count, and what does."""
     failures: list[Absence] = field(default_factory=list)
     """Everything that went wrong, also where a later attempt mended it."""
     attempts: int = 0
@@ -77,6 +79,10 @@ class Gathering:
     def settled(self) -> set[int]:
         """Return the nodes that it is no use to ask again in this round."""
         return {*self.results, *(node for node, r in self.refusals.items() if r.kind not in ASK_AGAIN)}
+
+    def pay(self, results: Iterable[TrainResult]) -> None:
+        """Remember what results cost their sites, whatever becomes of them."""
+        self.paid += [replace(one, contribution={}, words=b"", offer=None) for one in results if one.spending]
 
     def in_order(self) -> Gathering:
         """Return the same, results and refusals in the order of the sites' names."""
@@ -138,7 +144,11 @@ class Sites:
                 told[node] = (reply.site, reply.kind, reply.reason)
             elif isinstance(reply, TrainResult):
                 got.results[node] = reply
-        for node, reason in self._admission.judge(got.results, state, online).items():
+        reasons, untrue = self._admission.judge(got.results, state, online), set[int]()
+        if reasons:
+            untrue = set(self._admission.contradictions(got.results, online))
+        got.pay(got.results[node] for node in reasons if node not in untrue)
+        for node, reason in reasons.items():
             told[node] = (got.results.pop(node).site, "reply", reason)
         absent = {
             node: Absence(round_number, got.attempts, self._name(node, site, got, online), node, kind, reason)

@@ -206,6 +206,9 @@ class SummedSites(Sites):
                 self._absent(got, round_number, node, (reply.site, reply.kind, reply.reason), offers)
         reasons = self._admission.judge(results, state, set(offers))
         misnamed = [node for node, result in results.items() if result.site != offers[node].site]
+        # Also what is thrown away, or does not count, was charged and sent.
+        untrue = {*self._admission.contradictions(results, set(offers)), *misnamed}
+        got.pay(result for node, result in results.items() if node not in untrue)
         reasons |= _others(self._job, results) | dict.fromkeys(misnamed, "it answers under another name than its key")
         self._sizes |= {node: result.public_size for node, result in results.items() if node not in reasons}
         for node, reason in reasons.items():

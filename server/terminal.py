@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from common.privacy.figures import epsilon_text
 from common.words import counted, decimal_text, natural
 from reports.alike import alike_absences
+from reports.sites import TOLERANCE
 
 if TYPE_CHECKING:  # a report is made from files alone, without loading what trains
     from common.messages.round import Spending
@@ -18,19 +19,30 @@ if TYPE_CHECKING:  # a report is made from files alone, without loading what tra
     from strategies.job import Job
 
 
-def epsilon_words(told: Iterable[Spending | None], unit: str, whose: str = "worst site") -> str:
+def epsilon_words(
+    told: Iterable[Spending | None], unit: str, whose: str = "worst site", own: float | None = None
+) -> str:
     """Return the federation's figures so far, each the maximum over sites, because their records are disjoint.
 
     Of a trusted server they are its ledger's. Sites that did not take part in the last round have spent what they had
     before.
+
+    Args:
+        told: by each site.
+        unit: of the promise, in a word.
+        whose: the figures are.
+        own: the figure by all lines of the run (``reports.sites.epsilon_by``), which holds where it is the larger: a
+            site may tell less than its releases cost; None: not known.
     """
     spent = [one for one in told if one]
     if not spent:
         return "privacy OFF, no claim"
     worst = max(spent, key=lambda s: s.epsilon_total)
-    total, delta = epsilon_text(worst.epsilon_total), max(s.delta for s in spent)
+    total, delta = epsilon_text(max(worst.epsilon_total, own or 0.0)), max(s.delta for s in spent)
     why = ""
-    if math.isinf(worst.epsilon_total):
+    if own is not None and own > worst.epsilon_total + TOLERANCE:
+        why = f", by the lines in privacy.jsonl: who counts told {epsilon_text(worst.epsilon_total)}"
+    elif math.isinf(worst.epsilon_total):
         why = ", its records were released without privacy before"
     elif worst.epsilon_total > worst.epsilon_budget:
         why = ", its records were charged under other names too"
@@ -42,10 +54,10 @@ def score_words(score: Score | None) -> str:
     return f"accuracy {100 * score.accuracy:.1f} %  loss {decimal_text(score.loss, 3)}" if score else "not scored"
 
 
-def round_line(job: Job, outcome: RoundOutcome, members: Mapping[int, Member]) -> str:
+def round_line(job: Job, outcome: RoundOutcome, members: Mapping[int, Member], own: float | None = None) -> str:
     """Return the terminal line of one round, with one more for every refusal; ``members`` are all that counted.
 
-    Of many refusals those of one reason are one line.
+    Of many refusals those of one reason are one line. ``own`` as in ``epsilon_words``.
     """
     got = outcome.got
     per, seconds = job.mechanism.claim.per, f"  {outcome.seconds:.0f} s"
@@ -56,7 +68,7 @@ def round_line(job: Job, outcome: RoundOutcome, members: Mapping[int, Member]) -
         whose = f"worst site, h = {job.config.privacy.honest_sites}" if job.mechanism.summed else "worst site"
         sites, spent = (
             counted(len(got.results), "site"),
-            epsilon_words((m.spending for m in members.values()), per, whose),
+            epsilon_words((m.spending for m in members.values()), per, whose, own),
         )
     payload = (got.bytes_down + got.bytes_up) / 1e6
     line = (

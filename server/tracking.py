@@ -14,6 +14,8 @@ from pathlib import Path
 from common.log import place_of
 from common.run_lines import COHORT, BaselineFile, PrivacyLine, RoundLine, read_if_there, read_lines
 from common.trackers import NO_TRACKER, TRACKERS, Tracker
+from reports.folder import read_run
+from reports.sites import epsilon_course
 from strategies.job import Job
 
 log = logging.getLogger("fedveil.server")
@@ -67,9 +69,9 @@ class Tracking:
 def rounds_of(folder: Path) -> dict[int, dict[str, float]]:
     """Return the figures of each complete round of a run, by its number; 0 is before training.
 
-    ``epsilon`` is the largest total that a site has reported by then. Where sites share the noise of a sum its name
-    says on how many honest ones it counts: ``epsilon/h-3``. What is not there, or not finite, is left out; of a
-    trusted server's run that is how many sites took part, and how long they took.
+    ``epsilon`` is the report's by then: no site's is below what its own lines cost. Where sites share the noise of a
+    sum its name says on how many honest ones it counts: ``epsilon/h-3``. What is not there, or not finite, is left out;
+    of a trusted server's run that is how many sites took part, and how long they took.
 
     Raises:
         DataError: a file of the folder is not as it is written.
@@ -79,6 +81,7 @@ def rounds_of(folder: Path) -> dict[int, dict[str, float]]:
     if before is not None:
         found[0] = _finite({"accuracy": before.accuracy, "loss": before.loss})
     spent = [(line.round_number, line.spent) for line in read_lines(PrivacyLine, folder) if line.spent]
+    course = epsilon_course(read_run(folder)) if spent else {}
     for line in read_lines(RoundLine, folder):
         if line.complete and line.round_number:
             paid = [spending for number, spending in spent if number <= line.round_number]
@@ -87,7 +90,7 @@ def rounds_of(folder: Path) -> dict[int, dict[str, float]]:
             figures = {
                 "accuracy": line.accuracy,
                 "loss": line.loss,
-                f"epsilon/h-{honest}" if honest else "epsilon": max((one.epsilon_total for one in paid), default=None),
+                f"epsilon/h-{honest}" if honest else "epsilon": course.get(line.round_number),
                 "sites": None if line.participants == [COHORT] else float(len(line.participants)),
                 "bytes_down": float(line.bytes_down),
                 "bytes_up": float(line.bytes_up),

@@ -24,6 +24,7 @@ from common.messages.wire import STYPE, decode_reply, encode_reply
 from common.privacy.events import sampled_gaussian
 from common.run_lines import Absence, ConfigFile, PrivacyLine, ResultFile, RoundLine, read_file, read_lines
 from experiments.in_process import InProcessTransport, run_in_process
+from reports import report_of
 from server.app import in_short
 from server.replies import LONGEST_REASON, clean, read_reply, refusal
 from server.rounds import too_few
@@ -335,7 +336,9 @@ def test_a_spending_that_contradicts_the_run_is_dropped(toy_settings: dict[str, 
     assert line.participants == ["site-0", "site-2"]
     assert words in line.failures[0].reason
     told = {(p.round_number, p.site) for p in read_lines(PrivacyLine, folder)}
-    assert (first, "site-1") not in told, "a figure that is not believed stands in the privacy records"
+    # Whatever an update that is too long holds, its price is that of an honest one, and it was sent.
+    believed = words == "norm"
+    assert ((first, "site-1") in told) == believed, "a figure that is not believed stands in the privacy records"
 
 
 def test_a_spending_in_a_run_without_privacy_is_no_claim(toy_settings: dict[str, Any]) -> None:
@@ -412,6 +415,17 @@ def test_a_node_is_not_recorded_by_a_name_that_went_back_to_its_owner(toy_settin
 def test_max_update_norm_is_a_bound_of_its_own(toy_settings: dict[str, Any]) -> None:
     with pytest.raises(RunFailed, match=r"norm .* is above 1e-06"):
         run_in_process({**plain(toy_settings), "max-update-norm": 1e-6}, 2)
+
+
+def test_a_reply_that_does_not_count_for_what_it_holds_was_paid_for(toy_settings: dict[str, Any]) -> None:
+    settings = {**toy_settings, "rounds": 2}
+    folder = run_in_process(settings, 3, "larger", hostile(scaled(1e6), from_round=2))
+    last, paid = read_lines(RoundLine, folder)[-1], read_lines(PrivacyLine, folder)
+    assert (last.participants, [failure.kind for failure in last.failures]) == (["site-0", "site-2"], ["reply"])
+    assert [line.site for line in paid if line.round_number == 2] == ["site-1", "site-0", "site-2"]
+    site = report_of(folder).sites[1]
+    assert (site.rounds_joined, site.agreement) == (1, "agrees")
+    assert site.epsilon_total == max(line.spent.epsilon_total for line in paid if line.spent)
 
 
 def test_a_site_may_be_larger_than_the_others_within_the_ratio(toy_settings: dict[str, Any]) -> None:

@@ -21,9 +21,10 @@ from safetensors.torch import load_file, save
 from audits.tiny_models import PLAIN_STEP
 from common import files, randomness
 from common.errors import ConfigError, DataError, RunFailed
-from common.messages.round import TrainTask
-from common.run_lines import ConfigFile, PrivacyLine, RoundLine, read_lines
+from common.messages.round import Refusal, TrainTask
+from common.run_lines import ConfigFile, PrivacyLine, RoundLine, read_file, read_lines
 from experiments.in_process import InProcessTransport, run_in_process
+from reports import federation_epsilon, report_of
 from server.checkpoint import BEFORE, NAME
 from server.lock import GLANCE_SECONDS, is_written, only_writer
 from server.resume import settings_of_resumed, with_resumed
@@ -113,6 +114,38 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
         "the round in flight was forgotten by the ledger"
     )
     assert same_adapter(whole, folder), "the resumed run ends at another adapter"
+
+
+def test_charges_of_the_round_that_was_cut_off_stay_in_the_report(toy_settings: dict[str, Any]) -> None:
+    """Both sites pay for round 3, the server dies, and nobody answers it again: what was released stays released."""
+    settings = {**toy_settings, "privacy.noise-multiplier": 1.0, "privacy.epsilon": 50.0, "rounds": 3}
+    with pytest.raises(Killed), killed_at(15 + 2 + 2 * 5 + 2):  # once the lines of round 3 are there
+        run_in_process(settings, 2, "cut")
+    folder = Path(settings["output"]) / "ffa-lora-cut"
+    told = read_lines(PrivacyLine, folder)
+    assert [line.round_number for line in told] == [1, 1, 2, 2, 3, 3]
+    with (folder / PrivacyLine.NAME).open("a") as file:
+        file.write('{"round": 3, "site": "si')
+    settings |= {"resume": "cut", "round-retries": 0}
+    with pytest.raises(RunFailed):
+        run_in_process(settings, 2, kind=Silent)
+    assert read_lines(PrivacyLine, folder) == told
+    assert federation_epsilon(folder) == max(spent(line).epsilon_total for line in told)
+    assert read_file(ConfigFile, folder).resumed_after == [2]
+    run_in_process(settings, 2)
+    after = read_lines(PrivacyLine, folder)
+    assert after[:6] == told
+    assert [spent(line).steps_total // settings["training.local-steps"] for line in after[4:]] == [3, 3, 4, 4]
+    assert [site.agreement for site in report_of(folder).sites] == ["agrees", "agrees"]
+
+
+class Silent(InProcessTransport):
+    """Whose sites refuse all that is asked."""
+
+    def exchange(self, tasks: Mapping[int, TrainTask], timeout: float) -> Exchange:
+        return Exchange(
+            {node: Refusal(t.run, t.round_number, f"site-{node}", "policy", "no") for node, t in tasks.items()}, 0, 0
+        )
 
 
 def test_a_server_killed_between_any_two_file_operations_loses_one_round_at_most(toy_settings: dict[str, Any]) -> None:

@@ -44,7 +44,7 @@ from experiments.in_process import run_in_process, simulated_nodes
 from experiments.planner.earlier import earlier_runs
 from experiments.planner.find import find
 from experiments.planner.forecast import forecast
-from experiments.planner.price import simulated_sizes
+from experiments.planner.price import priced_rounds, simulated_sizes, site_plans
 from server import trusted
 from server.ledger import ServerLedger
 from strategies.job import Job, configure
@@ -480,6 +480,17 @@ def test_the_plan_of_a_second_run_is_what_it_does(toy_settings: dict[str, Any], 
     check_that_the_plan_of_a_second_run_is_what_it_does(toy_settings, tmp_path)
 
 
+@pytest.mark.parametrize("rate", [1.0, 0.33])
+def test_the_plan_of_a_run_with_a_paid_start_is_what_its_ledger_charges(rate: float, tmp_path: Path) -> None:
+    """The start takes the whole batch: alone it would have all of δ, beside steps at a lower rate it has not."""
+    start = {"strategy": "fed-sb", "fed-sb.init": "dp-gradient", "fed-sb.init-noise-multiplier": 4.0}
+    asked = {**start, "fed-sb.init-sample-rate": 1.0, "training.sample-rate": rate, "recipe": "plain", "rounds": 2}
+    site, job = clinic(tmp_path), configure({**asked, "privacy.delta": DELTA})
+    rows = priced_rounds(job, site_plans(job, [site.public_size])[0])
+    assert [row.round_number for row in rows] == [0, 1, 2]
+    assert [row.epsilon for row in rows] == [pay(site, job, "run", number) for number in begin(job)]
+
+
 def test_a_search_finds_the_rate_and_the_noise_of_the_first_plan() -> None:
     step = gaussian_release(1.5, 0.3, 6)
     history = History((step,), commitment_to([step], []), DELTA)
@@ -542,11 +553,23 @@ def test_a_plan_after_a_run_says_what_that_has_spent(toy_settings: dict[str, Any
     assert f"Earlier runs have spent ε {epsilon_text(spent)}, which is counted here" in " ".join(told.output.split())
 
 
+def test_a_site_whose_ledger_held_more_is_named_whoever_released_most(tmp_path: Path) -> None:
+    """South told more than anybody, and north released more in the folder: what is known of north counts."""
+    before = {"south": [gaussian_release(1.0, 0.05, 20)]}
+    run = MadeRun(tmp_path / "run", {"rounds": 1}, noise={"north": 1.0, "south": 1.1}, earlier=before)
+    found = earlier_runs([run.start().round(1, 0.8).end().folder], configure({}))
+    assert [release.event.noise_multiplier for release in found.history.releases] == [1.0]
+    (note,) = found.notes
+    told, own, counted = map(float, re.findall(r"(?<= )\d+\.\d+", note))
+    assert note.startswith("south says")
+    assert told > counted > own
+
+
 def test_folders_that_cannot_say_what_was_spent_are_refused_or_warned_of(tmp_path: Path) -> None:
     folder, job = made(tmp_path / "run", {}), configure({})
     with pytest.raises(ConfigError, match="named twice"):
         earlier_runs([folder, folder], job)
-    assert earlier_runs([folder], job).note == ""
+    assert earlier_runs([folder], job).notes == ()
     lines = folder / PrivacyLine.NAME
     whole = lines.read_text(encoding="utf-8")
 
@@ -554,7 +577,9 @@ def test_folders_that_cannot_say_what_was_spent_are_refused_or_warned_of(tmp_pat
         lines.write_text(re.sub(r'"epsilon_total": ?[^,}]+', f'"epsilon_total": {total}', whole), encoding="utf-8")
 
     with_totals("3.2")
-    assert "held ε 3.200 in all, more than these runs cost" in earlier_runs([folder], job).note
+    notes = earlier_runs([folder], job).notes
+    assert all("held ε 3.200 in all, more than these runs cost it" in note for note in notes)
+    assert [note.split()[0] for note in notes] == ["north", "south"]
     with_totals("Infinity")
     with pytest.raises(ConfigError, match="were released without privacy"):
         earlier_runs([folder], job)

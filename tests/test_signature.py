@@ -139,6 +139,35 @@ def test_a_link_in_an_adapter_is_refused_whatever_it_leads_to(
     assert signed()[0] == 0
 
 
+def test_an_adapter_of_a_lower_rank_is_signed_as_the_whole_one_is(
+    made: MadeRun, tmp_path: Path, signed: Callable[..., tuple[int, str]]
+) -> None:
+    """A strategy whose adapter may be cut exports every rank, and who is given one loads it as any other."""
+    cut = made.folder / "ranks" / "1" / "adapter_model.safetensors"
+    cut.parent.mkdir(parents=True)
+    cut.write_bytes(b"cut")
+    code, words = signed()
+    assert (code, "ranks/1/adapter_model.safetensors in" in words, "came after" in words) == (1, True, True), words
+    assert fedveil("report", made.folder, "--sign", tmp_path / "server.pem")[0] == 0
+    assert signed()[0] == 0
+    cut.write_bytes(b"put")
+    assert signed()[0] == 1, "an adapter of a lower rank that was changed passes for signed"
+    cut.unlink()
+    cut.symlink_to(made.folder / "adapter" / "adapter_model.safetensors")
+    code, words = signed()
+    assert (code, "is a link" in words) == (1, True), words
+
+
+def test_what_was_laid_beside_a_run_is_signed_as_the_report_has_it(
+    made: MadeRun, tmp_path: Path, signed: Callable[..., tuple[int, str]]
+) -> None:
+    """A report that is made anew of other declarations, or other runs' figures, is no longer the signed one."""
+    declare(made.folder, {"license": "mit"})
+    assert signed()[0] == 0, "the file itself is not under the signature"
+    assert fedveil("report", made.folder)[0] == 0
+    assert not (made.folder / SIGNATURE).exists()
+
+
 def test_an_adapter_that_changes_while_it_is_signed_is_refused(
     made: MadeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

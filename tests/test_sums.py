@@ -37,19 +37,19 @@ from common.messages.tensors import entries
 from common.messages.wire import WORDS_STYPE, decode_reply, encode_reply
 from common.model.federated import FederatedModel
 from common.privacy import dpsgd
-from common.privacy.accounting import alone
+from common.privacy.accounting import Release, alone
 from common.privacy.events import Event, sampled_gaussian
 from common.privacy.figures import epsilon_text
 from common.privacy.plan import PrivacyPlan
 from common.privacy.privacy_filter import promised
 from common.privacy.shared_noise import SecureSumPlan
 from common.randomness import noise_grid
-from common.run_lines import Absence, RoundLine, read_lines
+from common.run_lines import Absence, PrivacyLine, RoundLine, read_lines
 from common.secure_sum import AttemptName, Identity, Roster, SiteAttempt, noise_share, rounding, total
 from experiments.in_process import InProcessTransport, run_in_process
 from faults.faulty_server import lying
 from faults.sum_scenarios import SERVER_LIES, wrong_after_a_lie
-from reports import markdown_report, report_of
+from reports import federation_epsilon, markdown_report, report_of
 from server import checkpoint
 from server import sums as sums_at_server
 from server.rounds import too_few
@@ -280,7 +280,12 @@ def test_a_lost_vector_costs_all_sites_a_charge_and_the_next_attempt_has_new_key
     tasks = [task for _, task, _ in kept[0].sent if isinstance(task, TrainTask)]
     keys = [{offer.public for offer in task.offers} for task in tasks]
     assert len({key for own in keys for key in own}) == 4 * 3, "a key serves two attempts"
-    assert report_of(folder).sites[0].agreement == "larger"
+    data = report_of(folder)
+    # What the others sent in vain stands in the report; of the lost vector only the site's later total tells.
+    assert [site.agreement for site in data.sites] == ["agrees", "agrees", "larger", "agrees"]
+    event = releases(folder)[0].event
+    known = [Release(event, 1), Release(event.of_honest(4), 2)]
+    assert data.sites[0].epsilon_all_honest == promised(known, 1e-3)[0], "of how many sites the other was is not known"
 
 
 def test_without_a_whole_attempt_there_is_no_sum_and_no_plain_upload(summed: dict[str, Any]) -> None:
@@ -295,6 +300,12 @@ def test_without_a_whole_attempt_there_is_no_sum_and_no_plain_upload(summed: dic
 
     with pytest.raises(RunFailed, match=r"round 1: 0 sites succeeded in 2 attempts.*site-2 .failed"):
         run_in_process(summed, 4, kind=Gone)
+    (folder,) = Path(summed["output"]).iterdir()
+    sent = [(line.site, line.round_number) for line in read_lines(PrivacyLine, folder)]
+    assert sent == 2 * [("site-0", 1), ("site-1", 1), ("site-3", 1)], "what was thrown away was charged and sent"
+    with Ledger(folder / "ledgers" / "site-0.sqlite") as ledger:
+        held = [Release(entry.event, entry.count) for entry in ledger.entries()]
+    assert federation_epsilon(folder) == pytest.approx(promised(held, 1e-3)[0], abs=1e-9)
 
 
 def test_fewer_sites_than_a_sum_needs_are_asked_for_nothing_that_costs(summed: dict[str, Any]) -> None:

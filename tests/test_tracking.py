@@ -15,11 +15,20 @@ from typing import Any, ClassVar
 import pytest
 from made_run import MadeRun
 
+from common.accountant import Accountant
 from common.errors import ConfigError
+from common.messages.round import Spending
+from common.privacy.figures import epsilon_text
 from common.run_lines import RoundLine, read_lines
 from common.trackers import TRACKERS, Tracker
 from experiments.in_process import run_in_process
 from reports import report_of
+from reports.folder import read_run
+from reports.sites import epsilon_by, epsilon_course
+from server.admission import Member
+from server.rounds import RoundOutcome
+from server.sites import Gathering
+from server.terminal import round_line
 from server.tracking import Tracking, check_tracker, rounds_of
 from strategies.job import configure
 
@@ -71,6 +80,37 @@ def test_figures_are_those_of_the_report(tmp_path: Path) -> None:
         told = found[row.round_number]
         assert (told["accuracy"], told["loss"], told["epsilon"]) == (row.accuracy, row.loss, row.epsilon_worst)
         assert (told["bytes_up"], told["seconds"], told["sites"]) == (row.bytes_up, row.seconds, len(row.participants))
+
+
+def test_a_site_that_tells_too_little_is_told_by_what_its_lines_cost(tmp_path: Path) -> None:
+    """A first total of 0 passes the server's checks: no site is bound from below but by its own past."""
+    run = made(tmp_path)
+    honest = rounds_of(run.folder)
+    job, lines = configure(run.settings), [{**line, "epsilon_total": 0.0} for line in run.lines("privacy.jsonl")]
+    (run.folder / "privacy.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data, files = report_of(run.folder), read_run(run.folder)
+    for row in data.rounds[1:]:
+        least = honest[row.round_number]["epsilon"]
+        assert least > 0.1
+        assert row.epsilon_worst == epsilon_by(files, row.round_number) == pytest.approx(least)
+        assert rounds_of(run.folder)[row.round_number]["epsilon"] == row.epsilon_worst
+    spent = Spending(**vars(files.privacy[0].spent), accountant=Accountant("pld", "0.6.0"))
+    outcome = RoundOutcome(2, Gathering(), None, 1.0)
+    words = round_line(job, outcome, {1: Member("north", 2000, spent)}, epsilon_by(files, 2))
+    assert f"ε {epsilon_text(honest[2]['epsilon'])} of 8" in words
+    assert "by the lines in privacy.jsonl: who counts told 0.000" in words
+
+
+def test_a_long_course_is_priced_at_some_rounds_which_stand_for_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reports.sites.MOST_PRICED", 2)
+    run = made(tmp_path).round(3, 0.75).round(4, 0.76)
+    lines = [{**line, "epsilon_total": 0.0} for line in run.lines("privacy.jsonl")]
+    (run.folder / "privacy.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    files = read_run(run.folder)
+    course = epsilon_course(files)
+    assert course == {1: 0.0, 2: epsilon_by(files, 2), 3: epsilon_by(files, 2), 4: epsilon_by(files, 4)}
 
 
 def test_epsilon_of_a_sum_says_on_how_many_honest_sites_it_counts(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The spending of earlier runs, by their folders: a coordinator sees no ledger of a site's.
 
-Each site's lines say what it released. The site that has spent most stands for all. What a ledger holds beside these
-runs, no folder tells, but a site's own total does.
+Each site's lines say what it released. The site whose releases cost most stands for all. What a ledger holds beside
+these runs, no folder tells, but a site's own total does: each site that told more than its releases cost is named.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from common.messages.round import SpendingFigures
 from common.privacy.accounting import Release
 from common.privacy.figures import epsilon_text
 from common.privacy.privacy_filter import FRESH, History, commitment_to, price_after
+from common.words import natural
 from reports.folder import RunFiles, read_run
 from reports.sites import TOLERANCE, releases_of_site
 from strategies.job import Job, configure
@@ -23,11 +24,11 @@ from strategies.job import Job, configure
 
 @dataclass(frozen=True)
 class Earlier:
-    """What the site that has spent most released in earlier runs."""
+    """What the site whose releases cost most released in earlier runs."""
 
     history: History
-    note: str
-    """What the folders cannot say; empty: nothing."""
+    notes: tuple[str, ...] = ()
+    """What the folders cannot say: one for each site that told more than it released there, who told most first."""
 
 
 def earlier_runs(folders: Sequence[Path], job: Job) -> Earlier:
@@ -46,9 +47,33 @@ def earlier_runs(folders: Sequence[Path], job: Job) -> Earlier:
         raise ConfigError("--after: a folder is named twice, and would count twice: name each once")
     runs = [_read(folder, job.mechanism.claim.per) for folder in folders]
     if not runs:
-        return Earlier(FRESH, "")
-    names = sorted({line.site for files in runs for line in files.privacy if line.spent})
-    return max((_of_site(name, runs) for name in names), key=lambda found: _price(found.history))
+        return Earlier(FRESH)
+    names = {line.site for files in runs for line in files.privacy if line.spent}
+    sites = [_of_site(name, runs) for name in sorted(names, key=natural)]
+    # By what is known to have been released: what is told beside it has a price, but nothing that a run could follow.
+    dearest = max(sites, key=lambda site: site.priced)
+    more = sorted((site for site in sites if site.told > site.priced + TOLERANCE), key=lambda site: -site.told)
+    return Earlier(dearest.history, tuple(_note(site, dearest) for site in more))
+
+
+@dataclass(frozen=True)
+class _OfSite:
+    """What one site released in earlier runs; ε at the smallest δ of its lines."""
+
+    name: str
+    history: History
+    priced: float
+    """ε of its releases in the named runs."""
+    told: float
+    """ε of all that its ledger held, by the largest total that it told."""
+
+
+def _note(site: _OfSite, counted: _OfSite) -> str:
+    own, held, of_all = map(epsilon_text, (site.priced, site.told, counted.priced))
+    return (
+        f"{site.name} says that its ledger held ε {held} in all, more than these runs cost it, which is ε {own}: this "
+        f"plan counts {of_all}, of {counted.name}. Name the other runs too, or take more noise"
+    )
 
 
 def _read(folder: Path, unit: str) -> RunFiles:
@@ -70,20 +95,14 @@ def _read(folder: Path, unit: str) -> RunFiles:
     return files
 
 
-def _of_site(name: str, runs: Sequence[RunFiles]) -> Earlier:
+def _of_site(name: str, runs: Sequence[RunFiles]) -> _OfSite:
     released = [releases for releases in (releases_of_site(name, files) for files in runs) if releases]
     told = _told(name, runs)
     history = History(_joined(released), commitment_to([], released[0]), min(line.delta for line in told))
     total = max(line.epsilon_total for line in told)
     if total == math.inf:
         raise ConfigError(f"--after: records of {name} were released without privacy, so no ε holds for them any more")
-    if total <= _price(history) + TOLERANCE:
-        return Earlier(history, "")
-    return Earlier(
-        history,
-        f"{name} says that its ledger held ε {epsilon_text(total)} in all, more than these runs cost: name the others "
-        "too, or take more noise",
-    )
+    return _OfSite(name, history, price_after(history, (), history.delta)[0], total)
 
 
 def _told(name: str, runs: Sequence[RunFiles]) -> list[SpendingFigures]:
@@ -92,7 +111,3 @@ def _told(name: str, runs: Sequence[RunFiles]) -> list[SpendingFigures]:
 
 def _joined(released: Sequence[Sequence[Release]]) -> tuple[Release, ...]:
     return tuple(release for run in released for release in run)
-
-
-def _price(history: History) -> float:
-    return price_after(history, (), history.delta)[0]

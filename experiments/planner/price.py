@@ -22,7 +22,16 @@ from common.errors import BudgetExhausted, ConfigError
 from common.privacy.accounting import Release, alone
 from common.privacy.events import Event
 from common.privacy.plan import PrivacyPlan
-from common.privacy.privacy_filter import FRESH, History, noise_after, price_after, promised, promised_noise
+from common.privacy.privacy_filter import (
+    FRESH,
+    History,
+    commitment_to,
+    noise_after,
+    price,
+    price_after,
+    promised,
+    promised_noise,
+)
 from common.tasks.examples import Dataset
 from server.trusted import sums_plan
 from strategies.job import Job
@@ -163,13 +172,18 @@ def _planned_site(size: int) -> Site:
 
 
 def priced_rounds(job: Job, plan: PrivacyPlan, history: History = FRESH) -> list[PricedRound]:
-    """Return what a site has spent after the initialisation, if it pays for one, and after each round."""
+    """Return what a site has spent after the initialisation, if it pays for one, and after each round.
+
+    By the plan that its ledger writes down with the first charge, as that prices: a start alone has its δ, too.
+    """
     before, local = paid_before(job), releases_of_round(job)
+    whole = [*before, plan.release(job.config.rounds * local)]
+    commitment = history.commitment if history.releases else commitment_to(whole, ())
     numbers = ([0] if before else []) + spread(job.config.rounds, MOST_PRICED)
     priced = []
     for number in numbers:
         releases = [*before, plan.release(number * local)] if number else before
-        value, accountant = price_after(history, releases, plan.delta)
+        value, accountant = price([*history.releases, *releases], commitment, plan.delta)
         rdp = promised([*history.releases, *releases], plan.delta, method="rdp")[0]
         priced.append(PricedRound(number, number * local, value, rdp, accountant))
     return priced
