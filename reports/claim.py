@@ -165,7 +165,7 @@ def _shared(sharing: Sharing | None, sites: Sequence[SiteReport]) -> str:
         told += ". What a site's ledger holds of earlier runs rests on what these counted on"
     if others := others_of(sharing):
         told += f". The sums of this run that counted cost, at the same δ, {'; '.join(others)}"
-    return f"{told}. A site's ledger also has the attempts that were thrown away."
+    return f"{told}. A site's ledger also has attempts of which nothing came."
 
 
 def _public_text(settings: Mapping[str, Scalar]) -> str:
