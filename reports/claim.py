@@ -24,16 +24,14 @@ COVERED = (
     "every release beside training that is listed in this report",
     "all rounds together, and earlier runs as far as the site's ledger holds them",
 )
-ENDED = (
-    "an end of the run that was chosen by what its rounds had shown: then what holds is the ε of the planned end, and "
-    "of the budget in any case"
-)
+ENDED = "an end chosen by results: the planned end's ε holds"
+"""The ε of fewer rounds is known only once their results are, and theorems on composition are of a plan."""
 NOT_COVERED = (
     "choices of settings made by looking at earlier runs on the same records",
     ENDED,
     "side channels, such as how long a site takes",
     "the base model, which may have been trained on the same records before",
-    "rounds that a site charged and whose answer never came: the site's ledger has the last word",
+    "charges whose answer never came: the site's ledger has the last word",
 )
 COVERED_BY_SERVER = (
     "every model that the server gave away after a round, and whatever is made of it: the final model, its accuracy, "

@@ -741,8 +741,8 @@ def test_a_server_that_tells_how_long_a_round_took_is_found(settings: dict[str, 
 
 
 def test_a_line_that_tells_how_long_a_round_took_is_found(settings: dict[str, Any]) -> None:
-    def line(job: Job, outcome: Any, members: Any) -> str:
-        return f"{round_line(job, outcome, members)}  {outcome.seconds:.3f} s"
+    def line(job: Job, outcome: Any, *others: Any) -> str:
+        return f"{round_line(job, outcome, *others)}  {outcome.seconds:.3f} s"
 
     with patch("server.conduct.round_line", line):
         assert "run.log" in leaks({**settings, "rounds": 3, "privacy.epsilon": 200.0})
