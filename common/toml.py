@@ -1,4 +1,4 @@
-"""TOML of files that people write: one way to read it, whose every fault is an error of one line."""
+"""Reader of TOML that people write, whose every fault is an error of one line."""
 
 from __future__ import annotations
 

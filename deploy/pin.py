@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from common.config.sections import ModelConfig
 from common.config.text import toml_value
 from common.errors import ConfigError, DataError
+from common.files import sync_folder
 from common.tasks import TASKS
 from common.toml import toml_of
 from deploy.policy_file import BUDGET_HEAD, PINS_HEAD, Pins, pins_of
@@ -171,6 +172,7 @@ def _replace(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         Path(draft).replace(path)
+        sync_folder(path.absolute().parent)
     except OSError:
         Path(draft).unlink(missing_ok=True)
         raise

@@ -130,9 +130,8 @@ def epsilon_by(files: RunFiles, number: int) -> float | None:
 
     Of each site it is the larger of what it told and what its lines cost: a site may tell less than it released.
     """
-    cut = _until(files, number)
-    told = [line.spent.epsilon_total for line in cut.privacy if line.spent]
-    return max([*told, *_own_prices(cut)], default=None)
+    told = [line.spent.epsilon_total for line in files.privacy if line.spent and line.round_number <= number]
+    return max([*told, _largest_price(_paid(files), number)]) if told else None
 
 
 def epsilon_course(files: RunFiles) -> dict[int, float | None]:
@@ -142,39 +141,56 @@ def epsilon_course(files: RunFiles) -> dict[int, float | None]:
     release makes it less.
     """
     numbers = sorted({line.round_number for line in files.rounds} | {line.round_number for line in files.privacy})
-    alike = {(tuple(_priced_of(name, files)), delta) for name, delta in _deltas(files).items()}
+    paid, told = _paid(files), dict[int, float]()
+    for line in files.privacy:
+        if line.spent:
+            told[line.round_number] = max(line.spent.epsilon_total, told.get(line.round_number, 0.0))
+    alike = {(tuple(release for _, release in released), lines[-1][1]) for lines, released in paid}
     step = max(1, math.ceil(len(numbers) / max(2, MOST_PRICED // max(1, len(alike)))))
-    priced, course, least = set(numbers[::-1][::step]), dict[int, float | None](), 0.0
+    priced, course, most = set(numbers[::-1][::step]), dict[int, float | None](), None
     for number in numbers:
-        if number in priced:
-            least = max([least, *_own_prices(_until(files, number))])
-        told = [line.spent.epsilon_total for line in files.privacy if line.spent and line.round_number <= number]
-        course[number] = max([least, *told]) if told else None
+        own = _largest_price(paid, number) if number in priced else 0.0
+        if number in told or most is not None:
+            most = max(most or 0.0, told.get(number, 0.0), own)
+        course[number] = most
     return course
 
 
-def _until(files: RunFiles, number: int) -> RunFiles:
-    """Return a run's files as they were at the end of a round."""
-    privacy = [line for line in files.privacy if line.round_number <= number]
-    return replace(files, rounds=[line for line in files.rounds if line.round_number <= number], privacy=privacy)
+_Paid = list[tuple[list[tuple[int, float]], list[tuple[int, Release]]]]
+"""Of each site the round and the δ of each line, and the round of each release."""
 
 
-def _deltas(files: RunFiles) -> dict[str, float]:
-    """Return the δ that each site told last; a site that paid for nothing has none."""
-    return {line.site: line.spent.delta for line in files.privacy if line.spent}
+def _paid(files: RunFiles) -> _Paid:
+    """Return what every site paid for, in one pass; without a site whose releases have no price here.
+
+    The report says so of that site, and its told total counts.
+    """
+    spent: dict[str, list[tuple[int, SpendingFigures]]] = {}
+    for line in files.privacy:
+        if line.spent:
+            spent.setdefault(line.site, []).append((line.round_number, line.spent))
+    counts: dict[str, list[tuple[int, float]]] = {}
+    for number, site, noise, _ in _noised_counts(files):
+        counts.setdefault(site, []).append((number, noise))
+    paid: _Paid = []
+    for site, own in spent.items():
+        try:
+            releases = releases_of([one for _, one in own], files)
+            released = [(number, release) for (number, _), release in zip(own, releases, strict=True)]
+            released += [(number, _count(noise)) for number, noise in counts.get(site, [])]
+        except ConfigError:
+            continue
+        paid.append(([(number, one.delta) for number, one in own], released))
+    return paid
 
 
-def _own_prices(files: RunFiles) -> list[float]:
-    """Return what each site's lines cost."""
-    return [promised(_priced_of(name, files), delta)[0] for name, delta in _deltas(files).items()]
-
-
-def _priced_of(name: str, files: RunFiles) -> list[Release]:
-    """Return what one site released; nothing where that has no price here, as the report says of the site."""
-    try:
-        return releases_of_site(name, files)
-    except ConfigError:
-        return []
+def _largest_price(paid: _Paid, number: int) -> float:
+    """Return the largest of what each site's lines cost by the end of a round; of sites that did the same, once."""
+    alike = set()
+    for lines, released in paid:
+        if deltas := [delta for at, delta in lines if at <= number]:
+            alike.add((tuple(release for at, release in released if at <= number), deltas[-1]))
+    return max((promised(releases, delta)[0] for releases, delta in alike), default=0.0)
 
 
 def federation_delta(sites: Iterable[SiteReport]) -> float | None:
@@ -252,7 +268,12 @@ def releases_of_site(name: str, files: RunFiles) -> list[Release]:
     """Return everything that one site released in this run; errors as of ``releases_of``."""
     paid = [line.spent for line in files.privacy if line.site == name and line.spent]
     noises = [noise for _, site, noise, _ in _noised_counts(files) if site == name and paid]
-    return releases_of(paid, files) + [gaussian_release(noise, 1.0, 1, EVALUATION) for noise in noises]
+    return releases_of(paid, files) + [_count(noise) for noise in noises]
+
+
+def _count(noise: float) -> Release:
+    """Return a noised count as a release."""
+    return gaussian_release(noise, 1.0, 1, EVALUATION)
 
 
 def _counted(name: str, files: RunFiles) -> list[bool]:

@@ -46,7 +46,7 @@ def names_in(folder: Path) -> dict[int, str]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8").strip()
+        return path.read_text(encoding="utf-8", errors="replace").strip()
     except FileNotFoundError:  # shut out since the folder was listed
         return ""
 

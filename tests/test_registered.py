@@ -128,3 +128,9 @@ def test_the_server_is_started_with_the_table_whoever_sends_jobs(
     assert started[0][NODES] == str(server.nodes)
     monkeypatch.setenv(NODES, "/coordinator/nodes")
     assert superlink_environment(server, tmp_path)[NODES] == "/coordinator/nodes"
+
+
+def test_a_number_that_is_not_text_names_nobody(tmp_path: Path) -> None:
+    (tmp_path / "ward.id").write_bytes(b"\xff\xfe7")
+    (tmp_path / "clinic.id").write_text("7\n", encoding="utf-8")
+    assert names_in(tmp_path) == {7: "clinic"}
