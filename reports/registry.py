@@ -204,7 +204,7 @@ def _mechanisms(data: ReportData) -> list[str]:
         + "; ".join(f"{name} {numbers_text(distinct(events, key))}" for name, key in figures),
         f"sampling: {data.claim.sampler}",
         "noise from the operating system's entropy, on a public grid, so that floating point tells nothing of the sum",
-        "time is not covered, but where a site answers at a fixed time (docs/privacy.md)",
+        "time is not covered, but where a site answers at a fixed time (docs/privacy-kept.md)",
         f"implemented by FedVeil with {versions}{code}",
     ]
 
