@@ -1,0 +1,136 @@
+"""How a run is conducted: what its folder says of an end that nobody foresaw, and who else may have written it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.errors import ConfigError, RunFailed
+from common.messages.round import Task
+from common.run_lines import BaselineFile, ResultFile, RoundLine, read_file, read_lines
+from experiments.in_process import InProcessTransport, run_in_process
+from reports import report_of
+from server.lock import only_writer
+from server.records import RunFolder
+from server.sites import Exchange
+
+WORDS = "the patient in bed 7"
+
+
+class Breaking(InProcessTransport):
+    """Whose connection breaks in a round, in a way that nobody foresaw."""
+
+    at = 2
+    error: Exception = ValueError(WORDS)
+
+    def exchange(self, tasks: Mapping[int, Task], timeout: float) -> Exchange:
+        if next(iter(tasks.values())).round_number == self.at:
+            raise self.error
+        return super().exchange(tasks, timeout)
+
+
+def breaking(at: int, error: Exception) -> type[Breaking]:
+    return type("Kind", (Breaking,), {"at": at, "error": error})
+
+
+def open_run(settings: dict[str, Any]) -> dict[str, Any]:
+    return {**settings, "privacy.mode": "none", "rounds": 2, "round-retries": 0}
+
+
+def folder_of(settings: dict[str, Any], run: str) -> Path:
+    return Path(settings["output"]) / f"ffa-lora-{run}"
+
+
+def test_an_unforeseen_error_ends_the_run_in_its_folder_and_its_words_stay_out_of_the_log(
+    toy_settings: dict[str, Any],
+) -> None:
+    settings = {**open_run(toy_settings), "training.learning-rate": 0.1}
+    with pytest.raises(ValueError, match=WORDS):
+        run_in_process(settings, 1, "cut", breaking(2, ValueError(WORDS)))
+    folder = folder_of(settings, "cut")
+    result = read_file(ResultFile, folder)
+    assert result.status == "failed"
+    assert result.reason == (f"ValueError: {WORDS}. rounds up to 1 are kept; go on from there with resume = 'cut'")
+    (line,) = read_lines(RoundLine, folder)
+    before = read_file(BaselineFile, folder).accuracy
+    assert result.reached is not None
+    assert (result.reached.rounds, result.reached.epsilon) == (1, None)
+    assert (result.reached.accuracy_before, result.reached.accuracy) == (before, line.accuracy)
+    assert before != line.accuracy, "the test cannot tell one round from none"
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+    assert report_of(folder).status == "failed"
+    assert (folder / "report.md").is_file(), "a run that fails leaves no report"
+    log = (folder / "log.jsonl").read_text(encoding="utf-8")
+    assert "the run fails: ValueError at test_conduct.py:" in log
+    assert WORDS not in log
+    # Of a round that nobody scored the adapter that is left is scored once more.
+    with pytest.raises(ValueError, match=WORDS):
+        run_in_process({**settings, "evaluate-every": 2}, 1, "unscored", breaking(2, ValueError(WORDS)))
+    unscored = read_file(ResultFile, folder_of(settings, "unscored")).reached
+    assert unscored is not None
+    assert (unscored.accuracy_before, unscored.accuracy) == (before, line.accuracy)
+
+
+def test_an_error_before_the_first_round_is_complete_leaves_its_reason_and_no_adapter(
+    toy_settings: dict[str, Any],
+) -> None:
+    settings = open_run(toy_settings)
+    with pytest.raises(ValueError, match=WORDS):
+        run_in_process(settings, 1, "cut", breaking(1, ValueError(WORDS)))
+    folder = folder_of(settings, "cut")
+    assert read_file(ResultFile, folder) == ResultFile("failed", f"ValueError: {WORDS}", None)
+    assert not (folder / "adapter").exists()
+    assert (folder / "report.md").is_file()
+
+
+def test_of_two_errors_the_run_ends_by_the_first_and_goes_on_all_the_same(
+    toy_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a full disk: the adapter cannot be saved either, and the reason is not that."""
+    settings = open_run(toy_settings)
+
+    def full(*_: Any) -> None:
+        raise OSError(WORDS)
+
+    save = RunFolder.save_adapter
+    monkeypatch.setattr(RunFolder, "save_adapter", full)
+    with pytest.raises(RunFailed, match=r"^round 2: nobody$"):
+        run_in_process(settings, 1, "full", breaking(2, RunFailed("round 2: nobody")))
+    monkeypatch.setattr(RunFolder, "save_adapter", save)
+    folder = folder_of(settings, "full")
+    hint = "rounds up to 1 are kept; go on from there with resume = 'full'"
+    reason = f"round 2: nobody. {hint}; the adapter could not be saved (OSError)"
+    assert read_file(ResultFile, folder) == ResultFile("failed", reason, None)
+    assert run_in_process({**settings, "resume": "full"}, 1) == folder
+    assert [line.round_number for line in read_lines(RoundLine, folder)] == [1, 2]
+    result = read_file(ResultFile, folder)
+    assert (result.status, result.reason, result.reached and result.reached.rounds) == ("completed", "", 2)
+    assert "goes on after round 1: accuracy" in (folder / "run.log").read_text(encoding="utf-8")
+
+
+def test_what_another_server_did_before_it_let_go_of_the_folder_is_read(
+    toy_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends the run while the second one waits: that one must not go on from the round that it saw first."""
+    settings = open_run(toy_settings)
+    with pytest.raises(RunFailed):
+        run_in_process(settings, 1, "7", breaking(2, RunFailed("gone")))
+    folder = folder_of(settings, "7")
+    held: list[dict[str, bytes]] = []
+
+    @contextmanager
+    def after_another(path: Path, patience: float) -> Iterator[None]:
+        monkeypatch.setattr("server.conduct.only_writer", only_writer)
+        run_in_process({**settings, "resume": "7"}, 1)
+        held.append({str(file): file.read_bytes() for file in folder.rglob("*") if file.is_file()})
+        with only_writer(path, patience):
+            yield
+
+    monkeypatch.setattr("server.conduct.only_writer", after_another)
+    with pytest.raises(ConfigError, match="is complete"):
+        run_in_process({**settings, "resume": "7"}, 1)
+    assert held == [{str(file): file.read_bytes() for file in folder.rglob("*") if file.is_file()}]
