@@ -238,6 +238,8 @@ def test_what_several_steps_of_a_start_bring_may_be_as_long_as_these() -> None:
         ({"delta": 1e-13}, "delta below 1e-12"),
         ({"noise_multiplier": 1.996}, "noise multiplier 1.996 is below 2"),
         ({"clip_norm": 1.001}, "clip norm 1.001 is above 1"),
+        ({"sample_rate": 2e-6}, "sample rate 2e-06 is below"),
+        ({"clip_norm": 0.99}, "clip norm 0.99 is below 1, the run's least"),
         ({"delta": 1.001e-5}, "delta 1.001e-05 is above 1e-05"),
         ({"epsilon_budget": 8.01}, "budget 8.01 is above 8"),
         ({"epsilon_round": 0.21}, "price of the round 0.21 is above 0.2"),
