@@ -454,7 +454,11 @@ def test_a_started_server_names_its_folder_and_the_app_asks_it(
         assert not own_check(folder.runs, "simulation").named, "a simulation dials no port, whatever is exported"
 
 
-@pytest.mark.parametrize("code", ["raise SystemExit(1)", "print('no JSON')", 'print(\'{"tls": "yes"}\')'])
+FAILING = f"print({json.dumps(to_json(WELL))!r}); raise SystemExit(1)"
+"""Says that all is well, and then that it has failed."""
+
+
+@pytest.mark.parametrize("code", ["raise SystemExit(1)", "print('no JSON')", 'print(\'{"tls": "yes"}\')', FAILING])
 def test_a_check_that_cannot_be_done_is_one_that_failed(code: str, tmp_path: Path) -> None:
     check = own_check(tmp_path, "network", (sys.executable, "-c", code))
     assert "it could not be done" in failures(check)
