@@ -8,12 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made_run import spent
 
 from common.errors import ConfigError, RunFailed
-from common.messages.round import Task
-from common.run_lines import BaselineFile, ResultFile, RoundLine, read_file, read_lines
+from common.messages.round import Refusal, Task
+from common.messages.wire import encode_reply
+from common.privacy.figures import epsilon_text
+from common.run_lines import BaselineFile, PrivacyLine, ResultFile, RoundLine, read_file, read_lines
 from experiments.in_process import InProcessTransport, run_in_process
 from reports import report_of
+from reports.folder import read_run
+from reports.sites import epsilon_by
 from server.lock import only_writer
 from server.records import RunFolder
 from server.sites import Exchange
@@ -134,3 +139,41 @@ def test_what_another_server_did_before_it_let_go_of_the_folder_is_read(
     with pytest.raises(ConfigError, match="is complete"):
         run_in_process({**settings, "resume": "7"}, 1)
     assert held == [{str(file): file.read_bytes() for file in folder.rglob("*") if file.is_file()}]
+
+
+class OneRefuses(InProcessTransport):
+    """Whose second site has no part in round 0."""
+
+    def deliver(self, node: int, task: Task, content: Any) -> Any:
+        if node == 1 and not task.round_number:
+            return encode_reply(Refusal(task.run, 0, "site-1", "policy", "never"))
+        return super().deliver(node, task, content)
+
+
+def told(folder: Path) -> list[str]:
+    return (folder / "run.log").read_text(encoding="utf-8").splitlines()
+
+
+@pytest.mark.usefixtures("rough_prices")
+def test_round_0_is_told_with_its_sites_its_price_and_who_had_no_part(toy_settings: dict[str, Any]) -> None:
+    settings = {**toy_settings, "strategy": "fed-sb", "rounds": 1, "privacy.noise-multiplier": 2.0}
+    settings |= {"fed-sb.init": "dp-gradient", "privacy.epsilon": 60.0}
+    folder = run_in_process(settings, 2, "paid", OneRefuses)
+    first, *later = read_lines(PrivacyLine, folder)
+    assert first.round_number == 0
+    lines = told(folder)
+    assert max(spent(line).epsilon_total for line in later) > 1.01 * spent(first).epsilon_total
+    spent_then = epsilon_by(read_run(folder), 0)
+    assert f"initialisation by dp-gradient: 1 site, ε {epsilon_text(spent_then)}, worst site" in lines
+    assert spent_then == pytest.approx(spent(first).epsilon_total, rel=1e-3)
+    assert "  site-1 did not take part (policy): never" in lines
+    before = read_file(BaselineFile, folder)
+    assert f"before training: accuracy {100 * before.accuracy:.1f} %" in lines
+    assert before.begun_accuracy is not None
+    assert f"after round 0: accuracy {100 * before.begun_accuracy:.1f} %" in lines
+    # Of a start that nobody is asked for nothing is told, and one without privacy claims nothing.
+    open_start = {**settings, "privacy.mode": "none", "fed-sb.init": "private-gradient"}
+    folder = run_in_process({k: v for k, v in open_start.items() if k != "privacy.noise-multiplier"}, 2, "open")
+    assert "initialisation by private-gradient: 2 sites, no claim" in told(folder)
+    asked = {**open_run(toy_settings), "rounds": 1}
+    assert not [line for line in told(run_in_process(asked, 1, "plain")) if "round 0" in line or "initialis" in line]
