@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from made_run import spent
+from safetensors.torch import load_file
 
 from common.errors import ConfigError, RunFailed
 from common.messages.round import Refusal, Task
@@ -19,6 +21,7 @@ from experiments.in_process import InProcessTransport, run_in_process
 from reports import report_of
 from reports.folder import read_run
 from reports.sites import epsilon_by
+from server.conduct import NOT_PUBLISHED
 from server.lock import only_writer
 from server.records import RunFolder
 from server.sites import Exchange
@@ -44,6 +47,10 @@ def breaking(at: int, error: Exception) -> type[Breaking]:
 
 def open_run(settings: dict[str, Any]) -> dict[str, Any]:
     return {**settings, "privacy.mode": "none", "rounds": 2, "round-retries": 0}
+
+
+def told(folder: Path) -> list[str]:
+    return (folder / "run.log").read_text(encoding="utf-8").splitlines()
 
 
 def folder_of(settings: dict[str, Any], run: str) -> Path:
@@ -72,6 +79,7 @@ def test_an_unforeseen_error_ends_the_run_in_its_folder_and_its_words_stay_out_o
     log = (folder / "log.jsonl").read_text(encoding="utf-8")
     assert "the run fails: ValueError at test_conduct.py:" in log
     assert WORDS not in log
+    assert NOT_PUBLISHED not in log, "the log of a run without a trusted server is said to be one's"
     # Of a round that nobody scored the adapter that is left is scored once more.
     with pytest.raises(ValueError, match=WORDS):
         run_in_process({**settings, "evaluate-every": 2}, 1, "unscored", breaking(2, ValueError(WORDS)))
@@ -141,6 +149,32 @@ def test_what_another_server_did_before_it_let_go_of_the_folder_is_read(
     assert held == [{str(file): file.read_bytes() for file in folder.rglob("*") if file.is_file()}]
 
 
+class Spent(InProcessTransport):
+    """Whose sites have budget for one round."""
+
+    def deliver(self, node: int, task: Task, content: Any) -> Any:
+        if task.round_number > 1:
+            return encode_reply(Refusal(task.run, task.round_number, f"site-{node}", "budget", "spent"))
+        return super().deliver(node, task, content)
+
+
+def test_a_run_whose_budgets_are_spent_ends_well_with_its_reason_and_what_was_trained(
+    toy_settings: dict[str, Any],
+) -> None:
+    folder = run_in_process(open_run(toy_settings), 2, "spent", Spent)
+    result = read_file(ResultFile, folder)
+    assert (result.status, result.reason) == ("stopped", "no site has budget left after round 1, 1 needed")
+    assert result.reached is not None
+    assert result.reached.rounds == 1
+    assert [(line.round_number, line.complete) for line in read_lines(RoundLine, folder)] == [(1, True), (2, False)]
+    assert told(folder)[-1] == f"run ends early: {result.reason}"
+    with pytest.raises(RunFailed):
+        run_in_process(open_run(toy_settings), 2, "cut", breaking(2, RunFailed("gone")))
+    cut = folder_of(toy_settings, "cut")
+    kept, wanted = (load_file(str(run / "adapter" / "adapter_model.safetensors")) for run in (folder, cut))
+    assert all(torch.equal(kept[name], wanted[name]) for name in wanted), "another round's adapter is left"
+
+
 class OneRefuses(InProcessTransport):
     """Whose second site has no part in round 0."""
 
@@ -148,10 +182,6 @@ class OneRefuses(InProcessTransport):
         if node == 1 and not task.round_number:
             return encode_reply(Refusal(task.run, 0, "site-1", "policy", "never"))
         return super().deliver(node, task, content)
-
-
-def told(folder: Path) -> list[str]:
-    return (folder / "run.log").read_text(encoding="utf-8").splitlines()
 
 
 @pytest.mark.usefixtures("rough_prices")
