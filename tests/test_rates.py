@@ -107,6 +107,8 @@ def test_noise_that_all_sites_add_lowers_the_rate_and_no_single_site_does() -> N
     assert rate_where_all_state(1e5, site_0=1.0) == usual
     assert rate_where_all_state(1.0, site_1=1e5) == usual
     assert rate_where_all_state(2.0, site_0=0.5) == rate_where_all_state(1.0, site_0=0.5)
+    # Both sites make as much of the average's noise. One that states half of it halves its own part, and nobody else's.
+    assert rate_where_all_state(1.0, site_0=0.5) == pytest.approx(usual * math.hypot(1, 1) / math.hypot(0.5, 1))
 
 
 def test_a_site_that_states_a_lower_sample_rate_would_stop_the_run_and_does_not_count() -> None:
