@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,16 +16,21 @@ from safetensors.torch import load_file
 from common.errors import ConfigError, RunFailed
 from common.messages.round import Refusal, Task
 from common.messages.wire import encode_reply
+from common.model.federated import Score
 from common.privacy.figures import epsilon_text
 from common.run_lines import BaselineFile, PrivacyLine, ResultFile, RoundLine, read_file, read_lines
 from experiments.in_process import InProcessTransport, run_in_process
 from reports import report_of
 from reports.folder import read_run
 from reports.sites import epsilon_by
-from server.conduct import NOT_PUBLISHED
+from server.conduct import NOT_PUBLISHED, _Observer
 from server.lock import only_writer
 from server.records import RunFolder
-from server.sites import Exchange
+from server.rounds import RoundOutcome
+from server.sites import Exchange, Gathering
+from server.tracking import Tracking
+from strategies import ServerState
+from strategies.job import configure
 
 WORDS = "the patient in bed 7"
 
@@ -89,15 +95,18 @@ def test_an_unforeseen_error_ends_the_run_in_its_folder_and_its_words_stay_out_o
 
 
 def test_an_error_before_the_first_round_is_complete_leaves_its_reason_and_no_adapter(
-    toy_settings: dict[str, Any],
+    toy_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = open_run(toy_settings)
+    settings, heard = open_run(toy_settings), list[str]()
+    for name in ("tell", "close"):
+        monkeypatch.setattr(Tracking, name, lambda _, name=name: heard.append(name))
     with pytest.raises(ValueError, match=WORDS):
         run_in_process(settings, 1, "cut", breaking(1, ValueError(WORDS)))
     folder = folder_of(settings, "cut")
     assert read_file(ResultFile, folder) == ResultFile("failed", f"ValueError: {WORDS}", None)
     assert not (folder / "adapter").exists()
     assert (folder / "report.md").is_file()
+    assert heard == ["tell", "close"], "a tracker is told what is known before round 1, and that the run has ended"
 
 
 def test_of_two_errors_the_run_ends_by_the_first_and_goes_on_all_the_same(
@@ -173,6 +182,7 @@ def test_a_run_whose_budgets_are_spent_ends_well_with_its_reason_and_what_was_tr
     cut = folder_of(toy_settings, "cut")
     kept, wanted = (load_file(str(run / "adapter" / "adapter_model.safetensors")) for run in (folder, cut))
     assert all(torch.equal(kept[name], wanted[name]) for name in wanted), "another round's adapter is left"
+    assert any(tensor.any() for name, tensor in kept.items() if "lora_B" in name), "the adapter is left as it began"
 
 
 class OneRefuses(InProcessTransport):
@@ -207,3 +217,34 @@ def test_round_0_is_told_with_its_sites_its_price_and_who_had_no_part(toy_settin
     assert "initialisation by private-gradient: 2 sites, no claim" in told(folder)
     asked = {**open_run(toy_settings), "rounds": 1}
     assert not [line for line in told(run_in_process(asked, 1, "plain")) if "round 0" in line or "initialis" in line]
+
+
+class Heard(SimpleNamespace):
+    """A run's folder of which only the lines for people are kept."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: None
+
+    def say(self, line: str, round_number: int | None = None) -> None:
+        self.lines.append((line, round_number))
+
+
+def test_what_round_0_made_of_the_model_is_told_beside_what_was_there_before(tmp_path: Path) -> None:
+    job, heard, model = (
+        configure({"privacy.mode": "none"}),
+        Heard(lines=[]),
+        SimpleNamespace(found="found", told="told"),
+    )
+    observer: Any = _Observer(job, cast(Any, heard), cast(Any, model), Tracking(job, tmp_path, "1"))
+    state, before = ServerState(0, {}, ()), Score(accuracy=0.5, loss=1.0)
+    observer.started(before, state, {}, Score(accuracy=0.75, loss=0.5))
+    told = ["before training: accuracy 50.0 %", "  found", "after round 0: accuracy 75.0 %"]
+    assert heard.lines == list(zip(told, (None, 0, None), strict=True))
+    heard.lines.clear()
+    observer.initialised(RoundOutcome(0, Gathering(), None, 1.0))
+    assert heard.lines[0] == (f"initialisation by {job.origin.name}: 0 sites, no record used", 0)
+    assert heard.lines[1:] == [("told", 0)]
+    heard.lines.clear()
+    model.found = ""
+    observer.started(before, state, {})
+    assert heard.lines == [("before training: accuracy 50.0 %", None)]
