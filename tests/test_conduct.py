@@ -59,6 +59,14 @@ def told(folder: Path) -> list[str]:
     return (folder / "run.log").read_text(encoding="utf-8").splitlines()
 
 
+def tracked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return what a tracker is asked for from now on."""
+    heard: list[str] = []
+    for name in ("tell", "close"):
+        monkeypatch.setattr(Tracking, name, lambda _, name=name: heard.append(name))
+    return heard
+
+
 def folder_of(settings: dict[str, Any], run: str) -> Path:
     return Path(settings["output"]) / f"ffa-lora-{run}"
 
@@ -97,9 +105,7 @@ def test_an_unforeseen_error_ends_the_run_in_its_folder_and_its_words_stay_out_o
 def test_an_error_before_the_first_round_is_complete_leaves_its_reason_and_no_adapter(
     toy_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings, heard = open_run(toy_settings), list[str]()
-    for name in ("tell", "close"):
-        monkeypatch.setattr(Tracking, name, lambda _, name=name: heard.append(name))
+    settings, heard = open_run(toy_settings), tracked(monkeypatch)
     with pytest.raises(ValueError, match=WORDS):
         run_in_process(settings, 1, "cut", breaking(1, ValueError(WORDS)))
     folder = folder_of(settings, "cut")
@@ -168,9 +174,11 @@ class Spent(InProcessTransport):
 
 
 def test_a_run_whose_budgets_are_spent_ends_well_with_its_reason_and_what_was_trained(
-    toy_settings: dict[str, Any],
+    toy_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    heard = tracked(monkeypatch)
     folder = run_in_process(open_run(toy_settings), 2, "spent", Spent)
+    assert heard == ["tell", "tell", "close"], "a tracker is told of a round when it is complete"
     result = read_file(ResultFile, folder)
     assert (result.status, result.reason) == ("stopped", "no site has budget left after round 1, 1 needed")
     assert result.reached is not None
