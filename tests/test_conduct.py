@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -11,11 +12,12 @@ from typing import Any, cast
 import pytest
 import torch
 from made_run import spent
+from made_run import told as stating
 from safetensors.torch import load_file
 
 from common.errors import ConfigError, RunFailed
-from common.messages.round import Refusal, Task
-from common.messages.wire import encode_reply
+from common.messages.round import Refusal, Task, TrainResult
+from common.messages.wire import decode_reply, encode_reply
 from common.model.federated import Score
 from common.privacy.figures import epsilon_text
 from common.run_lines import BaselineFile, PrivacyLine, ResultFile, RoundLine, read_file, read_lines
@@ -256,3 +258,30 @@ def test_what_round_0_made_of_the_model_is_told_beside_what_was_there_before(tmp
     model.found = ""
     observer.started(before, state, {})
     assert heard.lines == [("before training: accuracy 50.0 %", None)]
+
+
+class TellsLittle(InProcessTransport):
+    """Whose site says that its round has cost next to nothing."""
+
+    def deliver(self, node: int, task: Task, content: Any) -> Any:
+        record = super().deliver(node, task, content)
+        reply = decode_reply(record, self._layout_of_round(task.round_number), task.run, task.round_number)
+        assert isinstance(reply, TrainResult)
+        assert reply.spending is not None
+        little = stating(reply.spending, epsilon_total=0.01, epsilon_round=0.01)
+        return encode_reply(replace(reply, spending=little))
+
+
+@pytest.mark.usefixtures("rough_prices")
+def test_the_line_of_a_round_shows_what_its_own_release_costs_whatever_a_site_tells(
+    toy_settings: dict[str, Any],
+) -> None:
+    settings = {**toy_settings, "rounds": 1, "privacy.noise-multiplier": 2.0, "privacy.epsilon": 60.0}
+    folder = run_in_process(settings, 1, "little", TellsLittle)
+    (line,) = read_lines(PrivacyLine, folder)
+    assert spent(line).epsilon_total == 0.01
+    cost = epsilon_by(read_run(folder), 1)
+    assert cost is not None
+    assert cost > 0.1
+    (shown,) = (text for text in told(folder) if text.startswith("round 1/1"))
+    assert f"  ε {epsilon_text(cost)} of 60 " in shown
