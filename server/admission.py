@@ -180,13 +180,15 @@ class Admission:
         if result.noised_correct:
             one_count = noise_multiplier_for(plan.max_epsilon, plan.delta, 1.0, 1)
             noises.append(("noise of the count", result.noised_correct.noise_std, one_count))
-        for name, figure, least in noises:
+        # Every site samples and clips as the run says. One that stated a lower rate would have its noise counted as so
+        # much larger, at its whole weight, and the server's rate would follow it (``rates``).
+        exact = [("sample rate", told.sample_rate, own.sample_rate), ("clip norm", told.clip_norm, own.clip_norm)]
+        for name, figure, least in (*noises, *exact):
             if figure < least * (1 - ROOM):
                 return f"the spending's {name} {figure:.4g} is below {least:.4g}, the run's least"
         for name, figure, most in (
             *((name, noise, MOST_NOISE) for name, noise, _ in noises),
-            ("sample rate", told.sample_rate, own.sample_rate),
-            ("clip norm", told.clip_norm, own.clip_norm),
+            *exact,
             ("delta", spent.delta, plan.delta),
             ("budget", spent.epsilon_budget, plan.max_epsilon),
             ("price of the round", spent.epsilon_round, total),

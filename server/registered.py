@@ -8,6 +8,7 @@ A SuperLink that was started otherwise has no such table, and a name is what a r
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from common.errors import DataError
 NODES = "FEDVEIL_NODES"
 """Environment variable of the SuperLink that names the folder."""
 SUFFIX = ".id"
+NUMBER = re.compile(r"[0-9]{1,20}")
+"""Of a node: 64 bits. Python refuses to read one of thousands of digits, and a run would end by that."""
 
 
 def registered_names() -> dict[int, str] | None:
@@ -41,7 +44,7 @@ def names_in(folder: Path) -> dict[int, str]:
             f"the registered sites cannot be read from {folder} ({error.strerror}): "
             "make the folder readable for the SuperLink's user, and restart it with 'fedveil server start'"
         ) from error
-    return {int(text): name for name, text in sorted(texts.items()) if text.isascii() and text.isdigit()}
+    return {int(text): name for name, text in sorted(texts.items()) if NUMBER.fullmatch(text)}
 
 
 def _text(path: Path) -> str:

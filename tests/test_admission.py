@@ -25,7 +25,7 @@ from common.privacy.record_level import DPSGD
 from common.run_lines import Absence
 from common.tasks.examples import Dataset
 from server.admission import Admission
-from server.plausible import held_by, honest_norm, implausible, oversized
+from server.plausible import held_by, honest_norm, implausible, largest_norm, oversized
 from server.rounds import RoundOutcome
 from server.sites import Gathering
 from server.terminal import epsilon_words, round_line
@@ -217,6 +217,38 @@ def test_the_rounds_middle_bounds_where_three_answered_and_nothing_else_does() -
     sizes = {"ward": 10, "lab": 17}
     assert oversized(sizes, 1.2) == {}, "two have no middle"
     assert list(oversized({**sizes, "clinic": 10}, 1.2)) == ["lab"]
+    assert oversized({"ward": 10, "lab": 12, "clinic": 10}, 1.2) == {}, "as large as is allowed"
+    assert list(oversized({"ward": 10, "lab": 40, "clinic": 10}, 3.0)) == ["lab"], "a slip moves what it is measured by"
+    assert implausible({1: 1.0, 2: 1.0}, {1: 1.0, 2: math.inf}) == {}, "as long as is allowed"
+    assert list(implausible({1: 1.0, 2: math.nan}, {1: 1.0, 2: math.inf})) == [2]
+
+
+def test_a_head_that_moves_slower_or_not_at_all_adds_nothing_to_the_others_way() -> None:
+    private = {"privacy.clip-norm": CLIP, "privacy.noise-multiplier": NOISE, "training.sample-rate": 0.1}
+    state = ServerState(1, {"layer": {"B": torch.ones(100)}, HEAD: {"weight": torch.ones(20)}}, ("B",))
+    for rate, sent, numbers in (
+        (0.5, state.adapter, 105),  # a quarter of the head's 20 beside the others' 100
+        (3.0, {"layer": state.adapter["layer"]}, 100),
+    ):
+        job = configure({**WITH_HEAD, **private, "training.optimizer": "sgd", "training.head-rate": rate})
+        result = replace(answer(job, plan(job)), round_number=2, contribution=sent)
+        step = CLIP + CLIP * NOISE * numbers**0.5 / 200
+        assert honest_norm(job, least_plan(job, result), result, state) == pytest.approx(RATES * step), rate
+
+
+def test_an_update_may_be_ten_times_as_long_as_is_honest_or_as_long_as_is_set_whichever_is_less() -> None:
+    job = configure(PLAIN)
+    result = answer(job, plan(job))
+    least = least_plan(job, result)
+    honest = honest_norm(job, least, result, STATE)
+    for most, wanted in ((0.0, 10 * honest), (1e3 * honest, 10 * honest), (2 * honest, 2 * honest)):
+        assert largest_norm(configure({**PLAIN, "max-update-norm": most}), least, result, STATE) == pytest.approx(
+            wanted
+        )
+    free = {**PLAIN, "training.optimizer": "sgd", "privacy.mode": "none", "server.optimizer": "none"}
+    for most, wanted in ((0.0, math.inf), (5.0, 5.0)):
+        bounded = configure({**free, "max-update-norm": most})
+        assert largest_norm(bounded, least_plan(bounded, result), result, STATE) == wanted
 
 
 def test_what_several_steps_of_a_start_bring_may_be_as_long_as_these() -> None:
@@ -238,6 +270,8 @@ def test_what_several_steps_of_a_start_bring_may_be_as_long_as_these() -> None:
         ({"delta": 1e-13}, "delta below 1e-12"),
         ({"noise_multiplier": 1.996}, "noise multiplier 1.996 is below 2"),
         ({"clip_norm": 1.001}, "clip norm 1.001 is above 1"),
+        ({"sample_rate": 2e-6}, "sample rate 2e-06 is below"),
+        ({"clip_norm": 0.99}, "clip norm 0.99 is below 1, the run's least"),
         ({"delta": 1.001e-5}, "delta 1.001e-05 is above 1e-05"),
         ({"epsilon_budget": 8.01}, "budget 8.01 is above 8"),
         ({"epsilon_round": 0.21}, "price of the round 0.21 is above 0.2"),

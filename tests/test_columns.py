@@ -30,7 +30,7 @@ from common.config.asked import RunSettings, ServerSettings, resolve
 from common.config.sections import RunConfig, Scalar
 from common.errors import ConfigError, ProtocolError, RunFailed
 from common.messages.columns import Chosen, narrowed, narrowed_layout, widened
-from common.messages.round import TrainResult, TrainTask
+from common.messages.round import KeyTask, TrainResult, TrainTask
 from common.messages.state import HEAD, AdapterState
 from common.messages.tensors import merge
 from common.messages.wire import decode_reply, layout_of
@@ -547,3 +547,10 @@ def test_a_declared_rank_is_held_against_what_the_run_asks(
         with pytest.raises(ProtocolError, match=words):
             expected(rank)
     assert replies_to(task, configure({}), layout) == layout
+    assert expected(16) == layout
+    assert replies_to(replace(task, round_number=0), job, layout) == layout, "round 0 brings a whole gradient"
+    assert replies_to(KeyTask("1", 1, 0), job, layout) == layout
+    told = replies_to(task, configure({"strategy": "switchlora"}), layout)
+    assert callable(told)
+    with pytest.raises(ProtocolError, match="declares a rank"):
+        told(4)

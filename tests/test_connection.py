@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,9 +22,11 @@ from flwr.proto.fleet_pb2 import ActivateNodeRequest
 from made_run import MadeRun
 
 from cli.report import print_summary
-from common.errors import ConfigError
+from common.bundle import own_digest
+from common.errors import ConfigError, RunFailed
 from common.ports import free_ports
 from common.run_lines import CheckLine, ConfigFile, OwnCheck, Reach, ServerFile, ServerStart, read_file
+from common.strict_json import to_json
 from deploy import doctor
 from deploy.certificates import SERVER_DAYS, fingerprint, read_certificate
 from deploy.commands import superlink_environment
@@ -36,8 +40,11 @@ from experiments.in_process import run_in_process
 from reports import report_of, write_reports
 from reports.connection import NEVER_KNOWN, NO_NETWORK, NOT_NAMED, NOT_RECORDED, SITES_OWN
 from reports.signature import NotGenuine, make_key, verified
-from server.own_check import FOLDER, own_check
+from server.conduct import conduct
+from server.own_check import FOLDER, began, own_check
 from server.registered import NODES
+from server.sites import Transport
+from strategies.job import configure
 
 BUNDLE, SHOWN = "ab" * 32, "AB:CD:EF"
 WELL = OwnCheck(True, True, SHOWN, True, [CheckLine(True, "disk", "9 GiB free")])
@@ -447,11 +454,65 @@ def test_a_started_server_names_its_folder_and_the_app_asks_it(
         assert not own_check(folder.runs, "simulation").named, "a simulation dials no port, whatever is exported"
 
 
-@pytest.mark.parametrize("code", ["raise SystemExit(1)", "print('no JSON')", 'print(\'{"tls": "yes"}\')'])
+FAILING = f"print({json.dumps(to_json(WELL))!r}); raise SystemExit(1)"
+"""Says that all is well, and then that it has failed."""
+
+
+@pytest.mark.parametrize("code", ["raise SystemExit(1)", "print('no JSON')", 'print(\'{"tls": "yes"}\')', FAILING])
 def test_a_check_that_cannot_be_done_is_one_that_failed(code: str, tmp_path: Path) -> None:
     check = own_check(tmp_path, "network", (sys.executable, "-c", code))
     assert "it could not be done" in failures(check)
     assert (check.tls, check.keys) == (None, None)
+
+
+def test_a_check_that_takes_too_long_or_is_not_there_is_one_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.own_check.PATIENCE", 0.2)
+    well = json.dumps(to_json(WELL))
+    waiting = (sys.executable, "-S", "-c", f"import time; time.sleep(3); print({well!r})")
+    for command in (waiting, (str(tmp_path / "no-such-program"),)):
+        for named in ("", "/srv/fedveil"):
+            monkeypatch.setenv(FOLDER, named)
+            check = own_check(tmp_path, "network", command)
+            assert check.named == bool(named), "a report would say that nobody knows, or that a folder was asked"
+            assert "it could not be done" in failures(check)
+            assert str(tmp_path) not in failures(check), "a report names a path of the disks"
+
+
+def test_the_app_asks_the_installed_version_by_the_folders_it_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def answer(command: list[str], **_: Any) -> subprocess.CompletedProcess[bytes]:
+        asked.append(command)
+        return subprocess.CompletedProcess(command, 0, json.dumps(to_json(WELL)).encode())
+
+    monkeypatch.setattr(subprocess, "run", answer)
+    monkeypatch.setenv(FOLDER, "/srv/fedveil")
+    assert own_check(tmp_path, "network") == WELL
+    own_check(tmp_path, "simulation")
+    monkeypatch.delenv(FOLDER)
+    own_check(tmp_path, "network")
+    # -P: whatever lies where the app runs, such as the bundle's own packages, is not taken for what is installed.
+    program = [sys.executable, "-P", "-m", "deploy.run_check", str(tmp_path)]
+    assert asked == [[*program, "/srv/fedveil"], [*program, ""], [*program, ""]]
+
+
+def test_what_the_app_found_is_written_down_and_nothing_stands_for_it(toy_settings: dict[str, Any]) -> None:
+    job = configure({**toy_settings, "privacy.mode": "none"})
+
+    def connect(*_: Any) -> Transport:
+        raise RunFailed("no round is needed")
+
+    given = began("network", WELL)
+    assert (given.reach, given.check, given.bundle) == ("network", WELL, own_digest())
+    assert began("simulation").check == OwnCheck()
+    with pytest.raises(RunFailed, match="no round is needed"):
+        conduct(job, "given", connect, given)
+    (folder,) = Path(toy_settings["output"]).iterdir()
+    assert read_file(ServerFile, folder).starts == [given]
 
 
 def test_a_server_app_that_claims_tls_without_asking_is_found(folder: ServerFolder) -> None:

@@ -17,12 +17,24 @@ from audits.tiny_models import toy_run
 from common.accountant import TRAINING, Accountant
 from common.errors import ConfigError, RunFailed
 from common.files import length
-from common.messages.round import NoisedCount, Refusal, Reply, Spending, TrainResult, TrainTask
+from common.messages.round import (
+    KeyReply,
+    KeyTask,
+    NoisedCount,
+    Refusal,
+    Reply,
+    Spending,
+    SumReply,
+    Task,
+    TrainResult,
+    TrainTask,
+)
 from common.messages.state import AdapterState
 from common.messages.tensors import apply
 from common.messages.wire import STYPE, decode_reply, encode_reply
 from common.privacy.events import sampled_gaussian
 from common.run_lines import Absence, ConfigFile, PrivacyLine, ResultFile, RoundLine, read_file, read_lines
+from common.secure_sum.attempt import KeyOffer
 from experiments.in_process import InProcessTransport, run_in_process
 from reports import report_of
 from server.app import in_short
@@ -445,6 +457,52 @@ def test_a_refusal_s_reason_is_cleaned_and_a_reply_that_breaks_its_reader_is_one
     assert read_reply(told, {}, task, 7) == Refusal("run", 1, "site-1", "policy", "no?[31m more")
     broken = Refusal("run", 1, "node 7", "reply", "the message cannot be read (AttributeError)")
     assert read_reply(object(), {}, task, 7) == broken
+
+
+def test_what_is_said_of_a_node_is_cleaned_as_its_own_words_are() -> None:
+    """Flower hands on the words of a node that failed: they are as hostile as a reply's."""
+    told = refusal(TrainTask("run", 1, {}, {}, "", "", ""), 7, "failed", "no\x1b[31m\nmore " * 1000)
+    assert (told.site, told.kind, told.reason[:19]) == ("node 7", "failed", "no?[31m more no?[31")
+    assert told.reason.isprintable()
+    assert len(told.reason) <= LONGEST_REASON
+
+
+@pytest.mark.parametrize(
+    ("run", "number", "kind"), [("run", 1, "late"), ("other", 2, "reply"), ("run", 3, "reply"), ("run", 0, "reply")]
+)
+def test_a_reply_is_late_if_it_is_of_an_earlier_round_and_else_it_is_wrong(run: str, number: int, kind: str) -> None:
+    task = TrainTask("run", 2, {}, {}, "", "", "")
+    for told in (TrainResult(run, number, "site-1", 10, {}, None), Refusal(run, number, "site-1", "policy", "no")):
+        got = read_reply(encode_reply(told), {}, task, 7)
+        assert isinstance(got, Refusal)
+        assert (got.round_number, got.site, got.kind) == (2, "node 7", kind)
+
+
+@pytest.mark.parametrize("site", ["", " ", "\u00a0\u3000"])
+def test_whatever_is_asked_a_reply_without_a_name_is_refused(site: str) -> None:
+    train, key = TrainTask("run", 1, {}, {}, "", "", ""), KeyTask("run", 1, 0)
+    asked: list[tuple[Task, Reply | SumReply]] = [
+        (train, TrainResult("run", 1, site, 10, {}, None)),
+        (train, Refusal("run", 1, site, "policy", "no")),
+        (key, KeyReply("run", 1, site, KeyOffer(site, bytes(32), bytes(64)))),
+        (key, Refusal("run", 1, site, "policy", "no")),
+    ]
+    for task, reply in asked:
+        got = read_reply(encode_reply(reply), {}, task, 7)
+        assert isinstance(got, Refusal)
+        assert (got.site, got.kind) == ("node 7", "reply"), reply
+
+
+def test_a_vector_of_a_sum_is_taken_where_one_was_asked_for_and_tensors_where_they_were() -> None:
+    plain = TrainTask("run", 1, {}, {}, "", "", "")
+    summed = replace(plain, offers=(KeyOffer("site-1", bytes(32), bytes(64)),))
+    tensors = TrainResult("run", 1, "site-1", 10, {"layer": {"B": torch.ones(1)}}, None)
+    vector = replace(tensors, contribution={}, words=bytes(4))
+    for task, right, wrong in ((plain, tensors, vector), (summed, vector, tensors)):
+        assert read_reply(encode_reply(right), {"layer": {"B": (1,)}}, task, 7) == right
+        got = read_reply(encode_reply(wrong), {"layer": {"B": (1,)}}, task, 7)
+        assert isinstance(got, Refusal)
+        assert "against what was asked for" in got.reason
 
 
 # Resuming refuses what it must

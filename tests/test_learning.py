@@ -19,6 +19,8 @@ from common.messages.round import Spending, TrainResult
 from common.messages.state import HEAD, AdapterState
 from common.nulls import Energy, cross_site_energy, energy_of_sum, least_score, noise_edge
 from common.privacy import dpsgd
+from common.privacy.plan import PrivacyPlan
+from common.privacy.record_level import DPSGD
 from common.run_lines import LayerLine, RoundLine, read_lines
 from common.strict_json import to_json
 from experiments.in_process import run_in_process
@@ -342,6 +344,49 @@ def test_a_trusted_servers_noise_is_alike_in_head_and_layers_whatever_the_heads_
         flat = torch.cat([t.flatten() for t in change[line.layer].values()])
         wanted = (float(flat.square().sum()) / 0.3**2 - len(flat)) / math.sqrt(2 * len(flat))
         assert line.score == pytest.approx(wanted, rel=1e-9)
+
+
+def test_a_trusted_servers_noise_is_what_it_drew_and_without_privacy_there_is_none() -> None:
+    central = {"privacy.mode": "client-level", "privacy.unit": "site", "privacy.cohort": 20, "privacy.delta": 1e-3}
+    job, drawn, unknown = job_of(**central), Contribution("all", 1.0, {}, noise=0.3), Contribution("all", 1.0, {})
+    for usual in (False, True):
+        assert averaged_noise(job, [], [drawn], usual=usual) == 0.3
+        assert averaged_noise(job, [], [unknown], usual=usual) == 0.0
+    assert (exact_noise(job, [], [drawn]), exact_noise(job, [], [unknown])) == (0.3, None)
+    results = answers(job_of(), alike(5), state_of())
+    free = job_of(**{"privacy.mode": "none"})
+    averaged = [Contribution(one.site, 1.0, one.contribution) for one in results]
+    for usual in (False, True):
+        assert averaged_noise(free, results, averaged, usual=usual) == 0.0
+    assert exact_noise(free, results, averaged) == 0.0
+
+
+class NoisedWhole(PrivacyPlan):
+    """Noises what leaves a site, and not its steps."""
+
+    def outgoing(self, contribution: AdapterState, received: AdapterState) -> AdapterState:
+        return super().outgoing(contribution, received)
+
+
+def test_of_a_site_that_noises_what_leaves_it_no_steps_noise_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DPSGD, "plans", NoisedWhole)
+    job, state = job_of(), state_of()
+    results = answers(job, alike(5), state)
+    assert [step_noise(job, result) for result in results] == [None] * 3
+    assert exact_noise(job, results, contributions(job, results, state)) is None
+
+
+def test_what_sites_add_beyond_the_runs_noise_counts_by_what_they_are_known_by_or_not_at_all() -> None:
+    """The second states as much as the run, so nobody is counted at more; a shortened change has less of its own."""
+    job, state = job_of(), state_of()
+    results = answers(job, alike(5, (0.01, 0.01, 0.01)), state)
+    parts = with_noises(job, contributions(job, results, state), results, state)
+    halved = [replace(one, noise=0.5 * (one.noise or 0.0)) for one in parts]
+    assert averaged_noise(job, results, halved) == pytest.approx(0.5 * averaged_noise(job, results, parts), rel=1e-12)
+    shares = [one.weight / math.fsum(one.weight for one in parts) for one in parts]
+    wanted = math.hypot(*(p * RATE * 2.0 / (SAMPLED * size) for p, size in zip(shares, SIZES, strict=True)))
+    for known in (parts, halved):
+        assert averaged_noise(job, results, known, usual=True) == pytest.approx(wanted, rel=1e-12)
 
 
 def test_layers_have_no_line_in_a_round_in_which_they_rest() -> None:

@@ -14,11 +14,12 @@ from common.errors import ConfigError
 from common.messages.round import Spending, TrainResult
 from common.messages.state import HEAD, AdapterState
 from common.privacy.events import sampled_gaussian
+from server.admission import Admission
 from server.noise import averaged_noise
 from server.optimizer import server_step
 from server.rates import within_noise
 from server.terms import paid_plan
-from strategies import Contribution
+from strategies import Contribution, ServerState
 from strategies.job import Job, configure
 
 BOUND = 0.05
@@ -106,6 +107,19 @@ def test_noise_that_all_sites_add_lowers_the_rate_and_no_single_site_does() -> N
     assert rate_where_all_state(1e5, site_0=1.0) == usual
     assert rate_where_all_state(1.0, site_1=1e5) == usual
     assert rate_where_all_state(2.0, site_0=0.5) == rate_where_all_state(1.0, site_0=0.5)
+    # Both sites make as much of the average's noise. One that states half of it halves its own part, and nobody else's.
+    assert rate_where_all_state(1.0, site_0=0.5) == pytest.approx(usual * math.hypot(1, 1) / math.hypot(0.5, 1))
+
+
+def test_a_site_that_states_a_lower_sample_rate_would_stop_the_run_and_does_not_count() -> None:
+    """Its noise over its batch would be so much larger, at its whole weight: no such reply comes to the average."""
+    job = job_of(**{"server.optimizer": "momentum"})
+    results, averaged = round_of(1, {})
+    lying = replace(results[1], spending=replace(spent_of(results[1]), event=sampled_gaussian(2.0, 2e-6, 1.0)))
+    taken = within_noise(job, [results[0], lying], averaged).server.learning_rate
+    assert taken < 1e-5 * within_noise(job, results, averaged).server.learning_rate, "the test shows nothing"
+    reasons = Admission(job, {}).judge({0: results[0], 1: lying}, ServerState(0, {}, ("B",)), [0, 1])
+    assert reasons == {1: "the spending's sample rate 2e-06 is below 0.5, the run's least"}
 
 
 def test_several_steps_of_a_round_add_their_noise_by_the_squares_of_their_own_rates() -> None:

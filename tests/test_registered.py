@@ -18,7 +18,7 @@ from deploy import start
 from deploy.commands import superlink_environment
 from deploy.server_folder import make_server
 from experiments.in_process import run_in_process
-from server.registered import NODES, names_in, registered_names
+from server.registered import NODES, misnamed, names_in, registered_names
 
 NAMES = {0: "site-0", 1: "site-1", 2: "site-2"}
 
@@ -134,3 +134,48 @@ def test_a_number_that_is_not_text_names_nobody(tmp_path: Path) -> None:
     (tmp_path / "ward.id").write_bytes(b"\xff\xfe7")
     (tmp_path / "clinic.id").write_text("7\n", encoding="utf-8")
     assert names_in(tmp_path) == {7: "clinic"}
+
+
+def test_a_table_without_a_name_lets_nobody_answer_and_is_no_missing_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every site may be revoked while a run goes on: then its server believes no name."""
+    monkeypatch.setenv(NODES, str(tmp_path))
+    assert registered_names() == {}
+    assert "fedveil server register" in misnamed(7, "ward", {})
+    assert misnamed(7, "ward", None) == ""
+    assert misnamed(7, "ward", {7: "ward", 8: "clinic"}) == ""
+    assert misnamed(8, "ward", {7: "ward", 8: "clinic"}) == (
+        "this node's key is registered as clinic, and the reply names ward"
+    )
+    monkeypatch.setenv(NODES, "")
+    assert registered_names() is None, "a variable that names nothing names no folder"
+
+
+def test_a_file_names_its_node_by_one_number_in_plain_digits_under_its_whole_name(tmp_path: Path) -> None:
+    (tmp_path / "st.mary.id").write_text("5\n")
+    (tmp_path / "did.id").write_text("6")
+    others = {"raised": "²", "arabic": "٣", "signed": "-7", "many": "8 9", "grouped": "1_0", "long": "9" * 5000}
+    for name, text in others.items():
+        (tmp_path / f"{name}.id").write_text(text, encoding="utf-8")
+    assert names_in(tmp_path) == {5: "st.mary", 6: "did"}
+
+
+def test_a_file_that_is_gone_names_nobody_and_one_that_cannot_be_read_stops_the_run(tmp_path: Path) -> None:
+    (tmp_path / "clinic.id").write_text("5\n")
+    (tmp_path / "ward.id").symlink_to(tmp_path / "revoked")
+    assert names_in(tmp_path) == {5: "clinic"}, "a site that is shut out as the folder is read stops a run"
+    (tmp_path / "lab.id").mkdir()
+    with pytest.raises(DataError, match="registered sites cannot be read"):
+        names_in(tmp_path)
+
+
+def test_of_two_names_for_one_node_the_last_in_order_holds_however_the_folder_is_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("clinic", "ward"):
+        (tmp_path / f"{name}.id").write_text("5\n")
+    listed = sorted(tmp_path.iterdir())
+    for order in (listed, listed[::-1]):
+        monkeypatch.setattr(Path, "iterdir", lambda _, order=order: iter(order))
+        assert names_in(tmp_path) == {5: "ward"}

@@ -173,6 +173,9 @@ def test_the_runs_own_noise_is_what_a_site_without_rules_adds() -> None:
     for settings in (PRIVATE, DEAR_START, {"privacy.noise-multiplier": 2.0}):
         job = configure(settings)
         assert usual_noise(job, answer(job, plan(job))) == plan(job).event.noise_multiplier
+    job = configure(DEAR_START)
+    first = replace(answer(job, plan(job)), round_number=0)
+    assert usual_noise(job, first) == 0.7 < plan(job).event.noise_multiplier, "round 0 has a noise of its own"
 
 
 def test_a_run_whose_budget_is_too_small_for_every_round_weighs_by_the_least_noise() -> None:

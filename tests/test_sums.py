@@ -44,7 +44,7 @@ from common.privacy.plan import PrivacyPlan
 from common.privacy.privacy_filter import promised
 from common.privacy.shared_noise import SecureSumPlan
 from common.randomness import noise_grid
-from common.run_lines import Absence, PrivacyLine, RoundLine, read_lines
+from common.run_lines import Absence, PrivacyLine, ResultFile, RoundLine, read_file, read_lines
 from common.secure_sum import AttemptName, Identity, Roster, SiteAttempt, noise_share, rounding, total
 from experiments.in_process import InProcessTransport, run_in_process
 from faults.faulty_server import lying
@@ -121,6 +121,9 @@ def test_a_run_ends_in_a_report_with_both_prices(summed: dict[str, Any]) -> None
     assert spent(folder) == {f"site-{i}": [(1, "summed-gaussian"), (2, "summed-gaussian")] for i in range(4)}
     report = report_of(folder)
     assert [site.agreement for site in report.sites] == ["agrees"] * 4
+    reached = read_file(ResultFile, folder).reached
+    assert reached is not None
+    assert (reached.epsilon, reached.honest_sites) == (report.headline.epsilon, 2)
     share = noise_share(2.0, 1.0, 2)
     bare = promised([dataclasses.replace(r, event=sampled_gaussian(share, 0.25)) for r in releases(folder)], 1e-3)[0]
     assert report.sites[0].epsilon_alone == pytest.approx(bare, abs=1e-6)
