@@ -36,6 +36,8 @@ from strategies.job import Job
 log = logging.getLogger("fedveil.server")
 ENOUGH = 3
 """Sites that a middle needs."""
+WORTH_TELLING = 1.2
+"""How many times what it would be by size the noise of an average is, at least, before anybody is told."""
 
 
 def contributions(job: Job, results: Sequence[TrainResult], state: ServerState) -> list[Contribution]:
@@ -47,6 +49,8 @@ def contributions(job: Job, results: Sequence[TrainResult], state: ServerState) 
         state: what the sites started from.
     """
     shares, factors = shares_of(job, results), factors_of(job, results, state)
+    if results[0].round_number == 1:
+        _warn_of_noise(job, results, shares)
     for result, factor in zip(results, factors, strict=True):
         if factor < 1:
             where = about(result.run, result.round_number, result.site)
@@ -59,8 +63,56 @@ def contributions(job: Job, results: Sequence[TrainResult], state: ServerState) 
 
 def shares_of(job: Job, results: Sequence[TrainResult]) -> list[float]:
     """Return the weight of each result, in records; only ratios matter."""
-    weights = [result.public_size / _noise_ratio(job, result) ** 2 for result in results]
-    return capped(weights, most_of(len(weights), job.config.max_share))
+    return capped(_believed(job, results), most_of(len(results), job.config.max_share))
+
+
+def _believed(job: Job, results: Sequence[TrainResult]) -> list[float]:
+    """Return the weight that each result would have if no site could lie."""
+    return [result.public_size / _noise_ratio(job, result) ** 2 for result in results]
+
+
+def _warn_of_noise(job: Job, results: Sequence[TrainResult], shares: Sequence[float]) -> None:
+    """Say so where holding a large site down makes the average much noisier."""
+    if not all(result.spending for result in results):
+        return
+    noises = [result.spending.event.noise_multiplier / result.public_size for result in results if result.spending]
+    times = noise_grown(shares, _believed(job, results), noises)
+    if times >= WORTH_TELLING:
+        sizes = [result.public_size for result in results]
+        words = held_down(job.config.max_share, sizes, times)
+        log.warning("%s", words, extra=about(results[0].run, results[0].round_number))
+
+
+def noise_grown(shares: Sequence[float], believed: Sequence[float], noises: Sequence[float]) -> float:
+    """Return how many times the noise of an average by ``shares`` is that of one by ``believed`` weights.
+
+    Args:
+        shares: weights, of which only ratios matter.
+        believed: others of the same sites.
+        noises: standard deviation of the noise in each site's part, in any one unit.
+
+    >>> round(noise_grown([0.5, 0.25, 0.25], [20000, 500, 500], [1 / 20000, 1 / 500, 1 / 500]), 1)
+    8.6
+    """
+
+    def noise(weights: Sequence[float]) -> float:
+        return math.hypot(*(w * std for w, std in zip(weights, noises, strict=True))) / math.fsum(weights)
+
+    return noise(shares) / noise(believed)
+
+
+def held_down(max_share: float, sizes: Sequence[int], times: float) -> str:
+    """Return what a person should know where sites of these sizes average ``times`` the noise that they would by size.
+
+    >>> held_down(0.5, [20000, 500, 500], 8.62)
+    "max-share 0.5 holds down the site with 20000 of 21000 records, so the noise of the average is 8.6 times what it \
+would be by size: set max-share = 1.0 if the sites' sizes can be believed"
+    """
+    return (
+        f"max-share {max_share:g} holds down the site with {max(sizes)} of {sum(sizes)} records, so the noise of the "
+        f"average is {times:.1f} times what it would be by size: set max-share = 1.0 if the sites' sizes can be "
+        "believed"
+    )
 
 
 def most_of(sites: int, max_share: float) -> float:

@@ -428,6 +428,25 @@ def test_a_budget_that_ends_before_the_run_is_a_warning(toy_settings: dict[str, 
     assert any(f"ends after round {ends}: rounds {ends + 1} to 6" in warning for warning in before.warnings)
 
 
+def test_a_large_site_that_is_held_down_is_a_warning_and_its_noise_counts(toy_settings: dict[str, Any]) -> None:
+    sizes = (4000, 100, 100)
+    settings = {**toy_settings, "privacy.noise-multiplier": 1.0, "privacy.delta": 1e-5}
+    held = planned(settings, sizes)
+    believed = planned({**settings, "max-share": 1.0}, sizes)
+    # Shares of 1/2, 1/4, 1/4 in place of 40/42, 1/42, 1/42; a site's noise is as one over its records.
+    by_shares = math.hypot(1 / 2 / 4000, 1 / 4 / 100, 1 / 4 / 100)
+    by_size = math.hypot(1 / 4200, 1 / 4200, 1 / 4200)
+    assert held.noise_of_shares == pytest.approx(by_shares / by_size)
+    assert held.signal is not None
+    assert believed.signal is not None
+    assert held.signal.noise / believed.signal.noise == pytest.approx(by_shares / by_size)
+    assert any("holds down the site with 4000 of 4200 records" in warning for warning in held.warnings)
+    assert believed.noise_of_shares == 1.0
+    assert not any("max-share" in warning for warning in believed.warnings)
+    alike = planned(settings, (400, 300, 300))
+    assert not any("max-share" in warning for warning in alike.warnings)
+
+
 def test_the_plan_fits_80_columns_and_its_file_says_the_same(tmp_path: Path, toy_settings: dict[str, Any]) -> None:
     path = tmp_path / "plan.json"
     result = run_plan(tmp_path, toy_settings, "--sizes", "60,70", "--json", str(path))

@@ -110,6 +110,25 @@ def test_a_site_that_declares_99_times_the_others_size_is_half_the_average_at_mo
     assert part_of(free, results) > 0.97, "the fault is not found"
 
 
+def test_a_large_site_that_is_held_down_is_said_once_where_that_costs_noise(caplog: pytest.LogCaptureFixture) -> None:
+    def said(settings: dict[str, Any], sizes: list[int], number: int = 1) -> list[str]:
+        caplog.clear()
+        job = configure(settings)
+        results = [replace(r, public_size=n, round_number=number) for r, n in zip(round_of(job), sizes, strict=True)]
+        contributions(job, results, STATE)
+        return [record.getMessage() for record in caplog.records if "max-share" in record.getMessage()]
+
+    uneven = [100, 100, 100, 9_900]
+    # Shares of 1/6 and 1/2 in place of 1/102 and 99/102; a site's noise is as one over its size.
+    times = math.hypot(*(1 / 6 / 100,) * 3, 1 / 2 / 9_900) / math.hypot(*(1 / 10_200,) * 4)
+    (words,) = said(PRIVATE, uneven)
+    assert f"the site with 9900 of 10200 records, so the noise of the average is {times:.1f} times" in words
+    assert said(PRIVATE, uneven, number=2) == []
+    assert said({**PRIVATE, "max-share": 1.0}, uneven) == []
+    assert said(PRIVATE, [100, 100, 100, 150]) == []
+    assert said(OPEN, uneven) == [], "no noise is there to grow"
+
+
 def test_equal_noise_weighs_by_public_sizes_to_the_last_bit() -> None:
     for settings in (PRIVATE, OPEN, {}):
         job = configure(settings)

@@ -29,6 +29,7 @@ from experiments.planner.price import (
     thrown_away,
 )
 from experiments.planner.traffic import Traffic, payload_by_strategy, traffic
+from server.aggregation import WORTH_TELLING, capped, held_down, most_of, noise_grown
 from server.model import ServerModel
 from strategies import of_turn
 from strategies.job import Job
@@ -126,6 +127,14 @@ class Forecast:
         return feature_seconds(self.calibration, config.training, config.rounds, self.sizes, self.workers)
 
     @property
+    def noise_of_shares(self) -> float:
+        """How many times the noise of the average is what it would be by size alone; 1 where no site adds its own."""
+        if self.job.mechanism.central or self.job.mechanism.summed or not self.plans:
+            return 1.0
+        noises = [plan.gradient_noise_std for plan in self.plans]
+        return noise_grown(shares_of_sizes(self.job, self.sizes), self.sizes, noises)
+
+    @property
     def warnings(self) -> list[str]:
         """What a person should know before starting, in plain words."""
         found, rounds = [], self.job.config.rounds
@@ -142,6 +151,8 @@ class Forecast:
                 f"(signal-to-noise below {LEAST_SIGNAL:g}); take more records or sites, more ε, fewer trained numbers "
                 "(another strategy, a smaller rank), or another start"
             )
+        if self.noise_of_shares >= WORTH_TELLING:
+            found.append(held_down(self.job.config.max_share, self.sizes, self.noise_of_shares))
         if self.job.mechanism.unit.grouped and self.calibration is not None:
             found.append(
                 f"times and signal are of persons with one record each: with up to "
@@ -262,4 +273,12 @@ def _signal(
     if not job.mechanism.charged:
         return None
     alignment = calibration.alignment if calibration else None
-    return signal_to_noise(plans, sizes, job.config.total_steps, trained, margin=margin, alignment=alignment)
+    return signal_to_noise(
+        plans, shares_of_sizes(job, sizes), job.config.total_steps, trained, margin=margin, alignment=alignment
+    )
+
+
+def shares_of_sizes(job: Job, sizes: Sequence[int]) -> list[float]:
+    """Return the weights of sites of these sizes in an average, all with the run's noise; only ratios matter."""
+    weights = [float(size) for size in sizes]
+    return weights if job.mechanism.summed else capped(weights, most_of(len(weights), job.config.max_share))

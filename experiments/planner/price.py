@@ -267,7 +267,7 @@ def last_within(fits: Callable[[int], bool], most: int) -> int:
 
 def signal_to_noise(
     plans: Sequence[PrivacyPlan],
-    sizes: Sequence[int],
+    shares: Sequence[float],
     steps: int,
     trained_numbers: int,
     *,
@@ -278,15 +278,15 @@ def signal_to_noise(
 
     Args:
         plans: one per site, at least one.
-        sizes: public sizes, which are the averaging weights.
+        shares: the sites' averaging weights; only ratios matter.
         steps: of a site in the whole run.
         trained_numbers: how many numbers are clipped and noised together.
         margin: factor on the noise where equal bits are not certain (``rounding_margin``).
         alignment: length of the mean clipped gradient over the clip norm, in [0, 1], and its upper end; None: not
             measured.
     """
-    total = sum(sizes)
-    squares = sum(
-        (n / total * plan.gradient_noise_std / plan.event.clip_norm) ** 2 for n, plan in zip(sizes, plans, strict=True)
+    total = math.fsum(shares)
+    squares = math.fsum(
+        (p / total * plan.gradient_noise_std / plan.event.clip_norm) ** 2 for p, plan in zip(shares, plans, strict=True)
     )
     return SignalToNoise(trained_numbers, steps, margin * math.sqrt(trained_numbers * squares), alignment)
