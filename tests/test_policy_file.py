@@ -39,6 +39,14 @@ JOB: dict[str, Scalar] = {
 }
 
 
+NEW = ["--server", "fl.example.org", "--data", ".", "--public-size", "500"]
+"""Of a new site, as 'fedveil site init' takes it."""
+
+
+def raise_(error: BaseException) -> None:
+    raise error
+
+
 def fedveil(*words: str) -> str:
     """Run a command that must succeed and return what it says."""
     done = CliRunner().invoke(app, list(words))
@@ -217,6 +225,50 @@ def test_a_pin_of_another_type_is_one_line_and_nothing_is_made_of_it(held: str, 
     with pytest.raises(ConfigError) as caught:
         load_policy(path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_text_that_is_no_utf_8_is_one_line_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    """What a terminal of another encoding gives: Python keeps such bytes as halves of pairs, which no file takes."""
+    for words in (["site", "pin", str(tmp_path / "policy.toml")], ["site", "init", str(tmp_path / "clinic"), *NEW]):
+        done = CliRunner().invoke(app, [*words, "--text", "n\udcff", "--labels", "bad,good"])
+        assert (done.exit_code, done.output.count("\n")) == (1, 1), done.exception
+        assert "is not UTF-8" in done.output
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_pin_that_is_the_same_number_of_another_type_is_mended(tmp_path: Path) -> None:
+    path = tmp_path / "policy.toml"
+    fedveil("site", "pin", str(path), "--labels", "bad,good", "--max-length", "1")
+    text = path.read_text(encoding="utf-8")
+    for odd in ("true", "1.0"):
+        path.write_text(text.replace("max-length = 1", f"max-length = {odd}"), encoding="utf-8")
+        fedveil("site", "pin", str(path), "--max-length", "1")
+        assert path.read_text(encoding="utf-8") == text
+
+
+def test_a_policy_that_a_link_names_is_changed_where_it_lies(tmp_path: Path) -> None:
+    """A file in the link's place would leave the steward's own one as it was, and rule instead of it."""
+    own, link = tmp_path / "stewards" / "policy.toml", tmp_path / "policy.toml"
+    own.parent.mkdir()
+    own.write_text("epsilon = 3.0\ndelta = 1e-05\n", encoding="utf-8")
+    link.symlink_to(own)
+    pin(link, PINS)
+    assert link.is_symlink()
+    assert load_policy(own).columns["text"] == "note"
+    assert [path.name for path in own.parent.iterdir()] == ["policy.toml"]
+
+
+def test_whoever_is_stopped_as_a_policy_is_written_leaves_the_old_one_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "policy.toml"
+    path.write_text(STEWARDS, encoding="utf-8")
+    for stop in (OSError(28, "No space left on device"), KeyboardInterrupt()):
+        monkeypatch.setattr("deploy.pin.os.fsync", lambda _, stop=stop: raise_(stop))
+        with pytest.raises((DataError, KeyboardInterrupt)):
+            pin(path, PINS)
+        assert path.read_text(encoding="utf-8") == STEWARDS
+        assert list(tmp_path.iterdir()) == [path], "a draft is left in the steward's folder"
 
 
 def test_a_mistyped_folder_makes_no_policy(tmp_path: Path) -> None:
