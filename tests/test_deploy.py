@@ -79,6 +79,7 @@ labels = ["bad", "good"]
 max-length = 64
 """
 """Settings of a node that plays all of a job's data."""
+BUDGETED = f"epsilon = 4.0\ndelta = 1e-3\n{PINNED_ALONE}"
 
 
 class Processes:
@@ -701,6 +702,9 @@ def test_a_path_of_records_is_the_path_that_was_named_whatever_is_in_it(name: st
         ('task = "causal-lm"\n', PART, "completion, max-length is not"),
         ("", "", "this site has no records"),
         (PINNED_ALONE, 'data="records.csv" public-size=50', "the site's policy has no budget for its records"),
+        (BUDGETED, 'data="records.csv" public-size=true', "'public-size' is needed beside 'data'"),
+        (BUDGETED, 'data="records.csv" public-size=50 rank=0', "node setting 'rank' is 0"),
+        (BUDGETED, 'data="records.csv" public-size=50 rank="all"', "node setting 'rank' is 'all'"),
     ],
 )
 def test_a_policy_that_every_round_would_refuse_stops_the_site_and_fails_the_doctor(
