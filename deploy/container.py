@@ -230,7 +230,7 @@ def site_is_well(tables: tuple[Path, ...] = (Path("/proc/net/tcp"), Path("/proc/
 
 
 def _start_job() -> NoReturn:
-    command = job_command(_whole("SITES", 4), os.environ.get("FEDVEIL_SETTINGS", ""))
+    command = job_command(_whole("SITES", 4, 1), os.environ.get("FEDVEIL_SETTINGS", ""))
     os.execv(command[0], command)
 
 
@@ -248,21 +248,21 @@ def _said(do: Callable[[], None]) -> int:
 
 def _make_keys_by_environment() -> None:
     make_keys(
-        _whole("SITES", 4),
+        _whole("SITES", 4, 1),
         _number("SITE_EPSILON", 8.0),
         _number("SITE_DELTA", 1e-5),
         settings=os.environ.get("FEDVEIL_SETTINGS", ""),
         fingerprint=os.environ.get("MODEL_FINGERPRINT", ""),
         mechanisms=os.environ.get("SITE_MECHANISMS", ""),
-        honest=_whole("SITE_HONEST_SITES", 0),
+        honest=_whole("SITE_HONEST_SITES", 0, 0),
         alone=_number("SITE_EPSILON_ALONE", 0.0),
     )
 
 
-def _whole(name: str, default: int) -> int:
+def _whole(name: str, default: int, least: int) -> int:
     number = _number(name, default)
-    if not number.is_integer():
-        _refuse(name, "a whole number")
+    if not (number.is_integer() and number >= least):
+        _refuse(name, f"a whole number of at least {least}")
     return int(number)
 
 

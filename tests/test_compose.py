@@ -184,6 +184,9 @@ def test_policies_let_in_what_the_variables_say_and_no_trusted_server_by_themsel
         ("SITE_HONEST_SITES", "three", "SITE_HONEST_SITES is 'three': write a number"),
         ("SITE_HONEST_SITES", "2.5", "write a whole number"),
         ("SITES", "inf", "write a whole number"),
+        ("SITES", "0", "SITES is '0': write a whole number of at least 1"),
+        ("SITES", "-2", "SITES is '-2': write a whole number of at least 1"),
+        ("SITE_HONEST_SITES", "-1", "SITE_HONEST_SITES is '-1': write a whole number of at least 0"),
         ("SITE_EPSILON", "", "SITE_EPSILON is '': write a number"),
         ("SITE_EPSILON_ALONE", "9", "SITE_EPSILON_ALONE needs SITE_HONEST_SITES"),
     ],
@@ -275,6 +278,9 @@ def test_the_job_becomes_its_submission_and_says_what_stops_it(
     monkeypatch.setenv("SITES", "all")
     assert container.main("job") == 1
     assert capsys.readouterr().err == "fedveil: SITES is 'all': write a number, or leave it out\n"
+    monkeypatch.setenv("SITES", "0")
+    assert container.main("job") == 1
+    assert "SITES is '0': write a whole number of at least 1" in capsys.readouterr().err, "no site was shut out"
 
 
 def test_the_keys_are_made_with_the_settings_of_the_job() -> None:
