@@ -20,6 +20,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.app.message import make_message
 from flwr.app.metadata import Metadata
 from flwr.cli.build import build_fab_from_files
+from flwr.common.constant import ErrorCode
 from flwr.supercore.heartbeat import HeartbeatSender
 from runtime_api import SECRET, RuntimeApi, runtime_api
 
@@ -343,7 +344,7 @@ def test_what_the_client_cannot_answer_is_told_in_one_constant_line(kind: str, a
     work(api, site)
     reply = api.reply()
     assert reply.has_error()
-    assert reply.error.reason == UNTOLD
+    assert (reply.error.code, reply.error.reason) == (ErrorCode.CLIENT_APP_RAISED_EXCEPTION, UNTOLD)
 
 
 def test_a_task_whose_message_another_worker_took_has_the_node_started_anew(
