@@ -250,6 +250,26 @@ def test_a_site_s_folder_is_of_the_job_s_model(tmp_path: Path) -> None:
     assert (tmp_path / "coordinator" / "nodes").is_dir(), "the SuperLink cannot read who is registered"
 
 
+def test_a_coordinator_s_links_lead_into_no_site_s_folder(tmp_path: Path) -> None:
+    """The keys' container alone reaches all volumes, and what a coordinator's volume holds is the coordinator's word."""
+    for name in ("authority", "server", "coordinator", *SITES):
+        (tmp_path / name).mkdir()
+    container.make_keys(2, 8.0, 1e-5, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    aims = {
+        "ca.crt": tmp_path / "site-1" / "policy.toml",
+        "server.toml": tmp_path / "site-1" / "site.toml",
+        "keys/site-1.pub": tmp_path / "authority" / "ca.key",
+        "keys/site-2.pub": tmp_path / "site-1" / "identity.key",
+    }
+    for name, aim in aims.items():
+        assert aim.is_file()
+        (tmp_path / "coordinator" / name).unlink()
+        (tmp_path / "coordinator" / name).symlink_to(aim)
+    container.make_keys(2, 8.0, 1e-5, tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 def test_a_policy_that_joins_no_sum_stays_as_it_is(tmp_path: Path) -> None:
     for name in ("authority", "server", "coordinator", *SITES):
         (tmp_path / name).mkdir()

@@ -1123,7 +1123,9 @@ def test_a_key_is_on_disk_before_its_number_and_each_of_them_whole(
     with pytest.raises(KeyboardInterrupt):
         registry.register_site(server, Path("node.pub"))
     assert [path.name for path in server.nodes.iterdir()] == ["clinic.pub"]
+    (server.nodes / "clinic.id").write_text("9\n", encoding="utf-8")  # of the key before, which was shut out
     assert registry.register_site(server, Path("node.pub")) == "clinic is registered as node 17"
+    assert (server.nodes / "clinic.id").read_text(encoding="utf-8") == "17\n"
     assert written == ["clinic.pub", "clinic.id"] * 2
 
 
