@@ -251,7 +251,7 @@ def test_a_site_s_folder_is_of_the_job_s_model(tmp_path: Path) -> None:
 
 
 def test_a_coordinator_s_links_lead_into_no_site_s_folder(tmp_path: Path) -> None:
-    """The keys' container alone reaches all volumes, and what a coordinator's volume holds is the coordinator's word."""
+    """The keys' container alone reaches all volumes; what the coordinator's one holds is the coordinator's word."""
     for name in ("authority", "server", "coordinator", *SITES):
         (tmp_path / name).mkdir()
     container.make_keys(2, 8.0, 1e-5, tmp_path)
