@@ -702,12 +702,25 @@ def test_a_run_without_privacy_gets_no_other_rows_of_persons_that_were_withdrawn
     assert "are released no more" in site.refuse(run="open").reason
 
 
+def folder_of(site: OneSite, folder: Path) -> SiteFolder:
+    node = {key: f'"{value}"' if isinstance(value, str) else value for key, value in site.node.items()}
+    return SiteFolder(folder, "clinic", "host:1", node=" ".join(f"{key}={value}" for key, value in node.items()))
+
+
 def test_a_steward_hears_how_many_persons_there_are(site: OneSite, tmp_path: Path) -> None:
     said: list[str] = []
-    node = {key: f'"{value}"' if isinstance(value, str) else value for key, value in site.node.items()}
-    folder = SiteFolder(tmp_path, "clinic", "host:1", node=" ".join(f"{key}={value}" for key, value in node.items()))
-    check_site(folder, said.append)
+    check_site(folder_of(site, tmp_path), said.append)
     assert "persons: 7, with 6 records in the middle and 6 at most" in said
+    assert any("public-size: 50 declared, 7 persons found" in line for line in said)
+
+
+def test_a_check_counts_persons_against_the_size_that_the_node_declares(site: OneSite, tmp_path: Path) -> None:
+    site.rule(unit="person", person="author", reply_after=600.0)
+    site.node["public-size"] = 7
+    check_site(folder_of(site, tmp_path), print)  # of 40 records
+    site.node["public-size"] = 6
+    with pytest.raises(ConfigError, match="there are 7 persons and public-size is 6"):
+        check_site(folder_of(site, tmp_path), print)
 
 
 # --- time -------------------------------------------------------------------------------------------------------------
