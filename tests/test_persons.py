@@ -410,16 +410,23 @@ def test_derivatives_are_of_no_more_records_of_a_person_than_the_run_says_now(si
         assert max(Counter(vector[OWNER] for vector in vectors).values()) == most
 
 
-def test_the_worst_round_by_person_has_all_records_of_its_persons(site: OneSite) -> None:
-    """On vectors, whose derivatives are computed of every record first."""
+def test_the_worst_round_by_person_has_all_records_of_its_persons(
+    site: OneSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On vectors, whose derivatives are computed of every record first, three times; two persons' sums fit at once."""
     site.settings |= {"training.linearised": 4, "training.local-steps": 1, "privacy.records-per-person": 4}
     job, model = configure(site.settings), site.model()
     ours = open_site(site.node, job.config, "1", simulated=False)
     through = Timing({8: 1.0, 16: 2.0}, {8: 4, 16: 2}, 0.5, 0.0)
     on_vectors = Timing({1: 0.25}, {1: 2}, 0.125, 0.0)
     app._process.rehearsed = {app.PLAIN: through, app.VECTORS: on_vectors}
+    numbers = sum(p.numel() for p in model.module.parameters() if p.requires_grad)
+    monkeypatch.setattr(together, "MOST_BYTES", 2 * together.NUMBER * numbers)
     at_once = app._units_at_once(job, model, None)
-    worst = on_vectors.worst(1, job.config.training.sample_rate * 50, 0, 4, at_once) + through.worst(1, 4 * 50.0, 0)
+    assert at_once == 2
+    monkeypatch.setattr(app, "contrasts", lambda _: 3)  # as of four labels
+    derivatives = 3 * through.worst(1, 4 * 50.0, 0)
+    worst = on_vectors.worst(1, job.config.training.sample_rate * 50, 0, 4, at_once) + derivatives
     try:
         app._allow(Deadline((worst + 0.01) / TRAINED), job, ours, model, 1, app.PLAIN)
         with pytest.raises(PolicyRefusal, match="reply-after"):
