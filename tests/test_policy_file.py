@@ -276,6 +276,9 @@ def test_a_pin_that_is_the_same_number_of_another_type_is_mended(tmp_path: Path)
         path.write_text(text.replace("max-length = 1", f"max-length = {odd}"), encoding="utf-8")
         fedveil("site", "pin", str(path), "--max-length", "1")
         assert path.read_text(encoding="utf-8") == text
+    path.write_text(text.replace('text = "text"', "text = 5"), encoding="utf-8")
+    fedveil("site", "pin", str(path), "--text", "text")
+    assert path.read_text(encoding="utf-8") == text
 
 
 def test_a_policy_that_a_link_names_is_changed_where_it_lies(tmp_path: Path) -> None:
