@@ -198,7 +198,7 @@ def open_site(node: Mapping[str, Scalar], config: RunConfig, run: str, *, simula
         held = config.privacy.mechanism.unit.count(data)
         size = int(node.get("public-size", policy.public_size)) or public_size_of_part(held)
     policy.check_size(size)
-    return Site(name, data, dataset_id, size, ledger, policy, unreadable, _own_rank(node), simulated)
+    return Site(name, data, dataset_id, size, ledger, policy, unreadable, rank_of(node), simulated)
 
 
 def ledger_of(node: Mapping[str, Scalar]) -> Path:
@@ -212,7 +212,12 @@ def ledger_of(node: Mapping[str, Scalar]) -> Path:
     return only_ledger(user_folder())
 
 
-def _own_rank(node: Mapping[str, Scalar]) -> int:
+def rank_of(node: Mapping[str, Scalar]) -> int:
+    """Return most columns that a node's site trains; 0: as many as a run has.
+
+    Raises:
+        ConfigError: the setting ``rank`` is no whole number above 0.
+    """
     rank = node.get("rank", 0)
     if not isinstance(rank, int) or isinstance(rank, bool) or ("rank" in node and rank < 1):
         raise ConfigError(

@@ -7,7 +7,6 @@ for every few seconds, so its way imports the standard library alone.
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import ssl
 import sys
@@ -93,7 +92,7 @@ def make_keys(
     for place in ("runs", "nodes", "keys"):
         (coordinator / place).mkdir(exist_ok=True)
     for name in ("ca.crt", "server.toml"):
-        shutil.copyfile(pki / "server" / name, coordinator / name)
+        _copy(pki / "server" / name, coordinator / name)
     parts, fixed = _handed_out(pki / "site-1", sites, division_of(job.config))
     for number in range(1, sites + 1):
         folder, name = pki / f"site-{number}", f"site-{number}"
@@ -129,13 +128,20 @@ def make_keys(
                 flush=True,
             )
         (folder / "ledger").mkdir(exist_ok=True)
-        shutil.copyfile(folder / "node.pub", coordinator / "keys" / f"{name}.pub")
+        _copy(folder / "node.pub", coordinator / "keys" / f"{name}.pub")
     folders = [open_site_folder(pki / f"site-{number}") for number in range(1, sites + 1)]
     for own in folders if honest else ():
         roster = make_roster(own, [other.path / ENTRY for other in folders if other is not own])
         policy = own.path / "policy.toml"
         if _joins_sums(policy):
             pin_roster(policy, roster.digest)
+
+
+def _copy(source: Path, place: Path) -> None:
+    """Put a file's copy in the place of what is there: of a link as well, which may lead into a site's volume."""
+    from deploy.files import put_file, read_bytes
+
+    put_file(place, read_bytes(source, "what the coordinator gets"), private=False)
 
 
 def _joins_sums(policy: Path) -> bool:
@@ -230,7 +236,7 @@ def site_is_well(tables: tuple[Path, ...] = (Path("/proc/net/tcp"), Path("/proc/
 
 
 def _start_job() -> NoReturn:
-    command = job_command(_whole("SITES", 4), os.environ.get("FEDVEIL_SETTINGS", ""))
+    command = job_command(_whole("SITES", 4, 1), os.environ.get("FEDVEIL_SETTINGS", ""))
     os.execv(command[0], command)
 
 
@@ -248,21 +254,21 @@ def _said(do: Callable[[], None]) -> int:
 
 def _make_keys_by_environment() -> None:
     make_keys(
-        _whole("SITES", 4),
+        _whole("SITES", 4, 1),
         _number("SITE_EPSILON", 8.0),
         _number("SITE_DELTA", 1e-5),
         settings=os.environ.get("FEDVEIL_SETTINGS", ""),
         fingerprint=os.environ.get("MODEL_FINGERPRINT", ""),
         mechanisms=os.environ.get("SITE_MECHANISMS", ""),
-        honest=_whole("SITE_HONEST_SITES", 0),
+        honest=_whole("SITE_HONEST_SITES", 0, 0),
         alone=_number("SITE_EPSILON_ALONE", 0.0),
     )
 
 
-def _whole(name: str, default: int) -> int:
+def _whole(name: str, default: int, least: int) -> int:
     number = _number(name, default)
-    if not number.is_integer():
-        _refuse(name, "a whole number")
+    if not (number.is_integer() and number >= least):
+        _refuse(name, f"a whole number of at least {least}")
     return int(number)
 
 

@@ -110,7 +110,8 @@ def _put(path: Path, *parts: tuple[Pins, Sequence[str], str]) -> None:
         parse_policy(after, path)
         if {key: value for key, value in toml_of(after).items() if key not in keys} != others:
             raise ConfigError(f"{path} is written in a way that this command does not understand: add the pins by hand")
-        _replace(path, after)
+        # Where a link names the steward's own file, that one rules, and is what the steward goes on to read.
+        _replace(Path(os.path.realpath(path)), after)
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise DataError(f"cannot change {path}: {' '.join(str(error).split())}") from error
 
@@ -121,7 +122,8 @@ def _with_pins(text: str, pins: Pins, keys: Sequence[str], head: str) -> str:
     while lines:
         key, length = _pin_at(lines, keys)
         taken, lines = lines[:length], lines[length:]
-        if not key or (key in pins and toml_of("".join(taken))[key] == pins[key]):
+        # By their text: true and 1.0 are equal to 1, and no whole number.
+        if not key or (key in pins and toml_value(toml_of("".join(taken))[key]) == toml_value(pins[key])):
             kept += taken
         else:
             kept += [f"{comment}\n" for comment in _comments("".join(taken))]
@@ -173,6 +175,6 @@ def _replace(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         Path(draft).replace(path)
         sync_folder(path.absolute().parent)
-    except OSError:
+    except BaseException:  # Ctrl-C as well: a half-written policy stays in nobody's folder
         Path(draft).unlink(missing_ok=True)
         raise

@@ -101,7 +101,7 @@ def revoke_site(folder: ServerFolder, name: str) -> str:
     if not SITE_NAME.fullmatch(name) or not (kept.is_file() or number.is_file()):
         known = ", ".join(sorted({path.stem for kind in ("id", "pub") for path in folder.nodes.glob(f"*.{kind}")}))
         raise ConfigError(f"no site {name!r} is registered; registered are: {known or 'none'}")
-    node, key = "".join(_words(number, "the site's number")) if number.is_file() else "", _key(kept)
+    node, key = " ".join(_words(number, "the site's number")) if number.is_file() else "", _key(kept)
     numbered = node.isascii() and node.isdecimal()
     if not numbered and not key:
         raise DataError(f"neither {number} nor {kept} says which node is the site's: put its node.pub there")

@@ -224,17 +224,19 @@ def policy_of_node(settings: Mapping[str, Scalar]) -> Policy:
     """Return the steward's policy, checked with the node's settings as every round will check them again.
 
     Raises:
-        ConfigError: the policy cannot be read, its delta is above one over the public size, or the settings
-            say neither which records are the site's own nor which part of a job's data it plays.
+        ConfigError: the policy cannot be read, its delta is above one over the public size, a size or rank is no
+            whole number, or the settings say neither which records are the site's own nor which part of a job's data
+            it plays.
     """
-    from client.site import policy_of  # imports torch: seconds that only this needs
+    from client.site import policy_of, rank_of  # imports torch: seconds that only this needs
 
     policy = policy_of(settings)
     size = settings.get("public-size", policy.public_size)
-    if not isinstance(size, int) or size < 0 or ("data" in settings and size == 0):
+    if not isinstance(size, int) or isinstance(size, bool) or size < 0 or ("data" in settings and size == 0):
         raise ConfigError("'public-size' is needed beside 'data', in the node's settings or the policy: a whole number")
     if size:
         policy.check_size(size)
+    rank_of(settings)
     if "data" not in settings and not {"partition-id", "num-partitions"} <= settings.keys():
         raise ConfigError(
             "this site has no records: give 'data' in the node's settings, or 'partition-id' and 'num-partitions' "

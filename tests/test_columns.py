@@ -21,9 +21,10 @@ from flwr.common.serde import message_from_proto, message_to_proto
 from made_run import spent
 from torch import Tensor, nn
 
-from client.app import train
+from audits.tiny_site import clinic
+from client.app import answer, train
 from client.ledger.ledger import Ledger
-from client.site import open_site
+from client.site import Site, open_site
 from common.adapters import LoRAFrozenA
 from common.adapters.split import SplitColumns
 from common.config.asked import RunSettings, ServerSettings, resolve
@@ -33,7 +34,7 @@ from common.messages.columns import Chosen, narrowed, narrowed_layout, widened
 from common.messages.round import KeyTask, TrainResult, TrainTask
 from common.messages.state import HEAD, AdapterState
 from common.messages.tensors import merge
-from common.messages.wire import decode_reply, layout_of
+from common.messages.wire import decode_reply, encode_task, layout_of
 from common.privacy.dpsgd import PrivateSteps
 from common.privacy.plan import gaussian_plan
 from common.privacy.record_level import DPSGD
@@ -520,6 +521,24 @@ def test_a_simulation_has_the_ranks_that_its_settings_say(toy_settings: dict[str
     for wrong in ("0", "2,", "four", "1;2"):
         with pytest.raises(ConfigError, match="write ranks of at least 1"):
             configure({**own, "heterogeneous-ranks.simulated": wrong})
+
+
+def test_a_deployed_site_s_rank_is_no_word_of_a_server_s(
+    toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks: list[int] = []
+
+    def stop(_: Any, site: Site) -> None:
+        ranks.append(site.rank)
+        raise ProtocolError("enough")
+
+    own = {"strategy": "heterogeneous-ranks", "heterogeneous-ranks.simulated": "1"}
+    site = clinic({**toy_settings, **own}, tmp_path)
+    task = encode_task(site.task())
+    monkeypatch.setattr("client.app._model", stop)
+    for own_rank, simulated in (({}, False), ({"rank": 3}, False), ({"rank": 3}, True), ({}, True)):
+        answer(task, {**site.node, **own_rank}, site.settings, "1", {}, simulated=simulated)
+    assert ranks == [0, 3, 3, 1]
 
 
 def test_a_secure_sum_and_a_linearised_model_are_refused() -> None:

@@ -184,6 +184,9 @@ def test_policies_let_in_what_the_variables_say_and_no_trusted_server_by_themsel
         ("SITE_HONEST_SITES", "three", "SITE_HONEST_SITES is 'three': write a number"),
         ("SITE_HONEST_SITES", "2.5", "write a whole number"),
         ("SITES", "inf", "write a whole number"),
+        ("SITES", "0", "SITES is '0': write a whole number of at least 1"),
+        ("SITES", "-2", "SITES is '-2': write a whole number of at least 1"),
+        ("SITE_HONEST_SITES", "-1", "SITE_HONEST_SITES is '-1': write a whole number of at least 0"),
         ("SITE_EPSILON", "", "SITE_EPSILON is '': write a number"),
         ("SITE_EPSILON_ALONE", "9", "SITE_EPSILON_ALONE needs SITE_HONEST_SITES"),
     ],
@@ -196,6 +199,84 @@ def test_a_variable_that_says_nothing_is_an_error_of_one_line(
     said = capsys.readouterr().err
     assert words in said
     assert said.count("\n") == 1
+
+
+def test_every_variable_of_the_keys_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is not would leave a steward with another budget than the one that was set."""
+    made: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    monkeypatch.setattr(container, "make_keys", lambda *figures, **more: made.append((figures, more)))
+    wanted = {
+        "SITES": "3",
+        "SITE_EPSILON": "2.5",
+        "SITE_DELTA": "1e-4",
+        "FEDVEIL_SETTINGS": "rounds=2",
+        "MODEL_FINGERPRINT": "0123",
+        "SITE_MECHANISMS": "client-level",
+        "SITE_HONEST_SITES": "2",
+        "SITE_EPSILON_ALONE": "9",
+    }
+    assert SERVICES["keys"]["environment"].keys() == wanted.keys()
+    for name in wanted:
+        monkeypatch.delenv(name, raising=False)
+    assert container.main("keys") == 0
+    for name, value in wanted.items():
+        monkeypatch.setenv(name, value)
+    assert container.main("keys") == 0
+    usual = {"settings": "", "fingerprint": "", "mechanisms": "", "honest": 0, "alone": 0.0}
+    said = {"settings": "rounds=2", "fingerprint": "0123", "mechanisms": "client-level", "honest": 2, "alone": 9.0}
+    assert made == [((4, 8.0, 1e-5), usual), ((3, 2.5, 1e-4), said)]
+
+
+def test_a_disk_that_refuses_is_one_line_and_an_unknown_part_is_no_success(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device", "/pki/site-1")
+
+    monkeypatch.setattr(container, "make_keys", full)
+    assert container.main("keys") == 1
+    assert capsys.readouterr().err == "fedveil: [Errno 28] No space left on device: '/pki/site-1'\n"
+    assert container.main("key") == 2
+
+
+def test_a_site_s_folder_is_of_the_job_s_model(tmp_path: Path) -> None:
+    for name in ("authority", "server", "coordinator", *SITES):
+        (tmp_path / name).mkdir()
+    asked, digits = "model.name='/data/model' model.task='causal-lm'", "0123456789abcdef" * 4
+    container.make_keys(1, 8.0, 1e-5, tmp_path, settings=asked, fingerprint=digits)
+    folder = open_site_folder(tmp_path / "site-1")
+    assert (folder.model, folder.task, folder.fingerprint) == ("/data/model", "causal-lm", digits)
+    assert load_policy(folder.path / "policy.toml").models == f"/data/model={digits}"
+    assert (tmp_path / "coordinator" / "nodes").is_dir(), "the SuperLink cannot read who is registered"
+
+
+def test_a_coordinator_s_links_lead_into_no_site_s_folder(tmp_path: Path) -> None:
+    """The keys' container alone reaches all volumes; what the coordinator's one holds is the coordinator's word."""
+    for name in ("authority", "server", "coordinator", *SITES):
+        (tmp_path / name).mkdir()
+    container.make_keys(2, 8.0, 1e-5, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    aims = {
+        "ca.crt": tmp_path / "site-1" / "policy.toml",
+        "server.toml": tmp_path / "site-1" / "site.toml",
+        "keys/site-1.pub": tmp_path / "authority" / "ca.key",
+        "keys/site-2.pub": tmp_path / "site-1" / "identity.key",
+    }
+    for name, aim in aims.items():
+        assert aim.is_file()
+        (tmp_path / "coordinator" / name).unlink()
+        (tmp_path / "coordinator" / name).symlink_to(aim)
+    container.make_keys(2, 8.0, 1e-5, tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_policy_that_joins_no_sum_stays_as_it_is(tmp_path: Path) -> None:
+    for name in ("authority", "server", "coordinator", *SITES):
+        (tmp_path / name).mkdir()
+    container.make_keys(3, 8.0, 1e-5, tmp_path, settings=SUM)
+    before = [(tmp_path / name / "policy.toml").read_bytes() for name in SITES[:3]]
+    container.make_keys(4, 8.0, 1e-5, tmp_path, settings=SUM, honest=3, alone=9.0)
+    assert [(tmp_path / name / "policy.toml").read_bytes() for name in SITES[:3]] == before
 
 
 def test_a_site_that_comes_later_is_in_the_roster_of_all(tmp_path: Path) -> None:
@@ -275,6 +356,9 @@ def test_the_job_becomes_its_submission_and_says_what_stops_it(
     monkeypatch.setenv("SITES", "all")
     assert container.main("job") == 1
     assert capsys.readouterr().err == "fedveil: SITES is 'all': write a number, or leave it out\n"
+    monkeypatch.setenv("SITES", "0")
+    assert container.main("job") == 1
+    assert "SITES is '0': write a whole number of at least 1" in capsys.readouterr().err, "no site was shut out"
 
 
 def test_the_keys_are_made_with_the_settings_of_the_job() -> None:

@@ -688,6 +688,16 @@ def test_the_worst_round_has_every_record_scored_where_a_count_is_sent(
     assert "may take 50.0 seconds here" in site.refuse().reason, "fifty records, a second each"
 
 
+def test_records_of_a_linearised_round_are_scored_as_they_are(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its steps are on vectors, and their rehearsal scores nothing."""
+    site.settings |= {"rounds": 2, "training.linearised": 1, "training.local-steps": 1}
+    monkeypatch.setattr(app, "rehearse", lambda _: replace(timing(), score=1.0))
+    monkeypatch.setattr(app, "rehearse_linearised", lambda _: timing())
+    monkeypatch.setattr(app, "_process", app._Process())
+    site.rule(send_noised_metrics=True, min_noise_multiplier=1.0, reply_after=60.0)
+    assert "may take 50.0 seconds here" in site.refuse().reason
+
+
 def test_nothing_that_one_model_rehearsed_counts_for_another(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
     process = app._Process(rehearsed={app.PLAIN: timing()})
     monkeypatch.setattr(app, "_process", process)

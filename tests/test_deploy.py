@@ -34,7 +34,9 @@ from audits.tiny_models import TARGETS, write_reviews
 from audits.tiny_site import pins
 from cli.main import app
 from client.ledger.ledger import Ledger
-from client.policy import load_policy
+from client.policy import Policy, load_policy
+from client.site import own_settings
+from common.config.sections import Columns, Scalar
 from common.config.text import to_toml
 from common.errors import ConfigError, DataError, LedgerError, RunFailed, UnreadableFile
 from common.model.base import load_base_model
@@ -43,7 +45,8 @@ from common.ports import free_ports
 from common.privacy.accounting import Release, epsilon
 from common.run_lines import ConfigFile, ResultFile, Status, read_file, read_json
 from common.strict_json import to_json
-from deploy import certificates, container, doctor, registry
+from common.tasks import TASKS
+from deploy import certificates, container, doctor, registry, site_check
 from deploy import control as control_api
 from deploy import submit as submission
 from deploy.commands import environment, node_config, superlink_command, supernode_command
@@ -52,7 +55,7 @@ from deploy.node_keys import is_pair, new_node_key, public_pem
 from deploy.policy_file import policy_text
 from deploy.refusal import why_refused, why_unreachable
 from deploy.server_folder import ServerFolder, make_server, open_server, renew_server
-from deploy.site_check import check_site
+from deploy.site_check import check_site, pinned_settings
 from deploy.site_folder import SiteFolder, make_site, node_settings, open_site_folder
 from deploy.start import start_server, start_site
 from deploy.withdraw import withdraw_site
@@ -79,6 +82,7 @@ labels = ["bad", "good"]
 max-length = 64
 """
 """Settings of a node that plays all of a job's data."""
+BUDGETED = f"epsilon = 4.0\ndelta = 1e-3\n{PINNED_ALONE}"
 
 
 class Processes:
@@ -701,6 +705,9 @@ def test_a_path_of_records_is_the_path_that_was_named_whatever_is_in_it(name: st
         ('task = "causal-lm"\n', PART, "completion, max-length is not"),
         ("", "", "this site has no records"),
         (PINNED_ALONE, 'data="records.csv" public-size=50', "the site's policy has no budget for its records"),
+        (BUDGETED, 'data="records.csv" public-size=true', "'public-size' is needed beside 'data'"),
+        (BUDGETED, 'data="records.csv" public-size=50 rank=0', "node setting 'rank' is 0"),
+        (BUDGETED, 'data="records.csv" public-size=50 rank="all"', "node setting 'rank' is 'all'"),
     ],
 )
 def test_a_policy_that_every_round_would_refuse_stops_the_site_and_fails_the_doctor(
@@ -874,6 +881,7 @@ def test_a_site_is_well_only_while_it_is_connected(tmp_path: Path) -> None:
     head = "  sl  local_address rem_address   st\n"
     table.write_text(f"{head}   0: 0200A8C0:8AE2 0300A8C0:2384 01 0\n")
     assert container.site_is_well((table,))
+    assert [str(path) for path in container.site_is_well.__defaults__[0]] == ["/proc/net/tcp", "/proc/net/tcp6"]
     for row in ("   0: 0200A8C0:8AE2 0300A8C0:2384 06 0\n", "   0: 0200A8C0:2384 0300A8C0:8AE2 01 0\n", ""):
         table.write_text(head + row)
         assert not container.site_is_well((table,)), row
@@ -998,6 +1006,7 @@ def test_a_name_keeps_its_key_and_what_is_no_sites_public_key_is_not_registered(
         f"{kind} {key}",
         f"{kind} {key} ../ward",
         f"{kind} {key} our ward",
+        f"{kind} {key} ward/../../clinic",
         f"ssh-rsa {key} ward",
         private,
     ):
@@ -1025,8 +1034,8 @@ def test_a_site_that_was_shut_out_does_not_stop_the_job_of_the_others(
 
     def sites(number: int) -> str:
         words = container.job_command(number, "rounds=3", folder)
-        assert words[:4] == [FEDVEIL, "server", "submit", str(folder)]
-        assert words[-2:] == ["-c", "rounds=3"]
+        assert words[:5] == [FEDVEIL, "server", "submit", str(folder), "--once"]
+        assert words[-4:] == ["--patience", str(container.PATIENCE), "-c", "rounds=3"]
         return words[words.index("--sites") + 1]
 
     assert sites(2) == "2"
@@ -1039,6 +1048,10 @@ def test_a_site_that_was_shut_out_does_not_stop_the_job_of_the_others(
     assert said[1] == "site-2 was registered before"
     with pytest.raises(ConfigError, match="every site was shut out"):
         sites(1)
+    (folder / "keys" / "site-3.pub").write_bytes(new_node_key("site-3").public)
+    sites(3)
+    registry.revoke_site(open_server(folder), "site-3")
+    assert sites(2) == "1", "a site beyond the job's is no site less"
     (folder / "keys" / "site-2.pub").write_text("no key", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"site-2\.pub is not a site's node\.pub"):
         sites(2)
@@ -1056,7 +1069,7 @@ def test_whoever_was_killed_as_a_key_was_registered_registers_it_again(
     before = {path.name: path.read_bytes() for path in server.nodes.iterdir()}
     for name in lost:
         (server.nodes / name).unlink()
-    if "clinic.id" not in lost:
+    if len(lost) == 1:  # either file says whose key it is
         own = (site.path / "node.pub").read_text(encoding="utf-8")
         (tmp_path / "ward.pub").write_text(own.replace("clinic", "ward"), encoding="utf-8")
         with pytest.raises(ConfigError, match="is the key of clinic, which is registered: ward makes its own"):
@@ -1083,6 +1096,78 @@ def test_whoever_was_killed_as_a_site_was_shut_out_shuts_it_out_again(
         registry.register_site(server, site.path / "node.pub")
     assert "clinic is shut out" in registry.revoke_site(server, "clinic")
     assert list(server.nodes.iterdir()) == []
+
+
+def test_a_key_is_on_disk_before_its_number_and_each_of_them_whole(
+    tmp_path: Path, fake_control: Callable[..., FakeControl], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A number without a key would let another key have the name; half a file would name nobody, or another node."""
+    control, written = fake_control(), list[str]()
+    server = make_server(tmp_path / "server", ["127.0.0.1"])
+    site = site_for(tmp_path, 9092, server.path)
+    replace, register = registry.replace_file, control.register
+
+    def stops(path: Path, data: bytes) -> None:
+        written.append(path.name)
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        replace(path, data)
+
+    def absolute(public_key: Path) -> str:
+        assert public_key.is_absolute(), "Flower's command runs in another folder"
+        return register(public_key)
+
+    monkeypatch.setattr(registry, "replace_file", stops)
+    monkeypatch.setattr(control, "register", absolute)
+    monkeypatch.chdir(site.path)
+    with pytest.raises(KeyboardInterrupt):
+        registry.register_site(server, Path("node.pub"))
+    assert [path.name for path in server.nodes.iterdir()] == ["clinic.pub"]
+    (server.nodes / "clinic.id").write_text("9\n", encoding="utf-8")  # of the key before, which was shut out
+    assert registry.register_site(server, Path("node.pub")) == "clinic is registered as node 17"
+    assert (server.nodes / "clinic.id").read_text(encoding="utf-8") == "17\n"
+    assert written == ["clinic.pub", "clinic.id"] * 2
+
+
+def test_a_site_stays_registered_here_until_the_server_has_shut_it_out(
+    tmp_path: Path, fake_control: Callable[..., FakeControl], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    control, synced = fake_control(), list[list[Path]]()
+    server = make_server(tmp_path / "server", ["127.0.0.1"])
+    registry.register_site(server, site_for(tmp_path, 9092, server.path).path / "node.pub")
+    before = {path.name: path.read_bytes() for path in server.nodes.iterdir()}
+
+    def silent(node_id: str) -> None:
+        raise RunFailed("the server did not revoke the site: no answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(control, "revoke", silent)
+        with pytest.raises(RunFailed, match="no answer"):
+            registry.revoke_site(server, "clinic")
+    assert {path.name: path.read_bytes() for path in server.nodes.iterdir()} == before
+    monkeypatch.setattr(registry, "sync_folder", lambda folder: synced.append(list(folder.iterdir())))
+    registry.revoke_site(server, "clinic")
+    assert synced == [[]], "after a loss of power the site's name is there again"
+
+
+def test_a_number_that_is_none_shuts_nobody_else_out(tmp_path: Path, fake_control: Callable[..., FakeControl]) -> None:
+    control = fake_control()
+    server = make_server(tmp_path / "server", ["127.0.0.1"])
+    own, number = tmp_path / "own.pub", server.nodes / "clinic.id"
+    for name in ("ward", "clinic"):
+        own.write_bytes(new_node_key(name).public)
+        registry.register_site(server, own)
+    assert number.read_text(encoding="utf-8") == "18\n"
+    for text in ("1 7", "\u0967\u096d", "-17", "17.0"):  # the second are digits of Devanagari
+        number.write_text(text, encoding="utf-8")
+        registry.revoke_site(server, "clinic")
+        assert control.revoked == ["18"], "another site is shut out"
+        number.write_text(text, encoding="utf-8")
+        with pytest.raises(DataError, match="says which node is the site's"):
+            registry.revoke_site(server, "clinic")
+        number.unlink()
+        control.revoked.clear()
+        (server.nodes / "clinic.pub").write_bytes(own.read_bytes())
 
 
 def test_a_site_is_shut_out_by_its_key_whatever_its_number_is_said_to_be(
@@ -1420,6 +1505,52 @@ def test_a_port_that_is_none_or_taken_is_said(tmp_path: Path) -> None:
             start_site(site, lambda line: pytest.fail(line) if "waiting" in line else None)
     with pytest.raises(ConfigError, match="must be from 1 to 65535, not 99999"):
         site_for(tmp_path, 99999, server.path)
+
+
+def test_a_check_reads_what_every_job_that_the_policy_allows_reads() -> None:
+    """In another way it would say that all is well, and each round would answer otherwise."""
+    for task in TASKS.values():
+        columns = Columns({role.setting: f"our {role.setting}" for role in task.roles})
+        labels = {"labels": "bad,good"} if task.labelled else {}
+        policy = Policy(unit="person", person="patient", task=task.name, columns=columns, max_length=64, **labels)
+        asked: dict[str, Scalar] = {
+            **{f"data.{key}": value for key, value in columns.items()},
+            "privacy.unit": "person",
+            "data.person": "patient",
+            "model.task": task.name,
+            "data.name": "x.csv",
+            **({"data.labels": "bad, good"} if task.labelled else {}),
+        }
+        ours = own_settings(configure(asked).config, policy)
+        assert dataclasses.replace(pinned_settings(policy), name="") == ours, task.name
+
+
+def test_a_check_is_of_what_the_start_is_told_and_names_each_file(tmp_path: Path) -> None:
+    site = site_with_records(tmp_path, "own.csv", b"text,label\na,good\n")
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    for name in ("one", "two"):
+        (parts / f"{name}.csv").write_text("text,label\na,good\nb,fair\n", encoding="utf-8")
+    said: list[str] = []
+    check_site(site, said.append, f'data="{parts}"')
+    assert said[0] == "records: 2 of 4 rows fit; the others count as none"
+    assert any("public-size: 50 declared, 2 records found" in line for line in said)
+    assert [line for line in said if "fair" in line or "row 2" in line] == [
+        f"  {parts / name}.csv: row 2 has a label that is not among data.labels" for name in ("one", "two")
+    ]
+
+
+def test_no_more_is_declared_or_taken_than_answers_have_time_for() -> None:
+    def hold(declared: int, units: int, seconds: float) -> None:
+        site_check._check_time(80.0, declared, units, seconds, "person")
+
+    hold(5, 5, 10.0)
+    with pytest.raises(ConfigError, match="there are 6 persons and public-size is 5, for which alone reply-after = 80"):
+        hold(5, 6, 1.0)
+    with pytest.raises(ConfigError, match=r"took 10\.1 seconds .* leaves 10\.0, .*: set it to 162 or more"):
+        hold(5, 5, 10.1)
+    assert not list(site_check._size(50, 25, "record"))
+    assert len(list(site_check._size(51, 25, "record"))) == 1
 
 
 def test_a_site_check_tells_of_a_label_that_no_row_has(tmp_path: Path) -> None:

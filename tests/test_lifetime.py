@@ -301,6 +301,16 @@ def test_a_worker_whose_hour_any_task_renews_is_found(site: OneSite, monkeypatch
     assert idle_beside_refused_tasks(site, monkeypatch) == [True, True, True]
 
 
+@each_kind
+def test_a_drop_of_all_leaves_nothing_of_any_kind(
+    own: dict[str, Any], toy_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    clinic({**toy_settings, **own}, tmp_path).train(1)
+    assert computed() == {"clinic"}
+    app.forget()
+    assert not holds_anything()
+
+
 def test_a_worker_that_stops_holds_nothing(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
     worked(site, monkeypatch)
     assert not holds_anything()

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from audits.tiny_site import clinic, pins
-from client.app import answer
+from client.app import answer, refused
+from client.outgoing import UNTOLD
 from common.config.text import to_toml
-from common.errors import ConfigError
+from common.errors import ConfigError, DataError
 from common.log import JsonLines, about, set_up
 from common.messages.round import Refusal
 from common.messages.wire import encode_task
@@ -84,6 +85,14 @@ def test_an_unforeseen_error_is_logged_by_type_and_place_only() -> None:
     assert (line["run"], line["round"], line["site"]) == ("7", 2, "clinic")
     assert line["message"].startswith("failed [ValueError at test_log.py:")
     assert CANARY not in line["message"]
+
+
+def test_a_task_that_fails_unforeseen_quotes_no_record_in_the_sites_own_log(caplog: pytest.LogCaptureFixture) -> None:
+    for error in (ValueError("PRIVATE-WORDS"), DataError("row 3: PRIVATE-WORDS")):
+        refusal = refused(error, {"site": "clinic"}, "1", 2)
+        assert (refusal.kind, refusal.reason) == ("failed", UNTOLD)
+    assert caplog.text.count("failed: ") == 2
+    assert "PRIVATE-WORDS" not in caplog.text
 
 
 def test_what_a_hostile_server_sends_writes_no_line_and_moves_no_cursor_in_a_sites_log(

@@ -410,16 +410,23 @@ def test_derivatives_are_of_no_more_records_of_a_person_than_the_run_says_now(si
         assert max(Counter(vector[OWNER] for vector in vectors).values()) == most
 
 
-def test_the_worst_round_by_person_has_all_records_of_its_persons(site: OneSite) -> None:
-    """On vectors, whose derivatives are computed of every record first."""
+def test_the_worst_round_by_person_has_all_records_of_its_persons(
+    site: OneSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On vectors, whose derivatives are computed of every record first, three times; two persons' sums fit at once."""
     site.settings |= {"training.linearised": 4, "training.local-steps": 1, "privacy.records-per-person": 4}
     job, model = configure(site.settings), site.model()
     ours = open_site(site.node, job.config, "1", simulated=False)
     through = Timing({8: 1.0, 16: 2.0}, {8: 4, 16: 2}, 0.5, 0.0)
     on_vectors = Timing({1: 0.25}, {1: 2}, 0.125, 0.0)
     app._process.rehearsed = {app.PLAIN: through, app.VECTORS: on_vectors}
+    numbers = sum(p.numel() for p in model.module.parameters() if p.requires_grad)
+    monkeypatch.setattr(together, "MOST_BYTES", 2 * together.NUMBER * numbers)
     at_once = app._units_at_once(job, model, None)
-    worst = on_vectors.worst(1, job.config.training.sample_rate * 50, 0, 4, at_once) + through.worst(1, 4 * 50.0, 0)
+    assert at_once == 2
+    monkeypatch.setattr(app, "contrasts", lambda _: 3)  # as of four labels
+    derivatives = 3 * through.worst(1, 4 * 50.0, 0)
+    worst = on_vectors.worst(1, job.config.training.sample_rate * 50, 0, 4, at_once) + derivatives
     try:
         app._allow(Deadline((worst + 0.01) / TRAINED), job, ours, model, 1, app.PLAIN)
         with pytest.raises(PolicyRefusal, match="reply-after"):
@@ -702,12 +709,25 @@ def test_a_run_without_privacy_gets_no_other_rows_of_persons_that_were_withdrawn
     assert "are released no more" in site.refuse(run="open").reason
 
 
+def folder_of(site: OneSite, folder: Path) -> SiteFolder:
+    node = {key: f'"{value}"' if isinstance(value, str) else value for key, value in site.node.items()}
+    return SiteFolder(folder, "clinic", "host:1", node=" ".join(f"{key}={value}" for key, value in node.items()))
+
+
 def test_a_steward_hears_how_many_persons_there_are(site: OneSite, tmp_path: Path) -> None:
     said: list[str] = []
-    node = {key: f'"{value}"' if isinstance(value, str) else value for key, value in site.node.items()}
-    folder = SiteFolder(tmp_path, "clinic", "host:1", node=" ".join(f"{key}={value}" for key, value in node.items()))
-    check_site(folder, said.append)
+    check_site(folder_of(site, tmp_path), said.append)
     assert "persons: 7, with 6 records in the middle and 6 at most" in said
+    assert any("public-size: 50 declared, 7 persons found" in line for line in said)
+
+
+def test_a_check_counts_persons_against_the_size_that_the_node_declares(site: OneSite, tmp_path: Path) -> None:
+    site.rule(unit="person", person="author", reply_after=600.0)
+    site.node["public-size"] = 7
+    check_site(folder_of(site, tmp_path), print)  # of 40 records
+    site.node["public-size"] = 6
+    with pytest.raises(ConfigError, match="there are 7 persons and public-size is 6"):
+        check_site(folder_of(site, tmp_path), print)
 
 
 # --- time -------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,9 @@ import csv
 import dataclasses
 import logging
 import math
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from audits.bands import out_of_band, related
 from audits.faults import same_seeds
 from audits.tiny_models import write_questions
 from audits.tiny_site import OneSite, clinic, pins
+from client import app
 from client.budget import plan_of
 from client.evaluation import noised_correct
 from client.ledger.ledger import Ledger
@@ -188,6 +191,18 @@ def test_what_is_allowed_goes_on(site: OneSite) -> None:
     model = site.model().base
     site.rule(strategies=["ffa-lora"], head_policies=["trained"], models=[f"{model.name}={model.fingerprint[:32]}"])
     site.train()
+
+
+def test_a_site_is_deployed_unless_ray_simulates_in_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who simulates is told everything, and needs no policy; that Ray is installed or imported says nothing."""
+    for ray, simulated in (
+        (SimpleNamespace(is_initialized=lambda: False), False),
+        (SimpleNamespace(is_initialized=lambda: True), True),
+    ):
+        monkeypatch.setitem(sys.modules, "ray", ray)
+        assert app._in_simulation() is simulated
+    monkeypatch.delitem(sys.modules, "ray")
+    assert not app._in_simulation()
 
 
 def test_a_deployed_site_joins_no_run_without_privacy_unless_its_policy_says_so(site: OneSite) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import re
 import shlex
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,10 +22,11 @@ from common.errors import ConfigError, DataError, PolicyRefusal
 from common.privacy import MECHANISMS
 from common.privacy.record_level import DPSGD
 from deploy import container
+from deploy import pin as pinning
 from deploy.check_results import CheckResult
 from deploy.doctor import examine_site
 from deploy.pin import pin
-from deploy.policy_file import mechanisms_of_job, pins_of, policy_text
+from deploy.policy_file import PINS_HEAD, mechanisms_of_job, pins_of, policy_text
 from deploy.site_folder import SiteFolder, make_site, node_settings, open_site_folder
 from deploy.start import start_site
 from strategies.job import configure
@@ -37,6 +39,14 @@ JOB: dict[str, Scalar] = {
     "data.labels": "bad,good",
     "model.max-length": 64,
 }
+
+
+NEW = ["--server", "fl.example.org", "--data", ".", "--public-size", "500"]
+"""Of a new site, as 'fedveil site init' takes it."""
+
+
+def raise_(error: BaseException) -> None:
+    raise error
 
 
 def fedveil(*words: str) -> str:
@@ -62,7 +72,7 @@ STEWARDS = """\
 "epsilon" = 3.0   # agreed with the board
 delta = 1e-4
 
-'text' = "body"  # was note # before
+  'text' = "body"  # was note # before
 labels = [
   "no",  # 0
   "yes", # 1 and a "#" of its own
@@ -73,7 +83,7 @@ models = [
 task = "classification"
 label = "label" # theirs
 max-length = 128
-text-pair = "second # column"
+text-pair = "second # column" # since June
 # The end."""
 
 
@@ -94,13 +104,14 @@ def test_pins_are_put_in_and_the_stewards_other_words_stay(tmp_path: Path) -> No
         *("# Ours since May.", "# agreed with the board", "# was note # before", "# 0\n", '# 1 and a "#" of its own'),
         *(
             '# text = "x"',
-            "# The end.",
+            *("# since June\n", "# The end."),
             'label = "label" # theirs',
             'models = [\n  "mini=0123456789abcdef0123456789abcdef"',
         ),
     ):
         assert kept in text, f"{kept!r} is gone"
     assert "second" not in text
+    assert "column" not in text, "what looks like a comment within a text is taken for one"
     assert path.stat().st_mode & 0o777 == 0o640
     pin(path, PINS)
     assert path.read_text(encoding="utf-8") == text, "the same pins change the file"
@@ -111,6 +122,7 @@ def test_pins_of_another_task_take_the_place_of_the_old_ones(tmp_path: Path) -> 
     path = tmp_path / "policy.toml"
     path.write_text(policy_text("clinic", 2000, 4.0, 1e-5, PINS), encoding="utf-8")
     pin(path, pins_of("causal-lm", {"completion": "reply"}, "", 32))
+    assert path.read_text(encoding="utf-8").count(PINS_HEAD) == 1
     values = tomllib.loads(path.read_text(encoding="utf-8"))
     assert values == {
         "dataset-id": "clinic",
@@ -158,6 +170,34 @@ def test_a_fault_that_drops_a_key_of_the_stewards_is_found(tmp_path: Path, monke
     with pytest.raises((ConfigError, DataError, ValueError, KeyError)):
         pin(path, PINS)
     assert path.read_text(encoding="utf-8") == STEWARDS
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda text: text.replace("max-rounds = 3", ""), lambda text: text.replace("max-rounds = 3", "max-rounds = 4")],
+)
+def test_a_change_of_any_other_rule_is_not_written(
+    change: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever this command does not understand: a rule that is gone lets a server do what the steward forbade."""
+    path, honest = tmp_path / "policy.toml", pinning._with_pins
+    path.write_text("max-rounds = 3\n", encoding="utf-8")
+    monkeypatch.setattr(pinning, "_with_pins", lambda *words: change(honest(*words)))
+    with pytest.raises(ConfigError, match="in a way that this command does not understand: add the pins by hand"):
+        pin(path, PINS)
+    assert path.read_text(encoding="utf-8") == "max-rounds = 3\n"
+
+
+def test_a_policy_of_any_name_is_changed_beside_its_place_and_its_name_is_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, beside, synced = tmp_path / "rules", list[int](), list[Path]()
+    path.write_text("max-rounds = 3\n", encoding="utf-8")
+    monkeypatch.setattr("deploy.pin.os.fsync", lambda _: beside.append(len(list(tmp_path.iterdir()))))
+    monkeypatch.setattr(pinning, "sync_folder", synced.append)
+    pin(path, PINS)
+    assert load_policy(path).columns["text"] == "note"
+    assert (beside, synced) == ([2], [tmp_path]), "a policy is half written, elsewhere, or gone after a loss of power"
 
 
 def test_pins_that_a_call_does_not_name_stay_and_all_are_said(tmp_path: Path) -> None:
@@ -217,6 +257,53 @@ def test_a_pin_of_another_type_is_one_line_and_nothing_is_made_of_it(held: str, 
     with pytest.raises(ConfigError) as caught:
         load_policy(path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_text_that_is_no_utf_8_is_one_line_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    """What a terminal of another encoding gives: Python keeps such bytes as halves of pairs, which no file takes."""
+    for words in (["site", "pin", str(tmp_path / "policy.toml")], ["site", "init", str(tmp_path / "clinic"), *NEW]):
+        done = CliRunner().invoke(app, [*words, "--text", "n\udcff", "--labels", "bad,good"])
+        assert (done.exit_code, done.output.count("\n")) == (1, 1), done.exception
+        assert "is not UTF-8" in done.output
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_pin_that_is_the_same_number_of_another_type_is_mended(tmp_path: Path) -> None:
+    path = tmp_path / "policy.toml"
+    fedveil("site", "pin", str(path), "--labels", "bad,good", "--max-length", "1")
+    text = path.read_text(encoding="utf-8")
+    for odd in ("true", "1.0"):
+        path.write_text(text.replace("max-length = 1", f"max-length = {odd}"), encoding="utf-8")
+        fedveil("site", "pin", str(path), "--max-length", "1")
+        assert path.read_text(encoding="utf-8") == text
+    path.write_text(text.replace('text = "text"', "text = 5"), encoding="utf-8")
+    fedveil("site", "pin", str(path), "--text", "text")
+    assert path.read_text(encoding="utf-8") == text
+
+
+def test_a_policy_that_a_link_names_is_changed_where_it_lies(tmp_path: Path) -> None:
+    """A file in the link's place would leave the steward's own one as it was, and rule instead of it."""
+    own, link = tmp_path / "stewards" / "policy.toml", tmp_path / "policy.toml"
+    own.parent.mkdir()
+    own.write_text("epsilon = 3.0\ndelta = 1e-05\n", encoding="utf-8")
+    link.symlink_to(own)
+    pin(link, PINS)
+    assert link.is_symlink()
+    assert load_policy(own).columns["text"] == "note"
+    assert [path.name for path in own.parent.iterdir()] == ["policy.toml"]
+
+
+def test_whoever_is_stopped_as_a_policy_is_written_leaves_the_old_one_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "policy.toml"
+    path.write_text(STEWARDS, encoding="utf-8")
+    for stop in (OSError(28, "No space left on device"), KeyboardInterrupt()):
+        monkeypatch.setattr("deploy.pin.os.fsync", lambda _, stop=stop: raise_(stop))
+        with pytest.raises((DataError, KeyboardInterrupt)):
+            pin(path, PINS)
+        assert path.read_text(encoding="utf-8") == STEWARDS
+        assert list(tmp_path.iterdir()) == [path], "a draft is left in the steward's folder"
 
 
 def test_a_mistyped_folder_makes_no_policy(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from common.errors import ConfigError, MechanismError, ProtocolError, RunFailed
 from common.messages.round import KeyReply, KeyTask, Refusal, Task, TrainResult, TrainTask
 from common.messages.state import HEAD
 from common.messages.tensors import entries
-from common.messages.wire import WORDS_STYPE, decode_reply, encode_reply
+from common.messages.wire import WORDS_STYPE, decode_reply, encode_reply, encode_task
 from common.model.federated import FederatedModel
 from common.privacy import dpsgd
 from common.privacy.accounting import Release, alone
@@ -836,6 +836,15 @@ def test_a_round_asked_again_with_other_sites_has_another_noise_and_another_char
 
 def uneven(words: np.ndarray) -> bool:
     return any(out_of_band(unevenness(words, shift), CELLS - 1) for shift in SHIFTS)
+
+
+def test_a_key_is_given_for_the_run_of_the_message_alone(clinics: SumSite) -> None:
+    """The budget of the run that the task names would be asked, by the settings of the one that the message is in."""
+    own = clinics.site
+    reply = client_app.answer(encode_task(KeyTask("2", 1, 0)), own.node, own.settings, "1", own.memory)
+    assert isinstance(reply, Refusal)
+    assert (reply.kind, "or of another run" in reply.reason) == ("task", True)
+    assert not own.memory
 
 
 def test_a_plain_run_takes_no_keys(clinics: SumSite) -> None:

@@ -5,15 +5,23 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 import torch
-from flwr.app import Message
+from flwr.app import Context, Message, RecordDict
+from flwr.app.message import make_message
+from flwr.app.metadata import Metadata
 from flwr.cli.build import build_fab_from_files
+from flwr.common.constant import ErrorCode
+from flwr.supercore.heartbeat import HeartbeatSender
 from runtime_api import SECRET, RuntimeApi, runtime_api
 
 from audits.tiny_models import TARGETS
@@ -188,24 +196,146 @@ def test_without_the_site_s_secret_nobody_gets_a_task(api: RuntimeApi, site: One
 
 
 def test_a_node_that_another_user_of_the_machine_plays_gets_no_answer(
-    api: RuntimeApi, site: OneSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    api: RuntimeApi, site: OneSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     api.give(encode_task(site.task()), own_bundle(), site.settings, site.node)
     monkeypatch.setattr(runtime, "is_own_port", lambda port: False)
     assert work(api, site) == runtime.NODE_TOO
     assert not site.charges()
-    row = "   0: {}:2386 00000000:0000 {} 00000000:00000000 00:00000000 00000000  {}        0 1\n"
+
+
+def test_whose_port_it_is_is_what_the_system_says(tmp_path: Path) -> None:
+    row = "   0: {}:{:04X} 00000000:0000 {} 00000000:00000000 00:00000000 00000000  {}        0 1\n"
     table = tmp_path / "tcp"
-    for rows, own in (
-        ([("0100007F", "0A", os.getuid())], True),
-        ([("0100007F", "0A", os.getuid() + 1)], False),
-        ([("0100007F", "0A", os.getuid()), ("0100007F", "01", os.getuid() + 1)], True),
-        ([("00000000", "0A", os.getuid())], False),
-        ([], False),
+    for port in (0x2386, 0x401, 0xBEEF):  # the kernel writes four digits, in capitals
+        for rows, own in (
+            ([("0100007F", port, "0A", os.getuid())], True),
+            ([("0100007F", port, "0A", os.getuid() + 1)], False),
+            ([("0100007F", port, "0A", os.getuid()), ("0100007F", port, "01", os.getuid() + 1)], True),
+            ([("0100007F", port, "0A", os.getuid()), ("0100007F", port, "0A", os.getuid() + 1)], False),
+            ([("0100007F", port + 1, "0A", os.getuid())], False),
+            ([("00000000", port, "0A", os.getuid())], False),
+            ([], False),
+        ):
+            table.write_text("head\n" + "".join(row.format(*values) for values in rows))
+            assert runtime.is_own_port(port, table) is own, rows
+    assert runtime.is_own_port(0x2386, tmp_path / "none"), "where there is no Linux no site would get a task"
+
+
+def answer_of(code: int) -> httpx.HTTPStatusError:
+    """Return the error of an answer with this status."""
+    return httpx.HTTPStatusError("", request=httpx.Request("POST", "http://node"), response=httpx.Response(code))
+
+
+class FakeClient:
+    """What a node's client is to a worker; each call but a sign of life is written down, and fails as a test says."""
+
+    def __init__(self, **fails: Exception) -> None:
+        self.fails, self.called, self.beaten = fails, list[str](), threading.Event()
+        self.answers = {
+            "AcquireTask": SimpleNamespace(token="one"),
+            "SendTaskHeartbeat": SimpleNamespace(success=True),
+            "PullMessages": SimpleNamespace(messages_list=[]),
+        }
+
+    def __getattr__(self, name: str) -> Callable[..., SimpleNamespace | None]:
+        return partial(self._answer, name)
+
+    def _answer(self, name: str, *_: object) -> SimpleNamespace | None:
+        if name == "SendTaskHeartbeat":
+            self.beaten.set()
+        else:
+            self.called.append(name)
+        if name in self.fails:
+            raise self.fails[name]
+        return self.answers.get(name)
+
+
+@pytest.fixture
+def fake_node(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[runtime.Node, FakeClient]]:
+    def make(**fails: Exception) -> tuple[runtime.Node, FakeClient]:
+        client = FakeClient(**fails)
+        monkeypatch.setattr(runtime.Node, "_connect", lambda *_: client)
+        monkeypatch.setattr(runtime, "is_own_port", lambda _: True)
+        return runtime.Node(1, SECRET), client
+
+    return make
+
+
+def test_a_node_that_has_an_error_of_its_own_is_asked_again_and_one_that_knows_us_not_is_left(
+    fake_node: Callable[..., tuple[runtime.Node, FakeClient]],
+) -> None:
+    assert fake_node()[0].acquire() == "one"
+    assert fake_node(AcquireTask=answer_of(500))[0].acquire() == ""
+    for code in (401, 403):
+        with pytest.raises(runtime.NotOurNode, match="does not take this site's secret"):
+            fake_node(AcquireTask=answer_of(code))[0].acquire()
+
+
+def test_a_task_is_held_by_signs_of_life_that_end_with_it_however_it_ends(
+    fake_node: Callable[..., tuple[runtime.Node, FakeClient]],
+) -> None:
+    """Signs that went on would be refused by and by, and end the worker in the middle of another task."""
+    beats: list[HeartbeatSender] = []
+
+    def fail(node: runtime.Node, client: FakeClient, error: Exception) -> None:
+        with node.task("one") as task:
+            assert client.beaten.wait(10), "the node never hears of the task again, and gives it up"
+            beats.append(task.beat)
+            raise error
+
+    for raised, expected in (
+        (answer_of(401), runtime.TaskLost),
+        (answer_of(403), runtime.TaskLost),
+        (answer_of(500), httpx.HTTPStatusError),
+        (ValueError(), ValueError),
     ):
-        table.write_text("head\n" + "".join(row.format(*values) for values in rows))
-        monkeypatch.undo()
-        assert runtime.is_own_port(0x2386, table) is own, rows
+        node, client = fake_node()
+        with pytest.raises(expected):
+            fail(node, client, raised)
+        assert not beats.pop().is_running
+        assert client.called == ["close"]
+
+
+def test_a_sign_of_life_that_is_refused_ends_the_process_and_one_that_is_lost_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    def held(client: Any) -> bool:
+        return runtime._is_held(client)
+
+    monkeypatch.setattr(runtime.os, "_exit", leave)
+    assert held(FakeClient())
+    assert held(FakeClient(SendTaskHeartbeat=answer_of(500)))
+    assert not held(FakeClient(SendTaskHeartbeat=httpx.ConnectError("")))
+    given_up = FakeClient()
+    given_up.answers["SendTaskHeartbeat"] = SimpleNamespace(success=False)
+    for client in (given_up, *(FakeClient(SendTaskHeartbeat=answer_of(code)) for code in (401, 403))):
+        with pytest.raises(SystemExit, match=str(runtime.ANEW)):
+            held(client)
+
+
+def test_a_task_is_answered_for_only_once_its_message_is_there_and_beats_no_more_once_it_is_done(
+    fake_node: Callable[..., tuple[runtime.Node, FakeClient]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that dies before it asked for the input leaves the task to the next one."""
+    monkeypatch.setattr(runtime, "MESSAGE_SECONDS", 0.05)
+    node, client = fake_node()
+    with pytest.raises(runtime.LostMessage), node.task("one") as task:
+        task.pull()
+    assert set(client.called) == {"PullMessages", "close"}
+    node, client = fake_node()
+    beats: list[bool] = []
+    monkeypatch.setattr(runtime, "push_message", lambda *_: beats.append(task.beat.is_running))
+    monkeypatch.setattr(client, "PushTaskOutput", lambda _: beats.append(task.beat.is_running), raising=False)
+    with node.task("one") as task:
+        task.push(
+            make_message(Metadata(1, "", 7, 1, "", "1", 0.0, 600.0, "train"), RecordDict()),
+            Context(1, 7, {}, RecordDict(), {}, 0),
+        )
+    assert beats == [True, False]
 
 
 @pytest.mark.parametrize("kind", ["evaluate", "train.other"])
@@ -214,7 +344,7 @@ def test_what_the_client_cannot_answer_is_told_in_one_constant_line(kind: str, a
     work(api, site)
     reply = api.reply()
     assert reply.has_error()
-    assert reply.error.reason == UNTOLD
+    assert (reply.error.code, reply.error.reason) == (ErrorCode.CLIENT_APP_RAISED_EXCEPTION, UNTOLD)
 
 
 def test_a_task_whose_message_another_worker_took_has_the_node_started_anew(

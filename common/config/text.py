@@ -84,7 +84,11 @@ def flatten(table: Mapping[str, Any], prefix: str = "", rename: Mapping[str, str
 
 
 def to_toml(settings: Mapping[str, Scalar | Sequence[str]]) -> str:
-    """Return flat settings as TOML text with dotted keys."""
+    """Return flat settings as TOML text with dotted keys.
+
+    Raises:
+        ConfigError: as for toml_value.
+    """
     lines = []
     for key, value in settings.items():
         quoted = ".".join(f'"{part}"' for part in key.split("."))
@@ -97,12 +101,25 @@ def toml_value(value: Scalar | Sequence[str]) -> str:
 
     >>> toml_value(True), toml_value("a"), toml_value(0.5), toml_value(["bad", "good"])
     ('true', '"a"', '0.5', '["bad", "good"]')
+
+    Raises:
+        ConfigError: a text is not UTF-8: bytes of another encoding, as a terminal may give them.
     """
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
+        if not _is_utf8(value):
+            raise ConfigError(f"the text {value!r} is not UTF-8: write it in that encoding")
         # JSON's escapes are TOML's, but for DEL, which TOML wants escaped as well.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, Sequence):
         return f"[{', '.join(map(toml_value, value))}]"
     return repr(value)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
