@@ -129,7 +129,7 @@ class Forecast:
     @property
     def noise_of_shares(self) -> float:
         """How many times the noise of the average is what it would be by size alone; 1 where no site adds its own."""
-        if self.job.mechanism.central or self.job.mechanism.summed or not self.plans:
+        if not self.job.mechanism.charged or self.job.mechanism.summed:
             return 1.0
         noises = [plan.gradient_noise_std for plan in self.plans]
         return noise_grown(shares_of_sizes(self.job, self.sizes), self.sizes, noises)
