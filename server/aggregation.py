@@ -49,8 +49,6 @@ def contributions(job: Job, results: Sequence[TrainResult], state: ServerState) 
         state: what the sites started from.
     """
     shares, factors = shares_of(job, results), factors_of(job, results, state)
-    if results[0].round_number == 1:
-        _warn_of_noise(job, results, shares)
     for result, factor in zip(results, factors, strict=True):
         if factor < 1:
             where = about(result.run, result.round_number, result.site)
@@ -71,12 +69,12 @@ def _believed(job: Job, results: Sequence[TrainResult]) -> list[float]:
     return [result.public_size / _noise_ratio(job, result) ** 2 for result in results]
 
 
-def _warn_of_noise(job: Job, results: Sequence[TrainResult], shares: Sequence[float]) -> None:
-    """Say so where holding a large site down makes the average much noisier."""
-    if not all(result.spending for result in results):
+def warn_of_noise(job: Job, results: Sequence[TrainResult]) -> None:
+    """Say so where holding a large site down makes the average of these results much noisier."""
+    if not results or not all(result.spending for result in results):
         return
     noises = [result.spending.event.noise_multiplier / result.public_size for result in results if result.spending]
-    times = noise_grown(shares, _believed(job, results), noises)
+    times = noise_grown(shares_of(job, results), _believed(job, results), noises)
     if times >= WORTH_TELLING:
         sizes = [result.public_size for result in results]
         words = held_down(job.config.max_share, sizes, times)
@@ -105,12 +103,12 @@ def held_down(max_share: float, sizes: Sequence[int], times: float) -> str:
     """Return what a person should know where sites of these sizes average ``times`` the noise that they would by size.
 
     >>> held_down(0.5, [20000, 500, 500], 8.62)
-    "max-share 0.5 holds down the site with 20000 of 21000 records, so the noise of the average is 8.6 times what it \
-would be by size: set max-share = 1.0 if the sites' sizes can be believed"
+    "max-share 0.5 holds down the largest site, 20000 of 21000 in all, so the noise of the average is 8.6 times what \
+it would be by size: set max-share = 1.0 if the sites' sizes can be believed"
     """
     return (
-        f"max-share {max_share:g} holds down the site with {max(sizes)} of {sum(sizes)} records, so the noise of the "
-        f"average is {times:.1f} times what it would be by size: set max-share = 1.0 if the sites' sizes can be "
+        f"max-share {max_share:g} holds down the largest site, {max(sizes)} of {sum(sizes)} in all, so the noise of "
+        f"the average is {times:.1f} times what it would be by size: set max-share = 1.0 if the sites' sizes can be "
         "believed"
     )
 

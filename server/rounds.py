@@ -14,7 +14,7 @@ from common.run_lines import LayerLine
 from common.starts import PaidStart
 from common.words import counted
 from server.admission import Admission, Member
-from server.aggregation import contributions
+from server.aggregation import contributions, warn_of_noise
 from server.checkpoint import Checkpoint
 from server.drop_outs import RecoveringSites
 from server.learning import layer_lines, statistic_noise, with_noises
@@ -123,6 +123,8 @@ def run_rounds(
                 break
             raise too_few(got, round_number, job.config.min_sites)
         results = list(got.results.values())
+        if round_number == 1 and not got.summed:
+            warn_of_noise(job, results)
         averaged = list(got.summed) or with_noises(job, contributions(job, results, state), results, state)
         learning = layer_lines(job, state, averaged, results, summed=bool(got.summed))
         step = round_step(job, measured, results, averaged)

@@ -1,4 +1,4 @@
-"""How a run is conducted: what its folder says of an end that nobody foresaw, and who else may have written it."""
+"""The conduct of a run: what its folder says of an end that nobody foresaw, and who else may have written it."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from experiments.in_process import InProcessTransport, run_in_process
 from reports import report_of
 from reports.folder import read_run
 from reports.sites import epsilon_by
+from server import rounds
 from server.conduct import NOT_PUBLISHED, _Observer
 from server.lock import only_writer
 from server.records import RunFolder
@@ -285,3 +286,12 @@ def test_the_line_of_a_round_shows_what_its_own_release_costs_whatever_a_site_te
     assert cost > 0.1
     (shown,) = (text for text in told(folder) if text.startswith("round 1/1"))
     assert f"  ε {epsilon_text(cost)} of 60 " in shown
+
+
+def test_noise_that_a_held_down_site_costs_is_looked_for_once_a_run(
+    toy_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[int] = []
+    monkeypatch.setattr(rounds, "warn_of_noise", lambda _, results: looked.extend(r.round_number for r in results))
+    run_in_process({**toy_settings, "rounds": 2}, 1, "looked")
+    assert looked == [1]

@@ -440,7 +440,7 @@ def test_a_large_site_that_is_held_down_is_a_warning_and_its_noise_counts(toy_se
     assert held.signal is not None
     assert believed.signal is not None
     assert held.signal.noise / believed.signal.noise == pytest.approx(by_shares / by_size)
-    assert any("holds down the site with 4000 of 4200 records" in warning for warning in held.warnings)
+    assert any("holds down the largest site, 4000 of 4200 in all" in warning for warning in held.warnings)
     assert believed.noise_of_shares == 1.0
     assert not any("max-share" in warning for warning in believed.warnings)
     alike = planned(settings, (400, 300, 300))
