@@ -82,7 +82,12 @@ TRUSTED = {"privacy.mode": "client-level", "privacy.unit": "site", "privacy.coho
         ({"data.name": "reviews.csv", "data.labels": MANY}, "head-only", "because there are 5 labels"),
         ({"rounds": 6}, "head-only", "because rounds is 6, and 'metric' needs 10 or more"),
         ({"privacy.mode": "none"}, "open", ""),
-        ({"privacy.mode": "none", "rounds": 3, "adapter.rank": 4, "data.name": "reuters"}, "open", ""),
+        ({"privacy.mode": "none", "rounds": 24, "adapter.rank": 4, "data.name": "reuters"}, "open", ""),
+        (
+            {"privacy.mode": "none", "rounds": 23},
+            "plain",
+            "recipe is 'plain' and not 'open', because rounds is 23, and 'open' needs 24 or more",
+        ),
         (
             {"privacy.mode": "none", "training.local-steps": 4},
             "plain",
@@ -205,13 +210,14 @@ def test_the_head_is_fitted_in_the_first_rounds_and_in_the_last(rounds: int | No
     assert without.head_first == 0, "without a clip its steps are other ones"
 
 
-def test_a_run_without_privacy_trains_every_linear_layer_in_smaller_steps() -> None:
+def test_a_run_without_privacy_trains_every_linear_layer_by_plain_steps_and_the_servers_adam() -> None:
     config = configure({"privacy.mode": "none"}).config
-    assert (config.rounds, config.adapter.targets, config.training.learning_rate) == (12, "all-linear", 0.004)
-    for own in ({"privacy.mode": "dp-sgd"}, {"training.optimizer": "sgd"}, {"server.optimizer": "adam"}):
-        named = configure({"recipe": "open", "privacy.mode": "none", **own}).config
-        assert (named.rounds, named.adapter.targets) == (12, "all-linear")
-        assert (named.training.optimizer, named.training.learning_rate) == ("sgd", 1.0), "a rate of Adam's"
+    training, server = config.training, config.server
+    assert (config.rounds, config.adapter.targets) == (48, "all-linear")
+    assert (training.optimizer, training.local_steps, training.learning_rate) == ("sgd", 1, 1.0)
+    assert (server.optimizer, server.learning_rate, server.adam_tau) == ("adam", 0.004, 1e-6)
+    own = configure({"recipe": "open", "privacy.mode": "none", "training.optimizer": "adam"}).config.training
+    assert (own.optimizer, own.learning_rate) == ("adam", 0.01), "a rate of plain steps would send Adam astray"
 
 
 def test_what_is_left_open_may_be_said() -> None:

@@ -250,7 +250,7 @@ def test_what_the_command_prints_is_a_file_that_makes_the_same_run(tmp_path: Pat
 
 
 def test_a_value_that_is_left_open_is_printed_with_what_the_run_makes_of_it() -> None:
-    printed = run("training.local-steps", "-c", 'privacy.mode="none"')
+    printed = run("training.local-steps", "-c", 'privacy.mode="none" recipe="plain"')
     assert printed.splitlines()[-2:] == [
         "# (whole number at least 0, or 'auto'; unit: steps; here 16)",
         'training.local-steps = "auto"',
