@@ -14,7 +14,7 @@ from common.tasks import TASKS
 from common.tasks.examples import Dataset
 from common.tasks.tables import Unfit
 from common.words import counted
-from deploy.site_folder import SiteFolder, check_pinned, node_settings
+from deploy.site_folder import SiteFolder, check_pinned, dataset_of, node_settings
 
 if TYPE_CHECKING:
     from client.policy import Policy
@@ -40,7 +40,10 @@ def check_site(folder: SiteFolder, say: Callable[[str], None], more: str = "", *
             not cover them: there are more than are declared, or they take longer to read than a round gives them.
         DataError: the records are not there, or lack a column; the rows of a file cannot be told apart, or a line is
             none; or no row is a record. Every round would then send noise alone, and pay for it.
+        LedgerError: the ledger cannot be read.
     """
+    from client.ledger.file import withdrawn_in
+    from client.site import ledger_of
     from common.data.sources import load_protected
 
     settings = node_settings(folder, more)
@@ -64,6 +67,8 @@ def check_site(folder: SiteFolder, say: Callable[[str], None], more: str = "", *
         declared = int(settings.get("public-size", policy.public_size))
         _check_time(policy.reply_after, declared, unit.count(reading.dataset), seconds, unit.name)
     say(f"records: {fit} of {fit + others} rows fit" + ("; the others count as none" if others else ""))
+    if (dataset := dataset_of(settings, policy)) in withdrawn_in(ledger_of(settings)):
+        say(f"withdrawn: {dataset} is, so every round is refused but one that was charged before")
     if unit.grouped:
         say(_persons(reading.dataset))
     declared, there = int(settings.get("public-size", policy.public_size)), unit.count(reading.dataset)

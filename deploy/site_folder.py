@@ -245,6 +245,11 @@ def policy_of_node(settings: Mapping[str, Scalar]) -> Policy:
     return policy
 
 
+def dataset_of(settings: Mapping[str, Scalar], policy: Policy) -> str:
+    """Return the name by which the site's ledger knows its records."""
+    return str(settings.get("dataset-id") or policy.dataset_id or settings["site"])
+
+
 def check_pinned(folder: SiteFolder, settings: Mapping[str, Scalar]) -> Policy:
     """Return the steward's policy, once it says what the site's own records are for, and what they may cost.
 

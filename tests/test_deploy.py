@@ -791,12 +791,22 @@ def test_check_and_withdrawal_let_cells_hold_line_breaks_by_the_policy_alone(
     policy.write_text(f"line-breaks = true\n{policy.read_text(encoding='utf-8')}", encoding="utf-8")
     lines, withdrawn = list[str](), list[int]()
     check_site(site, lines.append)
-    assert lines[0] == "records: 2 of 2 rows fit"
+    assert lines == ["records: 2 of 2 rows fit", "labels: bad 1, good 1", *lines[2:]]
+    assert not any("withdrawn" in line for line in lines)
     monkeypatch.setattr(Ledger, "remember", lambda _, __, records: withdrawn.append(len(records)))
     withdraw_site(site, "asked for", lines.append)
     assert withdrawn == [2 * 3], (
         "a record, of three hashes each, that goes over lines would be taken again under another name"
     )
+    lines.clear()
+    check_site(site, lines.append, rows=False)
+    assert lines == [
+        "records: 2 of 2 rows fit",
+        "withdrawn: clinic is, so every round is refused but one that was charged before",
+    ]
+    other: list[str] = []
+    check_site(site, other.append, 'dataset-id="another"', rows=False)
+    assert other == lines[:1], "another data set of this ledger is not withdrawn"
 
 
 UNREADABLE = [
