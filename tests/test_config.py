@@ -163,7 +163,10 @@ def test_a_setting_by_its_old_name_makes_the_same_run_and_says_the_new_one(old: 
             {"server.epsilon": 0.0},
             "server.adam-tau must be above 0, not 0.0 (server.epsilon is called server.adam-tau now)",
         ),
-        ({"training.schedule": "step"}, "linear, cosine (training.schedule is called schedule now)"),
+        (
+            {"training.schedule": "step"},
+            "cosine, slanted (did you mean 'slanted'?) (training.schedule is called schedule now)",
+        ),
         ({"adapter.init": "kaimin"}, "(did you mean 'kaiming'?) (adapter.init is called adapter.start now)"),
     ],
 )

@@ -173,7 +173,22 @@ def test_each_optimizer_steps_as_its_paper_says(name: str) -> None:
     assert all(abs(end - ends[other]) > 1e-4 for other in OPTIMIZERS if other != name), "two optimisers do the same"
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@fast
+@given(total=st.integers(1, 300), peak=st.floats(1e-5, 10))
+def test_slanted_rates_rise_to_the_peak_in_a_tenth_of_the_steps_and_fall_to_the_end(total: int, peak: float) -> None:
+    course = [learning_rate("slanted", peak, step, total) for step in range(total)]
+    top = course.index(max(course))
+    assert max(course) <= peak * (1 + 1e-12), "it is above the peak"
+    # Where the tenth is no whole number of steps, the peak lies between two of them.
+    assert max(course) >= peak * (1 - 1 / (1 + total / 10)), f"it ends its rise at {max(course) / peak} of the peak"
+    assert top <= max(0.0, total / 10 - 1) + 1, f"it rises for {top + 1} of {total} steps"
+    assert all(later > earlier for earlier, later in pairwise(course[: top + 1])), "the rise has a step that falls"
+    assert all(later < earlier for earlier, later in pairwise(course[top:])), "it rises again"
+    assert course[-1] > 0, "it wastes its last step at a rate of 0"
+    assert course[0] == (peak if total <= 10 else pytest.approx(peak * 10 / total)), "the rise begins elsewhere"
+
+
+@pytest.mark.parametrize("schedule", [schedule for schedule in SCHEDULES if schedule != "slanted"])
 @fast
 @given(total=st.integers(2, 300), peak=st.floats(1e-5, 10))
 def test_a_schedule_starts_at_the_peak_and_never_rises(schedule: str, total: int, peak: float) -> None:
@@ -186,8 +201,12 @@ def test_a_schedule_starts_at_the_peak_and_never_rises(schedule: str, total: int
 def test_the_schedules_end_where_they_should() -> None:
     total, end = 200, {s: learning_rate(s, 2.0, 199, 200) for s in SCHEDULES}
     middle = {s: learning_rate(s, 2.0, 50, total) for s in SCHEDULES}
-    assert end == pytest.approx({"constant": 2.0, "linear": 2.0 / 200, "cosine": 1 + math.cos(math.pi * 199 / 200)})
-    assert middle == pytest.approx({"constant": 2.0, "linear": 1.5, "cosine": 1 + math.sqrt(0.5)})
+    assert end == pytest.approx(
+        {"constant": 2.0, "linear": 2.0 / 200, "cosine": 1 + math.cos(math.pi * 199 / 200), "slanted": 2 / 181}
+    )
+    assert middle == pytest.approx(
+        {"constant": 2.0, "linear": 1.5, "cosine": 1 + math.sqrt(0.5), "slanted": 2 * 150 / 181}
+    )
 
 
 def test_a_run_without_a_step_has_a_rate_all_the_same() -> None:

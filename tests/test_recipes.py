@@ -215,7 +215,8 @@ def test_a_run_without_privacy_trains_every_linear_layer_by_plain_steps_and_the_
     training, server = config.training, config.server
     assert (config.rounds, config.adapter.targets) == (48, "all-linear")
     assert (training.optimizer, training.local_steps, training.learning_rate) == ("sgd", 1, 1.0)
-    assert (server.optimizer, server.learning_rate, server.adam_tau) == ("adam", 0.004, 1e-6)
+    assert (server.optimizer, server.learning_rate, server.adam_tau) == ("adam", 0.006, 1e-6)
+    assert (server.schedule, training.schedule) == ("slanted", "constant"), "one of them follows it"
     own = configure({"recipe": "open", "privacy.mode": "none", "training.optimizer": "adam"}).config.training
     assert (own.optimizer, own.learning_rate) == ("adam", 0.01), "a rate of plain steps would send Adam astray"
 

@@ -48,11 +48,12 @@ class Open(Recipe):
         return {
             "rounds": ROUNDS,
             "evaluate-every": 8,
+            "schedule": "slanted",
             "adapter.targets": "all-linear",
             "training.optimizer": "sgd",
             "training.local-steps": 1,
             "training.sample-rate": 0.072,
             "server.optimizer": "adam",
-            "server.learning-rate": 0.004,
+            "server.learning-rate": 0.006,
             "server.adam-tau": 1e-6,
         }
