@@ -41,7 +41,7 @@ class TrainingSettings(Section):
     optimizer: Annotated[str, OneOf(("auto", *OPTIMIZERS))] = "auto"
     """``sgd``, ``momentum``, ``adam``, ``adamw``. ``auto``: Adam, or plain SGD where the server has Adam."""
     learning_rate: Annotated[float, NOT_NEGATIVE, RATIO] = 0.0
-    """The site's, at the start of the schedule. 0: what suits the optimiser, 0.01 for Adam and else 1."""
+    """The site's, at the peak of ``schedule``. 0: what suits the optimiser, 0.01 for Adam and else 1."""
     momentum: Annotated[float, Interval(0, 1, low_too=True, high_too=False), RATIO] = 0.9
     """For ``momentum``; also Adam's β₁."""
     beta2: Annotated[float, Interval(0, 1, high_too=False), RATIO] = 0.999
@@ -74,7 +74,7 @@ class ServerSettings(Section):
     """``none``: the average is the new model. ``adam``: the change is a gradient for the server's Adam (FedAdam).
     ``momentum``: it is one for gradient descent with a heavy ball. ``auto``: ``adam`` under privacy, else ``none``."""
     learning_rate: Annotated[float, POSITIVE, RATIO] = 0.025
-    """The server's optimiser's, at the start of the schedule. 0.025 suits Adam."""
+    """The server's optimiser's, at the peak of ``schedule``. 0.025 suits Adam."""
     adam_tau: Annotated[float, POSITIVE, RATIO] = 1e-3
     """FedAdam's τ, added to the root of Adam's second moment: changes well below it do not become full steps."""
     momentum: Annotated[float, Interval(0, 1, low_too=True, high_too=False), RATIO] = 0.5

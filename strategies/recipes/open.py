@@ -7,7 +7,7 @@ place, however unevenly labels are divided. Adam at the sites is not that. It be
 gradient to full steps, so a site with one label alone goes on towards that label with nothing left to learn (Wang
 et al. 2021, Local Adaptivity in Federated Learning, arXiv 2106.02305).
 
-The figures were chosen on IMDB (``experiments/LOG.md``).
+The figures were chosen on IMDB and on QNLI (``experiments/LOG.md``).
 """
 
 from __future__ import annotations
