@@ -17,6 +17,7 @@ from common.privacy.accounting import LEAST_DELTA, noise_multiplier_for
 from common.privacy.events import LEAST_RATE, MOST_NOISE, EventKind
 from common.privacy.figures import epsilon_text, honest_text
 from common.privacy.plan import PrivacyPlan
+from server.optimizer import usual_change
 from server.plausible import implausible, largest_norm, oversized, update_norm
 from server.registered import misnamed
 from server.terms import least_plan, paid_plan
@@ -77,7 +78,7 @@ class Admission:
         left = {node: result for node, result in left.items() if node not in reasons}
         norms = {node: update_norm(self._job, result, state) for node, result in left.items()}
         bounds = {n: largest_norm(self._job, least_plan(self._job, r), r, state) for n, r in left.items()}
-        return reasons | implausible(norms, bounds)
+        return reasons | implausible(norms, bounds, usual_change(state))
 
     def contradictions(self, results: Mapping[int, TrainResult], online: Collection[int]) -> dict[int, str]:
         """Return the nodes that no honest site under their name would answer as, with the reason.

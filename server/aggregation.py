@@ -15,6 +15,11 @@ lengths one site is then at most ``longest p / (longest p + 1 - p)``, where the 
 Two sites have no middle, and nobody can say which of them lies. No share is then above ``(1 + max-share) / 2``:
 half of what is free above ``max-share`` is left to an honest pair whose sizes differ. No update is longer than
 ``longest`` times what an honest one can be by the settings, where they bound it.
+
+They bound no plain step without a clip. There an update may be as long as a change usually is, by the server's Adam
+(``optimizer.usual_change``), however short the middle one is: by that Adam a site then moves the numbers by about its
+share of full steps. Of fewer than three sites none is longer than ``longest`` times that. In the first round nothing is
+usual yet, so that nothing bounds two sites there.
 """
 
 from __future__ import annotations
@@ -28,6 +33,7 @@ from common.log import about
 from common.messages.round import TrainResult
 from common.messages.state import AdapterState
 from common.messages.tensors import apply
+from server.optimizer import usual_change
 from server.plausible import held_by, honest_norm, update_norm
 from server.terms import least_plan, usual_noise
 from strategies import Contribution, ServerState
@@ -149,7 +155,8 @@ def factors_of(job: Job, results: Sequence[TrainResult], state: ServerState) -> 
     """Return what each update is scaled by: 1, or less for one that is longer than the others', or than is honest."""
     honest = [honest_norm(job, least_plan(job, result), result, state) for result in results]
     bounded = all(math.isfinite(most) and most for most in honest)
-    if len(results) < ENOUGH and not bounded:
+    usual = 0.0 if bounded else usual_change(state)
+    if len(results) < ENOUGH and not (bounded or usual):
         return [1.0] * len(results)
     lengths = [
         update_norm(job, result, state) / (most if math.isfinite(most) and most else 1.0)
@@ -157,7 +164,9 @@ def factors_of(job: Job, results: Sequence[TrainResult], state: ServerState) -> 
     ]
     longest = job.mechanism.longest
     if len(results) >= ENOUGH:
-        longest *= median(lengths)
+        longest = max(longest * median(lengths), usual)
+    elif not bounded:
+        longest *= usual
     return [longest / length if length > longest else 1.0 for length in lengths]
 
 

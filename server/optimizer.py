@@ -17,6 +17,7 @@ multiplied by their share of all weight: what few sites train moves as they weig
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -79,6 +80,23 @@ def server_step(config: RunConfig, before: ServerState, averaged: ServerState) -
             adapter[layer][name] = _where(active, (x.double() - eta * step).to(x.dtype), x)
     moments = Moments(first, second, steps, clocks)
     return replace(averaged, adapter=merge(averaged.adapter, adapter), optimizer=moments)
+
+
+def usual_change(state: ServerState) -> float:
+    """Return the root of the summed second moments of the server's Adam, corrected for their start at zero.
+
+    That is the root of the mean squared length of the rounds' mean changes. 0 before the first step, and of any other
+    optimiser.
+    """
+    held = state.optimizer
+    return math.sqrt(
+        math.fsum(
+            float(tensor.sum()) / (1 - BETA2 ** held.steps[layer])
+            for layer, factors in held.second.items()
+            if held.steps.get(layer)
+            for tensor in factors.values()
+        )
+    )
 
 
 def _clocks(before: ServerState, averaged: ServerState) -> AdapterState:

@@ -15,8 +15,10 @@ noise is counted at the adapter's rate, so sites of unlike ranks, which have one
 are held to bounds alike.
 
 Both are met with room (``SLACK``), for large Poisson batches; what is above is not counted. Plain SGD
-without privacy has no such bound; there a contribution is measured against the median of the round,
-if at least three sites answered. How much of the average a contribution within the bound may be is
+without privacy has no such bound. There a contribution is measured against the median of the round,
+if at least three sites answered, and against the usual length of a change, as the server's Adam
+remembers it (``optimizer.usual_change``): where most sites have nothing left to learn, one that has is no liar.
+How much of the average a contribution within the bound may be is
 ``aggregation``'s to say.
 """
 
@@ -108,14 +110,22 @@ def oversized(sizes: Mapping[str, int], ratio: float) -> dict[str, str]:
     }
 
 
-def implausible(norms: Mapping[int, float], bounds: Mapping[int, float]) -> dict[int, str]:
-    """Return the nodes whose update is too large, with the reason; norms and bounds are by node."""
-    middle = median(norms.values()) if len(norms) >= 3 else math.inf
+def implausible(norms: Mapping[int, float], bounds: Mapping[int, float], usual: float = 0.0) -> dict[int, str]:
+    """Return the nodes whose update is too large, with the reason.
+
+    Args:
+        norms: of the updates, by node.
+        bounds: what the settings allow, by node.
+        usual: the usual length of a change; 0: not known.
+    """
+    known = max(usual, median(norms.values()) if len(norms) >= 3 else 0.0)
+    middle = known if known or len(norms) >= 3 else math.inf
     reasons = {}
     for node, norm in norms.items():
         bound = bounds[node]
         if not norm <= bound:
             reasons[node] = f"the update's norm {norm:.3g} is above {bound:.3g}, the most that the settings allow"
         elif math.isinf(bound) and not norm <= MEDIANS * middle:
-            reasons[node] = f"the update's norm {norm:.3g} is above {MEDIANS:g} times the round's median {middle:.3g}"
+            what = "the round's median" if middle > usual else "the usual change's"
+            reasons[node] = f"the update's norm {norm:.3g} is above {MEDIANS:g} times {what} {middle:.3g}"
     return reasons

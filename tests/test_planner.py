@@ -517,6 +517,18 @@ def test_sites_share_the_workers_and_a_deployed_round_waits_for_the_slowest() ->
     here, deployed = round_seconds(MEASURED, 5, [90.0, 10.0, 30.0, 10.0], workers=2)
     assert deployed == pytest.approx(5.0 + 2.0)
     assert here == pytest.approx(max(5.0, 1.0 + 2.0 + 1.0) + 2.0)
+    assert round_seconds(MEASURED, 5, [90.0], 1, scored=0.25) == pytest.approx((5.5, 5.5))
+
+
+def test_a_round_that_is_not_scored_takes_no_scoring(toy_settings: dict[str, Any]) -> None:
+    def seconds(rounds: int, every: int) -> float:
+        told = {**toy_settings, "rounds": rounds, "evaluate-every": every}
+        found = dataclasses.replace(planned(told), calibration=MEASURED, workers=2).round_seconds
+        assert found is not None
+        return found[1]
+
+    # Of seven rounds the third, the sixth and the last are scored, two seconds each.
+    assert 7 * (seconds(7, 1) - seconds(7, 3)) == pytest.approx(4 * 2.0)
 
 
 @given(st.integers(0, 400), st.integers(1, 300))

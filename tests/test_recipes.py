@@ -82,6 +82,15 @@ TRUSTED = {"privacy.mode": "client-level", "privacy.unit": "site", "privacy.coho
         ({"data.name": "reviews.csv", "data.labels": MANY}, "head-only", "because there are 5 labels"),
         ({"rounds": 6}, "head-only", "because rounds is 6, and 'metric' needs 10 or more"),
         ({"privacy.mode": "none"}, "open", ""),
+        # As files of all settings have them that were written before a recipe had others.
+        ({"schedule": "linear", "server.adam-tau": 0.001}, "metric", ""),
+        (
+            {"training.schedule": "linear", "server.epsilon": 0.001},
+            "metric",
+            "training.schedule is called schedule now",
+        ),
+        ({"schedule": "cosine"}, "plain", "because schedule is set"),
+        ({"server.adam-tau": 0.01}, "plain", "because server.adam-tau is set"),
         ({"privacy.mode": "none", "rounds": 24, "adapter.rank": 4, "data.name": "reuters"}, "open", ""),
         (
             {"privacy.mode": "none", "rounds": 23},
@@ -217,6 +226,11 @@ def test_a_run_without_privacy_trains_every_linear_layer_by_plain_steps_and_the_
     assert (training.optimizer, training.local_steps, training.learning_rate) == ("sgd", 1, 1.0)
     assert (server.optimizer, server.learning_rate, server.adam_tau) == ("adam", 0.006, 1e-6)
     assert (server.schedule, training.schedule) == ("slanted", "constant"), "one of them follows it"
+    said = configure({"privacy.mode": "none", "schedule": "linear"}).config
+    assert (said.recipe, said.server.schedule) == ("open", "linear"), "who says a value has it"
+    noised = configure({"recipe": "open"}).config
+    assert (noised.rounds, noised.server.learning_rate, noised.server.adam_tau) == (48, 0.025, 1e-3)
+    assert noised.server.schedule == "linear", "a τ so small makes full steps of noise"
     own = configure({"recipe": "open", "privacy.mode": "none", "training.optimizer": "adam"}).config.training
     assert (own.optimizer, own.learning_rate) == ("adam", 0.01), "a rate of plain steps would send Adam astray"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from common.model.federated import Score
 from common.run_lines import RoundLine, read_lines
 from experiments.in_process import run_in_process
 from server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from server.optimizer import server_step
+from server.optimizer import BETA2, server_step, usual_change
 from strategies import STRATEGIES, Contribution, Moments, ServerState
 from strategies.fed_svd import FedSVD
 from strategies.ffa_lora import FFALoRA
@@ -230,6 +231,23 @@ def test_what_sites_do_not_train_has_no_moments_and_those_of_an_older_checkpoint
     mine, held = ([list(entries(part)) for part in (o.first, o.second)] for o in (ours.optimizer, theirs.optimizer))
     assert str(mine) == str(held), "what an older checkpoint keeps for nothing is kept on"
     assert ours.optimizer.steps == theirs.optimizer.steps
+
+
+def test_the_usual_change_is_the_root_of_the_mean_squared_length_of_the_changes() -> None:
+    state, squares = ServerState(0, start(), ("B",)), 0.0
+    assert usual_change(state) == 0.0, "nothing is usual before the first step"
+    weights = [BETA2**2, BETA2, 1.0]  # of the oldest change first, as Adam forgets
+    for seed, weight in zip((1, 2, 3), weights, strict=True):
+        other = start(seed)
+        sent = {"layer": {"B": other["layer"]["B"]}, HEAD: other[HEAD]}
+        averaged = FFALoRA().combine(state, [Contribution("s", 1.0, sent)])
+        trained = [("layer", "B"), (HEAD, "weight"), (HEAD, "bias")]
+        changes = [state.adapter[k][n] - averaged.adapter[k][n] for k, n in trained]
+        squares += weight * sum(float(change.square().sum()) for change in changes)
+        state = server_step(CONFIG, state, averaged)
+    assert usual_change(state) == pytest.approx(math.sqrt(squares / sum(weights)), rel=1e-12)
+    without = replace(state, optimizer=state.optimizer.without({"layer", HEAD}))
+    assert usual_change(without) == 0.0, "moments that were dropped are no memory"
 
 
 def test_every_strategy_lowers_the_loss_under_the_servers_adam(toy_settings: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,15 @@ from common.privacy import MECHANISMS
 from server import aggregation
 from server.admission import Admission
 from server.aggregation import capped, contributions, warn_of_noise
+from server.optimizer import BETA2
 from server.plausible import honest_norm, largest_norm
 from server.terms import least_plan, usual_noise
-from strategies import ServerState
+from strategies import Moments, ServerState
 from strategies.job import Job, configure
 
 PRIVATE: dict[str, Any] = {"server.optimizer": "none", "training.optimizer": "sgd", "training.learning-rate": 0.1}
 OPEN: dict[str, Any] = {**PRIVATE, "privacy.mode": "none"}
+PLAIN: dict[str, Any] = {**OPEN, "server.optimizer": "adam", "training.learning-rate": 1.0, "training.local-steps": 1}
 NOISE_TIMES = {"noise": 100.0, "boundless noise": 1e5}
 
 LONGEST, LONGEST_OPEN = MECHANISMS["dp-sgd"].longest, MECHANISMS["none"].longest
@@ -178,6 +181,62 @@ def test_one_of_two_sites_that_sends_all_that_is_plausible_is_shortened_to_what_
     likely = honest_norm(job, least_plan(job, last), last, STATE)
     assert l2_norm(shortened.state) == pytest.approx(LONGEST * likely, rel=1e-5)
     assert l2_norm(results[1].contribution) > 4 * LONGEST * likely, "a case in which nothing is shortened"
+
+
+def after(length: float) -> ServerState:
+    """Return the state of a server's Adam whose only change until now was so long."""
+    moments = Moments(update(length, 7), {"layer": {"B": (1 - BETA2) * update(length, 7)["layer"]["B"].double() ** 2}})
+    return replace(STATE, optimizer=replace(moments, steps={"layer": 1}))
+
+
+def of_lengths(job: Job, lengths: Sequence[float]) -> list[TrainResult]:
+    results = round_of(job, len(lengths))
+    return [
+        replace(r, contribution=update(length, i)) for i, (r, length) in enumerate(zip(results, lengths, strict=True))
+    ]
+
+
+def lengths_of(job: Job, lengths: Sequence[float], state: ServerState) -> list[float]:
+    """Return how long updates of these lengths are in the average; none of them is dropped."""
+    results = of_lengths(job, lengths)
+    assert Admission(job, {}).judge(dict(enumerate(results)), state, range(9)) == {}
+    return [l2_norm(c.state) for c in contributions(job, results, state)]
+
+
+@pytest.mark.parametrize("little", [0.0, 1e-12, 1e-3], ids=str)
+def test_a_site_that_has_something_left_to_learn_counts_where_the_others_have_nothing(little: float) -> None:
+    job, usual = configure(PLAIN), 0.5
+    for length in (0.4, 0.5, 20.0):
+        found = lengths_of(job, [little, little, length], after(usual))
+        assert found == pytest.approx([little, little, min(length, usual)], rel=1e-5)
+    results = of_lengths(job, [little, little, 0.4])
+    if little < 1e-3:
+        told = Admission(job, {}).judge(dict(enumerate(results)), STATE, range(9))
+        assert list(told) == [2], "the fault is not found: without a memory the round's median alone counts"
+
+
+def test_where_the_others_learn_their_middle_bounds_an_update_and_not_what_was_usual() -> None:
+    job = configure(PLAIN)
+    assert lengths_of(job, [1.0, 1.0, 50.0], after(0.5)) == pytest.approx([1.0, 1.0, LONGEST_OPEN], rel=1e-5)
+    results = of_lengths(job, [1.0, 1.0, 101.0])
+    told = Admission(job, {}).judge(dict(enumerate(results)), after(0.5), range(9))
+    assert told == {2: "the update's norm 101 is above 100 times the round's median 1"}
+
+
+def test_one_of_two_sites_is_no_longer_than_a_few_usual_changes_after_the_first_round() -> None:
+    job = configure(PLAIN)
+    assert lengths_of(job, [0.4, 40.0], after(0.5)) == pytest.approx([0.4, LONGEST_OPEN * 0.5], rel=1e-5)
+    results = of_lengths(job, [0.4, 1e20])
+    told = Admission(job, {}).judge(dict(enumerate(results)), after(0.5), range(9))
+    assert told == {1: "the update's norm 1e+20 is above 100 times the usual change's 0.5"}
+    assert lengths_of(job, [0.4, 40.0], STATE) == pytest.approx([0.4, 40.0], rel=1e-5), "nothing is usual in round 1"
+
+
+def test_what_was_usual_bounds_nothing_where_the_settings_do() -> None:
+    job = configure(PRIVATE)
+    results = round_of(job, 4)
+    for state in (STATE, after(1e-9), after(1e9)):
+        assert [c.state for c in contributions(job, results, state)] == [r.contribution for r in results]
 
 
 def test_one_site_alone_is_all_of_the_average_and_stays_as_long_as_it_is() -> None:

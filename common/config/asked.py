@@ -96,9 +96,9 @@ class RunSettings(RunTerms):
     """Everything that is asked of a run."""
 
     schedule: Annotated[str, OneOf(SCHEDULES)] = "linear"
-    """Course of the learning rate over the run. ``slanted`` rises in its first tenth and falls from there on, as
-    ``linear`` does. The server's optimiser follows it if there is one, else the sites' do; beside a server's optimiser
-    the sites' rate is constant."""
+    """Course of the learning rate over the run. ``slanted`` rises in the first tenth of more than ten steps, and
+    falls from there on as ``linear`` does. The server's optimiser follows it if there is one, else the sites' do;
+    beside a server's optimiser the sites' rate is constant."""
     head_rate: Annotated[float, NOT_NEGATIVE, RATIO] = 0.0
     """The head's learning rate over that of the other tensors, applied once, by whichever optimiser follows
     ``schedule``. 0: 4 in a private run, else 5."""

@@ -124,13 +124,17 @@ def calibrate(server_model: ServerModel, config: RunConfig, workers: int) -> Cal
     )
 
 
-def round_seconds(calibration: Calibration, steps: int, batches: Sequence[float], workers: int) -> tuple[float, float]:
-    """Return the time of one round: simulated here on ``workers`` processes, and with a machine for each site.
+def round_seconds(
+    calibration: Calibration, steps: int, batches: Sequence[float], workers: int, scored: float = 1.0
+) -> tuple[float, float]:
+    """Return the mean time of a round: simulated here on ``workers`` processes, and with a machine for each site.
 
-    Sites are taken in order by the next free worker; both times include scoring the global model once.
+    Sites are taken in order by the next free worker. Both times include scoring the global model in ``scored`` of the
+    rounds.
     """
     here, apart = _shared([calibration.site_seconds(steps, batch) for batch in batches], workers)
-    return here + calibration.score_seconds, apart + calibration.score_seconds
+    scoring = scored * calibration.score_seconds
+    return here + scoring, apart + scoring
 
 
 def feature_seconds(

@@ -109,11 +109,12 @@ class Forecast:
 
     @property
     def round_seconds(self) -> tuple[float, float] | None:
-        """One round simulated on this machine, and with a machine like it for each site."""
+        """The mean round simulated on this machine, and with a machine like it for each site."""
         if self.calibration is None:
             return None
-        steps = self.job.config.training.local_steps
-        return round_seconds(self.calibration, steps, self.expected_batches, self.workers)
+        config = self.job.config
+        scored = math.ceil(config.rounds / config.evaluate_every) / config.rounds  # the last round always is
+        return round_seconds(self.calibration, config.training.local_steps, self.expected_batches, self.workers, scored)
 
     @property
     def feature_seconds(self) -> tuple[float, float] | None:

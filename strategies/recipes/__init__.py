@@ -29,6 +29,7 @@ _IMAGES = ModelConfig(task="image-classification")
 _RUNS = (
     RunSettings(),
     RunSettings(privacy=PrivacyConfig(mode="secure-sum")),
+    RunSettings(privacy=PrivacyConfig(mode="none")),
     RunSettings(model=ModelConfig(task="causal-lm")),
     RunSettings(model=_IMAGES),
     RunSettings(model=_IMAGES, privacy=PrivacyConfig(mode="secure-sum")),
