@@ -75,8 +75,8 @@ class NoPrivacy(Mechanism):
     conceals: ClassVar[bool] = False
     pace: ClassVar[Pace] = Pace(server_optimizer="none", local_steps=16, sample_rate=0.018, head_rate=5.0)
     head: ClassVar[str] = ""
-    # Honest ones were up to 2.7 times as long by Adam at the sites. Those of plain steps are shortened now and then where
-    # labels are uneven: 8 in 40 rounds of SST-2 by six sites.
+    # Honest ones were up to 2.7 times as long by Adam at the sites. Those of plain steps are shortened now and then
+    # where labels are uneven: 8 in 40 rounds of SST-2 by six sites.
     longest: ClassVar[float] = 3.0
 
     def exposing_plan(self, privacy: PrivacyConfig, training: TrainingConfig) -> ExposingPlan:

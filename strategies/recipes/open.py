@@ -3,9 +3,10 @@
 Where no noise is added, more trained numbers cost none, and more steps none either. Under noise both do.
 
 A round's mean change is the gradient of one batch of the whole federation. So the run is Adam on all records in one
-place, however unevenly labels are divided. Adam at the sites is not that. It begins anew in every round and brings any
-gradient to full steps, so a site with one label alone goes on towards that label with nothing left to learn (Wang
-et al. 2021, Local Adaptivity in Federated Learning, arXiv 2106.02305).
+place, however unevenly labels are divided, but where a site's update is shortened (``server.aggregation``). Adam at the
+sites is not that. It begins anew in every round and brings any gradient to full steps, so a site with one label alone
+goes on towards that label with nothing left to learn (Wang et al. 2021, Local Adaptivity in Federated Learning, arXiv
+2106.02305).
 
 The figures were chosen on IMDB and on QNLI (``experiments/LOG.md``).
 """
