@@ -11,6 +11,9 @@ from common.config.asked import RunSettings, optimizers
 from common.config.sections import Scalar
 from common.tasks import TASKS
 
+ORDINARY = RunSettings()
+"""What settings are where neither anybody nor a recipe says otherwise."""
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -30,6 +33,13 @@ class Asked:
         """Whether what one record adds to a step is clipped, so that steps are no longer than that times their rate."""
         mechanism = self.settings.privacy.mechanism
         return mechanism.charged or mechanism.central
+
+    @property
+    def as_ever(self) -> frozenset[str]:
+        """Keys that everybody had so until a recipe had others: a file that says all of a run's settings has them."""
+        run = self.settings
+        schedule = {"schedule"} if run.schedule == ORDINARY.schedule else set()
+        return frozenset(schedule | ({"server.adam-tau"} if run.server.adam_tau == ORDINARY.server.adam_tau else set()))
 
     @property
     def told_noise(self) -> bool:

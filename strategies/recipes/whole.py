@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from common.config.asked import RunSettings
 from common.tasks import TASKS
 from strategies.recipes.base import Asked
 
@@ -15,8 +14,6 @@ FREE = (
     *("start.text", "start.text-sha256", "start.records"),
 )
 """Among them what may be set beside them."""
-ORDINARY = RunSettings()
-"""What settings are where neither anybody nor a recipe says otherwise."""
 METHODS = ("adapter.name", "adapter.start")
 """Settings that say by themselves that another method is wanted."""
 
@@ -41,10 +38,7 @@ def own_method(asked: Asked, *, claims: bool = True) -> str:
         return f"model.task is {run.model.task!r}"
     if run.model.quantise != "none" or run.model.checkpointing:
         return "model.quantise or model.checkpointing is set"
-    # Files that say all of a run's settings have these as everybody had them until a recipe had others.
-    as_ever = {"schedule"} if run.schedule == ORDINARY.schedule else set()
-    as_ever |= {"server.adam-tau"} if run.server.adam_tau == ORDINARY.server.adam_tau else set()
-    own = sorted(key for key in asked.given - as_ever if key.startswith(DECIDED) and key not in FREE)
+    own = sorted(key for key in asked.given - asked.as_ever if key.startswith(DECIDED) and key not in FREE)
     if not task.worded and run.head.start == "zeros":
         own = [key for key in own if key != "head.start"]  # there is no other but a random one
     return f"{own[0]} is set" if own else ""
