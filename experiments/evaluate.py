@@ -39,7 +39,7 @@ def load_result(adapter: Path) -> Result:
     """Return the model of a saved adapter, built with ``PeftModel.from_pretrained``.
 
     Raises:
-        DataError: the folder holds no saved adapter.
+        DataError: the folder holds no saved adapter, or a file of it is missing.
         ModelError: the base model on this machine has other weights than the run's.
     """
     about = _about(adapter)
@@ -105,13 +105,21 @@ def _base(about: AdapterFile, name: str) -> BaseModel:
 
 def _result(about: AdapterFile, base: BaseModel, adapter: Path, tuned: Path | None) -> Result:
     """Return a base model with the adapter of ``tuned``, if any, and the head of ``adapter``."""
+    if tuned:
+        _there(tuned / "adapter_model.safetensors")  # PEFT would look on the hub for it
     with pefts_old_names():
         peft_model = PeftModel.from_pretrained(base.module, str(tuned)) if tuned else base.module
     task = TASKS[about.task].pooled(str(about.settings.get("head.pool", "mean")))
     model = task.module(peft_model, base, len(about.label_names) if task.labelled else 0, about.feature_scale)
     if model.head is not None:
-        model.head.load_state_dict(load_file(str(adapter / "head.safetensors")))
+        model.head.load_state_dict(load_file(_there(adapter / "head.safetensors")))
     return Result(model, about, base, task)
+
+
+def _there(path: Path) -> str:
+    if not path.is_file():
+        raise DataError(f"{path} is not there: take the whole folder of the run, or put that file back")
+    return str(path)
 
 
 def _score(result: Result) -> Score:

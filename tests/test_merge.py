@@ -209,6 +209,15 @@ def test_a_merge_is_whole_or_not_at_all(
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
 
 
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "head.safetensors"])
+def test_a_run_that_lacks_a_file_is_one_line_and_no_hub_is_asked(toy_settings: dict[str, Any], name: str) -> None:
+    run = run_in_process({**toy_settings, "rounds": 1}, 2)
+    (run / "adapter" / name).unlink()
+    code, said = fedveil("evaluate", run)
+    assert (code, "Traceback" in said) == (1, False)
+    assert f"{name} is not there: take the whole folder of the run, or put that file back" in " ".join(said.split())
+
+
 def test_the_merged_default_job_scores_as_the_run_did(toy_settings: dict[str, Any], tmp_path: Path) -> None:
     """Over the whole public test part, the labels of merged and apart are the same."""
     run = run_in_process({**toy_settings, "rounds": 1}, 2)
