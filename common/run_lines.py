@@ -251,6 +251,15 @@ class LayerLine:
 
 
 @dataclass(frozen=True)
+class ShortenedLine:
+    """An update that was longer than is likely, so that the server made it shorter."""
+
+    site: str
+    factor: float
+    """What its change was multiplied by."""
+
+
+@dataclass(frozen=True)
 class RoundLine(RunFile):
     """One round, asked for by the server, whether or not it counts."""
 
@@ -287,6 +296,8 @@ class RoundLine(RunFile):
     """The score by slice of the test data (``data.slice``)."""
     learning: list[LayerLine] = field(default_factory=list)
     """Which layers learn, from what was sent; empty in a round that does not count, and in round 0."""
+    shortened: list[ShortenedLine] = field(default_factory=list)
+    """Updates that were made shorter; empty in lines of an earlier FedVeil, which told the log alone."""
 
 
 @dataclass(frozen=True)

@@ -203,7 +203,7 @@ def _noised(
         replace(result, contribution=_sent(job, state, result.rank, site_noise(job, result), draw))
         for result in results
     ]
-    return noised, with_noises(job, contributions(job, noised, state), noised, state)
+    return noised, with_noises(job, contributions(job, noised, state), noised)
 
 
 def _sent(job: Job, state: ServerState, rank: int, noise: float, draw: torch.Generator) -> AdapterState:

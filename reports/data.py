@@ -28,6 +28,7 @@ from reports.learning import LayerReport, layer_reports
 from reports.meaning import NO_BOUND, MeaningReport, meaning_report
 from reports.scores import LabelReport, label_reports
 from reports.sharing import Sharing, sharing_of
+from reports.shortened import ShortenedReport, shortened_reports
 from reports.sites import (
     ReleaseReport,
     SiteReport,
@@ -165,6 +166,8 @@ class ReportData:
     other_releases: list[ReleaseReport]
     refusals: list[Absence]
     """Of every attempt at every round."""
+    shortened: list[ShortenedReport]
+    """Updates that were longer than is likely; empty: none was, or an earlier FedVeil told its log alone."""
     settings: list[Setting]
     versions: dict[str, str]
     origin: Origin | None
@@ -225,6 +228,7 @@ def report_of(folder: Path) -> ReportData:
         spent=_spent(files.privacy),
         other_releases=other_releases(files),
         refusals=[absence for line in files.rounds for absence in line.failures],
+        shortened=shortened_reports(files.rounds),
         settings=_settings(settings, files.config.chosen),
         versions=versions,
         origin=origin,

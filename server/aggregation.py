@@ -60,7 +60,7 @@ def contributions(job: Job, results: Sequence[TrainResult], state: ServerState) 
             where = about(result.run, result.round_number, result.site)
             log.warning("the update is scaled by %.3g: it is longer than is likely", factor, extra=where)
     return [
-        Contribution(result.site, share, shortened(job, result, state, factor), result.rank)
+        Contribution(result.site, share, shortened(job, result, state, factor), result.rank, factor=factor)
         for result, share, factor in zip(results, shares, factors, strict=True)
     ]
 

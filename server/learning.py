@@ -16,7 +16,6 @@ from common.messages.round import TrainResult
 from common.messages.state import HEAD, AdapterState, Factors
 from common.nulls import LEVEL, cross_site_energy, energy_of_sum, noise_edge
 from common.run_lines import LayerLine
-from server.aggregation import factors_of, shares_of
 from server.noise import known, noised_whole, of_average, release_noise, site_noise, sum_noise
 from strategies import Contribution, ServerState
 from strategies.job import Job
@@ -69,7 +68,7 @@ def _parts(
     if summed:  # what rests in the round is in no vector, and has no noise
         changes = [_moved(change) for change in changes]
     weights = [contribution.weight for contribution in averaged]
-    noises = [_of_sum(job, averaged, results)] if summed else noises_of(job, results, state)
+    noises = [_of_sum(job, averaged, results)] if summed else noises_of(job, results, averaged)
     return [
         Part(weight / math.fsum(weights), change, noise)
         for weight, change, noise in zip(weights, changes, noises, strict=True)
@@ -89,24 +88,22 @@ def _moved(change: AdapterState) -> AdapterState:
     return {layer: factors for layer, factors in kept.items() if factors}
 
 
-def noises_of(job: Job, results: Sequence[TrainResult], state: ServerState) -> list[float | None]:
+def noises_of(job: Job, results: Sequence[TrainResult], averaged: Sequence[Contribution]) -> list[float | None]:
     """Return the standard deviation of one coordinate of the noise in each site's change as it is averaged."""
-    own, factors = [step_noise(job, result) for result in results], factors_of(job, results, state)
-    return [None if noise is None else noise * factor for noise, factor in zip(own, factors, strict=True)]
+    own = [step_noise(job, result) for result in results]
+    return [None if noise is None else noise * one.factor for noise, one in zip(own, averaged, strict=True)]
 
 
-def statistic_noise(job: Job, results: Sequence[TrainResult], state: ServerState) -> float:
+def statistic_noise(job: Job, results: Sequence[TrainResult], averaged: Sequence[Contribution]) -> float:
     """Return the standard deviation of the noise on one number of the mean of what sites released for a paid start."""
-    shares, factors = shares_of(job, results), factors_of(job, results, state)
-    noises = [release_noise(job, result) * factor for result, factor in zip(results, factors, strict=True)]
-    return of_average([share / math.fsum(shares) for share in shares], noises)
+    whole = math.fsum(one.weight for one in averaged)
+    noises = [release_noise(job, result) * one.factor for result, one in zip(results, averaged, strict=True)]
+    return of_average([one.weight / whole for one in averaged], noises)
 
 
-def with_noises(
-    job: Job, averaged: Sequence[Contribution], results: Sequence[TrainResult], state: ServerState
-) -> list[Contribution]:
+def with_noises(job: Job, averaged: Sequence[Contribution], results: Sequence[TrainResult]) -> list[Contribution]:
     """Return what a strategy combines, each with its noise; 0 where the run promises nothing, so that there is none."""
-    noises = noises_of(job, results, state) if job.mechanism.charged else [0.0] * len(results)
+    noises = noises_of(job, results, averaged) if job.mechanism.charged else [0.0] * len(results)
     return [replace(one, noise=noise) for one, noise in zip(averaged, noises, strict=True)]
 
 

@@ -226,6 +226,7 @@ class RunFolder:
                 labels=self._by_label(outcome.score) if outcome.score else [],
                 slices=self._by_slice(outcome.score) if outcome.score else [],
                 learning=list(outcome.learning),
+                shortened=list(outcome.shortened),
             )
         )
 

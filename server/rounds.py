@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from common.errors import RunFailed
 from common.messages.tensors import merge
 from common.model.federated import Score
-from common.run_lines import LayerLine
+from common.run_lines import LayerLine, ShortenedLine
 from common.starts import PaidStart
 from common.words import counted
 from server.admission import Admission, Member
@@ -26,7 +26,7 @@ from server.sites import Gathering, Sites, Transport
 from server.sums import SummedSites
 from server.trusted import TrustedSites
 from server.watched import watched
-from strategies import ServerState, mean
+from strategies import Contribution, ServerState, mean
 from strategies.job import Job
 
 
@@ -44,6 +44,8 @@ class RoundOutcome:
     """Whether the quorum was reached; if not, nothing was averaged."""
     learning: tuple[LayerLine, ...] = ()
     """Which layers learn, of a round of training that counts."""
+    shortened: tuple[ShortenedLine, ...] = ()
+    """The updates that were longer than is likely, and what they were multiplied by."""
 
 
 class Observer(Protocol):
@@ -125,7 +127,7 @@ def run_rounds(
         results = list(got.results.values())
         if round_number == 1 and not got.summed:
             warn_of_noise(job, results)
-        averaged = list(got.summed) or with_noises(job, contributions(job, results, state), results, state)
+        averaged = list(got.summed) or with_noises(job, contributions(job, results, state), results)
         learning = layer_lines(job, state, averaged, results, summed=bool(got.summed))
         step = round_step(job, measured, results, averaged)
         if job.config.server.scores:
@@ -133,12 +135,20 @@ def run_rounds(
         state = job.strategy.server_update(state, averaged, step)
         due = round_number % job.config.evaluate_every == 0 or round_number == job.config.rounds
         score = server_model.score(state.adapter) if due else None
-        outcome = RoundOutcome(round_number, got, score, time.monotonic() - began, learning=tuple(learning))
+        outcome = RoundOutcome(
+            *(round_number, got, score, time.monotonic() - began),
+            learning=tuple(learning),
+            shortened=_shortened(averaged),
+        )
         observer.finished(outcome, state, admission.members)
         if job.renews_after(round_number):
             state = _renewed(server_model, state, admission, observer)
             measured = server_model.rule_statistic(state)
     return state
+
+
+def _shortened(averaged: Sequence[Contribution]) -> tuple[ShortenedLine, ...]:
+    return tuple(ShortenedLine(one.site, one.factor) for one in averaged if one.factor < 1)
 
 
 def _renewed(server_model: ServerModel, state: ServerState, admission: Admission, observer: Observer) -> ServerState:
@@ -173,11 +183,13 @@ def _initialise(job: Job, sites: Sites, server_model: ServerModel, observer: Obs
             score = server_model.score(state.adapter)
             observer.missed(RoundOutcome(0, got, score, time.monotonic() - began, counts=False))
             raise too_few(got, 0, job.config.min_sites)
-        observer.initialised(RoundOutcome(0, got, None, time.monotonic() - began))
         results = list(got.results.values())
-        measured = mean(contributions(job, results, state))
+        averaged = contributions(job, results, state)
+        seconds = time.monotonic() - began
+        observer.initialised(RoundOutcome(0, got, None, seconds, shortened=_shortened(averaged)))
+        measured = mean(averaged)
         if isinstance(job.origin, PaidStart):
-            noise = statistic_noise(job, results, state)
+            noise = statistic_noise(job, results, averaged)
             server_model.found = job.origin.found(measured, job.adapter.rank, noise)
         state = job.begin(server_model.start, server_model.completed(measured))
         return job.start(server_model.calibrated(state.adapter)) if job.calibrated else state

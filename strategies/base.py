@@ -85,6 +85,8 @@ class Contribution:
     """How many columns the site has declared that it trains; 0: the run's strategy does not ask."""
     noise: float | None = None
     """Standard deviation of the noise on one number of an adapted layer, as far as it is known; 0: there is none."""
+    factor: float = 1.0
+    """What the change that the site sent was multiplied by, because it was longer than is likely; 1: it is as sent."""
 
 
 @dataclass(frozen=True)

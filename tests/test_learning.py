@@ -258,7 +258,7 @@ def test_a_rounds_lines_are_by_the_shares_noises_and_rates_of_its_sites_and_the_
         times = wanted / float(torch.linalg.matrix_norm(average, 2))
         changes = [{**change, x: {"B": times * change[x]["B"]}} for change in changes]
     results = answers(job, changes, state)
-    averaged = with_noises(job, contributions(job, results, state), results, state)
+    averaged = with_noises(job, contributions(job, results, state), results)
     assert all(one.state is result.contribution for one, result in zip(averaged, results, strict=True))
     assert averaged_noise(job, results, averaged) == pytest.approx(mean, rel=1e-12)
     lines = {line.layer: line for line in layer_lines(job, state, averaged, results, summed=False)}
@@ -276,7 +276,7 @@ def test_a_change_that_is_shortened_has_its_noise_shortened_with_it() -> None:
     job, state = job_of(), state_of()
     noises = [RATE * noise / (SAMPLED * size) for size, noise in zip(SIZES, TOLD, strict=True)]
     results = answers(job, alike(5, (0.01, 0.01, 3.0)), state)
-    averaged = with_noises(job, contributions(job, results, state), results, state)
+    averaged = with_noises(job, contributions(job, results, state), results)
     sent = results[2].contribution["dense"]["B"] - state.adapter["dense"]["B"]
     kept = averaged[2].state["dense"]["B"] - state.adapter["dense"]["B"]
     factor = float(kept.norm() / sent.norm())
@@ -299,7 +299,7 @@ def test_the_noise_of_a_paid_starts_mean_is_that_of_its_sites_shares_and_of_what
         shares, factor = [0.5 * 100 / 108, 0.5, 0.5 * 8 / 108], parts[2] / parts[0]
         assert (factor < 0.9) == (lengths[2] > 1)
         wanted = math.hypot(shares[0] * own[0], shares[1] * own[1], shares[2] * factor * own[2])
-        assert statistic_noise(job, results, state) == pytest.approx(wanted, rel=1e-9)
+        assert statistic_noise(job, results, averaged) == pytest.approx(wanted, rel=1e-9)
 
 
 def test_of_a_sum_the_line_is_of_what_moves_in_the_round_by_the_noise_of_all_sites_together() -> None:
@@ -324,7 +324,7 @@ def test_of_sites_of_unlike_ranks_the_lines_are_of_the_columns_that_all_of_them_
     for result, rank in zip(answers(job, alike(5, (0.01, 0.02, 0.03)), state), (2, 3, 1), strict=True):
         own = {x: {"B": result.contribution[x]["B"][:, :rank]} for x in OUT}
         results.append(replace(result, contribution={**own, HEAD: result.contribution[HEAD]}, rank=rank))
-    averaged = with_noises(job, contributions(job, results, state), results, state)
+    averaged = with_noises(job, contributions(job, results, state), results)
     lines = {line.layer: line for line in layer_lines(job, state, averaged, results, summed=False)}
     assert lines.keys() == {*OUT, HEAD}
     shares = [one.weight / math.fsum(one.weight for one in averaged) for one in averaged]
@@ -380,7 +380,7 @@ def test_what_sites_add_beyond_the_runs_noise_counts_by_what_they_are_known_by_o
     """The second states as much as the run, so nobody is counted at more; a shortened change has less of its own."""
     job, state = job_of(), state_of()
     results = answers(job, alike(5, (0.01, 0.01, 0.01)), state)
-    parts = with_noises(job, contributions(job, results, state), results, state)
+    parts = with_noises(job, contributions(job, results, state), results)
     halved = [replace(one, noise=0.5 * (one.noise or 0.0)) for one in parts]
     assert averaged_noise(job, results, halved) == pytest.approx(0.5 * averaged_noise(job, results, parts), rel=1e-12)
     shares = [one.weight / math.fsum(one.weight for one in parts) for one in parts]
@@ -392,7 +392,7 @@ def test_what_sites_add_beyond_the_runs_noise_counts_by_what_they_are_known_by_o
 def test_layers_have_no_line_in_a_round_in_which_they_rest() -> None:
     job, state = job_of(**{"training.refit": 1}), replace(state_of(), round_number=3)
     results = answers(job, alike(5), state, 4)
-    averaged = with_noises(job, contributions(job, results, state), results, state)
+    averaged = with_noises(job, contributions(job, results, state), results)
     assert [line.layer for line in layer_lines(job, state, averaged, results, summed=False)] == [HEAD]
     earlier = replace(state, round_number=2)
     assert len(layer_lines(job, earlier, averaged, results, summed=False)) == 3

@@ -1,0 +1,72 @@
+"""Updates that the server made shorter: counted by round and site, and told in every form of the report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_run import MadeRun
+
+from common.messages.round import Task, TrainResult, TrainTask
+from common.messages.tensors import apply
+from common.run_lines import RoundLine, ShortenedLine, read_lines
+from common.strict_json import to_json
+from experiments.in_process import InProcessTransport, run_in_process
+from reports import report_of
+from reports.markdown import to_markdown
+from reports.page import to_html
+from reports.shortened import SHORTENED, ShortenedReport, shortened_cells
+from server.sites import Exchange
+
+
+class Longer(InProcessTransport):
+    """Whose second site sends nine times the change that it found, in the second round alone."""
+
+    def exchange(self, tasks: Mapping[int, Task], timeout: float) -> Exchange:
+        exchange = super().exchange(tasks, timeout)
+        task, reply = tasks.get(1), exchange.replies.get(1)
+        if isinstance(task, TrainTask) and task.round_number == 2 and isinstance(reply, TrainResult):
+            held = {layer: {name: task.state[layer][name] for name in own} for layer, own in reply.contribution.items()}
+            reply.contribution.update(apply(lambda sent, old: old + 9.0 * (sent - old), reply.contribution, held))
+        return exchange
+
+
+def test_a_round_counts_the_updates_that_it_made_shorter_and_by_how_much(toy_settings: dict[str, Any]) -> None:
+    settings = {**toy_settings, "privacy.mode": "none", "rounds": 3, "recipe": "plain"}
+    folder = run_in_process(settings, 3, kind=Longer)
+    first, second, third = (line.shortened for line in read_lines(RoundLine, folder))
+    assert [one.site for one in second] == ["site-1"]
+    assert 0 < second[0].factor < 1
+    assert first == third == []
+    data = report_of(folder)
+    assert data.shortened == [ShortenedReport("site-1", [2], [second[0].factor])]
+
+
+def test_every_form_of_the_report_tells_them_and_says_nothing_where_there_are_none(tmp_path: Path) -> None:
+    made = MadeRun(tmp_path / "run").start().round(1, 0.7)
+    assert "made shorter" not in to_markdown(report_of(made.folder)) + to_html(report_of(made.folder))
+    (line,) = read_lines(RoundLine, made.folder)
+    for number, factors in ((2, {"site-1": 0.25, "site-10": 0.125}), (3, {"site-1": 0.5})):
+        shorter = [to_json(ShortenedLine(site, factor)) for site, factor in factors.items()]
+        made.append(RoundLine.NAME, {**to_json(line), "round": number, "shortened": shorter})
+    data = report_of(made.folder)
+    assert json.loads(json.dumps(to_json(data)))["shortened"] == [
+        {"site": "site-1", "rounds": [2, 3], "factors": [0.25, 0.5]},
+        {"site": "site-10", "rounds": [2], "factors": [0.125]},
+    ]
+    text, page = to_markdown(data), to_html(data)
+    assert SHORTENED in text
+    assert "| site-1 | 2 | 0.25 to 0.5 |" in text
+    assert "| site-10 | 1 | 0.125 |" in text
+    assert '<th scope="row" class="name">site-1</th><td class="n">2</td><td class="n">0.25 to 0.5</td>' in page
+
+
+@pytest.mark.parametrize(("sites", "rows"), [(12, 12), (13, 1)])
+def test_of_many_sites_the_table_has_one_row(sites: int, rows: int) -> None:
+    cells = shortened_cells([ShortenedReport(f"site-{i}", list(range(1 + i)), [0.5] * (1 + i)) for i in range(sites)])
+    assert len(cells) == rows
+    if rows == 1:
+        assert cells == [("site-0 … site-12 (13 sites)", "1 to 13", "0.5")]
