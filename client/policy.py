@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -228,6 +228,10 @@ class Policy:
         if unit != RECORD.name or self.records_per_person == UNLIMITED:
             return 1, math.inf
         return self.records_per_person, self.epsilon_person
+
+    def dataset_of(self, node: Mapping[str, Scalar], site: str) -> str:
+        """Return the name by which the ledger of a node's site knows its records: the site's own, if none is said."""
+        return str(node.get("dataset-id") or self.dataset_id or site)
 
     def check_size(self, public_size: int) -> None:
         """Raise ConfigError if delta is above one over the public size."""

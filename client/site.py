@@ -167,7 +167,7 @@ def open_site(node: Mapping[str, Scalar], config: RunConfig, run: str, *, simula
     name, policy = name_of(node), policy_of(node)
     own_ledger = "ledger" in node or not simulated
     ledger = ledger_of(node) if own_ledger else run_folder(config, run) / "ledgers" / f"{name}.sqlite"
-    dataset_id = str(node.get("dataset-id") or policy.dataset_id or name)
+    dataset_id, size = policy.dataset_of(node, name), declared_size(node, policy)
     if dataset_id in withdrawn_in(ledger):  # before a record is read: nothing of them is to be in memory again
         raise PolicyRefusal(WITHDRAWN.format(dataset_id))
     if "data" in node:
@@ -178,27 +178,54 @@ def open_site(node: Mapping[str, Scalar], config: RunConfig, run: str, *, simula
         data, unreadable = reading.dataset, "; ".join(reading.unreadable)
         if unreadable:
             log.error("no record is read, and rounds cost the same: %s", unreadable, extra=about(run, site=name))
-        size = node.get("public-size", policy.public_size)
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ConfigError(
-                "node setting 'public-size' is needed beside 'data', here or in the policy: "
-                "a whole number you declare public"
-            )
     else:
-        unreadable = ""
-        try:
-            part, parts = int(node["partition-id"]), int(node["num-partitions"])
-        except (KeyError, ValueError) as error:
-            raise ConfigError("the node names neither 'data' nor 'partition-id' and 'num-partitions'") from error
+        unreadable, (part, parts) = "", part_of(node)
         _check_source(node, config.data.name, simulated=simulated)
         if "division" in node:
             check_division(str(node["division"]), config)
         data = _partition(config.data, config.model.task, part, parts, simulated)
         # Anyone can repeat the division, so the size of a part follows from public settings.
-        held = config.privacy.mechanism.unit.count(data)
-        size = int(node.get("public-size", policy.public_size)) or public_size_of_part(held)
+        size = size or public_size_of_part(config.privacy.mechanism.unit.count(data))
     policy.check_size(size)
     return Site(name, data, dataset_id, size, ledger, policy, unreadable, rank_of(node), simulated)
+
+
+def declared_size(node: Mapping[str, Scalar], policy: Policy) -> int:
+    """Return the number of records, or of persons, that a site declares as public; 0: it follows from a division.
+
+    Raises:
+        ConfigError: it is no whole number, or none is declared beside ``data``.
+    """
+    size = node.get("public-size", policy.public_size)
+    if not isinstance(size, int) or isinstance(size, bool) or size < 0:
+        raise ConfigError(f"node setting 'public-size' is {size!r}: give a whole number that you declare public")
+    if "data" in node and not size:
+        raise ConfigError(
+            "node setting 'public-size' is needed beside 'data', here or in the policy: "
+            "a whole number that you declare public"
+        )
+    return size
+
+
+def part_of(node: Mapping[str, Scalar]) -> tuple[int, int]:
+    """Return which part of a job's data a node without ``data`` plays, from 0, and of how many.
+
+    Raises:
+        ConfigError: one of both is missing or no whole number, or there is no such part.
+    """
+    part, parts = node.get("partition-id"), node.get("num-partitions")
+    if part is None or parts is None:
+        raise ConfigError(
+            "this site has no records: give 'data' in the node's settings, or 'partition-id' and 'num-partitions' "
+            "in a simulation"
+        )
+    whole = all(isinstance(value, int) and not isinstance(value, bool) for value in (part, parts))
+    if not whole or not 0 <= int(part) < int(parts):
+        raise ConfigError(
+            f"the node's partition-id is {part!r} and its num-partitions {parts!r}: give a whole number of parts, and "
+            "one of them, counted from 0"
+        )
+    return int(part), int(parts)
 
 
 def ledger_of(node: Mapping[str, Scalar]) -> Path:

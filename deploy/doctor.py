@@ -28,7 +28,7 @@ from deploy.node_keys import read_node_key
 from deploy.refusal import why_refused, why_unreachable
 from deploy.registry import online_words
 from deploy.server_folder import RENEWAL, ServerFolder
-from deploy.site_folder import SiteFolder, check_name, check_pinned, dataset_of, node_settings, policy_of_node
+from deploy.site_folder import SiteFolder, check_name, check_pinned, node_settings, policy_of_node
 from deploy.start import secret_file
 from server.registered import names_in
 
@@ -192,7 +192,7 @@ def _persons(folder: SiteFolder) -> Iterator[CheckResult]:
         found = "the unit is a record; with records-per-person in the policy, ε of a person with the most stands here"
         yield CheckResult(True, what, found)
         return
-    dataset, spent, at = dataset_of(settings, policy), 0.0, policy.delta
+    dataset, spent, at = policy.dataset_of(settings, str(settings["site"])), 0.0, policy.delta
     honest, file = 0, _ledger_file(folder)
     if file.exists():
         with Ledger(file) as ledger:

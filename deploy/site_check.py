@@ -14,7 +14,7 @@ from common.tasks import TASKS
 from common.tasks.examples import Dataset
 from common.tasks.tables import Unfit
 from common.words import counted
-from deploy.site_folder import SiteFolder, check_pinned, dataset_of, node_settings
+from deploy.site_folder import SiteFolder, check_pinned, node_settings
 
 if TYPE_CHECKING:
     from client.policy import Policy
@@ -67,7 +67,7 @@ def check_site(folder: SiteFolder, say: Callable[[str], None], more: str = "", *
         declared = int(settings.get("public-size", policy.public_size))
         _check_time(policy.reply_after, declared, unit.count(reading.dataset), seconds, unit.name)
     say(f"records: {fit} of {fit + others} rows fit" + ("; the others count as none" if others else ""))
-    if (dataset := dataset_of(settings, policy)) in withdrawn_in(ledger_of(settings)):
+    if (dataset := policy.dataset_of(settings, str(settings["site"]))) in withdrawn_in(ledger_of(settings)):
         say(f"withdrawn: {dataset} is, so every round is refused but one that was charged before")
     if unit.grouped:
         say(_persons(reading.dataset))

@@ -228,26 +228,16 @@ def policy_of_node(settings: Mapping[str, Scalar]) -> Policy:
             whole number, or the settings say neither which records are the site's own nor which part of a job's data
             it plays.
     """
-    from client.site import policy_of, rank_of  # imports torch: seconds that only this needs
+    # Imports torch: seconds that only this needs.
+    from client.site import declared_size, part_of, policy_of, rank_of
 
     policy = policy_of(settings)
-    size = settings.get("public-size", policy.public_size)
-    if not isinstance(size, int) or isinstance(size, bool) or size < 0 or ("data" in settings and size == 0):
-        raise ConfigError("'public-size' is needed beside 'data', in the node's settings or the policy: a whole number")
-    if size:
+    if size := declared_size(settings, policy):
         policy.check_size(size)
     rank_of(settings)
-    if "data" not in settings and not {"partition-id", "num-partitions"} <= settings.keys():
-        raise ConfigError(
-            "this site has no records: give 'data' in the node's settings, or 'partition-id' and 'num-partitions' "
-            "in a simulation"
-        )
+    if "data" not in settings:
+        part_of(settings)
     return policy
-
-
-def dataset_of(settings: Mapping[str, Scalar], policy: Policy) -> str:
-    """Return the name by which the site's ledger knows its records."""
-    return str(settings.get("dataset-id") or policy.dataset_id or settings["site"])
 
 
 def check_pinned(folder: SiteFolder, settings: Mapping[str, Scalar]) -> Policy:

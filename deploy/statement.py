@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from common.errors import ConfigError
-from deploy.site_folder import dataset_of, node_settings, policy_of_node
+from deploy.site_folder import node_settings, policy_of_node
 from reports.statements import QUESTIONS, statement_text
 
 if TYPE_CHECKING:
@@ -25,5 +25,5 @@ def statement_of(folder: SiteFolder) -> str:
         raise ConfigError(
             f"{settings['policy']} states nothing about its records: add {', '.join(QUESTIONS)}, each as text in quotes"
         )
-    dataset = dataset_of(settings, policy)
+    dataset = policy.dataset_of(settings, str(settings["site"]))
     return statement_text(str(settings["site"]), dataset, answers)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from common.errors import DataError
 from deploy.site_check import pinned_settings
-from deploy.site_folder import SiteFolder, dataset_of, node_settings, policy_of_node
+from deploy.site_folder import SiteFolder, node_settings, policy_of_node
 
 
 def withdraw_site(folder: SiteFolder, reason: str, say: Callable[[str], None], more: str = "") -> None:
@@ -32,7 +32,7 @@ def withdraw_site(folder: SiteFolder, reason: str, say: Callable[[str], None], m
 
     settings = node_settings(folder, more)
     policy = policy_of_node(settings)
-    dataset = dataset_of(settings, policy)
+    dataset = policy.dataset_of(settings, str(settings["site"]))
     with Ledger(Path(str(settings["ledger"])).expanduser().absolute()) as ledger:
         ledger.holds.withdraw(dataset, reason)
         say(f"{dataset}: withdrawn. From now on every round on it is refused, and on what was charged for it.")
