@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.config.sections import Scalar
 from common.config.text import to_toml
@@ -23,6 +23,9 @@ from deploy.commands import environment, program
 from deploy.files import read_bytes
 from deploy.node_keys import public_pem
 from deploy.server_folder import CONNECTION, ServerFolder, connection_toml
+
+if TYPE_CHECKING:
+    from flwr.proto.node_pb2 import NodeInfo
 
 IN_USE, NO_SUCH_NODE, NO_SUCH_RUN = "already in use", "Node ID not found", "Run ID not found"
 SHUT_OUT = "unregistered"
@@ -72,11 +75,25 @@ class Control:
             DataError: ``line`` is no public key in OpenSSH form.
             RunFailed: the server refused or did not answer.
         """
+        key = public_pem(line)
+        return next((str(n.node_id) for n in self._nodes() if n.public_key == key and n.status != SHUT_OUT), "")
+
+    def has_node(self, node_id: str) -> bool:
+        """Return whether the server has, or had, a node of this number.
+
+        Raises:
+            RunFailed: the server refused or did not answer.
+        """
+        return any(str(node.node_id) == node_id for node in self._nodes())
+
+    def _nodes(self) -> list[NodeInfo]:
+        """Return every node that was ever registered; Flower keeps the rows of those that it has shut out."""
         import httpx  # with Flower's client, seconds that only this needs
         from flwr.proto.control_pb2 import ListNodesRequest
         from flwr.supercore.control import ControlHttpClient
 
-        key, failed, nodes = public_pem(line), "", []
+        failed = ""
+        nodes: list[NodeInfo] = []
         try:
             with ControlHttpClient.from_server_address(
                 self._address, insecure=False, root_certificates=self._authority, interceptors=()
@@ -87,7 +104,7 @@ class Control:
         except (httpx.HTTPStatusError, ssl.SSLError, ValueError) as error:
             failed = str(error).partition("\n")[0]
         self._good({"success": not failed, "error-message": failed}, "tell whose keys it knows")
-        return next((str(node.node_id) for node in nodes if node.public_key == key and node.status != SHUT_OUT), "")
+        return nodes
 
     def online(self) -> set[int]:
         """Return the numbers of the nodes that are online.

@@ -164,12 +164,17 @@ def _comments(text: str) -> list[str]:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a policy beside its place and put it there; it keeps its mode, a new one is its owner's alone."""
-    mode = path.stat().st_mode & 0o777 if path.exists() else 0o600
+    """Write a policy beside its place and put it there; its mode stays, and its owner where root writes.
+
+    A new one is the caller's alone.
+    """
+    held = path.stat() if path.exists() else None
     handle, draft = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.absolute().parent)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            os.fchmod(file.fileno(), mode)
+            if held and os.geteuid() == 0:  # a policy of root's own is none that the site can read
+                os.fchown(file.fileno(), held.st_uid, held.st_gid)
+            os.fchmod(file.fileno(), held.st_mode & 0o777 if held else 0o600)
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -94,7 +94,7 @@ def revoke_site(folder: ServerFolder, name: str) -> str:
 
     Raises:
         ConfigError: no site of this name was registered with this folder.
-        DataError: nothing in the folder says which node is the site's.
+        DataError: nothing in the folder says which node is the site's, or the server never had a node of its number.
         RunFailed: the server refused or did not answer.
     """
     kept, number = folder.nodes / f"{name}.pub", folder.nodes / f"{name}.id"
@@ -109,8 +109,14 @@ def revoke_site(folder: ServerFolder, name: str) -> str:
         if numbered:
             control.revoke(node)
         # A number that Flower does not know is no proof: what counts is that it lets the key in no more.
-        if key and (left := control.node_of(key)):
-            control.revoke(left)
+        if key:
+            if left := control.node_of(key):
+                control.revoke(left)
+        elif not control.has_node(node):
+            raise DataError(
+                f"{number} says {node}, and the server never had such a node: nobody is shut out; put the site's "
+                f"node.pub at {kept}"
+            )
     for path in (kept, number):
         path.unlink(missing_ok=True)
     sync_folder(folder.nodes)

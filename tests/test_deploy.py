@@ -949,6 +949,9 @@ class FakeControl:
         node = self.keys.get(line.decode().split()[1], "")
         return "" if node in self.revoked else node
 
+    def has_node(self, node_id: str) -> bool:
+        return node_id in self.keys.values()
+
     def status(self, run: str) -> str:
         status = self.statuses.pop(0) if self.statuses else "unknown"
         if status == SILENT:
@@ -1190,6 +1193,25 @@ def test_a_site_is_shut_out_by_its_key_whatever_its_number_is_said_to_be(
     (server.nodes / "clinic.id").write_text("99\n", encoding="utf-8")
     registry.revoke_site(server, "clinic")
     assert control.revoked == ["99", "17"], "Flower did not know the number, and lets the key in"
+
+
+def test_a_number_that_the_server_never_had_is_not_said_to_be_shut_out(
+    tmp_path: Path, fake_control: Callable[..., FakeControl]
+) -> None:
+    fake_control()
+    server = make_server(tmp_path / "server", ["127.0.0.1"])
+    site = site_for(tmp_path, 9092, server.path)
+    registry.register_site(server, site.path / "node.pub")
+    (server.nodes / "clinic.id").write_text("99\n", encoding="utf-8")
+    key = (server.nodes / "clinic.pub").read_bytes()
+    (server.nodes / "clinic.pub").unlink()
+    with pytest.raises(
+        DataError, match=r"clinic\.id says 99, and the server never had such a node: nobody is shut out"
+    ):
+        registry.revoke_site(server, "clinic")
+    assert (server.nodes / "clinic.id").is_file()
+    (server.nodes / "clinic.pub").write_bytes(key)
+    assert "clinic is shut out" in registry.revoke_site(server, "clinic")
 
 
 def test_a_key_in_the_folder_that_is_not_text_is_no_trace(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shlex
 import tomllib
@@ -116,6 +117,21 @@ def test_pins_are_put_in_and_the_stewards_other_words_stay(tmp_path: Path) -> No
     pin(path, PINS)
     assert path.read_text(encoding="utf-8") == text, "the same pins change the file"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("user", "given"), [(0, True), (1000, False)])
+def test_a_policy_that_root_pins_stays_its_sites(
+    user: int, given: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, owners = tmp_path / "policy.toml", list[tuple[int, int]]()
+    path.write_text("# Ours.\n", encoding="utf-8")
+    own = (path.stat().st_uid, path.stat().st_gid)
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    monkeypatch.setattr(os, "fchown", lambda _, *owner: owners.append(owner))
+    pin(path, PINS)
+    pin(tmp_path / "new.toml", PINS)
+    assert owners == [own] * given, "the site cannot read it, or nobody else may change an owner"
+    assert load_policy(path).labels == "bad,good"
 
 
 def test_pins_of_another_task_take_the_place_of_the_old_ones(tmp_path: Path) -> None:
