@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftModel
-from safetensors.torch import load_file
+from peft import PeftModel, get_peft_model_state_dict
 
 from common.adapters.base import pefts_old_names
 from common.data.sources import public_test
@@ -15,9 +17,10 @@ from common.errors import DataError, ModelError
 from common.model.base import BaseModel, load_base_model
 from common.model.device import choose_attention, choose_device
 from common.model.federated import Score, score_records
-from common.run_lines import AdapterFile, read_file
+from common.run_lines import AdapterFile, read_file, read_json
 from common.tasks import TASKS, Task
 from common.tasks.module import TaskModule
+from common.tensor_file import read_tensors
 from experiments.pruning.files import RecoveredFile
 from strategies.job import configure
 
@@ -39,7 +42,7 @@ def load_result(adapter: Path) -> Result:
     """Return the model of a saved adapter, built with ``PeftModel.from_pretrained``.
 
     Raises:
-        DataError: the folder holds no saved adapter, or a file of it is missing.
+        DataError: the folder holds no saved adapter, or a file of it is missing, damaged or of another model.
         ModelError: the base model on this machine has other weights than the run's.
     """
     about = _about(adapter)
@@ -105,21 +108,40 @@ def _base(about: AdapterFile, name: str) -> BaseModel:
 
 def _result(about: AdapterFile, base: BaseModel, adapter: Path, tuned: Path | None) -> Result:
     """Return a base model with the adapter of ``tuned``, if any, and the head of ``adapter``."""
-    if tuned:
-        _there(tuned / "adapter_model.safetensors")  # PEFT would look on the hub for it
-    with pefts_old_names():
-        peft_model = PeftModel.from_pretrained(base.module, str(tuned)) if tuned else base.module
+    peft_model = _with_adapter(base, tuned) if tuned else base.module
     task = TASKS[about.task].pooled(str(about.settings.get("head.pool", "mean")))
     model = task.module(peft_model, base, len(about.label_names) if task.labelled else 0, about.feature_scale)
     if model.head is not None:
-        model.head.load_state_dict(load_file(_there(adapter / "head.safetensors")))
+        head = adapter / "head.safetensors"
+        with _fitting(head):
+            model.head.load_state_dict(read_tensors(head))
     return Result(model, about, base, task)
 
 
-def _there(path: Path) -> str:
-    if not path.is_file():
-        raise DataError(f"{path} is not there: take the whole folder of the run, or put that file back")
-    return str(path)
+def _with_adapter(base: BaseModel, folder: Path) -> PeftModel:
+    # Both are read here first: PEFT would look on the hub for what is missing, and ends in its own errors.
+    read_json(folder / "adapter_config.json")
+    tensors = read_tensors(folder / "adapter_model.safetensors")
+    with pefts_old_names(), _fitting(folder), warnings.catch_warnings():
+        # PEFT leaves a missing tensor as it is made, and warns; a score without it would be another model's.
+        warnings.filterwarnings("ignore", "Found missing adapter keys", UserWarning)
+        model = PeftModel.from_pretrained(base.module, str(folder))
+        held = get_peft_model_state_dict(model, save_embedding_layers=False)
+        if missing := held.keys() - tensors.keys():
+            raise KeyError(f"it has no {min(missing)}")
+        return model
+
+
+@contextmanager
+def _fitting(path: Path) -> Iterator[None]:
+    """Say in one line which file does not fit the run's model."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        # torch's errors about a state have a heading, and then a line for each tensor.
+        first, _, rest = str(error).partition("\n")
+        reason = " ".join((rest.partition("\n")[0] or first).split())
+        raise DataError(f"{path} is not of this run's model ({reason}): take the run's folder anew") from error
 
 
 def _score(result: Result) -> Score:

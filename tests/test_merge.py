@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -216,6 +216,24 @@ def test_a_run_that_lacks_a_file_is_one_line_and_no_hub_is_asked(toy_settings: d
     code, said = fedveil("evaluate", run)
     assert (code, "Traceback" in said) == (1, False)
     assert f"{name} is not there: take the whole folder of the run, or put that file back" in " ".join(said.split())
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "head.safetensors", "adapter_config.json"])
+def test_a_damaged_file_of_a_run_is_one_line(toy_settings: dict[str, Any], name: str) -> None:
+    run = run_in_process({**toy_settings, "rounds": 1}, 2)
+    file = run / "adapter" / name
+    whole = file.read_bytes()
+    others = {"half": whole[: len(whole) // 2], "none": b"", "text": b"no tensor is in this line"}
+    if name == "adapter_config.json":
+        others["of another rank"] = json.dumps({**json.loads(whole), "r": json.loads(whole)["r"] + 1}).encode()
+        others["without its kind"] = json.dumps({"r": 2}).encode()
+    else:
+        others["of other tensors"] = save({"weight": torch.zeros(3, 5)})
+    for content in others.values():
+        file.write_bytes(content)
+        code, said = fedveil("evaluate", run)
+        assert code == 1, f"what has {content[:20]!r} is scored"
+        assert str(file) in said or "is not of this run's model" in said, said
 
 
 def test_the_merged_default_job_scores_as_the_run_did(toy_settings: dict[str, Any], tmp_path: Path) -> None:

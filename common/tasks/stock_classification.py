@@ -86,14 +86,16 @@ class StockClassification(Classification, pool="stock"):
             ConfigError: the run trained the head alone, so there is no adapter.
             ModelError: as of ``write_stock``.
         """
-        from safetensors.torch import load_file, save_file
+        from safetensors.torch import save_file
+
+        from common.tensor_file import read_tensors
 
         if not (adapter / "adapter_config.json").is_file():
             raise ConfigError("this run trained the head alone, and has no adapter: merge it without --form")
         stock = _stock_of(model)
         _compare(model, stock)
         own, inside = "base_model.model.", f"base_model.model.{stock.base_model_prefix}."
-        loaded = load_file(str(adapter / "adapter_model.safetensors"))
+        loaded = read_tensors(adapter / "adapter_model.safetensors")
         held = {inside + key.removeprefix(own): tensor for key, tensor in loaded.items()}
         held |= {f"{own}{HEAD}.{name}": tensor for name, tensor in _head_of(model).items()}
         config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from common.adapters.base import PEFT_PREFIX
 from common.errors import DataError, ModelError
@@ -14,6 +14,7 @@ from common.model.base import load_base_model
 from common.model.pruned import recovered, units_of
 from common.run_lines import AdapterFile, read_file, read_json
 from common.strict_json import to_json
+from common.tensor_file import read_tensors
 from experiments.pruning.files import RecoveredFile, put_json, read_pruned
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -40,7 +41,7 @@ def recover_run(run: Path, target: Path, pruned: Path | None = None) -> str:
     try:
         about = read_file(AdapterFile, adapter)
         config = read_json(adapter / CONFIG)
-        tensors = load_file(str(adapter / WEIGHTS))
+        tensors = read_tensors(adapter / WEIGHTS)
     except (OSError, ValueError, DataError) as error:
         raise DataError(f"{adapter} holds no adapter of a run that can be read: name a run's folder") from error
     told = read_pruned(pruned or Path(about.base_model))

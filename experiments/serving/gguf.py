@@ -17,6 +17,7 @@ from torch import Tensor
 from common.adapters.base import PEFT_PREFIX
 from common.errors import DataError, ModelError
 from common.run_lines import read_json
+from common.tensor_file import read_tensors
 
 
 @dataclass(frozen=True)
@@ -138,9 +139,6 @@ def _read(adapter: Path) -> tuple[dict[str, Any], dict[str, tuple[Tensor, Tensor
     Raises:
         DataError, ModelError: as ``export_gguf``.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     if not (adapter / "adapter_config.json").is_file():
         raise DataError(f"{adapter} holds no adapter: give the folder of a finished run that has one")
     config = read_json(adapter / "adapter_config.json")
@@ -149,12 +147,7 @@ def _read(adapter: Path) -> tuple[dict[str, Any], dict[str, tuple[Tensor, Tensor
             "the run has a classification head, which an adapter of llama.cpp has no place for: use the run's adapter "
             "folder as it is, with PEFT and head.safetensors"
         )
-    factors = adapter / "adapter_model.safetensors"
-    try:
-        tensors = load_file(str(factors))
-    except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{factors} cannot be read ({reason}): give the folder of a finished run") from error
+    tensors = read_tensors(adapter / "adapter_model.safetensors")
     ends = (".lora_A.weight", ".lora_B.weight")
     strange = [name for name in tensors if not name.endswith(ends)]
     if config.get("peft_type") != "LORA" or config.get("use_dora") or strange:
