@@ -7,6 +7,7 @@ It also brings the results up to date that a document cites (``cli.cited``), and
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,7 @@ from strategies.table import (
     markdown,
     pair_table,
     rule_table,
+    short_table,
     start_table,
     strategy_table,
     task_table,
@@ -297,11 +299,25 @@ def _default(parameter: click.Parameter) -> str:
     return "" if value is None or value == "" or callable(value) else f"`{value}`"
 
 
+def with_short_table(readme: str) -> str:
+    """Return README with its table of strategies as the rows have it.
+
+    >>> old = chr(10).join(["Before.", *short_table().splitlines()[:3], "", "After.", ""])
+    >>> with_short_table(old) == old.replace(chr(10).join(old.splitlines()[1:4]), short_table())
+    True
+    """
+    table = short_table()
+    head = re.escape(table.partition("\n")[0])
+    return re.sub(rf"^{head}\n(\|.*\n)*", lambda _: f"{table}\n", readme, count=1, flags=re.M)
+
+
 def main() -> None:
-    """Write every page, and the results that documents cite or have in a sentence."""
+    """Write every page, README's table of strategies, and the results that documents cite or have in a sentence."""
     for name, made in PAGES.items():
         (DOCS / name).write_text(made(), encoding="utf-8")
         print(f"docs/{name}")
+    readme = DOCS.parent / "README.md"
+    readme.write_text(with_short_table(readme.read_text(encoding="utf-8")), encoding="utf-8")
     for path in cited.write():
         print(f"results in {path.name}")
 

@@ -12,7 +12,6 @@ import math
 from collections.abc import Sequence
 
 from common.messages.round import TrainResult
-from common.privacy.plan import Plan
 from server.terms import paid_plan, usual_noise
 from strategies import Contribution, Strategy
 from strategies.job import Job
@@ -120,7 +119,7 @@ def exact_noise(job: Job, results: Sequence[TrainResult], averaged: Sequence[Con
 
 def noised_whole(job: Job, result: TrainResult) -> bool:
     """Return whether a site's plan noises what leaves it, and not the steps."""
-    return type(paid_plan(job, result)).outgoing is not Plan.outgoing
+    return paid_plan(job, result).noises_rounds
 
 
 def _rate(job: Job, result: TrainResult) -> float:

@@ -74,6 +74,8 @@ def honest_norm(job: Job, plan: Plan, result: TrainResult, state: ServerState) -
     if any(name not in state.adapter.get(layer, {}) for layer, f in result.contribution.items() for name in f):
         return math.inf
     config, training = job.config, job.config.training
+    if job.mechanism.charged and plan.noises_rounds:
+        return plan.longest_gradient(count(result.contribution), told)
     rates = (config.site_rate(result.round_number, step) for step in range(training.local_steps))
     head = count({layer: f for layer, f in result.contribution.items() if layer == HEAD})
     fastest = max(1.0, training.head_rate) if head else 1.0

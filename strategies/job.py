@@ -304,7 +304,7 @@ def _compose(filled: _Filled, given: Mapping[str, Scalar], renamed: Mapping[str,
     _check_unit(config)
     _check_cohort(config)
     config.privacy.mechanism.check_row()
-    config.privacy.mechanism.check(config)
+    config.privacy.mechanism.check_run(config)
     strategy.check(config.privacy.mechanism)
     strategy.check_run(config)
     name = strategy.adapter if named == "auto" else named

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from itertools import product
 from typing import Any, ClassVar
@@ -34,6 +35,8 @@ from contracts import (
 )
 
 from common.adapters import LoRADiagonal
+from common.config.sections import DataConfig
+from common.data.sources import load_dataset
 from common.errors import ConfigError
 from common.starts import STARTS, class_means
 from common.starts.dp_eva import DPEVA
@@ -42,6 +45,7 @@ from common.starts.eva import EVA
 from common.starts.orthonormal import Orthonormal
 from common.starts.private_eva import PrivateEVA
 from common.tasks import TASKS
+from common.tasks.examples import Example
 from server import conduct
 from strategies import ROWS, job
 from strategies.job import Job
@@ -184,6 +188,30 @@ def test_a_refusal_that_helps_nobody_is_found(said: str) -> None:
     with pytest.raises(AssertionError):
         sentence(ConfigError(said))
     assert sentence(ConfigError("strategy is wrong: set it to 'ffa-lora'"))
+
+
+def confused(examples: Sequence[Example], names: Sequence[str]) -> int:
+    """Return how many records the ledger would take for another that is unlike them."""
+    different: list[Example] = []
+    for example in (replace(example, key="", person="") for example in examples):
+        if example not in different:
+            different.append(example)
+    told = {one.canonical(None if one.label is None else names[one.label]) for one in different}
+    return len(different) - len(told)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_ledger_knows_a_tasks_records_apart(
+    task: str, contracts: Contracts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = contracts.world.of_task(task)
+    data = load_dataset(DataConfig(name=own["data.name"], labels=own.get("data.labels", "")), task)
+    assert len(data.examples) > 9
+    assert confused(data.examples, data.label_names) == 0
+    first = data.examples[0]
+    assert not TASKS[task].labelled or first.canonical("good") != first.canonical("bad")
+    monkeypatch.setattr(type(first), "canonical", lambda *_: "a record")
+    assert confused(data.examples, data.label_names) > 0, "the fault is not found"
 
 
 def test_a_row_that_comes_later_is_in_every_cell_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,7 +110,7 @@ def test_every_shipped_config_is_accepted_and_starts_with_its_command(path: Path
 
 
 def test_the_readmes_table_of_strategies_is_the_codes() -> None:
-    assert short_table() in (ROOT / "README.md").read_text(encoding="utf-8"), "put in strategies.table.short_table()"
+    assert short_table() in (ROOT / "README.md").read_text(encoding="utf-8"), "run make docs"
 
 
 @pytest.mark.parametrize("name", sorted(reference.PAGES))

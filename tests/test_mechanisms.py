@@ -109,6 +109,18 @@ def test_a_row_is_called_by_its_own_name_and_does_not_contradict_itself(name: st
 
 
 @each_row
+@pytest.mark.parametrize("key", ["privacy.honest-sites", "privacy.drop-outs"])
+def test_a_row_without_a_sum_refuses_what_is_of_sums(name: str, key: str) -> None:
+    """It would have no effect, and whoever set it would take the noise for shared."""
+    settings = {**settings_of(name), "privacy.honest-sites": 3, key: 3}
+    if MECHANISMS[name].summed:
+        configure(settings)
+    else:
+        with pytest.raises(ConfigError, match=r"leave it at 0, or set privacy\.mode to 'secure-sum'"):
+            configure({**settings_of(name), key: 3})
+
+
+@each_row
 def test_a_row_has_either_a_plan_that_pays_or_one_that_exposes(name: str) -> None:
     row, (privacy, training) = MECHANISMS[name], figures_of(name)
     if row.central:  # the server's plan pays, the site's exposes
@@ -449,6 +461,14 @@ def test_another_unit_sampler_and_noise_is_one_file_and_one_row(whole_site: dict
     assert "none: a site is in every round that it joins" in text
     assert "one training record" not in text
     assert all(site.rounds_joined == 2 for site in report.sites), report.refusals
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_an_update_that_is_noised_whole_is_not_taken_for_a_lie(whole_site: dict[str, Any], optimizer: str) -> None:
+    """The noise of a whole round is longer than steps on clipped averages, and than any step of Adam."""
+    own = {"privacy.clip-norm": 1.0, "training.optimizer": optimizer, "training.learning-rate": 0.01}
+    report = report_of(run_in_process({**whole_site, **own}, 3))
+    assert [site.rounds_joined for site in report.sites] == [2, 2, 2], report.refusals
 
 
 def test_its_noise_is_on_what_leaves_the_site(whole_site: dict[str, Any], tmp_path: Path) -> None:

@@ -90,12 +90,6 @@ def tiny(folder: str, family: str, start: Start, adapter: str = "lora-frozen-a",
     )
 
 
-OURS = (
-    *("orthonormal", "shared", "shards", "sparse"),
-    *("svd-of-weights", "minor-of-weights", "lu-of-weights", "nystrom"),
-)
-"""Rows that another process has without being told."""
-
 # --- from the weights -------------------------------------------------------------------------------------------------
 
 
@@ -202,7 +196,10 @@ def test_a_start_that_every_party_derives_leaves_base_and_outputs_bit_for_bit(
         assert change.abs().max() <= 1e-6 * weight.abs().max(), "the start is not the base model"
 
 
-DERIVED_OURS = [name for name in DERIVED if name in OURS]
+DERIVED_OURS = [name for name in DERIVED if STARTS[name].__module__.startswith("common.starts.")]
+"""Rows that another process has without being told."""
+DERIVED_BY = {name: f"{'lora-sb' if 'B' in STARTS[name].gives else 'lora-frozen-a'} {name}" for name in DERIVED_OURS}
+"""Adapter and start, of an adapter that asks for all that the start gives."""
 OF_A = "lora-frozen-a orthonormal"
 """Adapter and start of FFA-LoRA, whose sites share A."""
 PRINT_FINGERPRINTS = """
@@ -227,7 +224,7 @@ def derived_elsewhere(model_folder: Folder) -> dict[str, str]:
 
     Hashes and random numbers of this process are not those of the other one.
     """
-    wanted = [*(f"lora-sb {name}" for name in DERIVED_OURS), OF_A]
+    wanted = [*DERIVED_BY.values(), OF_A]
     there = subprocess.run(
         [sys.executable, "-c", PRINT_FINGERPRINTS, model_folder("bert"), *wanted],
         cwd=Path(__file__).parent.parent,
@@ -249,7 +246,7 @@ def derived_here(folder: str, kind: str, start: str) -> str:
 def test_two_processes_derive_the_same_start(
     model_folder: Folder, derived_elsewhere: dict[str, str], name: str
 ) -> None:
-    assert derived_elsewhere[f"lora-sb {name}"] == derived_here(model_folder("bert"), "lora-sb", name)
+    assert derived_elsewhere[DERIVED_BY[name]] == derived_here(model_folder("bert"), *DERIVED_BY[name].split())
 
 
 def test_every_process_derives_the_same_a_from_the_seed(

@@ -65,8 +65,9 @@ def llama(positions: int, scaling: dict[str, Any]) -> Any:
 def federated(
     folder: str, task: str, targets: str, precision: str = "float32", adapter: str = "lora", start: Start | None = None
 ) -> FederatedModel:
+    own = Orthonormal() if "B" in ADAPTERS[adapter].directions else Kaiming()
     return FederatedModel(
-        *(load_base_model(folder, task), ADAPTERS[adapter](4, 4.0, tuple(targets.split(",")), start or Kaiming())),
+        *(load_base_model(folder, task), ADAPTERS[adapter](4, 4.0, tuple(targets.split(",")), start or own)),
         *(TASKS[task], HeadConfig("trained" if task == "classification" else "frozen", "random")),
         seed=1,
         label_names=("bad", "good"),

@@ -358,4 +358,4 @@ def test_every_task_says_what_it_is(loaded: Loaded) -> None:
     words = [("classification", True), ("causal-lm", False), ("chat", False), ("instruction", False)]
     names = [*words, ("image-classification", True)]
     assert [(task.name, task.labelled) for task in tasks] == names
-    assert list(TASKS) == [task.name for task in tasks]
+    assert set(TASKS) >= {task.name for task in tasks}

@@ -91,7 +91,7 @@ class Adapter(ABC):
     free_scale: ClassVar[tuple[str, ...]] = ()
     """The frozen factors that one number may lengthen together: the change and its gradients, where what is trained is
     at 0, are then as many times as long (``common.starts.calibration``). Empty: there are none."""
-    no_free_scale: ClassVar[str] = ""
+    no_free_scale: ClassVar[str] = "has no frozen factor that is free in length"
     """Why there are none, as the end of a sentence about the adapter."""
     scale_factor: ClassVar[str] = ""
     """The frozen factor that is a scale itself, one number in place of ``scaling``: a rehearsal puts 1 there, as in

@@ -272,7 +272,7 @@ def _place_of(name: str, file: PackagedFile | UserFile) -> Path:
     if isinstance(file, PackagedFile):
         return packaged_file(file)
     path = Path(file.path)
-    if not path.is_file():
+    if not path.exists():
         raise DataError(
             f"the data set {name!r} is read from {path.absolute()}, which is not there and which {file.how}"
         )

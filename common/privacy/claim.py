@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-NO_CLAIM = "none: privacy.mode is 'none', so nothing is promised about any record"
+NO_CLAIM = "none: nothing is promised about any record"
 
 
 @dataclass(frozen=True)

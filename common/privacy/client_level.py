@@ -113,7 +113,6 @@ class ClientLevel(Mechanism):
 
     def check(self, config: RunConfig) -> None:
         """Refuse a run without a public cohort, and whatever would look at single updates."""
-        super().check(config)
         privacy = config.privacy
         if not privacy.cohort:
             raise ConfigError(

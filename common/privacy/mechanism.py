@@ -106,18 +106,22 @@ class Mechanism(ABC):
         """Whether a strategy is given what all sites make together, and no site's part of it."""
         return self.summed or self.central
 
-    def check(self, config: RunConfig) -> None:
+    def check_run(self, config: RunConfig) -> None:
         """Raise ConfigError, saying what to do, unless the run's settings fit the mechanism."""
-        if config.privacy.honest_sites:
+        if config.privacy.honest_sites and not self.summed:
             raise ConfigError(
                 f"privacy.honest-sites is {config.privacy.honest_sites}, and with privacy.mode {self.name!r} no noise "
                 "is shared: leave it at 0, or set privacy.mode to 'secure-sum'"
             )
-        if config.privacy.drop_outs:
+        if config.privacy.drop_outs and not self.summed:
             raise ConfigError(
                 f"privacy.drop-outs is {config.privacy.drop_outs}, and with privacy.mode {self.name!r} no sum is lost "
                 "with a site: leave it at 0, or set privacy.mode to 'secure-sum'"
             )
+
+    def check(self, config: RunConfig) -> None:
+        """Raise ConfigError, saying what to do, unless the run's settings fit what this row alone asks for."""
+        del config
 
     def check_row(self) -> None:
         """Raise MechanismError if the row contradicts itself: who promises anything charges for it, and adds noise."""

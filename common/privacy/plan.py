@@ -77,9 +77,16 @@ class Plan(ABC):
         del received
         return contribution
 
+    @property
+    def noises_rounds(self) -> bool:
+        """Whether what a round changed is noised as it leaves the site (``outgoing``), and no step of it."""
+        return type(self).outgoing is not Plan.outgoing
+
     @abstractmethod
     def longest_gradient(self, numbers: int, told: Event | None) -> float:
         """Server: return about how long one step's gradient can be; infinite if nothing bounds it.
+
+        Of a plan that noises rounds it is about how long a round's whole change can be.
 
         Args:
             numbers: elements of all trained tensors together.
@@ -218,9 +225,10 @@ class PrivacyPlan(Plan):
         return dpsgd.PrivateSteps
 
     def longest_gradient(self, numbers: int, told: Event | None) -> float:
-        """Return C (1 + σ√d / b)."""
+        """Return C (1 + σ√d / b); of a round that is noised as it leaves the site C (1 + σ√d)."""
         noise = max(self.event.noise_multiplier, told.noise_multiplier if told else 0.0)
-        return self.event.clip_norm * (1 + noise * math.sqrt(numbers) / self.expected_batch_size)
+        divisor = 1.0 if self.noises_rounds else self.expected_batch_size
+        return self.event.clip_norm * (1 + noise * math.sqrt(numbers) / divisor)
 
     @property
     def noise_std(self) -> float:

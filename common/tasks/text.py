@@ -47,20 +47,20 @@ class TextExample(Example):
 class TextTask(Task):
     """Texts, cut to so many tokens; a record's size is its number of tokens."""
 
-    example: ClassVar[type[Example]] = TextExample
+    example: ClassVar[type[Any]] = TextExample
     worded: ClassVar[bool] = True
 
     def of_phrase(self, phrase: str) -> Example:
         """Return the phrase as a record's text."""
-        return TextExample(text=phrase.strip(), label=0)
+        return self.example(text=phrase.strip(), label=0)
 
     def of_pair(self, first: str, second: str) -> Example:
         """Return the texts as a record's two."""
-        return TextExample(text=first.strip(), text_pair=second.strip(), label=0)
+        return self.example(text=first.strip(), text_pair=second.strip(), label=0)
 
     def asked(self, words: Sequence[str]) -> Example:
         """Return the text, and the pair if there is one, as a record of the first label."""
-        return TextExample(words[0], *words[1:], label=0)
+        return self.example(words[0], *words[1:], label=0)
 
     def processor_parts(self, processor: Any) -> Mapping[str, Any]:
         """Return the tokenizer's rules and special tokens; files count by their content, wherever they lie."""
