@@ -62,23 +62,27 @@ def label_reports(before: Sequence[LabelScore], after: Sequence[LabelScore]) -> 
     """Return the accuracy on all records and then by label, in the order of the labels; empty without counts.
 
     Args:
-        before: of the model before round 1.
+        before: of the model before round 1; empty: nobody has said, as where its file is damaged.
         after: of the last round that was scored; empty: none was.
     """
-    last = {score.label: score for score in after}
-    rows = [(score.label, score, last.get(score.label)) for score in before or after]
-    if not rows:
+    if not before and not after:
         return []
-    whole = [
-        LabelScore(ALL, sum(s.right for s in scores), sum(s.records for s in scores)) for scores in (before, after)
-    ]
-    counted = [(ALL, whole[0], whole[1]), *rows]
+    had, last = ({score.label: score for score in scores} for scores in (before, after))
+    rows = [(ALL, _whole(before), _whole(after)), *((name, had.get(name), last.get(name)) for name in had or last)]
     return [
-        LabelReport(
-            name, first.records, wilson(first.right, first.records), wilson(then.right, then.records) if then else None
-        )
-        for name, first, then in counted
+        LabelReport(name, next(score.records for score in (first, then) if score), _share(first), _share(then))
+        for name, first, then in rows
     ]
+
+
+def _whole(scores: Sequence[LabelScore]) -> LabelScore | None:
+    """Return the score on the records of all labels; None without scores."""
+    records = sum(score.records for score in scores)
+    return LabelScore(ALL, sum(score.right for score in scores), records) if scores else None
+
+
+def _share(score: LabelScore | None) -> Share | None:
+    return wilson(score.right, score.records) if score else None
 
 
 BESIDE = (

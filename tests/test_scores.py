@@ -74,3 +74,10 @@ def test_without_a_score_after_training_there_is_none() -> None:
     (whole, label) = label_reports([LabelScore("bad", 1, 2)], [])
     assert (whole.after, label.after) == (None, None)
     assert label_reports([], []) == []
+
+
+def test_without_a_score_before_training_none_stands_there() -> None:
+    whole, bad, good = label_reports([], [LabelScore("bad", 1, 2), LabelScore("good", 3, 4)])
+    assert [row.before for row in (whole, bad, good)] == [None, None, None], "what was scored after stands before"
+    assert [row.records for row in (whole, bad, good)] == [6, 2, 4]
+    assert (whole.after, bad.after, good.after) == (wilson(4, 6), wilson(1, 2), wilson(3, 4))
