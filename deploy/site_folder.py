@@ -61,8 +61,8 @@ class SiteFolder:
 
     @property
     def host(self) -> str:
-        """Host part of ``server``."""
-        return self.server.rpartition(":")[0]
+        """Host part of ``server``; of an address of IPv6 without its brackets, as it is dialled and certified."""
+        return self.server.rpartition(":")[0].removeprefix("[").removesuffix("]")
 
     @property
     def port(self) -> int:

@@ -100,7 +100,8 @@ def unit_word(text: str) -> str:
 
 def server_steps(folder: ServerFolder, authority_fingerprint: str) -> str:
     """Return what ``fedveil server init`` prints."""
-    path = shlex.quote(str(folder.path))
+    path, name = shlex.quote(str(folder.path)), folder.name_list[0]
+    dialled = f"[{name}]" if ":" in name else name
     return f"""\
 {folder.path} is ready. The authority's fingerprint (SHA-256), to be compared at every site:
   {authority_fingerprint}
@@ -108,7 +109,7 @@ Next:
   1. start it          fedveil server start {path}
                        (or install {folder.path}/fedveil-server.service)
   2. open port {folder.fleet_port} to the sites; keep {folder.control_host}:{folder.control_port} closed
-  3. give every site   {folder.path}/ca.crt and the name {folder.name_list[0]}:{folder.fleet_port}
+  3. give every site   {folder.path}/ca.crt and the name {dialled}:{folder.fleet_port}
   4. let a site in     fedveil server register {path} THE_SITES_node.pub
   5. look it over      fedveil doctor server {path}
   6. run a job         fedveil server submit {path} -c SETTINGS --sites 2

@@ -58,6 +58,7 @@ from deploy.server_folder import ServerFolder, make_server, open_server, renew_s
 from deploy.site_check import check_site, pinned_settings
 from deploy.site_folder import SiteFolder, make_site, node_settings, open_site_folder
 from deploy.start import start_server, start_site
+from deploy.units import server_steps
 from deploy.withdraw import withdraw_site
 from reports import report_of
 from server.checkpoint import BEFORE
@@ -482,6 +483,22 @@ def test_a_name_that_the_certificate_does_not_hold_for_is_named(
     site = site_for(tmp_path, tls_server(server), server.path, host="127.0.0.2")
     monkeypatch.setattr(socket, "create_connection", lambda place, timeout: _connect("127.0.0.1", place[1]))
     assert "its certificate does not hold for the name '127.0.0.2'" in why_unreachable(site)
+
+
+def test_a_server_s_address_of_ipv6_is_dialled_without_its_brackets(
+    tmp_path: Path, tls_server: Callable[[ServerFolder], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, dialled = make_server(tmp_path / "server", ["fd00::1"]), list[str]()
+    port = tls_server(server)
+
+    def dial(place: tuple[str, int], timeout: float) -> socket.socket:
+        dialled.append(place[0])
+        return _connect("127.0.0.1", place[1])
+
+    monkeypatch.setattr(socket, "create_connection", dial)
+    assert why_unreachable(site_for(tmp_path, port, server.path, host="[fd00::1]")) == ""
+    assert dialled == ["fd00::1"], "no machine is found by the brackets"
+    assert "the name [fd00::1]:9092" in server_steps(server, "AB:CD"), "what no site takes is handed out"
 
 
 def _connect(host: str, port: int) -> socket.socket:
