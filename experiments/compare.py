@@ -9,7 +9,6 @@ goes on where it stopped; a result of others stops the comparison before anythin
 from __future__ import annotations
 
 import multiprocessing
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +27,7 @@ from common.privacy import MECHANISMS
 from common.privacy.figures import NO_CLAIM, epsilon_text
 from common.run_lines import ConfigFile, ResultFile, RoundLine, read_file, read_if_there, read_lines
 from experiments.site_count import record_sites, recorded_sites
+from experiments.sweep.processes import with_threads
 from server.lock import only_writer
 from strategies.job import Job, configure, with_recipe
 
@@ -99,9 +99,10 @@ def compare(
     context = multiprocessing.get_context("spawn")
     stopped = context.Event()
     with ProcessPoolExecutor(own_cores(), context, _begin_worker, (stopped,)) as pool:
-        waiting: dict[Future[None], tuple[str, str, int]] = {
-            pool.submit(_run, settings, sites, run): key for key, (settings, run) in jobs.items()
-        }
+        with with_threads(1):
+            waiting: dict[Future[None], tuple[str, str, int]] = {
+                pool.submit(_run, settings, sites, run): key for key, (settings, run) in jobs.items()
+            }
         try:
             for future in as_completed(waiting):
                 name, mode, seed = waiting[future]
@@ -126,7 +127,6 @@ _stopped: Event
 def _begin_worker(stopped: Event) -> None:
     global _stopped
     _stopped = stopped
-    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def _run(settings: dict[str, Scalar], sites: int, run: str) -> None:

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from common.errors import RunFailed
-from experiments.sweep.processes import Failure, each_in_a_process
+from experiments.sweep.processes import Failure, each_in_a_process, with_threads
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 60.0
+LOADED = os.environ.get("OMP_NUM_THREADS")
+"""What libraries read that a process loads with this module, before it does anything."""
 
 
 def until(there: Path, seconds: float = PATIENCE) -> bool:
@@ -43,7 +45,7 @@ def behave(work: str) -> str:
         raise RunFailed("no site answered")
     if work == "breaks":
         raise KeyError("secret")
-    return f"{work}, {os.environ['OMP_NUM_THREADS']} threads"
+    return f"{work}, {LOADED} threads"
 
 
 def sleep_long(work: Path) -> None:
@@ -91,6 +93,16 @@ def test_what_fails_or_dies_is_named_with_its_log_and_the_rest_goes_on(tmp_path:
     logs = {work: (tmp_path / work / "log.txt").read_text(encoding="utf-8") for work in works}
     assert all(text.startswith(f"at {work}\n") for work, text in logs.items())
     assert "Traceback" in logs["fails"]
+
+
+def test_what_a_process_is_told_of_threads_stays_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for before in ("2", None):
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        if before:
+            monkeypatch.setenv("OMP_NUM_THREADS", before)
+        with with_threads(3):
+            assert os.environ["OMP_NUM_THREADS"] == "3"
+        assert os.environ.get("OMP_NUM_THREADS") == before
 
 
 def test_who_stops_to_listen_ends_the_processes(tmp_path: Path) -> None:

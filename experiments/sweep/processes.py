@@ -11,8 +11,8 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Generator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -24,6 +24,8 @@ from common.words import visible
 
 W = TypeVar("W")
 R = TypeVar("R")
+THREADS = "OMP_NUM_THREADS"
+"""Environment variable by which a process knows how many cores are its own."""
 LAST_SECONDS = 20.0
 """How long a process that is to end may take to end what it has started."""
 
@@ -49,7 +51,7 @@ def each_in_a_process(
         function: top-level, of a module that another process can import.
         works: to be pickled.
         jobs: processes at a time.
-        threads: of each, as ``OMP_NUM_THREADS`` says.
+        threads: of each, as of ``with_threads``.
         log: file that takes the standard output and error of a piece of work, and the traceback of its failure; its
             folder is made.
 
@@ -80,6 +82,24 @@ def each_in_a_process(
             slot.end()
 
 
+@contextmanager
+def with_threads(threads: int) -> Iterator[None]:
+    """Let every process that starts meanwhile have so many threads.
+
+    Their environment says it from the first: torch and what NumPy multiplies by read it once, when they are loaded, and
+    a process loads them before it does anything that it is told.
+    """
+    before = os.environ.get(THREADS)
+    os.environ[THREADS] = str(threads)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[THREADS]
+        else:
+            os.environ[THREADS] = before
+
+
 class _Slot(Generic[W]):
     """A process and the piece of work that it is at."""
 
@@ -88,8 +108,9 @@ class _Slot(Generic[W]):
     def __init__(self, function: Callable[[W], Any], threads: int) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process: BaseProcess = context.Process(target=_serve, args=(function, threads, theirs))
-        self.process.start()
+        self.process: BaseProcess = context.Process(target=_serve, args=(function, theirs))
+        with with_threads(threads):
+            self.process.start()
         theirs.close()
 
     def begin(self, work: W, log: Callable[[W], Path]) -> None:
@@ -114,9 +135,8 @@ class _Slot(Generic[W]):
         self.connection.close()
 
 
-def _serve(function: Callable[[Any], Any], threads: int, connection: Connection) -> None:
+def _serve(function: Callable[[Any], Any], connection: Connection) -> None:
     """Do one piece of work after another until the other end is closed."""
-    os.environ["OMP_NUM_THREADS"] = str(threads)
     # Ctrl-C reaches the whole group: the parent decides. To be ended takes the way of Ctrl-C, so that what a run has
     # started is ended with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
