@@ -109,8 +109,8 @@ _SUM_REPLIES: dict[str, type[SumReply]] = {
 }
 _FOR_SUMS = [kind for pair in zip(_SUM_TASKS, _SUM_REPLIES, strict=True) for kind in pair]
 _KINDS = ("train", "result", *REFUSAL_KINDS, *_FOR_SUMS)
-_SPENDING, _COUNTED, _DETOURED, _SUMMED, _NEXT_KEY, _RANKED = 1, 2, 4, 8, 16, 32
 _RANK = struct.Struct("<I")
+_SPENDING, _COUNTED, _DETOURED, _SUMMED, _NEXT_KEY, _RANKED = 1, 2, 4, 8, 16, 32
 """Bits of a result's ``parts``."""
 _SPENT = Form(
     Spending,
