@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from audits.tiny_models import write_reviews
 from common.config.sections import DataConfig
 from common.data.sources import MOST_SLICES, load_dataset, load_protected, slices_of
 from common.errors import ConfigError, DataError
+from common.model.federated import Score
 from common.run_lines import BaselineFile, RoundLine, read_file, read_lines
 from common.tasks.examples import Dataset
 from common.tasks.text import TextExample
@@ -62,6 +65,7 @@ def test_each_record_counts_for_its_own_slice(toy_settings: dict[str, Any], tmp_
     for number in range(3):
         own = [sum(right) for right, place in zip(alone, server._slices, strict=True) if place == number]
         assert (score.slice_right[number], score.slice_records[number]) == (sum(own), len(own))
+    assert Score(**json.loads(json.dumps(asdict(score)))) == score, "a checkpoint gives back another score"
 
 
 def test_what_a_site_protects_is_never_sliced(tmp_path: Path) -> None:

@@ -70,8 +70,8 @@ class Score:
 
     def __post_init__(self) -> None:
         # A checkpoint's JSON has lists.
-        object.__setattr__(self, "right", tuple(self.right))
-        object.__setattr__(self, "records", tuple(self.records))
+        for counts in ("right", "records", "slice_right", "slice_records"):
+            object.__setattr__(self, counts, tuple(getattr(self, counts)))
 
 
 class FederatedModel:
