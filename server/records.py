@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from common.adapters import LoRAFrozenA
 from common.bundle import own_digest
 from common.errors import DataError
-from common.files import append_lines, cut_file, finite, length, replace_file
+from common.files import append_lines, cut_file, drop_leftovers, finite, length, replace_file
 from common.log import about
 from common.messages.round import Spending, TrainResult
 from common.messages.state import AdapterState
@@ -148,8 +148,7 @@ class RunFolder:
                     keep_charges(path / name, size)
                 else:
                     cut_file(path / name, size)
-            for half_written in path.glob(".*.tmp"):
-                half_written.unlink()
+            drop_leftovers(path)
             (path / ResultFile.NAME).unlink(missing_ok=True)
             config = read_file(ConfigFile, path)
             after = [*config.resumed_after, saved.state.round_number]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from made_run import spent
+from made_run import MadeRun, spent
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
@@ -22,14 +24,17 @@ from audits.tiny_models import PLAIN_STEP
 from common import files, randomness
 from common.errors import ConfigError, DataError, RunFailed
 from common.messages.round import Refusal, TrainTask
+from common.model.federated import Score
 from common.run_lines import ConfigFile, PrivacyLine, RoundLine, read_file, read_lines
 from experiments.in_process import InProcessTransport, run_in_process
 from reports import federation_epsilon, report_of
-from server.checkpoint import BEFORE, NAME
+from server.checkpoint import BEFORE, NAME, Checkpoint
 from server.lock import GLANCE_SECONDS, is_written, only_writer
+from server.records import RunFolder
 from server.resume import settings_of_resumed, with_resumed
 from server.sites import Exchange
-from strategies import STRATEGIES
+from strategies import STRATEGIES, ServerState
+from strategies.job import configure
 
 
 class Killed(BaseException):
@@ -173,6 +178,20 @@ def test_a_server_killed_between_any_two_file_operations_loses_one_round_at_most
         assert same_adapter(whole, folder), f"killed before operation {operation}"
         assert not list(folder.glob(".*.tmp")), "half a file is left behind"
     assert reached >= {0, 1, 2}, "the test did not kill in every round"
+
+
+def test_what_another_process_writes_into_a_resumed_runs_folder_stays(tmp_path: Path) -> None:
+    """A report that is made as a server goes on would find its file gone, or the server the one that it takes away."""
+    folder = MadeRun(tmp_path / "run").start().round(1, 0.7).folder
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    with subprocess.Popen(["sleep", "30"]) as other:
+        left, written = (folder / f".report.md.{owner}.tmp" for owner in (int(gone.stdout), other.pid))
+        for path in (left, written):
+            path.write_bytes(b"half")
+        saved = Checkpoint("1", {}, ServerState(1, {}, ()), {}, Score(0.5, 0.5), None, {})
+        RunFolder(folder, configure({}), "1", saved)
+        assert (left.exists(), written.exists()) == (False, True)
+        other.kill()
 
 
 def test_a_run_under_way_is_not_resumed_and_nothing_of_it_is_touched(
