@@ -107,13 +107,13 @@ def energy_of_sum(change: Tensor, noise: float) -> float:
     return (float(change.double().square().sum()) / noise**2 - count) / math.sqrt(2 * count)
 
 
-def least_score(layers: int, level: float = LEVEL) -> float:
-    """Return the score above which one of so many layers learns; one round in 1/``level`` has such a one by chance.
+def least_score(layers: int) -> float:
+    """Return the score above which one of so many layers learns; one round in 1/``LEVEL`` has such a one by chance.
 
     >>> round(least_score(12), 2)
     2.64
     """
-    return NormalDist().inv_cdf(1 - level / layers)
+    return NormalDist().inv_cdf(1 - LEVEL / layers)
 
 
 def noise_edge(rows: int, columns: int, level: float) -> float:

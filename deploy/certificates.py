@@ -114,9 +114,9 @@ def names_of(certificate: x509.Certificate) -> list[str]:
     return [*found.get_values_for_type(x509.DNSName), *map(str, found.get_values_for_type(x509.IPAddress))]
 
 
-def days_left(certificate: x509.Certificate, now: datetime | None = None) -> float:
+def days_left(certificate: x509.Certificate) -> float:
     """Return the days until a certificate expires; negative: it has expired."""
-    return (certificate.not_valid_after_utc - (now or datetime.now(UTC))) / timedelta(days=1)
+    return (certificate.not_valid_after_utc - datetime.now(UTC)) / timedelta(days=1)
 
 
 def is_issued_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:

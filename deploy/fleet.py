@@ -32,6 +32,8 @@ UNREGISTER = "/flwr.proto.Fleet/UnregisterNode"
 AUTHENTICATED = "authentication is enabled"
 """What a server says that registers no key by the Fleet API."""
 REFUSED_INTERVAL = 0.0
+PATIENCE = 10.0
+"""Seconds that an answer is waited for."""
 NO_PROXY = (("grpc.enable_http_proxy", 0),)
 """Options of a channel to the own machine."""
 
@@ -54,25 +56,24 @@ class Reply:
     words: str
 
 
-def ask_to_join(server: str, authority: bytes, key: ec.EllipticCurvePrivateKey, timeout: float = 10.0) -> Reply:
+def ask_to_join(server: str, authority: bytes, key: ec.EllipticCurvePrivateKey) -> Reply:
     """Return how the server at ``server`` (HOST:PORT) would answer this site.
 
     Args:
         server: the Fleet API.
         authority: the certificate authority's certificate, PEM.
         key: the site's private key; only a signature of the time goes out.
-        timeout: seconds to wait.
     """
     with _channel(server, authority) as channel:
         try:
             request = ActivateNodeRequest(public_key=_pem(key), heartbeat_interval=REFUSED_INTERVAL)
-            _call(channel, ACTIVATE, request, ActivateNodeResponse, key, timeout)
+            _call(channel, ACTIVATE, request, ActivateNodeResponse, key)
         except grpc.RpcError as error:
             return _understood(error.code(), error.details() or "")
     return Reply(Answer.OTHER, "it let this check go online, which it must not")
 
 
-def asks_for_keys(server: str, authority: bytes, timeout: float = 10.0) -> bool | None:
+def asks_for_keys(server: str, authority: bytes) -> bool | None:
     """Return whether the server at ``server`` turns away a key that nobody has registered; None: it does not say.
 
     It is one of this machine, which no proxy of the environment stands before.
@@ -84,13 +85,13 @@ def asks_for_keys(server: str, authority: bytes, timeout: float = 10.0) -> bool 
     with _channel(server, authority, NO_PROXY) as channel:
         try:
             request = RegisterNodeFleetRequest(public_key=_pem(key))
-            taken = _call(channel, REGISTER, request, RegisterNodeFleetResponse, key, timeout)
+            taken = _call(channel, REGISTER, request, RegisterNodeFleetResponse, key)
         except grpc.RpcError as error:
             refused = error.code() == grpc.StatusCode.FAILED_PRECONDITION and AUTHENTICATED in (error.details() or "")
             return True if refused else None
         with suppress(grpc.RpcError):
             forget = UnregisterNodeFleetRequest(node_id=taken.node_id)
-            _call(channel, UNREGISTER, forget, UnregisterNodeFleetResponse, key, timeout)
+            _call(channel, UNREGISTER, forget, UnregisterNodeFleetResponse, key)
     return False
 
 
@@ -102,9 +103,7 @@ def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 
-def _call(
-    channel: grpc.Channel, path: str, request: Any, answer: Any, key: ec.EllipticCurvePrivateKey, timeout: float
-) -> Any:
+def _call(channel: grpc.Channel, path: str, request: Any, answer: Any, key: ec.EllipticCurvePrivateKey) -> Any:
     """Send one request, with the time signed by ``key``, as every call of a SuperNode is."""
     time = datetime.now(UTC).isoformat()
     metadata = (
@@ -115,7 +114,7 @@ def _call(
     call = channel.unary_unary(
         path, request_serializer=type(request).SerializeToString, response_deserializer=answer.FromString
     )
-    return call(request, metadata=metadata, timeout=timeout)
+    return call(request, metadata=metadata, timeout=PATIENCE)
 
 
 def _understood(code: grpc.StatusCode, words: str) -> Reply:

@@ -7,7 +7,7 @@ import ssl
 
 from common.errors import DataError
 from deploy.files import read_bytes
-from deploy.fleet import Answer, ask_to_join
+from deploy.fleet import PATIENCE, Answer, ask_to_join
 from deploy.node_keys import read_node_key
 from deploy.site_folder import SiteFolder
 
@@ -15,7 +15,7 @@ NOT_YET_VALID, EXPIRED, NAMES = 9, 10, (62, 64)
 """OpenSSL's verification errors."""
 
 
-def why_unreachable(folder: SiteFolder, timeout: float = 10.0) -> str:
+def why_unreachable(folder: SiteFolder) -> str:
     """Return why no trusted connection to the server comes about; empty: it does.
 
     Raises:
@@ -29,7 +29,7 @@ def why_unreachable(folder: SiteFolder, timeout: float = 10.0) -> str:
         raise DataError(f"{folder.path / 'ca.crt'} is no certificate: copy it from the coordinator again") from error
     try:
         with (
-            socket.create_connection((folder.host, folder.port), timeout=timeout) as plain,
+            socket.create_connection((folder.host, folder.port), timeout=PATIENCE) as plain,
             context.wrap_socket(plain, server_hostname=folder.host),
         ):
             return ""

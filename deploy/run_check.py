@@ -24,7 +24,7 @@ from deploy.certificates import as_fingerprint, fingerprint, read_certificate
 from deploy.check_results import Check, CheckResult, examine
 from deploy.doctor import authority_checks, certificate_checks, control_checks
 from deploy.files import read_bytes
-from deploy.fleet import asks_for_keys
+from deploy.fleet import PATIENCE, asks_for_keys
 from deploy.refusal import why_unreachable
 from deploy.server_folder import ServerFolder, open_server
 from deploy.site_folder import SiteFolder
@@ -32,7 +32,6 @@ from server.registered import NODES, names_in
 
 LOCAL = "127.0.0.1"
 """In every certificate of ``fedveil server init``."""
-PATIENCE = 10.0
 
 
 @dataclass(frozen=True)
@@ -45,13 +44,13 @@ class Port:
     """SHA-256 fingerprint of what it showed."""
 
 
-def ask_port(port: int, timeout: float = PATIENCE) -> Port:
+def ask_port(port: int) -> Port:
     """Return what a port of this machine shows, whatever it is: whether to trust that is asked elsewhere."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     try:
         with (
-            socket.create_connection((LOCAL, port), timeout=timeout) as plain,
+            socket.create_connection((LOCAL, port), timeout=PATIENCE) as plain,
             context.wrap_socket(plain) as secured,
         ):
             shown = secured.getpeercert(binary_form=True)

@@ -236,10 +236,8 @@ def _spent(who: str, rows: Sequence[Alike], sharing: Sharing | None) -> list[str
     return _table(columns, cells)
 
 
-def _figures(
-    events: Sequence[Event], names: Sequence[str] = ("sample_rate", "noise_multiplier", "clip_norm")
-) -> list[str]:
-    return [numbers_text(distinct(events, name)) for name in names]
+def _figures(events: Sequence[Event]) -> list[str]:
+    return [numbers_text(distinct(events, name)) for name in ("sample_rate", "noise_multiplier", "clip_norm")]
 
 
 def _rounds(data: ReportData) -> list[str]:
