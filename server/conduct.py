@@ -139,9 +139,16 @@ def conduct(
             tracking = Tracking(job, path, run)
             try:
                 _conduct(job, run, folder, connect, tracking)
-            finally:
+            except BaseException:
                 tracking.close()
-                write_reports(path)
+                try:
+                    write_reports(path)
+                except FedVeilError as second:
+                    # A full disk, say: what ends the run matters more than that no report could be written.
+                    log.error("the run has no report: %s", second, extra=about(run))
+                raise
+            tracking.close()
+            write_reports(path)
     return path
 
 

@@ -15,7 +15,7 @@ from made_run import spent
 from made_run import told as stating
 from safetensors.torch import load_file
 
-from common.errors import ConfigError, RunFailed
+from common.errors import ConfigError, DataError, RunFailed
 from common.messages.round import Refusal, Task, TrainResult
 from common.messages.wire import decode_reply, encode_reply
 from common.model.federated import Score
@@ -25,7 +25,7 @@ from experiments.in_process import InProcessTransport, run_in_process
 from reports import report_of
 from reports.folder import read_run
 from reports.sites import epsilon_by
-from server import rounds
+from server import conduct, rounds
 from server.conduct import NOT_PUBLISHED, _Observer
 from server.lock import only_writer
 from server.records import RunFolder
@@ -121,18 +121,25 @@ def test_an_error_before_the_first_round_is_complete_leaves_its_reason_and_no_ad
 def test_of_two_errors_the_run_ends_by_the_first_and_goes_on_all_the_same(
     toy_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a full disk: the adapter cannot be saved either, and the reason is not that."""
-    settings = open_run(toy_settings)
+    """As on a full disk: neither adapter nor report can be saved, and the reason is not that."""
+    settings, heard = open_run(toy_settings), tracked(monkeypatch)
 
     def full(*_: Any) -> None:
         raise OSError(WORDS)
 
-    save = RunFolder.save_adapter
+    def no_room(_: Path) -> None:
+        raise DataError("the report cannot be written")
+
+    save, report = RunFolder.save_adapter, conduct.write_reports
     monkeypatch.setattr(RunFolder, "save_adapter", full)
+    monkeypatch.setattr(conduct, "write_reports", no_room)
     with pytest.raises(RunFailed, match=r"^round 2: nobody$"):
         run_in_process(settings, 1, "full", breaking(2, RunFailed("round 2: nobody")))
     monkeypatch.setattr(RunFolder, "save_adapter", save)
+    monkeypatch.setattr(conduct, "write_reports", report)
     folder = folder_of(settings, "full")
+    assert heard[-1] == "close"
+    assert "the run has no report: the report cannot be written" in (folder / "log.jsonl").read_text(encoding="utf-8")
     hint = "rounds up to 1 are kept; go on from there with resume = 'full'"
     reason = f"round 2: nobody. {hint}; the adapter could not be saved (OSError)"
     assert read_file(ResultFile, folder) == ResultFile("failed", reason, None)
