@@ -128,6 +128,6 @@ def implausible(norms: Mapping[int, float], bounds: Mapping[int, float], usual: 
         if not norm <= bound:
             reasons[node] = f"the update's norm {norm:.3g} is above {bound:.3g}, the most that the settings allow"
         elif math.isinf(bound) and not norm <= MEDIANS * middle:
-            what = "the round's median" if middle > usual else "the usual change's"
+            what = "the usual change's" if usual and middle == usual else "the round's median"
             reasons[node] = f"the update's norm {norm:.3g} is above {MEDIANS:g} times {what} {middle:.3g}"
     return reasons

@@ -213,6 +213,8 @@ def test_the_rounds_middle_bounds_where_three_answered_and_nothing_else_does() -
     assert implausible({**usual, 3: 99.0}, dict.fromkeys((1, 2, 3), math.inf)) == {}
     assert list(implausible({**usual, 3: 101.0}, dict.fromkeys((1, 2, 3), math.inf))) == [3]
     assert implausible({**usual, 3: 101.0}, dict.fromkeys((1, 2, 3), 200.0)) == {}, "the settings alone bound it"
+    (reason,) = implausible({1: 0.0, 2: 0.0, 3: 1.0}, dict.fromkeys((1, 2, 3), math.inf)).values()
+    assert reason.endswith("above 100 times the round's median 0"), "no change is usual in the first round"
     assert list(implausible({1: math.nan}, {1: 1.0})) == [1]
     sizes = {"ward": 10, "lab": 17}
     assert oversized(sizes, 1.2) == {}, "two have no middle"
