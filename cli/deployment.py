@@ -11,6 +11,7 @@ import typer
 from cli.column_options import with_columns
 from cli.errors import for_people
 from common.errors import ConfigError
+from common.files import expanded
 from deploy.check_results import CheckResult
 
 server_app = typer.Typer(no_args_is_help=True, help="The coordinator's side: keys, sites, jobs.")
@@ -170,11 +171,11 @@ def site_init(
     if data is not None:
         if public_size < 1:
             raise ConfigError("--public-size is needed beside --data: a whole number that you declare as public")
-        data = data.expanduser().absolute()
+        data = expanded(data).absolute()
         if not data.exists():
             raise ConfigError(f"--data: there is nothing at {data}")
         node = f"{node_config({'data': str(data)})} {node}".strip()
-    site = name or folder.expanduser().absolute().name
+    site = name or expanded(folder).absolute().name
     # A part of a public data set needs no pins, and then nobody may know its labels here.
     pins = pins_of(task, columns, labels, max_length) if data or columns or labels else {}
     made = make_site(
@@ -227,7 +228,7 @@ def site_pin(
     from client.policy import load_policy
     from deploy.pin import changed_pins, pin
 
-    path = folder.expanduser().absolute()
+    path = expanded(folder).absolute()
     path = path / "policy.toml" if path.is_dir() else path
     made = not path.exists()
     budget = {"epsilon": epsilon or EPSILON * made, "delta": delta or DELTA * made}

@@ -10,13 +10,12 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 from client.ledger.file import withdrawn_in
 from client.site import ledger_of, named_files
 from common.config.sections import Scalar
 from common.errors import LedgerError
-from common.files import FileState, state_of
+from common.files import FileState, expanded, state_of
 
 LOOK_SECONDS = 2.0
 """From the beginning of a look to that of the next one, while no task comes."""
@@ -76,7 +75,7 @@ class Lookout:
 def _own_files(settings: Mapping[str, Scalar]) -> Iterator[str]:
     """Yield the file of the site's records, or all below their folder; the next one whenever it is asked for."""
     if "data" in settings:
-        source = Path(str(settings["data"])).expanduser()
+        source = expanded(str(settings["data"]))
         yield from _below(str(source)) if source.is_dir() else [str(source)]
 
 

@@ -39,7 +39,7 @@ UNTOLD = "the site failed; its own log says where"
 """What the server hears of any other error: even the place of one can tell which record it was, or how many."""
 UNLOADED = "this site cannot load the base model that the run names; its own log says why"
 """And of a base model that was not loaded: why not would tell which folders there are, and what is in them."""
-_ANY_PATH = re.compile(r"(?<![\w.:/<])(?:~|[A-Za-z]:)?[/\\][^\s'\"`,;:()]+")
+_ANY_PATH = re.compile(r"(?<![\w.:/<])(?:~[\w.-]*|[A-Za-z]:)?[/\\][^\s'\"`,;:()]+")
 
 
 def own_words(error: Exception) -> str:
@@ -68,7 +68,8 @@ def without_paths(text: str, node: Mapping[str, Scalar]) -> str:
     names: dict[str, str] = {}
     for key in PATH_KEYS:
         if key in node:
-            path = Path(str(node[key])).expanduser()
+            # As it stands, where there is no such user: an error that is told may not end in another.
+            path = Path(os.path.expanduser(str(node[key])))  # noqa: PTH111
             forms = (node[key], path, path.absolute(), os.path.realpath(path))
             names |= {str(form): f"<{key}>" for form in forms if "/" in str(form)}
     for form in sorted(names, key=len, reverse=True):

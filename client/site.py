@@ -48,7 +48,7 @@ from common.data.sources import (
     train_and_test,
 )
 from common.errors import ConfigError, PolicyRefusal
-from common.files import FileState
+from common.files import FileState, expanded
 from common.log import about
 from common.paths import run_folder
 from common.privacy import MECHANISMS
@@ -123,7 +123,7 @@ def policy_of(node: Mapping[str, Scalar]) -> Policy:
                 f"'{pin_command('policy.toml')}', and add policy=\"policy.toml\" to the node's settings"
             )
         return Policy(allow_no_privacy=True, mechanisms=",".join(n for n, row in MECHANISMS.items() if row.claims))
-    policy = load_policy(Path(str(node["policy"])).expanduser())
+    policy = load_policy(expanded(str(node["policy"])))
     for key, value in (("dataset-id", policy.dataset_id), ("public-size", policy.public_size)):
         if key in node and value:
             raise ConfigError(f"{key!r} stands in the node configuration and in the policy: keep one")
@@ -235,7 +235,7 @@ def ledger_of(node: Mapping[str, Scalar]) -> Path:
         LedgerError: none is named, and the user's data folder holds others than the user's one.
     """
     if "ledger" in node:
-        return Path(str(node["ledger"])).expanduser().absolute()
+        return expanded(str(node["ledger"])).absolute()
     return only_ledger(user_folder())
 
 

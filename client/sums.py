@@ -20,6 +20,7 @@ from client.pins import refusal
 from client.policy import Policy
 from common.config.sections import Scalar
 from common.errors import ConfigError, PolicyRefusal, ProtocolError
+from common.files import expanded
 from common.messages.round import (
     KeyReply,
     KeyTask,
@@ -118,7 +119,7 @@ def party_of(site: str, node: Mapping[str, Scalar], policy: Policy, run: str, *,
                 "a site that joins secure sums needs 'identity' in the node's settings and 'peers' in the policy: its "
                 "own signing key, and the roster of all sites"
             )
-        own = _identity(Path(str(node["identity"])).expanduser())
+        own = _identity(expanded(str(node["identity"])))
         party = Party(site, own, _roster(roster_file(node, policy), policy.peers_hash), policy.honest_sites)
     if party.honest > len(party.roster.keys):
         raise ConfigError(
@@ -134,7 +135,7 @@ def party_of(site: str, node: Mapping[str, Scalar], policy: Policy, run: str, *,
 
 def roster_file(node: Mapping[str, Scalar], policy: Policy) -> Path:
     """Return where the policy's roster is: beside the policy, if it names no folder."""
-    return Path(str(node["policy"])).expanduser().parent / Path(policy.peers).expanduser()
+    return expanded(str(node["policy"])).parent / expanded(policy.peers)
 
 
 def _roster(path: Path, pinned: str) -> Roster:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from common.errors import DataError
+from common.errors import ConfigError, DataError
 
 FileState = tuple[int, int, int] | None
 DATABASE = b"SQLite format 3\0"
@@ -21,6 +21,20 @@ LONGEST_WRITE = 60.0
 """Seconds."""
 BESIDE_DATABASE = ("-journal", "-wal", "-shm")
 """How the names of the files end that belong to a database."""
+
+
+def expanded(path: str | Path) -> Path:
+    """Return a path with the folder of a user in the place of a leading ``~`` or ``~NAME``.
+
+    Raises:
+        ConfigError: the machine knows no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{str(path)!r} begins with the folder of a user whom this machine does not know: write the whole path"
+        ) from error
 
 
 def replace_file(path: Path, data: bytes) -> None:

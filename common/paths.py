@@ -7,6 +7,7 @@ from pathlib import Path, PurePath
 from common.check import PLAIN_NAME
 from common.config.sections import RunConfig
 from common.errors import ConfigError
+from common.files import expanded
 
 RUN_NAME = PLAIN_NAME
 """A server chooses it."""
@@ -17,10 +18,10 @@ def run_folder(config: RunConfig, run: str) -> Path:
 
     A resumed run goes on in the folder that ``resume`` names, by its path or by the run's id.
     """
-    output = Path(config.output).expanduser().absolute()
+    output = expanded(config.output).absolute()
     if not config.resume:
         return output / f"{config.strategy}-{run}"
-    named = Path(config.resume).expanduser()
+    named = expanded(config.resume)
     if named.name != config.resume:
         return named.absolute()
     return output / (named.name if named.name.startswith(f"{config.strategy}-") else f"{config.strategy}-{named.name}")

@@ -14,6 +14,7 @@ from client.ledger.ledger import Ledger
 from client.policy import NO_BUDGET
 from common.bundle import own_digest
 from common.errors import PolicyRefusal
+from common.files import expanded
 from common.privacy import MECHANISMS
 from common.privacy.figures import epsilon_text, honest_text
 from common.privacy.units import RECORD
@@ -239,7 +240,7 @@ def _peers_of(folder: SiteFolder) -> Iterator[CheckResult]:
     if not policy.honest_sites:
         yield CheckResult(True, what, "the policy lets this site join none")
         return
-    key = Path(str(settings.get("identity", folder.path / "identity.key"))).expanduser()
+    key = expanded(str(settings.get("identity", folder.path / "identity.key")))
     yield from shared.private_file(key, "signing key")
     load_roster(roster_file(settings, policy))  # an error says where the file is, which a party's keeps to itself
     roster = party_of(str(settings["site"]), settings, policy, "", simulated=False).roster

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.files import replace_file
+from common.files import expanded, replace_file
 from common.secure_sum import Identity, Roster
 from common.secure_sum.roster import entry, joined
 from deploy.files import PRIVATE_MODE, make_folder, read_bytes
@@ -27,7 +27,7 @@ def make_roster(folder: SiteFolder, others: Sequence[Path]) -> Roster:
         identity = Identity.new()
         files = {KEY: identity.pem(), ENTRY: entry(folder.site, identity.public).encode()}
         make_folder(folder.path, files, private=frozenset({KEY}))
-    places = [folder.path / ENTRY, *(path.expanduser() for path in others)]
+    places = [folder.path / ENTRY, *(expanded(path) for path in others)]
     texts = {str(path): read_bytes(path, "the roster's entry").decode(errors="replace") for path in places}
     roster = joined(texts)
     replace_file(folder.path / PEERS, roster.text().encode())

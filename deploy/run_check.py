@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.files import expanded
 from common.run_lines import CheckLine, OwnCheck
 from common.strict_json import to_json
 from deploy import shared_checks as shared
@@ -71,7 +72,7 @@ def check_run(runs: Path, named: str) -> OwnCheck:
     checks = [("versions", shared.versions), ("disk", lambda: shared.disk(runs, "disk", RUNS))]
     if not named:
         return OwnCheck(checks=_lines(_examined(checks), {str(runs): RUNS}))
-    folder, places = Path(named).expanduser().absolute(), {str(runs): RUNS, named: FOLDER}
+    folder, places = expanded(named).absolute(), {str(runs): RUNS, named: FOLDER}
     opened = list(_examined([("server's folder", lambda: _opened(folder))]))
     if opened:
         return OwnCheck(named=True, checks=_lines([*_examined(checks), *opened], {**places, str(folder): FOLDER}))

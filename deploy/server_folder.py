@@ -26,6 +26,7 @@ from common.check import nearest
 from common.config.sections import Scalar
 from common.config.text import read_settings_file, to_toml
 from common.errors import ConfigError, DataError
+from common.files import expanded
 from common.ports import LARGEST, check_port
 from deploy.certificates import (
     Issued,
@@ -100,7 +101,7 @@ def open_server(path: Path) -> ServerFolder:
         ConfigError: it has no ``server.toml``, or that one has an unknown or ill-typed key, a fleet address without a
             port, or a port that is none.
     """
-    folder = open_folder(ServerFolder, path.expanduser().absolute(), "server.toml", "fedveil server init")
+    folder = open_folder(ServerFolder, expanded(path).absolute(), "server.toml", "fedveil server init")
     port = folder.fleet.rpartition(":")[2]
     if not (is_number(port) and 0 < int(port) < 1 << 16):
         raise ConfigError(
@@ -161,10 +162,10 @@ def make_server(
         ConfigError: a name or a port is not one, or the folder is there already; nothing was changed.
         DataError: a folder cannot be written.
     """
-    path = path.expanduser().absolute()
+    path = expanded(path).absolute()
     if (path / "server.toml").exists():
         raise ConfigError(f"{path} is a server's folder already and is not overwritten: name another folder")
-    authority = (authority or path / "authority").expanduser().absolute()
+    authority = expanded(authority or path / "authority").absolute()
     alternative_names(names)
     for what, port in (("fleet-port", fleet_port), ("control-port", control_port)):
         check_port(what, port)
@@ -222,7 +223,7 @@ def renew_server(folder: ServerFolder, authority: Path | None = None) -> None:
         DataError: the authority's folder is not there or not whole, or is another than that of ``ca.crt``; or this one
             cannot be written. What is in use stays.
     """
-    authority = (authority or folder.path / "authority").expanduser().absolute()
+    authority = expanded(authority or folder.path / "authority").absolute()
     names = list(dict.fromkeys([*folder.name_list, *LOCAL_NAMES, folder.control_host]))
     made = new_server_certificate(names, _read_authority(authority))
     known = read_certificate(read_bytes(folder.path / "ca.crt", "the authority's certificate"), "the authority")

@@ -25,6 +25,7 @@ from common.check import nearest
 from common.config.sections import Scalar
 from common.config.text import parse_settings, to_toml
 from common.errors import ConfigError
+from common.files import expanded
 from common.ports import check_port
 from common.secure_sum import Identity
 from common.secure_sum.roster import SITE_NAME, entry
@@ -82,7 +83,7 @@ def open_site_folder(path: Path) -> SiteFolder:
         ConfigError: it has no ``site.toml``, or that one has an unknown or ill-typed key, a server without a port, or a
             port that is none.
     """
-    folder = open_folder(SiteFolder, path.expanduser().absolute(), "site.toml", "fedveil site init")
+    folder = open_folder(SiteFolder, expanded(path).absolute(), "site.toml", "fedveil site init")
     file, (host, _, port) = folder.path / "site.toml", folder.server.rpartition(":")
     if not (_is_host(host) and is_number(port)):
         raise ConfigError(f"{file}: server = {folder.server!r} has no port: write HOST:PORT, such as HOST:{FLEET_PORT}")
@@ -129,7 +130,7 @@ def make_site(
         ConfigError: a setting is wrong, or the folder is there already; nothing was changed.
         DataError: a file cannot be read or written.
     """
-    path = path.expanduser().absolute()
+    path = expanded(path).absolute()
     check_port("runtime-port", runtime_port)
     if not SITE_NAME.fullmatch(site):
         raise ConfigError(
@@ -147,7 +148,7 @@ def make_site(
     node_settings(folder)
     files: dict[str, bytes] = {}
     if authority is not None:
-        files["ca.crt"] = read_bytes(authority.expanduser(), "the authority's certificate")
+        files["ca.crt"] = read_bytes(expanded(authority), "the authority's certificate")
         read_certificate(files["ca.crt"], "the authority")
     key, identity = new_node_key(site), Identity.new()
     described: dict[str, Scalar] = {

@@ -8,6 +8,7 @@ import re
 import shlex
 from pathlib import Path
 
+from common.files import expanded
 from deploy.commands import program
 from deploy.server_folder import ServerFolder
 from deploy.site_folder import SiteFolder
@@ -62,7 +63,7 @@ def site_unit(path: Path, site: str) -> dict[str, bytes]:
 def _unit(
     path: Path, name: str, description: str, words: tuple[str, ...], private_devices: str, kill_mode: str
 ) -> dict[str, bytes]:
-    folder = str(path.expanduser().absolute())
+    folder = str(expanded(path).absolute())
     text = UNIT.format(
         name=name,
         description=description,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 from common.errors import DataError
 from deploy.site_check import pinned_settings
@@ -28,12 +27,13 @@ def withdraw_site(folder: SiteFolder, reason: str, say: Callable[[str], None], m
     """
     from client.ledger.ledger import Ledger
     from client.ledger.record_hashes import record_hashes
+    from client.site import ledger_of
     from common.data.sources import load_protected
 
     settings = node_settings(folder, more)
     policy = policy_of_node(settings)
     dataset = policy.dataset_of(settings, str(settings["site"]))
-    with Ledger(Path(str(settings["ledger"])).expanduser().absolute()) as ledger:
+    with Ledger(ledger_of(settings)) as ledger:
         ledger.holds.withdraw(dataset, reason)
         say(f"{dataset}: withdrawn. From now on every round on it is refused, and on what was charged for it.")
         unread = "" if "data" in settings else "this site has no records of its own"

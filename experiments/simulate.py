@@ -24,6 +24,7 @@ from common.config.text import to_toml
 from common.data.partition import check_partition, site_part
 from common.data.sources import train_and_test
 from common.errors import ConfigError, RunFailed
+from common.files import expanded
 from common.model.device import own_cores, worker_count
 from common.paths import run_folder
 from common.ports import free_ports
@@ -68,7 +69,7 @@ def simulate(
     """
     if sites < 1:
         raise ConfigError(f"a federation needs at least 1 site, not {sites}")
-    output = str(Path(str(settings.get("output", "runs"))).expanduser().absolute())
+    output = str(expanded(str(settings.get("output", "runs"))).absolute())
     settings = with_ledger({**settings, "output": output})
     job = configure(settings)
     check_tracker(job.config.tracker)

@@ -28,7 +28,7 @@ from pathlib import Path
 from common.accountant import AT_RATE_1, DEPARTED, TRAINING
 from common.config.sections import Scalar
 from common.errors import BudgetExhausted, ConfigError, DataError, LedgerError
-from common.files import replace_file
+from common.files import expanded, replace_file
 from common.messages.round import Spending
 from common.privacy import MECHANISMS
 from common.privacy.accounting import Release
@@ -104,7 +104,7 @@ def with_ledger(settings: Mapping[str, Scalar], folder: Path | None = None) -> d
     """
     named = str(settings.get("privacy.ledger", ""))
     if named:
-        return {**settings, "privacy.ledger": str(Path(named).expanduser().absolute())}
+        return {**settings, "privacy.ledger": str(expanded(named).absolute())}
     mode = str(settings.get("privacy.mode", ""))
     if folder is None or mode not in MECHANISMS or not MECHANISMS[mode].central:
         return dict(settings)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from common.config.sections import RunTerms, Scalar
 from common.errors import ConfigError
+from common.files import expanded
 from common.run_lines import ConfigFile, read_file
 from server.checkpoint import BEFORE, NAME, load_checkpoint
 from server.lock import GLANCE_SECONDS, only_writer
@@ -46,8 +47,8 @@ def settings_of_resumed(overrides: Mapping[str, Scalar]) -> dict[str, Scalar]:
     wanted = str(overrides.get("resume", ""))
     if not wanted:
         return dict(overrides)
-    output = Path(str(overrides.get("output", RunTerms().output))).expanduser()
-    places = [Path(wanted).expanduser(), output / wanted, *sorted(output.glob(f"*-{escape(wanted)}"))]
+    output = expanded(str(overrides.get("output", RunTerms().output)))
+    places = [expanded(wanted), output / wanted, *sorted(output.glob(f"*-{escape(wanted)}"))]
     found = list(dict.fromkeys(place.absolute() for place in places if (place / NAME).is_file()))
     if len(found) != 1:
         many = f"more than one run: {', '.join(map(str, found))}" if found else f"no run with a checkpoint in {output}"

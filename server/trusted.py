@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from common.errors import BudgetExhausted, LedgerError
+from common.files import expanded
 from common.log import about
 from common.messages.round import TrainResult, TrainTask
 from common.messages.state import HEAD, AdapterState
@@ -191,7 +192,7 @@ def ledger_path(job: Job, run: str) -> Path:
     """Return the file of the server's ledger."""
     named = job.config.privacy.ledger
     if named:
-        return Path(named).expanduser().absolute()
+        return expanded(named).absolute()
     return run_folder(job.config, run) / "ledgers" / "server.json"
 
 

@@ -305,3 +305,15 @@ def test_a_text_of_several_lines_stays_a_comment() -> None:
     setting = dataclasses.replace(SETTINGS["min-sites"], meaning="word " * 60)
     value: Scalar = 1
     assert tomllib.loads(lines_of(setting, None, value)) == {"min-sites": 1}
+
+
+# A path is written as people write it
+
+
+@pytest.mark.parametrize("key", ["data.name", "data.test", "output", "resume"])
+def test_the_folder_of_a_user_whom_nobody_here_knows_is_one_line(key: str) -> None:
+    asked = ["run", "--sites", "2", "-c", f'{key}="~nobody-of-that-name/x.csv"', "-c", "recipe='plain'"]
+    answer = CliRunner().invoke(app, asked)
+    said = [line for line in answer.output.splitlines() if line.startswith("fedveil: ")]
+    assert (answer.exit_code, len(said)) == (1, 1), answer.output
+    assert said[0].endswith("begins with the folder of a user whom this machine does not know: write the whole path")

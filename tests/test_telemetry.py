@@ -404,6 +404,12 @@ def test_every_setting_of_the_node_that_is_a_path_is_told_by_its_name(key: str) 
     assert without_paths("see /srv/our ward/file", {key: "/srv/our ward/file"}) == f"see <{key}>"
 
 
+def test_the_folder_of_a_user_whom_nobody_here_knows_is_a_path_as_well() -> None:
+    place = "~nobody-of-that-name/ward"
+    assert without_paths(f"the ledger {place} is damaged", {"ledger": place}) == "the ledger <ledger> is damaged"
+    assert without_paths(f"the roster '{place}' is none", {}) == "the roster '<path>' is none"
+
+
 def test_where_the_home_is_the_root_no_stroke_is_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a container whose user has none."""
     monkeypatch.setenv("HOME", "/")

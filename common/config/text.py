@@ -11,6 +11,7 @@ from typing import Any
 
 from common.config.sections import Scalar
 from common.errors import ConfigError
+from common.files import expanded
 from common.toml import TOO_DEEP, TOO_LARGE, read_toml, toml_of
 
 SHOWN = 60
@@ -50,12 +51,12 @@ def parse_settings(texts: Iterable[str]) -> dict[str, Scalar]:
 
 def files_in(texts: Iterable[str]) -> list[Path]:
     """Return the paths that stand among the texts of ``parse_settings``."""
-    return [Path(text).expanduser() for text in texts if text.endswith(".toml") and "=" not in text]
+    return [expanded(text) for text in texts if text.endswith(".toml") and "=" not in text]
 
 
 def read_settings_file(path: Path) -> dict[str, Scalar]:
     """Return the flat settings of a TOML file."""
-    return flatten(read_toml(path.expanduser(), "the settings file"))
+    return flatten(read_toml(expanded(path), "the settings file"))
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "", rename: Mapping[str, str] | None = None) -> dict[str, Scalar]:

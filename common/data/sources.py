@@ -22,7 +22,7 @@ from common.data.rows import read_rows
 from common.data.sets import DATASETS, NamedDataset, UserFile
 from common.data.split import public_split
 from common.errors import ConfigError, DataError, UnreadableFile
-from common.files import FileState
+from common.files import FileState, expanded
 from common.tasks import TASKS
 from common.tasks.cells import is_missing
 from common.tasks.examples import Dataset
@@ -147,7 +147,7 @@ def _tables(source: str, task: str, *, protected: bool, line_breaks: bool) -> tu
     if source.startswith("hub:"):
         return [read_hub(source)], []
     tables, unreadable = list[Table](), list[str]()
-    whole = Path(source).expanduser()
+    whole = expanded(source)
     own = [whole] if whole.exists() and TASKS[task].reads(whole) else []
     for path in own or _files_of(source):
         try:
@@ -217,7 +217,7 @@ def _here(config: DataConfig, task: str, source: str) -> Dataset | None:
         return None
     try:
         return load_dataset(config, task, source)
-    except (ConfigError, DataError, OSError, RuntimeError):
+    except (ConfigError, DataError, OSError):
         return None  # whoever needs its records says what is wrong
 
 
@@ -311,7 +311,7 @@ def load_texts(name: str) -> list[str]:
 
 
 def _files_of(source: str) -> list[Path]:
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_dir():
         visible = (file for file in path.iterdir() if not file.name.startswith(".") and file.is_file())
         files = sorted((file for file in visible if file.suffix.lower() in READERS), key=lambda file: file.name)

@@ -23,6 +23,7 @@ from torch import nn
 from common.adapters.low_bits import quantise
 from common.data.packaged import MINILM, packaged_folder
 from common.errors import ModelNotLoaded
+from common.files import expanded
 from common.model.dinov2 import PLAIN_DINOV2_SMALL
 from common.model.smollm2 import PLAIN_SMOLLM2
 from common.tasks import TASKS, Task
@@ -133,8 +134,8 @@ def load_base_model(name: str, task: str, pool: str = "mean", bits: str = "none"
         with NAMED_MODELS[name]() as folder:
             module, processor = _load_named(name, folder, kind)
     else:
-        if "/" in name and Path(name).expanduser().exists():
-            name = str(Path(name).expanduser())
+        if "/" in name and expanded(name).exists():
+            name = str(expanded(name))
         try:
             module, processor = kind.load(name)
         except Exception as error:  # whatever a strange file makes a loader raise

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 
 from common.config.sections import DataConfig
 from common.data.packaged import PackagedTree
@@ -23,6 +22,7 @@ from common.data.sentences import FEWEST_WORDS, likeness, sentences_of, traces
 from common.data.sets import DATASETS, share_sentences
 from common.data.sources import load_texts, public_test, train_and_test
 from common.errors import ConfigError, DataError
+from common.files import expanded
 from common.tasks.examples import Example
 
 PACKAGED = "phrases"
@@ -107,7 +107,7 @@ def read_text(source: str, sha256: str) -> list[str]:
         if source in DATASETS:
             content = as_file(data_set_sentences(source))
         else:
-            content = as_file(SHIPPED[source]) if source in SHIPPED else Path(source).expanduser().read_bytes()
+            content = as_file(SHIPPED[source]) if source in SHIPPED else expanded(source).read_bytes()
         texts = [line.strip() for line in content.decode("utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(

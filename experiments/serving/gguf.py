@@ -16,6 +16,7 @@ from torch import Tensor
 
 from common.adapters.base import PEFT_PREFIX
 from common.errors import DataError, ModelError
+from common.files import expanded
 from common.run_lines import read_json
 from common.tensor_file import read_tensors
 
@@ -123,7 +124,7 @@ def _config_of(name: str) -> Any:
     if name in NAMED_MODELS:
         with NAMED_MODELS[name]() as folder:
             return AutoConfig.from_pretrained(folder, **OWN_CODE)
-    place = str(Path(name).expanduser()) if Path(name).expanduser().exists() else name
+    place = str(expanded(name)) if expanded(name).exists() else name
     try:
         return AutoConfig.from_pretrained(place, **OWN_CODE)
     except (OSError, ValueError) as error:  # not found, or of a kind that transformers does not know
