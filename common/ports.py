@@ -1,4 +1,4 @@
-"""Ports of this machine for processes that talk over loopback."""
+"""Ports: what is one, which of this machine are free, and how one is dialled."""
 
 from __future__ import annotations
 
@@ -13,6 +13,15 @@ def check_port(what: str, port: int) -> None:
     """Raise ConfigError unless ``port`` is the number of a TCP port; ``what`` names it."""
     if not 1 <= port <= LARGEST:
         raise ConfigError(f"{what} must be from 1 to {LARGEST}, not {port}")
+
+
+def dialled(host: str, port: int) -> str:
+    """Return host and port as programs dial them, an address of IPv6 in brackets.
+
+    >>> dialled("fl.example.org", 9092), dialled("::1", 8000)
+    ('fl.example.org:9092', '[::1]:8000')
+    """
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def free_ports(count: int) -> list[int]:

@@ -182,4 +182,4 @@ def control_of(folder: ServerFolder) -> Iterator[Control]:
     authority = read_bytes(folder.path / "ca.crt", "the authority's certificate")
     with tempfile.TemporaryDirectory(prefix="fedveil-") as home:
         (Path(home) / "config.toml").write_text(connection_toml(folder), encoding="utf-8")
-        yield Control(Path(home), f"{folder.control_host}:{folder.control_port}", authority)
+        yield Control(Path(home), folder.control, authority)

@@ -15,6 +15,7 @@ from client.policy import NO_BUDGET
 from common.bundle import own_digest
 from common.errors import PolicyRefusal
 from common.files import expanded
+from common.ports import dialled
 from common.privacy import MECHANISMS
 from common.privacy.figures import epsilon_text, honest_text
 from common.privacy.units import RECORD
@@ -118,7 +119,7 @@ def control_checks(folder: ServerFolder) -> Iterator[CheckResult]:
     yield CheckResult(
         not open_to_all,
         "Control port",
-        f"{host}:{folder.control_port}; who reaches it can let nodes in and submit runs, and {who}: {advice}",
+        f"{folder.control}; who reaches it can let nodes in and submit runs, and {who}: {advice}",
     )
 
 
@@ -137,7 +138,7 @@ def _server_ports(folder: ServerFolder) -> Iterator[CheckResult]:
         ("Control port", folder.control_host, folder.control_port),
     ):
         if _answers(host, port):
-            local = SiteFolder(folder.path, "server", f"{host}:{port}")
+            local = SiteFolder(folder.path, "server", dialled(host, port))
             reason = why_unreachable(local)
             yield CheckResult(not reason, what, f"{port}, " + (reason or "a SuperLink with this certificate answers"))
         else:

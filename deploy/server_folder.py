@@ -27,7 +27,7 @@ from common.config.sections import Scalar
 from common.config.text import read_settings_file, to_toml
 from common.errors import ConfigError, DataError
 from common.files import expanded
-from common.ports import LARGEST, check_port
+from common.ports import LARGEST, check_port, dialled
 from deploy.certificates import (
     Issued,
     alternative_names,
@@ -72,6 +72,11 @@ class ServerFolder:
     def fleet_port(self) -> int:
         """Port of the Fleet API."""
         return int(self.fleet.rpartition(":")[2])
+
+    @property
+    def control(self) -> str:
+        """Address of the Control API as it is dialled."""
+        return dialled(self.control_host, self.control_port)
 
     @property
     def home(self) -> Path:
@@ -171,10 +176,10 @@ def make_server(
         check_port(what, port)
     if fleet_port == control_port:
         raise ConfigError(f"fleet-port and control-port are both {fleet_port}: give each its own")
-    dialled = dict.fromkeys([*names, *LOCAL_NAMES, control_host])
+    certified = dict.fromkeys([*names, *LOCAL_NAMES, control_host])
     _make_private(path)  # before the authority's folder, which may lie in it
     issuer = _authority(authority)
-    certificate = new_server_certificate(list(dialled), issuer, now)
+    certificate = new_server_certificate(list(certified), issuer, now)
     folder = ServerFolder(path, ",".join(names), f"0.0.0.0:{fleet_port}", control_host, control_port)
     described: dict[str, Scalar] = {
         "names": folder.names,
@@ -207,7 +212,7 @@ def _make_private(path: Path) -> None:
 def connection_toml(folder: ServerFolder) -> str:
     """Return Flower's configuration file with the connection to this server's Control API."""
     connection: dict[str, Scalar] = {
-        "address": f"{folder.control_host}:{folder.control_port}",
+        "address": folder.control,
         "root-certificates": str(folder.path / "ca.crt"),
     }
     return f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n{to_toml(connection)}'

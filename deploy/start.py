@@ -52,7 +52,7 @@ def start_server(folder: ServerFolder, say: Callable[[str], None]) -> None:
     another = "name another in server.toml"
     _check_free("the Fleet port", *_host_and_port(folder.fleet), another)
     _check_free("the Control port", folder.control_host, folder.control_port, another)
-    say(f"SuperLink: sites on {folder.fleet}, control on {folder.control_host}:{folder.control_port}")
+    say(f"SuperLink: sites on {folder.fleet}, control on {folder.control}")
     command = superlink_command(folder)
     os.execve(command[0], command, superlink_environment(folder, _flower_home(folder.database.parent)))
 

@@ -9,6 +9,7 @@ import shlex
 from pathlib import Path
 
 from common.files import expanded
+from common.ports import dialled
 from deploy.commands import program
 from deploy.server_folder import ServerFolder
 from deploy.site_folder import SiteFolder
@@ -101,16 +102,15 @@ def unit_word(text: str) -> str:
 
 def server_steps(folder: ServerFolder, authority_fingerprint: str) -> str:
     """Return what ``fedveil server init`` prints."""
-    path, name = shlex.quote(str(folder.path)), folder.name_list[0]
-    dialled = f"[{name}]" if ":" in name else name
+    path = shlex.quote(str(folder.path))
     return f"""\
 {folder.path} is ready. The authority's fingerprint (SHA-256), to be compared at every site:
   {authority_fingerprint}
 Next:
   1. start it          fedveil server start {path}
                        (or install {folder.path}/fedveil-server.service)
-  2. open port {folder.fleet_port} to the sites; keep {folder.control_host}:{folder.control_port} closed
-  3. give every site   {folder.path}/ca.crt and the name {dialled}:{folder.fleet_port}
+  2. open port {folder.fleet_port} to the sites; keep {folder.control} closed
+  3. give every site   {folder.path}/ca.crt and the name {dialled(folder.name_list[0], folder.fleet_port)}
   4. let a site in     fedveil server register {path} THE_SITES_node.pub
   5. look it over      fedveil doctor server {path}
   6. run a job         fedveil server submit {path} -c SETTINGS --sites 2

@@ -501,6 +501,14 @@ def test_a_server_s_address_of_ipv6_is_dialled_without_its_brackets(
     assert "the name [fd00::1]:9092" in server_steps(server, "AB:CD"), "what no site takes is handed out"
 
 
+def test_a_control_api_at_an_address_of_ipv6_is_dialled_with_brackets(tmp_path: Path) -> None:
+    server = make_server(tmp_path / "server", ["127.0.0.1"], control_host="::1")
+    config = tomllib.loads((server.home / "config.toml").read_text(encoding="utf-8"))
+    assert config["superlink"]["fedveil"]["address"] == "[::1]:8000", "no address can be read from ::1:8000"
+    with control_api.control_of(server) as control, pytest.raises(RunFailed, match=r"nothing answers at \[::1\]:8000"):
+        control.node_of(new_node_key("clinic").public)
+
+
 def _connect(host: str, port: int) -> socket.socket:
     plain = socket.socket()
     plain.connect((host, port))
