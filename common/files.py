@@ -149,6 +149,15 @@ def append_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
         os.fsync(file.fileno())
 
 
+def whole_lines(path: Path) -> list[str]:
+    """Return the lines of a text that another process appends to; none of a file that is not there yet.
+
+    A line that is being written is left out: it may end within a character.
+    """
+    content = path.read_bytes() if path.is_file() else b""
+    return content[: content.rfind(b"\n") + 1].decode().splitlines()
+
+
 def state_of(path: str | Path) -> FileState:
     """Return when a plain file was written last, and changed in any way, in nanoseconds, and its bytes; None: no such.
 

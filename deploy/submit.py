@@ -10,6 +10,7 @@ from pathlib import Path
 
 from common.config.sections import Scalar
 from common.errors import ConfigError, DataError, RunFailed
+from common.files import whole_lines
 from common.paths import run_folder
 from common.run_lines import ResultFile, read_file, read_json
 from common.strict_json import from_json, to_json
@@ -177,8 +178,7 @@ def _follow(control: Control, run: str, path: Path, say: Callable[[str], None], 
     heard = asked
     while True:
         ended = _result(path, since)
-        log = path / "run.log"
-        lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+        lines = whole_lines(path / "run.log")
         for line in lines[printed:]:
             say(line)
         printed = len(lines)

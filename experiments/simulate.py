@@ -24,7 +24,7 @@ from common.config.text import to_toml
 from common.data.partition import check_partition, site_part
 from common.data.sources import train_and_test
 from common.errors import ConfigError, RunFailed
-from common.files import expanded
+from common.files import expanded, whole_lines
 from common.model.device import own_cores, worker_count
 from common.paths import run_folder
 from common.ports import free_ports
@@ -90,7 +90,7 @@ def simulate(
         known, began = 0, time.time()
         if job.config.resume:
             # The lines that the run's folder has already are not those that are waited for.
-            known = len(_log_lines(run_folder(job.config, "")))
+            known = len(whole_lines(run_folder(job.config, "") / "run.log"))
         run = _submit(link, settings, sites, worker_count(sites, workers, keeps=job.config.keeps))
         folder = run_folder(job.config, run)
         record_sites(folder, sites)
@@ -243,7 +243,7 @@ def _follow(
     checked, seen = time.monotonic(), 0.0
     while True:
         ended = _result(folder, since)
-        lines = _log_lines(folder)
+        lines = whole_lines(folder / "run.log")
         watch(Progress(lines[printed:], read_if_there(ProgressFile, folder) or ProgressFile("starting Flower and Ray")))
         printed = len(lines)
         if ended:
@@ -284,11 +284,6 @@ def _last_written(folder: Path) -> float:
         with suppress(FileNotFoundError):  # a server replaces files, through others that come and go
             latest = max(latest, path.stat().st_mtime)
     return latest
-
-
-def _log_lines(folder: Path) -> list[str]:
-    path = folder / "run.log"
-    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
 
 def _status(link: _Link, run: str) -> str:

@@ -13,7 +13,7 @@ from made_run import MadeRun, adapter_told
 from test_report import fedveil
 
 from common.errors import DataError
-from common.files import append_lines, finite
+from common.files import append_lines, finite, whole_lines
 from common.messages.round import SpendingFigures
 from common.run_lines import (
     Absence,
@@ -176,3 +176,12 @@ def test_whether_a_fault_was_built_in_is_a_field_and_no_words_of_the_case(tmp_pa
     (made.folder / "audit.json").write_text(json.dumps({**content, "findings": [case]}))
     assert report_of(made.folder).audit_results == []
     assert "audit.json lacks the field 'built_in': it does not say" in report_of(made.folder).problems[0]
+
+
+def test_a_line_that_is_being_written_is_not_read_yet(tmp_path: Path) -> None:
+    """A follower that read half of an ε ended in an error, and one that read half a line never showed the rest."""
+    path, text = tmp_path / "run.log", "round 1/2  ε 1.0\nround 2/2  ε 2.0\n".encode()
+    assert whole_lines(path) == []
+    for end in range(len(text) + 1):
+        path.write_bytes(text[:end])
+        assert whole_lines(path) == ["round 1/2  ε 1.0", "round 2/2  ε 2.0"][: text[:end].count(b"\n")]

@@ -221,7 +221,7 @@ def test_the_end_before_a_resumed_run_stays_and_is_not_taken_for_its_own(
         monkeypatch.setattr(simulation, "_submit", refused)
     else:
         monkeypatch.setattr(simulation, "_follow", FOLLOW)
-        monkeypatch.setattr(simulation, "_log_lines", lambda folder: [])
+        monkeypatch.setattr(simulation, "whole_lines", lambda path: [])
         ends = iter(["failed", "failed"])
 
         def watch(progress: Any) -> None:
