@@ -167,7 +167,7 @@ def open_site(node: Mapping[str, Scalar], config: RunConfig, run: str, *, simula
     name, policy = name_of(node), policy_of(node)
     own_ledger = "ledger" in node or not simulated
     ledger = ledger_of(node) if own_ledger else run_folder(config, run) / "ledgers" / f"{name}.sqlite"
-    dataset_id, size = policy.dataset_of(node, name), declared_size(node, policy)
+    dataset_id, size = policy.dataset_of(node, name), public_size_of(node, policy)
     if dataset_id in withdrawn_in(ledger):  # before a record is read: nothing of them is to be in memory again
         raise PolicyRefusal(WITHDRAWN.format(dataset_id))
     if "data" in node:
@@ -190,7 +190,7 @@ def open_site(node: Mapping[str, Scalar], config: RunConfig, run: str, *, simula
     return Site(name, data, dataset_id, size, ledger, policy, unreadable, rank_of(node), simulated)
 
 
-def declared_size(node: Mapping[str, Scalar], policy: Policy) -> int:
+def public_size_of(node: Mapping[str, Scalar], policy: Policy) -> int:
     """Return the number of records, or of persons, that a site declares as public; 0: it follows from a division.
 
     Raises:

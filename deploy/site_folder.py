@@ -230,10 +230,10 @@ def policy_of_node(settings: Mapping[str, Scalar]) -> Policy:
             it plays.
     """
     # Imports torch: seconds that only this needs.
-    from client.site import declared_size, part_of, policy_of, rank_of
+    from client.site import part_of, policy_of, public_size_of, rank_of
 
     policy = policy_of(settings)
-    if size := declared_size(settings, policy):
+    if size := public_size_of(settings, policy):
         policy.check_size(size)
     rank_of(settings)
     if "data" not in settings:
