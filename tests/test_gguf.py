@@ -188,5 +188,5 @@ def test_a_damaged_adapter_and_a_base_that_is_gone_are_one_line(
     tensors = run / "adapter" / "adapter_model.safetensors"
     for damage in (lambda: tensors.write_bytes(tensors.read_bytes()[:100]), tensors.unlink):
         damage()
-        with pytest.raises(DataError, match=r"^[^\n]*adapter_model\.safetensors cannot be read [^\n]*$"):
+        with pytest.raises(DataError, match=r"^[^\n]*adapter_model\.safetensors (cannot be read|is not there)[^\n]*$"):
             export_gguf(run, tmp_path / "b.gguf")

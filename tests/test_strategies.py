@@ -184,11 +184,11 @@ def earlier_rounds_leak(strategy: Strategy, update: Update) -> float:
     after = update(state, participants(strategy, state, [2, 3]))
     sites = participants(strategy, after, [4, 6, 7])
     second = weights_of(strategy, update(after, sites).adapter)
-    if strategy.needs == "mean":
-        return distance(second, expected(strategy, after, [4, 6, 7]))
-    # No mean says what is right: a server does that saw nothing before.
-    alone = replace(started(strategy), adapter=after.adapter, round_number=after.round_number)
-    return distance(second, weights_of(strategy, update(alone, sites).adapter))
+    if strategy.needs == "each" and not exact(strategy):
+        # No mean says what is right: a server does that saw nothing before.
+        alone = replace(started(strategy), adapter=after.adapter, round_number=after.round_number)
+        return distance(second, weights_of(strategy, update(alone, sites).adapter))
+    return distance(second, expected(strategy, after, [4, 6, 7]))
 
 
 INVARIANTS = (order_matters, splitting_matters, identical_sites_move, earlier_rounds_leak)

@@ -118,6 +118,7 @@ class Mechanism(ABC):
                 f"privacy.drop-outs is {config.privacy.drop_outs}, and with privacy.mode {self.name!r} no sum is lost "
                 "with a site: leave it at 0, or set privacy.mode to 'secure-sum'"
             )
+        self.check(config)
 
     def check(self, config: RunConfig) -> None:
         """Raise ConfigError, saying what to do, unless the run's settings fit what this row alone asks for."""
