@@ -103,10 +103,12 @@ class ByEnergy(Columns):
     def _scores(self, state: ServerState, contributions: Sequence[Contribution]) -> dict[str, float]:
         """Return how far every trained layer's score is above the least; nothing of one site, or of unknown noise.
 
-        Without noise it is the changes' mean cosine, and the least is 0.
+        Without noise it is the changes' mean cosine, and the least is 0. A change that was shortened to nothing has no
+        noise any more, and nothing follows from it.
         """
         noises = [one.noise for one in contributions]
-        if len(contributions) < 2 or any(noise is None for noise in noises):
+        known = [noise for noise in noises if noise]
+        if len(contributions) < 2 or None in noises or 0 < len(known) < len(noises):
             return {}
         total = sum(one.weight for one in contributions)
         shares = [one.weight / total for one in contributions]
@@ -114,7 +116,6 @@ class ByEnergy(Columns):
         scores, layers = {}, sorted(set(contributions[0].state) - set(OWN))
         for layer in layers:
             changes = [_change(one.state[layer][FACTOR], held[layer][FACTOR]) for one in contributions]
-            known = [noise for noise in noises if noise]
             energy = cross_site_energy(shares, evened(changes, known or None), known or None)
             if energy is not None:
                 scores[layer] = energy.agreement if energy.score is None else energy.score - least_score(len(layers))

@@ -259,6 +259,17 @@ def test_w2_the_window_follows_from_the_round_alone_and_a_late_site_rebuilds_the
 # IncreLoRA and DiffoRA: a choice by what sites have in common.
 
 
+@pytest.mark.parametrize("kind", [IncreLoRA, DiffoRA])
+def test_a_change_that_was_shortened_to_nothing_ends_no_run(kind: Any) -> None:
+    """At least half of the sites may send back what they received, so that the middle length is 0."""
+    strategy = kind()
+    state = strategy.settle(strategy.start(start(), ("B",)))
+    contributions = sites(strategy, state, 1, {}, 0.1)
+    contributions[0] = replace(contributions[0], noise=0.0)
+    after = strategy.server_update(state, contributions)
+    assert after.round_number == 1
+
+
 def counts(state: ServerState) -> dict[str, int]:
     return {layer: int(held[MASK].sum()) for layer, held in state.memory.items()}
 
