@@ -64,7 +64,7 @@ def adapter_form(data: ReportData) -> Form:
     code = (
         "from peft import PeftModel\n"
         f"from transformers import {task.loader}\n\n"
-        f'model = {task.loader}.from_pretrained("{_shown_base(data)}")\n'
+        f"model = {task.loader}.from_pretrained({_shown_base(data)!r})\n"
         'model = PeftModel.from_pretrained(model, "adapter")\n'
     )
     if "adapter_config.json" not in files:

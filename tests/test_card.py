@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 from dataclasses import replace
@@ -204,6 +205,14 @@ def test_foreign_names_and_paths_stay_out_of_the_card(tmp_path: Path) -> None:
     assert str(tmp_path) not in text, "the card tells where the coordinator's files lie"
     assert "our-model" in text
     assert "base_model" not in ModelCard(text).data.to_dict()
+
+
+def test_the_code_of_a_card_takes_a_bases_name_for_a_name(tmp_path: Path) -> None:
+    run = MadeRun(tmp_path / "run", {"rounds": 1}).start().round(1, 0.7).end()
+    text = card(with_adapter(run, base='/models/it\'s "ours")\nraise SystemExit #'))
+    code = text.partition("```python\n")[2].partition("```")[0]
+    literals = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+    assert literals == ['it\'s "ours") raise SystemExit #', "adapter"]
 
 
 def test_a_folder_here_is_no_repository_of_the_hub_of_that_name(

@@ -52,6 +52,7 @@ NAME = "image-classification"
 TASK = TASKS[NAME]
 TARGETS = {"vit": "query,value", "clip": "q_proj,v_proj"}
 KINDS = ("dinov2", "registers", "vit", "clip")
+QUOTED = "merged'\"\nraise SystemExit #"
 STEP = gaussian_plan(1.0, 1.0, 1.0, 1.0, 1e-5, 1.0)
 
 
@@ -557,7 +558,7 @@ def merged(
         own = {"model.name": vit(kind), "adapter.targets": ",".join(targets_of(vit(kind))), "model.feature-scale": 2.0}
         runs[kind] = run_in_process({**toy_digits(vit, folder), **own, "rounds": 1}, 2)
         (folder / "image.png").write_bytes(encoded(digits(count=1)[0][0]))
-        codes[str(folder)] = merge_run(runs[kind], folder / "merged")
+        codes[str(folder)] = merge_run(runs[kind], folder / QUOTED)
     words = [sys.executable, "-P", "-c", ASK]
     done = subprocess.run(words, input=json.dumps(codes), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -573,7 +574,7 @@ def test_a_merged_model_of_images_answers_as_the_run_by_the_code_that_merge_prin
     answers = {answer.text: answer.probability for answer in ask_run(run, [str(folder / "image.png")])}
     assert [answers["0"], answers["1"]] == pytest.approx(shares, abs=1e-5)
     assert max(shares) < 0.999, "an answer that is as good as sure is the same of other features"
-    made = ImageProcessor.from_settings(json.loads((folder / "merged" / "preprocessor_config.json").read_text()))
+    made = ImageProcessor.from_settings(json.loads((folder / QUOTED / "preprocessor_config.json").read_text()))
     assert made == load_base_model(vit(kind), NAME).processor
     with pytest.raises(DataError, match="check the path"):
         ask_run(run, [str(tmp_path / "none.png")])

@@ -60,6 +60,10 @@ for code in json.loads(sys.argv[5]):
 """
 
 
+QUOTED = '\'"\nraise SystemExit("a folder\'s name ran") #'
+"""What the name of a folder may hold, and what the printed code has to take for nothing but a name."""
+
+
 class Served(NamedTuple):
     """What this process computes of each kind of result, and what the other one has answered."""
 
@@ -137,7 +141,7 @@ def served(bare: Path, model_folder: Callable[[str], str], tmp_path_factory: pyt
     assert FEWEST == 3 + 6 + 1
     stock = run_in_process(stock_job(toy, place / "stock"), 2)
     causal = run_in_process(causal_job(toy, place, model_folder("llama")), 2)
-    folders = {kind: place / f"out-{kind}" for kind in ("default", "faulty", "seq-cls", "causal")}
+    folders = {kind: place / f"out-{kind}{QUOTED}" for kind in ("default", "faulty", "seq-cls", "causal")}
     codes = [
         merge_run(default, folders["default"]),
         merge_run(stock, folders["seq-cls"], "seq-cls"),

@@ -80,9 +80,11 @@ def test_a_merged_stock_head_is_the_stock_classifier(
     assert read_lines(RoundLine, run)[-1].participants == ["site-0", "site-1"]
     assert evaluate_run(run).accuracy == read_lines(RoundLine, run)[-1].accuracy
     wanted = logits_of(run, TEXTS)
-    merge_run(run, tmp_path / "merged")
-    stock = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
-    assert (stock_logits(stock, tmp_path / "merged") - wanted).abs().max() < CLOSE
+    merged = tmp_path / 'it\'s "merged"\nraise SystemExit #'
+    named: dict[str, Any] = {}
+    exec(merge_run(run, merged), named)
+    stock = named["classify"].model
+    assert (stock_logits(stock, merged) - wanted).abs().max() < CLOSE
     assert stock.config.id2label == {0: "bad", 1: "good"}
     merge_run(run, tmp_path / "adapter", "seq-cls")
     peft = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter", num_labels=2)

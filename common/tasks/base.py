@@ -343,8 +343,8 @@ class Task(ABC):
         kind = type(model.module.encoder).__name__
         return (
             f"from transformers import AutoTokenizer, {kind}\n\n"
-            f'model = {kind}.from_pretrained("{folder}")\n'
-            f'tokenizer = AutoTokenizer.from_pretrained("{folder}")\n'
+            f"model = {kind}.from_pretrained({folder!r})\n"
+            f"tokenizer = AutoTokenizer.from_pretrained({folder!r})\n"
         )
 
     def asked(self, words: Sequence[str]) -> Example:

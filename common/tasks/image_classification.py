@@ -253,7 +253,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel
 
-folder = "{folder}"
+folder = {folder!r}
 model, head = AutoModel.from_pretrained(folder), load_file(folder + "/head.safetensors")
 pixels = AutoImageProcessor.from_pretrained(folder)(Image.open("image.png").convert("RGB"), return_tensors="pt")
 hidden = model(**pixels{options}).last_hidden_state

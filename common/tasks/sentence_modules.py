@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 LOGITS_CODE = """\
 from sentence_transformers import SentenceTransformer
 
-model = SentenceTransformer("{folder}")
+model = SentenceTransformer({folder!r})
 logits = model.encode(["a text"], convert_to_tensor=True)
 probabilities = logits.softmax(-1)  # in this order:
 print(probabilities.tolist(), model[0].auto_model.config.id2label)

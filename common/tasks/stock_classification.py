@@ -108,7 +108,7 @@ class StockClassification(Classification, pool="stock"):
         """Return code that classifies a text with transformers alone."""
         return (
             "from transformers import pipeline\n\n"
-            f'classify = pipeline("text-classification", model="{folder}", top_k=None, max_length={model.limit}, '
+            f'classify = pipeline("text-classification", model={folder!r}, top_k=None, max_length={model.limit}, '
             "truncation=True)\n"
             'print(classify("a text"))\n'
         )

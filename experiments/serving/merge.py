@@ -52,25 +52,32 @@ def merge_run(run: Path, target: Path, form: str = "merged") -> str:
         partial.mkdir(parents=True)
         if form == "merged":
             finished.task.write_stock(finished, partial)
-            written = Form("merge", finished.task.library, finished.task.stock_code(finished, target.name), {})
+            relation, library = "merge", finished.task.library
         else:
             finished.task.write_head_adapter(finished, run / "adapter", partial)
-            written = Form("adapter", "peft", _PEFT_CODE.format(folder=target.name, classes=len(finished.labels)), {})
-        _write_card(run, written, partial)
+            relation, library = "adapter", "peft"
+        _write_card(run, Form(relation, library, _code(finished, form, target.name), {}), partial)
         os.replace(partial, target)
     except OSError as error:
         raise DataError(f"{target} cannot be written ({error.strerror}): check rights and space") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return written.code.replace(f'"{target.name}"', f'"{target}"')
+    return _code(finished, form, str(target))
+
+
+def _code(finished: Finished, form: str, folder: str) -> str:
+    """Return Python code that loads what was written into ``folder``, whatever characters its name has."""
+    if form == "merged":
+        return finished.task.stock_code(finished, folder)
+    return _PEFT_CODE.format(folder=folder, classes=len(finished.labels))
 
 
 _PEFT_CODE = """\
 from peft import AutoPeftModelForSequenceClassification
 from transformers import AutoTokenizer
 
-model = AutoPeftModelForSequenceClassification.from_pretrained("{folder}", num_labels={classes})
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
+model = AutoPeftModelForSequenceClassification.from_pretrained({folder!r}, num_labels={classes})
+tokenizer = AutoTokenizer.from_pretrained({folder!r})
 print(model(**tokenizer("a text", return_tensors="pt")).logits.softmax(-1).tolist())
 """
 
