@@ -5,7 +5,7 @@ Singhal, Ponkshe et al.: Fed-SB, on the parameterisation of LoRA-SB. W = W0 + B 
 Exact: ``B (sum p_k R_k) A = sum p_k B R_k A``. Per layer and round r² numbers travel each way and
 nothing else; noise on R enters the weights with norm ``sigma C r / b``, whatever the layer's size.
 
-Where B and A come from is ``adapter.start``. LoRA-SB's own recipe is ``private-gradient``, which only a run
+Where B and A come from is ``adapter.start``. LoRA-SB's own recipe is ``nonprivate-gradient``, which only a run
 without privacy has; ``public-gradient`` and ``dp-gradient`` stand in for it under privacy.
 """
 

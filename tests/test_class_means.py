@@ -204,7 +204,7 @@ def test_its_noise_is_that_of_its_share_of_the_budget() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"privacy.mode": "none"}, "is for a private run: without privacy use 'public-metric'"),
+        ({"privacy.mode": "none"}, "alone pays for: use 'public-metric'"),
         ({"privacy.mode": "secure-sum", "privacy.honest-sites": 2}, "nobody sees more than a sum: choose another"),
         ({"privacy.mode": "client-level", "privacy.unit": "site", "privacy.cohort": 20}, "adapter.start 'class-means'"),
         ({**LORA, "head.policy": "frozen", "head.start": "random"}, "set head.policy to 'trained'"),

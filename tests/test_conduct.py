@@ -230,9 +230,9 @@ def test_round_0_is_told_with_its_sites_its_price_and_who_had_no_part(toy_settin
     assert before.begun_accuracy is not None
     assert f"after round 0: accuracy {100 * before.begun_accuracy:.1f} %" in lines
     # Of a start that nobody is asked for nothing is told, and one without privacy claims nothing.
-    open_start = {**settings, "privacy.mode": "none", "fed-sb.init": "private-gradient"}
+    open_start = {**settings, "privacy.mode": "none", "fed-sb.init": "nonprivate-gradient"}
     folder = run_in_process({k: v for k, v in open_start.items() if k != "privacy.noise-multiplier"}, 2, "open")
-    assert "initialisation by private-gradient: 2 sites, no claim" in told(folder)
+    assert "initialisation by nonprivate-gradient: 2 sites, no claim" in told(folder)
     asked = {**open_run(toy_settings), "rounds": 1}
     assert not [line for line in told(run_in_process(asked, 1, "plain")) if "round 0" in line or "initialis" in line]
 

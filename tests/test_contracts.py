@@ -42,8 +42,8 @@ from common.starts import STARTS, class_means
 from common.starts.dp_eva import DPEVA
 from common.starts.dp_lora_ga import DPLoRAGA
 from common.starts.eva import EVA
+from common.starts.nonprivate_eva import NonprivateEVA
 from common.starts.orthonormal import Orthonormal
-from common.starts.private_eva import PrivateEVA
 from common.tasks import TASKS
 from common.tasks.examples import Example
 from server import conduct
@@ -140,7 +140,7 @@ def test_a_run_of_a_pair_takes_a_round_and_its_export_scores_as_it_did(
 
 # Faults that these tests must find ------------------------------------------------------------------------------------
 
-FROM_SEED = (EVA, DPEVA, PrivateEVA, DPLoRAGA)
+FROM_SEED = (EVA, DPEVA, NonprivateEVA, DPLoRAGA)
 """Starts whose statistic says where A begins, and nothing of B."""
 
 

@@ -35,7 +35,7 @@ from common.starts import STARTS, Start
 from common.starts.directions import leading_singular_triple
 from common.starts.dp_gradient import DPGradient
 from common.starts.gradient import gradient_basis, mean_gradient, private_gradient
-from common.starts.private_gradient import PrivateGradient
+from common.starts.nonprivate_gradient import NonprivateGradient
 from common.tasks import TASKS, Record
 from common.tasks.text import TextExample
 from strategies import Contribution, ServerState, mean
@@ -146,11 +146,11 @@ def test_s6_a_round_uses_only_its_own_sites() -> None:
 
 def test_s7_raw_private_gradients_are_refused_under_privacy() -> None:
     with pytest.raises(ConfigError, match="raw gradients of private records"):
-        configure({"strategy": "fed-sb", "adapter.start": "private-gradient"})
-    configure({"strategy": "fed-sb", "adapter.start": "private-gradient", "privacy.mode": "none"})
+        configure({"strategy": "fed-sb", "adapter.start": "nonprivate-gradient"})
+    configure({"strategy": "fed-sb", "adapter.start": "nonprivate-gradient", "privacy.mode": "none"})
     with pytest.raises(ConfigError, match=r"needs start\.data"):
         configure({"strategy": "fed-sb", "adapter.start": "public-gradient"})
-    with pytest.raises(ConfigError, match="without privacy use 'private-gradient'"):
+    with pytest.raises(ConfigError, match="alone pays for: use 'public-gradient'"):
         configure({"strategy": "fed-sb", "adapter.start": "dp-gradient", "privacy.mode": "none"})
 
 
@@ -384,7 +384,7 @@ def begun(origin: Start) -> tuple[ServerState, dict[str, Tensor]]:
     return state, {layer: 0.25 * first[layer] + 0.75 * third[layer] for layer in SHAPES}
 
 
-@pytest.mark.parametrize("init", ["public-gradient", "private-gradient"])
+@pytest.mark.parametrize("init", ["public-gradient", "nonprivate-gradient"])
 def test_the_published_start_is_one_sign_step_down_the_sites_mean_gradient(init: str) -> None:
     state, means = begun(STARTS[init](step=0.02))
     for layer, G in means.items():
@@ -411,7 +411,7 @@ def test_a_noised_start_spans_the_sites_mean_gradient_and_moves_no_weight() -> N
 def test_the_published_start_lowers_the_loss_of_the_records_it_was_made_from(model_folder: Folder, family: str) -> None:
     model = tiny(model_folder(family), family)
     batch = model.batch(model.prepare(EXAMPLES))
-    job = replace(configure({"strategy": "fed-sb", "adapter.rank": RANK}), origin=PrivateGradient())
+    job = replace(configure({"strategy": "fed-sb", "adapter.rank": RANK}), origin=NonprivateGradient())
     state = job.begin(model.start, mean_gradient(model, [batch]))
     with torch.no_grad():
         before = float(model.losses(batch).mean())
@@ -437,7 +437,7 @@ def round_task(job: Job, model: FederatedModel, state: ServerState, round_number
 
 
 @pytest.mark.parametrize(
-    ("init", "mode"), [("svd-of-weights", "dp-sgd"), ("dp-gradient", "dp-sgd"), ("private-gradient", "none")]
+    ("init", "mode"), [("svd-of-weights", "dp-sgd"), ("dp-gradient", "dp-sgd"), ("nonprivate-gradient", "none")]
 )
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_s3_the_base_is_the_same_bit_for_bit_after_a_start_a_round_and_the_export(

@@ -266,7 +266,7 @@ def test_delta_above_one_over_the_size_is_refused(toy_settings: dict[str, Any]) 
         ("svd-of-weights", "dp-sgd", []),
         ("public-gradient", "dp-sgd", []),
         ("dp-gradient", "dp-sgd", ["initialisation"]),
-        ("private-gradient", "none", []),
+        ("nonprivate-gradient", "none", []),
     ],
 )
 def test_fed_sb_initialisations_cost_what_they_use(
@@ -304,8 +304,8 @@ def test_fed_sb_initialisations_cost_what_they_use(
 
 
 def test_fed_sb_refuses_the_published_initialisation_under_privacy(toy_settings: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"raw gradients of private records.*use 'dp-gradient'"):
-        run_in_process({**toy_settings, "strategy": "fed-sb", "fed-sb.init": "private-gradient"}, 2)
+    with pytest.raises(ConfigError, match=r"raw gradients of private records.*use 'public-gradient'"):
+        run_in_process({**toy_settings, "strategy": "fed-sb", "fed-sb.init": "nonprivate-gradient"}, 2)
 
 
 def test_a_site_that_lost_the_basis_gets_it_within_the_round(
@@ -321,7 +321,7 @@ def test_a_site_that_lost_the_basis_gets_it_within_the_round(
         return whole(content, node, settings, run, memory, **more)
 
     monkeypatch.setattr(in_process, "answer", forgetful)
-    settings = {**toy_settings, "strategy": "fed-sb", "fed-sb.init": "private-gradient", "privacy.mode": "none"}
+    settings = {**toy_settings, "strategy": "fed-sb", "fed-sb.init": "nonprivate-gradient", "privacy.mode": "none"}
     line = read_lines(RoundLine, run_in_process(settings, 2))[1]
     assert line.participants == ["site-0", "site-1"]
     assert line.refusals == []

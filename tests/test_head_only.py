@@ -422,7 +422,7 @@ def test_only_the_head_travels(toy_settings: dict[str, Any]) -> None:
         ({"model__task": "causal-lm", "head__policy": "frozen"}, "no head"),
         *(({"adapter__start": start}, "has no factors") for start in ("eva", "public-gradient")),
         ({"adapter__start": "dp-gradient"}, "has no factors"),
-        ({"adapter__start": "private-gradient", "privacy__mode": "none"}, "has no factors"),
+        ({"adapter__start": "nonprivate-gradient", "privacy__mode": "none"}, "has no factors"),
         ({"model__checkpointing": True}, r"^model\.checkpointing has no effect on adapter\.name 'none'"),
     ],
 )

@@ -532,7 +532,7 @@ def test_a_round_is_held_to_the_time_of_what_its_plan_draws(tmp_path: Path, monk
 
 
 def test_a_start_that_a_row_does_not_list_is_refused(whole_site: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="'dp-gradient' is for a private run"):
+    with pytest.raises(ConfigError, match=r"'dp-gradient' is a release that privacy\.mode 'dp-sgd' alone pays for"):
         configure({**whole_site, "strategy": "fed-sb", "adapter.start": "dp-gradient"})
     with pytest.raises(ConfigError, match=r"'public-gradient' needs public records, of which this privacy.mode"):
         configure({**whole_site, "adapter.start": "public-gradient", "start.data": "a.csv"})

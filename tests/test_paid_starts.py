@@ -41,7 +41,7 @@ from common.starts.eva import EVA, input_moments
 from common.starts.gradient import initial_shapes, mean_gradient
 from common.starts.inputs import mean_moments, open_moments, packed, shared_inputs, unpacked
 from common.starts.lora_ga import LoRAGA
-from common.starts.private_eva import PrivateEVA
+from common.starts.nonprivate_eva import NonprivateEVA
 from common.tasks import TASKS, Record
 from common.tasks.text import TextExample
 from experiments.in_process import run_in_process
@@ -195,7 +195,7 @@ def test_invariant_23_the_sites_mean_is_that_of_all_records_in_any_order(tiny: M
 
 @each_family
 def test_the_open_mean_of_moments_is_of_each_records_own_tokens_and_not_of_its_padding(tiny: Make, family: str) -> None:
-    model = tiny(family, PrivateEVA())
+    model = tiny(family, NonprivateEVA())
     whole, alone = moments(model), [moments(model, [text]) for text in TEXTS]
     for name, M in whole.items():
         assert all(float(one[name].trace()) == pytest.approx(1, abs=1e-6) for one in alone)
@@ -204,18 +204,18 @@ def test_the_open_mean_of_moments_is_of_each_records_own_tokens_and_not_of_its_p
 
 @each_family
 def test_invariant_29_layers_that_share_an_input_share_a(tiny: Make, family: str) -> None:
-    model = tiny(family, PrivateEVA())
+    model = tiny(family, NonprivateEVA())
     shared = shared_inputs(model)
     assert set(shared) == set(model.adapter.layers(model.peft_model))
     assert (len(set(shared.values())) < len(shared)) == (family != "gpt2")
     statistic = {name: {"M": packed(M)} for name, M in moments(model).items()}
-    config = configure({"adapter.start": "private-eva", "privacy.mode": "none"}).config
-    whole = PrivateEVA().complete(model, config, None, statistic)  # type: ignore[arg-type]
-    made = {layer: PrivateEVA().from_statistic(held, RANK)["A"] for layer, held in whole.items()}
+    config = configure({"adapter.start": "nonprivate-eva", "privacy.mode": "none"}).config
+    whole = NonprivateEVA().complete(model, config, None, statistic)  # type: ignore[arg-type]
+    made = {layer: NonprivateEVA().from_statistic(held, RANK)["A"] for layer, held in whole.items()}
     for layer, first in shared.items():
         assert torch.equal(made[layer], made[first])
     assert {name: f["M"].shape for name, f in statistic.items()} == {
-        name: f["M"] for name, f in PrivateEVA().layout(model).items()
+        name: f["M"] for name, f in NonprivateEVA().layout(model).items()
     }
     # Public EVA weighs tokens by their length and these do not: the directions are near, and the same layers share.
     public = input_moments(model, records_of(model))
@@ -557,15 +557,15 @@ def test_k3_what_a_paid_choice_costs_is_in_the_runs_plan(
 def test_invariant_27_raw_moments_are_refused_in_a_private_run_and_had_in_an_open_one(
     toy_settings: dict[str, Any],
 ) -> None:
-    with pytest.raises(ConfigError, match=r"raw moments of private records.*use 'eva' from public text or 'dp-eva'"):
-        configure({"adapter.start": "private-eva"})
-    with pytest.raises(ConfigError, match=r"without privacy use 'private-eva'"):
+    with pytest.raises(ConfigError, match=r"raw moments of private records.*use 'eva', from public text"):
+        configure({"adapter.start": "nonprivate-eva"})
+    with pytest.raises(ConfigError, match=r"alone pays for: use 'eva', from public text"):
         configure({"adapter.start": "dp-eva", "privacy.mode": "none"})
     with pytest.raises(ConfigError, match=r"a release of its own.*nobody sees more"):
         configure({"adapter.start": "dp-eva", "privacy.mode": "secure-sum", "privacy.honest-sites": 2})
     with pytest.raises(ConfigError, match=r"'lora-ga' needs start\.data"):
         configure({"adapter.start": "lora-ga"})
-    own = {"strategy": "ffa-lora", "adapter.start": "private-eva", "privacy.mode": "none", "rounds": 1}
+    own = {"strategy": "ffa-lora", "adapter.start": "nonprivate-eva", "privacy.mode": "none", "rounds": 1}
     folder = run_in_process({**toy_settings, **own}, 2)
     assert [line.round_number for line in read_lines(RoundLine, folder)] == [0, 1]
 
@@ -583,8 +583,8 @@ def test_invariant_43_after_calibration_the_median_gradient_is_that_of_random_ro
     whole = mean_gradient(model, [model.batch(records)])
     statistics: dict[str, AdapterState] = {
         "eva": input_moments(model, records),
-        **dict.fromkeys(("dp-eva", "private-eva"), _spread(model)),
-        **dict.fromkeys(("public-gradient", "private-gradient", "dp-gradient", "lora-ga"), whole),
+        **dict.fromkeys(("dp-eva", "nonprivate-eva"), _spread(model)),
+        **dict.fromkeys(("public-gradient", "nonprivate-gradient", "dp-gradient", "lora-ga"), whole),
         "dp-lora-ga": {name: {"S": sketching(name, f["G"].shape[0], RANK).T @ f["G"]} for name, f in whole.items()},
     }
     seen = 0

@@ -249,7 +249,9 @@ def test_a_start_that_would_open_weights_is_refused_before_anything_is_charged(
     model_folder: Folder, tmp_path: Path
 ) -> None:
     opening = [name for name, start in STARTS.items() if start.opens_weights]
-    assert {"public-metric", "probe", "public-gradient", "lora-ga", "private-gradient", "dp-gradient"} == set(opening)
+    assert {"public-metric", "probe", "public-gradient", "lora-ga", "nonprivate-gradient", "dp-gradient"} == set(
+        opening
+    )
     for name in ("public-metric", "probe", "dp-gradient"):
         more = {"adapter.start": name, "adapter.name": "lora-metric", "strategy": "fedavg-lora"}
         if name == "dp-gradient":

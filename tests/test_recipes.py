@@ -246,7 +246,10 @@ def test_what_is_left_open_may_be_said() -> None:
         ({"rounds": "many"}, "rounds must be a whole number, not 'many'"),
         ({"seed": "auto"}, "seed must be a whole number, not 'auto'"),
         ({"start.records": "few"}, "start.records must be a whole number"),
-        ({"recipe": "metric", "privacy.mode": "none", "adapter.start": "probe"}, "'probe' is for a private run"),
+        (
+            {"recipe": "metric", "privacy.mode": "none", "adapter.start": "probe"},
+            "'probe' is a release",
+        ),
         ({"recipe": "metric", "strategy": "fed-sb"}, "adapter"),
         ({"start.clip-share": 0.5}, "because start.clip-share is set: write recipe = 'metric' to keep that"),
         ({"recipe": "metric", "rounds": 1}, "training.refit is 1 of 1 rounds"),

@@ -149,7 +149,7 @@ def without_noise() -> Iterator[None]:
         ({"server.most-noise": 5.0}, "server.most-noise is for noise that sites add"),
         ({"server.scores": True}, "server.scores is for noise that sites add"),
         ({"strategy": "fedex-lora"}, "no strategy is given more than a sum"),
-        ({"strategy": "fed-sb", "adapter.start": "dp-gradient"}, "is for a private run"),
+        ({"strategy": "fed-sb", "adapter.start": "dp-gradient"}, "alone pays for: use 'public-gradient'"),
     ],
 )
 def test_settings_that_do_not_fit_are_an_error(settings: dict[str, Any], values: dict[str, Any], words: str) -> None:

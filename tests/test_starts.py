@@ -9,6 +9,7 @@ import pytest
 
 from common.config.sections import Scalar, defaults
 from common.errors import ConfigError
+from common.privacy import MECHANISMS
 from common.starts import STARTS, PaidStart, Start, UnpaidStart
 from strategies.job import configure, declared_settings, known_settings
 from strategies.renamed import RENAMED
@@ -60,11 +61,23 @@ def test_records_are_used_by_no_start_that_a_private_run_does_not_pay_for(name: 
         configure(private)
 
 
+@each_start
+def test_a_start_that_sends_what_records_hold_says_so_in_its_name_and_no_refusal_points_to_it(name: str) -> None:
+    assert name.startswith("nonprivate-") == (STARTS[name].needs == "records, without privacy")
+    for mode in MECHANISMS:
+        try:
+            configure({**needed(name), "privacy.mode": mode})
+        except ConfigError as error:
+            advice = str(error).replace(repr(name), "")
+            assert "nonprivate-" not in advice
+            assert "privacy.mode to 'none'" not in advice
+
+
 def test_what_needs_records_without_privacy_is_refused_whatever_its_row_checks(monkeypatch: pytest.MonkeyPatch) -> None:
-    careless = dataclasses.make_dataclass("Careless", [], bases=(STARTS["private-gradient"],), frozen=True)
+    careless = dataclasses.make_dataclass("Careless", [], bases=(STARTS["nonprivate-gradient"],), frozen=True)
     careless.name, careless.check, careless.unfit = "careless", Start.check, Start.unfit  # type: ignore[attr-defined]
     monkeypatch.setitem(STARTS, "careless", careless)
-    with pytest.raises(ConfigError, match="'careless' uses private records without privacy"):
+    with pytest.raises(ConfigError, match="'careless' sends what private records hold"):
         configure({"adapter.start": "careless"})
 
 

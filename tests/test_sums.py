@@ -952,7 +952,7 @@ def test_a_site_whose_roster_is_another_has_no_part(clinics: SumSite) -> None:
             "a release of its own.*nobody sees more than a sum",
         ),
         ({"adapter.start": "dp-gradient", "strategy": "fed-sb"}, "a release of its own.*nobody sees more"),
-        ({"adapter.start": "private-gradient"}, "publishes raw gradients of private records"),
+        ({"adapter.start": "nonprivate-gradient"}, "sends raw gradients of private records"),
     ],
 )
 def test_a_run_that_is_no_sum_of_clipped_gradients_is_refused(wrong: dict[str, Scalar], words: str) -> None:

@@ -19,10 +19,10 @@ from common.starts.kaiming import Kaiming
 from common.starts.lora_ga import LoRAGA
 from common.starts.lu_of_weights import LUOfWeights
 from common.starts.minor_of_weights import MinorOfWeights
+from common.starts.nonprivate_eva import NonprivateEVA
+from common.starts.nonprivate_gradient import NonprivateGradient
 from common.starts.nystrom import Nystrom
 from common.starts.orthonormal import Orthonormal
-from common.starts.private_eva import PrivateEVA
-from common.starts.private_gradient import PrivateGradient
 from common.starts.probe import Probe
 from common.starts.public_gradient import PublicGradient
 from common.starts.public_metric import PublicMetric
@@ -49,9 +49,9 @@ STARTS: dict[str, type[Start]] = {
         Probe,
         ClassMeans,
         DPGradient,
-        PrivateGradient,
+        NonprivateGradient,
         DPEVA,
-        PrivateEVA,
+        NonprivateEVA,
         LoRAGA,
         DPLoRAGA,
     )

@@ -47,9 +47,8 @@ _ASKED: Mapping[Needs, Asked] = {
 }
 
 _UNFIT: Mapping[Needs, str] = {
-    "records, without privacy": "uses private records without privacy, which no ε covers: choose another, or set "
-    "privacy.mode to 'none'",
-    "paid release": "is for a private run: choose another",
+    "records, without privacy": "sends what private records hold, which no ε covers: choose another",
+    "paid release": "is a release that privacy.mode 'dp-sgd' alone pays for: choose another",
 }
 
 
@@ -299,8 +298,8 @@ class PaidGradient(PaidStart):
 
     @property
     def unfit(self) -> str:
-        """Name the start that a run without privacy has."""
-        return "is for a private run: without privacy use 'private-gradient'"
+        """Name the start that other runs have."""
+        return "is a release that privacy.mode 'dp-sgd' alone pays for: use 'public-gradient', from public records"
 
     def factors(self, place: Place, wanted: Collection[str]) -> Factors:
         """Return orthonormal directions, which hold until the sites have answered."""

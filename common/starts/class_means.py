@@ -88,8 +88,8 @@ class ClassMeans(PaidByShare):
 
     @property
     def unfit(self) -> str:
-        """Name the start that a run without privacy has."""
-        return "is for a private run: without privacy use 'public-metric'"
+        """Name the start that other runs have."""
+        return "is a release that privacy.mode 'dp-sgd' alone pays for: use 'public-metric'"
 
     def factors(self, place: Place, wanted: Collection[str]) -> Factors:
         """Return orthonormal directions, which stay."""

@@ -42,8 +42,8 @@ class DPEVA(OfInputs, PaidStart):
 
     @property
     def unfit(self) -> str:
-        """Name the starts that a run without privacy has."""
-        return "is for a private run: without privacy use 'private-eva', or 'eva' from public text"
+        """Name the start that other runs have."""
+        return "is a release that privacy.mode 'dp-sgd' alone pays for: use 'eva', from public text"
 
     def opened(self, model: FederatedModel) -> AbstractContextManager[Any]:
         """Return the context in which the maps take a gradient of which a record's is its moment."""

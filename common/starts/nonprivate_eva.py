@@ -17,17 +17,17 @@ from common.tasks import Batch
 
 
 @dataclass(frozen=True)
-class PrivateEVA(OfInputs, UnpaidStart):
+class NonprivateEVA(OfInputs, UnpaidStart):
     """The rows of A are the leading eigenvectors of the sites' mean moment of inputs; B is random, from the seed."""
 
-    name: ClassVar[str] = "private-eva"
+    name: ClassVar[str] = "nonprivate-eva"
 
     @property
     def unfit(self) -> str:
         """Name the starts that a private run has."""
         return (
-            "publishes raw moments of private records, which no ε covers: use 'eva' from public text or 'dp-eva', or "
-            "set privacy.mode to 'none'"
+            "sends raw moments of private records, which no ε covers: use 'eva', from public text, or with "
+            "privacy.mode 'dp-sgd' 'dp-eva'"
         )
 
     def measure(self, model: FederatedModel, parts: Iterable[Batch]) -> AdapterState:

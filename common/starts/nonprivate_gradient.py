@@ -21,10 +21,10 @@ from common.tasks import Batch
 
 
 @dataclass(frozen=True)
-class PrivateGradient(UnpaidStart):
+class NonprivateGradient(UnpaidStart):
     """B R A is the best rank-r part of one sign step down the sites' mean gradient."""
 
-    name: ClassVar[str] = "private-gradient"
+    name: ClassVar[str] = "nonprivate-gradient"
     opens_weights: ClassVar[bool] = True
 
     step: Annotated[float, POSITIVE, RATIO] = 1e-3
@@ -34,8 +34,8 @@ class PrivateGradient(UnpaidStart):
     def unfit(self) -> str:
         """Name the starts that a private run has."""
         return (
-            "publishes raw gradients of private records, which no ε covers: "
-            "use 'dp-gradient', 'public-gradient', 'svd-of-weights' or 'orthonormal', or set privacy.mode to 'none'"
+            "sends raw gradients of private records, which no ε covers: use 'public-gradient', 'svd-of-weights' or "
+            "'orthonormal', or with privacy.mode 'dp-sgd' 'dp-gradient'"
         )
 
     def factors(self, place: Place, wanted: Collection[str]) -> Factors:
