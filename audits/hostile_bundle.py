@@ -1,9 +1,12 @@
-"""A bundle whose client is the server's own: it must not be taken, and no line of it may run."""
+"""Bundles of the server's making: its own client must not be taken, no line of it may run, and none may cost much."""
 
 from __future__ import annotations
 
+import io
 import time
-from contextlib import AbstractContextManager
+import tomllib
+import zipfile
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -18,7 +21,9 @@ from audits.finding import judged
 from audits.tiny_site import tiny_site
 from client.policy import Policy
 from client.worker import reply_to
-from common.bundle import PROJECT, files_of
+from common import bundle as bundles
+from common.bundle import PROJECT, SETTINGS, bundle_digest, files_of
+from common.errors import ProtocolError
 from common.messages.wire import encode_task
 from common.run_lines import Finding
 
@@ -35,7 +40,22 @@ def any_bundle() -> AbstractContextManager[Any]:
     return patch.object(Policy, "check_bundle", lambda *_: None)
 
 
+def settings_of_any_size() -> AbstractContextManager[Any]:
+    """Whatever stands in ``pyproject.toml`` is parsed."""
+    return patch.multiple(bundles, MOST_SETTINGS=1 << 30, MOST_DOTS=1 << 30)
+
+
+def settings_of_all() -> AbstractContextManager[Any]:
+    """The settings are parsed before the other files are looked at."""
+    return patch.multiple(bundles, _code_digest=lambda _: "", _own_code_digest=lambda: "")
+
+
 BUNDLES = Fault("any bundle is taken", any_bundle)
+DEAR = Fault("a bundle's settings are parsed whatever their size", settings_of_any_size)
+EAGER = Fault("a stranger's settings are parsed", settings_of_all)
+KEY_PARTS = 5000
+"""Of one dotted key: the parser's time grows with their square, to half a second for so many."""
+DEEP = b"[" + b"a." * 19 + b"a]\n"
 
 
 def audit_bundle(folder: Path, fault: Fault = SOUND) -> Finding:
@@ -60,3 +80,54 @@ def audit_bundle(folder: Path, fault: Fault = SOUND) -> Finding:
         "answered": str(reply.has_content()),
     }
     return judged("bundle of the server's own", fault.name, trained or mark.exists(), figures)
+
+
+def dear_settings() -> dict[str, bytes]:
+    """Return texts of ``pyproject.toml`` that cost a parser much, by what they are."""
+    key = b"a" + b".a" * (KEY_PARTS - 1)
+    return {
+        "one dotted key": key + b" = 1",
+        "a dotted key in an array": b"x = [\n{" + key + b" = 1}]",
+        "a dotted table": b"[" + key + b"]",
+        "many tables": b"".join(b"[%d]\n" % number for number in range(200_000)),
+        "a huge text": b'x = "' + b"a" * 3_000_000 + b'"',
+        "the most that is parsed": (DEEP + b"".join(b"%x.%s=1\n" % (i, b".a" * 18) for i in range(2000)))[: 32 << 10],
+    }
+
+
+def audit_dear_bundles(_: Path, fault: Fault = SOUND) -> Finding:
+    """Return what of a server's settings is parsed for a site that joins the installed version's runs alone.
+
+    Beside the installed version's files, only what is within bounds; beside others, nothing.
+
+    Args:
+        _: a folder, which this audit needs not.
+        fault: SOUND, DEAR or EAGER.
+    """
+    own, parse = files_of(PROJECT), tomllib.loads
+    parsed, wrong, dearest = list[str](), list[str](), 0.0
+    bundles.own_digest(), bundles._own_code_digest()
+    with fault.plant(), patch.object(bundles.tomllib, "loads", lambda text: parsed.append(text) or parse(text)):
+        for name, settings in dear_settings().items():
+            for whose, files in (("installed", own), ("strange", {"client/app.py": b""})):
+                content, began = _zipped(files | {SETTINGS: settings}), time.process_time()
+                with suppress(ProtocolError):
+                    bundle_digest(content, own_alone=True)
+                dearest = max(dearest, time.process_time() - began)
+                bounded = len(settings) <= 32 << 10 and max(line.count(b".") for line in settings.split(b"\n")) <= 20
+                if parsed and (whose == "strange" or not bounded):
+                    wrong.append(f"{name}, {whose}")
+                parsed.clear()
+    figures: dict[str, int | float | str] = {
+        "parsed": "; ".join(wrong) or "nothing that is strange or large",
+        "dearest, seconds of a core": dearest,
+    }
+    return judged("bundles that cost much", fault.name, bool(wrong), figures)
+
+
+def _zipped(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()

@@ -345,11 +345,11 @@ class Policy:
         return _names(self.bundles) or (own,)
 
     def check_bundle(self, digest: str, own: str) -> None:
-        """Raise PolicyRefusal unless a bundle of this hash is allowed."""
+        """Raise PolicyRefusal unless a bundle of this hash is allowed; an empty one is of a stranger's files."""
         allowed = self.allowed_bundles(own)
         if digest not in allowed:
             names = ", ".join(name[:SHOWN_DIGITS] for name in allowed)
-            raise refusal("bundles", names, f"the bundle {digest[:SHOWN_DIGITS]}")
+            raise refusal("bundles", names, f"the bundle {digest[:SHOWN_DIGITS]}" if digest else "one of other files")
 
     def check_round(self, rounds: int, steps: int) -> None:
         """Raise PolicyRefusal if the run would then have had more ``rounds`` or ``steps`` here than are allowed."""

@@ -139,15 +139,21 @@ def test_a_bundle_that_is_not_allowed_is_refused_by_its_hash_and_nothing_of_it_r
 ) -> None:
     mark, home = tmp_path / "mark", tmp_path / "home"
     monkeypatch.setenv("FLWR_HOME", str(home))
-    bundle = foreign_bundle(mark)
-    api.give(encode_task(site.task()), bundle, site.settings, site.node)
+    api.give(encode_task(site.task()), foreign_bundle(mark), site.settings, site.node)
     work(api, site)
     refused = answered(api, site)
     assert isinstance(refused, Refusal)
     assert refused.kind == "policy"
-    assert refused.reason == (
-        f"the site's policy has bundles = {own_digest()[:12]}; the run asks for the bundle {bundle_digest(bundle)[:12]}"
-    )
+    asked = f"the site's policy has bundles = {own_digest()[:12]}; the run asks for"
+    assert refused.reason == f"{asked} one of other files"
+    own = files_of(PROJECT)
+    settings = own["pyproject.toml"].replace(b"[project]\n", b'[project]\nmaintainers = [{name = "a stranger"}]\n')
+    other = build_fab_from_files(own | {"pyproject.toml": settings})[0]
+    api.give(encode_task(site.task()), other, site.settings, site.node)
+    work(api, site)
+    refused = answered(api, site)
+    assert isinstance(refused, Refusal)
+    assert refused.reason == f"{asked} the bundle {bundle_digest(other)[:12]}"
     assert not site.charges()
     assert not mark.exists()
     assert not home.exists(), "something of the bundle was unpacked"
