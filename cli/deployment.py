@@ -9,15 +9,15 @@ from typing import Annotated
 import typer
 
 from cli.column_options import with_columns
-from cli.errors import for_people
+from cli.errors import Commands, for_people
 from common.errors import ConfigError
 from common.files import expanded
 from deploy.check_results import CheckResult
 
-server_app = typer.Typer(no_args_is_help=True, help="The coordinator's side: keys, sites, jobs.")
-site_app = typer.Typer(no_args_is_help=True, help="A site's side: keys, policy, the node.")
+server_app = typer.Typer(cls=Commands, no_args_is_help=True, help="The coordinator's side: keys, sites, jobs.")
+site_app = typer.Typer(cls=Commands, no_args_is_help=True, help="A site's side: keys, policy, the node.")
 doctor_app = typer.Typer(
-    no_args_is_help=True, help="Look a server's or a site's folder over; exit code 1 if anything fails."
+    cls=Commands, no_args_is_help=True, help="Look a server's or a site's folder over; exit code 1 if anything fails."
 )
 
 EPSILON, DELTA = 8.0, 1e-5

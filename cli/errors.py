@@ -6,10 +6,29 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+import click
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
+from common.check import nearest
 from common.errors import FedVeilError
+
+
+class Commands(TyperGroup):
+    """A group of commands that names the nearest one once: click and Typer each do in some versions."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the command that the first word names.
+
+        Raises:
+            UsageError: there is none.
+        """
+        if self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            raise click.UsageError(f"No such command {args[0]!r}{nearest(args[0], self.commands)}", ctx)
+        return super().resolve_command(ctx, args)
 
 
 def for_people(command: Callable[..., None]) -> Callable[..., None]:

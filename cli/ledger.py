@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from cli.errors import for_people
+from cli.errors import Commands, for_people
 from common.check import in_range, nearest, one_of, positive
 from common.errors import ConfigError, LedgerError
 from common.privacy.figures import epsilon_text, honest_text, remaining_text
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from client.ledger.rows import Budget, Entry, Exposure, Failure, FirstPlan, Reservation, Withdrawal
     from common.privacy.events import Event
 
-ledger_app = typer.Typer(no_args_is_help=True, help="Look into a site's privacy ledger, and set budgets.")
+ledger_app = typer.Typer(cls=Commands, no_args_is_help=True, help="Look into a site's privacy ledger, and set budgets.")
 console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
 
 EXPOSED = (

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from cli.compare import compare
 from cli.deployment import doctor_app, server_app, site_app
+from cli.errors import Commands
 from cli.errors import for_people as _for_people
 from cli.intruders import intruders
 from cli.ledger import ledger_app
@@ -25,13 +26,14 @@ from cli.serving import ask, export, merge
 from cli.settings import settings
 from cli.sweep import pictures, sweep
 from cli.tune import tune
+from common.paths import check_adapter
 from common.words import counted, decimal_text, names_text, natural, visible
 
 if TYPE_CHECKING:
     from common.model.federated import Score
     from common.run_lines import ProgressFile
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(ledger_app, name="ledger")
 app.add_typer(server_app, name="server")
 app.add_typer(site_app, name="site")
@@ -139,6 +141,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Load a run's adapter with stock PEFT and score it on the run's public test data."""
+    check_adapter(folder / "adapter")
     from experiments.evaluate import evaluate_recovered, evaluate_run
 
     def words(score: Score) -> str:

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from cli.errors import for_people
+from common.paths import check_adapter, check_vacant
 from common.words import counted, percent_text
 
 console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
@@ -25,6 +26,8 @@ def merge(
     ] = "merged",
 ) -> None:
     """Merge a run's adapter into its base model and write both as stock libraries load them."""
+    check_adapter(folder / "adapter")
+    check_vacant(target)
     from experiments.serving.merge import merge_run
 
     code = merge_run(folder, target, form)
@@ -37,6 +40,7 @@ def export(
     gguf: Annotated[Path, typer.Option(help="A new file for the adapter in llama.cpp's format.")],
 ) -> None:
     """Write a language model's adapter as one GGUF file, which llama.cpp takes with --lora."""
+    check_adapter(folder / "adapter")
     from experiments.serving.gguf import export_gguf
 
     layers = export_gguf(folder, gguf)
@@ -52,6 +56,7 @@ def ask(
     ],
 ) -> None:
     """Ask the model that a run ended with: labels with their probabilities, or a completion."""
+    check_adapter(folder / "adapter")
     from experiments.serving.ask import ask_run
 
     for answer in ask_run(folder, words):

@@ -52,6 +52,18 @@ def replace_file(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
+def with_usual_mode(folder: Path) -> None:
+    """Give the tensor files below a folder the mode that other new files in it have; safetensors gives 0600."""
+    probe = folder / f".mode.{os.getpid()}.tmp"
+    try:
+        probe.touch()
+        mode = stat.S_IMODE(probe.stat().st_mode)
+    finally:
+        probe.unlink(missing_ok=True)
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(mode)
+
+
 def write_output(files: Mapping[Path, bytes], reads: Iterable[Path] = ()) -> None:
     """Write what a command was asked for, each file as ``replace_file`` does, and never over what is somebody's own.
 

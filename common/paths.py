@@ -6,11 +6,25 @@ from pathlib import Path, PurePath
 
 from common.check import PLAIN_NAME
 from common.config.sections import RunConfig
-from common.errors import ConfigError
+from common.errors import ConfigError, DataError
 from common.files import expanded
 
 RUN_NAME = PLAIN_NAME
 """A server chooses it."""
+ABOUT_ADAPTER = "fedveil.json"
+"""What says of a saved adapter what it is."""
+
+
+def check_adapter(folder: Path) -> None:
+    """Raise DataError unless a folder holds a saved adapter; commands ask before they import what takes seconds."""
+    if not (folder / ABOUT_ADAPTER).is_file():
+        raise DataError(f"{folder} holds no adapter: give the folder of a finished run")
+
+
+def check_vacant(folder: Path) -> None:
+    """Raise DataError if there is a folder already, and something is in it."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DataError(f"{folder} exists already, and nothing is written over: name a new folder")
 
 
 def run_folder(config: RunConfig, run: str) -> Path:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from common.config.sections import Scalar
 from common.errors import DataError
 from common.messages.round import SpendingFigures
+from common.paths import ABOUT_ADAPTER
 from common.strict_json import BESIDE, Endless, Measured, called, from_json, json_of
 
 AUDITS = "audit*"
@@ -179,7 +180,7 @@ class ResultFile(RunFile):
 class AdapterFile(RunFile):
     """What the adapter beside it, in ``adapter/``, was trained on, and what scoring it needs."""
 
-    NAME: ClassVar[str] = "fedveil.json"
+    NAME: ClassVar[str] = ABOUT_ADAPTER
     base_model: str
     base_fingerprint: str
     """SHA-256 of what the base model computes (``common.model.base.model_fingerprint``)."""

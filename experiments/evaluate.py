@@ -17,6 +17,7 @@ from common.errors import DataError, ModelError
 from common.model.base import BaseModel, load_base_model
 from common.model.device import choose_attention, choose_device
 from common.model.federated import Score, score_records
+from common.paths import check_adapter
 from common.run_lines import AdapterFile, read_file, read_json
 from common.tasks import TASKS, Task
 from common.tasks.module import TaskModule
@@ -93,8 +94,7 @@ def evaluate_recovered(folder: Path, recovered: Path) -> tuple[Score, Score]:
 
 
 def _about(adapter: Path) -> AdapterFile:
-    if not (adapter / AdapterFile.NAME).is_file():
-        raise DataError(f"{adapter} holds no adapter: give the folder of a finished run")
+    check_adapter(adapter)
     about = read_file(AdapterFile, adapter)
     if about.task not in TASKS or about.precision not in PRECISIONS:
         raise DataError(f"{adapter / AdapterFile.NAME} names a task or a precision that this FedVeil does not know")

@@ -24,11 +24,12 @@ from common.adapters.base import base_weight
 from common.adapters.lora_merged import pair_of
 from common.adapters.low_rank import LowRank
 from common.check import in_range, positive
-from common.errors import DataError, FedVeilError, ModelError
+from common.errors import FedVeilError, ModelError
 from common.messages.round import Spending, SpendingFigures, TrainResult
 from common.messages.state import OWN, AdapterState
 from common.messages.tensors import apply, merge
 from common.model.base import load_base_model
+from common.paths import check_adapter
 from common.run_lines import AdapterFile, PrivacyLine, RoundLine, read_file, read_lines
 from experiments.spectra import Top, count_above, spectrum_of, top_of
 from server.aggregation import contributions
@@ -80,8 +81,7 @@ def intruders_of(run: Path, top: int = TOP, cosine: float = COSINE) -> list[Laye
     """
     positive(top=top)
     in_range(0, 1, cosine=cosine)
-    if not (run / "adapter" / AdapterFile.NAME).is_file():
-        raise DataError(f"{run} holds no adapter: give the folder of a finished run")
+    check_adapter(run / "adapter")
     about = read_file(AdapterFile, run / "adapter")
     job = configure(about.settings)
     adapter = job.adapter

@@ -104,7 +104,7 @@ def _queries(data: ReportData) -> list[str]:
 
 def _tests(data: ReportData) -> list[str]:
     if not data.audit_results:
-        return [f"{OPEN} No audit lies beside this run: make audit RUN=FOLDER puts its findings there."]
+        return [f"{OPEN} No audit lies beside this run: FedVeil's repository has them (docs/privacy-checked.md)."]
     rows = [f"{row.audit}: {'passed' if row.passed else 'FAILED'}" for row in data.audit_results]
     return [*rows, *bound_sentences(data.audit_results)]
 

@@ -14,7 +14,7 @@ from common.run_lines import AuditFile, Finding
 
 COMPARED = ("fedveil", "torch", "opacus", "dp-accounting", "flwr")
 """Packages that carry the promise: an audit with other versions of them is not of the code that ran."""
-NONE_RUN = "No audit was run: the run's folder holds no findings of one. make audit RUN=FOLDER puts them there."
+NONE_RUN = "No audit was run: the run's folder holds no findings of one."
 
 WHOSE = (
     "Findings are read from files in the run's folder, and nobody vouches for how they came there but who signed this "

@@ -199,7 +199,7 @@ def verified(folder: Path, key_file: Path) -> dict[str, Any]:
     try:
         key = load_pem_public_key(_read(key_file, "public key"))
     except (ValueError, UnsupportedAlgorithm) as error:
-        raise DataError(f"{key_file} holds no public key in PEM: ask the server's owner for it") from error
+        raise DataError(f"{key_file} {_instead_of_public(key_file)}") from error
     if not isinstance(key, Ed25519PublicKey):
         raise DataError(f"{key_file} is not an Ed25519 public key: ask the server's owner for it")
     signed = _read(folder / STATEMENT, "signed statement")
@@ -230,6 +230,15 @@ def verified(folder: Path, key_file: Path) -> dict[str, Any]:
     if added:
         raise NotGenuine(f"{', '.join(added)} in {folder} came after the run was signed")
     return value
+
+
+def _instead_of_public(key_file: Path) -> str:
+    """Return what a file without a public key holds, and which file to name instead."""
+    if b"PRIVATE KEY-----" not in _read(key_file, "public key"):
+        return "holds no public key in PEM: ask the server's owner for it"
+    public = key_file.with_suffix(".pub.pem")
+    found = f"name {public}, which lies beside it" if public.is_file() else "ask the server's owner for it"
+    return f"is a private key, and a signature is verified with the public one: {found}"
 
 
 def _check_evidence(folder: Path, signed: Mapping[str, str] | None) -> None:

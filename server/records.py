@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from common.adapters import LoRAFrozenA
 from common.bundle import own_digest
 from common.errors import DataError
-from common.files import append_lines, cut_file, drop_leftovers, finite, length, replace_file
+from common.files import append_lines, cut_file, drop_leftovers, finite, length, replace_file, with_usual_mode
 from common.log import about
 from common.messages.round import Spending, TrainResult
 from common.messages.state import AdapterState
@@ -291,6 +291,9 @@ class RunFolder:
             settings=self.job.settings(),
         )
         write_json(folder / AdapterFile.NAME, to_json(about))
+        for made in (folder, self.path / "ranks"):
+            if made.is_dir():
+                with_usual_mode(made)
         return folder
 
 

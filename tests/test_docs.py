@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,36 @@ def check_settings(words: list[str]) -> None:
     texts = [words[i + 1] for i, word in enumerate(words[:-1]) if word == "-c"]
     texts = [str(ROOT / text) if text.endswith(".toml") else text for text in texts]
     configure(parse_settings(texts))
+
+
+def made_here() -> list[str]:
+    """Return what keys, models and pictures the pages' commands write into the folder in which they are given."""
+    named = set()
+    for _, line in commands():
+        words = shlex.split(line, comments=True)
+        for word, place in (("keygen", 1), ("merge", 2), ("--gguf", 1), ("--output", 1)):
+            if word in words and not (path := words[words.index(word) + place]).startswith("/") and not path.isupper():
+                named |= {path, path.replace(".pem", ".pub.pem")}
+    return sorted(named)
+
+
+def test_git_leaves_out_what_the_guides_make(tmp_path: Path) -> None:
+    found = made_here()
+    assert {"mine.pem", "mine.pub.pem", "model"} <= {*found}
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+    (tmp_path / ".gitignore").write_bytes((ROOT / ".gitignore").read_bytes())
+    for name in found:
+        path = tmp_path / name
+        path.touch() if path.suffix else path.mkdir()
+        path.is_dir() and (path / "config.json").touch()
+    told = subprocess.run(["git", "-C", tmp_path, "status", "--short"], capture_output=True, text=True, check=True)
+    assert told.stdout.split() == ["??", ".gitignore"]
+
+
+def test_no_build_of_the_image_is_sent_what_the_guides_make() -> None:
+    rules = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
+    assert rules[0] == "*"
+    assert not {f"!{name}" for name in made_here()} & {*rules}
 
 
 @pytest.mark.parametrize(("page", "line"), commands(), ids=lambda value: value[:60])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,20 @@ def test_ask_gives_every_label_its_probability(toy_settings: dict[str, Any]) -> 
     code, said = fedveil("ask", run, TEXTS[0])
     assert code == 0
     assert said.split("\n")[0].split()[-1] == answers[0].text
+
+
+def test_whoever_may_read_a_model_may_read_its_tensors(toy_settings: dict[str, Any], tmp_path: Path) -> None:
+    usual = os.umask(0o022)
+    try:
+        nested = run_in_process({**toy_settings, "strategy": "dylora", "rounds": 1}, 2)
+        merge_run(nested, tmp_path / "model")
+    finally:
+        os.umask(usual)
+    for folder in (nested / "adapter", nested / "ranks", tmp_path / "model"):
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        assert any(path.suffix == ".safetensors" for path in files)
+        assert {path.name: oct(path.stat().st_mode & 0o777) for path in files} == {path.name: "0o644" for path in files}
+        assert not list(folder.glob(".*"))
 
 
 def test_a_merge_is_whole_or_not_at_all(

@@ -365,6 +365,9 @@ def test_a_run_that_nobody_audited_says_so(made: MadeRun) -> None:
     assert "No audit was run" in markdown
     assert "No audit was run" in page
     assert value["audit_results"] == value["alarms"] == []
+    assert fedveil("report", made.folder, "--annex")[0] == 0
+    for text in (markdown, page, (made.folder / "annex.md").read_text()):
+        assert not re.search(r"\bmake \w+", text), "whoever installed a package has no Makefile"
 
 
 def test_a_passed_audit_says_when_and_with_which_versions(made: MadeRun) -> None:

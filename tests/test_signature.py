@@ -70,6 +70,22 @@ def test_a_signed_report_is_valid_until_a_byte_of_any_form_changes(
         (made.folder / name).write_bytes(content)
 
 
+def test_a_private_key_in_the_place_of_the_public_one_is_told_apart(
+    made: MadeRun, signed: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    private, public = tmp_path / "server.pem", tmp_path / "server.pub.pem"
+    code, said = fedveil("verify", made.folder, "--key", private)
+    assert (code, f"is a private key, and a signature is verified with the public one: name {public}" in said) == (
+        1,
+        True,
+    )
+    public.rename(tmp_path / "elsewhere.pem")
+    assert "public one: ask the server's owner for it" in fedveil("verify", made.folder, "--key", private)[1]
+    private.write_text("no key")
+    assert "holds no public key in PEM" in fedveil("verify", made.folder, "--key", private)[1]
+    assert signed("elsewhere")[0] == 1, "there is no such file"
+
+
 def test_a_file_that_is_missing_or_came_later_is_found(made: MadeRun, signed: Callable[..., tuple[int, str]]) -> None:
     for name in members(made.folder):
         content = (made.folder / name).read_bytes()

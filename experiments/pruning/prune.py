@@ -7,6 +7,7 @@ from pathlib import Path
 
 from common.data.prose import PROSE
 from common.errors import ConfigError, DataError, ModelError, ModelNotLoaded
+from common.files import with_usual_mode
 from common.messages.state import AdapterState
 from common.model.base import BaseModel, load_base_model, model_fingerprint
 from common.model.device import choose_device
@@ -62,6 +63,7 @@ def prune_model(
         small.save_pretrained(str(target))  # type: ignore[operator]
         base.processor.save_pretrained(str(target))
         write_pruned(target, about)
+        with_usual_mode(target)
         if _fingerprint(target, task, units.queries * len(kept.groups[0])) != about.small_fingerprint:
             raise ModelError(f"{large!r} pruned and written is another model than it was: it cannot be used so")
     except BaseException:

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from common.adapters.base import PEFT_PREFIX
 from common.errors import DataError, ModelError
+from common.files import with_usual_mode
 from common.model.base import load_base_model
 from common.model.pruned import recovered, units_of
 from common.run_lines import AdapterFile, read_file, read_json
@@ -67,6 +68,7 @@ def recover_run(run: Path, target: Path, pruned: Path | None = None) -> str:
         target.mkdir(parents=True)
         put_json(target / CONFIG, {**config, "base_model_name_or_path": told.large})
         save_file(made, str(target / WEIGHTS), metadata={"format": "pt"})
+        with_usual_mode(target)
         made_of = RecoveredFile(told.large, told.small_fingerprint, told.large_fingerprint)
         put_json(target / RecoveredFile.NAME, to_json(made_of))
     except OSError as error:

@@ -12,6 +12,8 @@ from common.adapters.low_bits import in_full
 from common.check import OneOf
 from common.data.packaged import sha256_of
 from common.errors import DataError, ModelError
+from common.files import with_usual_mode
+from common.paths import check_vacant
 from common.tasks import Finished
 from experiments.evaluate import load_result
 from reports import report_of, to_json
@@ -44,8 +46,7 @@ def merge_run(run: Path, target: Path, form: str = "merged") -> str:
         ConfigError: the run's model has no such form.
     """
     OneOf(FORMS).check("--form", form)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise DataError(f"{target} exists already, and nothing is written over: name a new folder")
+    check_vacant(target)
     finished = load_finished(run)
     partial = target.absolute().with_name(f".{target.absolute().name}.{os.getpid()}.tmp")
     try:
@@ -57,6 +58,7 @@ def merge_run(run: Path, target: Path, form: str = "merged") -> str:
             finished.task.write_head_adapter(finished, run / "adapter", partial)
             relation, library = "adapter", "peft"
         _write_card(run, Form(relation, library, _code(finished, form, target.name), {}), partial)
+        with_usual_mode(partial)
         os.replace(partial, target)
     except OSError as error:
         raise DataError(f"{target} cannot be written ({error.strerror}): check rights and space") from error

@@ -1,0 +1,52 @@
+"""The command line: a wrong command is named once, and what can be known at once is said at once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_report import fedveil
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"), [(("rnu",), "run"), (("ledger", "shwo"), "show"), (("site", "strat"), "start")]
+)
+def test_a_mistyped_command_is_told_the_nearest_one_once(words: tuple[str, ...], meant: str) -> None:
+    code, said = fedveil(*words)
+    assert code == 2
+    assert said.lower().count("did you mean") == 1, said
+    assert f"did you mean '{meant}'" in said
+
+
+def test_a_command_that_is_like_no_other_is_told_of_none() -> None:
+    code, said = fedveil("xyzzyx")
+    assert (code, "did you mean" in said.lower()) == (2, False)
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (("ask", "absent", "a text"), "holds no adapter"),
+        (("evaluate", "absent"), "holds no adapter"),
+        (("merge", "absent", "new"), "holds no adapter"),
+        (("merge", "run", "full"), "exists already"),
+        (("export", "absent", "--gguf", "new.gguf"), "holds no adapter"),
+    ],
+)
+def test_a_folder_is_looked_at_before_what_takes_seconds_is_imported(
+    words: tuple[str, ...], wanted: str, tmp_path: Path
+) -> None:
+    for name in ("full/mine.txt", "run/adapter/fedveil.json"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    program = (
+        "import sys; from cli.main import app\n"
+        "try: app(sys.argv[1:], standalone_mode=False)\n"
+        "finally: print('imported:', *{'torch', 'transformers'} & sys.modules.keys())"
+    )
+    command = [sys.executable, "-c", program, *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert wanted in done.stderr, done.stderr
+    assert done.stdout.split() == ["imported:"]
