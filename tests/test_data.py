@@ -23,7 +23,7 @@ from client.ledger.record_hashes import record_hashes
 from common.config.sections import Columns, DataConfig
 from common.data.partition import _shares, public_size_of_part, site_part
 from common.data.sets import DATASETS
-from common.data.sources import _load_named, load_dataset, public_names, public_test, train_and_test
+from common.data.sources import _load_named, load_dataset, load_protected, public_names, public_test, train_and_test
 from common.data.split import public_split
 from common.errors import ConfigError, DataError
 from common.tasks.examples import Dataset
@@ -166,8 +166,28 @@ def test_a_file_of_no_bytes_is_refused(tmp_path: Path) -> None:
 def test_a_table_with_other_signs_than_commas_says_so(sign: str, name: str, tmp_path: Path) -> None:
     path = tmp_path / "reviews.csv"
     path.write_text(f"text{sign}label\na fine film{sign}good\na poor film{sign}bad\n", encoding="utf-8")
-    with pytest.raises(DataError, match=f"its fields are parted by {name}; save it with commas, or with tabs as .tsv"):
+    with pytest.raises(
+        DataError, match=f"its fields are separated by {name}; save it with commas, or with tabs as .tsv"
+    ):
         load_dataset(DataConfig(name=str(path)), "classification")
+
+
+@pytest.mark.parametrize(
+    "rows",
+    ["text;label\na fine film;good\na poor, cold film;bad\n", '"text";"label"\n"a fine, warm film";"good"\n'],
+    ids=["some texts with commas", "every cell quoted"],
+)
+@pytest.mark.parametrize("protected", [False, True])
+def test_commas_in_a_file_of_semicolons_hide_no_semicolon(rows: str, protected: bool, tmp_path: Path) -> None:
+    path = tmp_path / "reviews.csv"
+    path.write_text(rows, encoding="utf-8")
+    config = DataConfig(name=str(path), labels="bad,good")
+    try:
+        told = "".join(load_protected(config, "classification").unreadable) if protected else ""
+        assert told or load_dataset(config, "classification")
+    except DataError as error:
+        told = str(error)
+    assert "its fields are separated by semicolons; save it with commas" in told
 
 
 @pytest.mark.parametrize(
@@ -223,7 +243,17 @@ def test_configured_labels_must_be_two_or_more_and_distinct(tmp_path: Path, labe
     [
         ("latin.csv", "text,label\nné,1\n".encode("latin-1"), "is not UTF-8 (byte 12)"),
         ("commas.csv", b"text,label\none, two,1\n", "row 1 has 3 fields, but the header names 2"),
-        ("open.csv", b'text,label\n"never closed,1\n', "cannot be read as CSV: unexpected end of data"),
+        (
+            "open.csv",
+            b'text,label\n"two\nlines",1\n\nfine,0\n"never closed,1\nanother,0\nlast,1\n',
+            "cannot be read as CSV: row 3, which begins in line 6, has a quote that is never closed: mend it",
+        ),
+        ("head.csv", b'"text,label\na,1\n', "cannot be read as CSV: the header has a quote that is never closed"),
+        (
+            "inner.csv",
+            b'text,label\nfine,0\n"so " poor",1\nlast,1\n',
+            "cannot be read as CSV: row 2, which begins in line 3, has ',' expected after '\"'",
+        ),
         ("broken.jsonl", b'{"text": "x", "label": 1}\n{"text": \n', "line 2 is not JSON"),
         ("list.jsonl", b"[1, 2]\n", "line 1 is not a JSON object"),
         ("broken.parquet", b"PAR1", "cannot be read as PARQUET"),

@@ -19,7 +19,7 @@ from common.tasks.cells import UNREADABLE, Misfit, is_missing, plain, read_word
 from common.tasks.examples import Dataset, Example
 from common.tasks.layouts import known_layout
 from common.tasks.roles import LABEL, Column
-from common.tasks.tables import Table, Unfit
+from common.tasks.tables import Table, Unfit, separated_otherwise
 
 NOTHING: Mapping[str, str] = {}
 
@@ -53,17 +53,21 @@ def read_rows(
         ConfigError: ``protected`` rows with labels that nobody named.
     """
     for table in tables:
-        if table.unread and not protected:
-            raise DataError(next(iter(table.unread.values())).words)
+        unread = [] if protected else list(table.unread.values())
+        if unread and not table.has_header:
+            raise DataError(unread[0].words)
+        # Rows of a file that is separated otherwise have any number of fields: its header says why.
         for column in columns:
             # Without a header the rows make the columns: whether one is there would tell of a record.
             if column.name not in table.columns and (table.has_header or not protected):
                 raise DataError(
                     f"{table.origin} has no column {column.name!r} ({column.setting}); "
                     f"it has {', '.join(table.columns)}"
-                    f"{_parted_otherwise(table) or nearest(column.name, table.columns)}"
+                    f"{_separated_otherwise(table) or nearest(column.name, table.columns)}"
                     f"{known_layout(table.columns)}"
                 )
+        if unread:
+            raise DataError(unread[0].words)
     labelled = next((column for column in columns if column.role is LABEL), None)
     if labelled is None:
         labels = ()
@@ -157,14 +161,10 @@ def _row_digest(table: Table, row: int) -> bytes:
     return hashlib.sha256(json.dumps(cells, sort_keys=True).encode()).digest()
 
 
-def _parted_otherwise(table: Table) -> str:
-    """Return what to do about a header that is one field for want of commas, as many spreadsheets write it."""
+def _separated_otherwise(table: Table) -> str:
     (only, *others) = table.columns or ("",)
-    sign = next((sign for sign in ";\t" if sign in only), "")
-    if others or not sign:
-        return ""
-    name = "semicolons" if sign == ";" else "tabs"
-    return f": its fields are parted by {name}; save it with commas, or with tabs as .tsv"
+    advice = "" if others else separated_otherwise(only)
+    return advice and f": {advice}"
 
 
 def _distinct(tables: Iterable[Table], column: Column) -> tuple[str, ...]:

@@ -162,8 +162,20 @@ def read_file(path: Path, *, by_line: bool = False) -> Table:
 
 
 def _unreadable(path: Path, error: Exception) -> UnreadableFile:
-    what = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-    return UnreadableFile(f"{path} cannot be read as {path.suffix[1:].upper()}: {what}: mend it or save it anew")
+    what = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".") + ": mend it or save it anew"
+    if isinstance(error, csv.Error):
+        with path.open(encoding="utf-8-sig", errors="replace") as lines:
+            what = separated_otherwise(lines.readline()) or what
+    return UnreadableFile(f"{path} cannot be read as {path.suffix[1:].upper()}: {what}")
+
+
+def separated_otherwise(header: str) -> str:
+    """Return what to do about a header without commas that has another sign between its names; empty: it has none."""
+    sign = next((sign for sign in ";\t" if sign in header), "")
+    if not sign or "," in header:
+        return ""
+    name = "semicolons" if sign == ";" else "tabs"
+    return f"its fields are separated by {name}; save it with commas, or with tabs as .tsv"
 
 
 def _check_names(names: Sequence[str]) -> None:
@@ -187,7 +199,18 @@ def read_delimited(path: Path, delimiter: str, quoting: int) -> Table:
     """Return the columns of a text whose first line names them; errors as csv's and a file's own."""
     options: dict[str, Any] = {"delimiter": delimiter, "quoting": quoting, "strict": True}
     with path.open(encoding="utf-8-sig", newline="") as lines, _cells_of_any_size():
-        rows = [row for row in csv.reader(lines, **options) if row]
+        reader, rows, begins = csv.reader(lines, **options), list[list[str]](), 1
+        try:
+            for row in reader:
+                rows += [row] if row else []
+                begins = reader.line_num + 1
+        except csv.Error as error:
+            # A quote that is never closed takes the rest of the file, so where the error was met says nothing.
+            where = f"row {len(rows)}, which begins in line {begins}," if rows else "the header"
+            open_quote = "unexpected end" in str(error)
+            raise csv.Error(
+                f"{where} {'has a quote that is never closed' if open_quote else f'has {error}'}"
+            ) from error
     return _of_rows(path, rows[0] if rows else [], rows[1:])
 
 
