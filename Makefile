@@ -24,7 +24,10 @@ GENERATIVE := $(VENV)/.generative
 VISION     := $(VENV)/.vision
 TEXTS      := $(VENV)/.texts
 
-PIP    := $(BIN)/pip install --quiet --disable-pip-version-check
+INSTALL := install --quiet --disable-pip-version-check
+PIP    := $(BIN)/pip $(INSTALL)
+# What Python brings along may have advisories, and installs what comes after it.
+NEW_PIP := -m pip $(INSTALL) --upgrade --only-binary :all: -r requirements/pip.txt
 OLDEST_PEFT := $(shell sed -n 's/^ *"peft>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 # Wheels of which every byte is known, and nothing that they ask for: no setup.py runs.
 EXACT  := --require-hashes --no-deps --only-binary :all:
@@ -47,18 +50,20 @@ test-deployment: environment
 # The extra's packages, some 150 MB on the disk, stay out of the environment that tests are run in.
 test-harness: environment
 	$(PYTHON) -m venv $(VENV)/harness
+	$(VENV)/harness/bin/python $(NEW_PIP)
 	echo "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" > \
 	  "$$($(VENV)/harness/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/environment.pth"
-	$(VENV)/harness/bin/pip install --quiet --disable-pip-version-check "$$($(BIN)/python -c \
+	$(VENV)/harness/bin/pip $(INSTALL) "$$($(BIN)/python -c \
 	  'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["harness"])')"
 	PYTHONPATH=. $(VENV)/harness/bin/python -m pytest -m harness tests/test_harness.py
 
 # It stands before the environment's own, whose other packages it takes.
 test-peft: environment
 	$(PYTHON) -m venv $(VENV)/peft
+	$(VENV)/peft/bin/python $(NEW_PIP)
 	echo "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" > \
 	  "$$($(VENV)/peft/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/environment.pth"
-	$(VENV)/peft/bin/pip install --quiet --disable-pip-version-check --no-deps --only-binary :all: peft==$(OLDEST_PEFT)
+	$(VENV)/peft/bin/pip $(INSTALL) --no-deps --only-binary :all: peft==$(OLDEST_PEFT)
 	$(VENV)/peft/bin/python -c 'import sys, peft; sys.exit(not peft.__version__.startswith("$(OLDEST_PEFT)"))'
 	PYTHONPATH=. $(VENV)/peft/bin/python -m pytest tests/test_adapters.py tests/test_dora.py tests/test_rslora.py \
 	  tests/test_exact_adapters.py tests/test_new_starts.py tests/test_systems.py tests/test_column_rules.py \
@@ -73,9 +78,10 @@ test-product: environment
 # The trackers' packages, some 1 GB on the disk, likewise.
 test-trackers: environment
 	$(PYTHON) -m venv $(VENV)/trackers
+	$(VENV)/trackers/bin/python $(NEW_PIP)
 	echo "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" > \
 	  "$$($(VENV)/trackers/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/environment.pth"
-	$(VENV)/trackers/bin/pip install --quiet --disable-pip-version-check $$($(BIN)/python -c \
+	$(VENV)/trackers/bin/pip $(INSTALL) $$($(BIN)/python -c \
 	  'import tomllib; told = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
 	  print(*(told[name][0] for name in ("tensorboard", "mlflow", "wandb", "trackio")))')
 	PYTHONPATH=. $(VENV)/trackers/bin/python -m pytest -m trackers tests/test_trackers.py
@@ -108,10 +114,11 @@ format: environment
 
 environment: $(READY)
 
-$(READY): pyproject.toml requirements/demo.txt requirements/override.txt
+$(READY): pyproject.toml requirements/pip.txt requirements/demo.txt requirements/override.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "FedVeil needs Python 3.11 or newer; name one with: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python $(NEW_PIP)
 	$(PIP) $(EXACT) -r requirements/demo.txt
 	$(PIP) -e '.[demo,vision,pictures,quantised,dev]'
 	$(PIP) --upgrade --no-deps --only-binary :all: -r requirements/override.txt

@@ -43,6 +43,7 @@ def examine_server(folder: ServerFolder, model: str, task: str) -> Iterator[Chec
     return examine(
         [
             ("versions", shared.versions),
+            ("advisories", shared.advisories),
             ("authority", lambda: authority_checks(folder.path)),
             ("server's certificate", lambda: certificate_checks(folder)),
             ("server's key", lambda: shared.private_file(folder.path / "server.key", "server's key")),
@@ -60,6 +61,7 @@ def examine_site(folder: SiteFolder) -> Iterator[CheckResult]:
     return examine(
         [
             ("versions", shared.versions),
+            ("advisories", shared.advisories),
             ("authority", lambda: authority_checks(folder.path)),
             ("site's key", lambda: shared.private_file(folder.path / "node.key", "site's key")),
             ("key pair", lambda: _pair(folder)),

@@ -16,11 +16,11 @@ from cryptography import x509
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from deploy.advisories import safe_versions
 from deploy.certificates import days_left, fingerprint, lacks
 from deploy.check_results import CheckResult
 
 WATCHED = ("flwr", "torch", "opacus", "transformers", "peft", "dp-accounting", "grpcio")
-SAFE_CRYPTOGRAPHY = "50"
 LOW_DISK_BYTES = 1 << 30
 RENEW_DAYS = 30
 
@@ -39,17 +39,23 @@ def versions() -> Iterator[CheckResult]:
         fits = name not in wanted or wanted[name].specifier.contains(found, prereleases=True)
         advice = "" if fits else f": pip install '{name}{allowed}'"
         yield CheckResult(fits, name, f"{found}, allowed is {allowed}{advice}")
-    yield _override(version("cryptography"))
 
 
-def _override(found: str) -> CheckResult:
-    """Return whether cryptography is the one that has no known advisory. Flower's pin asks for an older one."""
-    safe = Version(found) >= Version(SAFE_CRYPTOGRAPHY)
-    advice = (
-        "" if safe else f": pip install --upgrade --no-deps --only-binary :all: 'cryptography>={SAFE_CRYPTOGRAPHY}'"
-    )
-    words = f"{SAFE_CRYPTOGRAPHY} or newer is wanted" if safe else "has known advisories, see docs/security.md"
-    return CheckResult(safe, "cryptography", f"{found}, {words}{advice}")
+def advisories() -> Iterator[CheckResult]:
+    """No installed package is one that a known advisory is of and a newer version mends; one line for each that is."""
+    safe = []
+    for name, mended in safe_versions().items():
+        try:
+            found = Version(version(name))
+        except PackageNotFoundError:
+            continue  # of an extra, or of what installs packages: what is not there has no fault
+        if found >= mended:
+            safe.append(f"{name} {found}")
+            continue
+        # Without what it asks for: Flower's pin would bring an older cryptography back.
+        advice = f"pip install --upgrade --no-deps --only-binary :all: '{name}>={mended}'"
+        yield CheckResult(False, name, f"{found} has known advisories, see docs/security.md: {advice}")
+    yield CheckResult(True, "advisories", f"none is known of {', '.join(safe)}")
 
 
 def private_file(path: Path, what: str) -> Iterator[CheckResult]:

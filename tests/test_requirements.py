@@ -10,11 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 from common.data.packaged import DINOV2_SMALL, MINILM, SMOLLM2
 from common.data.sets import DATASETS, UserFile
 from deploy import shared_checks
-from deploy.shared_checks import SAFE_CRYPTOGRAPHY
+from deploy.advisories import ADVISORIES, safe_versions
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -78,20 +79,80 @@ def test_the_override_is_allowed_by_our_range_and_flowers_pin_is_too() -> None:
     assert [version for version in ("46.0.3", "46.0.7") if own.specifier.contains(version)] == ["46.0.3", "46.0.7"]
     assert flowers.specifier.contains("46.0.7")
     assert not flowers.specifier.contains("50.0.2"), "Flower takes 50 itself: the step of its own can go"
-    assert SAFE_CRYPTOGRAPHY == "50"
+    assert override.specifier.contains(str(safe_versions()["cryptography"]), prereleases=True)
 
 
-@pytest.mark.parametrize(("found", "ok"), [("46.0.7", False), ("49.0.0", False), ("50.0.2", True), ("51.0", True)])
-def test_the_doctor_fails_on_a_cryptography_with_advisories(found: str, ok: bool) -> None:
-    finding = shared_checks._override(found)
-    assert finding.ok == ok
-    assert ("pip install --upgrade --no-deps" in finding.found) != ok
+def test_the_lower_bounds_leave_out_what_has_known_advisories() -> None:
+    """Every bound, of extras, of what builds and of what installs; a row of the table that no bound keeps is found."""
+    told = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    texts = [*told["build-system"]["requires"], *lines_of("pip.txt"), *lines_of("override.txt")]
+    # The range's own takes what Flower's pin asks for; the step of its own comes after it.
+    texts += [text for text in told["project"]["dependencies"] if not text.startswith("cryptography")]
+    texts += [text for extra in told["project"]["optional-dependencies"].values() for text in extra]
+    bounds = {requirement.name: requirement.specifier for requirement in map(Requirement, texts)}
+    assert not [name for name in ("torch", "transformers", "peft") if "==" in str(bounds[name])]
+    for package, mended in safe_versions().items():
+        (least,) = (Version(part.version) for part in bounds[package] if part.operator == ">=")
+        assert least >= mended, f"{package}{bounds[package]} takes a version that has known advisories"
+
+
+@pytest.mark.parametrize("name", ["Makefile", "Dockerfile"])
+def test_pip_is_new_before_it_installs_anything(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    if name == "Dockerfile":
+        (image,) = text.split("FROM ")[2:]
+        steps = re.findall(r"pip install.*", image)
+        assert "--upgrade" in steps[0]
+        assert steps[0].endswith("-r /requirements/pip.txt \\")
+        return
+    (upgrade,) = re.findall(r"^NEW_PIP := (.*)", text, flags=re.M)
+    assert {"--upgrade", "requirements/pip.txt"} <= set(upgrade.split())
+    made = re.findall(r"\$\(PYTHON\) -m venv (\S+)\n\t(.*)", text)
+    assert len(made) == 4
+    for venv, next_step in made:
+        assert (
+            next_step
+            == f"{venv.replace('$(VENV)', '$(BIN)') if venv == '$(VENV)' else venv + '/bin'}/python $(NEW_PIP)"
+        )
+
+
+def test_the_doctor_fails_on_whatever_has_known_advisories(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: dict[str, str] = {}
+
+    def version(name: str) -> str:
+        if name not in held:
+            raise PackageNotFoundError(name)
+        return held[name]
+
+    monkeypatch.setattr(shared_checks, "version", version)
+    held |= {"torch": "2.13.0+cpu", "cryptography": "50.0.2"}
+    (line,) = shared_checks.advisories()
+    assert line.ok
+    assert "torch 2.13.0" in line.found
+    assert "onnx" not in line.found, "what is not installed is called safe"
+    for package, mended in safe_versions().items():
+        for found, ok in (
+            (str(mended), True),
+            (f"{mended.major}.{mended.minor}.{mended.micro}rc1", False),
+            ("0.1", False),
+        ):
+            held |= {package: found}
+            failed = [finding for finding in shared_checks.advisories() if not finding.ok]
+            assert [finding.what for finding in failed] == [package] * (not ok), found
+            assert all(f"--no-deps --only-binary :all: '{package}>={mended}'" in finding.found for finding in failed)
+        held |= {package: str(mended)}
+
+
+def test_the_page_has_the_table_of_advisories() -> None:
+    page = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    head = "| package | advisory | what it is | mended in | status here | rests on |\n|---|---|---|---|---|---|\n"
+    assert head + "\n".join(advisory.row() for advisory in ADVISORIES) + "\n" in page
 
 
 def test_the_doctor_fails_on_a_package_that_is_missing_or_out_of_range_and_on_an_old_python(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    held = {**dict.fromkeys(shared_checks.WATCHED, "1.0"), "flwr": "1.38.0", "cryptography": "50.0.2"}
+    held = {**dict.fromkeys(shared_checks.WATCHED, "1.0"), "flwr": "1.38.0"}
     del held["peft"]
 
     def version(name: str) -> str:
