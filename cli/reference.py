@@ -208,13 +208,14 @@ def wire_page() -> str:
         *(SurvivorTask, SurvivorReply, Agreement),
         *(UnmaskTask, UnmaskReply),
     )
-    layout = (wire.__doc__ or "").split("``body``::\n\n")[1].split("\n\n")[0]
+    layout = (wire.__doc__ or "").split("``nonce`` and ``body``::\n\n")[1].split("\n\n")[0]
     return _page(
         f"What travels: protocol {PROTOCOL}",
         "The server sends a task. A site answers with a result or a refusal. While privacy is on, `contribution` is "
         "the only field computed from records, and it has passed clip and noise; where the server is trusted, the clip "
         "alone. A noised count may be beside it, which the site's ledger has paid for. An adapter state is one block "
-        "of little-endian float32.",
+        "of little-endian float32. Each message has 16 random bytes of its own, in its header and in every part that "
+        "Flower makes of its blocks, so that nobody who has not got it can name it or a part of it.",
         *((kind.__name__, _fields(kind), _about(kind)) for kind in (*kinds, *of_sums)),
         (
             "Bytes of a header",

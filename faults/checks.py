@@ -24,6 +24,7 @@ from safetensors import safe_open
 
 from client.ledger.ledger import Ledger
 from common.messages.state import HEAD
+from common.messages.wire import block_data
 from common.run_lines import Finding, RoundLine, read_lines
 from faults.federation import SIZES, Federation, Run
 from server.checkpoint import NAME
@@ -151,7 +152,7 @@ def _difference(federation: Federation, run: Run, number: int, expected: Expecte
 def payload(record: bytes) -> NDArray[np.float64]:
     """Return the numbers of the adapter in a message as it was recorded."""
     content = recorddict_from_proto(ProtoRecordDict.FromString(record))
-    return np.frombuffer(content.array_records["adapter"]["state"].data, "<f4").astype(np.float64)
+    return np.frombuffer(block_data(content.array_records["adapter"]["state"]), "<f4").astype(np.float64)
 
 
 def masked_words(record: bytes) -> NDArray[np.uint32] | None:
@@ -159,7 +160,7 @@ def masked_words(record: bytes) -> NDArray[np.uint32] | None:
     content = recorddict_from_proto(ProtoRecordDict.FromString(record))
     if list(content.array_records) != ["sum"]:
         return None
-    return np.frombuffer(content.array_records["sum"]["words"].data, "<u4").astype(np.uint32)
+    return np.frombuffer(block_data(content.array_records["sum"]["words"]), "<u4").astype(np.uint32)
 
 
 def _led_to(federation: Federation, run: Run, number: int) -> list[NDArray[np.float64]]:

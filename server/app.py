@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 from flwr.superlink.grid import InMemoryGrid
 
@@ -100,12 +100,13 @@ class FlowerTransport:
 
     def _push(self, tasks: Mapping[int, Task], timeout: float) -> tuple[dict[str, int], int]:
         """Return the node behind each message that the SuperLink took, and what these weigh in bytes."""
-        contents = {node: encode_task(task) for node, task in tasks.items()}
+        contents: dict[int, RecordDict] = {}
         terms: Any = {"ttl": timeout + POLL_SECONDS, "group_id": str(next(iter(tasks.values())).round_number)}
 
         def push() -> list[str | None]:
             # Made anew in every attempt: a SuperLink that failed half-way may know the last one's ids already. A
             # site that gets both answers the second from what it released, and pays once.
+            contents.update({node: encode_task(task) for node, task in tasks.items()})
             return list(self._grid.push_messages([Message(c, node, "train", **terms) for node, c in contents.items()]))
 
         # Flower leaves ids out, or writes None, where the SuperLink did not take a message.

@@ -38,6 +38,7 @@ from common.data.partition import site_part
 from common.data.sources import load_dataset, load_protected, train_and_test
 from common.data.split import public_split
 from common.errors import ConfigError, DataError, MechanismError, PolicyRefusal, PrivacyError
+from common.messages import wire
 from common.messages.wire import encode_reply
 from common.model.shapes import Shapes
 from common.privacy import MECHANISMS, together
@@ -444,7 +445,8 @@ def test_records_say_whose_they_are_and_no_batch_does(world: World) -> None:
     assert OWNER not in world.model.fixed_batch(records, 24, 4)
 
 
-def test_a_blank_person_contributes_zero_and_changes_no_byte(site: OneSite) -> None:
+def test_a_blank_person_contributes_zero_and_changes_no_byte(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire.secrets, "token_bytes", bytes)
     noise = patch("common.privacy.dpsgd.add_private_noise", lambda total, std: total.double())
     own = Path(str(site.node["data"]))
     text = own.read_text()

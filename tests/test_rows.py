@@ -23,6 +23,7 @@ from common import randomness
 from common.config.sections import Columns, DataConfig
 from common.data.sources import Reading, load_dataset, load_protected
 from common.errors import DataError, LedgerError, UnreadableFile
+from common.messages import wire
 from common.messages.round import Refusal, Reply, TrainResult
 from common.messages.wire import encode_reply
 from common.privacy import dpsgd
@@ -84,7 +85,7 @@ def data_of(site: OneSite) -> Path:
 
 @pytest.fixture
 def fixed_noise(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Make noise and batches follow a seed; return what starts them anew."""
+    """Make noise and batches follow a seed, and a message's random bytes be zeros; return what starts them anew."""
     generator = torch.Generator()
 
     def noised(total: torch.Tensor, std: float) -> torch.Tensor:
@@ -96,6 +97,7 @@ def fixed_noise(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     for module in (dpsgd, client.evaluation):
         monkeypatch.setattr(module, "add_private_noise", noised)
     monkeypatch.setattr(randomness, "private_poisson_sample", every_third)
+    monkeypatch.setattr(wire.secrets, "token_bytes", bytes)
     return lambda: generator.manual_seed(5) and None
 
 

@@ -34,7 +34,7 @@ from common.errors import ConfigError, MechanismError, ProtocolError, RunFailed
 from common.messages.round import KeyReply, KeyTask, Refusal, Task, TrainResult, TrainTask
 from common.messages.state import HEAD
 from common.messages.tensors import entries
-from common.messages.wire import WORDS_STYPE, decode_reply, encode_reply, encode_task
+from common.messages.wire import WORDS_STYPE, block_data, decode_reply, encode_reply, encode_task
 from common.model.federated import FederatedModel
 from common.privacy import dpsgd
 from common.privacy.accounting import Release, alone
@@ -232,7 +232,7 @@ class Watched(InProcessTransport):
 
 
 def words_of(record: Any) -> np.ndarray:
-    return np.frombuffer(record.array_records["sum"]["words"].data, dtype="<u4")
+    return np.frombuffer(block_data(record.array_records["sum"]["words"]), dtype="<u4")
 
 
 def test_an_upload_is_uniform_words_and_nothing_else(summed: dict[str, Any]) -> None:
@@ -520,7 +520,8 @@ def test_a_vector_of_another_length_costs_the_attempt(length: int, summed: dict[
         def deliver(self, node: int, task: Task, content: Any) -> Any:
             record = super().deliver(node, task, content)
             if isinstance(task, TrainTask) and node == 1:
-                data = record.array_records["sum"]["words"].data[:length]
+                nonce = record.config_records["header"]["nonce"]
+                data = nonce + block_data(record.array_records["sum"]["words"])[:length]
                 record["sum"] = ArrayRecord({"words": Array("uint32", (len(data) // 4,), WORDS_STYPE, data)})
             return record
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from client.outgoing import TOLD, UNTOLD, own_words, public_reason, without_path
 from common import randomness
 from common.accountant import Accountant, Detour
 from common.errors import ConfigError, DataError, FedVeilError, MechanismError, ModelError
+from common.messages import wire
 from common.messages.round import (
     KeyReply,
     NoisedCount,
@@ -132,8 +134,9 @@ CONTENT = {
     "array adapter/state dtype": "constant",
     "array adapter/state shape": "from the configuration",
     "array adapter/state stype": "constant",
-    "array adapter/state data": "the contribution",
+    "array adapter/state data": "the contribution, the nonce before each part",
     "config header/protocol": "constant",
+    "config header/nonce": "from the operating system, new in each message",
     "config header/body": "the other fields above, packed",
 }
 METADATA = {
@@ -168,7 +171,10 @@ def check_content(record: RecordDict, reply: Reply) -> None:
     assert not unknown, f"not on the list: {unknown}"
     layout = layout_of(reply.contribution) if isinstance(reply, TrainResult) else {}
     read = decode_reply(record, layout, reply.run, reply.round_number)
-    assert dict(leaves(encode_reply(read))) == dict(leaves(record)), "some bytes follow from no field of the reply"
+    nonce = record.config_records["header"]["nonce"]
+    with patch.object(wire.secrets, "token_bytes", lambda _: nonce):
+        again = dict(leaves(encode_reply(read)))
+    assert again == dict(leaves(record)), "some bytes follow from no field of the reply"
 
 
 def check_metadata(proto: Proto) -> None:
@@ -513,6 +519,7 @@ def shape_of(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, 
     with monkeypatch.context() as patch:
         patch.setattr(dpsgd, "add_private_noise", noised)
         patch.setattr(randomness, "private_poisson_sample", lambda size, rate: torch.arange(0, size, 4))
+        patch.setattr(wire.secrets, "token_bytes", bytes)  # the nonce's, which follow from nothing
         found = dict(leaves(encode_reply(site.train())))
     return found, found.pop("array adapter/state data")
 

@@ -17,7 +17,7 @@ from common.secure_sum.attempt import KeyOffer
 from common.secure_sum.recovery import Agreement, Sharing
 from common.strict_json import Endless
 
-PROTOCOL = 4
+PROTOCOL = 5
 """Version of these messages; both sides must speak the same."""
 
 FINGERPRINT_DIGITS = 32

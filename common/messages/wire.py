@@ -6,7 +6,12 @@ the fixed fields travel as one packed header: Fed-SB's few numbers are not drown
 Anything that does not fit the expected layout, is not finite, or comes from another run, round or
 protocol version is a ProtocolError.
 
-The header record has ``protocol`` (a whole number that every version can read) and ``body``::
+Flower keeps a message in parts, each named by the hash of its content, and hands a part to every site that names it.
+So each message has 16 random bytes of its own, ``nonce``, in its header and at the beginning of every part of its
+blocks: nobody who has not got a message can name it, or a part of it, and learn that it was sent or answer it in
+another's name. What a repeated task is known by leaves them out.
+
+The header record has ``protocol`` (a whole number that every version can read), ``nonce`` and ``body``::
 
     every message   kind: u8 (place in ``_KINDS``: 0 task, 1 result, then refusals, then sums), round: u32, run: text
     task            fingerprints of base, start and basis: 16 bytes each; layouts of state and basis: 8 bytes each; for
@@ -40,6 +45,7 @@ import hashlib
 import json
 import math
 import re
+import secrets
 import struct
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -48,6 +54,7 @@ from typing import Any
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE as PART_BYTES
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
@@ -88,6 +95,7 @@ from common.secure_sum.roster import MOST_SITES
 from common.secure_sum.shares import SHARE_BYTES
 
 STYPE, WORDS_STYPE = "f32le", "u32le"
+NONCE_BYTES = 16
 Layout = dict[str, dict[str, tuple[int, ...]]]
 
 _PREFIX, _LENGTH = struct.Struct("<BI"), struct.Struct("<H")
@@ -182,8 +190,9 @@ def decode_state(data: bytes, layout: Layout) -> AdapterState:
 
 
 def payload_bytes(record: RecordDict) -> int:
-    """Return the bytes of adapter payload in an encoded message (0 for a refusal)."""
-    return sum(len(array.data) for arrays in record.array_records.values() for array in arrays.values())
+    """Return the bytes of adapter payload in an encoded message (0 for a refusal), without what makes parts unlike."""
+    sizes = (len(array.data) for arrays in record.array_records.values() for array in arrays.values())
+    return sum(size - NONCE_BYTES * math.ceil(size / PART_BYTES) for size in sizes)
 
 
 def message_bytes(record: RecordDict) -> int:
@@ -202,9 +211,12 @@ class _Reader:
             raise ProtocolError(
                 f"the other side speaks protocol {header.get('protocol')!r}, this one {PROTOCOL}: run the same version"
             )
-        packed = header.get("body")
+        packed, nonce = header.get("body"), header.get("nonce")
         if not isinstance(packed, bytes):
             raise ProtocolError("the message's header is not a block of bytes")
+        if not isinstance(nonce, bytes) or len(nonce) != NONCE_BYTES:
+            raise ProtocolError(f"the message's header has no nonce of {NONCE_BYTES} bytes")
+        self.nonce = nonce
         self._rest = packed
         code, self.round_number = self.take(_PREFIX, "kind and round")
         if code >= len(_KINDS):
@@ -264,19 +276,39 @@ def _check_finite(values: Iterable[Any], name: str) -> None:
         raise ProtocolError(f"a figure of the message's {name} is not finite")
 
 
-def _pack(kind: str, round_number: int, run: str, rest: bytes, **blocks: AdapterState) -> RecordDict:
+def _pack(
+    kind: str, round_number: int, run: str, rest: bytes, words: bytes = b"", **blocks: AdapterState
+) -> RecordDict:
+    nonce = secrets.token_bytes(NONCE_BYTES)
     try:
         packed = _PREFIX.pack(_KINDS.index(kind), round_number) + _text(run) + rest
     except (ValueError, struct.error) as error:
         raise ProtocolError(f"a message of kind {kind!r} and round {round_number} cannot be sent: {error}") from error
-    record = RecordDict({name: _block(state) for name, state in blocks.items()})
-    record["header"] = ConfigRecord({"protocol": PROTOCOL, "body": packed})
+    record = RecordDict({name: _block("state", STYPE, encode_state(state), nonce) for name, state in blocks.items()})
+    if words:
+        record["sum"] = _block("words", WORDS_STYPE, words, nonce)
+    record["header"] = ConfigRecord({"protocol": PROTOCOL, "nonce": nonce, "body": packed})
     return record
 
 
-def _block(state: AdapterState) -> ArrayRecord:
-    data = encode_state(state)
-    return ArrayRecord({"state": Array("float32", (len(data) // 4,), STYPE, data)})
+def _block(name: str, stype: str, data: bytes, nonce: bytes) -> ArrayRecord:
+    """Return numbers of four bytes each, ``nonce`` before each piece that Flower makes a part of."""
+    room = PART_BYTES - NONCE_BYTES
+    pieces = (nonce + data[start : start + room] for start in range(0, max(1, len(data)), room))
+    dtype = "uint32" if stype == WORDS_STYPE else "float32"
+    return ArrayRecord({name: Array(dtype, (len(data) // 4,), stype, b"".join(pieces))})
+
+
+def block_data(array: Array, nonce: bytes | None = None) -> bytes:
+    """Return the numbers of a block without the bytes that make its parts unlike; those must be ``nonce`` if given.
+
+    Raises:
+        ProtocolError: they are not.
+    """
+    pieces = [array.data[start : start + PART_BYTES] for start in range(0, len(array.data), PART_BYTES)]
+    if nonce is not None and not (pieces and all(piece.startswith(nonce) for piece in pieces)):
+        raise ProtocolError(f"a block of {len(array.data)} bytes has not the message's nonce before each part")
+    return b"".join(piece[NONCE_BYTES:] for piece in pieces)
 
 
 def _text(value: str, longest: int = 1000) -> bytes:
@@ -301,13 +333,13 @@ def _fingerprint(mark: bytes) -> str:
     return mark.hex() if any(mark) else ""
 
 
-def _state(record: RecordDict, mark: bytes, layout: Layout, block: str = "adapter") -> AdapterState:
+def _state(record: RecordDict, reader: _Reader, mark: bytes, layout: Layout, block: str = "adapter") -> AdapterState:
     arrays = record.array_records.get(block)
     if arrays is None or list(arrays) != ["state"] or arrays["state"].stype != STYPE:
         raise ProtocolError(f"the message carries no {block} block")
     if mark != _layout_hash(layout):
         raise ProtocolError(f"the {block} block has other layers, factors or shapes than this run's")
-    return decode_state(arrays["state"].data, layout)
+    return decode_state(block_data(arrays["state"], reader.nonce), layout)
 
 
 def round_of(record: RecordDict) -> int:
@@ -430,11 +462,11 @@ def decode_task(record: RecordDict, layout: Layout, basis_layout: Layout | None 
     if "basis" in record.array_records:
         whole = basis_layout or {}
         part = below_head(whole)  # of whoever has the rest
-        basis = _state(record, once_layout, part if once_layout == _layout_hash(part) else whole, "basis")
+        basis = _state(record, reader, once_layout, part if once_layout == _layout_hash(part) else whole, "basis")
     return TrainTask(
         run=reader.run,
         round_number=reader.round_number,
-        state=_state(record, state_layout, layout if reader.round_number else {}),
+        state=_state(record, reader, state_layout, layout if reader.round_number else {}),
         basis=basis,
         basis_fingerprint=_fingerprint(basis_mark),
         base_fingerprint=_fingerprint(base),
@@ -477,10 +509,7 @@ def encode_reply(reply: Reply | SumReply) -> RecordDict:
     header = _text(reply.site, 200) + _RESULT.pack(reply.public_size, layout, present) + parts
     if not reply.words:
         return _pack("result", reply.round_number, reply.run, header, adapter=reply.contribution)
-    record = _pack("result", reply.round_number, reply.run, header)
-    size = len(reply.words) // 4
-    record["sum"] = ArrayRecord({"words": Array("uint32", (size,), WORDS_STYPE, reply.words)})
-    return record
+    return _pack("result", reply.round_number, reply.run, header, words=reply.words)
 
 
 def decode_sum_reply(record: RecordDict, task: SumTask) -> SumAnswer:
@@ -526,14 +555,15 @@ def _refusal(reader: _Reader, run: str, round_number: int) -> Refusal:
     return Refusal(run, round_number, site, reader.kind, reason)
 
 
-def _words(record: RecordDict, layout: Layout) -> bytes:
+def _words(record: RecordDict, reader: _Reader, layout: Layout) -> bytes:
     arrays = record.array_records.get("sum")
     if arrays is None or list(arrays) != ["words"] or arrays["words"].stype != WORDS_STYPE:
         raise ProtocolError("the message carries no sum block")
     numbers = sum(int(np.prod(shape)) for factors in layout.values() for shape in factors.values())
-    if len(arrays["words"].data) != 4 * numbers:
-        raise ProtocolError(f"the sum block has {len(arrays['words'].data)} bytes, {4 * numbers} are expected")
-    return arrays["words"].data
+    words = block_data(arrays["words"], reader.nonce)
+    if len(words) != 4 * numbers:
+        raise ProtocolError(f"the sum block has {len(words)} bytes, {4 * numbers} are expected")
+    return words
 
 
 def decode_reply(record: RecordDict, layout: Layout | Callable[[int], Layout], run: str, round_number: int) -> Reply:
@@ -570,10 +600,11 @@ def decode_reply(record: RecordDict, layout: Layout | Callable[[int], Layout], r
     if present & _SUMMED:
         if mark != _layout_hash({}):
             raise ProtocolError(f"{site} sends a sum and tensors beside it")
-        return TrainResult(run, round_number, site, size, {}, spending, counted, _words(record, layout), offer)
+        return TrainResult(run, round_number, site, size, {}, spending, counted, _words(record, reader, layout), offer)
     if offer is not None:
         raise ProtocolError(f"{site} sends a key of a secure sum and no vector of one")
-    return TrainResult(run, round_number, site, size, _state(record, mark, layout), spending, counted, rank=rank)
+    contribution = _state(record, reader, mark, layout)
+    return TrainResult(run, round_number, site, size, contribution, spending, counted, rank=rank)
 
 
 def result_to_bytes(result: TrainResult) -> bytes:
