@@ -210,9 +210,8 @@ class Absence:
     attempt: int
     """1-based."""
     site: str
-    """Its name as far as it can be trusted, else ``node N``; empty where too few sites were online to ask any."""
-    node: int | None
-    """Flower's number; None where ``site`` is empty."""
+    """Its name as far as it can be trusted, else what stands for its node in this run; empty where too few sites were
+    online to ask any."""
     kind: str
     """What the site refuses by (``REFUSAL_KINDS``), or what the server found: ``late``, ``failed``, ``reply`` (what it
     sent is not acceptable) or ``quorum``."""

@@ -57,7 +57,7 @@ def register_site(folder: ServerFolder, public_key: Path) -> str:
     # name is taken: whoever is killed in between leaves a key that is looked up the next time.
     replace_file(kept, text.encode())
     replace_file(number, f"{node or known}\n".encode())
-    return f"{name} is registered as node {node or known}"
+    return f"{name} is registered"
 
 
 def _words(path: Path, what: str = "the site's public key") -> list[str]:

@@ -73,7 +73,7 @@ def examine(
     if result.status != "completed":
         wrong.append(f"the run {result.status}: {result.reason}")
     line = _line(run, number)
-    told = _failures(federation, line, expected, wrong)
+    told = _failures(line, expected, wrong)
     ledgers = _ledgers(federation, run, number, expected, wrong)
     difference = _difference(federation, run, number, expected, wrong)
     figures: dict[str, int | float | str] = {
@@ -93,7 +93,7 @@ def _line(run: Run, number: int) -> RoundLine | None:
     return lines[0] if len(lines) == 1 else None
 
 
-def _failures(federation: Federation, line: RoundLine | None, expected: Expected, wrong: list[str]) -> str:
+def _failures(line: RoundLine | None, expected: Expected, wrong: list[str]) -> str:
     """Compare a round's line with what is expected, and return its failures in words."""
     if not line:
         wrong.append("rounds.jsonl does not have one line of this round")
@@ -102,8 +102,7 @@ def _failures(federation: Federation, line: RoundLine | None, expected: Expected
         wrong.append("the round does not count")
     if sorted(line.participants) != sorted(expected.survivors):
         wrong.append(f"{', '.join(expected.survivors)} should have taken part")
-    names = {federation.node_name(site): site for site in federation.sites}
-    found = {names.get(f.site, f.site): (f.kind, f.reason) for f in line.failures}
+    found = {f.site: (f.kind, f.reason) for f in line.failures}
     if set(found) != set(expected.failures):
         wrong.append(f"failures of {', '.join(expected.failures) or 'nobody'} should be told")
     for site, (kinds, words) in expected.failures.items():

@@ -194,9 +194,9 @@ class Federation:
         """Wait until a site has come to the fault at which it waits."""
         wait_until(lambda: self.plan.held(site, round_number), f"{site} in round {round_number}", PATIENCE)
 
-    def node_name(self, site: str) -> str:
-        """Return how the server names a site whose reply it cannot read."""
-        return f"node {(self.server.nodes / f'{site}.id').read_text().strip()}"
+    def number(self, site: str) -> int:
+        """Return Flower's number of a site's node, which the server alone has."""
+        return int((self.server.nodes / f"{site}.id").read_text())
 
     def kill_app(self, run: Run) -> None:
         """Send SIGKILL to a run's server process."""

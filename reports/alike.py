@@ -140,7 +140,7 @@ def alike_absences(absences: Sequence[Absence], sites: int) -> list[tuple[str, A
 
     Of more than ``EACH`` reasons for one attempt and kind the first is told, and how many others there are.
     """
-    groups = _groups(absences, lambda absence: replace(absence, site="", node=None), sites)
+    groups = _groups(absences, lambda absence: replace(absence, site=""), sites)
     kinds = _groups(absences, lambda absence: (absence.round_number, absence.attempt, absence.kind), sites)
     if len(groups) > EACH * len(kinds):
         groups = kinds

@@ -17,6 +17,7 @@ from common.privacy.accounting import LEAST_DELTA, noise_multiplier_for
 from common.privacy.events import LEAST_RATE, MOST_NOISE, EventKind
 from common.privacy.figures import epsilon_text, honest_text
 from common.privacy.plan import PrivacyPlan
+from server.marks import mark_of
 from server.optimizer import usual_change
 from server.plausible import implausible, largest_norm, oversized, update_norm
 from server.registered import misnamed
@@ -48,21 +49,28 @@ class Admission:
     def __init__(
         self,
         job: Job,
-        members: Mapping[int, Member],
+        members: Mapping[str, Member],
         registered: Callable[[], Mapping[int, str] | None] = lambda: None,
+        run: str = "",
     ) -> None:
-        self._job = job
+        self._job, self._run = job, run
         self.registered = registered
         """Returns the name that each node's key is registered under; None where no names are registered."""
-        self.members: dict[int, Member] = dict(members)
-        """By node, in the order in which they first counted."""
+        self.members: dict[str, Member] = dict(members)
+        """By the mark of the node, in the order in which they first counted."""
+
+    def mark(self, node: int) -> str:
+        """Return what stands for a node in all that the run writes."""
+        return mark_of(node, self._run)
 
     def owner(self, site: str, online: Collection[int]) -> int | None:
         """Return whose a name is where none is registered: the first node's that counted under it and is online.
 
         None while it is free: a site that was started again may be another node, and the old one is offline then.
         """
-        return next((node for node, member in self.members.items() if member.site == site and node in online), None)
+        marks = [mark for mark, member in self.members.items() if member.site == site]
+        nodes = {self.mark(node): node for node in online} if marks else {}
+        return next((nodes[mark] for mark in marks if mark in nodes), None)
 
     def judge(self, results: Mapping[int, TrainResult], state: ServerState, online: Collection[int]) -> dict[int, str]:
         """Return the nodes whose result does not count, with the reason.
@@ -119,12 +127,12 @@ class Admission:
     def enrol(self, results: Mapping[int, TrainResult]) -> None:
         """Remember the nodes of a round that counts."""
         for node, result in results.items():
-            self.members[node] = Member(result.site, result.public_size, result.spending, result.rank)
+            self.members[self.mark(node)] = Member(result.site, result.public_size, result.spending, result.rank)
 
     def _past(self, node: int, site: str) -> Member | None:
         """Return what the node said last, or else the last one that had its name."""
         namesakes = [member for member in self.members.values() if member.site == site]
-        return self.members.get(node) or (namesakes[-1] if namesakes else None)
+        return self.members.get(self.mark(node)) or (namesakes[-1] if namesakes else None)
 
     def _contradiction(self, node: int, result: TrainResult) -> str:
         """Return why a result contradicts the run or the site's own past; empty if it does not.

@@ -33,7 +33,7 @@ from strategies import Moments, ServerState
 from strategies.job import Job
 
 NAME = "checkpoint.safetensors"
-FORMAT = "6"
+FORMAT = "7"
 PARTS = ("adapter", "memory", "first moments", "second moments", "clocks")
 """Where a stored tensor belongs."""
 MAY_CHANGE = ("recipe", "data.records", "resume", "output", "tracker", "round-timeout", "round-retries", "min-sites")
@@ -84,8 +84,8 @@ class Checkpoint:
     run: str
     settings: Mapping[str, Scalar]
     state: ServerState
-    members: Mapping[int, Member]
-    """By node."""
+    members: Mapping[str, Member]
+    """By the mark of the node."""
     baseline: Score
     score: Score | None
     """Of ``state``; None if its round was not scored."""
@@ -112,7 +112,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         "trained": held.trained,
         "steps": dict(held.optimizer.steps),
         "settings": dict(checkpoint.settings),
-        "members": {node: to_json(member) for node, member in checkpoint.members.items()},
+        "members": {mark: to_json(member) for mark, member in checkpoint.members.items()},
         "baseline": asdict(checkpoint.baseline),
         "score": asdict(checkpoint.score) if checkpoint.score else None,
         "lengths": dict(checkpoint.lengths),
@@ -142,11 +142,11 @@ def load_checkpoint(folder: Path, job: Job, run: str) -> Checkpoint:
         run=about["run"],
         settings=about["settings"],
         state=state,
-        members={int(node): from_json(Member, told, "a member") for node, told in about["members"].items()},
+        members={mark: from_json(Member, told, "a member") for mark, told in about["members"].items()},
         baseline=Score(**about["baseline"]),
         score=Score(**about["score"]) if about["score"] else None,
         lengths=about["lengths"],
-        renewed=about.get("renewed", False),  # one that was written before it was said may lack it
+        renewed=about["renewed"],
     )
     if checkpoint.run != run:
         raise ConfigError(

@@ -48,7 +48,7 @@ class _Observer:
         self.stop_reason = ""
 
     def started(
-        self, baseline: Score, state: ServerState, members: Mapping[int, Member], begun: Score | None = None
+        self, baseline: Score, state: ServerState, members: Mapping[str, Member], begun: Score | None = None
     ) -> None:
         self._folder.started(baseline, state, members, begun)
         self._folder.say(f"before training: accuracy {100 * baseline.accuracy:.1f} %")
@@ -76,7 +76,7 @@ class _Observer:
         for absence in outcome.got.refusals.values():
             self._folder.say(f"  {absence.site} did not take part ({absence.kind}): {absence.reason}", 0)
 
-    def finished(self, outcome: RoundOutcome, state: ServerState, members: Mapping[int, Member]) -> None:
+    def finished(self, outcome: RoundOutcome, state: ServerState, members: Mapping[str, Member]) -> None:
         self._folder.finished(outcome, state, members)
         own = None if self._job.mechanism.central else self._epsilon(outcome.round_number)
         self._folder.say(round_line(self._job, outcome, members, own), outcome.round_number)
@@ -85,7 +85,7 @@ class _Observer:
             self._folder.say(f"  {told}", outcome.round_number)
         self._tracking.tell()
 
-    def renewed(self, state: ServerState, members: Mapping[int, Member]) -> None:
+    def renewed(self, state: ServerState, members: Mapping[str, Member]) -> None:
         self._folder.renewed(state, members)
 
     def missed(self, outcome: RoundOutcome) -> None:

@@ -88,7 +88,7 @@ class RecoveringSites(SummedSites):
             shares = {results[node].site: reply.shares for node, reply in told.items()}
             total = unmasked(vectors, keys, holders, privacy.colluders, usual, shares)
         except ProtocolError as error:
-            self._note(got, Absence(round_number, got.attempts, "", None, "quorum", str(error)))
+            self._note(got, Absence(round_number, got.attempts, "", "quorum", str(error)))
             return {}
         return self._summed(got, results, [total], round_number, state)
 
@@ -137,6 +137,6 @@ class RecoveringSites(SummedSites):
         if len(sites) >= least:
             return True
         message = f"{len(sites)} sites {what}, {least} are needed"
-        self._note(got, Absence(round_number, got.attempts, "", None, "quorum", message))
+        self._note(got, Absence(round_number, got.attempts, "", "quorum", message))
         self._throw_away(got, round_number, message)
         return False

@@ -163,7 +163,7 @@ class RunFolder:
         self._write(ServerFile([*(before.starts if before else []), start]))
 
     def started(
-        self, baseline: Score, state: ServerState, members: Mapping[int, Member], begun: Score | None = None
+        self, baseline: Score, state: ServerState, members: Mapping[str, Member], begun: Score | None = None
     ) -> None:
         """Record the score before any record was used, and that after round 0, if it used some."""
         counts = (self._by_label(baseline), self._by_slice(baseline))
@@ -172,13 +172,13 @@ class RunFolder:
         self._baseline = baseline
         self._save(Checkpoint(self.run, self.job.settings(), state, dict(members), baseline, begun or baseline, {}))
 
-    def finished(self, outcome: RoundOutcome, state: ServerState, members: Mapping[int, Member]) -> None:
+    def finished(self, outcome: RoundOutcome, state: ServerState, members: Mapping[str, Member]) -> None:
         """Append the round's line and each site's privacy line, then make the round count by its checkpoint."""
         self._lines(outcome)
         settings = self.job.settings()
         self._save(Checkpoint(self.run, settings, state, dict(members), self._baseline, outcome.score, {}))
 
-    def renewed(self, state: ServerState, members: Mapping[int, Member]) -> None:
+    def renewed(self, state: ServerState, members: Mapping[str, Member]) -> None:
         """Save what was made of the head beside the round that is saved, before a site is sent it."""
         if self.saved is None:
             raise ValueError("nothing is saved that could be renewed")

@@ -11,6 +11,7 @@ from common.messages.columns import narrowed_layout
 from common.messages.round import Refusal, Reply, SumReply, Task, TrainResult, TrainTask
 from common.messages.wire import Layout, decode_reply, decode_sum_reply, round_of
 from common.words import printable
+from server.marks import mark_of
 from strategies.job import Job
 
 LONGEST_REASON = 500
@@ -27,7 +28,7 @@ def refusal(task: Task, node: int, kind: str, reason: str) -> Refusal:
 
     ``kind`` is ``late``, ``failed`` or ``reply`` (what it sent is not acceptable).
     """
-    return Refusal(task.run, task.round_number, f"node {node}", kind, clean(reason))
+    return Refusal(task.run, task.round_number, mark_of(node, task.run), kind, clean(reason))
 
 
 def replies_to(task: Task, job: Job, layout: Layout) -> Layout | Callable[[int], Layout]:
@@ -57,7 +58,7 @@ def read_reply(record: Any, layout: Layout | Callable[[int], Layout], task: Task
         record: the message's content as Flower delivers it (a RecordDict).
         layout: names and shapes of what a site may send in this round; as ``decode_reply``.
         task: what the node was asked.
-        node: its number, by which it is named as long as its own name cannot be trusted.
+        node: its number, whose mark it is called by as long as its own name cannot be trusted.
     """
     try:
         reply: Reply | SumReply

@@ -52,7 +52,7 @@ class Observer(Protocol):
     """Who is told about a run while it goes on: the run's folder, the terminal."""
 
     def started(
-        self, baseline: Score, state: ServerState, members: Mapping[int, Member], begun: Score | None = None
+        self, baseline: Score, state: ServerState, members: Mapping[str, Member], begun: Score | None = None
     ) -> None:
         """The model was scored before any record was used; and once more before round 1, if round 0 used some."""
 
@@ -62,10 +62,10 @@ class Observer(Protocol):
     def initialised(self, outcome: RoundOutcome) -> None:
         """Round 0 brought what the start needs, from the outcome's sites (none: from public records)."""
 
-    def finished(self, outcome: RoundOutcome, state: ServerState, members: Mapping[int, Member]) -> None:
+    def finished(self, outcome: RoundOutcome, state: ServerState, members: Mapping[str, Member]) -> None:
         """A round is complete and counts."""
 
-    def renewed(self, state: ServerState, members: Mapping[int, Member]) -> None:
+    def renewed(self, state: ServerState, members: Mapping[str, Member]) -> None:
         """After the head's rounds, which are saved, what the start has of them is in the state; no site has seen it."""
 
     def missed(self, outcome: RoundOutcome) -> None:
@@ -92,7 +92,7 @@ def run_rounds(
         RunFailed: fewer than ``min-sites`` sites succeeded in a round, in ``round-retries`` attempts
             after the first too; names each with its reason.
     """
-    admission = Admission(job, saved.members if saved else {}, transport.registered)
+    admission = Admission(job, saved.members if saved else {}, transport.registered, run)
     sites = _kind_of_sites(job)(job, run, transport, server_model, admission)
     if saved:
         # A frozen factor that came after a run had begun is where such a run had it: at its start.

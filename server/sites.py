@@ -122,7 +122,7 @@ class Sites:
             nodes = self._transport.nodes(wanted, settled)
             if len(nodes) < wanted:
                 message = f"{counted(len(nodes), 'site')} could be asked, {wanted} more are needed for min-sites"
-                self._note(got, Absence(round_number, attempt, "", None, "quorum", message))
+                self._note(got, Absence(round_number, attempt, "", "quorum", message))
                 continue
             self._attempt(got, nodes, round_number, state)
             if len(got.results) >= config.min_sites:
@@ -151,7 +151,7 @@ class Sites:
         for node, reason in reasons.items():
             told[node] = (got.results.pop(node).site, "reply", reason)
         absent = {
-            node: Absence(round_number, got.attempts, self._name(node, site, got, online), node, kind, reason)
+            node: Absence(round_number, got.attempts, self._name(node, site, got, online), kind, reason)
             for node, (site, kind, reason) in told.items()
         }
         got.refusals = {n: a for n, a in {**got.refusals, **absent}.items() if n not in got.results}
@@ -165,11 +165,13 @@ class Sites:
         """
         names = self._admission.registered()
         if names is not None:
-            return names.get(node, f"node {node}")
-        member = self._admission.members.get(node)
+            return names.get(node, self._admission.mark(node))
+        member = self._admission.members.get(self._admission.mark(node))
         name = member.site if member else told
         taken = {result.site for result in got.results.values()}
-        return f"node {node}" if name in taken or self._admission.owner(name, online) not in (None, node) else name
+        if name in taken or self._admission.owner(name, online) not in (None, node):
+            return self._admission.mark(node)
+        return name
 
     def _note(self, got: Gathering, absence: Absence) -> None:
         got.failures.append(absence)

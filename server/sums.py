@@ -89,10 +89,10 @@ class SummedSites(Sites):
                         else "start the others, and resume the run"
                     )
                     message = f"{len(offers)} sites gave a key, {least} are needed for a sum: {what}"
-                    self._note(got, Absence(round_number, attempt, "", None, "quorum", message))
+                    self._note(got, Absence(round_number, attempt, "", "quorum", message))
                 continue
             if overfull := self._overfull(offers):
-                self._note(got, Absence(round_number, attempt, "", None, "quorum", overfull))
+                self._note(got, Absence(round_number, attempt, "", "quorum", overfull))
                 break
             results = self._vectors(got, offers, round_number, state)
             unfit |= {node for node, absence in got.refusals.items() if absence.kind in UNFIT}
@@ -226,7 +226,7 @@ class SummedSites(Sites):
         """Return the results whose vectors these are, or add up to, with what they make in ``got``; else none."""
         summed = summed_contribution(self._job, results, vectors, self._layout(round_number), state, round_number)
         if isinstance(summed, str):
-            self._note(got, Absence(round_number, got.attempts, "", None, "quorum", summed))
+            self._note(got, Absence(round_number, got.attempts, "", "quorum", summed))
             return {}
         got.summed = (summed,)
         return results
@@ -240,7 +240,7 @@ class SummedSites(Sites):
         """Write down that a node did not take part, by the site, kind and reason that were told."""
         site, kind, reason = told
         name = self._name(node, site, got, set(online))
-        absence = Absence(round_number, got.attempts, name, node, kind, reason)
+        absence = Absence(round_number, got.attempts, name, kind, reason)
         got.refusals[node] = absence
         self._note(got, absence)
 

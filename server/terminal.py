@@ -54,7 +54,7 @@ def score_words(score: Score | None) -> str:
     return f"accuracy {100 * score.accuracy:.1f} %  loss {decimal_text(score.loss, 3)}" if score else "not scored"
 
 
-def round_line(job: Job, outcome: RoundOutcome, members: Mapping[int, Member], own: float | None = None) -> str:
+def round_line(job: Job, outcome: RoundOutcome, members: Mapping[str, Member], own: float | None = None) -> str:
     """Return the terminal line of one round, with one more for every refusal; ``members`` are all that counted.
 
     Of many refusals those of one reason are one line. ``own`` as in ``epsilon_words``.

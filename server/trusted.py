@@ -75,7 +75,7 @@ class TrustedSites(Sites):
         got, nodes = Gathering(), self._online(round_number)
         got.attempts = 1
         if isinstance(nodes, str):
-            self._note(got, Absence(round_number, 1, "", None, "quorum", nodes))
+            self._note(got, Absence(round_number, 1, "", "quorum", nodes))
             return got
         plan = self._plan
         try:
@@ -89,7 +89,7 @@ class TrustedSites(Sites):
             )
         except BudgetExhausted as error:
             got.spent = str(error)
-            self._note(got, Absence(round_number, 1, "", None, "budget", got.spent))
+            self._note(got, Absence(round_number, 1, "", "budget", got.spent))
             return got
         drawn = [nodes[i] for i in private_poisson_sample(len(nodes), plan.event.sample_rate).tolist()]
         replies = self._ask(drawn, round_number, state).replies.values() if drawn else ()

@@ -76,9 +76,7 @@ class MadeRun:
         joined = [site for site in self.sites if site not in refusals]
         for site in joined:
             self.release(number, site, self._of_a_round(self.noise.get(site, 1.2)))
-        absent = [
-            Absence(number, 1, site, list(self.sites).index(site), kind, why) for site, (kind, why) in refusals.items()
-        ]
+        absent = [Absence(number, 1, site, kind, why) for site, (kind, why) in refusals.items()]
         line = RoundLine(
             round_number=number,
             complete=True,

@@ -134,7 +134,7 @@ def unlike(folder: Path, rounds: int = 3) -> MadeRun:
     }
     prices |= {(0.8, c): prices[0.8, rounds] * c / rounds for c in range(1, rounds)}
     for number in range(1, rounds + 1):
-        refusals = [Absence(number, 1, REFUSED, 500, "budget", "nothing is left")]
+        refusals = [Absence(number, 1, REFUSED, "budget", "nothing is left")]
         here = []
         for i, name in enumerate(names):
             # Each site sits out the rounds that its number says; none all of them.

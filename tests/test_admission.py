@@ -403,7 +403,7 @@ def test_the_round_line_tells_what_the_federation_has_spent_also_if_the_worst_si
 
 def test_the_round_line_is_short_where_a_thousand_sites_refuse_each_in_its_own_words() -> None:
     job = configure(PLAIN)
-    refused = {i: Absence(2, 1, f"site-{i}", i, "budget", f"data set 'site-{i}' has spent {i}") for i in range(1000)}
+    refused = {i: Absence(2, 1, f"site-{i}", "budget", f"data set 'site-{i}' has spent {i}") for i in range(1000)}
     line = round_line(job, RoundOutcome(2, Gathering(refusals=refused), None, 1.0), {})
     assert len(line.splitlines()) == 2
     assert "\n  site-0 … site-999 (1,000 sites) did not take part (budget): data set 'site-0' has spent 0" in line

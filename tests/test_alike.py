@@ -29,7 +29,7 @@ def thousand(tmp_path_factory: pytest.TempPathFactory) -> MadeRun:
     run.round(1, 0.76).end()
     (line,) = run.lines("rounds.jsonl")
     names = [f"site-{i}" for i in range(MANY) if i != 500]
-    refused = {"round": 1, "attempt": 1, "site": "site-500", "node": 500, "kind": "budget", "reason": "nothing is left"}
+    refused = {"round": 1, "attempt": 1, "site": "site-500", "kind": "budget", "reason": "nothing is left"}
     line |= {"participants": names, "refusals": [refused], "failures": [refused]}
     (folder / "rounds.jsonl").write_text(json.dumps(line) + "\n")
     paid = {told["site"]: told for told in run.lines("privacy.jsonl")}

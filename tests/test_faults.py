@@ -38,6 +38,7 @@ from common.secure_sum.attempt import KeyOffer
 from experiments.in_process import InProcessTransport, run_in_process
 from reports import report_of
 from server.app import in_short
+from server.marks import mark_of
 from server.replies import LONGEST_REASON, clean, read_reply, refusal
 from server.rounds import too_few
 from server.sites import Exchange, Gathering
@@ -114,10 +115,8 @@ def test_a_round_below_quorum_asks_again_only_those_that_failed(toy_settings: di
     first = read_lines(RoundLine, folder)[0]
     assert (first.complete, first.attempts) == (True, 2)
     assert first.participants == ["site-0", "site-1", "site-2"]
-    assert [(f.attempt, f.site, f.kind) for f in first.failures] == [
-        (1, "node 1", "late"),
-        (1, "node 2", "late"),
-    ]
+    late = sorted(mark_of(node, "retried") for node in (1, 2))
+    assert [(f.attempt, f.site, f.kind) for f in first.failures] == [(1, site, "late") for site in late]
     assert first.refusals == [], "a site that succeeded in the second attempt is no longer missing"
     assert same(folder, run_in_process(settings, 3, "whole")), "the retried round is not the round without a fault"
 
@@ -152,7 +151,7 @@ def test_a_reason_that_several_sites_have_is_told_once() -> None:
     )
     assert in_short("no answer") == "no answer"
     told = [("site-0", full), ("site-1", full), ("site-2", "no answer")]
-    got = Gathering(refusals={i: Absence(1, 2, site, i, "failed", why) for i, (site, why) in enumerate(told)})
+    got = Gathering(refusals={i: Absence(1, 2, site, "failed", why) for i, (site, why) in enumerate(told)})
     assert str(too_few(got, 1, 1)) == (
         f"round 1: 0 sites succeeded, 1 needed. site-0, site-1 (failed): {full}; site-2 (failed): no answer"
     )
@@ -401,7 +400,7 @@ def test_what_is_sent_in_another_sites_name_is_recorded_under_the_senders_number
     assert [line.participants for line in lines] == [["site-0", "site-2"], ["site-0"], ["site-0", "site-2"]]
     late, kind = ("site-2", "late"), "reply" if way == "result" else "policy"
     told = [[(f.site, f.kind) for f in line.failures] for line in lines]
-    assert told == [[], [("node 1", kind), late], [("node 1", kind)]]
+    assert told == [[], [(mark_of(1, way), kind), late], [(mark_of(1, way), kind)]]
 
 
 def test_a_node_is_not_recorded_by_a_name_that_went_back_to_its_owner(toy_settings: dict[str, Any]) -> None:
@@ -421,7 +420,7 @@ def test_a_node_is_not_recorded_by_a_name_that_went_back_to_its_owner(toy_settin
     folder = run_in_process({**plain(toy_settings), "rounds": 3}, 3, "again", StartedAgain)
     lines = read_lines(RoundLine, folder)
     assert [line.participants for line in lines] == 3 * [["site-0", "site-1"]]
-    assert [[f.site for f in line.failures] for line in lines] == [[], [], ["node 2"]]
+    assert [[f.site for f in line.failures] for line in lines] == [[], [], [mark_of(2, "again")]]
 
 
 def test_max_update_norm_is_a_bound_of_its_own(toy_settings: dict[str, Any]) -> None:
@@ -455,14 +454,14 @@ def test_a_refusal_s_reason_is_cleaned_and_a_reply_that_breaks_its_reader_is_one
     task = TrainTask("run", 1, {}, {}, "", "", "")
     told = encode_reply(Refusal("run", 1, "site-1", "policy", "no\x1b[31m\nmore"))
     assert read_reply(told, {}, task, 7) == Refusal("run", 1, "site-1", "policy", "no?[31m more")
-    broken = Refusal("run", 1, "node 7", "reply", "the message cannot be read (AttributeError)")
+    broken = Refusal("run", 1, mark_of(7, "run"), "reply", "the message cannot be read (AttributeError)")
     assert read_reply(object(), {}, task, 7) == broken
 
 
 def test_what_is_said_of_a_node_is_cleaned_as_its_own_words_are() -> None:
     """Flower hands on the words of a node that failed: they are as hostile as a reply's."""
     told = refusal(TrainTask("run", 1, {}, {}, "", "", ""), 7, "failed", "no\x1b[31m\nmore " * 1000)
-    assert (told.site, told.kind, told.reason[:19]) == ("node 7", "failed", "no?[31m more no?[31")
+    assert (told.site, told.kind, told.reason[:19]) == (mark_of(7, "run"), "failed", "no?[31m more no?[31")
     assert told.reason.isprintable()
     assert len(told.reason) <= LONGEST_REASON
 
@@ -475,7 +474,7 @@ def test_a_reply_is_late_if_it_is_of_an_earlier_round_and_else_it_is_wrong(run: 
     for told in (TrainResult(run, number, "site-1", 10, {}, None), Refusal(run, number, "site-1", "policy", "no")):
         got = read_reply(encode_reply(told), {}, task, 7)
         assert isinstance(got, Refusal)
-        assert (got.round_number, got.site, got.kind) == (2, "node 7", kind)
+        assert (got.round_number, got.site, got.kind) == (2, mark_of(7, "run"), kind)
 
 
 @pytest.mark.parametrize("site", ["", " ", "\u00a0\u3000"])
@@ -490,7 +489,7 @@ def test_whatever_is_asked_a_reply_without_a_name_is_refused(site: str) -> None:
     for task, reply in asked:
         got = read_reply(encode_reply(reply), {}, task, 7)
         assert isinstance(got, Refusal)
-        assert (got.site, got.kind) == ("node 7", "reply"), reply
+        assert (got.site, got.kind) == (mark_of(7, "run"), "reply"), reply
 
 
 def test_a_vector_of_a_sum_is_taken_where_one_was_asked_for_and_tensors_where_they_were() -> None:

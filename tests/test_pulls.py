@@ -95,9 +95,9 @@ def test_an_exchange_ends_at_its_deadline_whoever_hangs(stuck: Event, monkeypatc
     assert told == {1: ("late", "no whole answer in 1 s"), 2: ("late", "no answer in 1 s"), 3: ("failed", "away")}
 
 
-def exchange(grid: Any, tasks: int, timeout: float = 1.0) -> Any:
+def exchange(grid: Any, tasks: int, timeout: float = 1.0, progress: Callable[[Any], None] = lambda _: None) -> Any:
     job = SimpleNamespace(config=SimpleNamespace(rounds=1, round_timeout=timeout), mechanism=OPEN)
-    server_model, folder = SimpleNamespace(reply_layout=lambda _: {}), SimpleNamespace(progress=lambda _: None)
+    server_model, folder = SimpleNamespace(reply_layout=lambda _: {}), SimpleNamespace(progress=progress)
     transport = FlowerTransport(*cast(Any, (grid, job, server_model, folder)))
     task = TrainTask("1", 1, {"x": {"B": torch.zeros(2)}}, {}, "", "ab" * 16, "cd" * 16)
     return transport.exchange(dict.fromkeys(range(1, tasks + 1), task), timeout)

@@ -18,8 +18,10 @@ from deploy import start
 from deploy.commands import superlink_environment
 from deploy.server_folder import make_server
 from experiments.in_process import run_in_process
+from server.marks import mark_of
 from server.registered import NODES, misnamed, names_in, registered_names
 
+RUN = "named"
 NAMES = {0: "site-0", 1: "site-1", 2: "site-2"}
 
 
@@ -46,7 +48,7 @@ class Impostor(Faulty):
 
 def rounds(settings: dict[str, Any], **changes: Any) -> list[RoundLine]:
     kind = type("Kind", (Impostor,), changes)
-    return read_lines(RoundLine, run_in_process(plain(settings), 3, "named", kind))
+    return read_lines(RoundLine, run_in_process(plain(settings), 3, RUN, kind))
 
 
 def test_a_registered_site_that_states_anothers_name_is_dropped_and_the_other_counts(
@@ -63,13 +65,13 @@ def test_a_run_that_believes_the_name_in_the_reply_shuts_the_owner_out(toy_setti
     """The fault: no table. The impostor has the name from round 1 on; who owns it pays and never counts."""
     lines = rounds(toy_settings, names=None)
     assert [line.participants for line in lines] == [["site-1", "site-2"]] * 2
-    assert [line.failures[0].site for line in lines] == ["node 1", "node 1"], "the fault is not found"
+    assert [line.failures[0].site for line in lines] == [mark_of(1, RUN)] * 2, "the fault is not found"
 
 
 def test_a_node_that_the_table_lacks_is_dropped(toy_settings: dict[str, Any]) -> None:
     for line in rounds(toy_settings, names={1: "site-1", 2: "site-2"}, says="site-9"):
         assert line.participants == ["site-1", "site-2"]
-        assert line.failures[0].site == "node 0"
+        assert line.failures[0].site == mark_of(0, RUN)
         assert "fedveil server register" in line.failures[0].reason
 
 
@@ -95,7 +97,7 @@ def test_a_site_with_a_new_key_keeps_its_name_although_its_old_node_passes_for_o
 
     lines = read_lines(RoundLine, run_in_process(plain(toy_settings), 3, "renewed", Renewed))
     assert [line.participants for line in lines] == [["site-1", "site-2"]] * 2
-    assert [line.failures[0].site for line in lines] == ["node 1", "node 0"]
+    assert [line.failures[0].site for line in lines] == [mark_of(1, "renewed"), mark_of(0, "renewed")]
 
 
 def test_names_are_read_anew_and_a_file_without_a_number_names_nobody(

@@ -284,7 +284,7 @@ def test_a_failed_run_says_why_and_that_sites_may_have_paid_more(tmp_path: Path)
 
 def test_a_round_that_does_not_count_is_no_progress(made: MadeRun) -> None:
     line = {**made.lines("rounds.jsonl")[-1], "round": 4, "complete": False, "participants": [], "accuracy": 0.1}
-    line["failures"] = [{"round": 4, "attempt": 2, "site": "south", "node": 1, "kind": "late", "reason": "no answer"}]
+    line["failures"] = [{"round": 4, "attempt": 2, "site": "south", "kind": "late", "reason": "no answer"}]
     made.append("rounds.jsonl", line)
     data = report_of(made.folder)
     assert (data.headline.rounds_done, data.headline.accuracy_after) == (3, 0.76)

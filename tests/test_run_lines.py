@@ -156,11 +156,11 @@ def test_a_round_of_a_model_that_diverged_is_read_as_it_is_written_and_said(tmp_
 
 def test_who_did_not_take_part_is_one_shape_from_the_attempt_to_the_report(tmp_path: Path) -> None:
     made = MadeRun(tmp_path / "run", {"rounds": 1}).start().round(1, 0.7, refusals={"south": ("late", "no answer")})
-    absence = Absence(1, 1, "south", 1, "late", "no answer")
+    absence = Absence(1, 1, "south", "late", "no answer")
     (line,) = read_lines(RoundLine, made.folder)
     assert line.refusals == line.failures == report_of(made.folder).refusals == [absence]
     assert made.lines("rounds.jsonl")[0]["failures"] == [
-        {"round": 1, "attempt": 1, "site": "south", "node": 1, "kind": "late", "reason": "no answer"}
+        {"round": 1, "attempt": 1, "site": "south", "kind": "late", "reason": "no answer"}
     ]
 
 

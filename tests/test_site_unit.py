@@ -695,7 +695,7 @@ def of_the_exchange(got: Gathering, exchange: Exchange) -> None:
 
 def naming(got: Gathering, exchange: Exchange) -> None:
     got.refusals = {
-        node: Absence(1, 1, reply.site, node, reply.kind, "no")
+        node: Absence(1, 1, reply.site, reply.kind, "no")
         for node, reply in exchange.replies.items()
         if isinstance(reply, Refusal)
     }

@@ -377,7 +377,7 @@ def test_budgets_that_are_spent_one_after_the_other_end_the_run_well(summed: dic
 
 
 def test_a_round_of_carried_refusals_alone_is_told_without_a_failure() -> None:
-    got = Gathering(refusals={0: Absence(3, 1, "site-0", 0, "budget", "it is spent")})
+    got = Gathering(refusals={0: Absence(3, 1, "site-0", "budget", "it is spent")})
     assert "site-0 (budget): it is spent" in str(too_few(got, 3, 2))
 
 

@@ -122,7 +122,7 @@ def test_page_markdown_and_terminal_are_short_and_name_the_odd_in_natural_order(
 
 
 def test_many_reasons_and_many_prices_are_few_rows_too(data: ReportData) -> None:
-    absences = [Absence(1, 1, f"site-{i}", i, "budget", f"ε {i} is left") for i in range(MANY)]
+    absences = [Absence(1, 1, f"site-{i}", "budget", f"ε {i} is left") for i in range(MANY)]
     ((names, told),) = alike_absences(absences, MANY)
     assert (names, told.reason) == ("site-0 … site-999 (1,000 sites)", "ε 0 is left (and 999 other reasons)")
     few = alike_absences(absences[:EACH], MANY)

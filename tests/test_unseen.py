@@ -53,7 +53,7 @@ def test_a_later_total_counts_what_was_lost(tmp_path: Path) -> None:
 
 def test_an_attempt_before_the_one_that_counts_is_in_its_total(tmp_path: Path) -> None:
     run = made(tmp_path)
-    failed = {"round": 3, "attempt": 1, "site": "south", "node": 1, "kind": "late", "reason": "why"}
+    failed = {"round": 3, "attempt": 1, "site": "south", "kind": "late", "reason": "why"}
     add(run, failures=[failed])
     assert gaps(run) == []
     add(run, participants=["north"], refusals=[failed])
@@ -69,7 +69,7 @@ def add(run: MadeRun, **changes: Any) -> None:
 
 def test_a_reply_that_does_not_count_but_told_its_price_is_known(tmp_path: Path) -> None:
     run = made(tmp_path)
-    refused = {"round": 3, "attempt": 1, "site": "south", "node": 1, "kind": "reply", "reason": "too long"}
+    refused = {"round": 3, "attempt": 1, "site": "south", "kind": "reply", "reason": "too long"}
     add(run, participants=["north"], refusals=[refused], failures=[refused])
     assert gaps(run) == []
 
