@@ -198,7 +198,15 @@ SYSTEMS: tuple[System, ...] = (
     ),
     System(
         "S2-LoRA",
-        {"strategy": "fedavg-lora", "adapter.name": "lora-diagonal", "adapter.start": "shared"},
+        {
+            "strategy": "fedavg-lora",
+            "adapter.name": "lora-diagonal",
+            "adapter.start": "shared",
+            "server.rule": "soft-threshold",
+            "server.optimizer": "momentum",
+            "server.momentum": 0.0,
+            "server.learning-rate": 10.0,
+        },
         file="s2-lora",
     ),
     System(

@@ -121,6 +121,8 @@ class Strategy(ABC):
     """The factors that an adapter must keep frozen, at least."""
     moves_frozen: ClassVar[bool] = False
     """Whether the server gives frozen factors another length or direction, so that how they began does not last."""
+    adopts_average: ClassVar[bool] = False
+    """Whether the average must be the new model, so that ``server.optimizer`` left open is ``none`` in every run."""
     needs: ClassVar[Literal["mean", "each"]] = "each"
     """What the server takes of the sites: their weighted mean alone, or what each has sent."""
     noise: ClassVar[str] = ""

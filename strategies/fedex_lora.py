@@ -8,6 +8,9 @@ the mean of the sites' models. What differs here, and why:
 * D travels whole every round (m n numbers down): the paper sends the round's E in factors, to sites that missed none.
 * Sites are weighed by their public sizes; the released code takes the plain mean.
 
+E completes the average itself. A server optimiser takes another step than to that average, and E beside it belongs to
+no model, so ``server.optimizer`` is ``none``, by default also under privacy; another is refused.
+
 Under privacy each site's noise on A meets its noise on B in E: the quadratic part is K times that of averaged factors.
 """
 
@@ -16,6 +19,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from common.config.sections import RunConfig
+from common.errors import ConfigError
 from strategies.merging import Merging
 
 
@@ -25,3 +30,12 @@ class FedExLoRA(Merging):
 
     name: ClassVar[str] = "fedex-lora"
     paper: ClassVar[str] = "Singhal et al. 2025 (FedEx-LoRA)"
+    adopts_average: ClassVar[bool] = True
+
+    def check_run(self, config: RunConfig) -> None:
+        """Refuse a server that does not adopt the average, which is what the covariance completes."""
+        if config.server.optimizer != "none":
+            raise ConfigError(
+                f"strategy {self.name!r} keeps what the averaged factors miss, and with server.optimizer "
+                f"{config.server.optimizer!r} the server does not adopt that average: set server.optimizer to 'none'"
+            )

@@ -292,6 +292,8 @@ def _compose(filled: _Filled, given: Mapping[str, Scalar], renamed: Mapping[str,
     asked = _run_settings(settings)
     named = ALIASES.get(asked.adapter.name, asked.adapter.name)
     asked = replace(asked, adapter=replace(asked.adapter, name=named))
+    if asked.strategy in ROWS and ROWS[asked.strategy].adopts_average and asked.server.optimizer == AUTO:
+        asked = replace(asked, server=replace(asked.server, optimizer="none"))
     config = resolve(asked)
     if named not in ADAPTERS and (instead := told(named.lower())):
         raise ConfigError(f"adapter.name {named!r} is no adapter here; {instead}")
@@ -304,8 +306,8 @@ def _compose(filled: _Filled, given: Mapping[str, Scalar], renamed: Mapping[str,
     _check_unit(config)
     _check_cohort(config)
     config.privacy.mechanism.check_row()
-    config.privacy.mechanism.check_run(config)
     strategy.check(config.privacy.mechanism)
+    config.privacy.mechanism.check_run(config)
     strategy.check_run(config)
     name = strategy.adapter if named == "auto" else named
     strategy.check_adapter(ADAPTERS[name])

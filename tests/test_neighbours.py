@@ -145,6 +145,21 @@ def test_x7_stacking_carries_k_times_the_quadratic_noise_of_averaged_factors() -
     assert lengths["fedavg-lora"] == pytest.approx(one, rel=0.05)
 
 
+def test_fedex_lora_adopts_its_average_under_privacy_too_and_refuses_a_server_that_steps_elsewhere() -> None:
+    job = configure({"strategy": "fedex-lora"})
+    assert job.config.privacy.mechanism.charged
+    assert (job.config.server.optimizer, job.config.training.optimizer) == ("none", "adam")
+    assert configure({"strategy": "flora"}).config.server.optimizer == "adam"
+    factors, state = [trained(10 + k) for k in range(3)], FedExLoRA().start(begun(), ("A", "B"))
+    models = [weight(merge(state.adapter, {"layer": own})) for own in factors]
+    wanted = sum((p * model for p, model in zip(SHARES, models, strict=True)), torch.zeros(()))
+    stepped = FedExLoRA().server_update(state, sites(factors), partial(server_step, job.config))
+    assert float((weight(stepped.adapter) - wanted).abs().max()) < 1e-12
+    for optimizer in ("adam", "momentum"):
+        with pytest.raises(ConfigError, match=r"does not adopt that average: set server\.optimizer to 'none'"):
+            configure({"strategy": "fedex-lora", "server.optimizer": optimizer})
+
+
 def test_the_exported_pair_has_the_rank_of_the_change_and_nothing_has_rank_one() -> None:
     state: ServerState = FedExLoRA().start(begun(), ("A", "B"))
     delta = weight(state.adapter)

@@ -4,8 +4,9 @@ Several systems of the field are this adapter in a start of their own:
 
 * LoLDU (arXiv 2410.13618) in ``lu-of-weights``, which says what differs from the paper.
 * The part of SALT that scales singular values, and the control arm of LoLDU, in ``svd-of-weights``.
-* S2-LoRA in ``shared``: one pair of factors for all layers of one shape. Its text gives no equation, so this is its
-  form W = W0 + Q diag(λ) P.
+* S2-LoRA in ``shared``: one pair of factors for all layers of one shape, its form W = W0 + Q diag(λ) P. The pair is
+  random here and stays frozen. The paper most likely trains it: of Whisper-small the share of numbers that summaries
+  give is that of a trained pair. What makes λ sparse is ``server.rule = "soft-threshold"``, as its row has it.
 
 z begins at 0, so the base is never rewritten: training it is training the entries of a diagonal that begins elsewhere
 over a residual base, W0 - s B diag(z₀) A. The weights are linear in z, so averages are exact. With rows of A and

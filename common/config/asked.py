@@ -72,7 +72,8 @@ class ServerSettings(Section):
 
     optimizer: Annotated[str, OneOf(("auto", *SERVER_OPTIMIZERS))] = "auto"
     """``none``: the average is the new model. ``adam``: the change is a gradient for the server's Adam (FedAdam).
-    ``momentum``: it is one for gradient descent with a heavy ball. ``auto``: ``adam`` under privacy, else ``none``."""
+    ``momentum``: it is one for gradient descent with a heavy ball. ``auto``: ``adam`` under privacy, but ``none`` for
+    ``fedex-lora``; else ``none``."""
     learning_rate: Annotated[float, POSITIVE, RATIO] = 0.025
     """The server's optimiser's, at the peak of ``schedule``. 0.025 suits Adam."""
     adam_tau: Annotated[float, POSITIVE, RATIO] = 1e-3

@@ -1,4 +1,7 @@
-"""One pair of random orthonormal factors for all layers of one shape, as S2-LoRA shares them."""
+"""One pair of random orthonormal factors for all layers of one shape.
+
+S2-LoRA shares one so. Here it stays as it is drawn, where the paper most likely trains it.
+"""
 
 from __future__ import annotations
 
