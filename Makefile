@@ -15,6 +15,7 @@
 # make docs   the pages of docs that are made from the code, results in documents, and the README's pictures
 # make settings  pyproject.toml's table of settings and docs/settings.md, from the code
 # make check  formatters, linters, types
+# make house  the sizes of the code base, from its syntax trees
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -32,7 +33,7 @@ OLDEST_PEFT := $(shell sed -n 's/^ *"peft>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 # Wheels of which every byte is known, and nothing that they ask for: no setup.py runs.
 EXACT  := --require-hashes --no-deps --only-binary :all:
 
-.PHONY: demo test test-many test-deployment test-harness test-trackers test-peft test-product audit faults docs settings check format environment generative texts vision browser clean
+.PHONY: demo test test-many test-deployment test-harness test-trackers test-peft test-product audit faults docs settings check house format environment generative texts vision browser clean
 
 demo: environment
 	$(BIN)/fedveil run
@@ -102,6 +103,9 @@ docs: environment
 
 settings: environment
 	$(BIN)/python -m cli.settings --write
+
+house:
+	$(PYTHON) tools/house.py
 
 check: environment
 	$(BIN)/ruff check .

@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from client import budget
 from client.ledger.ledger import Ledger
 from common import randomness
+from common.entropy import replaced_entropy, system_integers
 from common.privacy import MECHANISMS, dpsgd
 from common.privacy import plan as planning
 from common.privacy.accounting import Release
 from common.privacy.plan import PrivacyPlan
 from common.privacy.record_level import DPSGD
 from common.privacy.together import together
-from common.randomness import _entropy, add_private_noise
+from common.randomness import add_private_noise
 from common.tasks import Batch, Task
 
 Plant = Callable[[], AbstractContextManager[Any]]
@@ -57,7 +58,7 @@ def zero_noise(total: Tensor, _: float) -> Tensor:
 
 def float_noise(total: Tensor, std: float) -> Tensor:
     """Stand in for ``add_private_noise`` with noise by inverse CDF of 52 bits, added in float64, on no grid."""
-    bits = (_entropy(total.numel()) >> np.uint64(12)).astype(np.float64)
+    bits = (system_integers(total.numel()) >> np.uint64(12)).astype(np.float64)
     noise = torch.special.ndtri(torch.from_numpy((bits + 0.5) * 2.0**-52)) * std
     return total.double() + noise.reshape(total.shape)
 
@@ -122,21 +123,9 @@ def ledger_reset() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def shared_seed() -> Iterator[None]:
-    """Noise and batches from generators that every site seeds alike."""
-
-    def noise(total: Tensor, std: float) -> Tensor:
-        return total + torch.randn(total.shape, dtype=torch.float64) * std
-
-    def sample(size: int, rate: float) -> Tensor:
-        return (torch.rand(size) < rate).nonzero()[:, 0]
-
-    with (
-        patch.object(dpsgd, "add_private_noise", noise),
-        patch.object(randomness, "private_poisson_sample", sample),
-    ):
-        yield
+def shared_seed() -> AbstractContextManager[Any]:
+    """Noise and batches from a generator that every site seeds alike."""
+    return replaced_entropy(lambda count: np.random.randint(0, 2**64, count, dtype=np.uint64))
 
 
 def shuffled_epochs() -> Callable[[int, float], Tensor]:

@@ -9,14 +9,14 @@ and who is asked against Poisson's law. Then faults are built in, and must be fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from itertools import count
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +27,7 @@ from audits.finding import judged
 from audits.shell import each_of
 from audits.site_rounds import sampler_faults
 from audits.tiny_site import tiny_run
+from common.entropy import replaced_entropy
 from common.messages.round import Refusal, Reply, Task, TrainResult
 from common.messages.state import AdapterState
 from common.messages.tensors import apply, entries
@@ -183,23 +184,16 @@ def by_replies() -> AbstractContextManager[Any]:
     return patch.object(TrustedSites, "_mean", mean)
 
 
-@contextmanager
-def noise_again() -> Iterator[None]:
-    """The noise of the first round comes again in every other."""
-    whole, first, place = TrustedSites._mean, list[Tensor](), count()
+def noise_again() -> AbstractContextManager[Any]:
+    """The server seeds its noise alike in every round."""
+    whole = TrustedSites._mean
 
     def mean(*own: Any) -> NoisedMean:
-        nonlocal place
-        place = count()
-        return whole(*own)
+        draws = np.random.default_rng(5)
+        with replaced_entropy(lambda count: draws.integers(0, 2**64, count, dtype=np.uint64)):
+            return whole(*own)
 
-    def again(total: Tensor, std: float) -> Tensor:
-        if (number := next(place)) == len(first):
-            first.append(add_private_noise(torch.zeros_like(total), std))
-        return total.double() + first[number]
-
-    with patch.object(TrustedSites, "_mean", mean), noise_of(again):
-        yield
+    return patch.object(TrustedSites, "_mean", mean)
 
 
 def noise_of_one_site() -> AbstractContextManager[Any]:
@@ -228,7 +222,7 @@ def everybody() -> AbstractContextManager[Any]:
 QUIET = Fault("no noise of the server", lambda: noise_of(zero_noise))
 HALVED = Fault("half the noise of the server", lambda: noise_of(lambda total, std: add_private_noise(total, std / 2)))
 OF_ONE = Fault("noise of one site alone", noise_of_one_site)
-AGAIN = Fault("one round's noise in every round", noise_again)
+AGAIN = Fault("a server that seeds its noise", noise_again)
 UNCLIPPED = Fault("updates that are not clipped", not_clipped)
 BY_REPLIES = Fault("a divisor that counts the replies", by_replies)
 ALONE = Fault("each round priced alone at the server", priced_alone)

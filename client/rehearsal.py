@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from client.deadline import Timing
 from client.inner_shapes import follow_from_records
+from common.entropy import rehearsal_entropy
 from common.errors import MechanismError, ModelError
 from common.messages.columns import Chosen
 from common.messages.state import METRIC, AdapterState
@@ -151,7 +152,7 @@ class _Rehearsal:
 
     def run(self) -> Timing:
         try:
-            with _away_from_zero(self.model):
+            with rehearsal_entropy(), _away_from_zero(self.model):
                 self._none_moves_another()
                 self._settle_shapes()
                 return self._timing()

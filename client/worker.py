@@ -27,6 +27,7 @@ from client.runtime import ANEW, NODE_TOO, LostMessage, Node, NotOurNode, TaskLo
 from client.site import name_of, policy_of
 from common.bundle import bundle_digest, own_digest
 from common.config.sections import Scalar
+from common.entropy import require_system_entropy
 from common.errors import ConfigError
 from common.log import about, place_of, set_up
 from common.messages.wire import encode_reply, round_of
@@ -155,6 +156,7 @@ def main() -> int:
     parser.add_argument("--secret", type=Path, required=True, help="file with the secret that it was started with")
     parser.add_argument("--node", required=True, help="the node's settings as JSON")
     words = parser.parse_args()
+    require_system_entropy()
     write_no_dumps()
     set_up()
     logging.getLogger("fedveil").propagate = False  # libraries put handlers of their own on the root

@@ -5,8 +5,8 @@ Two kinds that must never be mixed up:
 * **Named streams** (adapter start, partitions, non-private batch order) follow from the run's
   public seed, so that server and sites can derive the same values.
 * **Private randomness** (Poisson sampling, Gaussian noise) comes from the operating system's
-  entropy. No function here takes a seed for it; whoever knows every seed of a run learns nothing
-  about it (pitfall 11 in ``docs/privacy-checked.md``).
+  entropy (``common.entropy``). No function here takes a seed for it; whoever knows every seed of a run
+  learns nothing about it (pitfall 11 in ``docs/privacy-checked.md``).
 
 Floating-point noise betrays what it is added to by the values that it cannot take (Mironov 2012,
 "On significance of the least significant bits for differential privacy"). Noise therefore never exists
@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from typing import Any
 
 import numpy as np
@@ -37,6 +36,7 @@ import torch
 from torch import Tensor
 
 from common.check import in_range
+from common.entropy import private_words
 
 GRID_BITS = 10
 """A grid step is the noise's standard deviation over 2 to this power, or up to half of that."""
@@ -54,15 +54,10 @@ def stream(seed: int, *names: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def _entropy(count: int) -> np.ndarray:
-    """Return ``count`` uniform 64-bit integers from the operating system."""
-    return np.frombuffer(os.urandom(8 * count), dtype=np.uint64)
-
-
 def private_integers(count: int, bound: int) -> Tensor:
     """Return ``count`` whole numbers from 0 to ``bound - 1``, int64, from the operating system's entropy."""
     # 64 bits a number: none is likelier than another by more than bound / 2⁶⁴.
-    return torch.from_numpy((_entropy(count) % np.uint64(bound)).astype(np.int64))
+    return torch.from_numpy((private_words(count) % np.uint64(bound)).astype(np.int64))
 
 
 def noise_grid(std: float) -> float:
@@ -101,7 +96,7 @@ def add_private_noise(total: Tensor, std: float, step: float = 0.0) -> Tensor:
 def _noised_cells(sums: Tensor, std: float) -> Tensor:
     """Return round(sums + N(0, std²)), all in steps of the grid; shape (numbers,)."""
     count = len(sums)
-    words = _entropy(count + (count + 1) // 2)
+    words = private_words(count + (count + 1) // 2)
     first, second = words[:count], words[count:].view(np.uint32)[:count]
     side = torch.from_numpy(1.0 - 2.0 * (first & np.uint64(1)))
     distance = ((first >> np.uint64(1)) + (second + 0.5) * 2.0**-32) * 2.0**-64
@@ -137,7 +132,7 @@ def _settled(bits: int, rest: float, std: float, guess: int) -> int:
             cell -= 1
         if up_to(cell - 1) + slack <= low and high + slack <= up_to(cell):
             return cell
-        bits, known = bits << 64 | int(_entropy(1)[0]), known + 64
+        bits, known = bits << 64 | int(private_words(1)[0]), known + 64
 
 
 def private_poisson_sample(size: int, rate: float) -> Tensor:
@@ -145,4 +140,4 @@ def private_poisson_sample(size: int, rate: float) -> Tensor:
     if rate >= 1.0:
         return torch.arange(size)
     threshold = np.uint64(int(rate * 2.0**64))
-    return torch.from_numpy((_entropy(size) < threshold).nonzero()[0])
+    return torch.from_numpy((private_words(size) < threshold).nonzero()[0])

@@ -96,6 +96,8 @@ class ServerStart:
     reach: Reach
     """How sites are reached."""
     check: OwnCheck
+    system_entropy: bool = True
+    """Whether private randomness came from the operating system; False: from a test's source."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from common.entropy import require_system_entropy
 from common.errors import DataError
 from deploy.certificates import belongs_to, days_left, is_issued_by, read_certificate
 from deploy.commands import (
@@ -36,7 +37,9 @@ def start_server(folder: ServerFolder, say: Callable[[str], None]) -> None:
     Raises:
         DataError: the certificate is expired, not the authority's, or not the key's; a file is missing; or a port is
             taken.
+        MechanismError: a test has replaced the operating system's entropy.
     """
+    require_system_entropy()
     if finish_renewal(folder):
         say("an interrupted renewal of the server's certificate is complete now")
     server = read_certificate(read_bytes(folder.path / "server.pem", "the server's certificate"), "the server")

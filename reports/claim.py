@@ -59,6 +59,7 @@ OFF = (
     "may reveal their records."
 )
 NOTHING_YET = "Privacy is on. No site has reported a release yet, so there is no figure."
+SEEDED = "noise and samples came from a test's source of random numbers, so this run protects nobody"
 UNKNOWN = (
     "The run's privacy.mode {!r} is none that this FedVeil knows, or none for privacy.unit {!r}. It can say nothing "
     "about any record."
@@ -185,6 +186,8 @@ def _gaps(files: RunFiles, sites: Sequence[SiteReport], unpaid: list[str]) -> li
     sharing = sharing_of(files, sites)
     told = unprotected_test(str(settings.get("data.name", "")), str(settings.get("data.test", "")))
     gaps = [told] if told and "data.name" in settings else []
+    if files.server and not all(start.system_entropy for start in files.server.starts):
+        gaps.append(SEEDED)
     gaps += _by_note([site for site in sites if site.agreement in ("smaller", "unknown", "exposed")], len(sites))
     gaps += [
         f"{site.site}: ε {epsilon_text(site.epsilon_total)}{at_h(sharing)} is above its budget of "

@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from common.bundle import own_digest
+from common.entropy import entropy_is_replaced
 from common.errors import DataError
 from common.log import place_of
 from common.run_lines import CheckLine, OwnCheck, Reach, ServerStart
@@ -33,7 +34,7 @@ PATIENCE = 120.0
 def began(reach: Reach, check: OwnCheck | None = None) -> ServerStart:
     """Return what is written down at a start of a run: when, by which code, and what the check found."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    return ServerStart(now, own_digest(), reach, check or OwnCheck())
+    return ServerStart(now, own_digest(), reach, check or OwnCheck(), not entropy_is_replaced())
 
 
 def own_check(runs: Path, reach: Reach, command: Sequence[str] = (sys.executable, "-P", "-m", PROGRAM)) -> OwnCheck:

@@ -11,7 +11,7 @@ import ssl
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ import seconds
 import torch
 
 from audits.tiny_models import TARGETS, save_tiny_model, toy_run, write_questions
-from common import randomness
+from common.entropy import Source, replaced_entropy, system_integers
 from common.privacy import accounting, meaning
 
 LONGEST = (
@@ -141,7 +141,6 @@ class NamedDraws:
     """Private randomness that follows from a test's name, so that a test passes whenever it has passed."""
 
     def __init__(self) -> None:
-        self.system = randomness._entropy
         self.lock = threading.Lock()
         self.draw: np.random.Generator | None = None
 
@@ -154,9 +153,11 @@ class NamedDraws:
             seed(int.from_bytes(digest[:4], "big"))
 
     def entropy(self, count: int) -> np.ndarray:
-        """Stand in for ``common.randomness._entropy``."""
+        """Return uniform 64-bit integers as ``common.entropy.Source`` does."""
         with self.lock:  # sites of a test may be threads, and a generator serves one at a time
-            return self.system(count) if self.draw is None else self.draw.integers(0, 2**64, count, dtype=np.uint64)
+            if self.draw is None:
+                return system_integers(count)
+            return self.draw.integers(0, 2**64, count, dtype=np.uint64)
 
 
 DRAWS = NamedDraws()
@@ -170,9 +171,15 @@ def named_draws() -> Iterator[None]:
 
     ``FEDVEIL_FRESH_NOISE=1 make test`` draws anew, to find bands that are too narrow.
     """
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(randomness, "_entropy", DRAWS.entropy)
+    with replaced_entropy(DRAWS.entropy):
         yield
+
+
+@pytest.fixture
+def replace_entropy() -> Iterator[Callable[[Source], None]]:
+    """Return a function that has the rest of a test draw private randomness from a source."""
+    with ExitStack() as sources:
+        yield lambda source: sources.enter_context(replaced_entropy(source))
 
 
 @pytest.hookimpl(tryfirst=True)

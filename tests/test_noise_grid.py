@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from audits.faults import float_noise
 from audits.worlds import plan
 from common import randomness
+from common.entropy import replaced_entropy
 from common.privacy import dpsgd
 from common.privacy.dpsgd import PrivateSteps
 from common.randomness import add_private_noise, noise_grid
@@ -45,7 +46,7 @@ def entropy(*draws: int, side: int = 0) -> Iterator[None]:
     first = np.array([(draw >> 32) << 1 | side for draw in draws], dtype=np.uint64)
     second = np.array([draw & (2**32 - 1) for draw in draws] + [0] * (len(draws) % 2), dtype=np.uint32)
     words = np.concatenate([first, second.view(np.uint64)])
-    with patch.object(randomness, "_entropy", lambda count: words if count > 1 else np.zeros(1, dtype=np.uint64)):
+    with replaced_entropy(lambda count: words if count > 1 else np.zeros(1, dtype=np.uint64)):
         yield
 
 

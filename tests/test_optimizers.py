@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import count, pairwise
 from pathlib import Path
@@ -21,10 +22,10 @@ from audits.tiny_models import write_reviews
 from audits.tiny_site import clinic
 from client import local_training
 from client.optimizers import build_optimizer, set_learning_rate
-from common import randomness
 from common.config.asked import from_mapping, resolve
 from common.config.schedule import learning_rate
 from common.config.sections import OPTIMIZERS, SCHEDULES, TrainingConfig
+from common.entropy import Source
 from common.messages.state import HEAD
 from common.messages.tensors import entries
 from common.run_lines import BaselineFile, PrivacyLine, RoundLine, read_file, read_lines
@@ -85,11 +86,16 @@ def test_the_head_alone_learns_at_a_multiple_of_the_rate(name: str, rate: float 
 @pytest.mark.parametrize("mode", ["dp-sgd", "none"])
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "sgd"])
 def test_a_round_of_a_site_is_the_same_whether_or_not_it_trained_the_round_before(
-    name: str, mode: str, toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    mode: str,
+    toy_settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    replace_entropy: Callable[[Source], None],
 ) -> None:
     # Noise and batches that are the same at every call, so that only what a round leaves behind can differ.
     fixed = np.random.default_rng(5).integers(0, 2**64, 20_000, dtype=np.uint64)
-    monkeypatch.setattr(randomness, "_entropy", lambda count: fixed[:count])
+    replace_entropy(lambda count: fixed[:count])
     site = clinic({**toy_settings, "privacy.mode": mode, "training.optimizer": name}, tmp_path)
     site.rule(allow_no_privacy=mode == "none")
     model = site.model()
@@ -120,11 +126,11 @@ def test_a_round_of_a_site_is_the_same_whether_or_not_it_trained_the_round_befor
 
 
 def test_the_private_default_lowers_the_loss_with_every_strategy(
-    toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    toy_settings: dict[str, Any], tmp_path: Path, replace_entropy: Callable[[Source], None]
 ) -> None:
     # Noise and batches follow a seed, so that a loss that rises is never chance.
     draws = np.random.default_rng(3)
-    monkeypatch.setattr(randomness, "_entropy", lambda count: draws.integers(0, 2**64, count, dtype=np.uint64))
+    replace_entropy(lambda count: draws.integers(0, 2**64, count, dtype=np.uint64))
     own = {key: value for key, value in toy_settings.items() if not key.startswith(("training.", "server."))}
     data = {"data.name": str(write_reviews(tmp_path / "many.csv", 900)), "data.test-size": 200}
     noise = {"privacy.noise-multiplier": 1.0, "privacy.epsilon": 50.0}

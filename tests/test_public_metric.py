@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from audits.tiny_models import TARGETS, write_reviews
-from common import randomness
 from common.adapters import ADAPTERS
 from common.adapters.lora_metric import SHRUNK, in_weights, shrunk
 from common.config.sections import HeadConfig
+from common.entropy import Source
 from common.errors import ConfigError, ModelError
 from common.messages.round import TrainTask
 from common.messages.state import HEAD, METRIC, AdapterState
@@ -292,10 +292,10 @@ class Dies(InProcessTransport):
 
 @pytest.mark.parametrize("adapter", ["lora-metric", "none"])
 def test_a_resumed_run_goes_on_in_the_metric_and_with_the_velocity_that_it_had(
-    toy_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, adapter: str
+    toy_settings: dict[str, Any], replace_entropy: Callable[[Source], None], adapter: str
 ) -> None:
     fixed = np.random.default_rng(5).integers(0, 2**64, 200_000, dtype=np.uint64)
-    monkeypatch.setattr(randomness, "_entropy", lambda count: fixed[:count])
+    replace_entropy(lambda count: fixed[:count])
     asked = settings(toy_settings, head__metric="public", adapter__name=adapter, rounds=3, privacy__epsilon=50.0)
     whole = run_in_process(asked, 2, "whole")
     with pytest.raises(KeyboardInterrupt):

@@ -19,7 +19,7 @@ from torch import Tensor
 from audits.bands import out_of_band
 from audits.faults import same_seeds, shuffled_epochs
 from audits.site_rounds import sampler_faults
-from common import randomness
+from common.entropy import Source, system_integers
 from common.errors import ConfigError
 from common.randomness import add_private_noise, noise_grid, private_poisson_sample, stream
 
@@ -100,9 +100,9 @@ def test_a_single_number_and_nothing_at_all_have_their_shapes() -> None:
     assert out_of_band(float((many / 2).pow(2).sum()), 3000), "half the noise went unnoticed"
 
 
-def test_the_standard_deviation_scales_one_and_the_same_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_standard_deviation_scales_one_and_the_same_draw(replace_entropy: Callable[[Source], None]) -> None:
     bits = np.frombuffer(np.random.default_rng(0).bytes(1200), dtype=np.uint64)
-    monkeypatch.setattr(randomness, "_entropy", lambda count: bits[:count])
+    replace_entropy(lambda count: bits[:count])
     alone = private_normal((100,), 1.0)
     assert torch.equal(private_normal((100,), 2.0**-30), 2.0**-30 * alone)
     assert (private_normal((100,), 3.0) - 3.0 * alone).abs().max() <= (3 * noise_grid(1.0) + noise_grid(3.0)) / 2
@@ -115,11 +115,8 @@ def test_noise_of_no_size_is_refused(std: float) -> None:
 
 
 @pytest.mark.parametrize("bits", [0, 1, 2**63, 2**64 - 1])
-def test_noise_is_finite_whatever_the_bits(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    entropy = randomness._entropy
-    monkeypatch.setattr(
-        randomness, "_entropy", lambda count: np.full(count, bits, dtype=np.uint64) if count > 1 else entropy(count)
-    )
+def test_noise_is_finite_whatever_the_bits(bits: int, replace_entropy: Callable[[Source], None]) -> None:
+    replace_entropy(lambda count: np.full(count, bits, dtype=np.uint64) if count > 1 else system_integers(count))
     assert (private_normal((2,), 1.0).abs() < 20).all()
 
 
@@ -209,9 +206,9 @@ def test_rate_one_takes_everyone_and_rate_zero_no_one() -> None:
     assert private_poisson_sample(0, 0.5).tolist() == private_poisson_sample(0, 1.0).tolist() == []
 
 
-def test_the_threshold_is_exact_to_the_last_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_threshold_is_exact_to_the_last_bit(replace_entropy: Callable[[Source], None]) -> None:
     edge = np.array([2**62 - 1, 2**62, 0, 2**64 - 1], dtype=np.uint64)
-    monkeypatch.setattr(randomness, "_entropy", lambda count: edge[:count])
+    replace_entropy(lambda count: edge[:count])
     assert private_poisson_sample(4, 0.25).tolist() == [0, 2]
     assert private_poisson_sample(4, float(np.nextafter(1.0, 0.0))).tolist() == [0, 1, 2]
 

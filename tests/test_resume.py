@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from audits.tiny_models import PLAIN_STEP
-from common import files, randomness
+from common import files
+from common.entropy import Source
 from common.errors import ConfigError, DataError, RunFailed
 from common.messages.round import Refusal, TrainTask
 from common.model.federated import Score
@@ -77,10 +78,10 @@ def same_adapter(left: Path, right: Path) -> bool:
 
 
 @pytest.fixture
-def fixed_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
+def fixed_entropy(replace_entropy: Callable[[Source], None]) -> None:
     """Sampling and noise that are the same at every call, so that two runs can be compared bit by bit."""
     fixed = np.random.default_rng(5).integers(0, 2**64, 200_000, dtype=np.uint64)
-    monkeypatch.setattr(randomness, "_entropy", lambda count: fixed[:count])
+    replace_entropy(lambda count: fixed[:count])
 
 
 @pytest.mark.usefixtures("fixed_entropy")
