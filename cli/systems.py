@@ -133,20 +133,20 @@ SYSTEMS: tuple[System, ...] = (
         {"strategy": "ffa-lora", "adapter.start": "minor-of-weights", "adapter.alpha": 0.0},
         file="milora-a-frozen",
     ),
-    System("MiSS, once Bone", {"strategy": "ffa-lora", "adapter.start": "shards", "adapter.alpha": 0.0}, file="miss"),
+    System("MiSS", {"strategy": "ffa-lora", "adapter.start": "shards", "adapter.alpha": 0.0}, file="miss"),
     System("MiSS mini", {"strategy": "fed-sb", "adapter.start": "shards"}),
     System(
-        "MiSS bat",
-        instead="not built: blocks of W0 multiply what is trained, so it has full rank, no form as LoRA and no export "
-        "but its own, and it sees no more of a gradient than random directions do",
+        "Bone: block affine, later called bat",
+        instead="not built: blocks of W0 multiply what is trained, (W_ij + I) D_i, so it has full rank, no form as "
+        "LoRA and no export but its own, and it sees no more of a gradient than random directions do",
     ),
     System(
-        "EVA from public text",
+        "EVA from public text, ranks not spread",
         {"strategy": "ffa-lora", "adapter.start": "eva", "adapter.alpha": 0.0},
         file="eva",
     ),
     System(
-        "EVA, paid for",
+        "EVA, paid for, ranks not spread",
         {"strategy": "ffa-lora", "adapter.start": "dp-eva", "adapter.alpha": 0.0},
         file="eva-paid-for",
     ),

@@ -152,7 +152,12 @@ def capped(weights: Sequence[float], most: float) -> list[float]:
 
 
 def factors_of(job: Job, results: Sequence[TrainResult], state: ServerState) -> list[float]:
-    """Return what each update is scaled by: 1, or less for one that is longer than the others', or than is honest."""
+    """Return what each update is scaled by: 1, or less for one that is longer than the others', or than is honest.
+
+    All 1 where ``shorten-updates`` is false, as a run that promises nothing may have it.
+    """
+    if not job.config.shorten_updates:
+        return [1.0] * len(results)
     honest = [honest_norm(job, least_plan(job, result), result, state) for result in results]
     bounded = all(math.isfinite(most) and most for most in honest)
     usual = 0.0 if bounded else usual_change(state)

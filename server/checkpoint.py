@@ -51,6 +51,7 @@ BEFORE: Mapping[str, Scalar] = {
     "privacy.records-per-person": 8,
     "data.person": "",
     "data.records": 0,
+    "shorten-updates": True,
     "training.linearised": 0,
     "training.head-first": 0,
     "training.refit": 0,

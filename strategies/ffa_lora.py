@@ -5,7 +5,7 @@ Sun, Li, Li, Ding: Improving LoRA in Privacy-preserving Federated Learning, ICLR
 Exact: ``s (sum p_k B_k) A = sum p_k s B_k A``. A never travels where server and sites can
 derive it and compare a fingerprint; else once. Noise on B enters the weights linearly. For SGD only
 ``eta s² A Aᵀ`` matters, so alpha and the scale of A are learning rates in disguise;
-``adapter.start = "orthonormal"`` is the control arm for FedSVD.
+The default start, orthonormal rows, is the control arm for FedSVD; the paper's own is ``adapter.start = "kaiming"``.
 """
 
 from __future__ import annotations

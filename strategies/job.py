@@ -305,6 +305,11 @@ def _compose(filled: _Filled, given: Mapping[str, Scalar], renamed: Mapping[str,
     strategy = from_section(ROWS[config.strategy], settings, f"{config.strategy}.")
     _check_unit(config)
     _check_cohort(config)
+    if config.privacy.mechanism.claims and not config.shorten_updates:
+        raise ConfigError(
+            f"shorten-updates is false, and privacy.mode {config.privacy.mode!r} makes a promise, under which no site "
+            "may draw the model as far as it likes: set shorten-updates to true"
+        )
     config.privacy.mechanism.check_row()
     strategy.check(config.privacy.mechanism)
     config.privacy.mechanism.check_run(config)

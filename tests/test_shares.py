@@ -131,6 +131,36 @@ def test_a_large_site_that_is_held_down_is_said_where_that_costs_noise(caplog: p
     assert said(OPEN, uneven) == [], "no noise is there to grow"
 
 
+def test_without_privacy_uneven_sites_can_have_the_plain_average_by_public_sizes() -> None:
+    sizes, plain = (5_000, 214, 146), {**OPEN, "max-share": 1.0, "shorten-updates": False}
+    sent = [update(length, seed)["layer"]["B"] for seed, length in enumerate((1.0, 0.2, 9.0))]
+    wanted = sum((n / sum(sizes) * B.double() for n, B in zip(sizes, sent, strict=True)), torch.zeros(()).double())
+    state = ServerState(0, {"layer": {"B": torch.zeros(NUMBERS, dtype=torch.float64)}}, ("B",))
+
+    def gap(settings: dict[str, Any]) -> float:
+        job = configure({**settings, "strategy": "ffa-lora"})
+        results = [
+            replace(r, public_size=n, contribution={"layer": {"B": B}})
+            for r, n, B in zip(round_of(job, 3), sizes, sent, strict=True)
+        ]
+        averaged = job.strategy.server_update(state, contributions(job, results, state))
+        return float((averaged.adapter["layer"]["B"].double() - wanted).abs().max())
+
+    assert gap(plain) < 1e-7  # factors travel as float32
+    for bound in plain.keys() - OPEN.keys():
+        assert gap({key: value for key, value in plain.items() if key != bound}) > 1e-3, f"{bound} does nothing"
+
+
+@pytest.mark.parametrize("mode", [name for name, row in MECHANISMS.items() if row.claims])
+def test_updates_are_shortened_wherever_something_is_promised(mode: str) -> None:
+    unit = {"privacy.unit": "site", "privacy.cohort": 20} if mode == "client-level" else {}
+    honest = {"privacy.honest-sites": 3} if mode == "secure-sum" else {}
+    own = {**unit, **honest, "strategy": "ffa-lora", "privacy.mode": mode, "training.optimizer": "sgd"}
+    configure(own)
+    with pytest.raises(ConfigError, match=r"makes a promise.*: set shorten-updates to true"):
+        configure({**own, "shorten-updates": False})
+
+
 def test_equal_noise_weighs_by_public_sizes_to_the_last_bit() -> None:
     for settings in (PRIVATE, OPEN, {}):
         job = configure(settings)

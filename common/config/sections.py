@@ -340,6 +340,9 @@ class RunTerms(Section):
     max_share: Annotated[float, Interval(0, 1), RATIO] = 0.5
     """Largest part of a round's average that one of three sites or more may be, whatever size it declares; of two sites
     ``(1 + max-share) / 2``."""
+    shorten_updates: bool = True
+    """Whether an update that is much longer than the round's others is scaled down. ``false``, without privacy alone,
+    averages updates as they are sent; with ``max-share = 1.0`` that is the plain average by public sizes."""
     resume: str = ""
     """Id or folder of a run to go on with after its last complete round. Empty: a new run."""
     model: ModelConfig = field(default_factory=ModelConfig)

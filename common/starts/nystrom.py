@@ -1,7 +1,8 @@
 """The first rows and columns of the base weight, orthonormalised: the directions of NLoRA and IntTune.
 
 Guo, Chang, Wu: NLoRA: Nyström-Initiated Low-Rank Adaptation. The core is left at 0 on the base weight as it is:
-training it from any other value, on a base from which that value's product is taken, is the same run.
+training it from any other value, on a base from which that value's product is taken, is the same run. SLoRA and NLoRA,
+which train all three factors, are not built: their averages would not be exact.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Sums over shards of a layer's inputs: MiSS, once called Bone (Kang, Yin, arXiv 2409.15371).
+"""Sums over shards of a layer's inputs: MiSS (Kang, Yin, arXiv 2409.15371).
 
 MiSS adds Dᵀ E to the weight, where E = [I I ... I], cut to the layer's inputs, sums inputs j, j + r, j + 2r, ...:
 LoRA with A = E frozen, B = Dᵀ and scale 1. Its rows have a length of about √(n / r), so one step goes n / r times as

@@ -38,7 +38,7 @@ from strategies.rules.base import Known, ServerRule
 
 @dataclass(frozen=True)
 class AlignGuard(ServerRule):
-    """The step's part in the leading eigenvectors of a public Fisher matrix is shortened, towards the base model."""
+    """The change's part in leading eigenvectors of a public Fisher matrix is shortened each round, towards the base."""
 
     name: ClassVar[str] = "align-guard"
     paper: ClassVar[str] = "Das et al. 2025"
