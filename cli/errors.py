@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from typing import Any
 
@@ -54,4 +55,5 @@ def for_people(command: Callable[..., None]) -> Callable[..., None]:
 
 def _say(what: object) -> None:
     console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False, markup=False)
-    console.print(f"fedveil: {what}")
+    with suppress(OSError):  # of a terminal that is gone
+        console.print(f"fedveil: {what}")

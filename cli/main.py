@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +26,7 @@ from cli.serving import ask, export, merge
 from cli.settings import settings
 from cli.sweep import pictures, sweep
 from cli.tune import tune
+from common.ends import end_as_by_ctrl_c
 from common.paths import check_adapter
 from common.words import counted, decimal_text, names_text, natural, visible
 
@@ -90,12 +91,12 @@ def run(
     from common.config.text import parse_settings
     from experiments.simulate import simulate
     from experiments.site_count import USUAL, sites_of
+    from experiments.under_way import ways_on
     from reports import write_reports
     from server.resume import with_resumed
     from strategies.job import configure, with_recipe
 
-    # A kill must end the SuperLink and Ray as well, so it takes the way of Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    end_as_by_ctrl_c()
     began = time.monotonic()
     overrides, note = with_recipe(with_resumed(parse_settings(settings or [])), sites=sites or USUAL)
     job = configure(overrides)
@@ -107,18 +108,44 @@ def run(
         f"{counted(job.config.training.local_steps, 'step')}, {promise}"
     )
     console.print(visible(banner))
-    with console.status("starting Flower") as status:
+    begun = [Path(str(overrides["resume"]))] if overrides.get("resume") else []
 
-        def watch(progress: Any) -> None:
-            for line in progress.lines:
-                console.print(line)
-            status.update(Text(visible(_progress_words(progress.state, time.monotonic() - began))))
+    def begin(folder: Path) -> None:
+        begun.append(folder)
+        console.print(visible(f"folder: {folder}"))
 
-        folder = simulate(overrides, number, watch, workers=workers)
-    write_reports(folder)
-    print_summary(folder)
-    console.print(f"report: {folder / 'report.html'}\nadapter: {folder / 'adapter'}")
+    try:
+        with console.status("starting Flower") as status:
+
+            def watch(progress: Any) -> None:
+                for line in progress.lines:
+                    console.print(line)
+                status.update(Text(visible(_progress_words(progress.state, time.monotonic() - began))))
+
+            folder = simulate(overrides, number, watch, workers=workers, begun=begin)
+        write_reports(folder)
+        print_summary(folder)
+    except BaseException:
+        for place in begun[-1:]:
+            with suppress(OSError):  # of a terminal that is gone
+                console.print(ways_on(place))
+        raise
+    console.print(f"folder: {folder}\nreport: {folder / 'report.html'}\nadapter: {folder / 'adapter'}")
     console.print(f"{time.monotonic() - began:.0f} s in all")
+
+
+@app.command()
+@_for_people
+def stop(
+    run: Annotated[str, typer.Argument(help="The run's folder, or its id.")],
+    output: Annotated[Path | None, typer.Option(help="Folder of the runs; runs if not said.")] = None,
+) -> None:
+    """End the `fedveil run` that is under way, as Ctrl-C in its terminal does, and wait until it is over."""
+    from experiments.under_way import stop, ways_on
+
+    folder, process = stop(run, output)
+    console.print(visible(f"ended: `fedveil run`, process {process}"))
+    console.print(ways_on(folder))
 
 
 def _progress_words(state: ProgressFile, seconds: float) -> str:

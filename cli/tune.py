@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cli.errors import for_people
+from common.ends import end_as_by_ctrl_c
 from common.privacy.figures import epsilon_text
 
 if TYPE_CHECKING:
@@ -37,8 +38,7 @@ def tune(
     from common.words import visible
     from experiments.tune import conduct_trials, deployed, read_tuning, simulated, spent
 
-    # A kill must end the runs as well, so it takes the way of Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    end_as_by_ctrl_c()
     tuning = read_tuning(file)
     output = output or Path("runs") / "tune" / tuning.name
     _print_price(tuning)
@@ -51,7 +51,12 @@ def tune(
         console.print("nothing was run, and nothing is charged")
         return
     conduct = deployed(server, sites, patience, _say) if server else simulated(tuning, output)
-    tuned = conduct_trials(tuning, output, conduct, _say)
+    try:
+        tuned = conduct_trials(tuning, output, conduct, _say)
+    except BaseException:
+        with suppress(OSError):  # of a terminal that is gone
+            _say(f"folder: {output} (the same command goes on)")
+        raise
     if not server:
         most = max(spent(output, tuning.delta).values())
         _say(f"charged to each ledger, at most: ε {epsilon_text(most)} at δ {tuning.delta:g}")

@@ -15,6 +15,7 @@ from flwr.clientapp import ClientApp
 
 from client.budget import check_budget, evaluation_releases, note_failure
 from client.deadline import Deadline, Timing
+from client.door import at_work
 from client.ledger.ledger import Ledger
 from client.leftovers import left_nothing, tensors_digest
 from client.linearised import Derivatives, check_memory, contrasts, forget_records
@@ -405,14 +406,15 @@ def answer(
             _process.left.clear()
             _say_if_more(deadline, job, site)
             records = _records(model, site, job, run)
-            result = train_round(site, job, model, records, whole, deadline, _process.derivatives, masked)
-            _process.trained += 1
+            with at_work():
+                result = train_round(site, job, model, records, whole, deadline, _process.derivatives, masked)
+                _process.trained += 1
+                if party is not None:
+                    result = replace(result, offer=_next_key(task, job, site, party, memory, deadline))
+                kept.keep(task, result, whole.basis)
         finally:
             if number >= job.config.rounds:
                 _drop(name)  # whatever became of it: no later round of this run needs them
-        if party is not None:
-            result = replace(result, offer=_next_key(task, job, site, party, memory, deadline))
-        kept.keep(task, result, whole.basis)
         if site.unreadable and job.mechanism.conceals:
             note_failure(site, task, site.unreadable, deadline)
         log.info("trained and answered", extra=about(run, number, name))

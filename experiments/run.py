@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from common.ends import end_as_by_ctrl_c
 from common.errors import FedVeilError
 
 
@@ -41,12 +42,16 @@ def sweep(
     from experiments.sweep.rows import results_file
     from experiments.sweep.summary import markdown_of
 
-    # A kill must end the runs as well, so it takes the way of Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    end_as_by_ctrl_c()
     read = read_sweep(file)
     output = output or Path("runs") / "sweeps" / read.name
     results = results or output
-    ended = run_sweep(read, output, results, _say, jobs=jobs, flower=flower, any_code=any_code, only=only)
+    try:
+        ended = run_sweep(read, output, results, _say, jobs=jobs, flower=flower, any_code=any_code, only=only)
+    except BaseException:
+        with suppress(OSError):  # of a terminal that is gone
+            _say(f"folder: {output} (the same command goes on)")
+        raise
     table = results_file(results, read.name)
     text = markdown_of(ended.rows)
     replace_file(table.with_suffix(".md"), text.encode())

@@ -1,24 +1,25 @@
 """Run one job with ``flwr run``: a SuperLink of its own on this machine, Ray for the sites.
 
 Flower's command exits 0 whatever happens to the run and shows raw logs, so this module starts the
-SuperLink itself, submits with ``flwr run``, watches the run's folder, and ends what it started.
+SuperLink itself, submits with ``flwr run``, watches the run's folder, and ends what it started; where it is killed,
+the keeper between them does (``experiments.keeper``).
 """
 
 from __future__ import annotations
 
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from client.door import VARIABLE
 from common.config.sections import Scalar
 from common.config.text import to_toml
 from common.data.partition import check_partition, site_part
@@ -31,7 +32,9 @@ from common.ports import free_ports
 from common.run_lines import ProgressFile, ResultFile, read_if_there
 from common.words import counted
 from deploy.app import app_folder
+from experiments import keeper
 from experiments.site_count import record_sites
+from experiments.under_way import conducting
 from server.ledger import with_ledger
 from server.lock import is_written
 from server.tracking import check_tracker
@@ -52,7 +55,12 @@ class Progress:
 
 
 def simulate(
-    settings: Mapping[str, Scalar], sites: int, watch: Callable[[Progress], None], *, workers: int = 0
+    settings: Mapping[str, Scalar],
+    sites: int,
+    watch: Callable[[Progress], None],
+    *,
+    workers: int = 0,
+    begun: Callable[[Path], None] = lambda _: None,
 ) -> Path:
     """Run one federation of ``sites`` simulated sites to its end and return the run's folder.
 
@@ -61,6 +69,7 @@ def simulate(
         sites: how many sites the data are divided among.
         watch: called about twice a second.
         workers: processes that train at the same time; 0: as many as pay off on this machine.
+        begun: told the run's folder once there is one.
 
     Raises:
         ConfigError: a setting is wrong; nothing was started.
@@ -86,7 +95,11 @@ def simulate(
     # Raises where the records are too few for the sites.
     site_part(train_and_test(job.config.data, job.config.model.task)[0], job.config.data, 0, sites)
     _check_output(Path(output))
-    with tempfile.TemporaryDirectory(prefix="fedveil-") as scratch, _superlink(Path(scratch)) as link:
+    with (
+        ExitStack() as until_over,
+        tempfile.TemporaryDirectory(prefix="fedveil-") as scratch,
+        _superlink(Path(scratch)) as link,
+    ):
         known, began = 0, time.time()
         if job.config.resume:
             # The lines that the run's folder has already are not those that are waited for.
@@ -94,7 +107,14 @@ def simulate(
         run = _submit(link, settings, sites, worker_count(sites, workers, keeps=job.config.keeps))
         folder = run_folder(job.config, run)
         record_sites(folder, sites)
-        _follow(link, run, folder, watch, known, since=began)
+        until_over.enter_context(conducting(folder))
+        begun(folder)
+        try:
+            _follow(link, run, folder, watch, known, since=began)
+        except KeyboardInterrupt:
+            with suppress(OSError):  # of a terminal that is gone
+                watch(Progress([], ProgressFile("ending: sites that have paid for a round finish it first")))
+            raise
     return folder
 
 
@@ -116,7 +136,7 @@ class _Link:
 
     @property
     def log(self) -> Path:
-        return self.home / "superlink.log"
+        return self.home / keeper.LOG
 
 
 @contextmanager
@@ -126,6 +146,7 @@ def _superlink(home: Path) -> Iterator[_Link]:
     environment = {
         **os.environ,
         "FLWR_HOME": str(home),
+        VARIABLE: str(home / keeper.DOOR),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
@@ -142,62 +163,12 @@ def _superlink(home: Path) -> Iterator[_Link]:
     )
     command = [str(binaries / "flower-superlink"), "--insecure", "--simulation", "--isolation", "subprocess"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--control-api-address", f"127.0.0.1:{control}"]
-    with (home / "superlink.log").open("wb") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-    link = _Link(home, environment, process)
+    link = _Link(home, environment, keeper.start(home, command, environment))
     try:
         _wait_for_port(link, port)
         yield link
     finally:
-        end(process)
-
-
-def end(process: subprocess.Popen[str] | subprocess.Popen[bytes], patience: float = 10.0) -> None:
-    """End the SuperLink and everything it started.
-
-    It leads a process group of its own, and so does the SuperExec below it, with the simulation and Ray: of a run that
-    was cut off these would train on for nobody.
-    """
-    groups = {process.pid, *groups_below(process.pid)}
-    for what in (signal.SIGTERM, signal.SIGKILL):
-        for group in groups:
-            with suppress(ProcessLookupError):
-                os.killpg(group, what)
-        deadline = time.monotonic() + patience
-        while time.monotonic() < deadline:
-            process.poll()
-            if not any(group in groups for _, _, group in _processes()):
-                return
-            time.sleep(0.1)
-
-
-def groups_below(pid: int) -> set[int]:
-    """Return the process groups of a process, of all that it started and of what these started; not this one's own."""
-    running, found = list(_processes()), {pid}
-    while more := {child for child, parent, _ in running if parent in found} - found:
-        found |= more
-    return {group for child, _, group in running if child in found} - {os.getpgrp()}
-
-
-def _processes() -> Iterator[tuple[int, int, int]]:
-    """Yield number, parent and group of every process of this machine that has not ended.
-
-    A slim image of Linux has no ``ps``, and a first process that leaves zombies.
-    """
-    if not Path("/proc/self/stat").exists():
-        told = subprocess.run(
-            ["ps", "-A", "-o", "pid=,ppid=,pgid=,stat="], capture_output=True, text=True, check=True
-        ).stdout
-        for line in told.splitlines():
-            pid, parent, group, state = line.split()
-            if not state.startswith("Z"):
-                yield int(pid), int(parent), int(group)
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):  # ended meanwhile
-            # The name stands in brackets and may hold spaces; after it come state, parent and group.
-            state, parent, group = stat.read_text(errors="replace").rpartition(")")[2].split()[:3]
-            if state != "Z":
-                yield int(stat.parent.name), int(parent), int(group)
+        keeper.end(link.process)
 
 
 def _wait_for_port(link: _Link, port: int) -> None:

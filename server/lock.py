@@ -30,7 +30,7 @@ def only_writer(folder: Path, patience: float = GLANCE_SECONDS) -> Iterator[None
     Raises:
         RunFailed: somebody writes it already; nothing of it was touched.
     """
-    under_way = RunFailed(f"the run in {folder} is under way: wait for its end, or end it first")
+    under_way = RunFailed(f"the run in {folder} is under way: wait for its end, or end it (`fedveil stop {folder}`)")
     with locked(os.open(folder, os.O_RDONLY | os.O_DIRECTORY), patience, under_way):
         yield
 

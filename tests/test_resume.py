@@ -214,7 +214,7 @@ def test_a_run_under_way_is_not_resumed_and_nothing_of_it_is_touched(
             return super().exchange(tasks, timeout)
 
     folder = run_in_process(toy_settings, 1, "1", Impatient)
-    assert refused == 2 * [f"the run in {folder} is under way: wait for its end, or end it first"]
+    assert refused == 2 * [f"the run in {folder} is under way: wait for its end, or end it (`fedveil stop {folder}`)"]
     assert [line.round_number for line in what_counts(folder)[0]] == [1, 2]
     assert not is_written(folder)
 

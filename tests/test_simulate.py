@@ -5,13 +5,10 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -257,31 +254,3 @@ def test_a_test_part_that_is_the_records_themselves_is_refused(
         with pytest.raises(ConfigError, match=r"data\.test is data\.name itself"):
             simulation.simulate({**toy_settings, "data.test": test}, 2, print)
     assert not no_flower
-
-
-def test_the_end_of_a_cut_off_run_reaches_what_its_superlink_started_in_groups_of_their_own() -> None:
-    """As Flower's SuperExec does, below which the simulation and Ray train on for nobody."""
-    sleeper = (
-        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
-    )
-    starter = (
-        "import subprocess, sys\n"
-        f"below = subprocess.Popen([sys.executable, '-c', {sleeper!r}], start_new_session=True, stdout=-1)\n"
-        "below.stdout.readline()\n"
-        "print(below.pid, flush=True)\n"
-        "below.wait()\n"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", starter], start_new_session=True, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout
-        below = int(process.stdout.readline())
-        try:
-            assert simulation.groups_below(process.pid) == {process.pid, below}
-            simulation.end(process, patience=0.3)
-            assert not simulation.groups_below(below)
-            assert process.poll() == -signal.SIGTERM
-        finally:
-            for group in (process.pid, below):
-                with suppress(ProcessLookupError):
-                    os.killpg(group, signal.SIGKILL)

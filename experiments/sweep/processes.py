@@ -137,9 +137,10 @@ class _Slot(Generic[W]):
 
 def _serve(function: Callable[[Any], Any], connection: Connection) -> None:
     """Do one piece of work after another until the other end is closed."""
-    # Ctrl-C reaches the whole group: the parent decides. To be ended takes the way of Ctrl-C, so that what a run has
-    # started is ended with it.
+    # Ctrl-C, and the end of the terminal, reach the whole group: the parent decides. To be ended takes the way of
+    # Ctrl-C, so that what a run has started is ended with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:

@@ -1,0 +1,124 @@
+"""Which process conducts a simulated run, how another one ends it, and the command that goes on with the run."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import shlex
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from glob import escape
+from pathlib import Path
+from typing import ClassVar
+
+from common.config.sections import RunTerms
+from common.errors import ConfigError, RunFailed
+from common.files import expanded
+from common.run_lines import ConfigFile, RunFile, read_file
+from common.strict_json import to_json
+from server.checkpoint import NAME
+from server.lock import GLANCE_SECONDS, is_written, locked
+
+STOP_SECONDS = 60.0
+"""How long the end of a run may take: more than sites at work and what runs below have together."""
+POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class ProcessFile(RunFile):
+    """The process that conducts a simulated run, which holds the operating system's lock on this file."""
+
+    NAME: ClassVar[str] = "process.json"
+    process: int
+    where: str
+    """The machine, and on Linux the space of its process numbers: a container has its own."""
+
+
+@contextmanager
+def conducting(folder: Path) -> Iterator[None]:
+    """Say in a run's folder, until the block ends, that this process conducts the run.
+
+    Raises:
+        RunFailed: another process does.
+    """
+    path = folder / ProcessFile.NAME
+    held = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    under_way = RunFailed(f"the run in {folder} is under way: end it with `fedveil stop {folder}`")
+    with locked(held, GLANCE_SECONDS, under_way):
+        os.ftruncate(held, 0)
+        os.write(held, json.dumps(to_json(ProcessFile(os.getpid(), _here()))).encode())
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def stop(run: str, output: Path | None = None) -> tuple[Path, int]:
+    """End the ``fedveil run`` that is under way, wait until it is over, and return its folder and its process.
+
+    Args:
+        run: the run's folder, or its id.
+        output: where runs lie, if it is not ``runs``.
+
+    Raises:
+        ConfigError: no folder, or more than one, answers to the name; or no ``fedveil run`` conducts it here.
+        RunFailed: it may not be ended by this user, or is not over after ``STOP_SECONDS``.
+    """
+    folder = _folder(run, expanded(output or RunTerms().output))
+    if _is_free(folder / ProcessFile.NAME):
+        other = "; a server, a sweep or another program writes it: end that one" if is_written(folder) else ""
+        raise ConfigError(f"no `fedveil run` is under way in {folder}{other}")
+    told = read_file(ProcessFile, folder)
+    if told.where != _here():
+        raise ConfigError(f"the run in {folder} is under way on {told.where}: stop it there")
+    try:
+        # Whoever holds the lock wrote the number, so it is no later process's.
+        os.kill(told.process, signal.SIGTERM)
+    except PermissionError as error:
+        raise RunFailed(f"process {told.process}, which conducts {folder}, is another user's: ask them") from error
+    except ProcessLookupError:
+        pass  # it has ended just now
+    deadline = time.monotonic() + STOP_SECONDS
+    while not _is_free(folder / ProcessFile.NAME) or is_written(folder):
+        if time.monotonic() > deadline:
+            raise RunFailed(f"process {told.process}, which conducts {folder}, has not ended in {STOP_SECONDS:g} s")
+        time.sleep(POLL_SECONDS)
+    return folder, told.process
+
+
+def ways_on(folder: Path) -> str:
+    """Return where a run lies, and the command that goes on with it if one of its rounds is complete."""
+    if not (folder / NAME).is_file():
+        return f"folder: {folder} (no round is complete: there is nothing to go on from)"
+    quote = "'" if set('"\\') & set(str(folder)) else '"'
+    return f"folder: {folder}\ngo on: fedveil run -c {shlex.quote(f'resume={quote}{folder}{quote}')}"
+
+
+def _is_free(path: Path) -> bool:
+    """Whether nobody holds the lock of a file, which need not be there."""
+    with suppress(FileNotFoundError), path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+def _folder(run: str, output: Path) -> Path:
+    places = [expanded(run), output / run, *sorted(output.glob(f"*-{escape(run)}"))]
+    found = list(dict.fromkeys(place.absolute() for place in places if (place / ConfigFile.NAME).is_file()))
+    if len(found) != 1:
+        many = f"more than one run: {', '.join(map(str, found))}" if found else f"no run in {output}"
+        raise ConfigError(f"{run!r} names {many}; give the path of the run's folder")
+    return found[0]
+
+
+def _here() -> str:
+    with suppress(OSError):
+        return f"{platform.node()}, {Path('/proc/self/ns/pid').readlink()}"
+    return platform.node()
