@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterator
 from queue import Empty, SimpleQueue
 from threading import Thread
@@ -14,6 +15,7 @@ from common.log import place_of
 
 UNREADABLE = (ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError, DecodeError)
 """What Flower raises when it unpacks bytes that are no message; trouble at the SuperLink is none of them."""
+log = logging.getLogger("fedveil.server")
 USUAL_SECONDS = 1.0
 """Most pulls are over by then; one that is not goes on beside the next."""
 
@@ -57,7 +59,11 @@ class Pulls:
     def _pull_one(self, asked: str) -> None:
         found: list[Message | None] = []
         try:
-            found = list(self._grid.pull_messages([asked]))
+            for message in self._grid.pull_messages([asked]):
+                if message.metadata.reply_to_message_id == asked:
+                    found.append(message)
+                else:  # any node can address a message to the server's own number, and each pull brings it along
+                    log.warning("a message that answers no task is dropped: any registered site may have sent it")
         except UNREADABLE:
             found = [None]
         except Exception as error:

@@ -388,6 +388,7 @@ class LocalGrid:
         for name, message in zip(names, messages, strict=True):
             answer = train(message, self.contexts[message.metadata.dst_node_id])
             self.answers[name] = message_from_proto(message_to_proto(answer))
+            self.answers[name].metadata.__dict__["_reply_to_message_id"] = name
             self.replies.append(self.answers[name].content)
         return names
 

@@ -31,7 +31,14 @@ class Grid:
 
     def pull_messages(self, wanted: list[str]) -> list[Any]:
         self.asked += wanted
-        return self._pulled[wanted[0]]()
+        pulled = self._pulled[wanted[0]]()
+        for message in pulled:
+            message.metadata = SimpleNamespace(reply_to_message_id=wanted[0])
+        return pulled
+
+
+REPLY = SimpleNamespace()
+LATE = SimpleNamespace()
 
 
 def raises(error: Exception) -> Callable[[], list[Any]]:
@@ -53,15 +60,15 @@ def stuck(monkeypatch: pytest.MonkeyPatch) -> Iterator[Event]:
 def hangs(event: Event) -> Callable[[], list[Any]]:
     def pull() -> list[Any]:
         event.wait(30)
-        return ["whole at last"]
+        return [LATE]
 
     return pull
 
 
 def test_a_pull_that_hangs_holds_up_no_other_and_is_not_begun_twice(stuck: Event) -> None:
-    grid = Grid(a=hangs(stuck), b=lambda: ["reply"], c=list)
+    grid = Grid(a=hangs(stuck), b=lambda: [REPLY], c=list)
     mine = Pulls(cast(Any, grid))
-    assert list(mine.pull({"a", "b", "c"})) == [("b", "reply")]
+    assert list(mine.pull({"a", "b", "c"})) == [("b", REPLY)]
     assert list(mine.pull({"a", "c"})) == []
     assert grid.asked.count("a") == 1
     assert mine.under_way == {"a"}
@@ -70,16 +77,16 @@ def test_a_pull_that_hangs_holds_up_no_other_and_is_not_begun_twice(stuck: Event
     found: list[Any] = []
     while not found and time.monotonic() < deadline:
         found = list(mine.pull({"a", "c"}))
-    assert found == [("a", "whole at last")]
+    assert found == [("a", LATE)]
 
 
 def test_what_cannot_be_unpacked_is_no_reply_and_trouble_at_the_superlink_is_tried_again() -> None:
-    pulled = [raises(ConnectionError("busy")), lambda: ["reply"]]
+    pulled = [raises(ConnectionError("busy")), lambda: [REPLY]]
     grid = Grid(a=raises(ValueError("not a message")), b=lambda: pulled.pop(0)())
     mine = Pulls(cast(Any, grid))
     assert list(mine.pull({"a", "b"})) == [("a", None)]
     assert "ConnectionError" in mine.trouble
-    assert list(mine.pull({"b"})) == [("b", "reply")]
+    assert list(mine.pull({"b"})) == [("b", REPLY)]
 
 
 def test_an_exchange_ends_at_its_deadline_whoever_hangs(stuck: Event, monkeypatch: pytest.MonkeyPatch) -> None:

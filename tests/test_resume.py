@@ -29,7 +29,7 @@ from common.model.federated import Score
 from common.run_lines import ConfigFile, PrivacyLine, RoundLine, read_file, read_lines
 from experiments.in_process import InProcessTransport, run_in_process
 from reports import federation_epsilon, report_of
-from server.checkpoint import BEFORE, NAME, Checkpoint
+from server.checkpoint import BEFORE, FORMAT, NAME, Checkpoint
 from server.lock import GLANCE_SECONDS, is_written, only_writer
 from server.records import RunFolder
 from server.resume import settings_of_resumed, with_resumed
@@ -322,6 +322,6 @@ def test_a_checkpoint_of_another_format_is_refused_in_one_line(toy_settings: dic
     with safe_open(str(path), framework="pt") as file:
         about = file.metadata()["about"]
     path.write_bytes(save(load_file(str(path)), metadata={"format": "5", "about": about}))
-    with pytest.raises(DataError, match=r"has format 5, not 6: use the FedVeil that wrote it$") as refused:
+    with pytest.raises(DataError, match=rf"has format 5, not {FORMAT}: use the FedVeil that wrote it$") as refused:
         run_in_process({**toy_settings, "resume": "77"}, 1)
     assert "\n" not in str(refused.value)
