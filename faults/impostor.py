@@ -6,6 +6,7 @@ neither whose it is, nor to whom it goes. What holds against that is FedVeil's o
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from flwr.app import Message, RecordDict
 from flwr.app.message.message import make_message, remove_content_from_message
 from flwr.app.metadata import Metadata
 from flwr.client.grpc_rere_client.node_auth_client_interceptor import NodeAuthClientInterceptor
-from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.common.constant import HEARTBEAT_MAX_INTERVAL, SUPERLINK_NODE_ID
 from flwr.common.serde import message_to_proto
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest, PushMessagesRequest
 from flwr.proto.fleet_pb2_grpc import FleetStub
@@ -29,9 +30,11 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from flwr.supercore.interceptors import RuntimeVersionClientInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
+from common.errors import RunFailed
+
 SERVER = SUPERLINK_NODE_ID
 """The server's number, the same everywhere."""
-ONLINE_SECONDS = 3600.0
+SENT_SECONDS = 30.0
 MOST_TRIES = 3000
 """Microseconds between two tasks of one push, before and after, that are tried; the finding's were 59 to 83."""
 
@@ -58,7 +61,7 @@ class Impostor:
             return None
         (told, *_), (tree, *_) = answer.messages_list, answer.message_object_trees
         ids = [one.object_id for one in iterate_object_tree(tree)]
-        contents = {name: self._pull(name).object_content for name in ids}
+        contents = {name: self._whole(name) for name in ids}
         name = told.metadata.message_id
         self.fleet.ConfirmMessageReceived(
             ConfirmMessageReceivedRequest(node=self.node, run_id=self.run, message_object_id=name)
@@ -70,8 +73,8 @@ class Impostor:
     def message(self, content: RecordDict, sender: int, to: int, like: Message, answers: str = "") -> Message:
         """Return a message of anybody to anybody, otherwise as ``like``; ``answers`` is the id of the task."""
         told = like.metadata
-        created = told.created_at + 1e-3 if answers else told.created_at
-        return _made(self.run, content, (sender, to, answers, told.group_id, created, told.ttl - 1, told.message_type))
+        words = (sender, to, answers, told.group_id, told.created_at, told.ttl, told.message_type)
+        return _made(self.run, content, words, None if answers else told.src_task_id)
 
     def push(self, message: Message, *, parts: bool = True) -> bool:
         """Push a message with its parts, and return whether Flower keeps it; half sent without ``parts``."""
@@ -95,8 +98,8 @@ class Impostor:
         """Return whether Flower has an object of this id; whose it is it does not ask."""
         return bool(self._pull(name).object_found)
 
-    def name_of_task(self, like: Message, to: int, tries: int = MOST_TRIES) -> str:
-        """Return the id of another node's task of the same push, computed from the own one; empty: none is found.
+    def names_of_task(self, like: Message, to: int, tries: int = MOST_TRIES) -> Iterator[str]:
+        """Yield what another node's task of the same push may be called, computed from the own one.
 
         The ids are hashes of messages that differ in the addressee and a few microseconds, if contents are the same.
         """
@@ -105,10 +108,25 @@ class Impostor:
             for sign in (1, -1):
                 created = round(told.created_at * 1e6 + sign * step) / 1e6
                 words = (told.src_node_id, to, "", told.group_id, created, told.ttl, told.message_type)
-                name = _made(self.run, like.content, words, told.src_task_id).metadata.message_id
-                if self.sees(name):
-                    return str(name)
-        return ""
+                yield _made(self.run, like.content, words, told.src_task_id).metadata.message_id
+
+    def name_of_task(self, like: Message, to: int, tries: int = MOST_TRIES) -> str:
+        """Return the id of another node's task that waits for it; empty: none is found."""
+        return next((name for name in self.names_of_task(like, to, tries) if self.sees(name)), "")
+
+    def answers_as(self, content: RecordDict, like: Message, who: int, tries: int = MOST_TRIES) -> bool:
+        """Answer another node's task of the same push as that node; return whether Flower keeps one of the tries."""
+        names = self.names_of_task(like, who, tries)
+        return any(self.push(self.message(content, who, SERVER, like, name)) for name in names)
+
+    def _whole(self, name: str) -> bytes:
+        """Return an object, once the sender has sent it."""
+        deadline = time.monotonic() + SENT_SECONDS
+        while not (answer := self._pull(name)).object_available:
+            if time.monotonic() > deadline:
+                raise RunFailed(f"an object of a task is not there after {SENT_SECONDS:g} s")
+            time.sleep(0.01)
+        return bytes(answer.object_content)
 
     def _pull(self, name: str) -> Any:
         return self.fleet.PullObject(PullObjectRequest(node=self.node, run_id=self.run, object_id=name))
@@ -134,7 +152,7 @@ def online(key: Path, address: str, authority: bytes, run: int) -> Iterator[Impo
     try:
         fleet = FleetStub(channel)
         request = ActivateNodeRequest(
-            public_key=public_key_to_bytes(private.public_key()), heartbeat_interval=ONLINE_SECONDS
+            public_key=public_key_to_bytes(private.public_key()), heartbeat_interval=HEARTBEAT_MAX_INTERVAL
         )
         yield Impostor(fleet, fleet.ActivateNode(request).node_id, run)
     finally:
