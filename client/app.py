@@ -43,7 +43,7 @@ from common.messages.round import KeyTask, Refusal, Reply, SumReply, SumTask, Tr
 from common.messages.wire import decode_sum_task, decode_task, encode_reply, kind_of_task, layout_of, round_of
 from common.model.device import own_cores
 from common.model.federated import FederatedModel
-from common.paths import run_name
+from common.paths import reply_file, run_name
 from common.privacy.together import units_at_once
 from common.secure_sum import KeyOffer
 from common.starts import PaidStart
@@ -390,7 +390,10 @@ def answer(
             task = decode_task(content, layout_of(job.strategy.downlink(state)), basis_layout)
             if task.run != run:
                 raise ProtocolError(f"the task is of run {task.run}, the message came in run {run}")
-            kept = Memory(memory)
+            # Of what no site noises by itself nothing is written: neither raw updates nor vectors of sums, of which a
+            # resumed run asks for others, under new masks.
+            on_disk = simulated and job.mechanism.charged and not summed
+            kept = Memory(memory, reply_file(job.config, run, name) if on_disk else None)
             told = kept.recall(task)
             if told is not None:
                 return told

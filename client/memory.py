@@ -1,28 +1,44 @@
 """The cache of a node between the messages of a run: the factors that travel once, and its last reply.
 
 It lives in the memory of Flower's node and may be lost; then the factors are asked for again, and a
-repeated round is trained and charged again. Nothing in here has not been released already.
+repeated round is trained and charged again. Nothing in here has not been released already. A simulation's last reply
+is also in a file, written before it is released, so that a resumed run has it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import MutableMapping
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 from common.errors import ProtocolError
+from common.files import replace_file
+from common.log import about as about_run
 from common.messages.round import TrainResult, TrainTask, same_fingerprint
 from common.messages.state import AdapterState
 from common.messages.tensors import fingerprint, merge
 from common.messages.wire import Layout, decode_state, encode_state, layout_of, result_from_bytes, result_to_bytes
 
+log = logging.getLogger("fedveil.site")
+HASH = hashlib.sha256().digest_size
+
 
 class Memory:
     """A view on what one node keeps; only the latest of everything."""
 
-    def __init__(self, kept: MutableMapping[str, bytes]) -> None:
-        self._kept = kept
+    def __init__(self, kept: MutableMapping[str, bytes], file: Path | None = None) -> None:
+        """View ``kept``; ``file`` has the last reply, too, if that may be on disk: a hash, what it answers, itself."""
+        self._kept, self._file = kept, file
+        if file is None or "reply-to" in kept:
+            return
+        with suppress(OSError):  # none was kept: the round is trained and charged again
+            content = file.read_bytes()
+            if hashlib.sha256(content[HASH:]).digest() == content[:HASH]:
+                kept["reply-to"], _, kept["reply"] = content[HASH:].partition(b"\n")
 
     def with_basis(self, task: TrainTask, layout: Layout) -> TrainTask | None:
         """Return the task with all that is sent once, just received or kept; None if this node does not have it.
@@ -84,6 +100,14 @@ class Memory:
         layout = summed if result.words else layout_of(result.contribution)
         self._kept["reply-to"] = json.dumps({**about, "layout": layout}).encode()
         self._kept["reply"] = result_to_bytes(result)
+        if self._file is None:
+            return
+        try:
+            self._file.parent.mkdir(mode=0o700, exist_ok=True)
+            content = self._kept["reply-to"] + b"\n" + self._kept["reply"]
+            replace_file(self._file, hashlib.sha256(content).digest() + content, 0o600)
+        except OSError as error:  # it is paid for, and a resumed run that asks for it again pays again
+            log.warning("the reply is not kept (%s)", error.strerror, extra=about_run(task.run, task.round_number))
 
 
 def _digest(task: TrainTask) -> str:

@@ -37,11 +37,14 @@ def expanded(path: str | Path) -> Path:
         ) from error
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Put ``data`` at ``path``, durably and in one step: a reader sees the old file or the new one, never half."""
+def replace_file(path: Path, data: bytes, mode: int = 0o666) -> None:
+    """Put ``data`` at ``path``, durably and in one step: a reader sees the old file or the new one, never half.
+
+    ``mode`` are the rights of the file, of which the process's mask takes some away.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with partial.open("wb") as file:
+        with open(partial, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

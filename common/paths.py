@@ -14,6 +14,9 @@ RUN_NAME = PLAIN_NAME
 ABOUT_ADAPTER = "fedveil.json"
 """What says of a saved adapter what it is."""
 
+REPLIES = "replies"
+"""In a run's folder, what simulated sites answered last."""
+
 
 def check_adapter(folder: Path) -> None:
     """Raise DataError unless a folder holds a saved adapter; commands ask before they import what takes seconds."""
@@ -39,6 +42,11 @@ def run_folder(config: RunConfig, run: str) -> Path:
     if named.name != config.resume:
         return named.absolute()
     return output / (named.name if named.name.startswith(f"{config.strategy}-") else f"{config.strategy}-{named.name}")
+
+
+def reply_file(config: RunConfig, run: str, site: str) -> Path:
+    """Return where a simulated site keeps its last reply, in a folder of the run's own that ends with the run."""
+    return run_folder(config, run) / REPLIES / site
 
 
 def run_name(config: RunConfig, run: str) -> str:

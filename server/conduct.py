@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from shutil import rmtree
 
 from common.data.sources import unprotected_test
 from common.errors import FedVeilError
 from common.log import about, kept_in, place_of, set_up
 from common.model.federated import Score
-from common.paths import run_folder, run_name
+from common.paths import REPLIES, run_folder, run_name
 from common.privacy.figures import epsilon_text
 from common.run_lines import ProgressFile, Reached, ResultFile, ServerStart, Status
 from common.words import counted
@@ -201,3 +202,5 @@ def _leave(folder: RunFolder, server_model: ServerModel, status: Status, reason:
         honest_sites=job.config.privacy.honest_sites if job.mechanism.summed else 0,
     )
     folder.ended(ResultFile(status, reason, reached))
+    if status == "completed":  # of any other end the run may go on
+        rmtree(folder.path / REPLIES, ignore_errors=True)
