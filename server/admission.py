@@ -41,6 +41,10 @@ class Member:
     """What it told last of its ledger; None where nothing is charged."""
     rank: int = 0
     """How many columns it declared that it trains; 0 where the strategy does not ask."""
+    round_number: int = 0
+    """The last in which it counted."""
+    repeated: int = 0
+    """Steps that its ledger was charged for since it first counted, beside those of rounds that count."""
 
 
 class Admission:
@@ -127,7 +131,13 @@ class Admission:
     def enrol(self, results: Mapping[int, TrainResult]) -> None:
         """Remember the nodes of a round that counts."""
         for node, result in results.items():
-            self.members[self.mark(node)] = Member(result.site, result.public_size, result.spending, result.rank)
+            before, spent = self._past(node, result.site), result.spending
+            repeated = before.repeated if before else 0
+            if before and before.spending and spent:
+                repeated += spent.steps_total - spent.steps_round - before.spending.steps_total
+            self.members[self.mark(node)] = Member(
+                *(result.site, result.public_size, spent, result.rank, result.round_number, max(0, repeated))
+            )
 
     def _past(self, node: int, site: str) -> Member | None:
         """Return what the node said last, or else the last one that had its name."""

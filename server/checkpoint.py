@@ -26,7 +26,7 @@ from common.files import length, replace_file
 from common.messages.state import AdapterState
 from common.messages.tensors import entries
 from common.model.federated import Score
-from common.run_lines import ResultFile, read_if_there
+from common.run_lines import ConfigFile, ResultFile, read_if_there
 from common.strict_json import from_json, to_json
 from server.admission import Member
 from strategies import Moments, ServerState
@@ -94,6 +94,8 @@ class Checkpoint:
     """Bytes of the run's line files, by name."""
     renewed: bool = False
     """Whether what the run's start has of the head after its rounds is in ``state``; said of no other round."""
+    resumes: int = 0
+    """How often the run goes on from a checkpoint, this time included, by its folder; 0 while it is written."""
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
@@ -139,6 +141,7 @@ def load_checkpoint(folder: Path, job: Job, run: str) -> Checkpoint:
     if not path.is_file():
         raise ConfigError(f"resume: {folder} holds no checkpoint: name a run that finished a round, or start a new one")
     about, state = _read(path)
+    began = read_if_there(ConfigFile, folder)
     checkpoint = Checkpoint(
         run=about["run"],
         settings=about["settings"],
@@ -148,6 +151,7 @@ def load_checkpoint(folder: Path, job: Job, run: str) -> Checkpoint:
         score=Score(**about["score"]) if about["score"] else None,
         lengths=about["lengths"],
         renewed=about["renewed"],
+        resumes=1 + len(began.resumed if began else ()),
     )
     if checkpoint.run != run:
         raise ConfigError(

@@ -17,6 +17,7 @@ from server.admission import Admission, Member
 from server.aggregation import contributions, warn_of_noise
 from server.checkpoint import Checkpoint
 from server.drop_outs import RecoveringSites
+from server.last_rounds import cannot_pay, not_alone, refused
 from server.learning import layer_lines, statistic_noise, with_noises
 from server.model import ServerModel
 from server.noise import averaged_noise
@@ -92,6 +93,7 @@ def run_rounds(
         RunFailed: fewer than ``min-sites`` sites succeeded in a round, in ``round-retries`` attempts
             after the first too; names each with its reason.
     """
+    resumes = saved.resumes if saved else 0
     admission = Admission(job, saved.members if saved else {}, transport.registered, run)
     sites = _kind_of_sites(job)(job, run, transport, server_model, admission)
     if saved:
@@ -111,7 +113,14 @@ def run_rounds(
     measured = server_model.rule_statistic(state)
     for round_number in range(state.round_number + 1, job.config.rounds + 1):
         began = time.monotonic()
+        if lacking := cannot_pay(job, admission, round_number, resumes):
+            observer.stopped(not_alone(job, admission, lacking, round_number))
+            break
         got = sites.gather(round_number, state)
+        if got.results and (lacking := refused(job, admission, got, round_number, resumes)):
+            observer.missed(RoundOutcome(round_number, got, score, time.monotonic() - began, counts=False))
+            observer.stopped(not_alone(job, admission, lacking, round_number))
+            break
         if not got.counts(job.config.min_sites):
             observer.missed(RoundOutcome(round_number, got, score, time.monotonic() - began, counts=False))
             if round_number > 1 and got.spent:

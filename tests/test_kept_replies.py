@@ -5,15 +5,16 @@ from __future__ import annotations
 import errno
 import stat
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from client.ledger.ledger import Ledger
-from common.messages.round import Task, TrainResult, TrainTask
+from common.messages.round import Refusal, Task, TrainResult, TrainTask
 from common.paths import REPLIES
-from common.run_lines import ResultFile, RoundLine, read_file, read_lines
+from common.run_lines import PrivacyLine, ResultFile, RoundLine, read_file, read_lines
 from experiments.in_process import InProcessTransport, run_in_process
 from server.sites import Exchange
 
@@ -150,3 +151,73 @@ def test_a_full_disk_costs_the_reply_that_is_kept_and_not_the_one_that_is_paid(
 @pytest.mark.parametrize("mode", [{"privacy.mode": "none"}, CLIENT_LEVEL])
 def test_what_no_site_noises_by_itself_is_not_written(mode: dict[str, Any], toy_settings: dict[str, Any]) -> None:
     assert not (cut({**toy_settings, "rounds": 3, **mode}) / REPLIES).exists()
+
+
+def without_replies(folder: Path, sites: int) -> None:
+    for number in range(sites):
+        (folder / REPLIES / f"site-{number}").unlink()
+
+
+def ended(folder: Path) -> tuple[str, str, list[list[str]]]:
+    result = read_file(ResultFile, folder)
+    return result.status, result.reason, [x.participants for x in read_lines(RoundLine, folder) if x.complete]
+
+
+def test_a_last_round_that_some_sites_cannot_pay_is_not_trained_by_the_others_alone(
+    whole_budget: dict[str, Any],
+) -> None:
+    """Though ``min-sites`` is 1. It is known before the round, so nobody pays for it."""
+    folder = cut(whole_budget)
+    without_replies(folder, 1)
+    run_in_process({**whole_budget, "resume": "cut"}, SITES)
+    status, reason, participants = ended(folder)
+    assert (status, participants) == ("stopped", 3 * [["site-0", "site-1"]])
+    assert reason == (
+        "site-0 paid twice for a round that was cut off, and cannot pay for round 4 of 4; the others do not train it "
+        "alone: the last round is 3, of 2 sites"
+    )
+    assert charged(folder) == [[1, 2, 2, 3], [1, 2, 3]]
+
+
+def test_a_refusal_that_nobody_foresaw_ends_the_run_before_the_round_too(
+    whole_budget: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a ledger that holds what the server does not know; who answered has paid, and that stays in the report."""
+    monkeypatch.setattr("server.rounds.cannot_pay", lambda *_: [])
+    folder = cut(whole_budget)
+    without_replies(folder, 1)
+    run_in_process({**whole_budget, "resume": "cut"}, SITES)
+    status, reason, participants = ended(folder)
+    assert (status, participants) == ("stopped", 3 * [["site-0", "site-1"]])
+    assert "site-0 paid twice" in reason
+    assert charged(folder) == [[1, 2, 2, 3], [1, 2, 3, 4]]
+    paid = [(line.round_number, line.site) for line in read_lines(PrivacyLine, folder)]
+    assert paid[-1] == (4, "site-1"), "what was paid for and does not count is left out"
+
+
+def test_a_run_whose_last_round_anybody_may_train_is_found_out(
+    whole_budget: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for planted in ("cannot_pay", "refused"):
+        monkeypatch.setattr(f"server.rounds.{planted}", lambda *_: [])
+    with pytest.raises(AssertionError):
+        test_a_last_round_that_some_sites_cannot_pay_is_not_trained_by_the_others_alone(whole_budget)
+    assert ended(Path(whole_budget["output"]) / "ffa-lora-cut")[2][-1] == ["site-1"]
+
+
+def test_a_site_that_lies_about_what_it_paid_ends_no_run_that_was_not_resumed(toy_settings: dict[str, Any]) -> None:
+    class Lying(InProcessTransport):
+        """Whose first site says that it paid for a thousand steps, and refuses round 3 of 5 for its budget."""
+
+        def exchange(self, tasks: Mapping[int, Task], timeout: float) -> Exchange:
+            got, task = super().exchange(tasks, timeout), tasks[0]
+            reply = got.replies[0]
+            if isinstance(reply, TrainResult) and reply.spending:
+                lie: Any = replace(reply, spending=replace(reply.spending, steps_total=1000 + 2 * task.round_number))
+                if task.round_number == 3:
+                    lie = Refusal(task.run, 3, "site-0", "budget", "spent")
+                return replace(got, replies={**got.replies, 0: lie})
+            return got
+
+    folder = run_in_process({**toy_settings, "rounds": 5, "privacy.noise-multiplier": 2.0}, SITES, kind=Lying)
+    assert ended(folder)[0] == "completed"
