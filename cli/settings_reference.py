@@ -20,7 +20,7 @@ from common.starts import STARTS
 from common.tasks import roles_of_all
 from strategies import ROWS
 from strategies.job import START, declared_settings, known_settings, tables
-from strategies.recipes import AUTO, FILLED, RECIPES, Asked
+from strategies.recipes import AUTO, RECIPES, Asked, is_open
 from strategies.renamed import RENAMED
 from strategies.rules import RULES
 
@@ -194,7 +194,7 @@ def _of_section(section: type[Any], prefix: str) -> Iterator[Setting]:
             default=known[key],
             meaning=said[name].replace("``", "`"),  # out of reStructuredText
             unit=unit.name if unit else "",
-            range=_range(kind, own) + (f", or {AUTO!r}" if key in FILLED and kind is not str else ""),
+            range=_range(key, kind, own),
         )
     for item in inner:
         yield from _of_section(kinds[item.name], f"{prefix}{kebab(item.name)}.")
@@ -209,8 +209,8 @@ _OTHER_RUNS = {
 
 
 def _filled(key: str) -> str:
-    """Return what recipes fill in for a setting, as a sentence of its meaning; empty: none does."""
-    if key not in FILLED:
+    """Return what stands in the place of ``auto`` by default, as a sentence of a setting's meaning; empty: nothing."""
+    if not is_open(key):
         return ""
     told, rest = list[str](), declared_settings()[key]
     for name, row in RECIPES.items():
@@ -219,13 +219,16 @@ def _filled(key: str) -> str:
         for which, run in _OTHER_RUNS.items():
             value = row.settings(Asked(run)).get(key, rest if usual is not None else None)
             told += [f"{toml_value(value)} of `{name}` {which}"] if value not in (None, usual, AUTO) else []
+    if not told:
+        return f" {AUTO!r} is {toml_value(rest)}."
     other = [] if rest == AUTO else [f"else {toml_value(rest)}"]
     return f" Left to the recipe: {', '.join([*told, *other])}."
 
 
-def _range(kind: type, rules: Sequence[Rule]) -> str:
+def _range(key: str, kind: type, rules: Sequence[Rule]) -> str:
     words = [rule.words for rule in rules]
-    return " ".join(words if words and kind is str else [KINDS[kind], *words])
+    said = " ".join(words if words and kind is str else [KINDS[kind], *words])
+    return said if not is_open(key) or AUTO in said else f"{said}, or {AUTO!r}"
 
 
 def values_of(asked: Mapping[str, Scalar], run: Mapping[str, Scalar], names: Sequence[str]) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ from common.tasks.roles import Role
 from common.trackers import NO_TRACKER
 from strategies import ROWS
 from strategies.base import ServerState, Strategy
-from strategies.recipes import AUTO, FILLED, RECIPES, Asked, Recipe, choose, own_method, without_open
+from strategies.recipes import AUTO, RECIPES, Asked, Recipe, choose, is_open, own_method, without_open
 from strategies.renamed import REFUSED, REFUSED_STRATEGIES, RENAMED, by_new_names
 from strategies.rules import RULES, ServerRule
 from strategies.systems import told
@@ -164,9 +164,10 @@ def tables() -> dict[str, Rule]:
 def known_settings() -> dict[str, Scalar]:
     """Return every setting that exists with its default: the run's, every start's, strategy's and rule's, old names.
 
-    What a recipe may fill in is ``auto``. Old names (``strategies.renamed``) have the default of their successors.
+    What is left to the recipe is ``auto`` (``strategies.recipes.is_open``). Old names (``strategies.renamed``) have the
+    default of their successors.
     """
-    known = {**declared_settings(), **dict.fromkeys(FILLED, AUTO)}
+    known = {key: AUTO if is_open(key) else value for key, value in declared_settings().items()}
     return {**known, **{old: known[new] for old, new in RENAMED.items()}}
 
 
@@ -204,7 +205,7 @@ def configure(values: Mapping[str, Scalar]) -> Job:
             why = REFUSED.get(key.rpartition(".")[2].replace("_", "-"))
             raise ConfigError(f"{key} cannot be set: {why}" if why else f"unknown setting {key!r}{nearest(key, known)}")
         present = RENAMED.get(key, key)
-        if (key in RENAMED or key.startswith(START)) and not (present in FILLED and value == AUTO):
+        if (key in RENAMED or key.startswith(START)) and not (is_open(present) and value == AUTO):
             typed(key, value, type(declared[present]))
     settings, renamed = by_new_names(values, known)
     note = ""
@@ -228,7 +229,7 @@ class _Filled:
     settings: Mapping[str, Scalar]
     """Flat, by present names; what is open still has its field's default."""
     given: frozenset[str]
-    """Keys that were asked for otherwise than by default."""
+    """Keys that are written out."""
     note: str
     """On the recipe."""
 
@@ -267,8 +268,8 @@ def with_recipe(values: Mapping[str, Scalar], *, divided: bool = True, sites: in
 
 def _recipe(told: Mapping[str, Scalar], labels: int = 0, sites: int = 0) -> tuple[Recipe, str, Asked]:
     """Return the recipe of settings, the note on it and what it was chosen by."""
-    known, run = known_settings(), _run_settings(told)
-    asked = Asked(run, frozenset(key for key, value in told.items() if value != known[key]), labels, sites)
+    run = _run_settings(told)
+    asked = Asked(run, frozenset(told), labels, sites)
     if run.recipe == AUTO and not labels and not own_method(asked):
         # A site configures what a server sends: no file that this names is looked at here.
         asked = replace(asked, labels=len(known_labels(run.data)))

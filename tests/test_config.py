@@ -182,9 +182,9 @@ def test_a_value_that_is_refused_under_a_new_name_says_the_old_one_that_was_give
     assert "is called" not in str(refusal.value)
 
 
-def test_what_was_chosen_is_what_differs_from_the_default_and_not_what_a_run_fills_in() -> None:
+def test_what_was_chosen_is_what_is_written_out_and_not_what_a_run_fills_in() -> None:
     job = configure({"training.local-steps": 1, "rounds": 6, "adapter.init": "kaiming", "training.momentum": 0.9})
-    assert job.chosen() == ["rounds", "adapter.start", "training.local-steps"]
+    assert job.chosen() == ["rounds", "adapter.start", "training.local-steps", "training.momentum"]
     assert job.asked["training.sample-rate"] == "auto"
     assert configure({}).chosen() == []
 

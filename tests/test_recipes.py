@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from client import linearised
 from client.ledger.ledger import Ledger
 from common.config.asked import RunSettings
 from common.config.sections import PrivacyConfig, typed
+from common.config.text import flatten
 from common.errors import ConfigError, ModelError, RunFailed
 from common.privacy import MECHANISMS
 from common.run_lines import ConfigFile, RoundLine, read_file, read_lines
 from experiments.in_process import run_in_process
+from strategies import ROWS
 from strategies.job import configure, declared_settings, known_settings, with_recipe
 from strategies.recipes import AUTO, FILLED, RECIPES, Asked
 
@@ -82,13 +85,18 @@ TRUSTED = {"privacy.mode": "client-level", "privacy.unit": "site", "privacy.coho
         ({"data.name": "reviews.csv", "data.labels": MANY}, "head-only", "because there are 5 labels"),
         ({"rounds": 6}, "head-only", "because rounds is 6, and 'metric' needs 10 or more"),
         ({"privacy.mode": "none"}, "open", ""),
-        # As files of all settings have them that were written before a recipe had others.
-        ({"schedule": "linear", "server.adam-tau": 0.001}, "metric", ""),
-        (
-            {"training.schedule": "linear", "server.epsilon": 0.001},
-            "metric",
-            "training.schedule is called schedule now",
-        ),
+        # What is written out counts, also where it is what a run without it has.
+        ({"strategy": "fedavg-lora"}, "plain", ""),
+        ({"strategy": "fedavg-lora", "privacy.mode": "none"}, "plain", ""),
+        ({**IMAGES, "strategy": "fedavg-lora"}, "plain", ""),
+        ({**WORDS, "strategy": "fedavg-lora"}, "plain", ""),
+        ({**WORDS, "recipe": "long-steps", "strategy": "fedavg-lora"}, "long-steps", ""),
+        ({"adapter.alpha": 8.0}, "plain", "because adapter.alpha is set: write recipe = 'metric' to keep that"),
+        ({"head.pool": "mean"}, "plain", "because head.pool is set"),
+        ({"training.momentum": 0.9}, "plain", "because training.momentum is set"),
+        ({"schedule": "linear"}, "plain", "because schedule is set"),
+        ({"server.epsilon": 0.001}, "plain", "server.epsilon is called server.adam-tau now"),
+        ({"data.partition": "dirichlet", "privacy.epsilon": 8.0, "model.feature-scale": 1.0}, "metric", ""),
         ({"schedule": "cosine"}, "plain", "because schedule is set"),
         ({"server.adam-tau": 0.01}, "plain", "because server.adam-tau is set"),
         ({"privacy.mode": "none", "rounds": 24, "adapter.rank": 4, "data.name": "reuters"}, "open", ""),
@@ -226,7 +234,7 @@ def test_a_run_without_privacy_trains_every_linear_layer_by_plain_steps_and_the_
     assert (training.optimizer, training.local_steps, training.learning_rate) == ("sgd", 1, 1.0)
     assert (server.optimizer, server.learning_rate, server.adam_tau) == ("adam", 0.006, 1e-6)
     assert (server.schedule, training.schedule) == ("slanted", "constant"), "one of them follows it"
-    said = configure({"privacy.mode": "none", "schedule": "linear"}).config
+    said = configure({"recipe": "open", "privacy.mode": "none", "schedule": "linear"}).config
     assert (said.recipe, said.server.schedule) == ("open", "linear"), "who says a value has it"
     noised = configure({"recipe": "open"}).config
     assert (noised.rounds, noised.server.learning_rate, noised.server.adam_tau) == (48, 0.025, 1e-3)
@@ -237,6 +245,28 @@ def test_a_run_without_privacy_trains_every_linear_layer_by_plain_steps_and_the_
 
 def test_what_is_left_open_may_be_said() -> None:
     assert configure(dict.fromkeys(FILLED, AUTO)) == configure({}) == configure(known_settings())
+
+
+def test_strategies_that_are_written_out_have_one_recipe_and_one_optimizer_and_their_own_adapters() -> None:
+    found = {name: configure({"strategy": name}) for name in ("fedavg-lora", "ffa-lora", "fed-sb", "fed-svd")}
+    assert {job.config.recipe for job in found.values()} == {"plain"}
+    assert len({(job.config.server, job.config.training) for job in found.values()}) == 1
+    assert {name: job.adapter.name for name, job in found.items()} == {name: ROWS[name].adapter for name in found}, (
+        "a strategy has another's adapter"
+    )
+
+
+@pytest.mark.parametrize("settings", [{}, {"strategy": "fedavg-lora"}, {"adapter.alpha": 8.0}, WORDS, IMAGES], ids=str)
+def test_flowers_table_of_defaults_under_a_job_changes_nothing(settings: dict[str, Any]) -> None:
+    """``flwr run`` lays what is written over the table of ``pyproject.toml`` and sends both as one."""
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    table = flatten(project["tool"]["flwr"]["app"]["config"])
+    assert configure({**table, **settings}) == configure(settings)
+    sent = with_recipe(settings)[0]
+    assert configure({**table, **sent}) == configure(sent)
+    whole = configure(sent).settings()
+    assert configure({**table, **whole}).settings() == whole, "a full file makes another job"
+    assert with_recipe(whole)[0] == whole
 
 
 @pytest.mark.parametrize(
@@ -315,7 +345,7 @@ def test_a_task_without_labels_divides_by_none_and_keeps_the_models_own_head() -
         assert (labelled.head.policy, labelled.data.partition) == ("trained", "dirichlet")
 
 
-@pytest.mark.parametrize("strategy", ["fedavg-lora", "ffa-lora", "fed-svd"])
+@pytest.mark.parametrize("strategy", ["auto", "ffa-lora", "fed-svd"])
 def test_a_language_model_has_long_plain_steps_and_an_average_that_is_exact(
     strategy: str, toy_generation: dict[str, Any]
 ) -> None:

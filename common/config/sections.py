@@ -309,9 +309,11 @@ class RunTerms(Section):
 
     recipe: str = "auto"
     """Settings that go together: a row of ``strategies.recipes.RECIPES``, or ``auto`` for the first of them that suits
-    the run. It fills in what is left open."""
+    the run. It fills in what is left open. A strategy, or a setting of adapter, head, training or server, that is
+    written out says that the method is your own, also where its value is the one that it has by default."""
     strategy: str = "fedavg-lora"
-    """The rule of aggregation: a row of ``strategies.STRATEGIES``, whose options are set under its name."""
+    """The rule of aggregation: a row of ``strategies.STRATEGIES``, whose options are set under its name. One that is
+    written out has its own adapter, unless ``adapter.name`` or ``recipe`` says otherwise."""
     rounds: Annotated[int, POSITIVE, Unit("rounds")] = 6
     """The length of the run."""
     seed: Annotated[int, RATIO] = 1

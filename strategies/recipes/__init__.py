@@ -18,7 +18,7 @@ from strategies.recipes.long_steps import LongSteps
 from strategies.recipes.metric import PublicMetricRecipe
 from strategies.recipes.open import Open
 from strategies.recipes.plain import Plain
-from strategies.recipes.whole import names_method, own_method, set_aside
+from strategies.recipes.whole import is_method, names_method, own_method, set_aside
 
 _ROWS: tuple[Recipe, ...] = (PublicMetricRecipe(), HeadOnly(), LongSteps(), Open(), Plain())
 RECIPES = {recipe.name: recipe for recipe in _ROWS}
@@ -35,10 +35,18 @@ _RUNS = (
     RunSettings(model=_IMAGES, privacy=PrivacyConfig(mode="secure-sum")),
 )
 FILLED = tuple(dict.fromkeys(key for row in RECIPES.values() for run in _RUNS for key in row.settings(Asked(run))))
-"""Keys of the settings that some recipe fills in, so that they are ``auto`` by default."""
+"""Keys of the settings that some recipe fills in."""
 
 OPEN_AT_ZERO = ("head-rate", "training.local-steps", "training.sample-rate", "training.learning-rate")
 """Those of which 0 says that they are left open."""
+
+
+def is_open(key: str) -> bool:
+    """Return whether a setting is ``auto`` by default: a recipe fills it in, or is chosen by whether it is written out.
+
+    Flower lays what is written over a table of all defaults, in which a default that is a value looks as if written.
+    """
+    return key in FILLED or is_method(key)
 
 
 def choose(named: str, asked: Asked) -> tuple[Recipe, str]:
@@ -67,8 +75,8 @@ def without_open(settings: Mapping[str, Scalar]) -> dict[str, Scalar]:
     return {
         key: value
         for key, value in settings.items()
-        if not (key in FILLED and (value == AUTO or (key in OPEN_AT_ZERO and value == 0)))
+        if not (is_open(key) and (value == AUTO or (key in OPEN_AT_ZERO and value == 0)))
     }
 
 
-__all__ = ["AUTO", "FILLED", "RECIPES", "Asked", "Recipe", "choose", "own_method", "without_open"]
+__all__ = ["AUTO", "FILLED", "RECIPES", "Asked", "Recipe", "choose", "is_open", "own_method", "without_open"]

@@ -11,9 +11,6 @@ from common.config.asked import RunSettings, optimizers
 from common.config.sections import Scalar
 from common.tasks import TASKS
 
-ORDINARY = RunSettings()
-"""What settings are where neither anybody nor a recipe says otherwise."""
-
 
 @dataclass(frozen=True)
 class Asked:
@@ -22,7 +19,7 @@ class Asked:
     settings: RunSettings
     """What is left open has its default here."""
     given: frozenset[str] = frozenset()
-    """Keys of the settings that say something."""
+    """Keys of the settings that are written out, whatever their values."""
     labels: int = 0
     """How many there are; 0: not known, or the task has none."""
     sites: int = 0
@@ -33,13 +30,6 @@ class Asked:
         """Whether what one record adds to a step is clipped, so that steps are no longer than that times their rate."""
         mechanism = self.settings.privacy.mechanism
         return mechanism.charged or mechanism.central
-
-    @property
-    def as_ever(self) -> frozenset[str]:
-        """Keys that everybody had so until a recipe had others: a file that says all of a run's settings has them."""
-        run = self.settings
-        schedule = {"schedule"} if run.schedule == ORDINARY.schedule else set()
-        return frozenset(schedule | ({"server.adam-tau"} if run.server.adam_tau == ORDINARY.server.adam_tau else set()))
 
     @property
     def told_noise(self) -> bool:

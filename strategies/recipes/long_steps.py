@@ -17,8 +17,8 @@ from common.config.sections import Scalar
 from common.tasks import TASKS
 from strategies.recipes.base import Asked, Recipe
 
-STRATEGIES = ("fedavg-lora", "ffa-lora", "fed-svd")
-"""Those that have its adapter, whose A is frozen. Where A is trained beside B, as FedAvg-LoRA has it, the noise of one
+STRATEGIES = ("ffa-lora", "fed-svd")
+"""Those whose own adapter it has, with a frozen A. Where A is trained beside B, as FedAvg-LoRA has it, the noise of one
 is multiplied by the other's, and steps as long as these lead astray."""
 ADAPTER = "lora-frozen-a"
 DECIDED = ("server.", "training.optimizer", "training.learning-rate", "training.momentum", "training.weight-decay")
@@ -40,7 +40,7 @@ class LongSteps(Recipe):
         mechanism, task = run.privacy.mechanism, TASKS.get(run.model.task)
         if task is None or task.labelled:
             return f"model.task is {run.model.task!r}"
-        if run.strategy not in STRATEGIES:
+        if "strategy" in asked.given and run.strategy not in STRATEGIES:
             return f"strategy is {run.strategy!r}"
         if "adapter.name" in asked.given and run.adapter.name != ADAPTER:
             return "adapter.name is set"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from common.tasks import TASKS
 from strategies.recipes.base import Asked
 
-STRATEGY = "fedavg-lora"
-"""The mean, by which these recipes train."""
+STRATEGY = "strategy"
+"""Whoever writes one out, be it the mean by which these recipes train, wants it with its own adapter."""
 DECIDED = ("adapter.", "head.", "server.", "training.", "start.", "schedule", "head-rate")
 """What they decide as a whole: whoever sets one of these has a method of their own."""
 FREE = (
@@ -18,6 +18,11 @@ METHODS = ("adapter.name", "adapter.start")
 """Settings that say by themselves that another method is wanted."""
 
 
+def is_method(key: str) -> bool:
+    """Return whether a setting says, by being written out, that these recipes are not wanted."""
+    return key == STRATEGY or (key.startswith(DECIDED) and key not in FREE)
+
+
 def own_method(asked: Asked, *, claims: bool = True) -> str:
     """Return what in a run's settings is not for a recipe of a run with labels, in words; empty: nothing.
 
@@ -27,7 +32,7 @@ def own_method(asked: Asked, *, claims: bool = True) -> str:
     """
     run = asked.settings
     mechanism, task = run.privacy.mechanism, TASKS.get(run.model.task)
-    if run.strategy != STRATEGY:
+    if STRATEGY in asked.given:
         return f"strategy is {run.strategy!r}"
     if named := next((key for key in METHODS if key in asked.given), ""):
         return f"{named} is set"
@@ -38,7 +43,7 @@ def own_method(asked: Asked, *, claims: bool = True) -> str:
         return f"model.task is {run.model.task!r}"
     if run.model.quantise != "none" or run.model.checkpointing:
         return "model.quantise or model.checkpointing is set"
-    own = sorted(key for key in asked.given - asked.as_ever if key.startswith(DECIDED) and key not in FREE)
+    own = sorted(filter(is_method, asked.given))
     if not task.worded and run.head.start == "zeros":
         own = [key for key in own if key != "head.start"]  # there is no other but a random one
     return f"{own[0]} is set" if own else ""
