@@ -49,6 +49,8 @@ class Form:
     """Python code that loads it."""
     files: Mapping[str, str]
     """SHA-256 of its files."""
+    pipeline: str = ""
+    """The pipeline of transformers that computes it, which is what the hub calls it; empty: none does."""
 
 
 def adapter_form(data: ReportData) -> Form:
@@ -116,10 +118,8 @@ def _metadata(data: ReportData, declared: Declared, form: Form) -> dict[str, Any
     meta: dict[str, Any] = {"license": declared.license or UNKNOWN_LICENSE, "library_name": form.library}
     if HUB_ID.fullmatch(base) and not Path(base).exists():
         meta |= {"base_model": base, "base_model_relation": form.relation}
-    meta |= {
-        "pipeline_tag": task.hub_task,
-        "tags": ["federated-learning", "differential-privacy", data.strategy, "fedveil"],
-    }
+    meta |= {"pipeline_tag": form.pipeline} if form.pipeline else {}
+    meta |= {"tags": ["federated-learning", "differential-privacy", data.strategy, "fedveil"]}
     claim, head = data.claim, data.headline
     meta["differential_privacy"] = (
         {

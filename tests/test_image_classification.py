@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import shutil
@@ -562,7 +563,7 @@ def merged(
     words = [sys.executable, "-P", "-c", ASK]
     done = subprocess.run(words, input=json.dumps(codes), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    said = [json.loads(line[1 : line.index("]") + 1]) for line in done.stdout.splitlines()]
+    said = [list(ast.literal_eval(line).values()) for line in done.stdout.splitlines()]
     return {kind: (Path(folder), runs[kind], shares) for kind, folder, shares in zip(MERGED, codes, said, strict=True)}
 
 
@@ -574,7 +575,9 @@ def test_a_merged_model_of_images_answers_as_the_run_by_the_code_that_merge_prin
     answers = {answer.text: answer.probability for answer in ask_run(run, [str(folder / "image.png")])}
     assert [answers["0"], answers["1"]] == pytest.approx(shares, abs=1e-5)
     assert max(shares) < 0.999, "an answer that is as good as sure is the same of other features"
-    made = ImageProcessor.from_settings(json.loads((folder / QUOTED / "preprocessor_config.json").read_text()))
+    made = ImageProcessor.from_settings(
+        json.loads((folder / QUOTED / "encoder" / "preprocessor_config.json").read_text())
+    )
     assert made == load_base_model(vit(kind), NAME).processor
     with pytest.raises(DataError, match="check the path"):
         ask_run(run, [str(tmp_path / "none.png")])

@@ -48,8 +48,9 @@ def logits_of(run: Path, texts: list[Any]) -> Tensor:
 
 def read_modules(folder: Path, texts: list[str]) -> Tensor:
     """Compute a folder's modules by their files alone, as sentence-transformers documents them."""
-    limit = json.loads((folder / "sentence_bert_config.json").read_text())["max_seq_length"]
-    tokenizer, encoder = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    place = folder / "0_Transformer"
+    limit = json.loads((place / "sentence_bert_config.json").read_text())["max_seq_length"]
+    tokenizer, encoder = AutoTokenizer.from_pretrained(place), AutoModel.from_pretrained(place).eval()
     rows = []
     for text in texts:
         tokens = tokenizer(text, truncation=True, max_length=limit, return_tensors="pt")
@@ -60,7 +61,7 @@ def read_modules(folder: Path, texts: list[str]) -> Tensor:
             kind, place = module["type"].rpartition(".")[2], folder / module["path"]
             assert module["type"] == f"sentence_transformers.models.{kind}"
             if kind == "Transformer":
-                assert place == folder
+                assert place == folder / "0_Transformer"
             elif kind == "Pooling":
                 config = json.loads((place / "config.json").read_text())
                 assert [key for key, on in config.items() if on is True] == ["pooling_mode_mean_tokens"]
@@ -109,7 +110,8 @@ def test_every_classifier_is_computed_by_stock_sentence_transformers(
     assert (read_modules(tmp_path / "merged", TEXTS) - wanted).abs().max() < close
     stock = SentenceTransformer(str(tmp_path / "merged"), device="cpu")
     assert (stock.encode(TEXTS, convert_to_tensor=True) - wanted).abs().max() < close
-    assert stock[0].auto_model.config.id2label == {0: "bad", 1: "good"}
+    assert json.loads((tmp_path / "merged" / "labels.json").read_text()) == ["bad", "good"]
+    assert "id2label" not in (tmp_path / "merged" / "0_Transformer" / "config.json").read_text()
     base, merged = AutoModel.from_pretrained(toy_settings["model.name"]).state_dict(), stock[0].auto_model.state_dict()
     own = [name for name in merged if not name.startswith("pooler")]
     moved = [name for name in own if not merged[name].equal(base[name])]

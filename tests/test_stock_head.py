@@ -19,7 +19,7 @@ from audits.tiny_models import VOCABULARY, save_tiny_model, tiny_tokenizer
 from common.errors import ConfigError, ModelError
 from common.model.base import load_base_model
 from common.run_lines import RoundLine, read_lines
-from common.tasks import stock_classification
+from common.tasks import stock
 from common.tasks.stock_classification import STOCK
 from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process
@@ -83,9 +83,9 @@ def test_a_merged_stock_head_is_the_stock_classifier(
     merged = tmp_path / 'it\'s "merged"\nraise SystemExit #'
     named: dict[str, Any] = {}
     exec(merge_run(run, merged), named)
-    stock = named["classify"].model
-    assert (stock_logits(stock, merged) - wanted).abs().max() < CLOSE
-    assert stock.config.id2label == {0: "bad", 1: "good"}
+    classifier = named["classify"].model
+    assert (stock_logits(classifier, merged) - wanted).abs().max() < CLOSE
+    assert classifier.config.id2label == {0: "bad", 1: "good"}
     merge_run(run, tmp_path / "adapter", "seq-cls")
     peft = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter", num_labels=2)
     assert (stock_logits(peft, tmp_path / "adapter") - wanted).abs().max() < CLOSE
@@ -100,8 +100,8 @@ def test_a_stock_head_without_an_adapter_is_merged_and_has_no_other_form(
     alone = {"strategy": "fedavg-lora", "adapter.name": "none", "adapter.start": "public-metric"}
     run = run_in_process({**toy_stock, **alone, "head.metric": "public", "start.text": "made-up"}, 2)
     merge_run(run, tmp_path / "merged")
-    stock = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
-    assert (stock_logits(stock, tmp_path / "merged") - logits_of(run, TEXTS)).abs().max() < CLOSE
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert (stock_logits(classifier, tmp_path / "merged") - logits_of(run, TEXTS)).abs().max() < CLOSE
     code, said = fedveil("merge", run, tmp_path / "adapter", "--form", "seq-cls")
     assert (code, "trained the head alone" in said) == (1, True)
 
@@ -148,14 +148,8 @@ def test_a_stock_class_that_computes_something_else_is_not_written(
     toy_stock: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Transformers may change a class: what is written is compared first."""
-    run, stock_of = run_in_process(toy_stock, 2), stock_classification._stock_of
-
-    def other(model: Any) -> Any:
-        stock = stock_of(model)
-        stock.classifier.bias.data += 0.01
-        return stock
-
-    monkeypatch.setattr(stock_classification, "_stock_of", other)
+    run, head_of = run_in_process(toy_stock, 2), stock.head_of
+    monkeypatch.setattr(stock, "head_of", lambda model: {name: part + 0.01 for name, part in head_of(model).items()})
     for form in ("merged", "seq-cls"):
         with pytest.raises(ModelError, match="has other logits"):
             merge_run(run, tmp_path / form, form)

@@ -34,6 +34,8 @@ OWNER = "owner"
 belongs to nobody in particular has none."""
 Batch: TypeAlias = "dict[str, Tensor]"
 """Tensors whose first dimension is the records'; none holds anything that follows from several of them."""
+LABELS = "labels.json"
+"""File with the labels of a head that no stock class computes, in the order of its rows."""
 Inventor: TypeAlias = Callable[[int, int, int], Record]
 """Makes up a record: takes its size, a number that picks what it holds, and its label."""
 
@@ -61,22 +63,22 @@ class Finished:
     """In the order of the head's rows; empty without labels."""
     limit: int
     """What records are cut to."""
+    asked: tuple[str, ...]
+    """Settings of the columns that one asks with, such as ``text`` and ``text-pair``, in the order of the words."""
 
-    def answer(self, words: Sequence[str], columns: Sequence[Column]) -> list[Answer]:
+    def answer(self, words: Sequence[str]) -> list[Answer]:
         """Return what the model answers, the likeliest first.
 
         Args:
-            words: one for each column that is asked with (a text and its pair, a prompt, an image's path).
-            columns: that the run's records were read from.
+            words: one for each of ``asked``: a text and its pair, a prompt, an image's path.
 
         Raises:
             ConfigError: there are more words, or fewer, than columns to ask with.
             DataError: a word names nothing that can be read.
         """
-        asked = [column.role for column in columns if column.role.setting not in self.task.answered]
-        if len(words) != len(asked):
-            names = " and ".join(role.setting for role in asked)
-            raise ConfigError(f"this run's records are asked with {names}: give {len(asked)}, not {len(words)}")
+        if len(words) != len(self.asked):
+            names = " and ".join(self.asked)
+            raise ConfigError(f"this run's records are asked with {names}: give {len(self.asked)}, not {len(words)}")
         return self.task.answer(self, self.task.asked(words))
 
 
@@ -166,6 +168,11 @@ class Task(ABC):
         if pool not in self.pools:
             raise ConfigError(f"model.task {self.name!r} has no head.pool {pool!r}, only {', '.join(self.pools)}")
         return self
+
+    def asked_with(self, data: DataConfig) -> tuple[str, ...]:
+        """Return the settings of the columns that one asks with."""
+        settings = (column.role.setting for column in self.columns(data))
+        return tuple(setting for setting in settings if setting not in self.answered)
 
     def columns(self, data: DataConfig) -> tuple[Column, ...]:
         """Return the columns that a run reads; an optional one that is not named is none."""
@@ -307,17 +314,20 @@ class Task(ABC):
     def write_stock(self, model: Finished, folder: Path) -> None:
         """Write a finished model and its processor into an empty folder, as stock libraries load them.
 
-        A head that no stock class computes goes beside them, as ``head.safetensors``.
+        Where no stock class computes the head, the encoder has a folder of its own in it, with ``LABELS`` beside: a
+        stock class that is given the whole folder refuses it, where it would make a head at random.
 
         Raises:
             OSError: the folder cannot be written.
         """
         encoder: Any = model.module.encoder
-        if model.labels:
-            names = dict(enumerate(model.labels))
-            encoder.config.id2label, encoder.config.label2id = names, {name: i for i, name in names.items()}
         encoder.save_pretrained(folder)
         self.write_processor(model, folder)
+
+    def pipeline(self, model: Finished) -> str:
+        """Return the pipeline of transformers that computes what ``write_stock`` writes; empty: none does."""
+        del model
+        return self.hub_task
 
     def write_head_adapter(self, model: Finished, adapter: Path, folder: Path) -> None:
         """Write the adapter for a stock classifier, the head in it (PEFT's ``SEQ_CLS``), into an empty folder.

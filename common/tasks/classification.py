@@ -13,7 +13,7 @@ from common.errors import ConfigError, DataError
 from common.tasks.base import Batch, Finished, Record, Sums, Task, classified
 from common.tasks.loading import OWN_CODE
 from common.tasks.roles import LABEL, Role
-from common.tasks.sentence_modules import LOGITS_CODE, write_modules
+from common.tasks.sentence_modules import ENCODER, LOGITS_CODE, write_modules
 from common.tasks.text import TOKENS, TextExample, TextTask, pad_id, padded
 
 if TYPE_CHECKING:
@@ -24,13 +24,16 @@ if TYPE_CHECKING:
     from common.tasks.module import TaskModule
 
 
+PAIR = "text-pair"
+
+
 class Classification(TextTask):
     """One label a record; loss is cross-entropy."""
 
     name: ClassVar[str] = "classification"
     roles: ClassVar[tuple[Role, ...]] = (
         Role("text", "text", "the text"),
-        Role("text-pair", "text_pair", "a second text", optional=True),
+        Role(PAIR, "text_pair", "a second text", optional=True),
         LABEL,
     )
     counted: ClassVar[bool] = True
@@ -109,13 +112,23 @@ class Classification(TextTask):
 
     def write_stock(self, model: Finished, folder: Path) -> None:
         """Write the encoder, and the head with its pooling as modules of sentence-transformers."""
-        super().write_stock(model, folder)
+        super().write_stock(model, folder / ENCODER)
         if model.module.head is not None:
-            write_modules(folder, model.module.head, model.module.feature_scale, model.limit)
+            write_modules(folder, model.module.head, model.labels, model.module.feature_scale, model.limit)
+
+    def write_processor(self, model: Finished, folder: Path) -> None:
+        """Write the tokenizer, which knows what the run cut records to."""
+        model.base.processor.model_max_length = model.limit
+        super().write_processor(model, folder)
+
+    def pipeline(self, model: Finished) -> str:
+        """Return that none computes a linear head on the mean of tokens."""
+        del model
+        return ""
 
     def stock_code(self, model: Finished, folder: str) -> str:
-        """Return code that computes a text's probabilities with sentence-transformers."""
-        return LOGITS_CODE.format(folder=folder)
+        """Return code that computes a text's probabilities, or a pair's, with sentence-transformers."""
+        return LOGITS_CODE.format(folder=folder, words='["a text", "its pair"]' if PAIR in model.asked else '"a text"')
 
 
 def _pooled(encoder: nn.Module, batch: Batch) -> Tensor:

@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from weakref import WeakKeyDictionary
 
 from common.errors import ConfigError, DataError
-from common.tasks.base import Batch, Finished, Inventor, Record, Sums, Task, classified
+from common.tasks.base import LABELS, Batch, Finished, Inventor, Record, Sums, Task, classified
 from common.tasks.cells import Misfit
 from common.tasks.examples import Example
 from common.tasks.images import Picture, image_file, is_image_folder, read_image, read_image_folder
 from common.tasks.loading import OWN_CODE
 from common.tasks.roles import LABEL, Role
+from common.tasks.stock import head_of, stock_of
 from common.tasks.tables import Table
 from common.tasks.textures import made_up_image
 
@@ -41,6 +42,10 @@ if TYPE_CHECKING:
 PIXELS, TOKENS = "pixel_values", "tokens"
 CHANCE = ("drop_path_rate", "layerdrop", "mask_ratio")
 """Settings of a model by which it leaves out layers or patches by chance: all off. Dropout is off in every task."""
+STOCK = ("dinov2", "dinov2_with_registers")
+"""Kinds of models whose stock classifier is a linear layer on class token and mean of patches, as they are."""
+ENCODER = "encoder"
+"""Folder of an encoder whose head lies apart: at the top, stock classes would put a head of their own on it."""
 UNUSED_POOLERS = ("vit", "deit", "beit", "data2vec-vision")
 """Kinds of model that come with a pooler, which no feature is read from."""
 MOST_SPECIAL = 16
@@ -209,15 +214,25 @@ class ImageClassification(Task):
     # --- the finished model ---
 
     def write_stock(self, model: Finished, folder: Path) -> None:
-        """Write the encoder, and beside it the head, which no stock class computes (``head.safetensors``)."""
-        from safetensors.torch import save_file
-        from torch import nn
+        """Write the stock classifier, or encoder and head apart where none computes the head (``head.safetensors``).
 
-        super().write_stock(model, folder)
-        tensors = cast(nn.Module, model.module.head).state_dict()
-        head = {name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}
-        about = {"labels": json.dumps(model.labels), "feature_scale": str(model.module.feature_scale)}
-        save_file(head, str(folder / "head.safetensors"), metadata=about)
+        Raises:
+            ModelError: what the stock class computes is not what the run's model does.
+        """
+        from safetensors.torch import save_file
+
+        if self.pipeline(model):
+            stock_of(model, "AutoModelForImageClassification").save_pretrained(folder)
+            self.write_processor(model, folder)
+            return
+        super().write_stock(model, folder / ENCODER)
+        save_file(head_of(model), str(folder / "head.safetensors"), metadata={"format": "pt"})
+        (folder / LABELS).write_text(json.dumps(model.labels, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def pipeline(self, model: Finished) -> str:
+        """Return the task's own where the stock class of the encoder's kind computes the run's head."""
+        kind = getattr(model.base.module.config, "model_type", "")
+        return self.hub_task if kind in STOCK and not model.module.feature_scale else ""
 
     def write_processor(self, model: Finished, folder: Path) -> None:
         """Write the processor's settings for images of the run's size."""
@@ -225,7 +240,9 @@ class ImageClassification(Task):
         (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     def stock_code(self, model: Finished, folder: str) -> str:
-        """Return code that computes logits of an image with transformers and the head's two tensors."""
+        """Return code that classifies an image with transformers, and the head's two tensors where they lie apart."""
+        if self.pipeline(model):
+            return _PIPELINE_CODE.format(folder=folder, labels=len(model.labels))
         special = _special(model.base, model.base.processor.side // _patch(model.base))
         pooled = f"hidden[:, {special}:].mean(1)"
         options = "".join(f", {key}={value}" for key, value in _options(model.base).items())
@@ -247,19 +264,30 @@ class ImageClassification(Task):
             raise DataError(f"{words[0]} {misfit.what}: {misfit.advice}") from misfit
 
 
+_PIPELINE_CODE = """\
+from transformers import pipeline
+
+classify = pipeline("image-classification", model={folder!r}, top_k={labels})
+print(classify("image.png"))
+"""
 _LOGITS_CODE = """\
+import json
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel
 
 folder = {folder!r}
-model, head = AutoModel.from_pretrained(folder), load_file(folder + "/head.safetensors")
-pixels = AutoImageProcessor.from_pretrained(folder)(Image.open("image.png").convert("RGB"), return_tensors="pt")
-hidden = model(**pixels{options}).last_hidden_state
+with open(folder + "/labels.json", encoding="utf-8") as file:
+    labels = json.load(file)
+model, head = AutoModel.from_pretrained(folder + "/encoder"), load_file(folder + "/head.safetensors")
+processor = AutoImageProcessor.from_pretrained(folder + "/encoder")
+pixels = processor(Image.open("image.png").convert("RGB"), return_tensors="pt")
+with torch.no_grad():
+    hidden = model(**pixels{options}).last_hidden_state
 features = {features}
 probabilities = (features @ head["weight"].T + head["bias"]).softmax(-1)
-print(probabilities.tolist(), model.config.id2label)
+print(dict(zip(labels, probabilities[0].tolist())))
 """
 
 

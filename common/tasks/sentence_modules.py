@@ -9,30 +9,38 @@ every later version reads.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from common.tasks.base import LABELS
 
 if TYPE_CHECKING:
     from torch import nn
 
+ENCODER = "0_Transformer"
+"""Folder of the encoder and its tokenizer: at the top, stock classes would put a head of their own on it."""
 LOGITS_CODE = """\
+import json
 from sentence_transformers import SentenceTransformer
 
-model = SentenceTransformer({folder!r})
-logits = model.encode(["a text"], convert_to_tensor=True)
-probabilities = logits.softmax(-1)  # in this order:
-print(probabilities.tolist(), model[0].auto_model.config.id2label)
+folder = {folder!r}
+with open(folder + "/labels.json", encoding="utf-8") as file:
+    labels = json.load(file)
+logits = SentenceTransformer(folder).encode([{words}], convert_to_tensor=True)
+print(dict(zip(labels, logits.softmax(-1)[0].tolist())))
 """
 """Code that uses what ``write_modules`` wrote."""
 _DENSE = {"bias": True, "activation_function": "torch.nn.modules.linear.Identity"}
 
 
-def write_modules(folder: Path, head: nn.Linear, feature_scale: float, limit: int) -> None:
-    """Write the modules beside an encoder and its tokenizer, which lie in ``folder`` already.
+def write_modules(folder: Path, head: nn.Linear, labels: Sequence[str], feature_scale: float, limit: int) -> None:
+    """Write the modules and the labels beside an encoder and its tokenizer, which lie in ``ENCODER`` already.
 
     Args:
-        folder: of the encoder.
+        folder: in which that lies.
         head: takes features as they are, of length ``feature_scale``.
+        labels: in the order of the head's rows.
         feature_scale: length that features are brought to; 0 leaves them as they are.
         limit: tokens that a text is cut to.
 
@@ -50,18 +58,19 @@ def write_modules(folder: Path, head: nn.Linear, feature_scale: float, limit: in
     parts += [("Dense", {"in_features": width, "out_features": classes, **_DENSE})]
     modules = []
     for number, (kind, config) in enumerate(parts):
-        path = "" if config is None else f"{number}_{kind}"
+        path = f"{number}_{kind}"
         named = f"sentence_transformers.models.{kind}"
         modules.append({"idx": number, "name": str(number), "path": path, "type": named})
         if config:
             _write(folder / path / "config.json", config)
-        elif path:
+        elif path != ENCODER:
             (folder / path).mkdir()
     weight = (head.weight.detach().double() * (feature_scale or 1.0)).float().cpu().contiguous()
     dense = {"linear.weight": weight, "linear.bias": head.bias.detach().float().cpu().contiguous()}
     save_file(dense, str(folder / str(modules[-1]["path"]) / "model.safetensors"), metadata={"format": "pt"})
     _write(folder / "modules.json", modules)
-    _write(folder / "sentence_bert_config.json", {"max_seq_length": limit, "do_lower_case": False})
+    _write(folder / LABELS, list(labels))
+    _write(folder / ENCODER / "sentence_bert_config.json", {"max_seq_length": limit, "do_lower_case": False})
     # Logits are compared as they are; no prompt stands before a text.
     about: dict[str, Any] = {"prompts": {}, "default_prompt_name": None, "similarity_fn_name": "dot"}
     _write(folder / "config_sentence_transformers.json", about)
@@ -69,4 +78,4 @@ def write_modules(folder: Path, head: nn.Linear, feature_scale: float, limit: in
 
 def _write(path: Path, value: Any) -> None:
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -12,10 +12,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.errors import ConfigError, ModelError
-from common.tasks.base import Batch, Finished
-from common.tasks.classification import Classification
-from common.tasks.text import TOKENS
+from common.errors import ConfigError
+from common.tasks.base import Batch, Finished, Task
+from common.tasks.classification import PAIR, Classification
+from common.tasks.stock import HEAD, head_of, stock_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 
 STOCK = ("albert", "bert", "megatron-bert", "rembert")
 """Kinds of models whose stock classifier is a linear layer on the pooler's output, called ``classifier``."""
-HEAD = "classifier"
-CLOSE = 1e-5
-"""Largest difference of a logit between a run's head and the stock class, before it is written."""
+LOADER = "AutoModelForSequenceClassification"
 
 
 class StockClassification(Classification, pool="stock"):
@@ -74,9 +72,7 @@ class StockClassification(Classification, pool="stock"):
         Raises:
             ModelError: what the stock class computes is not what the run's model does.
         """
-        stock = _stock_of(model)
-        _compare(model, stock)
-        stock.save_pretrained(folder)
+        stock_of(model, LOADER).save_pretrained(folder)
         self.write_processor(model, folder)
 
     def write_head_adapter(self, model: Finished, adapter: Path, folder: Path) -> None:
@@ -92,25 +88,29 @@ class StockClassification(Classification, pool="stock"):
 
         if not (adapter / "adapter_config.json").is_file():
             raise ConfigError("this run trained the head alone, and has no adapter: merge it without --form")
-        stock = _stock_of(model)
-        _compare(model, stock)
+        stock = stock_of(model, LOADER)
         own, inside = "base_model.model.", f"base_model.model.{stock.base_model_prefix}."
         loaded = read_tensors(adapter / "adapter_model.safetensors")
         held = {inside + key.removeprefix(own): tensor for key, tensor in loaded.items()}
-        held |= {f"{own}{HEAD}.{name}": tensor for name, tensor in _head_of(model).items()}
+        held |= {f"{own}{HEAD}.{name}": tensor for name, tensor in head_of(model).items()}
         config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
         config |= {"task_type": "SEQ_CLS", "modules_to_save": [HEAD]}
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(held, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
         self.write_processor(model, folder)
 
+    def pipeline(self, model: Finished) -> str:
+        """Return the task's own."""
+        return Task.pipeline(self, model)
+
     def stock_code(self, model: Finished, folder: str) -> str:
-        """Return code that classifies a text with transformers alone."""
+        """Return code that classifies a text, or a pair, with transformers alone."""
+        words = '{"text": "a text", "text_pair": "its pair"}' if PAIR in model.asked else '"a text"'
         return (
             "from transformers import pipeline\n\n"
             f'classify = pipeline("text-classification", model={folder!r}, top_k=None, max_length={model.limit}, '
             "truncation=True)\n"
-            'print(classify("a text"))\n'
+            f"print(classify({words}))\n"
         )
 
 
@@ -119,43 +119,3 @@ def _pooler_output(encoder: nn.Module, batch: Batch) -> Tensor:
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     pooled: Tensor = encoder(**inputs).pooler_output.float()
     return pooled
-
-
-def _head_of(model: Finished) -> dict[str, Tensor]:
-    if model.module.head is None:
-        raise ModelError("the model has no head")
-    return {name: tensor.detach().float().cpu().contiguous() for name, tensor in model.module.head.state_dict().items()}
-
-
-def _stock_of(model: Finished) -> Any:
-    """Return the stock classifier with the encoder's weights and the head's."""
-    import torch
-    from transformers import AutoModelForSequenceClassification
-
-    encoder: Any = model.module.encoder
-    config = type(encoder.config).from_dict(encoder.config.to_dict())
-    names = dict(enumerate(model.labels))
-    config.id2label, config.label2id = names, {name: i for i, name in names.items()}
-    with torch.random.fork_rng():
-        stock: Any = AutoModelForSequenceClassification.from_config(config)
-    getattr(stock, stock.base_model_prefix).load_state_dict(encoder.state_dict())
-    getattr(stock, HEAD).load_state_dict(_head_of(model))
-    return stock.float().eval()
-
-
-def _compare(model: Finished, stock: Any) -> None:
-    """Raise ModelError unless both give made-up records the same logits."""
-    import torch
-
-    invent = model.task.inventor(model.base, model.limit)
-    for size in (model.limit, max(1, model.limit // 2)):
-        batch = model.task.collate(model.base, [invent(size, number, 0) for number in range(4)])
-        with torch.no_grad():
-            own = model.module(batch)
-            inputs = {key: value for key, value in batch.items() if key != "labels"}
-            found = stock(**inputs).logits
-        if not float((own - found).abs().max()) <= CLOSE * max(1.0, float(own.abs().max())):
-            raise ModelError(
-                f"{type(stock).__name__} has other logits than this run's head for {batch[TOKENS].shape[1]} tokens: "
-                "merge it with the versions that trained it"
-            )

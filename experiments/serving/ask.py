@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.run_lines import AdapterFile, read_file
-from common.tasks import TASKS, Answer
+from common.tasks import Answer
 from experiments.serving.merge import load_finished
-from strategies.job import configure
 
 
 def ask_run(run: Path, words: Sequence[str]) -> list[Answer]:
@@ -23,6 +21,4 @@ def ask_run(run: Path, words: Sequence[str]) -> list[Answer]:
         DataError: there is no saved adapter, or a word names nothing that can be read.
         ModelError: the base model on this machine is not the run's.
     """
-    finished = load_finished(run)
-    config = configure(read_file(AdapterFile, run / "adapter").settings).config
-    return finished.answer(words, TASKS[config.model.task].columns(config.data))
+    return load_finished(run).answer(words)

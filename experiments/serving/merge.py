@@ -20,6 +20,7 @@ from reports import report_of, to_json
 from reports.card import NAME as CARD
 from reports.card import Form, card_of
 from reports.declared import read_declared
+from strategies.job import configure
 
 FORMS = ("merged", "seq-cls")
 """One plain model; or the adapter for a stock classifier, the head in it, where a stock class computes that."""
@@ -53,11 +54,11 @@ def merge_run(run: Path, target: Path, form: str = "merged") -> str:
         partial.mkdir(parents=True)
         if form == "merged":
             finished.task.write_stock(finished, partial)
-            relation, library = "merge", finished.task.library
+            relation, library, pipeline = "merge", finished.task.library, finished.task.pipeline(finished)
         else:
             finished.task.write_head_adapter(finished, run / "adapter", partial)
-            relation, library = "adapter", "peft"
-        _write_card(run, Form(relation, library, _code(finished, form, target.name), {}), partial)
+            relation, library, pipeline = "adapter", "peft", ""  # which would name the labels by their numbers
+        _write_card(run, Form(relation, library, _code(finished, form, target.name), {}, pipeline), partial)
         with_usual_mode(partial)
         os.replace(partial, target)
     except OSError as error:
@@ -71,16 +72,19 @@ def _code(finished: Finished, form: str, folder: str) -> str:
     """Return Python code that loads what was written into ``folder``, whatever characters its name has."""
     if form == "merged":
         return finished.task.stock_code(finished, folder)
-    return _PEFT_CODE.format(folder=folder, classes=len(finished.labels))
+    words = ["a text", "its pair"][: len(finished.asked)]
+    return _PEFT_CODE.format(folder=folder, labels=list(finished.labels), words=", ".join(map(repr, words)))
 
 
 _PEFT_CODE = """\
 from peft import AutoPeftModelForSequenceClassification
 from transformers import AutoTokenizer
 
-model = AutoPeftModelForSequenceClassification.from_pretrained({folder!r}, num_labels={classes})
+labels = {labels!r}
+model = AutoPeftModelForSequenceClassification.from_pretrained({folder!r}, num_labels=len(labels))
 tokenizer = AutoTokenizer.from_pretrained({folder!r})
-print(model(**tokenizer("a text", return_tensors="pt")).logits.softmax(-1).tolist())
+logits = model(**tokenizer({words}, return_tensors="pt")).logits
+print(dict(zip(labels, logits[0].softmax(-1).tolist())))
 """
 
 
@@ -107,4 +111,5 @@ def load_finished(run: Path) -> Finished:
         except ValueError as error:
             raise ModelError(f"the adapter of {run} cannot be merged ({error}): its numbers are not finite") from error
     labels, limit = tuple(result.about.label_names), task.limit(base, result.about.max_length)
-    return Finished(task, module.eval(), base, labels, limit)
+    asked = task.asked_with(configure(result.about.settings).config.data)
+    return Finished(task, module.eval(), base, labels, limit, asked)
