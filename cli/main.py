@@ -103,7 +103,7 @@ def run(
     print_notes(job, note)
     number, promise = sites_of(job.config, sites), job.mechanism.promise(job.config.privacy)
     banner = (
-        f"{job.strategy.name} on {job.config.model.name} and {job.config.data.name}: "
+        f"{job.config.method} on {job.config.model.name} and {job.config.data.name}: "
         f"{counted(number, 'site')}, {counted(job.config.rounds, 'round')} of "
         f"{counted(job.config.training.local_steps, 'step')}, {promise}"
     )

@@ -37,11 +37,11 @@ def run_folder(config: RunConfig, run: str) -> Path:
     """
     output = expanded(config.output).absolute()
     if not config.resume:
-        return output / f"{config.strategy}-{run}"
+        return output / f"{config.method}-{run}"
     named = expanded(config.resume)
     if named.name != config.resume:
         return named.absolute()
-    return output / (named.name if named.name.startswith(f"{config.strategy}-") else f"{config.strategy}-{named.name}")
+    return output / (named.name if named.name.startswith(f"{config.method}-") else f"{config.method}-{named.name}")
 
 
 def reply_file(config: RunConfig, run: str, site: str) -> Path:
@@ -58,7 +58,7 @@ def run_name(config: RunConfig, run: str) -> str:
     Raises:
         ConfigError: it is not made of plain characters.
     """
-    name = PurePath(config.resume).name.removeprefix(f"{config.strategy}-") if config.resume else run
+    name = PurePath(config.resume).name.removeprefix(f"{config.method}-") if config.resume else run
     if not RUN_NAME.fullmatch(name):
         raise ConfigError(
             f"the run's name is {name[:70]!r}, which is not a letter or digit and at most 63 of letters, digits, '.', "

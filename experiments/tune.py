@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from common.check import nearest
-from common.config.sections import Scalar
+from common.config.sections import NO_ADAPTER, Scalar, method_of
 from common.config.text import flatten, read_settings_file
 from common.errors import ConfigError, DataError, PrivacyError, RunFailed
 from common.files import finite, replace_file
@@ -374,8 +374,8 @@ def _outcome(trial: str, folder: Path) -> Outcome:
 
 
 def own_folders(trial: str) -> set[str]:
-    """Return what the folder of a trial's run may be called: its strategy's name and its own."""
-    return {f"{strategy}-{trial}" for strategy in STRATEGIES}
+    """Return what the folder of a trial's run may be called: by what it trains, and its own name."""
+    return {f"{method_of(strategy, adapter)}-{trial}" for strategy in STRATEGIES for adapter in ("auto", NO_ADAPTER)}
 
 
 def simulated(tuning: Tuning, output: Path) -> Conduct:

@@ -178,7 +178,7 @@ class Federation:
             run = control.submit(wanted)
         config = configure(wanted).config
         path = run_folder(config, run)
-        return Run(run, path.name.removeprefix(f"{config.strategy}-"), path)
+        return Run(run, path.name.removeprefix(f"{config.method}-"), path)
 
     @contextmanager
     def control(self) -> Iterator[Control]:

@@ -15,6 +15,8 @@ from typing import Any
 
 import yaml
 
+from common.config.sections import NO_ADAPTER
+from common.data.packaged import PUBLISHED
 from common.data.sets import DATASETS
 from common.errors import DataError
 from common.privacy.figures import epsilon_text
@@ -33,6 +35,8 @@ from reports.sharing import Sharing
 NAME = "README.md"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 """A base model of this form may be one of the hub's; a path never is, and says nothing to others."""
+OWN_LIBRARY = "fedveil"
+"""What loads a head that lies by itself: no library of the hub does."""
 UNKNOWN_LICENSE = "unknown"
 """What the hub calls a licence that nobody has stated."""
 
@@ -42,7 +46,7 @@ class Form:
     """What a card is of."""
 
     relation: str
-    """Of the model to its base, as the hub has it: ``adapter`` or ``merge``."""
+    """Of the model to its base, as the hub has it: ``adapter``, or ``finetune`` where the files are not PEFT's."""
     library: str
     """Library that loads it, as the hub has it."""
     code: str
@@ -63,15 +67,11 @@ def adapter_form(data: ReportData) -> Form:
         raise DataError("the run has saved no adapter, so there is nothing to write a model card of")
     task = TASKS[str(setting_of(data, "model.task"))]
     files = {name.rpartition("/")[2]: digest for name, digest in data.origin.files.items()}
-    code = (
-        "from peft import PeftModel\n"
-        f"from transformers import {task.loader}\n\n"
-        f"model = {task.loader}.from_pretrained({_shown_base(data)!r})\n"
-        'model = PeftModel.from_pretrained(model, "adapter")\n'
-    )
-    if "adapter_config.json" not in files:
-        code = "# The base model as it is: this run trained the head alone (head.safetensors).\n"
-    return Form("adapter", "peft", code, files)
+    tuned, settings = "adapter_config.json" in files, {setting.key: setting.value for setting in data.settings}
+    code = task.pooled(settings["head.pool"]).adapter_code(_shown_base(data), settings, tuned=tuned)
+    if not tuned:
+        return Form("finetune", OWN_LIBRARY, code, files)
+    return Form("adapter", "peft", code, files, "" if task.labelled else task.hub_task)
 
 
 def card_of(data: ReportData, declared: Declared, form: Form, report: bytes) -> str:
@@ -85,7 +85,7 @@ def card_of(data: ReportData, declared: Declared, form: Form, report: bytes) -> 
     """
     head = yaml.safe_dump(_metadata(data, declared, form), sort_keys=False, allow_unicode=True, width=100)
     task = TASKS[str(setting_of(data, "model.task"))]
-    title = declared.name or f"{_shown_base(data)}, fine-tuned by {data.strategy}"
+    title = declared.name or f"{_shown_base(data)}, fine-tuned by {data.method}"
     sites = f"{'at most ' * server_is_trusted(data.claim.privacy_mode)}{counted(data.headline.sites, 'site')}"
     trained = f"A FedVeil run fine-tuned {plain(_shown_base(data))} on the records of {sites}"
     parts = [
@@ -93,7 +93,7 @@ def card_of(data: ReportData, declared: Declared, form: Form, report: bytes) -> 
         f"# {plain(title)}",
         f"{plain(declared.description)}\n\n"
         * bool(declared.description)
-        + f"{trained}, which no record left. Strategy {plain(data.strategy)}, task {task.name}; the run "
+        + f"{trained}, which no record left. Trained: {_trained(data)}, task {task.name}; the run "
         f"{plain(data.status)} after {counted(data.headline.rounds_done, 'round')}.",
         f"Intended use: {plain(declared.intended_use)}" if declared.intended_use else "",
         f"## Load it\n\n```python\n{form.code}```",
@@ -101,25 +101,40 @@ def card_of(data: ReportData, declared: Declared, form: Form, report: bytes) -> 
         _results(data),
         _privacy(data),
         _records(data),
-        _licences(declared),
+        _licences(data, declared),
         _hashes(data, declared, form, report),
     ]
     return "\n\n".join(part.rstrip() for part in parts if part) + "\n"
 
 
+def _trained(data: ReportData) -> str:
+    """Return what was trained and how it was averaged, in words."""
+    adapter = str(setting_of(data, "adapter.name"))
+    if adapter == NO_ADAPTER:
+        return f"the classification head alone, by {plain(data.strategy)}"
+    return f"the adapter {plain(adapter)}, by {plain(data.strategy)}"
+
+
+def _base(data: ReportData) -> str:
+    return data.origin.base_model if data.origin else str(setting_of(data, "model.name"))
+
+
 def _shown_base(data: ReportData) -> str:
-    """Return the base model's name, of a path the last part alone."""
-    name = data.origin.base_model if data.origin else str(setting_of(data, "model.name"))
+    """Return the base model's id on the hub where it has one, of a path the last part alone."""
+    name = _base(data)
+    if name in PUBLISHED:
+        return PUBLISHED[name].hub
     return visible(name if HUB_ID.fullmatch(name) else name.rstrip("/").rpartition("/")[2])
 
 
 def _metadata(data: ReportData, declared: Declared, form: Form) -> dict[str, Any]:
     task, base = TASKS[str(setting_of(data, "model.task"))], data.origin.base_model if data.origin else ""
+    base = PUBLISHED[base].hub if base in PUBLISHED else base if not Path(base).exists() else ""
     meta: dict[str, Any] = {"license": declared.license or UNKNOWN_LICENSE, "library_name": form.library}
-    if HUB_ID.fullmatch(base) and not Path(base).exists():
+    if HUB_ID.fullmatch(base):
         meta |= {"base_model": base, "base_model_relation": form.relation}
     meta |= {"pipeline_tag": form.pipeline} if form.pipeline else {}
-    meta |= {"tags": ["federated-learning", "differential-privacy", data.strategy, "fedveil"]}
+    meta |= {"tags": ["federated-learning", "differential-privacy", data.method, "fedveil"]}
     claim, head = data.claim, data.headline
     meta["differential_privacy"] = (
         {
@@ -239,10 +254,16 @@ def _is_name(source: str) -> bool:
     return source in DATASETS or source.startswith("hub:")
 
 
-def _licences(declared: Declared) -> str:
+def _licences(data: ReportData, declared: Declared) -> str:
     own = plain(declared.license) if declared.license else "nobody has declared one"
+    known = PUBLISHED.get(_base(data))
     base = plain(declared.base_license) if declared.base_license else "nobody has declared it"
-    return f"## Licences\n\n- This model: {own}.\n- The base model: {base}. Its terms hold for what is made of it."
+    if known and not declared.base_license:
+        base = f"{known.license}, as the hub has it for {known.hub}"
+    used = f"\n- The weights that it was trained on are {known.differs}." if known and known.differs else ""
+    return (
+        f"## Licences\n\n- This model: {own}.\n- The base model: {base}. Its terms hold for what is made of it.{used}"
+    )
 
 
 def _hashes(data: ReportData, declared: Declared, form: Form, report: bytes) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common.accountant import TRAINING
-from common.config.sections import Scalar
+from common.config.sections import Scalar, method_of
 from common.data.packaged import sha256_of
 from common.data.sources import unprotected_test
 from common.errors import ConfigError, DataError
@@ -140,6 +140,8 @@ class ReportData:
     schema: str
     run: str
     strategy: str
+    method: str
+    """What was trained, in one name: the strategy's, or ``head-only`` where there was no adapter."""
     started: str
     status: str
     """``completed``, ``stopped``, ``failed``, or ``unfinished`` (goes on, or was killed)."""
@@ -211,6 +213,7 @@ def report_of(folder: Path) -> ReportData:
         schema=SCHEMA,
         run=files.config.run,
         strategy=str(settings.get("strategy", "")),
+        method=method_of(str(settings.get("strategy", "")), str(settings.get("adapter.name", ""))),
         started=files.config.started,
         status=files.result.status if files.result else "unfinished",
         reason=files.result.reason if files.result else "",

@@ -51,7 +51,7 @@ def plain(text: str) -> str:
 def to_markdown(data: ReportData) -> str:
     """Return the whole report."""
     parts = [
-        [f"# Run {plain(data.run)}: {plain(data.strategy)}"],
+        [f"# Run {plain(data.run)}: {plain(data.method)}"],
         _notices(data),
         _result(data),
         _claim(data),

@@ -107,7 +107,7 @@ def beside_figure(data: ReportData) -> Figure | None:
     axis = Axis("accuracy on public test data", percent=True)
     chart = interval_chart("beside", title, axis, BEFORE_AFTER, [own, *(_beside(row) for row in rows)])
     text = (
-        f"This run: {data.strategy}{epsilon}. A whisker is the 95 % interval over runs; a single run has none, and so "
+        f"This run: {data.method}{epsilon}. A whisker is the 95 % interval over runs; a single run has none, and so "
         "has this one."
     )
     return Figure(chart, title, text + _left_out(left, "others")) if chart else None
@@ -243,7 +243,7 @@ def accuracy_chart(data: ReportData) -> Chart | None:
     if data.headline.epsilon is None or not math.isfinite(data.headline.epsilon):
         points = [(float(r.round_number), r.accuracy) for r in data.rounds if r.accuracy is not None]
         return line_chart(
-            "accuracy", "Accuracy over rounds", Axis("round", whole=True), y, [Curve(data.strategy, points)]
+            "accuracy", "Accuracy over rounds", Axis("round", whole=True), y, [Curve(data.method, points)]
         )
     course = [(r.epsilon_worst or 0.0, r.accuracy, r.round_number) for r in data.rounds if r.accuracy is not None]
     ends = [] if len(course) < 2 else [course[0], course[-1]]
@@ -253,7 +253,7 @@ def accuracy_chart(data: ReportData) -> Chart | None:
         f"Accuracy against the privacy spent by the {whose}",
         Axis(f"ε spent, {whose}", from_zero=True),
         y,
-        [Curve(data.strategy, [(epsilon, accuracy) for epsilon, accuracy, _ in course])],
+        [Curve(data.method, [(epsilon, accuracy) for epsilon, accuracy, _ in course])],
         [Mark(data.headline.epsilon_budget, f"budget {data.headline.epsilon_budget:g}", upright=True)]
         if data.headline.epsilon_budget
         else [],

@@ -31,14 +31,14 @@ PAGE = """\
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>Privacy report: {{ data.strategy }}, run {{ data.run }}</title>
+<title>Privacy report: {{ data.method }}, run {{ data.run }}</title>
 <style>{{ style }}</style>
 </head>
 <body>
 <main>
 <h1>Privacy report</h1>
 <p class="meta"><span class="status {{ data.status }}">{{ data.status }}</span>
-{{ data.strategy }} · run {{ data.run }}{% if data.started %} · started {{ data.started|moment }}{% endif %}
+{{ data.method }} · run {{ data.run }}{% if data.started %} · started {{ data.started|moment }}{% endif %}
 {% if data.reason %}<br>{{ data.reason }}{% endif %}
 {% if data.status == "unfinished" %}<br>The run goes on, or was killed: its folder holds no result yet.{% endif %}</p>
 
@@ -484,13 +484,13 @@ FACTS = """\
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>Fact sheet: {{ data.strategy }}, run {{ data.run }}</title>
+<title>Fact sheet: {{ data.method }}, run {{ data.run }}</title>
 <style>{{ style }}{{ own_style }}</style>
 </head>
 <body>
 <main class="facts">
 <h1>Fact sheet</h1>
-<p class="meta">{{ data.strategy }} · run {{ data.run }}
+<p class="meta">{{ data.method }} · run {{ data.run }}
 {% if data.started %} · started {{ data.started }}{% endif %}</p>
 {% if claim.off %}
 <p class="alarm"><strong>{{ claim.sentence }}</strong></p>

@@ -94,7 +94,7 @@ def picture_of(data: ReportData) -> Picture:
         for line in data.rounds
         if line.counted
     ]
-    title = f"{data.strategy} on {values.get('model.name')} and {values.get('data.name')}"
+    title = f"{data.method} on {values.get('model.name')} and {values.get('data.name')}"
     top, per = data.headline, data.claim.per or "record"
     central = server_is_trusted(data.claim.privacy_mode)
     sharing = data.sharing

@@ -71,7 +71,7 @@ def registry_record(data: ReportData, declared: Declared) -> str:
             "another run"
         )
     record = {
-        "url_slug": _slug(declared.name or f"fedveil {data.strategy} {data.run}"),
+        "url_slug": _slug(declared.name or f"fedveil {data.method} {data.run}"),
         "deployment": {
             "basic": _basic(data, declared),
             "dp_variant": {
@@ -150,7 +150,7 @@ def _basic(data: ReportData, declared: Declared) -> dict[str, Any]:
     kind = {"data_curator_type": declared.curator_type} if declared.curator_type else {}
     sector = {"data_product_sector": declared.sector} if declared.sector else {}
     return {
-        "name": declared.name or f"{visible(base)}, fine-tuned by {data.strategy}",
+        "name": declared.name or f"{visible(base)}, fine-tuned by {data.method}",
         "data_curators": [{"data_curator_name": name, **kind} for name in several(declared.curators) or [UNSTATED]],
         "intended_use": declared.intended_use or UNSTATED,
         "data_product_type": "Machine learning model",

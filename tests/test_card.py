@@ -17,8 +17,9 @@ from typer.testing import CliRunner
 
 from cli.main import app
 from common.bundle import own_digest
+from common.data.packaged import PUBLISHED
 from common.errors import ConfigError
-from common.model.base import load_base_model
+from common.model.base import NAMED_MODELS, load_base_model
 from common.privacy import MECHANISMS
 from common.run_lines import TuningFile
 from experiments.in_process import run_in_process
@@ -64,7 +65,7 @@ def test_the_card_of_an_adapter_says_what_the_hub_and_people_ask(made: MadeRun) 
     read = ModelCard(text).data.to_dict()
     assert read["base_model"] == "sentence-transformers/all-MiniLM-L6-v2"
     assert (read["base_model_relation"], read["library_name"], read["license"]) == ("adapter", "peft", "unknown")
-    assert read["pipeline_tag"] == "text-classification"
+    assert "pipeline_tag" not in read, "no pipeline computes what adapter and head do together"
     assert ModelCard(text).data.eval_results[0].metric_value == 0.76
     private = read["differential_privacy"]
     assert data.headline.epsilon is not None
@@ -96,7 +97,7 @@ def test_the_card_states_each_part_of_the_claim_under_its_own_name(made: MadeRun
     for name in ("adapter_config.json", "head.safetensors"):
         (made.folder / "adapter" / name).unlink()
     text = card(made)
-    assert "this run trained the head alone" in text
+    assert "PeftModel" not in text
     assert "The classification head lies beside it" not in text
 
 
@@ -212,7 +213,20 @@ def test_the_code_of_a_card_takes_a_bases_name_for_a_name(tmp_path: Path) -> Non
     text = card(with_adapter(run, base='/models/it\'s "ours")\nraise SystemExit #'))
     code = text.partition("```python\n")[2].partition("```")[0]
     literals = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
-    assert literals == ['it\'s "ours") raise SystemExit #', "adapter"]
+    assert literals.count('it\'s "ours") raise SystemExit #') == 2
+
+
+def test_a_model_of_a_package_is_named_with_its_owner_and_its_licence(tmp_path: Path) -> None:
+    assert PUBLISHED.keys() == NAMED_MODELS.keys()
+    for name, known in PUBLISHED.items():
+        run = with_adapter(MadeRun(tmp_path / name, {"rounds": 1}).start().round(1, 0.7).end(), base=name)
+        text = card(run)
+        assert ModelCard(text).data.to_dict()["base_model"] == known.hub
+        assert f"from_pretrained('{known.hub}')" in text
+        assert f"The base model: {known.license}, as the hub has it for {known.hub}." in text
+        assert ("rounded to 4 bits" in text) == (name == "SmolLM2-135M-Instruct")
+        declare(run.folder, {"base-license": "mit"})
+        assert "The base model: mit." in card(run)
 
 
 def test_a_folder_here_is_no_repository_of_the_hub_of_that_name(
@@ -258,7 +272,7 @@ def test_a_card_names_what_was_taken_for_public_and_no_path(
 
 def test_the_card_of_a_merged_model_says_where_the_signed_report_lies(made: MadeRun) -> None:
     data = report_of(made.folder)
-    merged = Form("merge", "sentence-transformers", "", {})
+    merged = Form("finetune", "sentence-transformers", "", {})
     assert "Ask its publisher for the run's signed report" in card_of(data, Declared(), merged, b"")
     address = "https://clinic.example/run-7/report.html"
     text = card_of(data, Declared(report_url=address), merged, b"")
@@ -277,7 +291,8 @@ def test_a_real_run_leaves_a_card_and_so_does_its_merged_model(toy_settings: dic
     merge_run(run, tmp_path / "merged")
     merged = (tmp_path / "merged" / "README.md").read_text(encoding="utf-8")
     meta = yaml.safe_load(merged.split("---")[1])
-    assert (meta["library_name"], meta["pipeline_tag"]) == ("sentence-transformers", "text-classification")
-    assert hashlib.sha256((tmp_path / "merged" / "model.safetensors").read_bytes()).hexdigest() in merged
+    assert (meta["library_name"], "pipeline_tag" in meta) == ("sentence-transformers", False)
+    weights = tmp_path / "merged" / "0_Transformer" / "model.safetensors"
+    assert hashlib.sha256(weights.read_bytes()).hexdigest() in merged
     assert data.claim.sentence in merged
     assert str(tmp_path) not in merged

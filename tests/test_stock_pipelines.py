@@ -7,6 +7,8 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,9 +20,11 @@ from test_served import stock_job
 
 from audits.tiny_models import toy_run
 from common.model.base import load_base_model
+from common.run_lines import ConfigFile, read_file
 from experiments.in_process import run_in_process
 from experiments.serving.ask import ask_run
 from experiments.serving.merge import merge_run
+from reports import report_of
 
 HEAD_ALONE = {"strategy": "fedavg-lora", "adapter.name": "none"}
 PAIRS = {"data.text-pair": "author"}
@@ -49,6 +53,7 @@ json.dump(told, sys.__stdout__)
 class Served(NamedTuple):
     """One merged model, and what other code makes of it."""
 
+    run: Path
     folder: Path
     wanted: Mapping[str, float]
     """What ``fedveil ask`` answers: the probability of each label."""
@@ -77,21 +82,22 @@ def run_of(kind: str, place: Path, model: str) -> Path:
 @pytest.fixture(scope="module")
 def served(model_folder: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Served]:
     """Return every kind of classifier, asked in another process, which has no FedVeil."""
-    folders, asked, jobs = dict[str, Path](), dict[str, dict[str, float]](), dict[str, Any]()
+    folders, asked, jobs = dict[str, tuple[Path, Path]](), dict[str, dict[str, float]](), dict[str, Any]()
     for kind in KINDS:
         place, form = tmp_path_factory.mktemp(kind), form_of(kind)
-        run, folders[kind] = run_of(kind, place, model_folder("bert")), place / "merged"
+        run, merged = run_of(kind, place, model_folder("bert")), place / "merged"
+        folders[kind] = run, merged
         (place / "image.png").write_bytes(encoded(digits(count=1)[0][0]))
-        code = merge_run(run, folders[kind])
+        code = merge_run(run, merged)
         words = [str(place / word) if form == "images" else word for word in WORDS[form]]
         asked[kind] = {answer.text: answer.probability or 0.0 for answer in ask_run(run, words)}
         piped = {"text": words[0], "text_pair": words[1]} if form == "pairs" else words[0]
-        jobs[kind] = (str(place), str(folders[kind]), code, TASK.get(form, "text-classification"), piped)
+        jobs[kind] = (str(place), str(merged), code, TASK.get(form, "text-classification"), piped)
     command = [sys.executable, "-P", "-c", SERVE]
     done = subprocess.run(command, input=json.dumps(jobs), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
-    return {kind: Served(folders[kind], asked[kind], *told[kind]) for kind in KINDS}
+    return {kind: Served(*folders[kind], asked[kind], *told[kind]) for kind in KINDS}
 
 
 def shares(found: Any) -> dict[str, float]:
@@ -131,6 +137,59 @@ def test_a_card_names_a_pipeline_and_a_configuration_labels_only_where_the_folde
     )
     assert ("id2label" in json.loads(config.read_text(encoding="utf-8"))) == (kind in STOCK)
     assert (folder / "labels.json").exists() != (kind in STOCK)
+
+
+def code_of(card: Path) -> str:
+    """Return the code that a card prints."""
+    return card.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+
+
+def ran(run: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return what the code of a run's card prints where its base model is found by the name in the card."""
+    base = Path(str(read_file(ConfigFile, run).settings["model.name"]))
+    (run / base.name).symlink_to(base)
+    monkeypatch.chdir(run)
+    with redirect_stdout(StringIO()) as said:
+        exec(code_of(run / "adapter" / "README.md"), {})
+    return said.getvalue()
+
+
+# The toy's targets fit a pooler too, which stock code makes though the run has none and no feature is read from it.
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_code_of_a_card_runs_as_printed_and_answers_as_the_run_does(
+    served: dict[str, Served], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = ran(served[kind].run, monkeypatch)
+    if form_of(kind) == "images":
+        assert said == "", "the head of images has a code of its own, that of the merged model"
+    else:
+        assert ast.literal_eval(said) == pytest.approx(served[kind].wanted, abs=1e-5)
+
+
+def test_the_code_of_a_language_models_card_completes_a_prompt(
+    toy_generation: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_in_process({**toy_generation, "rounds": 1}, 2)
+    assert ran(run, monkeypatch)
+    meta = yaml.safe_load((run / "adapter" / "README.md").read_text(encoding="utf-8").split("---")[1])
+    assert (meta["library_name"], meta["pipeline_tag"]) == ("peft", "text-generation")
+
+
+@pytest.mark.parametrize("kind", ["lora", "head-alone", "stock-head-alone"])
+def test_folder_and_card_name_what_was_trained(served: dict[str, Served], kind: str) -> None:
+    alone, found = "head-alone" in kind, served[kind]
+    method = "head-only" if alone else "fedavg-lora"
+    assert found.run.name == f"{method}-1"
+    for card, relation in ((found.run / "adapter" / "README.md", "adapter"), (found.folder / "README.md", "finetune")):
+        text = card.read_text(encoding="utf-8")
+        meta = yaml.safe_load(text.split("---")[1])
+        assert meta["tags"] == ["federated-learning", "differential-privacy", method, "fedveil"]
+        assert f"fine-tuned by {method}\n" in text
+        assert ("lora" in text.replace("fedavg-lora", "")) != alone
+        assert (meta["library_name"] == "peft") == (relation == "adapter" and not alone)
+        assert "base_model_relation" not in meta, "a folder of the coordinator's is no model of the hub"
+    assert (report_of(found.run).strategy, report_of(found.run).method) == ("fedavg-lora", method)
 
 
 def test_a_base_model_of_another_kind_of_problem_makes_no_other_probabilities(

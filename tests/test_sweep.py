@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from audits.tiny_models import TARGETS, save_tiny_model, write_reviews
 from cli.main import app
+from common.config.sections import method_of
 from common.config.text import to_toml
 from common.data.partition import public_size_of_part
 from common.errors import ConfigError, DataError, RunFailed
@@ -84,7 +85,8 @@ def swept(world: Path) -> Swept:
 
 def run_of(swept: Swept, row: Row) -> Path:
     (cell,) = (c for c in read_sweep(TINY).cells if (c.variant, c.arm, c.site, c.epsilon, c.seed) == row.key)
-    return swept.runs / cell.name / f"{row.settings['strategy']}-{cell.name}"
+    method = method_of(str(row.settings["strategy"]), str(row.settings["adapter.name"]))
+    return swept.runs / cell.name / f"{method}-{cell.name}"
 
 
 @pytest.mark.slow

@@ -27,6 +27,8 @@ Scalar = str | int | float | bool
 S = TypeVar("S")
 
 PARTITIONS = ("iid", "dirichlet", "natural")
+NO_ADAPTER = "none"
+"""``adapter.name`` of a run that trains the head alone."""
 HEAD_POLICIES = ("trained", "frozen")
 HEAD_POOLS = ("mean", "stock")
 HEAD_METRICS = ("none", "public")
@@ -377,10 +379,15 @@ class RunConfig(RunTerms):
         return self.rounds * self.training.local_steps
 
     @property
+    def method(self) -> str:
+        """What a run trains, in one name, as its folder and its card have it."""
+        return method_of(self.strategy, self.adapter.name)
+
+    @property
     def keeps(self) -> bool:
         """Whether sites keep derivatives or features of their records from one round to the next."""
         training = self.training
-        return bool(training.linearised or training.head_first or training.refit) or self.adapter.name == "none"
+        return bool(training.linearised or training.head_first or training.refit) or self.adapter.name == NO_ADAPTER
 
     def rests(self, round_number: int) -> bool:
         """Return whether the adapter rests in a round, and sites train the head alone; no such round is number 0."""
@@ -419,6 +426,15 @@ class RunConfig(RunTerms):
         if 0 < round_number <= first:
             return 0, first
         return (first, last - first) if round_number <= last else (last, self.training.refit)
+
+
+def method_of(strategy: str, adapter: str) -> str:
+    """Return the strategy's name, or ``head-only`` where there is no adapter for it to average.
+
+    >>> method_of("ffa-lora", "lora-frozen-a"), method_of("fedavg-lora", "none")
+    ('ffa-lora', 'head-only')
+    """
+    return "head-only" if adapter == NO_ADAPTER else strategy
 
 
 def defaults(section: type[Any], prefix: str = "") -> dict[str, Scalar]:

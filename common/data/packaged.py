@@ -93,6 +93,28 @@ MINILM = PackagedFolder(
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A model of the hub that a package carries."""
+
+    hub: str
+    """Its id there."""
+    license: str
+    """As its authors state it there, by the hub's name for it."""
+    differs: str = ""
+    """How the package's weights are others than the hub's; empty: they are the same numbers."""
+
+
+PUBLISHED: Mapping[str, Published] = {
+    "all-MiniLM-L6-v2": Published("sentence-transformers/all-MiniLM-L6-v2", "apache-2.0"),
+    "SmolLM2-135M-Instruct": Published(
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "apache-2.0",
+        f"those of the package {SMOLLM2.distribution}, which are rounded to 4 bits (Q4_1)",
+    ),
+    "dinov2-small": Published("facebook/dinov2-small", "apache-2.0"),
+}
+"""The models of ``common.model.base.NAMED_MODELS``, as the hub has them."""
 Packaged = PackagedFile | PackagedFolder | PackagedTree
 
 

@@ -21,7 +21,7 @@ from common.tasks.roles import LABEL, Column, Role
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from common.config.sections import DataConfig, RunConfig
+    from common.config.sections import DataConfig, RunConfig, Scalar
     from common.model.base import BaseModel
     from common.model.shapes import Shapes
     from common.tasks.module import TaskModule
@@ -356,6 +356,25 @@ class Task(ABC):
             f"model = {kind}.from_pretrained({folder!r})\n"
             f"tokenizer = AutoTokenizer.from_pretrained({folder!r})\n"
         )
+
+    def adapter_code(self, base: str, settings: Mapping[str, Scalar], *, tuned: bool) -> str:
+        """Return Python code that loads a run's ``adapter/`` onto its base model, without FedVeil.
+
+        Args:
+            base: the base model's hub id, or its folder.
+            settings: of the run, flat.
+            tuned: whether there is an adapter in PEFT's format, and not the head alone.
+        """
+        del settings
+        return self._loads(base, self.loader, tuned=tuned)
+
+    @staticmethod
+    def _loads(base: str, *loaders: str, tuned: bool, more: str = "") -> str:
+        """Return code for imports and for ``model``; the first of ``loaders`` makes it, ``more`` are other imports."""
+        peft = "from peft import PeftModel\n" if tuned else ""
+        code = f"{peft}{more}from transformers import {', '.join(loaders)}\n\n"
+        code += f"model = {loaders[0]}.from_pretrained({base!r}).eval()\n"
+        return code + ('model = PeftModel.from_pretrained(model, "adapter").eval()\n' if tuned else "")
 
     def asked(self, words: Sequence[str]) -> Example:
         """Return the example that these words ask with, one for each column that is not answered.

@@ -7,7 +7,7 @@ bound what one record can change (pitfall 5 in ``docs/privacy-checked.md``).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from common.errors import DataError, ModelNotLoaded
@@ -20,6 +20,7 @@ from common.tasks.text import TOKENS, TextExample, TextTask, pad_id, padded
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from common.config.sections import Scalar
     from common.model.base import BaseModel
     from common.tasks.module import TaskModule
 
@@ -124,6 +125,15 @@ class CausalLM(TextTask):
         loss = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none", ignore_index=IGNORED)
         correct = (logits.argmax(-1) == targets).float() * mask
         return Sums((loss * mask).sum(1), correct.sum(1), mask.sum(1).clamp(min=1))
+
+    def adapter_code(self, base: str, settings: Mapping[str, Scalar], *, tuned: bool) -> str:
+        """Return code that completes a prompt."""
+        del settings
+        return self._loads(base, self.loader, "AutoTokenizer", tuned=tuned) + (
+            f"tokenizer = AutoTokenizer.from_pretrained({base!r})\n"
+            'prompt = tokenizer("a prompt", return_tensors="pt")\n'
+            "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=32)[0]))\n"
+        )
 
     def prompt(self, tokenizer: Any, example: Example) -> list[int]:
         """Return the tokens that an example asks with."""

@@ -5,7 +5,7 @@ A mean-pool head keeps its accuracy under DP-SGD where BERT's pooler loses ten p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,7 +19,7 @@ from common.tasks.text import TOKENS, TextExample, TextTask, pad_id, padded
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from common.config.sections import RunConfig
+    from common.config.sections import RunConfig, Scalar
     from common.model.base import BaseModel
     from common.tasks.module import TaskModule
 
@@ -126,9 +126,36 @@ class Classification(TextTask):
         del model
         return ""
 
+    def adapter_code(self, base: str, settings: Mapping[str, Scalar], *, tuned: bool) -> str:
+        """Return code that computes a text's probabilities, or a pair's, from the features and the head beside."""
+        pooled = "pooler_output" if settings["head.pool"] == "stock" else "last_hidden_state.mean(1)"
+        features, scale = f"model(**tokens).{pooled}", settings["model.feature-scale"]
+        if scale:
+            features = f"{scale} * torch.nn.functional.normalize({features}, dim=-1)"
+        libraries = "from safetensors.torch import load_file\n"
+        code = self._loads(base, self.loader, "AutoTokenizer", tuned=tuned, more=libraries)
+        return f"import json\nimport torch\n{code}" + _HEAD_CODE.format(
+            base=base,
+            words='"a text", "its pair"' if settings["data.text-pair"] else '"a text"',
+            limit=settings["model.max-length"],
+            features=features,
+        )
+
     def stock_code(self, model: Finished, folder: str) -> str:
         """Return code that computes a text's probabilities, or a pair's, with sentence-transformers."""
         return LOGITS_CODE.format(folder=folder, words='["a text", "its pair"]' if PAIR in model.asked else '"a text"')
+
+
+_HEAD_CODE = """\
+tokenizer, head = AutoTokenizer.from_pretrained({base!r}), load_file("adapter/head.safetensors")
+with open("adapter/fedveil.json", encoding="utf-8") as file:
+    labels = json.load(file)["label_names"]
+tokens = tokenizer({words}, truncation=True, max_length={limit}, return_tensors="pt")
+with torch.no_grad():
+    features = {features}
+logits = features @ head["weight"].T + head["bias"]
+print(dict(zip(labels, logits[0].softmax(-1).tolist())))
+"""
 
 
 def _pooled(encoder: nn.Module, batch: Batch) -> Tensor:

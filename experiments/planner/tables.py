@@ -28,9 +28,9 @@ DEFINITION = (
 
 def print_forecast(console: Console, forecast: Forecast) -> None:
     """Print all parts of a forecast."""
-    config, job = forecast.job.config, forecast.job
+    config = forecast.job.config
     console.print(
-        f"{job.strategy.name} on {config.model.name} and {config.data.name}: "
+        f"{config.method} on {config.model.name} and {config.data.name}: "
         f"{counted(len(forecast.sizes), 'site')}, {counted(config.rounds, 'round')} of "
         f"{counted(config.training.local_steps, 'step')}. From settings and public sizes; "
         "a site's own policy may be stricter.",

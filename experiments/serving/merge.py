@@ -54,7 +54,7 @@ def merge_run(run: Path, target: Path, form: str = "merged") -> str:
         partial.mkdir(parents=True)
         if form == "merged":
             finished.task.write_stock(finished, partial)
-            relation, library, pipeline = "merge", finished.task.library, finished.task.pipeline(finished)
+            relation, library, pipeline = "finetune", finished.task.library, finished.task.pipeline(finished)
         else:
             finished.task.write_head_adapter(finished, run / "adapter", partial)
             relation, library, pipeline = "adapter", "peft", ""  # which would name the labels by their numbers
