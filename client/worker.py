@@ -159,7 +159,6 @@ def main() -> int:
     require_system_entropy()
     write_no_dumps()
     set_up()
-    logging.getLogger("fedveil").propagate = False  # libraries put handlers of their own on the root
     settings: dict[str, Scalar] = json.loads(words.node)
     where = about("", None, name_of(settings))
     try:

@@ -103,6 +103,7 @@ def set_up() -> None:
         handler = _StandardError()
         logger.addHandler(handler)
     handler.setFormatter(JsonLines() if form == "json" else TextLines())
+    logger.propagate = False  # libraries, absl for one, put handlers of their own on the root
     logger.setLevel(logging.INFO)
 
 

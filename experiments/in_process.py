@@ -6,15 +6,18 @@ SuperNode would be.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from client.app import answer
 from common.config.sections import Scalar
+from common.errors import ConfigError
 from common.messages.round import Reply, SumReply, Task
 from common.messages.wire import Layout, encode_reply, encode_task, payload_bytes
 from common.paths import run_folder
+from common.run_lines import ConfigFile
 from server.conduct import conduct
 from server.model import ServerModel
 from server.records import RunFolder
@@ -79,13 +82,27 @@ class InProcessTransport:
 def run_in_process(
     settings: Mapping[str, Scalar],
     nodes: Sequence[dict[str, Scalar]] | int,
-    run: str = "1",
+    run: str = "",
     kind: type[InProcessTransport] = InProcessTransport,
 ) -> Path:
-    """Conduct a run over ``nodes`` (or so many simulated sites) and return its folder; ``kind`` may misbehave."""
+    """Conduct a run over ``nodes`` and return its folder.
+
+    Args:
+        settings: overrides of the defaults, flat.
+        nodes: configurations of the nodes, or how many simulated sites divide the data. Simulated ones keep their
+            ledgers in the run's folder; nodes that name a ledger of an earlier run are charged on top of it.
+        run: the run's id; empty: a fresh one, as Flower draws it.
+        kind: of the transport, which may misbehave.
+
+    Raises:
+        ConfigError: a setting is wrong, or the folder holds a run of this id that is not resumed.
+        DataError, RunFailed: as of ``conduct``.
+    """
     settings, _ = with_recipe(settings, sites=nodes if isinstance(nodes, int) else len(nodes))
-    job = configure(settings)
+    job, run = configure(settings), run or str(secrets.randbits(63))
     folder = run_folder(job.config, run)
+    if not job.config.resume and (folder / ConfigFile.NAME).exists():
+        raise ConfigError(f"{folder} holds a run already: give this one another id, or set resume = {run!r}")
     described = simulated_nodes(nodes, folder / "ledgers") if isinstance(nodes, int) else list(nodes)
     transport = kind(described, settings, job)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import logging
 import os
 import random
 import socket
@@ -201,6 +202,16 @@ def prices(request: pytest.FixtureRequest) -> Iterator[None]:
 def rough_prices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let one test do with rough prices, in a file that is about prices too."""
     price_roughly(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def caught(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Let ``caplog`` hear the project's logger, which hands no line up to the root once it is set up."""
+    logger = logging.getLogger("fedveil")
+    logger.propagate = False
+    logger.addHandler(caplog.handler)
+    yield
+    logger.removeHandler(caplog.handler)
 
 
 @pytest.fixture(scope="session")

@@ -43,6 +43,31 @@ def runs() -> list[tuple[str, str, str]]:
     return [(name, *both) for name in sorted(STRATEGIES) for both in (every[::3] if shared[name] else every)]
 
 
+def test_two_runs_in_one_folder_are_two(toy_settings: dict[str, Any]) -> None:
+    first = run_in_process(toy_settings, 2)
+    kept = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
+    second = run_in_process(toy_settings, 2)
+    assert second.parent == first.parent
+    assert second != first
+    assert {path: path.read_bytes() for path in first.rglob("*") if path.is_file()} == kept
+    paid = [[spent(line).epsilon_total for line in read_lines(PrivacyLine, folder)] for folder in (first, second)]
+    assert paid[0] == paid[1], "simulated sites begin anew"
+    name = first.name.rpartition("-")[2]
+    with pytest.raises(ConfigError, match=f"{first} holds a run already: give this one another id, or set resume"):
+        run_in_process(toy_settings, 2, name)
+
+
+def test_a_second_run_on_the_same_ledgers_is_charged_on_top_and_refused_in_words(
+    toy_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    nodes, more = simulated_nodes(2, tmp_path / "ledgers"), {**toy_settings, "privacy.epsilon": 12.0}
+    first, second = run_in_process(toy_settings, nodes), run_in_process(more, nodes)
+    ends = [max(spent(line).epsilon_total for line in read_lines(PrivacyLine, folder)) for folder in (first, second)]
+    assert ends[0] < ends[1] <= 12.0
+    with pytest.raises(RunFailed, match=r"site-0 \(budget\): .*12"):
+        run_in_process(more, nodes)
+
+
 @pytest.mark.parametrize(("strategy", "head", "mode"), runs())
 def test_every_strategy_runs_with_and_without_privacy(
     toy_settings: dict[str, Any], strategy: str, head: str, mode: str

@@ -6,6 +6,8 @@ import csv
 import json
 import logging
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,7 +58,7 @@ def test_lines_name_run_round_and_site_and_nothing_private(
     broken = tmp_path / "broken.csv"
     broken.write_text(f"text,label\n{CANARY},{CANARY}secret\n", encoding="utf-8")
     sites.append({**sites[0], "site": "odd", "data": str(broken), "ledger": str(tmp_path / "odd.db")})
-    folder = run_in_process(settings, sites)
+    folder = run_in_process(settings, sites, "1")
     kept = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
     shown = [line for line in capsys.readouterr().err.splitlines() if line.startswith("{")]
     assert [json.loads(line) for line in kept] == [json.loads(line) for line in shown]
@@ -72,13 +74,22 @@ def test_lines_name_run_round_and_site_and_nothing_private(
             assert not re.search(r"\b(loss|norm)\b", line["message"]), f"a figure of records is logged: {line}"
 
 
+def test_a_line_comes_once_whatever_handlers_the_root_has() -> None:
+    program = (
+        "import logging, client.app, server.conduct; logging.basicConfig(); from common.log import set_up; set_up()\n"
+        "set_up(); logging.getLogger('fedveil.server').info('before training'); logging.warning('of another')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    lines = [line for line in done.stderr.splitlines() if "before" in line or "another" in line]
+    assert len(lines) == 2, "the root's handlers write what is others' alone"
+    assert lines[0].endswith(" INFO fedveil: before training")
+
+
 def test_an_unforeseen_error_is_logged_by_type_and_place_only() -> None:
     try:
         raise ValueError(f"could not read {CANARY}")
     except ValueError:
         record = logging.LogRecord("fedveil.site", logging.ERROR, "", 0, "failed", (), None)
-        import sys
-
         record.exc_info = sys.exc_info()
     record.__dict__.update(about("7", 2, "clinic"))
     line = json.loads(JsonLines().format(record))

@@ -538,7 +538,7 @@ def killed(settings: dict[str, Any], place: str) -> tuple[Path, ServerLedger, in
         stack.enter_context(patch.object(ServerLedger, "charge", charge))
         stack.enter_context(patch.object(RunFolder, "finished", finished))
         stack.enter_context(pytest.raises(Killed))
-        run_in_process(settings, 2)
+        run_in_process(settings, 2, "1")
     folder = Path(settings["output"]) / "ffa-lora-1"
     return folder, ServerLedger(folder / "ledgers" / "server.json", "site"), len(noised)
 
@@ -662,7 +662,7 @@ def content(path: Path) -> str:
 
 def given_away(settings: dict[str, Any], kind: type[InProcessTransport]) -> dict[str, str]:
     """Return the files of a run's folder, without clocks."""
-    folder = run_in_process({**settings, "privacy.site-rate": 0.5}, 6, kind=kind)
+    folder = run_in_process({**settings, "privacy.site-rate": 0.5}, 6, "1", kind)
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     files = {str(path.relative_to(folder)): content(path) for path in paths}
     shutil.rmtree(folder)
