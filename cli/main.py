@@ -89,6 +89,7 @@ def run(
 ) -> None:
     """Run a simulated federation through ``flwr run`` and report on it."""
     from common.config.text import parse_settings
+    from common.data.sources import train_and_test
     from experiments.simulate import simulate
     from experiments.site_count import USUAL, sites_of
     from experiments.under_way import ways_on
@@ -100,6 +101,8 @@ def run(
     began = time.monotonic()
     overrides, note = with_recipe(with_resumed(parse_settings(settings or [])), sites=sites or USUAL)
     job = configure(overrides)
+    if note:  # what is wrong with the data is said without a line above it on what the data leave open
+        train_and_test(job.config.data, job.config.model.task)
     print_notes(job, note)
     number, promise = sites_of(job.config, sites), job.mechanism.promise(job.config.privacy)
     banner = (

@@ -50,8 +50,8 @@ def plan(
     given = parse_settings(settings or [])
     overrides, note = with_recipe(given, divided=not sizes, sites=0 if sizes else sites or USUAL)
     job = configure(overrides)
+    public_sizes = _sizes(job, sites, sizes)  # before the note: of data that cannot be read their error says all
     print_notes(job, note)
-    public_sizes = _sizes(job, sites, sizes)
     if sizes and not given.get("data.records"):
         as_these = {**given, "data.records": sum(public_sizes)}
         other = with_recipe(as_these, sites=len(public_sizes))[0]["recipe"]

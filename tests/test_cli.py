@@ -50,3 +50,21 @@ def test_a_folder_is_looked_at_before_what_takes_seconds_is_imported(
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert wanted in done.stderr, done.stderr
     assert done.stdout.split() == ["imported:"]
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        ("question,kind\na,b\n", "has no column 'text'"),
+        ("text,label\na,b\nc\n", "row 2 has 1 fields"),
+        ("text,label\n" + "".join(f"a {i},{i % 5}\n" for i in range(300)), "test-size"),
+    ],
+    ids=["column", "row", "few"],
+)
+def test_what_is_wrong_with_a_table_is_the_only_line(command: str, content: str, wanted: str, tmp_path: Path) -> None:
+    path = tmp_path / "own.csv"
+    path.write_text(content, encoding="utf-8")
+    code, said = fedveil(command, "--sites", "3", "-c", f'data.name="{path}" output="{tmp_path}"')
+    assert (code, said.count("\n")) == (1, 1), said
+    assert wanted in said

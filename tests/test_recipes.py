@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -41,23 +43,35 @@ TRUSTED = {"privacy.mode": "client-level", "privacy.unit": "site", "privacy.coho
         ({}, "metric", ""),
         ({"privacy.epsilon": 5.0, "privacy.clip-norm": 2.0, "min-sites": 3}, "metric", ""),
         ({"privacy.epsilon": 1.0}, "metric", ""),
-        ({"privacy.epsilon": 0.5}, "head-only", "because privacy.epsilon is 0.5, and 'metric' needs 1 or more"),
+        (
+            {"privacy.epsilon": 0.5},
+            "head-only",
+            "with privacy.epsilon = 0.5 the noise costs the LoRA recipe ('metric') more than it gains: more",
+        ),
         (
             {"data.name": "reviews.csv", "data.labels": "a,b", "privacy.epsilon": 0.5},
             "head-only",
-            "and 'metric' needs 1 or",
+            "with privacy.epsilon = 0.5 the noise costs",
         ),
         ({"data.records": 20000, "privacy.epsilon": 0.5}, "metric", ""),
-        ({"data.records": 500}, "head-only", "is 8, and 'metric' with 500 records needs 15 or more"),
+        ({"data.records": 500}, "head-only", "with privacy.epsilon = 8 and 500 records the noise"),
         ({"data.records": 67000, "privacy.epsilon": 0.2}, "metric", ""),
         ({"min-sites": 9, "privacy.epsilon": 1.5}, "metric", ""),
-        ({"min-sites": 9, "privacy.epsilon": 1.4}, "head-only", "is 1.4, and 'metric' at 9 sites needs 1.5 or more"),
-        ({"data.records": 67000, "privacy.epsilon": 0.1}, "head-only", "with 67000 records needs 0.12 or more"),
-        ({"data.records": 1, "privacy.epsilon": 500.0}, "head-only", "with 1 record needs 7500 or more"),
+        ({"min-sites": 9, "privacy.epsilon": 1.4}, "head-only", "with privacy.epsilon = 1.4 and 9 sites the noise"),
+        (
+            {"data.records": 67000, "privacy.epsilon": 0.1},
+            "head-only",
+            "with privacy.epsilon = 0.1 and 67000 records the",
+        ),
+        (
+            {"data.records": 1, "privacy.epsilon": 500.0},
+            "head-only",
+            "with privacy.epsilon = 500 and 1 record the noise",
+        ),
         (
             {"data.records": 67000, "data.person": "reader", "privacy.unit": "person", "privacy.epsilon": 0.5},
             "head-only",
-            "because privacy.epsilon is 0.5, and 'metric' needs 1 or more",
+            "with privacy.epsilon = 0.5 the noise costs the LoRA recipe ('metric') more than it gains: more",
         ),
         ({"privacy.epsilon": 0.5, "privacy.noise-multiplier": 0.5}, "metric", ""),
         ({"adapter.rank": 8, "adapter.targets": "query", "start.text": "phrases"}, "metric", ""),
@@ -68,22 +82,26 @@ TRUSTED = {"privacy.mode": "client-level", "privacy.unit": "site", "privacy.coho
         (
             {"privacy.mode": "secure-sum", "privacy.honest-sites": 3, "privacy.epsilon": 0.5},
             "head-only",
-            "because privacy.epsilon is 0.5, and 'metric' needs 0.58 or more",
+            "(recipe 'head-only'): with privacy.epsilon = 0.5 the noise costs",
         ),
         (
             {"privacy.mode": "secure-sum", "privacy.honest-sites": 1, "privacy.colluders": 2, "privacy.epsilon": 0.6},
             "head-only",
-            "because privacy.epsilon is 0.6, and 'metric' at 3 sites needs 0.87 or more",
+            "with privacy.epsilon = 0.6 and 3 sites the noise costs",
         ),
         ({"data.name": "reviews.csv", "data.labels": "good,bad"}, "metric", ""),
         (
             {"data.name": "reviews.csv"},
             "head-only",
-            "because nothing here says how many labels there are: name a file that can be read, or data.labels",
+            "nothing here says how many labels there are: name a file that can be read, or data.labels",
         ),
-        ({"data.name": "reuters"}, "head-only", "because there are 52 labels, and 'metric' is for 3 at most"),
-        ({"data.name": "reviews.csv", "data.labels": MANY}, "head-only", "because there are 5 labels"),
-        ({"rounds": 6}, "head-only", "because rounds is 6, and 'metric' needs 10 or more"),
+        ({"data.name": "reuters"}, "head-only", "there are 52 labels, and the LoRA recipe ('metric') handles up to 3"),
+        (
+            {"data.name": "reviews.csv", "data.labels": MANY},
+            "head-only",
+            "Training the classification head only, no LoRA adapter (recipe 'head-only'): there are 5 labels",
+        ),
+        ({"rounds": 6}, "head-only", "rounds is 6, and the LoRA recipe ('metric') needs 10 or more"),
         ({"privacy.mode": "none"}, "open", ""),
         # What is written out counts, also where it is what a run without it has.
         ({"strategy": "fedavg-lora"}, "plain", ""),
@@ -139,15 +157,15 @@ TRUSTED = {"privacy.mode": "client-level", "privacy.unit": "site", "privacy.coho
             "recipe is 'plain' and not 'long-steps', because server.learning-rate is set: write recipe = 'long-steps'",
         ),
         ({**WORDS, **TRUSTED}, "plain", "recipe is 'plain' and not 'long-steps', because privacy.mode is"),
-        (IMAGES, "head-only", "recipe is 'head-only' and not 'metric', because model.task is 'image-classification'"),
-        ({**IMAGES, "head.start": "zeros"}, "head-only", "because model.task is 'image-classification'"),
+        (IMAGES, "head-only", "starts from words, and model.task is 'image-classification'"),
+        ({**IMAGES, "head.start": "zeros"}, "head-only", "model.task is 'image-classification'"),
         ({**IMAGES, "head.start": "random"}, "plain", "because head.start is set"),
         (
             {**IMAGES, "privacy.mode": "none"},
             "plain",
             "recipe is 'plain' and not 'open', because model.task is 'image-classification'",
         ),
-        ({**IMAGES, "privacy.mode": "secure-sum", "privacy.honest-sites": 3}, "head-only", "because model.task is"),
+        ({**IMAGES, "privacy.mode": "secure-sum", "privacy.honest-sites": 3}, "head-only", "model.task is"),
         ({**IMAGES, "strategy": "fed-sb"}, "plain", ""),
         ({"recipe": "plain"}, "plain", ""),
         ({"recipe": "head-only"}, "head-only", ""),
@@ -159,6 +177,23 @@ def test_auto_is_the_first_recipe_that_suits_a_run(settings: dict[str, Any], rec
     assert job.config.recipe == recipe
     assert (note in " ".join(job.notes)) if note else not job.notes
     assert configure(job.settings()) == job, "what a run stores does not make it again"
+
+
+@pytest.mark.parametrize(
+    ("honest", "colluders", "least"), [(3, 0, math.sqrt(1 / 3)), (1, 2, math.sqrt(3 / 4)), (2, 1, math.sqrt(3 / 8))]
+)
+def test_noise_decides_between_adapter_and_head_and_nobody_is_told_to_raise_epsilon(
+    honest: int, colluders: int, least: float
+) -> None:
+    summed = {"privacy.mode": "secure-sum", "privacy.honest-sites": honest, "privacy.colluders": colluders}
+    enough, less = (configure({**summed, "privacy.epsilon": least + more}) for more in (0.001, -0.001))
+    assert (enough.config.recipe, less.config.recipe) == ("metric", "head-only")
+    (note,) = less.notes
+    assert note.endswith("more than it gains: more records would help")
+    assert re.findall(r"\d[.\d]*", note) == [
+        f"{least - 0.001:g}",
+        *([str(honest + colluders)] if honest + colluders != 4 else []),
+    ]
 
 
 def test_a_file_tells_its_labels_where_a_job_is_made_and_none_is_looked_at_elsewhere(
@@ -179,7 +214,7 @@ def test_a_file_tells_its_labels_where_a_job_is_made_and_none_is_looked_at_elsew
     assert (apart["recipe"], "data.records" in apart) == ("head-only", False), "real sites hold records of their own"
     chosen = {sites: with_recipe(many, sites=sites)[0]["recipe"] for sites in (1, 4, 5, 20)}
     assert chosen == {1: "metric", 4: "metric", 5: "metric", 20: "head-only"}, "each site has noise of its own"
-    assert "with 14000 records at 20 sites needs 1.2 or more" in with_recipe(many, sites=20)[1]
+    assert "with privacy.epsilon = 0.6 and 14000 records and 20 sites the noise costs" in with_recipe(many, sites=20)[1]
     for own in ({"recipe": "head-only"}, {"recipe": "plain"}, {"strategy": "ffa-lora"}, {"privacy.mode": "none"}):
         assert "data.records" not in with_recipe({**many, **own})[0], "its recipe goes by no number"
     assert with_recipe({**many, "data.records": 5000})[0]["recipe"] == "head-only", "what is said stands"

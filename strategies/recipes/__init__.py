@@ -67,6 +67,8 @@ def choose(named: str, asked: Asked) -> tuple[Recipe, str]:
     if not reason or names_method(why):
         return chosen, ""
     keep = f": write recipe = {first.name!r} to keep that" if set_aside(why) else ""
+    if chosen.trains:
+        return chosen, f"Training {chosen.trains} (recipe {chosen.name!r}): {reason}{keep}"
     return chosen, f"recipe is {chosen.name!r} and not {first.name!r}, because {reason}{keep}"
 
 

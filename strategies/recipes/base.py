@@ -53,6 +53,8 @@ class Recipe(ABC):
 
     name: ClassVar[str]
     """What ``recipe`` calls it."""
+    trains: ClassVar[str] = ""
+    """What is trained, for people who get this recipe in the place of another; empty: its name says it."""
     claims: ClassVar[bool] = True
     """Whether it is for runs that promise something, or else for those that promise nothing. The last is for all."""
     labelled: ClassVar[bool] = True

@@ -32,6 +32,7 @@ class HeadOnly(Recipe):
     """The head alone, whitened by made-up records, on features that each record has once."""
 
     name: ClassVar[str] = "head-only"
+    trains: ClassVar[str] = "the classification head only, no LoRA adapter"
 
     def unfit(self, asked: Asked) -> str:
         """Return what is not for it: another method, or settings of an adapter."""

@@ -29,6 +29,7 @@ from strategies.recipes.whole import own_method
 ROUNDS = 37
 ROUNDS_FROM_WORDS = 25
 """Of whoever wants it without privacy, where no round is of the head alone at the start."""
+LORA = "the LoRA recipe ('metric')"
 FEWEST = 10
 """Rounds below which its rates would not carry it far."""
 MOST_LABELS = 3
@@ -81,20 +82,21 @@ class PublicMetricRecipe(Recipe):
         if told := own_method(asked):
             return told
         if not TASKS[asked.settings.model.task].worded:
-            return f"model.task is {asked.settings.model.task!r}"
+            return f"{LORA} starts from words, and model.task is {asked.settings.model.task!r}"
         if not asked.labels:
             return "nothing here says how many labels there are: name a file that can be read, or data.labels"
         if asked.labels > MOST_LABELS:
-            return f"there are {asked.labels} labels, and {self.name!r} is for {MOST_LABELS} at most"
-        privacy, least = asked.settings.privacy, least_epsilon(asked)
-        if privacy.epsilon < least and not privacy.noise_multiplier:
-            of = f"with {counted(records, 'record')} " if (records := counted_by(asked)) else ""
-            at = f"at {counted(sites, 'site')} " if (sites := sites_of(asked)) != TRIED_SITES else ""
-            needs = f"{self.name!r} {of}{at}needs {math.ceil(100 * least) / 100:g} or more"
-            return f"privacy.epsilon is {privacy.epsilon:g}, and {needs}"
+            return f"there are {asked.labels} labels, and {LORA} handles up to {MOST_LABELS}"
+        privacy = asked.settings.privacy
+        if privacy.epsilon < least_epsilon(asked) and not privacy.noise_multiplier:
+            of = [counted(records, "record")] if (records := counted_by(asked)) else []
+            of += [counted(sites, "site")] if (sites := sites_of(asked)) != TRIED_SITES else []
+            by = f"privacy.epsilon = {privacy.epsilon:g}{''.join(f' and {one}' for one in of)}"
+            # A larger budget would do as well, which is nobody's advice.
+            return f"with {by} the noise costs {LORA} more than it gains: more records would help"
         rounds = asked.settings.rounds
         return (
-            f"rounds is {rounds}, and {self.name!r} needs {FEWEST} or more"
+            f"rounds is {rounds}, and {LORA} needs {FEWEST} or more"
             if "rounds" in asked.given and rounds < FEWEST
             else ""
         )
