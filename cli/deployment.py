@@ -22,7 +22,12 @@ doctor_app = typer.Typer(
 
 EPSILON, DELTA = 8.0, 1e-5
 """The budget of a new policy for which none is named."""
-Labels = Annotated[str, typer.Option(help="All labels in the job's order, separated by commas, as data.labels.")]
+Labels = Annotated[
+    str,
+    typer.Option(
+        help="All labels in the job's order, as data.labels: commas between them, quotes around one that has some."
+    ),
+]
 MaxLength = Annotated[int, typer.Option(help="Most tokens that a job may cut a record to.")]
 Folder = Annotated[Path, typer.Argument(help="The server's or the site's folder.")]
 
@@ -160,7 +165,9 @@ def site_init(
         str, typer.Option(help="Base model that the doctor checks and the policy allows.")
     ] = "all-MiniLM-L6-v2",
     fingerprint: Annotated[str, typer.Option(help="Its fingerprint, from the coordinator.")] = "",
-    runtime_port: Annotated[int, typer.Option(help="Loopback port for Flower's own processes.")] = 9094,
+    runtime_port: Annotated[
+        int, typer.Option(help="Loopback port for Flower's own processes; 0: a free one at each start.")
+    ] = 0,
 ) -> None:
     """Make a site's folder: key pair, policy file, service unit."""
     from deploy.commands import node_config

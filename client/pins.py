@@ -14,6 +14,7 @@ from common.check import not_negative, one_of
 from common.config.sections import Columns, ModelConfig, RunConfig
 from common.data.sources import known_labels
 from common.errors import ConfigError, PolicyRefusal
+from common.labels import labels_of, labels_text
 from common.tasks import TASKS, roles_of_all
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def check_pins(policy: Policy, config: RunConfig, *, private: bool, place: str =
         own, asked = _own(policy, role.setting), config.data.columns[role.setting]
         _same(role.setting, own, f"data.{role.setting}", asked)
     if TASKS[policy.task].labelled:
-        _same(LABELS, ",".join(_labels(policy)), "data.labels", ",".join(known_labels(config.data)))
+        _same(LABELS, labels_text(_labels(policy)), "data.labels", labels_text(known_labels(config.data)))
     if config.model.max_length > policy.max_length:
         raise refusal(MAX_LENGTH, policy.max_length, f"model.max-length = {config.model.max_length}")
 
@@ -129,7 +130,7 @@ def _own(policy: Policy, key: str) -> str | int:
 
 
 def _labels(policy: Policy) -> tuple[str, ...]:
-    return tuple(label.strip() for label in policy.labels.split(",")) if policy.labels else ()
+    return labels_of(policy.labels)
 
 
 def _same(rule: str, own: str | int, setting: str, asked: str) -> None:

@@ -18,6 +18,7 @@ from client.pins import LABELS, check_pins, check_whole, refusal, unpinned_colum
 from common.check import at_least, below, in_range, not_negative, one_of, positive
 from common.config.sections import HEAD_POLICIES, Columns, Scalar, from_section
 from common.errors import ConfigError, PolicyRefusal
+from common.labels import labels_text
 from common.model.base import NAMED_MODELS
 from common.privacy import MECHANISMS, UNITS
 from common.privacy.accounting import LEAST_DELTA
@@ -407,6 +408,10 @@ def _flat(key: str, value: object) -> Scalar:
     if key in LISTS:
         if not isinstance(value, Sequence) or isinstance(value, str) or not all(isinstance(v, str) for v in value):
             raise ConfigError(f'{key} must be a list of texts, such as ["{"fed-sb" if key == LISTS[0] else "..."}"]')
+        if key == LABELS:
+            if not value or not all(label and label == label.strip() for label in value):
+                raise ConfigError(f"{key} must name at least one, each without blanks around it; or leave it out")
+            return labels_text(value)
         # An empty list would read as "any".
         if not value or not all(_names(v) == (v,) for v in value):
             raise ConfigError(f"{key} must name at least one, and each without commas; or leave it out")

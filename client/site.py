@@ -49,6 +49,7 @@ from common.data.sources import (
 )
 from common.errors import ConfigError, PolicyRefusal
 from common.files import FileState, expanded
+from common.labels import labels_text
 from common.log import about
 from common.paths import run_folder
 from common.privacy import MECHANISMS
@@ -273,7 +274,7 @@ def own_settings(config: RunConfig, policy: Policy) -> DataConfig:
     name = config.data.name if config.data.name in DATASETS else ""
     person = policy.person or (config.data.person if config.privacy.mechanism.unit.grouped else "")
     # However a job spaces its labels: no second spelling gets the records read again.
-    labels = ",".join(known_labels(config.data))
+    labels = labels_text(known_labels(config.data))
     return DataConfig(name=name, labels=labels, partition="iid", columns=columns, person=person)
 
 

@@ -30,8 +30,8 @@ from deploy.node_keys import read_node_key
 from deploy.refusal import why_refused, why_unreachable
 from deploy.registry import online_words
 from deploy.server_folder import RENEWAL, ServerFolder
-from deploy.site_folder import SiteFolder, check_name, check_pinned, node_settings, policy_of_node
-from deploy.start import secret_file
+from deploy.site_folder import ANY_PORT, SiteFolder, check_name, check_pinned, node_settings, policy_of_node
+from deploy.start import check_own_port, is_running, secret_file
 from server.registered import names_in
 
 RENEW = "renew it with 'fedveil server renew'"
@@ -77,6 +77,7 @@ def examine_site(folder: SiteFolder) -> Iterator[CheckResult]:
             ("ledger", lambda: _ledger(folder)),
             ("disk", lambda: shared.disk(_ledger_file(folder), "disk")),
             ("base model", lambda: shared.base_model(folder.model, folder.task, folder.fingerprint)),
+            ("runtime port", lambda: _runtime_port(folder)),
             ("server", lambda: _server(folder)),
             ("clock", lambda: _clock(folder)),
             ("registration", lambda: _registration(folder)),
@@ -289,6 +290,17 @@ def _ledger_file(folder: SiteFolder) -> Path:
     from client.site import ledger_of
 
     return ledger_of(node_settings(folder))
+
+
+def _runtime_port(folder: SiteFolder) -> Iterator[CheckResult]:
+    what, port = "runtime port", folder.runtime_port
+    if port == ANY_PORT:
+        yield CheckResult(True, what, "a free one of the loopback at each start")
+    elif is_running(folder):
+        yield CheckResult(True, what, f"{port}; this site is running")
+    else:
+        check_own_port(folder)
+        yield CheckResult(True, what, f"{port} is free")
 
 
 def _server(folder: SiteFolder) -> Iterator[CheckResult]:

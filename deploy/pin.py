@@ -15,6 +15,7 @@ from common.config.sections import ModelConfig
 from common.config.text import toml_value
 from common.errors import ConfigError, DataError
 from common.files import sync_folder
+from common.labels import labels_text
 from common.tasks import TASKS
 from common.toml import toml_of
 from deploy.policy_file import BUDGET_HEAD, PINS_HEAD, Pins, pins_of
@@ -46,7 +47,7 @@ def changed_pins(path: Path, task: str, columns: Mapping[str, str], labels: str,
     own = {key: _held(path, held, key, str, "") for key in kept if key not in (TASK, LABELS, MAX_LENGTH)}
     if not labels and LABELS in kept:
         texts = _held(path, held, LABELS, list, [])
-        labels = ",".join(_held(path, {LABEL: text}, LABEL, str, "") for text in texts)
+        labels = labels_text(_held(path, {LABEL: text}, LABEL, str, "") for text in texts)
     if not max_length:
         usual = ModelConfig().max_length
         max_length = _held(path, held, MAX_LENGTH, int, usual) if MAX_LENGTH in kept else usual

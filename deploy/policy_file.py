@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from common.config.sections import DataConfig, ModelConfig, RunConfig, Scalar
 from common.config.text import to_toml
 from common.errors import ConfigError
+from common.labels import labels_of, labels_text
 from common.privacy import MECHANISMS
 from common.privacy.record_level import DPSGD
 from common.privacy.units import PERSON
@@ -86,7 +87,7 @@ def pins_of(task: str, columns: Mapping[str, str], labels: str, max_length: int)
     Args:
         task: kind of task, as ``model.task``.
         columns: by setting; one that is left out has a job's default.
-        labels: all labels in order, separated by commas; for a task without labels, none.
+        labels: all labels in order, as ``data.labels``; for a task without labels, none.
         max_length: most tokens of a record.
 
     Raises:
@@ -105,7 +106,7 @@ def pins_of(task: str, columns: Mapping[str, str], labels: str, max_length: int)
     pins: dict[str, Scalar | Sequence[str]] = {TASK: task}
     pins |= {setting: columns.get(setting, defaults[setting]) for setting in read}
     if kind.labelled:
-        pins[LABELS] = [label.strip() for label in labels.split(",")]
+        pins[LABELS] = list(labels_of(labels))
     return {**pins, MAX_LENGTH: max_length}
 
 
@@ -118,7 +119,7 @@ def pins_of_job(config: RunConfig) -> Pins:
     from common.data.sources import known_labels
 
     task = TASKS[config.model.task]
-    labels = ",".join(known_labels(config.data)) if task.labelled else ""
+    labels = labels_text(known_labels(config.data)) if task.labelled else ""
     if task.labelled and not labels:
         raise ConfigError(f"the labels of {config.data.name!r} are not known to a policy: name all in data.labels")
     columns = {role.setting: config.data.columns[role.setting] for role in task.roles}

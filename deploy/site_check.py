@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from common.config.sections import Columns, DataConfig
 from common.errors import ConfigError, DataError, UnreadableFile
+from common.labels import labels_text
 from common.privacy import UNITS
 from common.tasks import TASKS
 from common.tasks.examples import Dataset
@@ -82,7 +83,7 @@ def _labels(data: Dataset) -> Iterator[str]:
     """Say how many records each label has, and which has none, as a slip of the pen would leave it."""
     held = Counter(example.label for example in data.examples)
     if data.label_names:
-        named = (f"{name} {held[index]}" for index, name in enumerate(data.label_names) if held[index])
+        named = (f"{labels_text([name])} {held[index]}" for index, name in enumerate(data.label_names) if held[index])
         yield f"labels: {', '.join(named)}"
         for index, name in enumerate(data.label_names):
             if not held[index]:

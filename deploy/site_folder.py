@@ -37,7 +37,8 @@ from deploy.server_folder import FLEET_PORT, is_number, open_folder
 if TYPE_CHECKING:
     from client.policy import Policy
 
-RUNTIME_PORT = 9094
+ANY_PORT = 0
+"""A free one at each start: nobody but this site's own processes dials it, so sites of one machine do not clash."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class SiteFolder:
     """Name in reports."""
     server: str
     """HOST:PORT of the server's Fleet API."""
-    runtime_port: int = RUNTIME_PORT
-    """Port on this machine's loopback by which Flower's own processes talk."""
+    runtime_port: int = ANY_PORT
+    """Port on this machine's loopback by which Flower's own processes talk; 0: a free one at each start."""
     model: str = "all-MiniLM-L6-v2"
     """Base model that ``fedveil doctor`` checks."""
     task: str = "classification"
@@ -88,7 +89,8 @@ def open_site_folder(path: Path) -> SiteFolder:
     if not (_is_host(host) and is_number(port)):
         raise ConfigError(f"{file}: server = {folder.server!r} has no port: write HOST:PORT, such as HOST:{FLEET_PORT}")
     check_port(f"{file}: the port of the server {folder.server!r}", folder.port)
-    check_port(f"{file}: runtime-port", folder.runtime_port)
+    if folder.runtime_port != ANY_PORT:
+        check_port(f"{file}: runtime-port", folder.runtime_port)
     return folder
 
 
@@ -105,7 +107,7 @@ def make_site(
     policy: str,
     node: str = "",
     authority: Path | None = None,
-    runtime_port: int = RUNTIME_PORT,
+    runtime_port: int = ANY_PORT,
     model: str = "all-MiniLM-L6-v2",
     task: str = "classification",
     fingerprint: str = "",
@@ -120,7 +122,7 @@ def make_site(
         policy: text of the site's policy file.
         node: the node's other settings, as Flower takes them.
         authority: the authority's certificate; None: it is copied to ``ca.crt`` later.
-        runtime_port: port on the loopback for Flower's own processes.
+        runtime_port: port on the loopback for Flower's own processes; 0: a free one at each start.
         model: base model that the doctor checks.
         task: what it is used for, as ``model.task``.
         fingerprint: its fingerprint, from the coordinator.
@@ -131,7 +133,8 @@ def make_site(
         DataError: a file cannot be read or written.
     """
     path = expanded(path).absolute()
-    check_port("runtime-port", runtime_port)
+    if runtime_port != ANY_PORT:
+        check_port("runtime-port", runtime_port)
     if not SITE_NAME.fullmatch(site):
         raise ConfigError(
             f"the site's name is {site!r}: take a letter or digit, then at most 63 of letters, digits, '.', '_' and '-'"

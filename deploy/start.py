@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import secrets
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from common.entropy import require_system_entropy
 from common.errors import DataError
+from common.ports import free_ports
 from deploy.certificates import belongs_to, days_left, is_issued_by, read_certificate
 from deploy.commands import (
     environment,
@@ -25,7 +28,7 @@ from deploy.files import FOLDER_MODE, put_file, read_bytes
 from deploy.refusal import why_refused
 from deploy.server_folder import ServerFolder, finish_renewal
 from deploy.site_check import check_site
-from deploy.site_folder import SiteFolder, check_name, node_settings
+from deploy.site_folder import ANY_PORT, SiteFolder, check_name, node_settings
 
 RETRY_SECONDS = 5.0
 SAY_AGAIN_SECONDS = 300.0
@@ -82,8 +85,8 @@ def _check_free(what: str, host: str, port: int, another: str) -> None:
 def start_site(folder: SiteFolder, say: Callable[[str], None], more: str = "") -> None:
     """Wait until the server lets this site in, then replace this process by the SuperNode and its worker.
 
-    What keeps it out is said once, and again every five minutes. Most reasons go away at the server,
-    so the site waits rather than ends.
+    They talk by the folder's port, or by a free one where the folder names none. What keeps the site out is said once,
+    and again every five minutes. Most reasons go away at the server, so the site waits rather than ends.
 
     Args:
         folder: the site's folder.
@@ -99,16 +102,18 @@ def start_site(folder: SiteFolder, say: Callable[[str], None], more: str = "") -
     """
     check_name(folder, node_settings(folder, more))
     check_site(folder, say, more, rows=False)
-    _check_own_port(folder)
+    check_own_port(folder)
     secret = secret_file(folder)
-    pair = supernode_command(folder, more, secret), worker_command(folder, secret, more)
     said, when = "", 0.0
     while reason := why_refused(folder):
         if reason != said or time.monotonic() - when > SAY_AGAIN_SECONDS:
             said, when = reason, time.monotonic()
             say(f"waiting: {reason}")
         time.sleep(RETRY_SECONDS)
-    _check_own_port(folder)  # another site that waited as well may have it by now
+    check_own_port(folder)  # another site that waited as well may have it by now
+    if folder.runtime_port == ANY_PORT:
+        folder = dataclasses.replace(folder, runtime_port=free_ports(1)[0])
+    pair = supernode_command(folder, more, secret), worker_command(folder, secret, more)
     say(f"the server at {folder.server} lets this site in")
     secret.parent.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
     put_file(secret, secrets.token_hex(32).encode(), private=True)
@@ -116,9 +121,21 @@ def start_site(folder: SiteFolder, say: Callable[[str], None], more: str = "") -
     os.execve(command[0], command, environment(_flower_home(folder.path)))
 
 
-def _check_own_port(folder: SiteFolder) -> None:
-    another = f"give this site one of its own as runtime-port in {folder.path / 'site.toml'}"
-    _check_free("the SuperNode's port", "127.0.0.1", folder.runtime_port, another)
+def check_own_port(folder: SiteFolder) -> None:
+    """Raise DataError if the site's folder names a port for its own processes that something listens on."""
+    another = f"give this site one of its own as runtime-port in {folder.path / 'site.toml'}, or {ANY_PORT} for any"
+    if folder.runtime_port != ANY_PORT:
+        _check_free("the SuperNode's port", "127.0.0.1", folder.runtime_port, another)
+
+
+def is_running(folder: SiteFolder) -> bool:
+    """Return whether a process of this machine was started with the site's secret, as its SuperNode and worker are."""
+    named = str(secret_file(folder)).encode()
+    for command in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # ended meanwhile, or another user's
+            if named in command.read_bytes().split(b"\0"):
+                return True
+    return False
 
 
 def secret_file(folder: SiteFolder) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import getpass
 import json
@@ -258,6 +259,42 @@ def test_a_port_that_another_site_took_while_this_one_waited_is_said(
     with taken, pytest.raises(DataError, match=f"the SuperNode's port 127.0.0.1:{port} cannot be listened on"):
         start.start_site(dataclasses.replace(site, runtime_port=port), said.append)
     assert said[1:] == ["waiting: the server does not answer"], "it did not wait, or said that it is let in"
+
+
+def test_two_sites_of_one_machine_get_ports_of_their_own(site: SiteFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever names none: a second site that was set up as the first one starts, and neither waits for the other."""
+    started: list[list[str]] = []
+    monkeypatch.setattr(start, "why_refused", lambda _: "")
+    monkeypatch.setattr(start.os, "execve", lambda _, command, *__: started.append(command))
+    with contextlib.ExitStack() as listening:
+        for _ in range(2):
+            assert site.runtime_port == 0
+            start.start_site(site, lambda _: None)
+            pair = [json.loads(part) for part in started[-1][-2:]]
+            ports = {part[part.index("--port") + 1] for part in pair}
+            assert len(ports) == 1, "node and worker would not meet"
+            listening.enter_context(socket.create_server(("127.0.0.1", int(ports.pop()))))
+    assert len(started) == 2
+
+
+def test_the_doctor_tries_a_port_that_the_folder_names(site: SiteFolder) -> None:
+    def found(folder: SiteFolder) -> tuple[bool, str]:
+        (one,) = (finding for finding in examine_site(folder) if finding.what == "runtime port")
+        return one.ok, one.found
+
+    (port,) = free_ports(1)
+    named = dataclasses.replace(site, runtime_port=port)
+    assert found(site) == (True, "a free one of the loopback at each start")
+    assert found(named) == (True, f"{port} is free")
+    with socket.create_server(("127.0.0.1", port)):
+        ok, words = found(named)
+        assert not ok
+        assert f"the SuperNode's port 127.0.0.1:{port} cannot be listened on" in words
+        assert "or 0 for any" in words
+        program = [sys.executable, "-c", "input()", str(start.secret_file(site))]
+        with subprocess.Popen(program, stdin=subprocess.PIPE) as running:
+            assert found(named) == (True, f"{port}; this site is running")
+            running.communicate(b"\n")
 
 
 def test_a_name_that_is_not_the_key_s_is_refused_before_anything_starts(

@@ -113,7 +113,8 @@ class DataConfig(Section):
     columns: Columns = field(default_factory=_columns_of_jobs)
     """The column of the source that each role (``common.tasks.roles``) is read from: ``data.text``, ``data.label``."""
     labels: str = ""
-    """Label values in order, separated by commas. Empty: the sorted distinct values of the file."""
+    """Label values in order, separated by commas, with double quotes around one that holds a comma, or a list of texts.
+    Empty: the sorted distinct values of the file."""
     records: Annotated[int, NOT_NEGATIVE, Unit("records")] = 0
     """About how many records all sites have for training together, by what their stewards have declared: a recipe goes
     by it (``recipe``). 0: as many as simulated sites divide; of real sites it is unknown, and taken for 7,500."""

@@ -12,11 +12,14 @@ from typing import Any
 from common.config.sections import Scalar
 from common.errors import ConfigError
 from common.files import expanded
+from common.labels import labels_text
 from common.toml import TOO_DEEP, TOO_LARGE, read_toml, toml_of
 
+LISTS = ("data.labels",)
+"""Settings that may be written as a list of texts. Flower's have one value each, so they are read as one text."""
 SHOWN = 60
 """Characters of a value that an error shows."""
-PAIR = re.compile(r"""\s*([A-Za-z0-9_.-]+)=("[^"]*"|'[^']*'|\S+)\s*""")
+PAIR = re.compile(r"""\s*([A-Za-z0-9_.-]+)=("[^"]*"|'[^']*'|\[[^\]]*\]|\S+)\s*""")
 
 
 def parse_settings(texts: Iterable[str]) -> dict[str, Scalar]:
@@ -63,8 +66,8 @@ def flatten(table: Mapping[str, Any], prefix: str = "", rename: Mapping[str, str
     """Return nested tables as dotted keys.
 
     Raises:
-        ConfigError: a value is neither text, number nor truth value, a key is given twice, as ``"a.b"`` and as ``b`` of
-            a table ``a``, or a table within is empty.
+        ConfigError: a value is neither text, number, truth value nor labels, a key is given twice, as ``"a.b"`` and as
+            ``b`` of a table ``a``, or a table within is empty.
     """
     flat: dict[str, Scalar] = {}
     for name, value in table.items():
@@ -76,6 +79,8 @@ def flatten(table: Mapping[str, Any], prefix: str = "", rename: Mapping[str, str
             own = flatten(value, key + ".")
         elif isinstance(value, str | int | float | bool):
             own = {key: value}
+        elif key in LISTS and isinstance(value, list) and all(isinstance(item, str) for item in value):
+            own = {key: labels_text(value)}
         else:
             raise ConfigError(f"{key} must be text, a number, true or false, not {value!r}")
         if twice := [name for name in own if name in flat]:

@@ -23,6 +23,7 @@ from common.data.sets import DATASETS, NamedDataset, UserFile
 from common.data.split import public_split
 from common.errors import ConfigError, DataError, UnreadableFile
 from common.files import FileState, expanded
+from common.labels import labels_of, labels_text
 from common.tasks import TASKS
 from common.tasks.cells import is_missing
 from common.tasks.examples import Dataset
@@ -138,7 +139,7 @@ def _check_named(source: str, asked: str, labels: tuple[str, ...], config: DataC
     if labels and labels != named.label_names:
         raise ConfigError(
             f"data.labels is {config.labels!r}, but the labels of {source!r} are "
-            f"{','.join(named.label_names) or 'none'}: leave data.labels empty"
+            f"{labels_text(named.label_names) or 'none'}: leave data.labels empty"
         )
 
 
@@ -222,7 +223,7 @@ def _here(config: DataConfig, task: str, source: str) -> Dataset | None:
 
 
 def _configured_labels(config: DataConfig) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in config.labels.split(",")) if config.labels.strip() else ()
+    names = labels_of(config.labels)
     if names and (len(names) < 2 or len(set(names)) < len(names) or "" in names):
         raise ConfigError(f"data.labels is {config.labels!r}: name at least 2 different labels, separated by commas")
     return names
