@@ -255,11 +255,14 @@ def test_a_sweeps_table_has_the_counts_where_they_are_known() -> None:
     plain = swept(0.7)
     assert "intruders" not in markdown_of([plain])
     counted = [replace(swept(0.7, seed=seed), intruders=seed, intruders_of_noise=0) for seed in (1, 2)]
-    assert groups(counted)[0].intruders == (1.5, 0)
+    assert groups(counted)[0].intruders == (1.5, 0, 0)
     text = markdown_of(counted)
     assert "intruders (of noise) |" in text
     assert "1.5 (0.0) |" in text
     assert "new directions" in text
+    partly = [*counted, replace(swept(0.7, seed=3), intruders=3)]
+    assert "2.0 (0.0 of 2) |" in markdown_of(partly), "a mean over two of three rows passes for one over all"
+    assert "1.0 (–) |" in markdown_of([replace(counted[0], intruders_of_noise=None)])
 
 
 HEAVY_BALL: dict[str, Any] = {"server.optimizer": "momentum", "server.learning-rate": 0.5, "server.momentum": 0.5}

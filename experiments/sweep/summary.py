@@ -83,8 +83,9 @@ class Group:
     """Mean bytes of a run, both ways and all sites; None of a baseline."""
     seconds: float | None
     """Mean of a seed, all its runs one after another; None as of a run."""
-    intruders: tuple[float, float | None] | None
-    """Mean count of a run, and of its noise alone, as far as that is known; None where none are counted."""
+    intruders: tuple[float, float | None, int] | None
+    """Mean count of a run, that of the noise alone of as many runs as it is known of, and how many these are, 0 where
+    they are all; None where none are counted."""
     sent: int | None
     """The most numbers that one site sends in a round; None where that is not known."""
     processor_seconds: float | None
@@ -157,10 +158,11 @@ def _exact(settings: Mapping[str, Scalar]) -> bool:
     return strategy.exact(adapter)
 
 
-def _intruders(rows: Sequence[Row]) -> tuple[float, float | None] | None:
+def _intruders(rows: Sequence[Row]) -> tuple[float, float | None, int] | None:
     own = [row.intruders for row in rows if row.intruders is not None]
     noise = [row.intruders_of_noise for row in rows if row.intruders_of_noise is not None]
-    return (statistics.mean(own), statistics.mean(noise) if noise else None) if own else None
+    some = len(noise) if len(noise) < len(own) else 0
+    return (statistics.mean(own), statistics.mean(noise) if noise else None, some) if own else None
 
 
 SAME = ("model.name", "model.task", "data.name", "data.test")
@@ -251,8 +253,9 @@ def _payload_words(group: Group) -> str:
 def _intruder_words(group: Group) -> str:
     if group.intruders is None:
         return UNKNOWN
-    own, noise = group.intruders
-    return f"{own:.1f} ({UNKNOWN if noise is None else f'{noise:.1f}'})"
+    own, noise, some = group.intruders
+    of_noise = UNKNOWN if noise is None else f"{noise:.1f}" + (f" of {some}" if some else "")
+    return f"{own:.1f} ({of_noise})"
 
 
 def _sent_words(group: Group) -> str:
@@ -351,6 +354,8 @@ def notes(rows: Sequence[Row], shown: Sequence[str]) -> tuple[list[str], list[st
             "Intruders are new directions among the ten largest of each layer's weights, summed over layers, in "
             "brackets those that the run's noise alone makes."
         )
+        if any(group.intruders and group.intruders[2] for group in groups(rows)):
+            told.append("Where the noise's own count is known of some of the runs alone, brackets say of how many.")
     timed = [row.seconds_in_all for row in rows if row.seconds_in_all is not None]
     took = f", {seconds_text(sum(timed))} in all" if len(timed) == len(rows) else ""
     few = len(codes) <= MOST_CODES
