@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -432,8 +433,12 @@ def criterion(W: Tensor, A: Tensor, B: Tensor, a: Tensor, b: Tensor, s: float) -
     return ((s * (B @ A - (B - b) @ (A - a))) * (W + s * B @ A)).square()
 
 
+PARTS = (("A", -2, "B"), ("B", -1, "A"))
+"""Each factor, what its lengths are over, and whose noise it multiplies."""
+
+
 @pytest.mark.parametrize("trained", [("B",), ("A", "B")])
-def test_invariant_p4_the_criterion_from_changes_is_that_from_gradients_and_its_noise_is_taken_off(
+def test_invariant_p4_the_criterion_from_changes_is_that_from_gradients(
     trained: tuple[str, ...],
 ) -> None:
     W, A, B, s, eta = draw(9, 13, seed=1), draw(2, 13, seed=2), draw(9, 2, seed=3), 1.7, 0.3
@@ -447,21 +452,33 @@ def test_invariant_p4_the_criterion_from_changes_is_that_from_gradients_and_its_
     assert (found[ROWS] - whole.sum(1) / whole.norm()).abs().max() < 1e-12
     assert (found[COLUMNS] - whole.sum(0) / whole.norm()).abs().max() < 1e-12
     assert (running(found, found)[ROWS] - found[ROWS]).abs().max() < 1e-12
-    # Noise alone: of 4,000 draws the mean of the squares is the formula's, and none is left once it is taken off.
-    tau, draws = 0.4, 4000
-    generator = torch.Generator().manual_seed(6)
-    total = torch.zeros(9, 13, dtype=torch.float64)
-    for _ in range(draws):
-        noise = {n: tau * torch.randn(t.shape, generator=generator, dtype=torch.float64) for n, t in held.items()}
-        a, b = (noise[n] if n in trained else torch.zeros_like(held[n]) for n in ("A", "B"))
-        total += criterion(W, A, B, a, b, s) / draws
-    spread = A.square().sum(0)[None] + ((B.square().sum(1)[:, None] + 2 * tau**2) if "A" in trained else 0)
-    bias = (W + s * B @ A).square() * s**2 * tau**2 * spread
-    assert float((total.sum(1) - bias.sum(1)).abs().max() / bias.sum(1).max()) < 0.08
-    found = importance(W, held, step, s, tau**2)
-    net = whole - bias
-    assert (found[ROWS] - net.sum(1) / net.norm()).abs().max() < 1e-12
-    assert (found[COLUMNS] - net.sum(0) / net.norm()).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("trained", [("B",), ("A",), ("A", "B")])
+def test_invariant_p4_what_noise_adds_to_the_criterion_is_taken_off_without_bias(trained: tuple[str, ...]) -> None:
+    """Of gradients as long as the factors and of noise alone, over 8,000 draws, beside the criterion without noise."""
+    W, s, tau, draws, both = draw(9, 13, seed=1), 1.7, 0.4, 8000, len(trained) == 2
+    held = {"A": draw(2, 13, seed=2), "B": draw(9, 2, seed=3)}
+    scale = (W + s * held["B"] @ held["A"]).square() * s**2 * tau**2
+    for length in (1.0, 0.0):
+        gradients = {"A": length * draw(2, 13, seed=4), "B": length * draw(9, 2, seed=5)}
+        clean = {n: gradients[n] if n in trained else 0 * gradients[n] for n in held}
+        wanted = criterion(W, *held.values(), *clean.values(), s).sum(1)
+        generator = torch.Generator().manual_seed(6)
+        noise = {n: tau * torch.randn(draws, *held[n].shape, generator=generator).double() for n in held}
+        noised = {n: clean[n] + (noise[n] if n in trained else 0 * noise[n]) for n in held}
+        raw = criterion(W, *held.values(), *noised.values(), s)
+        spread = sum((held[n] - noised[n]).square().sum(d, keepdim=True) for n, d, of in PARTS if of in trained)
+        net = raw - scale * (spread - 2 * tau**2 * both)
+        for number in range(20):
+            found = importance(W, held, {n: noised[n][number] for n in trained}, s, tau**2)
+            assert float((found[ROWS] - net[number].sum(1) / net[number].norm()).abs().max()) < 1e-12
+        error = net.sum(2).std(0) / math.sqrt(draws)
+        assert float(((net.sum(2).mean(0) - wanted) / error).abs().max()) < 4.5
+        assert float(((raw.sum(2).mean(0) - wanted) / error).abs().max()) > 20, "noise that is left goes unnoticed"
+        lengths = sum(held[n].square().sum(d, keepdim=True) for n, d, of in PARTS if of in trained)
+        left = raw.sum(2).mean(0) - (scale * (lengths + 2 * tau**2 * both)).sum(1) - wanted
+        assert (float((left / error).abs().max()) > 10) == (both and length > 0), "the factors' lengths say enough"
 
 
 @pytest.mark.parametrize(("strategy", "trained"), [("ffa-lora", ("B",)), ("fedavg-lora", ("A", "B"))])
@@ -480,9 +497,10 @@ def test_invariant_p4_a_servers_scores_are_of_gradients_less_their_noise_and_a_t
     state, expected = ServerState(0, {"layer": {"A": A, "B": B}}, trained), dict[str, Tensor]()
     for round_number, rate in ((1, peak), (2, peak / 2)):
         variance = (noise / rate) ** 2
-        spread = A.square().sum(0)[None] + ((B.square().sum(1)[:, None] + 2 * variance) if "A" in trained else 0)
-        bias = (W + s * B @ A).square() * s**2 * variance * spread
         gradients = {"A": draw(2, 13, seed=10 * round_number), "B": draw(9, 2, seed=10 * round_number + 1)}
+        left = {n: t - gradients[n] if n in trained else t for n, t in (("A", A), ("B", B))}
+        spread = sum(left[n].square().sum(d, keepdim=True) for n, d, of in PARTS if of in trained)
+        bias = (W + s * B @ A).square() * s**2 * variance * (spread - (2 * variance if "A" in trained else 0))
         sent = {n: t - rate * gradients[n] if n in trained else t for n, t in (("A", A), ("B", B))}
         state = step(state, replace(state, adapter={"layer": sent}))
         a = gradients["A"] if "A" in trained else torch.zeros_like(A)

@@ -7,8 +7,10 @@ With one plain step at the sites the averaged change over their rate is these gr
 post-processing, and free. A choice by gradients or activations of private records would be a release of its own.
 
 The paper takes absolute values. Here they are squares, because of these the noise is known: on gradients with noise of
-variance τ² a number adds τ² (W_ij)² s² (‖A_j‖² + ‖B_i‖² + r τ²), the last two where A is trained as well, and that is
-taken off. Scores are over the length of all scores of a layer, and a running mean over rounds, as in the paper.
+variance τ² a number adds τ² (W_ij)² s² ‖A_j‖² under a frozen A. Where A is trained as well it adds what depends on the
+gradients without noise, s² (W_ij)² τ² (‖(A - g_A)_j‖² + ‖(B - g_B)_i‖² + r τ²). Of the noised gradients each of these
+lengths is longer by r τ² in the mean, so ‖(A - g_A)_j‖² + ‖(B - g_B)_i‖² - r τ² of them stands for it without bias.
+That is taken off. Scores are over the length of all scores of a layer, and a running mean over rounds, as in the paper.
 """
 
 from __future__ import annotations
@@ -43,10 +45,10 @@ def importance(
     b = gradients["B"].double() if "B" in gradients else torch.zeros_like(B)
     whole = (weight.double() + scaling * B @ A).square()
     step = scaling * (b @ A + B @ a - b @ a)
-    spread = A.square().sum(0)[None] if "B" in gradients else 0
-    spread = spread + (B.square().sum(1)[:, None] if "A" in gradients else 0)
+    spread = (A - a).square().sum(0)[None] if "B" in gradients else 0
+    spread = spread + ((B - b).square().sum(1)[:, None] if "A" in gradients else 0)
     both = len(A) * variance if {"A", "B"} <= set(gradients) else 0.0
-    net = whole * (step.square() - scaling**2 * variance * (spread + both))
+    net = whole * (step.square() - scaling**2 * variance * (spread - both))
     length = net.square().sum().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
     return {ROWS: net.sum(1) / length, COLUMNS: net.sum(0) / length}
 
