@@ -98,15 +98,6 @@ def evened(changes: Sequence[Tensor], noises: Sequence[float] | None = None) -> 
     ]
 
 
-def energy_of_sum(change: Tensor, noise: float) -> float:
-    """Return (‖D‖²/τ² - d) / √(2 d) of one noised change of d numbers: mean 0, standard deviation 1 under noise alone.
-
-    It rests on τ: noise that is larger by 1 % moves it by √(d / 2) / 50, and sampling of records counts as signal.
-    """
-    count = change.numel()
-    return (float(change.double().square().sum()) / noise**2 - count) / math.sqrt(2 * count)
-
-
 def least_score(layers: int) -> float:
     """Return the score above which one of so many layers learns; one round in 1/``LEVEL`` has such a one by chance.
 

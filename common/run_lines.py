@@ -232,27 +232,6 @@ class CountLine:
 
 
 @dataclass(frozen=True)
-class LayerLine:
-    """What the changes of one layer's trained tensors in one round tell, beside what noise alone would."""
-
-    layer: str
-    numbers: int
-    """That sites train in it."""
-    form: Literal["across sites", "of the sum"]
-    """What ``score`` is of: what the sites' changes have in common, or the one sum that is seen."""
-    change: Measured
-    """Euclidean norm of the averaged change, before the server's optimiser."""
-    agreement: Measured | None
-    """Mean cosine of two sites' changes, each by its share; None of a sum, or of one site."""
-    score: Measured | None
-    """In standard deviations of what noise alone gives, whose mean is 0; None where that noise is not known."""
-    rank: int
-    """The most singular values that the averaged change can have."""
-    above: int | None
-    """Its singular values above the edge of the noise; None as of ``score``."""
-
-
-@dataclass(frozen=True)
 class ShortenedLine:
     """An update that was longer than is likely, so that the server made it shorter."""
 
@@ -296,8 +275,6 @@ class RoundLine(RunFile):
     """The score by label; empty in a round that was not scored."""
     slices: list[LabelScore] = field(default_factory=list)
     """The score by slice of the test data (``data.slice``)."""
-    learning: list[LayerLine] = field(default_factory=list)
-    """Which layers learn, from what was sent; empty in a round that does not count, and in round 0."""
     shortened: list[ShortenedLine] = field(default_factory=list)
     """Updates that were made shorter; empty in lines of an earlier FedVeil, which told the log alone."""
 

@@ -34,9 +34,8 @@ from common.run_lines import AdapterFile, PrivacyLine, RoundLine, read_file, rea
 from experiments.spectra import Top, count_above, spectrum_of, top_of
 from server.aggregation import contributions
 from server.checkpoint import saved_state
-from server.learning import step_noise, with_noises
 from server.model import rule_statistic
-from server.noise import cohort_noise, site_noise, sum_noise
+from server.noise import cohort_noise, site_noise, step_noise, sum_noise, with_noises
 from server.ruled import round_step
 from strategies import Contribution, ServerState, of_turn
 from strategies.job import Job, configure

@@ -24,7 +24,6 @@ from reports.compute import ComputeReport, Sizes, compute_report
 from reports.connection import ConnectionReport, connection_cares, connection_reports
 from reports.declared import Declared, read_declared
 from reports.folder import RunFiles, read_run
-from reports.learning import LayerReport, layer_reports
 from reports.meaning import NO_BOUND, MeaningReport, meaning_report
 from reports.scores import LabelReport, label_reports
 from reports.sharing import Sharing, sharing_of
@@ -162,8 +161,6 @@ class ReportData:
     beside: list[BesideRow]
     """What other runs on the same base model and data came to; empty: nobody has said."""
     rounds: list[RoundReport]
-    learning: list[LayerReport]
-    """Which layers learnt; empty: no round counts yet, or nothing was trained that could tell."""
     spent: list[Spent]
     other_releases: list[ReleaseReport]
     refusals: list[Absence]
@@ -227,7 +224,6 @@ def report_of(folder: Path) -> ReportData:
         slices=_accuracy(files, "slices")[1:],
         beside=files.beside,
         rounds=_rounds(files),
-        learning=layer_reports(files.rounds),
         spent=_spent(files.privacy),
         other_releases=other_releases(files),
         refusals=[absence for line in files.rounds for absence in line.failures],

@@ -26,7 +26,6 @@ from reports.claim import UNTOLD, none_refused, server_is_trusted
 from reports.compute import compute_words
 from reports.connection import NOT_KNOWN, NOT_RECORDED, SITES_OWN
 from reports.data import ReportData, setting_of
-from reports.learning import LEARNING_COLUMNS, learning_cells, learning_sentence
 from reports.meaning import attack_sentence, several_sentence, whose_sentence
 from reports.scores import BESIDE, beside_cells, share_text
 from reports.sharing import Sharing, at_h, beside
@@ -62,7 +61,6 @@ def to_markdown(data: ReportData) -> str:
         _beside(data),
         _sites(data),
         _rounds(data),
-        _learning(data),
         _others(data),
         _origin(data),
     ]
@@ -264,14 +262,6 @@ def _rounds(data: ReportData) -> list[str]:
             ],
         ),
     ]
-
-
-def _learning(data: ReportData) -> list[str]:
-    if not data.learning:
-        return []
-    table = _table(LEARNING_COLUMNS, map(learning_cells, data.learning))
-    said = learning_sentence(data.learning, central=server_is_trusted(data.claim.privacy_mode))
-    return ["## Which layers learnt", "", plain(said), "", *table]
 
 
 def _others(data: ReportData) -> list[str]:

@@ -17,7 +17,6 @@ from reports.compute import compute_words
 from reports.connection import NOT_KNOWN, NOT_RECORDED, SITES_OWN
 from reports.data import ReportData, setting_of
 from reports.fact_sheet import facts_of
-from reports.learning import LEARNING_COLUMNS, learning_cells, learning_sentence
 from reports.meaning import attack_sentence, several_sentence, whose_sentence
 from reports.page_charts import (
     accuracy_chart,
@@ -49,7 +48,7 @@ def _template(page: str) -> Template:
         environment.filters[name] = getattr(words, f"{name}_text")
     environment.filters |= {"audit": audit_words, "figures": distinct}
     environment.filters |= {"attacks": attack_sentence, "several": several_sentence, "bound": figures.bound_text}
-    environment.filters |= {"moment": _moment, "took_part": participants_text, "layer": learning_cells}
+    environment.filters |= {"moment": _moment, "took_part": participants_text}
     environment.filters |= {"trials": trials_figure}
     environment.filters |= {"share": share_text, "beside": beside_cells}
     return environment.from_string(page)
@@ -80,8 +79,6 @@ def to_html(data: ReportData) -> str:
         bounds=bound_sentences(data.audit_results),
         bound_note=bound_note(data.audit_results),
         whose=WHOSE,
-        learning=learning_sentence(data.learning, central=central) if data.learning else "",
-        learning_columns=LEARNING_COLUMNS,
         compute=compute_words(data.compute),
         style=Markup(STYLE),
         epsilon_chart=epsilon_chart(data, courses),

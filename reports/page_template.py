@@ -99,8 +99,7 @@ PAGE = """\
 {% if data.accuracy %}<a href="#accuracy">accuracy</a>{% endif %}
 {% if data.beside %}<a href="#beside">beside other runs</a>{% endif %}
 {% if epsilon_chart or accuracy_chart %}<a href="#course">course of the run</a>{% endif %}
-<a href="#rounds">rounds</a>
-{% if data.learning %}<a href="#learning">which layers learnt</a>{% endif %}</p>
+<a href="#rounds">rounds</a></p>
 <p><strong>To check it:</strong> <a href="#settings">settings</a> <a href="#versions">versions</a>
 {% if compute %}<a href="#compute">training compute</a>{% endif %}
 {% if data.origin %}<a href="#origin">what the adapter is made of</a>{% endif %}</p>
@@ -412,20 +411,6 @@ and the {{ "rounds that the server wrote down" if central else "steps that each 
 {% endcall %}
 {% else %}
 <p>No round has finished yet.</p>
-{% endif %}
-
-{% if data.learning %}
-<h2 id="learning">Which layers learnt</h2>
-<p>{{ learning }}</p>
-{% call table("What the changes of each layer tell, beside what noise alone would") %}
-<thead><tr><th scope="col">{{ learning_columns[0] }}</th>
-{% for column in learning_columns[1:] %}<th scope="col" class="n">{{ column }}</th>{% endfor %}</tr></thead>
-<tbody>{% for row in data.learning %}
-{% set cells = row|layer %}
-<tr><th scope="row">{{ cells[0] }}</th>
-{% for cell in cells[1:] %}<td class="n">{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</tbody>
-{% endcall %}
 {% endif %}
 
 <h2 id="settings">Settings</h2>

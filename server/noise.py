@@ -2,7 +2,7 @@
 
 A plain step of a site with batch b and rate η puts noise of standard deviation η σ C / b on every number of its
 change; steps of one round add up by their squares, and so do the sites, each times its share of the average. Whoever
-asks what noise alone would do asks here: the report of layers that learn, the server's rates, LoRAPrune's scores, and
+asks what noise alone would do asks here: strategies that choose layers, the server's rates, LoRAPrune's scores, and
 thresholds of singular values.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from common.messages.round import TrainResult
 from server.terms import paid_plan, usual_noise
@@ -115,6 +116,35 @@ def exact_noise(job: Job, results: Sequence[TrainResult], averaged: Sequence[Con
     if not known(job) or any(noised_whole(job, result) for result in results):
         return None
     return averaged_noise(job, results, averaged)
+
+
+def step_noise(job: Job, result: TrainResult) -> float | None:
+    """Return the standard deviation of one coordinate of the noise in a site's change: η σ C / b.
+
+    None where it does not follow from what is public: without privacy, after more than one step, or behind a rule or
+    an optimiser that changes what a plain step does.
+    """
+    if result.spending is None or not known(job) or noised_whole(job, result):
+        return None
+    return site_noise(job, result)
+
+
+def with_noises(job: Job, averaged: Sequence[Contribution], results: Sequence[TrainResult]) -> list[Contribution]:
+    """Return what a strategy combines, each with its noise; 0 where the run promises nothing, so that there is none."""
+    if not job.mechanism.charged:
+        return [replace(one, noise=0.0) for one in averaged]
+    own = [step_noise(job, result) for result in results]
+    return [
+        replace(one, noise=None if noise is None else noise * one.factor)
+        for one, noise in zip(averaged, own, strict=True)
+    ]
+
+
+def statistic_noise(job: Job, results: Sequence[TrainResult], averaged: Sequence[Contribution]) -> float:
+    """Return the standard deviation of the noise on one number of the mean of what sites released for a paid start."""
+    whole = math.fsum(one.weight for one in averaged)
+    noises = [release_noise(job, result) * one.factor for result, one in zip(results, averaged, strict=True)]
+    return of_average([one.weight / whole for one in averaged], noises)
 
 
 def noised_whole(job: Job, result: TrainResult) -> bool:

@@ -224,7 +224,6 @@ class RunFolder:
                 failures=got.failures,
                 labels=self._by_label(outcome.score) if outcome.score else [],
                 slices=self._by_slice(outcome.score) if outcome.score else [],
-                learning=list(outcome.learning),
                 shortened=list(outcome.shortened),
             )
         )

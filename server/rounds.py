@@ -10,7 +10,7 @@ from typing import Protocol
 from common.errors import RunFailed
 from common.messages.tensors import merge
 from common.model.federated import Score
-from common.run_lines import LayerLine, ShortenedLine
+from common.run_lines import ShortenedLine
 from common.starts import PaidStart
 from common.words import counted
 from server.admission import Admission, Member
@@ -18,9 +18,8 @@ from server.aggregation import contributions, warn_of_noise
 from server.checkpoint import Checkpoint
 from server.drop_outs import RecoveringSites
 from server.last_rounds import cannot_pay, not_alone, refused
-from server.learning import layer_lines, statistic_noise, with_noises
 from server.model import ServerModel
-from server.noise import averaged_noise
+from server.noise import averaged_noise, statistic_noise, with_noises
 from server.replies import clean
 from server.ruled import round_step
 from server.sites import Gathering, Sites, Transport
@@ -43,8 +42,6 @@ class RoundOutcome:
     seconds: float
     counts: bool = True
     """Whether the quorum was reached; if not, nothing was averaged."""
-    learning: tuple[LayerLine, ...] = ()
-    """Which layers learn, of a round of training that counts."""
     shortened: tuple[ShortenedLine, ...] = ()
     """The updates that were longer than is likely, and what they were multiplied by."""
 
@@ -137,7 +134,6 @@ def run_rounds(
         if round_number == 1 and not got.summed:
             warn_of_noise(job, results)
         averaged = list(got.summed) or with_noises(job, contributions(job, results, state), results)
-        learning = layer_lines(job, state, averaged, results, summed=bool(got.summed))
         step = round_step(job, measured, results, averaged)
         if job.config.server.scores:
             step = watched(job, step, server_model.base_weight, averaged_noise(job, results, averaged, usual=True))
@@ -146,7 +142,6 @@ def run_rounds(
         score = server_model.score(state.adapter) if due else None
         outcome = RoundOutcome(
             *(round_number, got, score, time.monotonic() - began),
-            learning=tuple(learning),
             shortened=_shortened(averaged),
         )
         observer.finished(outcome, state, admission.members)

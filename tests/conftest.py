@@ -46,7 +46,7 @@ ROUGHLY_PRICED = (
     *("test_public_text", "test_lossy_rounds", "test_sum_guards", "test_paid_start", "test_systems", "test_add_pages"),
     *("test_annex", "test_card", "test_chat", "test_checkpointing", "test_column_rules", "test_columns"),
     *("test_compare", "test_contracts", "test_dora", "test_fed_svd", "test_first_guide", "test_flylora"),
-    *("test_frozen_head", "test_gguf", "test_head_only", "test_initial_batches", "test_intruders", "test_learning"),
+    *("test_frozen_head", "test_gguf", "test_head_only", "test_initial_batches", "test_intruders", "test_nulls"),
     *("test_linearised", "test_log", "test_metric_of_pairs", "test_neighbours", "test_new_adapter", "test_new_starts"),
     *("test_optimizers", "test_paid_starts", "test_pruning", "test_public_metric", "test_quantised"),
     *("test_redelivery", "test_refit", "test_registered", "test_rehearsal", "test_rows", "test_rslora"),

@@ -21,7 +21,6 @@ from common.run_lines import (
     CheckLine,
     Finding,
     LabelScore,
-    LayerLine,
     OwnCheck,
     PrivacyLine,
     RoundLine,
@@ -70,10 +69,6 @@ def rich(folder: Path) -> MadeRun:
     for number in range(1, 7):
         away = {"west": ("budget", "ε 0.02 is left, and the round costs ε 0.4: raise the budget, or wait")}
         run.round(number, 0.7 + 0.01 * number, refusals=away if number in (3, 6) else None)
-    learnt = [
-        LayerLine(layer, 3072, "across sites", 0.1, 0.2, score, 8, 1)
-        for layer, score in (("encoder.layer.0.attention.query", 0.4), ("encoder.layer.5.output.dense", 6.1))
-    ]
     write_lines(
         run,
         [
@@ -82,7 +77,6 @@ def rich(folder: Path) -> MadeRun:
                 labels=(labels := counts(LABELS, 30 + line.round_number)),
                 accuracy=share(labels),
                 slices=counts(REGIONS, 110 + 4 * line.round_number, 200),
-                learning=learnt,
             )
             for line in read_lines(RoundLine, folder)
         ],

@@ -20,7 +20,6 @@ from common.run_lines import (
     AdapterFile,
     BaselineFile,
     ConfigFile,
-    LayerLine,
     PrivacyLine,
     ProgressFile,
     ResultFile,
@@ -135,13 +134,11 @@ def test_a_file_with_another_key_is_left_out_of_the_report_which_says_so(tmp_pat
 def test_a_round_of_a_model_that_diverged_is_read_as_it_is_written_and_said(tmp_path: Path) -> None:
     made = MadeRun(tmp_path / "run", {"rounds": 3}).start().round(1, 0.7)
     made.write(BaselineFile(accuracy=0.5, loss=math.inf))
-    lost = {"layer": "q", "numbers": 8, "form": "across sites", "rank": 2, "above": None}
-    learning = [LayerLine(**lost, change=math.inf, agreement=math.nan, score=-math.inf)]
     for number, loss in ((2, math.nan), (3, math.inf)):
         made.round(number, 0.1)
         told = [*read_lines(RoundLine, made.folder)]
         (made.folder / RoundLine.NAME).unlink()
-        told[-1] = replace(told[-1], loss=loss, learning=learning)
+        told[-1] = replace(told[-1], loss=loss)
         append_lines(made.folder / RoundLine.NAME, [to_json(line) for line in told])
     made.end()
     assert [str(line.loss) for line in read_lines(RoundLine, made.folder)] == ["0.57", "nan", "inf"]
