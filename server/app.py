@@ -20,7 +20,7 @@ from common.run_lines import ProgressFile, Reach
 from server.conduct import conduct
 from server.model import ServerModel
 from server.own_check import began, own_check
-from server.pulls import Pulls
+from server.pulls import Pulls, room_for
 from server.records import RunFolder
 from server.registered import registered_names
 from server.replies import read_reply, refusal, replies_to
@@ -73,8 +73,8 @@ class FlowerTransport:
             node: refusal(task, node, "failed", "the SuperLink did not take its task") for node in unsent
         }
         up = 0
-        waiting, pulls = set(nodes), Pulls(self._grid)
         layout = self._layout_of_round(task.round_number)
+        waiting, pulls = set(nodes), Pulls(self._grid, room_for(layout))
         deadline = time.monotonic() + timeout
         while waiting and time.monotonic() < deadline:
             for asked, message in list(pulls.pull(waiting)):

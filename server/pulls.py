@@ -3,32 +3,74 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator
+import math
+from collections.abc import Callable, Collection, Iterator
+from contextvars import ContextVar
 from queue import Empty, SimpleQueue
 from threading import Thread
 
 from flwr.app import Message
+from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE as PART_BYTES
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_utils import pull_objects
+from flwr.superlink.grid import http_grid
 from google.protobuf.message import DecodeError
 
 from common.log import place_of
+from common.messages.wire import Layout
 
 UNREADABLE = (ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError, DecodeError)
 """What Flower raises when it unpacks bytes that are no message; trouble at the SuperLink is none of them."""
 log = logging.getLogger("fedveil.server")
+HEADER_BYTES, HEADER_PARTS = 2**22, 16
+"""More than an answer has besides its numbers: names, figures, a sealed share for each site; and in objects."""
+_room: ContextVar[int] = ContextVar("room")
+"""Bytes that the answer which this thread pulls may have."""
 USUAL_SECONDS = 1.0
 """Most pulls are over by then; one that is not goes on beside the next."""
 
 
+def room_for(layout: Layout) -> int:
+    """Return how many bytes an answer with these numbers may have in all, at four a number."""
+    return HEADER_BYTES + 4 * sum(math.prod(shape) for factors in layout.values() for shape in factors.values())
+
+
+def pull_within_room(object_ids: list[str], pull_object_fn: Callable[[str], bytes]) -> dict[str, bytes]:
+    """Return objects by id as Flower's ``pull_objects``, and stop once they are more, or larger, than an answer.
+
+    Flower announces the objects of a message by their hashes, and says of none how large it is. So too many are refused
+    before the first is pulled, and sizes are counted as they come.
+
+    Raises:
+        ValueError: they are no answer of this run.
+    """
+    room = _room.get()
+    if len(object_ids) > HEADER_PARTS + room // PART_BYTES:
+        raise ValueError(f"the message has {len(object_ids)} objects, more than an answer")
+    sizes: list[int] = []
+
+    def counted(name: str) -> bytes:
+        content = pull_object_fn(name)
+        sizes.append(len(content))
+        if sum(sizes) > room:
+            raise ValueError(f"the message has more than {room} bytes, the most of an answer")
+        return content
+
+    return pull_objects(object_ids, counted)
+
+
+http_grid.pull_objects = pull_within_room  # type: ignore[attr-defined]
+
+
 class Pulls:
-    """The pulls of one exchange.
+    """The pulls of one exchange, each of at most ``room`` bytes.
 
     A site can announce a reply and never send all of it. Flower waits for the rest for minutes, in
     the middle of a pull, while the replies of others pass their time of life.
     """
 
-    def __init__(self, grid: Grid) -> None:
-        self._grid = grid
+    def __init__(self, grid: Grid, room: int) -> None:
+        self._grid, self._room = grid, room
         self._done: SimpleQueue[tuple[str, list[Message | None]]] = SimpleQueue()
         self.under_way: set[str] = set()
         """Ids of the tasks whose reply is being pulled."""
@@ -58,6 +100,7 @@ class Pulls:
 
     def _pull_one(self, asked: str) -> None:
         found: list[Message | None] = []
+        _room.set(self._room)
         try:
             for message in self._grid.pull_messages([asked]):
                 if message.metadata.reply_to_message_id == asked:

@@ -11,13 +11,14 @@ from typing import Any, cast
 import pytest
 import torch
 from fleet import Link, answering
-from flwr.app import Message, RecordDict
+from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
 
 from common.messages.round import Refusal, TrainResult, TrainTask
 from common.messages.wire import encode_reply
 from faults.impostor import Impostor
 from server.app import FlowerTransport
+from server.pulls import HEADER_PARTS
 from server.sites import Exchange
 
 TRIES = 150
@@ -126,3 +127,22 @@ def test_a_message_to_the_server_that_answers_no_task_is_logged(link: Link, capl
             lambda task: own.push(own.message(result("x"), SUPERLINK_NODE_ID, SUPERLINK_NODE_ID, task)),
         )
     assert any("answers no task" in line for line in caplog.messages)
+
+
+@pytest.mark.parametrize("parts", [3 * HEADER_PARTS, 1], ids=["many parts", "one large part"])
+def test_an_answer_larger_than_any_is_not_pulled_whole(link: Link, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many objects none is pulled; of a large one all, since Flower tells no sizes, and nothing after it."""
+    monkeypatch.setattr("server.pulls.HEADER_BYTES", 2**16)
+    site, run = link.join(), Run(link)
+    pulled, pull = list[int](), link.state.get_object
+    monkeypatch.setattr(link.state, "get_object", lambda *of: (pulled.append(len(pull(*of) or b"")), pull(*of))[1])
+
+    def large(task: Message) -> RecordDict:
+        arrays = {f"{i}": Array("float32", (2**15,), "f32le", bytes([i]) * 2**17) for i in range(parts)}
+        return RecordDict({"adapter": ArrayRecord(arrays), **result("site").config_records})
+
+    with answering(site, large):
+        reply = run.ask(site.own).replies[site.own]
+    assert isinstance(reply, Refusal)
+    assert (reply.kind, reply.reason) == ("reply", "the message cannot be unpacked")
+    assert sum(size >= 2**17 for size in pulled) == (0 if parts > 1 else 1)

@@ -67,7 +67,7 @@ def hangs(event: Event) -> Callable[[], list[Any]]:
 
 def test_a_pull_that_hangs_holds_up_no_other_and_is_not_begun_twice(stuck: Event) -> None:
     grid = Grid(a=hangs(stuck), b=lambda: [REPLY], c=list)
-    mine = Pulls(cast(Any, grid))
+    mine = Pulls(cast(Any, grid), 0)
     assert list(mine.pull({"a", "b", "c"})) == [("b", REPLY)]
     assert list(mine.pull({"a", "c"})) == []
     assert grid.asked.count("a") == 1
@@ -83,7 +83,7 @@ def test_a_pull_that_hangs_holds_up_no_other_and_is_not_begun_twice(stuck: Event
 def test_what_cannot_be_unpacked_is_no_reply_and_trouble_at_the_superlink_is_tried_again() -> None:
     pulled = [raises(ConnectionError("busy")), lambda: [REPLY]]
     grid = Grid(a=raises(ValueError("not a message")), b=lambda: pulled.pop(0)())
-    mine = Pulls(cast(Any, grid))
+    mine = Pulls(cast(Any, grid), 0)
     assert list(mine.pull({"a", "b"})) == [("a", None)]
     assert "ConnectionError" in mine.trouble
     assert list(mine.pull({"b"})) == [("b", REPLY)]
