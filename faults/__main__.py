@@ -20,6 +20,7 @@ from audits.finding import quiet
 from common.errors import FedVeilError, RunFailed
 from common.run_lines import Finding
 from faults.federation import Federation
+from faults.impostor_scenarios import impostors
 from faults.network import Cable
 from faults.scenarios import NETWORK, below_quorum, cut, kills, lies, slow, sound, stutters
 from faults.server_scenarios import server_killed, superlink_killed
@@ -28,7 +29,7 @@ from faults.table import show
 
 SCENARIOS = (
     *("lies", "quorum", "slow", "kills", "cut", "server", "superlink", "sums", "server-lies", "stutters", "drop-outs"),
-    "survivor-lies",
+    *("survivor-lies", "impostor"),
 )
 
 
@@ -79,6 +80,7 @@ def play(folder: Path, wanted: tuple[str, ...] | list[str]) -> Iterator[Finding]
                 "stutters": lambda: stutters(federation, deadline),
                 "server": lambda: server_killed(federation, deadline),
                 "superlink": lambda: superlink_killed(federation, deadline),
+                "impostor": lambda: impostors(folder / "impostor"),
             }
             for name in wanted:
                 try:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import secrets
 import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
@@ -19,16 +21,18 @@ from common.model.base import load_base_model
 from common.paths import run_folder
 from common.ports import free_ports
 from common.run_lines import ResultFile, read_file
-from deploy.commands import environment, superlink_command, supernode_command
+from deploy.commands import environment, own_module, superlink_command, supernode_command, worker_command
 from deploy.control import Control, control_of
 from deploy.policy_file import models_of, pins_of_job, policy_text
 from deploy.registry import register_site
 from deploy.server_folder import make_server
 from deploy.site_folder import SiteFolder, make_site
+from deploy.start import secret_file
 from faults.bundle import PROJECT, make_bundle
 from faults.fault_plan import VARIABLE, FaultPlan
 from faults.processes import Processes, wait_until
 from faults.warm import WarmPrograms
+from server.own_check import FOLDER
 from server.registered import NODES
 from strategies.job import configure
 
@@ -67,7 +71,16 @@ class Run:
 class Federation:
     """Made in an empty folder; a context manager that ends every process that it started."""
 
-    def __init__(self, folder: Path, addresses: tuple[str, ...] = ()) -> None:
+    def __init__(self, folder: Path, addresses: tuple[str, ...] = (), worker: str = "") -> None:
+        """Make all but processes.
+
+        Args:
+            folder: an empty one.
+            addresses: more addresses of the server.
+            worker: module of the sites' own worker, as with ``fedveil site start``, in which case the bundle is the
+                project itself and the server knows its folder; empty: Flower runs the suite's bundle.
+        """
+        self._worker = worker
         self.folder, self.processes, self.plan = folder, Processes(folder), FaultPlan(folder / "plan")
         self.plan.folder.mkdir()
         self.plan.write({})
@@ -104,7 +117,8 @@ class Federation:
     def start_server(self) -> None:
         """Start the SuperLink and wait until its Control API answers."""
         command = self._warm(superlink_command(self.server))
-        self.processes.start("superlink", command, {**self._environment("server"), NODES: str(self.server.nodes)})
+        places = {NODES: str(self.server.nodes)} | ({FOLDER: str(self.server.path)} if self._worker else {})
+        self.processes.start("superlink", command, {**self._environment("server"), **places})
 
         def answers() -> bool:
             try:
@@ -123,6 +137,11 @@ class Federation:
             address: what it dials.
             inside: puts a command into the network where this site is.
         """
+        self.let_in(name, address, inside)
+        self.start_site(name)
+
+    def let_in(self, name: str, address: str = "127.0.0.1", inside: Place = list) -> None:
+        """Make a site as ``add_site``, and let it in."""
         data = write_reviews(self.folder / f"{name}.csv", RECORDS, len(self.sites))
         config = configure(self.settings).config
         fingerprint = load_base_model(config.model.name, config.model.task).fingerprint
@@ -139,11 +158,10 @@ class Federation:
         )
         with self.control():
             register_site(self.server, self.sites[name].path / "node.pub")
-        self.start_site(name)
 
     def start_site(self, name: str, *, stutters: bool = False) -> None:
         """Start a site's SuperNode, or the one that stutters."""
-        command = self._warm(supernode_command(self.sites[name]))
+        command = self._pair(self.sites[name]) if self._worker else self._warm(supernode_command(self.sites[name]))
         if stutters:
             command[0] = str(self._programs.folder / "stuttering-node")
         self._stutters[name], self._said[name] = stutters, len(self.processes.log(name))
@@ -184,7 +202,7 @@ class Federation:
     def control(self) -> Iterator[Control]:
         """Yield the Control API, which submits the suite's bundle in place of the project."""
         with (
-            patch("deploy.app.PROJECT", self._bundle),
+            nullcontext() if self._worker else patch("deploy.app.PROJECT", self._bundle),
             patch("deploy.control.program", lambda name: str(self._programs.folder / name)),
             control_of(self.server) as control,
         ):
@@ -206,6 +224,16 @@ class Federation:
         """Whether a run's server process has begun and is gone."""
         file = self.plan.folder / f"{run.flower_id}.pid"
         return file.exists() and not _alive(int(file.read_text()))
+
+    def _pair(self, site: SiteFolder) -> list[str]:
+        """Return the command of a site's SuperNode and worker, as ``fedveil site start`` runs them."""
+        secret = secret_file(site)
+        secret.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        secret.write_text(secrets.token_hex(32))
+        secret.chmod(0o600)
+        worker = worker_command(site, secret)
+        worker[worker.index("client.worker")] = self._worker
+        return [*own_module("deploy.pair"), json.dumps(supernode_command(site, secret=secret)), json.dumps(worker)]
 
     def _warm(self, command: list[str]) -> list[str]:
         return [str(self._programs.folder / Path(command[0]).name), *command[1:]]
