@@ -135,8 +135,7 @@ def _meaning(data: ReportData) -> list[Fact]:
         answers.append(f"I{NOT_ADDED[1:]} (alone), it finds at most {least}.")
     if meaning.bounds.several:
         figures = ", ".join(
-            f"{several.units} {meaning.counted}: {epsilon_text(several.epsilon, decimals=1)}"
-            for several in meaning.bounds.several
+            f"{several.units} {meaning.counted}: {epsilon_text(several.epsilon)}" for several in meaning.bounds.several
         )
         at = at_h(data.sharing)
         answers.append(f"{meaning.whose} is protected less. Their ε is{at}, for {figures}.")

@@ -187,4 +187,4 @@ def several_sentence(meaning: MeaningReport) -> str:
 
 
 def _several(bounds: Meaning) -> str:
-    return ", ".join(f"{epsilon_text(several.epsilon, decimals=1)} with {several.units}" for several in bounds.several)
+    return ", ".join(f"{epsilon_text(several.epsilon)} with {several.units}" for several in bounds.several)

@@ -14,7 +14,7 @@ from made_run import MadeRun
 from common.privacy.figures import epsilon_text
 from common.run_lines import BaselineFile, LabelScore
 from common.strict_json import to_json
-from reports import report_of, write_reports
+from reports import markdown_report, report_of, write_reports
 from reports.fact_sheet import facts_of, in_thousand
 
 
@@ -39,11 +39,15 @@ def test_the_sheet_says_the_reports_figures_in_words_for_everyone(made: MadeRun)
     for part in (
         epsilon_text(data.headline.epsilon),
         *(in_thousand(attack.true_positives) for attack in data.meaning.bounds.attacks),
-        *(epsilon_text(several.epsilon, decimals=1) for several in data.meaning.bounds.several),
+        *(epsilon_text(several.epsilon) for several in data.meaning.bounds.several),
         *("3,500 in all", "69.5 %", "76.0 %", "What is not promised?", "A person with several records"),
     ):
         assert part in text, f"the fact sheet does not say {part!r}"
     assert len(text.split()) < 600, "it is no page"
+    for page in (text, markdown_report(made.folder), words_of((made.folder / "report.html").read_text("utf-8"))):
+        for several in data.meaning.bounds.several:
+            assert epsilon_text(several.epsilon) in page
+            assert not re.search(rf"(?<![\d.]){re.escape(epsilon_text(several.epsilon, decimals=1))}(?!\d)", page)
 
 
 def test_each_figure_of_the_sheet_stands_in_its_own_sentence(made: MadeRun) -> None:

@@ -209,7 +209,7 @@ def test_every_form_and_the_terminal_say_what_epsilon_means(made: MadeRun, capsy
         assert "false alarms finds at most" in text
         assert "A person with several records at one site has a larger ε at δ 1e-05" in text
     for several in found.bounds.several:
-        assert all(f"{epsilon_text(several.epsilon, decimals=1)} with {several.units}" in text for text in texts)
+        assert all(f"{epsilon_text(several.epsilon)} with {several.units}" in text for text in texts)
 
 
 def test_where_no_bound_is_known_every_form_and_the_terminal_say_so(
