@@ -5,15 +5,19 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Collection, Iterator
-from contextvars import ContextVar
 from queue import Empty, SimpleQueue
 from threading import Thread
+from typing import Any, cast
 
 from flwr.app import Message
 from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE as PART_BYTES
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
+from flwr.proto.runtime_pb2 import PullAppMessagesRequest
 from flwr.serverapp import Grid
-from flwr.supercore.inflatable.inflatable_utils import pull_objects
-from flwr.superlink.grid import http_grid
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, pull_objects
+from flwr.superlink.grid.http_grid import HttpGrid
 from google.protobuf.message import DecodeError
 
 from common.log import place_of
@@ -24,8 +28,6 @@ UNREADABLE = (ValueError, TypeError, KeyError, IndexError, AttributeError, EOFEr
 log = logging.getLogger("fedveil.server")
 HEADER_BYTES, HEADER_PARTS = 2**22, 16
 """More than an answer has besides its numbers: names, figures, a sealed share for each site; and in objects."""
-_room: ContextVar[int] = ContextVar("room")
-"""Bytes that the answer which this thread pulls may have."""
 USUAL_SECONDS = 1.0
 """Most pulls are over by then; one that is not goes on beside the next."""
 
@@ -35,31 +37,44 @@ def room_for(layout: Layout) -> int:
     return HEADER_BYTES + 4 * sum(math.prod(shape) for factors in layout.values() for shape in factors.values())
 
 
-def pull_within_room(object_ids: list[str], pull_object_fn: Callable[[str], bytes]) -> dict[str, bytes]:
-    """Return objects by id as Flower's ``pull_objects``, and stop once they are more, or larger, than an answer.
+def pull_answer(grid: HttpGrid, asked: str, room: int) -> list[Message]:
+    """Return the answer to a task, none if it is not there; its parts are pulled until they are more than ``room``.
 
-    Flower announces the objects of a message by their hashes, and says of none how large it is. So too many are refused
-    before the first is pulled, and sizes are counted as they come.
+    Flower announces the parts of a message by their hashes, and says of none how large it is. So too many are refused
+    before the first is pulled, and sizes are counted as they come. Any node can address a message to the server's own
+    number, which Flower hands over with whatever is asked for, whole or not: none of its parts is pulled.
 
     Raises:
-        ValueError: they are no answer of this run.
+        ValueError: it is no answer of this run.
     """
-    room = _room.get()
-    if len(object_ids) > HEADER_PARTS + room // PART_BYTES:
-        raise ValueError(f"the message has {len(object_ids)} objects, more than an answer")
+    client, run = grid._runtime_client, cast(Any, grid)._run.run_id
+    got = client.PullMessages(PullAppMessagesRequest(message_ids=[asked]))
+    found = []
+    for told, tree in zip(got.messages_list, got.message_object_trees, strict=True):
+        if told.metadata.reply_to_message_id != asked:
+            log.warning("a message that answers no task is dropped: any registered site may have sent it")
+            continue
+        name, parts = told.metadata.message_id, [part.object_id for part in iterate_object_tree(tree)]
+        if len(parts) > HEADER_PARTS + room // PART_BYTES:
+            raise ValueError(f"the message has {len(parts)} parts, more than an answer")
+        pull = make_pull_object_fn_protobuf(client.PullObject, grid.node, run)
+        contents = pull_objects(parts, _within(room, pull))
+        client.ConfirmMessageReceived(ConfirmMessageReceivedRequest(node=grid.node, run_id=run, message_object_id=name))
+        found.append(cast(Message, inflate_object_from_contents(name, contents)))
+    return found
+
+
+def _within(room: int, pull: Callable[[str], bytes]) -> Callable[[str], bytes]:
     sizes: list[int] = []
 
     def counted(name: str) -> bytes:
-        content = pull_object_fn(name)
+        content = pull(name)
         sizes.append(len(content))
         if sum(sizes) > room:
             raise ValueError(f"the message has more than {room} bytes, the most of an answer")
         return content
 
-    return pull_objects(object_ids, counted)
-
-
-http_grid.pull_objects = pull_within_room  # type: ignore[attr-defined]
+    return counted
 
 
 class Pulls:
@@ -100,13 +115,10 @@ class Pulls:
 
     def _pull_one(self, asked: str) -> None:
         found: list[Message | None] = []
-        _room.set(self._room)
         try:
-            for message in self._grid.pull_messages([asked]):
-                if message.metadata.reply_to_message_id == asked:
-                    found.append(message)
-                else:  # any node can address a message to the server's own number, and each pull brings it along
-                    log.warning("a message that answers no task is dropped: any registered site may have sent it")
+            grid = self._grid
+            over_network = isinstance(grid, HttpGrid)  # a simulation's messages are of this machine, and whole
+            found += pull_answer(grid, asked, self._room) if over_network else grid.pull_messages([asked])
         except UNREADABLE:
             found = [None]
         except Exception as error:

@@ -146,3 +146,15 @@ def test_an_answer_larger_than_any_is_not_pulled_whole(link: Link, parts: int, m
     assert isinstance(reply, Refusal)
     assert (reply.kind, reply.reason) == ("reply", "the message cannot be unpacked")
     assert sum(size >= 2**17 for size in pulled) == (0 if parts > 1 else 1)
+
+
+def test_a_message_to_the_server_that_is_never_sent_whole_holds_up_nobody(link: Link) -> None:
+    victim, own = link.join(), link.join()
+    began = time.monotonic()
+    reply, came = exchanged(
+        *(link, victim, own),
+        lambda task: own.push(own.message(result("x"), SUPERLINK_NODE_ID, SUPERLINK_NODE_ID, task), parts=False),
+    )
+    assert came == [True]
+    assert isinstance(reply, TrainResult)
+    assert time.monotonic() - began < 30
