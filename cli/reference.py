@@ -161,9 +161,10 @@ def run_folder_page() -> str:
         "A file that ends in `.jsonl` grows by a line for each round (and site). `run.log` is what the terminal "
         "showed, `log.jsonl` the server's log, `adapter/` the result in PEFT's format with the head and a model card "
         "beside it, `report.*` the report, `facts.html` its fact sheet. In a simulation `ledgers/` holds the sites' "
-        "ledgers. Of a run whose server is trusted, `log.jsonl` and `ledgers/` have the times of rounds and are not to "
-        "be published. A figure of type `Endless` may be the text `inf`, and one of type `Measured`, of a model that "
-        "may have diverged, also `-inf` or `nan`.",
+        "ledgers, and until the run is complete `replies/` their last noised replies, for a resumed run; "
+        "`process.json` names the process of a `fedveil run` that is under way. Of a run whose server is trusted, "
+        "`log.jsonl` and `ledgers/` have the times of rounds and are not to be published. A figure of type `Endless` "
+        "may be the text `inf`, and one of type `Measured`, of a model that may have diverged, also `-inf` or `nan`.",
         *parts,
     )
 

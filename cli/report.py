@@ -250,6 +250,7 @@ def print_summary(folder: Path) -> None:
     console.print(
         f"accuracy on public data: {percent_text(head.accuracy_before)} before, "
         f"{percent_text(head.accuracy_after)} after {counted(head.rounds_done, 'round')}"
+        + ("" if central or not head.rounds_done else f", the last of {counted(head.last_sites, 'site')}")
     )
     if data.accuracy:
         whole = data.accuracy[0]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import shutil
 import stat
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from common.errors import ConfigError, DataError
+from common.errors import ConfigError, DataError, RunFailed
+from common.words import bytes_text
 
 FileState = tuple[int, int, int] | None
 DATABASE = b"SQLite format 3\0"
@@ -145,6 +148,28 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Raise RunFailed if the disk of a folder has no room for so many bytes.
+
+    A quota of the user's own, which nobody can ask for, is not seen.
+    """
+    left = shutil.disk_usage(folder).free
+    if left < needed:
+        raise RunFailed(
+            f"the disk of {folder} is full: {bytes_text(left)} are left, and {bytes_text(needed)} are needed to go on; "
+            "make room, or name another folder as output"
+        )
+
+
+def full_disk(error: BaseException, folder: Path) -> RunFailed | None:
+    """Return the sentence for an error which says that a folder's disk, or a quota of it, is full; None: another."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return RunFailed(
+            f"the disk of {folder} is full ({error.strerror}): make room, or name another folder as output"
+        )
+    return None
 
 
 def finite(value: Any) -> Any:

@@ -25,7 +25,7 @@ from common.config.text import to_toml
 from common.data.partition import check_partition, site_part
 from common.data.sources import train_and_test
 from common.errors import ConfigError, RunFailed
-from common.files import expanded, whole_lines
+from common.files import check_room, expanded, whole_lines
 from common.model.device import own_cores, worker_count
 from common.paths import run_folder
 from common.ports import free_ports
@@ -37,6 +37,7 @@ from experiments.site_count import record_sites
 from experiments.under_way import conducting
 from server.ledger import with_ledger
 from server.lock import is_written
+from server.records import LEAST_ROOM
 from server.tracking import check_tracker
 from strategies.job import configure
 
@@ -119,13 +120,14 @@ def simulate(
 
 
 def _check_output(output: Path) -> None:
-    """Raise ConfigError unless folders of runs can be made in ``output``, which is made if need be."""
+    """Raise ConfigError unless folders of runs can be made in ``output``, and RunFailed if there is no room in it."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output):
             pass
     except OSError as error:
         raise ConfigError(f"output: {output} cannot be written ({error.strerror}): name another folder") from error
+    check_room(output, LEAST_ROOM)
 
 
 @dataclass(frozen=True)
@@ -229,6 +231,7 @@ def _follow(
             checked = time.monotonic()
             status = _status(link, run)
             if status.startswith("finished") and not _result(folder, since):
+                check_room(folder, LEAST_ROOM)
                 raise RunFailed(f"the run ended as {status} and left no result: {_last_words(link)}")
         time.sleep(0.4)
     # The reports come after the result; the server is ended, with the SuperLink, as soon as this returns or raises.

@@ -107,6 +107,8 @@ class Headline:
     rounds_planned: int
     sites: int
     """Sites that took part in a round at least; with a trusted server, which tells nobody, those of the cohort."""
+    last_sites: int
+    """Sites that the last round that counts is of, likewise; 0 where none does."""
     bytes_down: int
     bytes_up: int
     seconds: float | None
@@ -311,6 +313,7 @@ def _headline(files: RunFiles, sites: Sequence[SiteReport]) -> Headline:
     if _is_central(files):
         number = sum(site.public_size or 0 for site in sites)  # one line stands for the cohort
     counted = [line for line in files.rounds if line.round_number and line.complete]
+    last = len(counted[-1].participants) if counted else 0
     return Headline(
         accuracy_before=files.baseline.accuracy if files.baseline else None,
         accuracy_after=next((line.accuracy for line in reversed(counted) if line.accuracy is not None), None),
@@ -321,6 +324,7 @@ def _headline(files: RunFiles, sites: Sequence[SiteReport]) -> Headline:
         rounds_done=len({line.round_number for line in counted}),
         rounds_planned=planned if isinstance(planned, int) else 0,
         sites=number,
+        last_sites=min(number, last) if not _is_central(files) else number,
         bytes_down=sum(line.bytes_down for line in files.rounds),
         bytes_up=sum(line.bytes_up for line in files.rounds),
         seconds=None if _is_central(files) else sum(line.seconds or 0.0 for line in files.rounds),

@@ -54,6 +54,8 @@ def _made(data: ReportData) -> Fact:
         f"A computer model, {base}, was trained further by {most}{counted(head.sites, 'site')} together, in "
         f"{counted(head.rounds_done, 'round')} of {head.rounds_planned} that were planned. "
     )
+    if 0 < head.last_sites < head.sites:
+        answer += f"The last round was of {counted(head.last_sites, 'site')} alone. "
     return Fact("What was made?", [answer + ended.get(data.status, f"It ended early ({data.status}).")])
 
 

@@ -79,10 +79,11 @@ def _result(data: ReportData) -> list[str]:
     basis = "by the server's ledger" if central else f"worst site: {plain(head.worst_site)}"
     accuracy = f"{percent_text(head.accuracy_before)} before → {percent_text(head.accuracy_after)} after"
     most = "at most " if central else ""
+    in_last = "" if central or not head.rounds_done else f", {head.last_sites} in the last round"
     lines = [
         f"- status: {plain(ended)}",
         f"- accuracy on public data: {accuracy}",
-        f"- rounds: {head.rounds_done} of {head.rounds_planned}, {most}{counted(head.sites, 'site')}",
+        f"- rounds: {head.rounds_done} of {head.rounds_planned}, {most}{counted(head.sites, 'site')}{in_last}",
         f"- adapter payload: {bytes_text(head.bytes_down)} down, {bytes_text(head.bytes_up)} up"
         + (", of the usual draw" if central else f"; {seconds_text(head.seconds)}"),
     ]

@@ -82,7 +82,9 @@ PAGE = """\
 <div><dt>Rounds</dt>
 <dd class="big">{{ head.rounds_done }} <small>of {{ head.rounds_planned }}</small></dd>
 <dd class="note">{% if central %}a cohort of at most {{ head.sites }} site{{ 's' if head.sites != 1 }}
-{%- else %}{{ head.sites }} site{{ 's' if head.sites != 1 }} took part; {{ head.seconds|seconds }}{% endif %}</dd></div>
+{%- else %}{{ head.sites }} site{{ 's' if head.sites != 1 }} took part
+{%- if head.rounds_done %}, {{ head.last_sites }} in the last round{% endif %};
+{{ head.seconds|seconds }}{% endif %}</dd></div>
 <div><dt>Traffic, adapter payload</dt>
 <dd class="big">{{ head.bytes_down|bytes }} <small>down</small></dd>
 <dd class="note">{{ head.bytes_up|bytes }} up,

@@ -8,7 +8,8 @@ from pathlib import Path
 from shutil import rmtree
 
 from common.data.sources import unprotected_test
-from common.errors import FedVeilError
+from common.errors import FedVeilError, RunFailed
+from common.files import full_disk
 from common.log import about, kept_in, place_of, set_up
 from common.model.federated import Score
 from common.paths import REPLIES, run_folder, run_name
@@ -61,6 +62,9 @@ class _Observer:
 
     def resumed(self, checkpoint: Checkpoint) -> None:
         self._folder.say(f"goes on after round {checkpoint.state.round_number}: {score_words(checkpoint.score)}")
+
+    def asks(self) -> None:
+        self._folder.asks()
 
     def initialised(self, outcome: RoundOutcome) -> None:
         self._folder.initialised(outcome)
@@ -171,11 +175,13 @@ def _conduct(
         run_rounds(job, run, connect(server_model, folder), server_model, observer, folder.saved)
         _leave(folder, server_model, "stopped" if observer.stop_reason else "completed", observer.stop_reason)
     except Exception as error:
-        reason = str(error) if isinstance(error, FedVeilError) else f"{type(error).__name__}: {error}"
-        log.error("the run fails: %s", reason if isinstance(error, FedVeilError) else place_of(error), extra=about(run))
+        full = full_disk(error, folder.path)
+        known = full or (error if isinstance(error, FedVeilError) else None)
+        reason = str(known or f"{type(error).__name__}: {error}")
+        log.error("the run fails: %s", reason if known else place_of(error), extra=about(run))
         rounds = folder.saved.state.round_number if folder.saved else 0
         if server_model is None or not rounds:
-            folder.ended(ResultFile("failed", reason, None))
+            _say_failed(folder, reason, full)
             raise
         hint = f"rounds up to {rounds} are kept; go on from there with resume = {run!r}"
         try:
@@ -183,8 +189,16 @@ def _conduct(
         except Exception as second:
             # A full disk, say: the first reason matters more than that the adapter could not be exported.
             reason = f"{reason}. {hint}; the adapter could not be saved ({type(second).__name__})"
-            folder.ended(ResultFile("failed", reason, None))
+            _say_failed(folder, reason, full)
         raise
+
+
+def _say_failed(folder: RunFolder, reason: str, full: RunFailed | None) -> None:
+    """Save why a run failed; where there is no room for that either, raise it."""
+    try:
+        folder.ended(ResultFile("failed", reason, None))
+    except OSError as error:
+        raise full or error from error
 
 
 def _leave(folder: RunFolder, server_model: ServerModel, status: Status, reason: str) -> None:

@@ -33,7 +33,16 @@ from safetensors.torch import save_file
 from common.adapters import LoRAFrozenA
 from common.bundle import own_digest
 from common.errors import DataError
-from common.files import append_lines, cut_file, drop_leftovers, finite, length, replace_file, with_usual_mode
+from common.files import (
+    append_lines,
+    check_room,
+    cut_file,
+    drop_leftovers,
+    finite,
+    length,
+    replace_file,
+    with_usual_mode,
+)
 from common.log import about
 from common.messages.round import Spending, TrainResult
 from common.messages.state import AdapterState
@@ -59,12 +68,14 @@ from common.run_lines import (
 from common.strict_json import from_json, to_json
 from common.tasks import TASKS
 from server.admission import Member
-from server.checkpoint import Checkpoint, save_checkpoint
+from server.checkpoint import NAME, Checkpoint, save_checkpoint
 from server.rounds import RoundOutcome
 from strategies import ServerState
 from strategies.job import Job
 
 log = logging.getLogger("fedveil.server")
+LEAST_ROOM = 4_000_000
+"""Bytes of disk that a run keeps for reports, lines and logs."""
 
 PACKAGES = ("fedveil", "flwr", "torch", "opacus", "transformers", "peft", "dp-accounting", "mpmath", "numpy")
 
@@ -189,6 +200,10 @@ class RunFolder:
         self._lines(outcome)
         if self.saved:
             self._save(self.saved)
+
+    def asks(self) -> None:
+        """Check that the disk has room for another checkpoint, before sites pay for a round, and for all at its end."""
+        check_room(self.path, LEAST_ROOM + 2 * length(self.path / NAME))
 
     def initialised(self, outcome: RoundOutcome) -> None:
         """Append round 0's line and what it cost each site."""

@@ -57,6 +57,9 @@ class Observer(Protocol):
     def resumed(self, checkpoint: Checkpoint) -> None:
         """The run goes on after the checkpoint's round."""
 
+    def asks(self) -> None:
+        """Sites are about to be asked, and to pay: raise RunFailed where what they answer could not be saved."""
+
     def initialised(self, outcome: RoundOutcome) -> None:
         """Round 0 brought what the start needs, from the outcome's sites (none: from public records)."""
 
@@ -113,6 +116,7 @@ def run_rounds(
         if lacking := cannot_pay(job, admission, round_number, resumes):
             observer.stopped(not_alone(job, admission, lacking, round_number))
             break
+        observer.asks()
         got = sites.gather(round_number, state)
         if got.results and (lacking := refused(job, admission, got, round_number, resumes)):
             observer.missed(RoundOutcome(round_number, got, score, time.monotonic() - began, counts=False))
@@ -182,6 +186,7 @@ def _initialise(job: Job, sites: Sites, server_model: ServerModel, observer: Obs
         return state
     began = time.monotonic()
     if job.origin.asked == "sites":
+        observer.asks()
         got = sites.gather(0, state)
         if len(got.results) < job.config.min_sites:
             score = server_model.score(state.adapter)
