@@ -22,6 +22,7 @@ from common.errors import (
     ProtocolError,
 )
 from common.log import place_of
+from common.words import pathless
 
 PATH_KEYS = ("ledger", "policy", "data", "identity")
 """Node settings that hold a path."""
@@ -39,7 +40,6 @@ UNTOLD = "the site failed; its own log says where"
 """What the server hears of any other error: even the place of one can tell which record it was, or how many."""
 UNLOADED = "this site cannot load the base model that the run names; its own log says why"
 """And of a base model that was not loaded: why not would tell which folders there are, and what is in them."""
-_ANY_PATH = re.compile(r"(?<![\w.:/<])(?:~[\w.-]*|[A-Za-z]:)?[/\\][^\s'\"`,;:()]+")
 
 
 def own_words(error: Exception) -> str:
@@ -49,9 +49,14 @@ def own_words(error: Exception) -> str:
 
 
 def public_reason(error: Exception, node: Mapping[str, Scalar], *, simulated: bool) -> str:
-    """Return what the server is told: the words of ``TOLD`` errors; in a simulation, all one machine, everything."""
+    """Return what the server is told: the words of ``TOLD`` errors; in a simulation, all one machine, everything.
+
+    But for paths in either case: reasons stand in reports, which are given away.
+    """
     if simulated:
-        return str(error) if isinstance(error, FedVeilError) else f"{type(error).__name__}: {error}"
+        return without_paths(
+            str(error) if isinstance(error, FedVeilError) else f"{type(error).__name__}: {error}", node
+        )
     if isinstance(error, ModelNotLoaded):
         return UNLOADED
     return without_paths(str(error), node) if type(error) in TOLD else UNTOLD
@@ -78,4 +83,4 @@ def without_paths(text: str, node: Mapping[str, Scalar]) -> str:
         for form in (str(folder), os.path.realpath(folder)):
             if form != "/":
                 text = re.sub(re.escape(form) + r"(?![^/\s'\"`,;:()])", name, text)
-    return _ANY_PATH.sub("<path>", text)
+    return pathless(text)

@@ -32,6 +32,18 @@ def printable(text: str, instead: str = "\ufffd") -> str:
     return "".join(character if character.isprintable() else instead for character in text)
 
 
+_ANY_PATH = re.compile(r"(?<![\w.:/<])(?:~[\w.-]*|[A-Za-z]:)?[/\\][^\s'\"`,;:()]+")
+
+
+def pathless(text: str) -> str:
+    """Return ``text`` with ``<path>`` in the place of every path of a machine; of one with a blank its rest stays.
+
+    >>> pathless("see /etc/x; 1/50 and https://host/x stay")
+    'see <path>; 1/50 and https://host/x stay'
+    """
+    return _ANY_PATH.sub("<path>", text)
+
+
 def percent_text(share: float | None) -> str:
     """Return a share in percent with one decimal."""
     return UNKNOWN if share is None else f"{100 * share:.1f} %"

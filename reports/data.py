@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from common.accountant import TRAINING
@@ -257,7 +257,8 @@ def _origin(folder: Path, problems: list[str]) -> Origin | None:
         )
         return None
     sizes = told.base_parameters, told.adapter_parameters, told.head_parameters, len(told.label_names)
-    return Origin(told.base_model, told.base_fingerprint, told.bundle, files, *sizes)
+    base_model = PurePath(told.base_model).name if Path(told.base_model).is_absolute() else told.base_model
+    return Origin(base_model, told.base_fingerprint, told.bundle, files, *sizes)
 
 
 def _declared(folder: Path, problems: list[str]) -> Declared:

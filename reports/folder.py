@@ -7,14 +7,16 @@ every form of the report shows first. Only ``config.json`` must be there.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePath
 from typing import TypeVar
 
+from common.config.sections import Scalar
 from common.errors import DataError
 from common.run_lines import (
     AUDITS,
+    Absence,
     AuditFile,
     BaselineFile,
     BesideFile,
@@ -28,7 +30,10 @@ from common.run_lines import (
     TuningFile,
 )
 from common.strict_json import from_json, json_of
+from common.words import pathless
 
+PATHS = ("data.name", "data.test", "model.name", "output", "privacy.ledger", "resume", "start.text")
+"""Settings that may be a path."""
 T = TypeVar("T")
 F = TypeVar("F", bound=RunFile)
 
@@ -71,9 +76,14 @@ def read_run(folder: Path) -> RunFiles:
         raise DataError(f"{folder} is not the folder of a run: {why}")
     audits = [path for path in sorted(folder.glob(AUDITS)) if path.is_file()]
     read = [(path.name, _file(AuditFile, path, problems, UNSAID)) for path in audits if path.suffix == ".json"]
-    rounds = list(_lines(RoundLine, folder, problems))
+    config = replace(config, settings=_given_away(config.settings))
+    rounds = [
+        replace(line, refusals=_pathless(line.refusals), failures=_pathless(line.failures))
+        for line in _lines(RoundLine, folder, problems)
+    ]
     privacy = _once(_lines(PrivacyLine, folder, problems))
     result = _file(ResultFile, folder / ResultFile.NAME, problems)
+    result = replace(result, reason=pathless(result.reason)) if result else None
     if result and result.reached and result.reached.rounds:
         problems += _untold(RoundLine, [line.round_number for line in rounds if line.complete], result.reached.rounds)
         problems += _untold(PrivacyLine, [line.round_number for line in privacy], result.reached.rounds)
@@ -90,6 +100,18 @@ def read_run(folder: Path) -> RunFiles:
         _file(ServerFile, folder / ServerFile.NAME, problems),
         _file(TuningFile, folder / TuningFile.NAME, problems, UNTOLD_TRIALS),
     )
+
+
+def _given_away(settings: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """Return a run's settings for others than the server's people: of each path on its machine the last part."""
+    return {
+        key: PurePath(value).name if key in PATHS and isinstance(value, str) and value[:1] in ("/", "~") else value
+        for key, value in settings.items()
+    }
+
+
+def _pathless(absences: Sequence[Absence]) -> list[Absence]:
+    return [replace(absence, reason=pathless(absence.reason)) for absence in absences]
 
 
 def _untold(of: type[RunFile], told: Collection[int], reached: int) -> list[str]:

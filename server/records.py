@@ -76,6 +76,8 @@ from strategies.job import Job
 log = logging.getLogger("fedveil.server")
 LEAST_ROOM = 4_000_000
 """Bytes of disk that a run keeps for reports, lines and logs."""
+OF_THIS_MACHINE = ("output", "privacy.ledger", "resume")
+"""Settings that name the machine's folders and make no difference to the adapter, which is given away."""
 
 PACKAGES = ("fedveil", "flwr", "torch", "opacus", "transformers", "peft", "dp-accounting", "mpmath", "numpy")
 
@@ -302,7 +304,7 @@ class RunFolder:
             max_length=config.model.max_length,
             feature_scale=config.model.feature_scale,
             precision=str(model.precision).removeprefix("torch."),
-            settings=self.job.settings(),
+            settings={key: value for key, value in self.job.settings().items() if key not in OF_THIS_MACHINE},
         )
         write_json(folder / AdapterFile.NAME, to_json(about))
         for made in (folder, self.path / "ranks"):

@@ -360,6 +360,31 @@ def all_forms(made: MadeRun) -> tuple[str, str, dict[str, Any], str]:
     return markdown, page, json.loads((made.folder / "report.json").read_text()), words
 
 
+def test_no_form_of_a_report_names_a_folder_of_the_machine(tmp_path: Path) -> None:
+    place = "/srv/of our/own"
+    settings = {"rounds": 2, "output": f"{place}/runs", "data.name": f"{place}/trec.csv", "model.name": f"{place}/tiny"}
+    reason = "the ledger /srv/own/ledger.sqlite is damaged"
+    run = MadeRun(tmp_path / "run", settings, noise={"north": 0.8}).start()
+    run.round(1, 0.71, refusals={"south": ("failed", reason)}).end()
+    result = run.folder / "result.json"
+    said = {**json.loads(result.read_text()), "status": "failed", "reason": "OSError: no space in '/srv/own/runs'"}
+    result.write_text(json.dumps(said))
+    assert fedveil("report", run.folder, "--annex", "--registry")[0] == 0
+    forms = [path for path in run.folder.iterdir() if path.suffix in (".md", ".html", ".yaml") or "report" in path.name]
+    assert {"report.md", "report.html", "report.json", "annex.md", "deployment.yaml"} <= {path.name for path in forms}
+    for path in forms:
+        text = html.unescape(path.read_text())
+        assert "/srv" not in text, path.name
+        assert "our/own" not in text, path.name
+    text = json.loads((run.folder / "report.json").read_text())
+    assert {one["key"]: one["value"] for one in text["settings"] if one["key"] in ("output", "data.name")} == {
+        "data.name": "trec.csv",
+        "output": "runs",
+    }
+    assert [one["reason"] for one in text["refusals"]] == ["the ledger <path> is damaged"]
+    assert text["reason"] == "OSError: no space in '<path>'"
+
+
 def test_a_run_that_nobody_audited_says_so(made: MadeRun) -> None:
     markdown, page, value, _ = all_forms(made)
     assert "No audit was run" in markdown
