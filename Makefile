@@ -97,7 +97,7 @@ docs: environment
 	$(BIN)/python -m cli.settings --write
 	$(BIN)/python -m cli.reference
 	$(BIN)/python -m reports.picture docs/demo.json
-	$(BIN)/fedveil pictures experiments/results/rotten-tomatoes.jsonl experiments/results/secure-sum.jsonl \
+	$(BIN)/fedveil pictures --published shipped experiments/results/rotten-tomatoes.jsonl experiments/results/secure-sum.jsonl \
 	  --only 'metric,rotten-tomatoes: head-only,fedavg-lora,ffa-lora,fed-sb,fed-svd,open,three-honest' \
 	  --output docs/pictures
 

@@ -28,9 +28,12 @@ def pictures(
         Path | None, typer.Option(help="Folder of the page and the PNGs; the first table's if not said.")
     ] = None,
     published: Annotated[
-        Path | None, typer.Option(help="TOML file of published figures; the shipped one if not said.")
+        Path | None,
+        typer.Option(
+            help="TOML file of published figures of other models and data to draw beside; 'shipped': those that come "
+            "with FedVeil, of RoBERTa-large on SST-2 and SNLI."
+        ),
     ] = None,
-    ours: Annotated[bool, typer.Option("--ours", help="Draw no published figures.")] = False,
     only: Annotated[
         str, typer.Option(help="Variants to draw, with commas between, such as 'metric,head-only'; all if not said.")
     ] = "",
@@ -54,7 +57,7 @@ def pictures(
     rows = [row for row in rows if not _named(row, unwanted)]
     # Variants of two sweeps may have one name.
     rows = [row if row.sweep == first else replace(row, variant=f"{row.sweep}: {row.variant}") for row in rows]
-    figures = [] if ours else read_published(published or SHIPPED)
+    figures = read_published(SHIPPED if published == Path("shipped") else published) if published else []
     for path in write_pictures(rows, figures, output or files[0].parent, files[0].stem):
         console.print(str(path))
 

@@ -294,6 +294,17 @@ def test_points_stand_at_their_epsilon_and_published_ones_are_open_marks_in_a_pa
     assert bars_of(ours)[0] == pytest.approx((100 * found.low, 100 * found.high))
 
 
+def test_variants_at_one_epsilon_are_not_spread_over_an_axis_of_epsilon() -> None:
+    rows = [replace(one, variant=name) for name in ("wide", "narrow", "deep", "flat") for one in SEEDS]
+    (axes,) = epsilon_figure(groups(rows), []).axes
+    assert {name: places for name, (places, _) in lines_of(axes).items()} == {
+        name: [pytest.approx(number)] for number, name in enumerate(("wide", "narrow", "deep", "flat"))
+    }
+    assert (axes.get_xscale(), list(axes.get_xticks()), axes.get_xlabel()) == ("linear", [], "each at ε 8, at most")
+    (axes,) = epsilon_figure(groups([*rows, *(replace(one, epsilon_asked=2.0) for one in rows)]), []).axes
+    assert (axes.get_xscale(), axes.get_xlabel()) == ("log", "ε, at most")
+
+
 def test_bytes_are_of_what_travels_with_a_part_for_each_epsilon() -> None:
     figure = bytes_figure(groups([*SEEDS, *SITES, *OPEN]))
     assert [axes.get_title() for axes in figure.axes] == ["ε 8", "no claim"]
@@ -308,12 +319,16 @@ def test_the_command_draws_tables_together_and_says_what_is_missing(tmp_path: Pa
     write_rows(tmp_path / "one.jsonl", SEEDS)
     write_rows(tmp_path / "two.jsonl", [replace(SEEDS[0], sweep="other", accuracy=0.9)])
     both = [str(tmp_path / name) for name in ("one.jsonl", "two.jsonl")]
-    answer = CliRunner().invoke(app, ["pictures", *both, "--output", str(tmp_path / "drawn"), "--ours"])
+    answer = CliRunner().invoke(app, ["pictures", *both, "--output", str(tmp_path / "drawn")])
     assert answer.exit_code == 0, answer.output
     page = (tmp_path / "drawn" / "one.html").read_text(encoding="utf-8")
     assert "other: wide" in page
     assert "made: wide" not in page, "the first table's names are plain"
-    assert "RoBERTa" not in page
+    assert "RoBERTa" not in page, "others' figures of other data stand beside ours unasked"
+    assert "ublished" not in page
+    answer = CliRunner().invoke(app, ["pictures", *both, "--output", str(tmp_path / "more"), "--published", "shipped"])
+    assert answer.exit_code == 0, answer.output
+    assert "RoBERTa" in (tmp_path / "more" / "one.html").read_text(encoding="utf-8")
     write_rows(tmp_path / "two.jsonl", [replace(SEEDS[0], sweep="other", variant="narrow-x", accuracy=0.9)])
     answer = CliRunner().invoke(app, ["pictures", *both, "--output", str(tmp_path / "few"), "--without", "narrow*"])
     assert answer.exit_code == 0, answer.output
@@ -322,7 +337,7 @@ def test_the_command_draws_tables_together_and_says_what_is_missing(tmp_path: Pa
     assert answer.exit_code == 1
     assert "no variant is 'gone'" in " ".join(answer.output.split())
     for chosen, order in (("narrow*,wide,w*", ["other: narrow-x", "wide"]), ("made: *", ["wide"])):
-        some = ["--output", str(tmp_path / "some"), "--ours", "--only", chosen]
+        some = ["--output", str(tmp_path / "some"), "--only", chosen]
         answer = CliRunner().invoke(app, ["pictures", *both, *some])
         assert answer.exit_code == 0, answer.output
         page = (tmp_path / "some" / "one.html").read_text(encoding="utf-8")
@@ -342,7 +357,7 @@ def test_the_shipped_page_is_of_the_committed_rows(tmp_path: Path) -> None:
         r"--only '(.*)' \\\n\s+--output docs/pictures", (ROOT / "Makefile").read_text(encoding="utf-8")
     )
     assert drawn_ones
-    places = ["--only", drawn_ones[1], "--output", str(tmp_path)]
+    places = ["--published", "shipped", "--only", drawn_ones[1], "--output", str(tmp_path)]
     drawn = CliRunner().invoke(app, ["pictures", *map(str, results), *places])
     assert drawn.exit_code == 0, drawn.output
     made, shipped = (

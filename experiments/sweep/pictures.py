@@ -82,24 +82,27 @@ def write_pictures(rows: Sequence[Row], published: Sequence[Published], folder: 
 def epsilon_figure(found: Sequence[Group], published: Sequence[Published]) -> Figure:
     """Return accuracy against ε: a line for each variant and arm, with intervals; beside it, published figures.
 
-    Runs without privacy stand behind the largest ε, apart from the lines: they have no place on the axis. A fitted head
-    is a line over all of it. Where accuracy is of next tokens, the loss stands in its place, and no published figure.
+    Runs without privacy stand behind the largest ε, apart from the lines: they have no place on the axis. Lines that
+    all have one ε stand side by side, on no axis of ε. A fitted head is a line over all of it. Where accuracy is of
+    next tokens, the loss stands in its place, and no published figure.
     """
     shown = published if _by_accuracy(found) else []
     figure, parts = _figure(8.6, widths=[1.0, PUBLISHED_WIDTH] if shown else [1.0])
     ours = [group for group in found if not ARMS[group.arm].fitted]
-    behind = _at_epsilons(parts[0], [group.epsilon_asked for group in ours])
+    asked = [group.epsilon_asked for group in ours]
+    behind = _at_epsilons(parts[0], asked)
     lines = list(dict.fromkeys((group.variant, group.arm) for group in ours))
+    one = len(set(asked)) == 1 and len(lines) > 1
     for number, line in enumerate(lines):
         shift = math.exp(min(SPREAD, MOST_SPREAD / len(lines)) * (number - (len(lines) - 1) / 2))
         members = [group for group in ours if (group.variant, group.arm) == line]
         members.sort(key=lambda group: group.epsilon_asked or math.inf)
         joined = [group for group in members if group.epsilon_asked is not None]
         index = _index(found, line[0])
-        places = [shift * (group.epsilon_asked or behind) for group in members]
-        _points(parts[0], places, members, index, ARMS[line[1]].fill)
+        places = {id(group): number if one else shift * (group.epsilon_asked or behind) for group in members}
+        _points(parts[0], [places[id(group)] for group in members], members, index, ARMS[line[1]].fill)
         parts[0].plot(
-            [shift * (group.epsilon_asked or behind) for group in joined or members],
+            [places[id(group)] for group in joined or members],
             [_shown(group).mean for group in joined or members],
             color=COLOURS[index % len(COLOURS)],
             marker=MARKERS[index % len(MARKERS)],
@@ -109,11 +112,21 @@ def epsilon_figure(found: Sequence[Group], published: Sequence[Published]) -> Fi
             markersize=5,
             label=_line_name(*line, min((group.honest for group in members if group.honest), default=0)),
         )
+    if one:
+        _side_by_side(parts[0], len(lines), asked[0])
     _fitted_heads(parts[0], found)
     if shown:
         _published(parts[1], shown)
     _finish(figure, parts, found)
     return figure
+
+
+def _side_by_side(axes: Axes, lines: int, epsilon: float | None) -> None:
+    """Say that places of an axis are no ε: all lines have the one."""
+    axes.set_xscale("linear")
+    axes.set_xticks([])
+    axes.set_xlim(-0.6, lines - 0.4)
+    axes.set_xlabel(NO_CLAIM if epsilon is None else f"each at ε {epsilon_name(epsilon)}, at most")
 
 
 def _published(axes: Axes, published: Sequence[Published]) -> None:
@@ -323,9 +336,8 @@ def to_page(name: str, rows: Sequence[Row], published: Sequence[Published], svgs
     table, (needed, more) = markdown_of(rows).partition("\n\n")[0], notes(rows, filled(groups(rows)))
     parts = [
         Markup("<h1>{}</h1>").format(visible(name)),
-        Markup(
-            "<p>Bars are 95 % intervals of means over seeds. Open marks are published figures of other models and data."
-            "</p>"
+        Markup("<p>Bars are 95 % intervals of means over seeds.{}</p>").format(
+            " Open marks are published figures of other models and data." * bool(published)
         ),
         figures,
         Markup("<h2>Figures</h2>{}<p>{}</p>").format(_table(_cells(table)), _plain(" ".join([*needed, *more]))),
