@@ -23,9 +23,10 @@ from client.policy import Policy
 from client.worker import reply_to
 from common import bundle as bundles
 from common.bundle import PROJECT, SETTINGS, bundle_digest, files_of
-from common.errors import ProtocolError
+from common.errors import FedVeilError, ProtocolError
 from common.messages.wire import encode_task
 from common.run_lines import Finding
+from server import runner
 
 MARK = """
 from pathlib import Path
@@ -50,9 +51,15 @@ def settings_of_all() -> AbstractContextManager[Any]:
     return patch.multiple(bundles, _code_digest=lambda _: "", _own_code_digest=lambda: "")
 
 
+def any_app() -> AbstractContextManager[Any]:
+    """The server's runner takes every bundle for its own."""
+    return patch.object(runner, "bundle_digest", lambda *_, **__: bundles.own_digest())
+
+
 BUNDLES = Fault("any bundle is taken", any_bundle)
 DEAR = Fault("a bundle's settings are parsed whatever their size", settings_of_any_size)
 EAGER = Fault("a stranger's settings are parsed", settings_of_all)
+SUBMITTED = Fault("any app that is submitted is begun", any_app)
 KEY_PARTS = 5000
 """Of one dotted key: the parser's time grows with their square, to half a second for so many."""
 DEEP = b"[" + b"a." * 19 + b"a]\n"
@@ -123,6 +130,31 @@ def audit_dear_bundles(_: Path, fault: Fault = SOUND) -> Finding:
         "dearest, seconds of a core": dearest,
     }
     return judged("bundles that cost much", fault.name, bool(wrong), figures)
+
+
+def audit_submitted(_: Path, fault: Fault = SOUND) -> Finding:
+    """Return which apps that are not its own a server's runner would begin, whoever submitted them.
+
+    Args:
+        _: a folder, which this audit needs not.
+        fault: SOUND or SUBMITTED.
+    """
+    own, begun = files_of(PROJECT), list[str]()
+    settings = own[SETTINGS].replace(b'serverapp = "server.app:app"', b'serverapp = "server.other:app"')
+    submitted = {
+        "another server app": _zipped(own | {"server/app.py": b""}),
+        "another client app": _zipped(own | {"client/app.py": b""}),
+        "one more file": _zipped(own | {"server/other.py": b""}),
+        "another entry point": _zipped(own | {SETTINGS: settings}),
+        "no zip": b"",
+    }
+    with fault.plant():
+        for name, content in submitted.items():
+            with suppress(FedVeilError):
+                runner.check_bundle(content)
+                begun.append(name)
+    figures: dict[str, int | float | str] = {"submitted": len(submitted), "begun": "; ".join(begun) or "none"}
+    return judged("apps submitted to a server", fault.name, bool(begun), figures)
 
 
 def _zipped(files: dict[str, bytes]) -> bytes:

@@ -19,7 +19,15 @@ import torch
 from audits import hostile_questions, hostile_records
 from audits.faults import SOUND, Fault
 from audits.finding import judged
-from audits.hostile_bundle import BUNDLES, DEAR, EAGER, audit_bundle, audit_dear_bundles
+from audits.hostile_bundle import (
+    BUNDLES,
+    DEAR,
+    EAGER,
+    SUBMITTED,
+    audit_bundle,
+    audit_dear_bundles,
+    audit_submitted,
+)
 from audits.hostile_models import UNREHEARSED, audit_models
 from audits.hostile_state import NEIGHBOURS, audit_state, default_model
 from audits.tiny_site import tiny_site
@@ -109,6 +117,7 @@ def hostile_server(folder: Path) -> Iterator[Finding]:
         audit_models: (UNREHEARSED,),
         audit_bundle: (BUNDLES,),
         audit_dear_bundles: (DEAR, EAGER),
+        audit_submitted: (SUBMITTED,),
         audit_rounds: (UNPAID, FORGOTTEN),
     }
     for audit, faults in parts.items():

@@ -41,7 +41,9 @@ def _say(line: str) -> None:
 def server_init(
     folder: Folder,
     name: Annotated[list[str], typer.Option(help="Host name or address that sites dial; may be given again.")],
-    authority: Annotated[Path | None, typer.Option(help="Folder of the certificate authority.")] = None,
+    authority: Annotated[
+        Path | None, typer.Option(help="Folder of the certificate authority; by default FOLDER-authority.")
+    ] = None,
     fleet_port: Annotated[int, typer.Option(help="Port for sites.")] = 9092,
     control_host: Annotated[str, typer.Option(help="Address of the Control API; keep it local.")] = "127.0.0.1",
     control_port: Annotated[int, typer.Option(help="Port of the Control API.")] = 8000,
@@ -58,17 +60,19 @@ def server_init(
         control_host=control_host,
         control_port=control_port,
         fleet_port=fleet_port,
-        unit=server_unit(folder),
+        unit=server_unit(folder, authority),
     )
     authority_certificate = read_certificate((made.path / "ca.crt").read_bytes(), "the authority")
-    _say(server_steps(made, fingerprint(authority_certificate)))
+    _say(server_steps(made, fingerprint(authority_certificate), authority))
 
 
 @server_app.command("renew")
 @for_people
 def server_renew(
     folder: Folder,
-    authority: Annotated[Path | None, typer.Option(help="Folder of the certificate authority.")] = None,
+    authority: Annotated[
+        Path | None, typer.Option(help="Folder of the certificate authority; by default FOLDER-authority.")
+    ] = None,
 ) -> None:
     """Issue a new certificate and key for the server; sites need nothing new. Restart the server afterwards."""
     from deploy.server_folder import open_server, renew_server
@@ -80,7 +84,7 @@ def server_renew(
 @server_app.command("start")
 @for_people
 def server_start(folder: Folder) -> None:
-    """Run the SuperLink in the foreground, as the service unit does."""
+    """Run the SuperLink and its runner in the foreground, as the service unit does."""
     from deploy.server_folder import open_server
     from deploy.start import start_server
 

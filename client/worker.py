@@ -23,7 +23,7 @@ from client import app as installed
 from client.dumps import write_no_dumps
 from client.lookout import Lookout
 from client.outgoing import UNTOLD
-from client.runtime import ANEW, NODE_TOO, LostMessage, Node, NotOurNode, TaskLost, failed
+from client.runtime import LostMessage, Node, failed
 from client.site import name_of, policy_of
 from common.bundle import bundle_digest, own_digest
 from common.config.sections import Scalar
@@ -32,6 +32,7 @@ from common.errors import ConfigError
 from common.log import about, place_of, set_up
 from common.messages.wire import encode_reply, round_of
 from common.paths import run_name
+from common.runtime import ANEW, NODE_TOO, NotOurNode, TaskLost
 from strategies.job import configure
 
 log = logging.getLogger("fedveil.site")

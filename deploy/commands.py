@@ -44,8 +44,14 @@ def superlink_environment(folder: ServerFolder, home: Path) -> dict[str, str]:
     return {NODES: str(folder.nodes), **environment(home), FOLDER: str(folder.path)}
 
 
-def superlink_command(folder: ServerFolder) -> list[str]:
-    """Return the SuperLink's command: TLS on every port, and only registered keys may join."""
+def superlink_command(folder: ServerFolder, secret: Path | None = None) -> list[str]:
+    """Return the SuperLink's command: TLS on every port, and only registered keys may join.
+
+    Args:
+        folder: the server's folder.
+        secret: file that a runner proves itself by; None: the SuperLink starts a process for every run, which runs the
+            code that was submitted, and any local user may ask its port for runs.
+    """
     return [
         program("flower-superlink"),
         *("--ssl-ca-certfile", str(folder.path / "ca.crt")),
@@ -53,7 +59,7 @@ def superlink_command(folder: ServerFolder) -> list[str]:
         *("--ssl-keyfile", str(folder.path / "server.key")),
         "--enable-supernode-auth",
         "--disable-runtime-dependency-installation",
-        *("--isolation", "subprocess"),
+        *_isolation(secret),
         *("--database", str(folder.database)),
         *("--fleet-api-address", folder.fleet),
         *("--host", folder.control_host, "--port", str(folder.control_port)),
@@ -69,14 +75,13 @@ def supernode_command(folder: SiteFolder, more: str = "", secret: Path | None = 
         secret: file that a worker proves itself by; None: the SuperNode starts a process for every message, which
             runs the code of the server's bundle, and any local user may ask its port for tasks.
     """
-    isolation = ["subprocess"] if secret is None else ["process", "--superexec-auth-secret-file", str(secret)]
     return [
         program("flower-supernode"),
         *("--root-certificates", str(folder.path / "ca.crt")),
         *("--auth-supernode-private-key", str(folder.path / "node.key")),
         *("--superlink", folder.server),
         *("--host", "127.0.0.1", "--port", str(folder.runtime_port)),
-        *("--isolation", *isolation),
+        *_isolation(secret),
         *("--node-config", node_config(node_settings(folder, more))),
     ]
 
@@ -88,6 +93,20 @@ def worker_command(folder: SiteFolder, secret: Path, more: str = "") -> list[str
         *("--port", str(folder.runtime_port), "--secret", str(secret)),
         *("--node", json.dumps(node_settings(folder, more))),
     ]
+
+
+def runner_command(folder: ServerFolder, secret: Path) -> list[str]:
+    """Return the command of the server's own runner, which runs the installed code."""
+    return [
+        *own_module("server.runner"),
+        *("--address", folder.control, "--authority", str(folder.path / "ca.crt"), "--secret", str(secret)),
+    ]
+
+
+def _isolation(secret: Path | None) -> list[str]:
+    """Return how Flower's process has its tasks done: by whoever knows the secret, or by itself."""
+    words = ["subprocess"] if secret is None else ["process", "--superexec-auth-secret-file", str(secret)]
+    return ["--isolation", *words]
 
 
 def own_module(name: str) -> list[str]:

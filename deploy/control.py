@@ -27,6 +27,7 @@ from deploy.server_folder import CONNECTION, ServerFolder, connection_toml
 if TYPE_CHECKING:
     from flwr.proto.node_pb2 import NodeInfo
 
+NO_DETAILS = "N/A"
 IN_USE, NO_SUCH_NODE, NO_SUCH_RUN = "already in use", "Node ID not found", "Run ID not found"
 SHUT_OUT = "unregistered"
 """Status of a node whose key Flower keeps and lets in no more."""
@@ -136,7 +137,9 @@ class Control:
         self._good(self._call("stop", run, CONNECTION), f"stop run {run}")
 
     def status(self, run: str) -> str:
-        """Return a run's status as Flower has it (``running``, ``finished:failed``); ``unknown``: it has no such run.
+        """Return a run's status as Flower has it; ``unknown``: it has no such run.
+
+        ``running``, say, or ``finished:failed``, with the reason in brackets behind it where there is one.
 
         Raises:
             RunFailed: the server did not answer, which says nothing about the run.
@@ -144,7 +147,9 @@ class Control:
         answer = self._call("list", CONNECTION, "--run-id", run)
         if not answer.get("success") and NO_SUCH_RUN in str(answer.get("error-message")):
             return "unknown"
-        return str(self._good(answer, "tell how the run stands")["runs"][0]["status"])
+        (run_told,) = self._good(answer, "tell how the run stands")["runs"]
+        why = run_told.get("status-details", NO_DETAILS)
+        return str(run_told["status"]) + ("" if why == NO_DETAILS else f" ({why})")
 
     def _call(self, *words: str) -> dict[str, Any]:
         command = [program("flwr"), *words, "--format", "json"]

@@ -1,38 +1,44 @@
-"""Run a site's SuperNode and its worker as one: whoever stops this stops both, and a worker that ends comes back.
+"""Run a Flower process and its worker as one: whoever stops this stops both, and a worker that ends comes back.
 
-Run as ``python -P -m deploy.pair NODE WORKER``, both commands as JSON lists. It stays while they run,
-so it imports the standard library alone. The SuperNode's end is the pair's end: its unit or container starts
-the pair anew. A worker's end is nothing to the SuperNode, which keeps what the site must remember of a run.
+A site's are its SuperNode and ``client.worker``, a server's its SuperLink and ``server.runner``. Run as
+``python -P -m deploy.pair NODE WORKER``, both commands as JSON lists. It stays while they run, so it imports the
+standard library alone. Flower's end is the pair's end: its unit or container starts the pair anew. A worker's end is
+nothing to the SuperNode, which keeps what the site must remember of a run.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 
+from common.parent import die_with_parent
+
 ANEW, NODE_TOO = 75, 76
-"""Exit codes of a worker, as in ``client.runtime``: start it anew; end the SuperNode as well."""
+"""Exit codes of a worker, as in ``common.runtime``: start it anew; end Flower's process as well."""
 POLL_SECONDS = 0.2
 SHORT_LIFE, MOST_SHORT_LIVES = 10.0, 5
 """A worker that dies within so many seconds, so many times in a row, does not come up at all."""
 AGAIN_SECONDS = 1.0
 PATIENCE = 4.0
 """Seconds that both get to end by themselves."""
-_DIE_WITH_PARENT = 1
-"""prctl's PR_SET_PDEATHSIG."""
+SITE_ENDS = (
+    "the SuperNode ended with {}, so this site ends: its lines above say why; a key that the server takes for online, "
+    "as after a kill, is let in again a minute later"
+)
+SERVER_ENDS = "the SuperLink ended with {}, so this server ends: its lines above say why"
 
 
 def run_pair(node: list[str], worker: list[str], say: Callable[[str], None]) -> int:
-    """Run both until the SuperNode ends or a signal comes; return the exit code.
+    """Run both until Flower's process ends or a signal comes; return the exit code.
 
     Args:
-        node: the SuperNode's command.
+        node: the SuperNode's or SuperLink's command.
         worker: the worker's.
         say: prints one line.
     """
@@ -50,10 +56,7 @@ def run_pair(node: list[str], worker: list[str], say: Callable[[str], None]) -> 
             time.sleep(POLL_SECONDS)
             ended = running["node"].poll()
             if ended is not None:
-                say(
-                    f"the SuperNode ended with {ended}, so this site ends: its lines above say why; a key that the "
-                    "server takes for online, as after a kill, is let in again a minute later"
-                )
+                say((SERVER_ENDS if Path(node[0]).name == "flower-superlink" else SITE_ENDS).format(ended))
                 return ended or 1
             ended = running["worker"].poll()
             if ended is None:
@@ -75,16 +78,11 @@ def run_pair(node: list[str], worker: list[str], say: Callable[[str], None]) -> 
 
 def _start(command: list[str]) -> subprocess.Popen[bytes]:
     # A group of its own, so that Ctrl-C reaches it once, from here; and it ends if this process is killed.
-    return subprocess.Popen(command, process_group=0, preexec_fn=_die_with_parent)
-
-
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGTERM)
+    return subprocess.Popen(command, process_group=0, preexec_fn=die_with_parent)
 
 
 def _end(processes: list[subprocess.Popen[bytes]]) -> None:
-    """End both; the worker first, which would otherwise look for the SuperNode."""
+    """End both; the worker first, which would otherwise look for Flower's process."""
     deadline = time.monotonic() + PATIENCE
     for process in reversed(processes):
         process.terminate()
@@ -97,7 +95,7 @@ def _end(processes: list[subprocess.Popen[bytes]]) -> None:
 
 
 def main() -> int:
-    """Run from ``fedveil site start``."""
+    """Run from ``fedveil site start`` and ``fedveil server start``."""
     node, worker = (json.loads(text) for text in sys.argv[1:3])
     return run_pair(node, worker, lambda line: print(line, flush=True))
 

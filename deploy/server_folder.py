@@ -2,7 +2,6 @@
 
 =================== ====================================================================
 ``server.toml``     names, addresses and places (see ServerFolder)
-``authority/``      the certificate authority; its key is needed only to issue certificates
 ``ca.crt``          the authority's certificate: this goes to every site
 ``server.pem``      the server's certificate
 ``server.key``      its private key
@@ -12,6 +11,9 @@
 ``state/``          the SuperLink's database: registered sites and runs
 ``runs/``           one folder a run
 =================== ====================================================================
+
+The certificate authority, whose key is needed only to issue certificates, lies in a folder of its own beside this one:
+``NAME-authority/``.
 """
 
 from __future__ import annotations
@@ -156,7 +158,7 @@ def make_server(
     Args:
         path: the folder.
         names: host names and addresses that sites dial.
-        authority: folder of the certificate authority; made if it is not there. Default: inside ``path``.
+        authority: folder of the certificate authority; made if it is not there. Default: ``authority_beside(path)``.
         control_host: address of the Control API; a name is resolved when the server starts.
         control_port: its port.
         fleet_port: port of the Fleet API, on all addresses.
@@ -170,14 +172,14 @@ def make_server(
     path = expanded(path).absolute()
     if (path / "server.toml").exists():
         raise ConfigError(f"{path} is a server's folder already and is not overwritten: name another folder")
-    authority = expanded(authority or path / "authority").absolute()
+    authority = expanded(authority or authority_beside(path)).absolute()
     alternative_names(names)
     for what, port in (("fleet-port", fleet_port), ("control-port", control_port)):
         check_port(what, port)
     if fleet_port == control_port:
         raise ConfigError(f"fleet-port and control-port are both {fleet_port}: give each its own")
     certified = dict.fromkeys([*names, *LOCAL_NAMES, control_host])
-    _make_private(path)  # before the authority's folder, which may lie in it
+    _make_private(path)  # before the authority's folder: one that is named may lie in it
     issuer = _authority(authority)
     certificate = new_server_certificate(list(certified), issuer, now)
     folder = ServerFolder(path, ",".join(names), f"0.0.0.0:{fleet_port}", control_host, control_port)
@@ -199,6 +201,15 @@ def make_server(
     for place in (folder.database.parent, folder.runs, folder.nodes):
         place.mkdir(mode=FOLDER_MODE, exist_ok=True)
     return folder
+
+
+def authority_beside(path: Path) -> Path:
+    """Return where the authority of a server's folder lies unless another place is named: not in what the server reads.
+
+    >>> authority_beside(Path("/srv/fedveil/server"))
+    PosixPath('/srv/fedveil/server-authority')
+    """
+    return path.with_name(f"{path.name}-authority")
 
 
 def _make_private(path: Path) -> None:
@@ -228,7 +239,7 @@ def renew_server(folder: ServerFolder, authority: Path | None = None) -> None:
         DataError: the authority's folder is not there or not whole, or is another than that of ``ca.crt``; or this one
             cannot be written. What is in use stays.
     """
-    authority = expanded(authority or folder.path / "authority").absolute()
+    authority = expanded(authority or authority_beside(folder.path)).absolute()
     names = list(dict.fromkeys([*folder.name_list, *LOCAL_NAMES, folder.control_host]))
     made = new_server_certificate(names, _read_authority(authority))
     known = read_certificate(read_bytes(folder.path / "ca.crt", "the authority's certificate"), "the authority")

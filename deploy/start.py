@@ -8,7 +8,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from deploy.certificates import belongs_to, days_left, is_issued_by, read_certif
 from deploy.commands import (
     environment,
     own_module,
+    runner_command,
     superlink_command,
     superlink_environment,
     supernode_command,
@@ -35,7 +36,7 @@ SAY_AGAIN_SECONDS = 300.0
 
 
 def start_server(folder: ServerFolder, say: Callable[[str], None]) -> None:
-    """Replace this process by the SuperLink.
+    """Replace this process by the SuperLink and its runner.
 
     Raises:
         DataError: the certificate is expired, not the authority's, or not the key's; a file is missing; or a port is
@@ -59,8 +60,18 @@ def start_server(folder: ServerFolder, say: Callable[[str], None]) -> None:
     _check_free("the Fleet port", *_host_and_port(folder.fleet), another)
     _check_free("the Control port", folder.control_host, folder.control_port, another)
     say(f"SuperLink: sites on {folder.fleet}, control on {folder.control}")
-    command = superlink_command(folder)
-    os.execve(command[0], command, superlink_environment(folder, _flower_home(folder.database.parent)))
+    home = _flower_home(folder.database.parent)
+    secret = home / "server.secret"
+    pair = superlink_command(folder, secret), runner_command(folder, secret)
+    _become_pair(pair, secret, superlink_environment(folder, home))
+
+
+def _become_pair(pair: tuple[list[str], list[str]], secret: Path, environment: Mapping[str, str]) -> None:
+    """Make a new secret that both prove themselves by, and replace this process by their supervisor."""
+    secret.parent.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
+    put_file(secret, secrets.token_hex(32).encode(), private=True)
+    command = [*own_module("deploy.pair"), *map(json.dumps, pair)]
+    os.execve(command[0], command, environment)
 
 
 def _host_and_port(address: str) -> tuple[str, int]:
@@ -115,10 +126,7 @@ def start_site(folder: SiteFolder, say: Callable[[str], None], more: str = "") -
         folder = dataclasses.replace(folder, runtime_port=free_ports(1)[0])
     pair = supernode_command(folder, more, secret), worker_command(folder, secret, more)
     say(f"the server at {folder.server} lets this site in")
-    secret.parent.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
-    put_file(secret, secrets.token_hex(32).encode(), private=True)
-    command = [*own_module("deploy.pair"), *map(json.dumps, pair)]
-    os.execve(command[0], command, environment(_flower_home(folder.path)))
+    _become_pair(pair, secret, environment(_flower_home(folder.path)))
 
 
 def check_own_port(folder: SiteFolder) -> None:

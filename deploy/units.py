@@ -11,7 +11,7 @@ from pathlib import Path
 from common.files import expanded
 from common.ports import dialled
 from deploy.commands import program
-from deploy.server_folder import ServerFolder
+from deploy.server_folder import ServerFolder, authority_beside
 from deploy.site_folder import SiteFolder
 
 UNIT = """\
@@ -27,7 +27,7 @@ ExecStart={command}
 Restart=always
 RestartSec=10
 TimeoutStopSec=15
-KillMode={kill_mode}
+KillMode=mixed
 NoNewPrivileges=yes
 CapabilityBoundingSet=
 PrivateTmp=yes
@@ -39,18 +39,24 @@ ProtectKernelModules=yes
 ProtectControlGroups=yes
 RestrictSUIDSGID=yes
 ReadWritePaths={writable}
-UMask=0077
+{hidden}UMask=0077
 
 [Install]
 WantedBy=multi-user.target
 """
 
 
-def server_unit(path: Path) -> dict[str, bytes]:
-    """Return ``fedveil-server.service`` of a server's folder at ``path``, by the file's name."""
-    return _unit(
-        path, "fedveil-server", "FedVeil server (Flower SuperLink)", ("server", "start"), "yes", "control-group"
-    )
+def server_unit(path: Path, authority: Path | None = None) -> dict[str, bytes]:
+    """Return ``fedveil-server.service`` of a server's folder at ``path``, by the file's name.
+
+    Args:
+        path: the folder.
+        authority: of the certificate authority, which the unit's processes do not see; None: where ``init`` puts it.
+    """
+    place = expanded(authority or authority_beside(expanded(path).absolute())).absolute()
+    hidden = f"InaccessiblePaths={unit_word(f'-{place}')}\n"
+    words = "server", "start"
+    return _unit(path, "fedveil-server", "FedVeil server (SuperLink and runner)", words, "yes", hidden)
 
 
 def site_unit(path: Path, site: str) -> dict[str, bytes]:
@@ -58,11 +64,11 @@ def site_unit(path: Path, site: str) -> dict[str, bytes]:
 
     Its first process ends the others: a SuperNode that is told twice does not take leave of the server.
     """
-    return _unit(path, "fedveil-site", f"FedVeil site {site} (SuperNode and worker)", ("site", "start"), "no", "mixed")
+    return _unit(path, "fedveil-site", f"FedVeil site {site} (SuperNode and worker)", ("site", "start"), "no")
 
 
 def _unit(
-    path: Path, name: str, description: str, words: tuple[str, ...], private_devices: str, kill_mode: str
+    path: Path, name: str, description: str, words: tuple[str, ...], private_devices: str, hidden: str = ""
 ) -> dict[str, bytes]:
     folder = str(expanded(path).absolute())
     text = UNIT.format(
@@ -72,8 +78,8 @@ def _unit(
         # Of the arguments alone is $ a variable's sign.
         command=" ".join([unit_word(program("fedveil")), *words, unit_word(folder.replace("$", "$$"))]),
         private_devices=private_devices,
-        kill_mode=kill_mode,
         writable=unit_word(folder),
+        hidden=hidden,
     )
     return {f"{name}.service": text.encode()}
 
@@ -100,9 +106,10 @@ def unit_word(text: str) -> str:
     return '"' + re.sub(r"""(["\\])""", r"\\\1", text) + '"'
 
 
-def server_steps(folder: ServerFolder, authority_fingerprint: str) -> str:
-    """Return what ``fedveil server init`` prints."""
+def server_steps(folder: ServerFolder, authority_fingerprint: str, authority: Path | None = None) -> str:
+    """Return what ``fedveil server init`` prints; ``authority`` as for ``make_server``."""
     path = shlex.quote(str(folder.path))
+    place = expanded(authority or authority_beside(folder.path)).absolute()
     return f"""\
 {folder.path} is ready. The authority's fingerprint (SHA-256), to be compared at every site:
   {authority_fingerprint}
@@ -114,7 +121,7 @@ Next:
   4. let a site in     fedveil server register {path} THE_SITES_node.pub
   5. look it over      fedveil doctor server {path}
   6. run a job         fedveil server submit {path} -c SETTINGS --sites 2
-Move {folder.path}/authority off this machine: it is needed only by 'fedveil server renew'."""
+  7. move {shlex.quote(str(place))} off this machine: it is needed only by 'fedveil server renew'."""
 
 
 def site_steps(folder: SiteFolder) -> str:

@@ -183,6 +183,12 @@ def replace_entropy() -> Iterator[Callable[[Source], None]]:
         yield lambda source: sources.enter_context(replaced_entropy(source))
 
 
+@pytest.fixture
+def programs_may_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a test see what a program starts: in this process, whose draws are the test's, it would refuse."""
+    monkeypatch.setattr("deploy.start.require_system_entropy", lambda: None)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Begin each test's draws where its name says, before its fixtures draw."""

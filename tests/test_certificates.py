@@ -16,14 +16,18 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519
 from test_deploy import site_for
+from typer.testing import CliRunner
 
+from cli.main import app
 from common.errors import DataError
 from common.ports import free_ports
 from deploy import certificates, doctor, start
 from deploy.files import make_folder, put_file
 from deploy.node_keys import read_node_key
 from deploy.refusal import why_unreachable
-from deploy.server_folder import RENEWAL, ServerFolder, finish_renewal, make_server, renew_server
+from deploy.server_folder import RENEWAL, ServerFolder, authority_beside, finish_renewal, make_server, renew_server
+
+pytestmark = pytest.mark.usefixtures("programs_may_start")
 
 
 class Crash(BaseException):
@@ -72,10 +76,27 @@ def test_a_half_of_a_renewal_is_not_put_in_place(tmp_path: Path) -> None:
         assert (server.path / "server.pem").read_bytes() == before
 
 
-def test_the_servers_folder_is_private_also_where_the_authority_is_made_in_it(tmp_path: Path) -> None:
-    server = make_server(tmp_path / "deep" / "server", ["127.0.0.1"])
-    for folder in (server.path, server.path / "authority", server.nodes, server.runs):
+@pytest.mark.parametrize("place", ["server-authority", "server/authority"])
+def test_the_servers_folder_is_private_also_where_the_authority_is_made_in_it(place: str, tmp_path: Path) -> None:
+    named = None if place == "server-authority" else tmp_path / "deep" / place
+    server = make_server(tmp_path / "deep" / "server", ["127.0.0.1"], authority=named)
+    for folder in (server.path, tmp_path / "deep" / place, server.nodes, server.runs):
         assert folder.stat().st_mode & 0o777 == 0o700, f"others can look into {folder}"
+
+
+def test_no_key_of_the_authority_lies_in_what_the_server_reads_and_a_renewal_finds_it_beside(tmp_path: Path) -> None:
+    made = CliRunner().invoke(app, ["server", "init", str(tmp_path / "server"), "--name", "127.0.0.1"])
+    assert made.exit_code == 0, made.output
+    key = (tmp_path / "server-authority" / "ca.key").read_bytes()
+    inside = [path for path in (tmp_path / "server").rglob("*") if path.is_file()]
+    assert [path for path in inside if key in path.read_bytes() or path.name == "ca.key"] == []
+    assert f"move {tmp_path}/server-authority off this machine" in made.output
+    unit = (tmp_path / "server" / "fedveil-server.service").read_text()
+    assert unit.splitlines().count(f"InaccessiblePaths=-{tmp_path}/server-authority") == 1
+    before = (tmp_path / "server" / "server.pem").read_bytes()
+    renewed = CliRunner().invoke(app, ["server", "renew", str(tmp_path / "server")])
+    assert renewed.exit_code == 0, renewed.output
+    assert (tmp_path / "server" / "server.pem").read_bytes() != before
 
 
 @pytest.mark.parametrize("there", [False, True])
@@ -154,8 +175,9 @@ def test_a_folders_files_have_their_modes_whatever_the_umask_and_no_key_is_open_
         start.start_server(server, lambda line: None)
     finally:
         os.umask(before)
-    private = {"server.key", "ca.key", "node.key", "identity.key", "policy.toml"}
-    made = [path for folder in (server.path, site.path) for path in (folder, *folder.rglob("*"))]
+    private = {"server.key", "server.secret", "ca.key", "node.key", "identity.key", "policy.toml"}
+    folders = server.path, authority_beside(server.path), site.path
+    made = [path for folder in folders for path in (folder, *folder.rglob("*"))]
     assert private | {"state", "runs", "nodes"} <= {path.name for path in made}
     for path in made:
         wanted = 0o700 if path.is_dir() else 0o600 if path.name in private else 0o644
@@ -168,8 +190,9 @@ def test_a_renewal_by_another_authority_or_by_anothers_key_leaves_what_is_in_use
     server, other = (make_server(tmp_path / name, ["127.0.0.1"]) for name in ("server", "other"))
     before = {name: (server.path / name).read_bytes() for name in ("server.pem", "server.key")}
     with pytest.raises(DataError, match=r"is not the authority of .*ca\.crt: name that one's folder"):
-        renew_server(server, other.path / "authority")
-    (server.path / "authority" / "ca.key").write_bytes((other.path / "authority" / "ca.key").read_bytes())
+        renew_server(server, authority_beside(other.path))
+    foreign = (authority_beside(other.path) / "ca.key").read_bytes()
+    (authority_beside(server.path) / "ca.key").write_bytes(foreign)
     with pytest.raises(DataError, match=r"ca\.key is not the key of its ca\.crt"):
         renew_server(server)
     assert {name: (server.path / name).read_bytes() for name in before} == before

@@ -54,7 +54,7 @@ from deploy.doctor import examine_site
 from deploy.node_keys import is_pair, new_node_key, public_pem
 from deploy.policy_file import policy_text
 from deploy.refusal import why_refused, why_unreachable
-from deploy.server_folder import ServerFolder, make_server, open_server, renew_server
+from deploy.server_folder import ServerFolder, authority_beside, make_server, open_server, renew_server
 from deploy.site_check import check_site, pinned_settings
 from deploy.site_folder import SiteFolder, make_site, node_settings, open_site_folder
 from deploy.start import start_server, start_site
@@ -66,6 +66,8 @@ from server.checkpoint import NAME as CHECKPOINT
 from server.lock import only_writer
 from server.records import write_json
 from strategies.job import configure
+
+pytestmark = pytest.mark.usefixtures("programs_may_start")
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 FEDVEIL = str(Path(sys.executable).parent / "fedveil")
@@ -253,6 +255,69 @@ def test_the_guides_end_in_a_finished_run(
     assert why_refused(open_site_folder(tmp_path / "clinic")) == ""
     assert processes.stop("clinic") < 10
     assert processes.stop("server") < 10
+
+
+STRANGE_APP = """
+import pathlib
+from flwr.serverapp import ServerApp
+pathlib.Path({mark!r}).write_text("imported")
+app = ServerApp()
+@app.main()
+def main(grid, context):
+    print("the stranger's app is run")
+"""
+STRANGE_SETTINGS = """
+[project]
+name = "stranger"
+version = "1.0.0"
+license = {file = "LICENSE"}
+dependencies = ["flwr>=1.39.0"]
+[tool.flwr.app]
+publisher = "nobody"
+fab-format-version = 1
+flwr-version-target = "1.39.0"
+[tool.flwr.app.components]
+serverapp = "strange:app"
+clientapp = "strange:app"
+"""
+
+
+@pytest.mark.deployment
+@pytest.mark.parametrize("planted", [False, True], ids=["as it is", "as Flower does"])
+def test_an_app_of_a_stranger_at_the_control_port_is_not_imported(
+    planted: bool, processes: Processes, tmp_path: Path
+) -> None:
+    fleet, control = free_ports(2)
+    server = make_server(tmp_path / "server", ["127.0.0.1"], fleet_port=fleet, control_port=control)
+    folder, mark = tmp_path / "app", tmp_path / "mark"
+    folder.mkdir()
+    for name, text in (
+        ("strange.py", STRANGE_APP.format(mark=str(mark))),
+        ("pyproject.toml", STRANGE_SETTINGS),
+        ("LICENSE", "none"),
+    ):
+        (folder / name).write_text(text, encoding="utf-8")
+    if planted:
+        server.database.parent.mkdir(exist_ok=True)
+        processes.start_bare("server", superlink_command(server))
+    else:
+        processes.start("server", [FEDVEIL, "server", "start", str(server.path)])
+    processes.wait_for("server", "Uvicorn running")
+    words = [str(Path(FEDVEIL).with_name("flwr")), "run", str(folder), "fedveil", "--stream"]
+    done = subprocess.run(
+        words, env=environment(server.home), capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+    with control_api.control_of(server) as connection:
+        (listed,) = connection._call("list", "fedveil")["runs"]
+    assert mark.exists() == planted
+    assert ("the stranger's app is run" in done.stdout) == planted, done.stdout + done.stderr
+    refusal = "the app that was submitted is not this server's"
+    assert (refusal in done.stdout) != planted, "whoever submitted it is not told why"
+    assert listed["status"] == ("finished:completed" if planted else "finished:failed")
+    assert (refusal in listed["status-details"]) != planted
+    if not planted:
+        assert refusal in processes.log("server")
+        assert not [path for path in server.path.rglob("*") if "strange" in path.name or path.suffix == ".fab"]
 
 
 def check_that_trials_are_paid_on_the_same_sites(folder: Path) -> None:
@@ -527,7 +592,7 @@ def test_another_authority_and_silence_are_told_apart(
 def test_a_folder_is_made_once_and_keys_are_private(tmp_path: Path) -> None:
     server = make_server(tmp_path / "server", ["fl.example.org", "10.0.0.7"])
     site = site_for(tmp_path, 9092, server.path)
-    for path in (server.path / "server.key", server.path / "authority" / "ca.key", site.path / "node.key"):
+    for path in (server.path / "server.key", authority_beside(server.path) / "ca.key", site.path / "node.key"):
         assert path.stat().st_mode & 0o777 == 0o600, f"{path} can be read by others"
     pem = certificates.read_certificate((server.path / "server.pem").read_bytes(), "the server")
     assert {"fl.example.org", "10.0.0.7", "localhost", "127.0.0.1"} == set(certificates.names_of(pem))
@@ -1518,6 +1583,10 @@ def test_flowers_answers_are_read_whatever_its_exit_code(tmp_path: Path, monkeyp
         control.revoke("7")
     says('{"success": true, "runs": [{"run-id": "7", "status": "finished:failed"}]}')
     assert control.status("7") == "finished:failed"
+    says('{"success": true, "runs": [{"status": "finished:failed", "status-details": "not this server\'s app"}]}')
+    assert control.status("7") == "finished:failed (not this server's app)"
+    says('{"success": true, "runs": [{"status": "running", "status-details": "N/A"}]}')
+    assert control.status("7") == "running"
     says(
         """{"success": true, "nodes": [{"node-id": "7", "status": "online"}, {"node-id": "9", "status": "offline"}]}"""
     )

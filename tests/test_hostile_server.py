@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 from audits.faults import SOUND, Fault
-from audits.hostile_bundle import BUNDLES, DEAR, EAGER, audit_bundle, audit_dear_bundles
+from audits.hostile_bundle import (
+    BUNDLES,
+    DEAR,
+    EAGER,
+    SUBMITTED,
+    audit_bundle,
+    audit_dear_bundles,
+    audit_submitted,
+)
 from audits.hostile_models import UNREHEARSED, audit_models
 from audits.hostile_records import APART, COLUMNS, DIVISIONS, ROWS, audit_records
 from audits.hostile_server import FORGOTTEN, UNPAID, audit_rounds
@@ -20,6 +28,7 @@ CASES: dict[Audit, tuple[Fault, ...]] = {
     audit_models: (UNREHEARSED,),
     audit_bundle: (BUNDLES,),
     audit_dear_bundles: (DEAR, EAGER),
+    audit_submitted: (SUBMITTED,),
     audit_rounds: (UNPAID, FORGOTTEN),
 }
 

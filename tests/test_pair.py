@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from client import runtime
+from common import runtime
 from common.bundle import own_digest
 from common.errors import ConfigError, DataError
 from common.ports import free_ports
@@ -30,6 +30,8 @@ from deploy.doctor import examine_site
 from deploy.server_folder import make_server
 from deploy.site_folder import SiteFolder, make_site
 from deploy.units import server_steps, server_unit, site_unit
+
+pytestmark = pytest.mark.usefixtures("programs_may_start")
 
 ROOT = Path(__file__).resolve().parent.parent
 STAYS = "open({place!r}, 'a').write(f'{{os.getpid()}}\\n'); time.sleep(60)"
@@ -373,5 +375,50 @@ def test_a_folder_with_blanks_and_signs_in_its_name_is_one_word_of_a_unit_and_of
     ]
 
 
-def test_the_unit_tells_the_first_process_alone_to_end(site: SiteFolder) -> None:
+def test_the_unit_tells_the_first_process_alone_to_end(site: SiteFolder, tmp_path: Path) -> None:
     assert b"KillMode=mixed\n" in site_unit(site.path, site.site)["fedveil-site.service"]
+    assert b"KillMode=mixed\n" in server_unit(tmp_path)["fedveil-server.service"]
+
+
+def test_a_server_starts_its_superlink_and_a_runner_of_the_installed_code_with_a_secret_of_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FLWR_HOME", raising=False)
+    monkeypatch.setenv("OF_A_COLLEAGUE", "is passed on")
+    fleet, control = free_ports(2)
+    server = make_server(tmp_path / "server", ["127.0.0.1"], fleet_port=fleet, control_port=control)
+    taken: list[Any] = []
+    monkeypatch.setattr(start.os, "execve", lambda *words: taken.append(words))
+    first = b""
+    for _ in range(2):
+        start.start_server(server, lambda line: None)
+        (_, command, told) = taken.pop()
+        assert command[:4] == [sys.executable, "-P", "-m", "deploy.pair"]
+        link, own = map(json.loads, command[4:])
+        file = server.path / "state" / "flwr" / "server.secret"
+        assert link[link.index("--isolation") + 1] == "process", "Flower runs what is submitted"
+        assert link[link.index("--superexec-auth-secret-file") + 1] == own[own.index("--secret") + 1] == str(file)
+        assert own[:4] == [sys.executable, "-P", "-m", "server.runner"]
+        assert own[own.index("--address") + 1] == f"127.0.0.1:{control}"
+        assert own[own.index("--authority") + 1] == str(server.path / "ca.crt")
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+        secret = file.read_bytes()
+        assert len(secret) == 64
+        assert secret != first, "a secret that is seen once opens the port for good"
+        assert secret.decode() not in repr(command) + repr(told)
+        assert (told["FEDVEIL_SERVER"], told["OF_A_COLLEAGUE"]) == (str(server.path), "is passed on")
+        first = secret
+
+
+def test_a_server_whose_superlink_ends_says_so(tmp_path: Path) -> None:
+    link = tmp_path / "flower-superlink"
+    link.write_text(f"#!{sys.executable}\nraise SystemExit(3)\n")
+    link.chmod(0o755)
+    words = [json.dumps([str(link)]), json.dumps(program(STAYS, tmp_path / "worker"))]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [*own_module("deploy.pair"), *words]
+    ended = subprocess.run(words, env=env, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert (ended.returncode, ended.stdout) == (
+        3,
+        "the SuperLink ended with 3, so this server ends: its lines above say why\n",
+    )

@@ -213,6 +213,31 @@ def test_one_of_two_sites_that_sends_all_that_is_plausible_is_shortened_to_what_
     assert l2_norm(results[1].contribution) > 4 * LONGEST * likely, "a case in which nothing is shortened"
 
 
+def told_by(site: TrainResult, lie: str, job: Job) -> TrainResult:
+    """Return a site's answer that is as long as allowed by what it tells."""
+    if lie == "size":
+        site = replace(site, public_size=1)
+    if lie == "noise" and site.spending:
+        spent = told(site.spending, noise_multiplier=100 * plan(job).event.noise_multiplier)
+        site = replace(site, spending=spent)
+    return long_as_allowed(job, site)
+
+
+@pytest.mark.parametrize(("lie", "least"), [("noise", 0.98), ("size", 0.85)])
+def test_one_of_two_sites_can_be_nearly_the_whole_average_as_the_page_says_and_one_of_three_cannot(
+    lie: str, least: float
+) -> None:
+    """Share times length is what counts, and two have no middle that a length could be held to."""
+    job = configure(PRIVATE)
+    honest, last = round_of(job, 2)
+    assert part_of(job, [honest, told_by(last, lie, job)]) > least
+    three = round_of(job, 3)
+    assert part_of(job, [*three[:2], told_by(three[-1], lie, job)]) < bound(LONGEST, 1 / 3)
+    text = (Path(__file__).parent.parent / "docs" / "privacy.md").read_text(encoding="utf-8")
+    (row,) = (line for line in text.splitlines() if line.startswith("| two |"))
+    assert "By length, one of two can be nearly the whole average" in row
+
+
 def after(length: float) -> ServerState:
     """Return the state of a server's Adam whose only change until now was so long."""
     moments = Moments(update(length, 7), {"layer": {"B": (1 - BETA2) * update(length, 7)["layer"]["B"].double() ** 2}})

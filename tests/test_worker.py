@@ -30,6 +30,7 @@ from client import app as installed
 from client import lookout, runtime, worker
 from client.leftovers import tensors_digest
 from client.outgoing import UNTOLD
+from common import runtime as flower
 from common.bundle import PROJECT, bundle_digest, files_of, own_digest
 from common.messages.round import Refusal, TrainResult
 from common.messages.wire import decode_reply, encode_task
@@ -71,7 +72,7 @@ class OneTask(runtime.Node):
 
     def acquire(self) -> str:
         if self.had:
-            raise runtime.NotOurNode("enough")
+            raise flower.NotOurNode("enough")
         token = super().acquire()
         self.had = bool(token)
         return token
@@ -99,7 +100,7 @@ def answered(api: RuntimeApi, site: OneSite) -> TrainResult | Refusal:
 def test_the_installed_client_answers_and_the_node_keeps_what_it_must_remember(api: RuntimeApi, site: OneSite) -> None:
     for _ in range(2):
         api.give(encode_task(site.task()), own_bundle(), site.settings, {})
-        assert work(api, site) == runtime.NODE_TOO
+        assert work(api, site) == flower.NODE_TOO
         assert isinstance(answered(api, site), TrainResult)
         assert site.charges() == [("1", 1, "training")], "what was kept did not come back: the same task was paid twice"
         assert "kept" in api.kept()
@@ -194,7 +195,7 @@ def test_flower_s_own_way_runs_the_bundle_s_code_which_the_mark_shows(site: OneS
 
 def test_without_the_site_s_secret_nobody_gets_a_task(api: RuntimeApi, site: OneSite) -> None:
     api.give(encode_task(site.task()), own_bundle(), site.settings, site.node)
-    assert work(api, site, secret=b"guessed") == runtime.NODE_TOO
+    assert work(api, site, secret=b"guessed") == flower.NODE_TOO
     assert api.waiting() == 1
     with runtime_api(secret=None) as open_to_all:
         open_to_all.give(encode_task(site.task()), own_bundle(), site.settings, site.node)
@@ -206,7 +207,7 @@ def test_a_node_that_another_user_of_the_machine_plays_gets_no_answer(
 ) -> None:
     api.give(encode_task(site.task()), own_bundle(), site.settings, site.node)
     monkeypatch.setattr(runtime, "is_own_port", lambda port: False)
-    assert work(api, site) == runtime.NODE_TOO
+    assert work(api, site) == flower.NODE_TOO
     assert not site.charges()
 
 
@@ -274,7 +275,7 @@ def test_a_node_that_has_an_error_of_its_own_is_asked_again_and_one_that_knows_u
     assert fake_node()[0].acquire() == "one"
     assert fake_node(AcquireTask=answer_of(500))[0].acquire() == ""
     for code in (401, 403):
-        with pytest.raises(runtime.NotOurNode, match="does not take this site's secret"):
+        with pytest.raises(flower.NotOurNode, match="does not take the secret"):
             fake_node(AcquireTask=answer_of(code))[0].acquire()
 
 
@@ -291,8 +292,8 @@ def test_a_task_is_held_by_signs_of_life_that_end_with_it_however_it_ends(
             raise error
 
     for raised, expected in (
-        (answer_of(401), runtime.TaskLost),
-        (answer_of(403), runtime.TaskLost),
+        (answer_of(401), flower.TaskLost),
+        (answer_of(403), flower.TaskLost),
         (answer_of(500), httpx.HTTPStatusError),
         (ValueError(), ValueError),
     ):
@@ -310,7 +311,7 @@ def test_a_sign_of_life_that_is_refused_ends_the_process_and_one_that_is_lost_do
         raise SystemExit(code)
 
     def held(client: Any) -> bool:
-        return runtime._is_held(client)
+        return flower._is_held(client, runtime._start_anew)
 
     monkeypatch.setattr(runtime.os, "_exit", leave)
     assert held(FakeClient())
@@ -319,7 +320,7 @@ def test_a_sign_of_life_that_is_refused_ends_the_process_and_one_that_is_lost_do
     given_up = FakeClient()
     given_up.answers["SendTaskHeartbeat"] = SimpleNamespace(success=False)
     for client in (given_up, *(FakeClient(SendTaskHeartbeat=answer_of(code)) for code in (401, 403))):
-        with pytest.raises(SystemExit, match=str(runtime.ANEW)):
+        with pytest.raises(SystemExit, match=str(flower.ANEW)):
             held(client)
 
 
@@ -358,7 +359,7 @@ def test_a_task_whose_message_another_worker_took_has_the_node_started_anew(
 ) -> None:
     monkeypatch.setattr(runtime, "MESSAGE_SECONDS", 0.2)
     api.give(None, own_bundle(), site.settings, site.node)
-    assert work(api, site) == runtime.NODE_TOO
+    assert work(api, site) == flower.NODE_TOO
     assert not site.charges()
 
 
@@ -379,7 +380,7 @@ def test_records_that_have_changed_are_read_by_a_process_of_their_own(
 
     monkeypatch.setattr(worker.time, "sleep", sleep)
     with closing(runtime.Node(api.port, SECRET)) as node:
-        assert worker.work(node, site.node) == runtime.ANEW
+        assert worker.work(node, site.node) == flower.ANEW
     assert len(slept) == 1
 
 
@@ -404,7 +405,7 @@ def test_a_server_that_keeps_a_task_waiting_keeps_no_deleted_record_in_use(
         monkeypatch.setattr(lookout.Lookout, "look", lambda own: look(own) and False)
     api.give(encode_task(site.task()), own_bundle(), site.settings, site.node)
     with closing(runtime.Node(api.port, SECRET)) as node:
-        assert worker.work(node, site.node) == runtime.ANEW, "its memory is not given back"
+        assert worker.work(node, site.node) == flower.ANEW, "its memory is not given back"
     assert held == ([40, 40] if planted else [40, 39]), "a task was answered from records that are gone"
 
 
@@ -421,10 +422,10 @@ def test_a_task_that_changes_what_is_frozen_is_the_last_of_its_process(
 
     monkeypatch.setattr(installed, "train_round", leaves_something)
     api.give(encode_task(site.task()), own_bundle(), site.settings, site.node)
-    assert work(api, site) == runtime.ANEW
+    assert work(api, site) == flower.ANEW
     monkeypatch.setattr(installed, "is_clean", lambda: True)
     api.give(encode_task(site.task(2)), own_bundle(), site.settings, site.node)
-    assert work(api, site) == runtime.NODE_TOO, "planted: a worker that does not look goes on to the next task"
+    assert work(api, site) == flower.NODE_TOO, "planted: a worker that does not look goes on to the next task"
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
