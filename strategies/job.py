@@ -475,9 +475,10 @@ def _start(name: str, settings: Mapping[str, Scalar], given: Mapping[str, Scalar
     Raises:
         ConfigError: an option is out of range, or ``given`` and not one of this start.
     """
-    own, known = {START + key for key in defaults(STARTS[name])}, known_settings()
+    own, declared = {START + key for key in defaults(STARTS[name])}, declared_settings()
     for key, value in given.items():
-        if key.startswith(START) and key not in own and value != known[key]:
+        # A resumed run is given every setting, also those of other starts, as they are declared.
+        if key.startswith(START) and key not in own and value not in (declared[key], AUTO):
             owners = [other for other, start in STARTS.items() if key in {START + k for k in defaults(start)}]
             raise ConfigError(f"{key} has no effect on adapter.start {name!r}: it is an option of {', '.join(owners)}")
     return from_section(STARTS[name], {key: value for key, value in settings.items() if key in own}, START)

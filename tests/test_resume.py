@@ -237,13 +237,14 @@ def test_a_resumed_run_waits_for_a_server_that_is_dying(toy_settings: dict[str, 
     assert [line.round_number for line in what_counts(folder)[0]] == [1, 2]
 
 
-def test_the_settings_of_a_resumed_run_are_taken_from_its_folder(toy_settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize("strategy", ["fed-sb", "ffa-lora"])  # one with the start that has options, and one without
+def test_the_settings_of_a_resumed_run_are_taken_from_its_folder(toy_settings: dict[str, Any], strategy: str) -> None:
     with pytest.raises(Killed), killed_at(17):
-        run_in_process({**toy_settings, "strategy": "fed-sb"}, 1, "77")
+        run_in_process({**toy_settings, "strategy": strategy}, 1, "77")
     given = {"output": toy_settings["output"], "resume": "77"}
     settings = with_resumed(given)
-    assert settings["strategy"] == "fed-sb"
-    assert settings["resume"] == str(Path(toy_settings["output"]) / "fed-sb-77")
+    assert settings["strategy"] == strategy
+    assert settings["resume"] == str(Path(toy_settings["output"]) / f"{strategy}-77")
     with only_writer(Path(settings["resume"])), pytest.raises(RunFailed, match="is under way"):
         with_resumed(given)
     (Path(settings["resume"]) / NAME).write_bytes(b"rubbish")
