@@ -25,10 +25,10 @@ HONEST, OPEN = "client.worker", "faults.open_worker"
 ROUNDS, FORGED_IN, DEADLINE = 4, 2, 120.0
 TRIES = 200
 """Of microseconds before and after the own task; the finding's attack took 59 to 83 in all."""
-AHEAD = 2
-"""Rounds by which a forged task is ahead of the one that it is made of."""
+AHEAD, FORGED = 2, 3
+"""Rounds by which a forged task is ahead of the one that it is made of; and how many are forged."""
 PAID = "a site was charged for what the server did not ask"
-NOT_SIGNED, NO_ANSWER = "signed", "answers no task"
+NOT_SIGNED, NO_ANSWER = "the task's signature is not of this message", "answers no task"
 """Words in the log of whoever receives a forged task, or a forged answer."""
 
 
@@ -118,7 +118,7 @@ def _finding(federation: Federation, run: Run, attacks: Attacks) -> Finding:
     result, lines = run.result(), read_lines(RoundLine, run.path)
     paid = {site: dict(charges(federation, site, run)) for site in SIZES}
     log = (run.path / "log.jsonl").read_text(encoding="utf-8")
-    whole = dict.fromkeys(range(1, ROUNDS + 1), 1)
+    whole, refused = dict.fromkeys(range(1, ROUNDS + 1), 1), federation.processes.log(VICTIM).count(NOT_SIGNED)
     wrong = [
         words
         for words, holds in (
@@ -129,7 +129,7 @@ def _finding(federation: Federation, run: Run, attacks: Attacks) -> Finding:
             ("an answer in another's name was kept", not attacks.came.get("its refusal is kept", True)),
             ("no forged task reached the victim: no case", attacks.came.get("own task for the victim", False)),
             ("no message reached the server: no case", attacks.came.get("a refusal to the server's number", False)),
-            ("the victim's log does not tell of forged tasks", NOT_SIGNED in federation.processes.log(VICTIM)),
+            ("the victim's log does not tell of each forged task", refused == FORGED),
             ("the server's log does not tell of a forged answer", NO_ANSWER in log),
         )
         if not holds
