@@ -50,7 +50,9 @@ def compare(
             f"accuracy {100 * outcome.accuracy:.1f} %, {outcome.seconds:.0f} s"
         )
 
-    outcomes = run_all(configs or list(DEFAULT), numbers, sites, parse_settings(settings or []), output, done)
+    outcomes = run_all(
+        configs or list(DEFAULT), numbers, sites, parse_settings(settings or []), output, done, console.print
+    )
     replace_file(output / "compare.md", table(outcomes).encode())
     told = json.dumps(finite([asdict(outcome) for outcome in outcomes]), indent=1, allow_nan=False) + "\n"
     replace_file(output / "compare.json", told.encode())

@@ -88,6 +88,7 @@ def run(
     workers: Annotated[int, typer.Option(min=0, help="Processes that train at once; 0: as many as pay off.")] = 0,
 ) -> None:
     """Run a simulated federation through ``flwr run`` and report on it."""
+    from common.config.sections import NO_ADAPTER
     from common.config.text import parse_settings
     from common.data.sources import train_and_test
     from experiments.simulate import simulate
@@ -133,7 +134,8 @@ def run(
             with suppress(OSError):  # of a terminal that is gone
                 console.print(ways_on(place))
         raise
-    console.print(f"folder: {folder}\nreport: {folder / 'report.html'}\nadapter: {folder / 'adapter'}")
+    trained = "head" if job.config.adapter.name == NO_ADAPTER else "adapter"
+    console.print(f"folder: {folder}\nreport: {folder / 'report.html'}\n{trained}: {folder / 'adapter'}")
     console.print(f"{time.monotonic() - began:.0f} s in all")
 
 

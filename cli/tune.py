@@ -66,7 +66,10 @@ def tune(
 
 def _print_price(tuning: Tuning) -> None:
     from common.words import visible
+    from experiments.recipes import recipes_said
+    from strategies.job import configure
 
+    _say(recipes_said({trial.name: configure(trial.settings).config.recipe for trial in tuning.trials}))
     table = Table(title="trials, each charged in full")
     for column in ("trial", "its own settings", "ε alone"):
         table.add_column(column, justify="right" if column == "ε alone" else "left")

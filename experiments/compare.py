@@ -26,6 +26,7 @@ from common.paths import run_folder
 from common.privacy import MECHANISMS
 from common.privacy.figures import NO_CLAIM, epsilon_text
 from common.run_lines import ConfigFile, ResultFile, RoundLine, read_file, read_if_there, read_lines
+from experiments.recipes import check_recipes, names_recipe, recipes_said
 from experiments.site_count import record_sites, recorded_sites
 from experiments.sweep.processes import with_threads
 from server.lock import only_writer
@@ -55,6 +56,7 @@ class Outcome:
     bytes_up: int
     seconds: float
     """Of all rounds, on one core."""
+    recipe: str
 
 
 def compare(
@@ -64,6 +66,7 @@ def compare(
     overrides: Mapping[str, Scalar],
     output: Path,
     done: Callable[[Outcome, int, int], None],
+    say: Callable[[str], None] = lambda _: None,
 ) -> list[Outcome]:
     """Run every configuration in both privacy modes under every seed.
 
@@ -75,6 +78,7 @@ def compare(
         overrides: settings laid over every configuration.
         output: folder of all runs.
         done: told after every run, with how many of how many there are.
+        say: told the recipes, before the first run.
 
     Raises:
         ConfigError: a configuration is wrong, or ``output`` holds a result of other settings (named); nothing
@@ -82,12 +86,14 @@ def compare(
         RunFailed: a run failed; says which.
     """
     jobs: dict[tuple[str, str, int], tuple[dict[str, Scalar], str]] = {}
+    recipes, named = dict[str, str](), set[str]()
     for path in configs:
+        own = {**parse_settings([str(path)]), **overrides}
+        named |= {path.stem} if names_recipe(own) else set()
         for mode in MODES:
             for seed in seeds:
-                settings, _ = with_recipe(
-                    {**parse_settings([str(path)]), **overrides, "privacy.mode": MODES[0]}, sites=sites
-                )
+                settings, _ = with_recipe({**own, "privacy.mode": MODES[0]}, sites=sites)
+                recipes[path.stem] = str(settings["recipe"])
                 settings |= {"privacy.mode": mode, "seed": seed, "output": str(output.absolute())}
                 jobs[path.stem, mode, seed] = (settings, f"{path.stem}-{mode}-{seed}")
                 job = configure(settings)
@@ -95,6 +101,8 @@ def compare(
                 _check_kept(job, f"{path.stem}-{mode}-{seed}", sites)
     if len(jobs) != len(configs) * len(MODES) * len(seeds) or not jobs:
         raise ConfigError("a comparison needs configurations of different names and different seeds")
+    check_recipes(recipes, named)
+    say(recipes_said(recipes))
     outcomes = []
     context = multiprocessing.get_context("spawn")
     stopped = context.Event()
@@ -184,14 +192,16 @@ def read_outcome(name: str, folder: Path, mode: str, seed: int) -> Outcome:
         sum(line.bytes_down for line in rounds),
         sum(line.bytes_up for line in rounds),
         sum(line.seconds or 0.0 for line in rounds),
+        str(read_file(ConfigFile, folder).settings["recipe"]),
     )
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
     """Return a Markdown table, one row per configuration and privacy mode, means over seeds."""
     lines = [
-        "| configuration | privacy | accuracy, % (each seed) | start, % | ε | down, kB | up, kB | seconds, one core |",
-        "|---|---|---|---|---|---|---|---|",
+        "| configuration | recipe | privacy | accuracy, % (each seed) | start, % | ε | down, kB | up, kB "
+        "| seconds, one core |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, mode in dict.fromkeys((o.name, o.mode) for o in outcomes):
         group = [o for o in outcomes if (o.name, o.mode) == (name, mode)]
@@ -200,7 +210,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
         each = ", ".join(f"{score:.1f}" for score in scores)
         epsilon = epsilon_text(max(o.epsilon or 0.0 for o in group)) if MECHANISMS[mode].claims else NO_CLAIM
         lines.append(
-            f"| {name} | {mode} | **{statistics.mean(scores):.1f}**{spread} ({each}) "
+            f"| {name} | {group[0].recipe} | {mode} | **{statistics.mean(scores):.1f}**{spread} ({each}) "
             f"| {100 * statistics.mean(o.accuracy_before for o in group):.1f} | {epsilon} "
             f"| {statistics.mean(o.bytes_down for o in group) / 1000:,.0f} "
             f"| {statistics.mean(o.bytes_up for o in group) / 1000:,.0f} "

@@ -146,12 +146,21 @@ def test_a_job_that_was_handed_out_before_the_comparison_failed_does_not_begin(
 
 def test_the_table_shows_means_each_seed_and_the_worst_epsilon() -> None:
     cells = [
-        ("job", "dp-sgd", 1, 0.5, 0.70, 7.5, 2000, 1000, 9.0),
-        ("job", "dp-sgd", 2, 0.5, 0.80, 7.9, 2000, 1000, 11.0),
+        ("job", "dp-sgd", 1, 0.5, 0.70, 7.5, 2000, 1000, 9.0, "plain"),
+        ("job", "dp-sgd", 2, 0.5, 0.80, 7.9, 2000, 1000, 11.0, "plain"),
     ]
-    text = table([*(Outcome(*cell) for cell in cells), Outcome("job", "none", 1, 0.5, 0.9, None, 1, 1, 1.0)])
-    assert "| job | dp-sgd | **75.0** ± 7.1 (70.0, 80.0) | 50.0 | 7.900 | 2 | 1 | 10 |" in text
-    assert "| job | none | **90.0** (90.0) | 50.0 | no claim |" in text
+    text = table([*(Outcome(*cell) for cell in cells), Outcome("job", "none", 1, 0.5, 0.9, None, 1, 1, 1.0, "open")])
+    assert "| job | plain | dp-sgd | **75.0** ± 7.1 (70.0, 80.0) | 50.0 | 7.900 | 2 | 1 | 10 |" in text
+    assert "| job | open | none | **90.0** (90.0) | 50.0 | no claim |" in text
+
+
+def test_configurations_that_are_filled_in_otherwise_are_refused_unless_they_name_it(tmp_path: Path) -> None:
+    files = [tmp_path / "open.toml", tmp_path / "named.toml"]
+    files[0].write_text("seed = 1\n", encoding="utf-8")
+    files[1].write_text('strategy = "fedavg-lora"\n', encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"'open' gets the recipe 'metric' and 'named' gets 'plain', so they differ"):
+        compare(files, [1], 2, {"privacy.epsilon": 8.0}, tmp_path / "out", lambda *_: None)
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_configurations_of_one_name_are_refused_before_anything_runs(tmp_path: Path) -> None:

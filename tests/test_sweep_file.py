@@ -233,3 +233,31 @@ def test_whatever_is_wrong_is_named_with_the_file(text: str, said: str, tmp_path
 def test_a_sweep_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot read the sweep"):
         read_sweep(tmp_path / "none.toml")
+
+
+FOUR = ("fedavg-lora", "ffa-lora", "fed-sb", "fed-svd")
+
+
+def test_variants_that_name_a_strategy_each_differ_in_nothing_but_that(tmp_path: Path) -> None:
+    lines = [f'[variants.{name}]\nsettings = {{ strategy = "{name}" }}\n' for name in FOUR]
+    sweep = written(tmp_path, f"seeds = [1]\n{''.join(lines)}")
+    assert sweep.recipes == dict.fromkeys(FOUR, "plain")
+    jobs = [cell.job(Path()) for cell in sweep.cells]
+    assert len({(job.config.server, job.config.training) for job in jobs}) == 1
+
+
+def test_variants_that_differ_in_more_than_they_name_are_refused_in_one_line(tmp_path: Path) -> None:
+    open_one = "[variants.open-one]\nsettings = { evaluate-every = 3 }\n"
+    named = '[variants.fed-sb]\nsettings = { strategy = "fed-sb" }\n'
+    with pytest.raises(ConfigError, match=r"'open-one' gets the recipe 'metric' and 'fed-sb' gets 'plain'") as refusal:
+        written(tmp_path, open_one + named)
+    assert "\n" not in str(refusal.value)
+    both = open_one.replace("{ ", '{ recipe = "metric", ') + named
+    assert written(tmp_path, both).recipes == {"open-one": "metric", "fed-sb": "plain"}
+    assert written(tmp_path, f'settings.recipe = "plain"\n{open_one}{named}').recipes == dict.fromkeys(
+        ("open-one", "fed-sb"), "plain"
+    )
+    with pytest.raises(ConfigError, match="gets the recipe 'metric' and 'without' gets 'open'"):
+        written(tmp_path, f'{open_one}[variants.without]\nepsilons = ["none"]\n')
+    whole = 'epsilons = [8.0, "none"]\n' + open_one
+    assert written(tmp_path, whole).recipes == {"open-one": "metric"}, "one method for all of a variant's ε"

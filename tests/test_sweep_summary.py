@@ -24,7 +24,7 @@ from experiments.sweep.conduct import row_words
 from experiments.sweep.pictures import bytes_figure, epsilon_figure, write_pictures
 from experiments.sweep.published import SHIPPED, Published, read_published
 from experiments.sweep.rows import Row, write_rows
-from experiments.sweep.summary import beside, groups, interval, markdown_of
+from experiments.sweep.summary import beside, filled, groups, interval, markdown_of
 from reports.scores import beside_cells
 from strategies import ROWS
 from strategies.job import configure
@@ -141,6 +141,12 @@ def test_a_line_about_a_sum_says_on_how_many_honest_sites_its_epsilon_counts() -
     summed = replace(SEEDS[0], settings={**SEEDS[0].settings, "privacy.honest-sites": 3})
     assert "ε 7.995 (h = 3) spent" in row_words(summed)
     assert replace(summed, epsilon=None).honest == 0
+
+
+def test_a_sweeps_own_table_names_the_recipe_of_each_variant() -> None:
+    header, _, line, *_ = markdown_of(SEEDS, filled(groups(SEEDS), recipe=True)).splitlines()
+    assert header.startswith("| variant | recipe | arm |")
+    assert line.startswith("| `wide` | metric | federated |")
 
 
 def test_columns_of_newer_rows_stand_where_a_row_has_them() -> None:

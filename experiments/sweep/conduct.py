@@ -14,6 +14,7 @@ from common.files import append_lines
 from common.privacy.figures import epsilon_text, honest_text
 from common.strict_json import to_json
 from common.words import percent_text
+from experiments.recipes import recipes_said
 from experiments.sweep.file import Cell, Sweep
 from experiments.sweep.one_run import (
     LOG,
@@ -82,6 +83,7 @@ def run_sweep(
     threads = _threads(jobs)
     if not any(fnmatchcase(cell.name, only) for cell in sweep.cells):
         raise ConfigError(f"--only is {only!r}, and no run is called so; the first is {sweep.cells[0].name!r}")
+    say(recipes_said(sweep.recipes))
     code, commit = code_version(), commit_of()
     output.mkdir(parents=True, exist_ok=True)
     with only_writer(output):

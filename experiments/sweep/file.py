@@ -36,9 +36,11 @@ from common.errors import ConfigError
 from common.paths import RUN_NAME
 from common.privacy import MECHANISMS
 from common.toml import read_toml
+from experiments.recipes import check_recipes, names_recipe
 from experiments.site_count import USUAL
 from experiments.sweep.arms import ARMS, BASELINES, FEDERATED
 from strategies.job import Job, configure, known_settings, with_recipe
+from strategies.recipes import AUTO
 
 KEYS = ("base", "sites", "seeds", "partition-by-seed", "epsilons", "baselines", "settings", "variants")
 LISTS = ("seeds", "epsilons", "baselines")
@@ -101,6 +103,11 @@ class Sweep:
     """Of its file."""
     cells: tuple[Cell, ...]
 
+    @property
+    def recipes(self) -> dict[str, str]:
+        """The recipe of each variant."""
+        return {cell.variant: str(cell.settings["recipe"]) for cell in self.cells if cell.arm == FEDERATED}
+
 
 def epsilon_name(epsilon: float | None) -> str:
     """Return an ε of the axis as the file writes it."""
@@ -159,6 +166,7 @@ def _cells(content: Mapping[str, Any], folder: Path) -> list[Cell]:
         raise ConfigError(f"partition-by-seed must be true or false, not {by_seed!r}")
     base = _settings(content, "base", folder, by_seed)
     cells: list[Cell] = []
+    recipes, named = dict[str, str](), set[str]()
     for name, variant in variants.items():
         if not isinstance(variant, Mapping):
             raise ConfigError(f"variants.{name} must be a table, not {variant!r}")
@@ -171,7 +179,9 @@ def _cells(content: Mapping[str, Any], folder: Path) -> list[Cell]:
         epsilons = [_epsilon(value) for value in values]
         # One method for all of a variant's ε: that of its private runs, if it has any.
         first = max(epsilons, key=lambda epsilon: epsilon is not None)
+        named |= {name} if names_recipe(own) else set()
         own = _with_recipe(own, _protection(own, first, name), sites)
+        recipes[name] = str(own.get("recipe", AUTO))
         for epsilon in epsilons:
             protection = _protection(own, epsilon, name)
             for seed in seeds:
@@ -186,6 +196,7 @@ def _cells(content: Mapping[str, Any], folder: Path) -> list[Cell]:
                     cells += made
     if len({cell.name for cell in cells}) < len(cells):
         raise ConfigError("two runs would have one name: give the variants other names, or the ε more distance")
+    check_recipes(recipes, named)
     return cells
 
 

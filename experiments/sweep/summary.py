@@ -63,6 +63,8 @@ class Group:
     """The rows of a variant, an arm and an ε, over seeds. Of ``local-only`` a seed's value is the mean over sites."""
 
     variant: str
+    recipe: str
+    """Of its runs; unknown of a fitted head, which none fills in."""
     arm: str
     epsilon_asked: float | None
     values: list[float]
@@ -121,6 +123,7 @@ def _group(variant: str, arm: str, epsilon: float | None, rows: Sequence[Row]) -
     ]
     return Group(
         variant=variant,
+        recipe=UNKNOWN if ARMS[arm].fitted else str(counting[-1].settings.get("recipe", UNKNOWN)),
         arm=arm,
         epsilon_asked=epsilon,
         values=values,
@@ -218,10 +221,16 @@ def markdown_of(rows: Sequence[Row], columns: Sequence[str] = ()) -> str:
     return "\n".join(lines) + "\n"
 
 
-def filled(found: Sequence[Group]) -> list[str]:
-    """Return the columns of a table of all: those of ``OPTIONAL`` that have no figure stay away."""
+def filled(found: Sequence[Group], *, recipe: bool = False) -> list[str]:
+    """Return the columns of a table of all: those of ``OPTIONAL`` that have no figure stay away.
+
+    Args:
+        found: the rows of the table.
+        recipe: whether each row names its recipe, as in a sweep's own summary.
+    """
+    columns = {name: words for name, words in COLUMNS.items() if recipe or name != "recipe"}
     return [
-        name for name, words in COLUMNS.items() if name not in OPTIONAL or any(words(one) != UNKNOWN for one in found)
+        name for name, words in columns.items() if name not in OPTIONAL or any(words(one) != UNKNOWN for one in found)
     ]
 
 
@@ -274,6 +283,7 @@ def _processor_words(group: Group) -> str:
 
 COLUMNS: Mapping[str, Callable[[Group], str]] = {
     "variant": lambda group: f"`{group.variant}`",
+    "recipe": lambda group: group.recipe,
     "arm": lambda group: group.arm,
     "ε": _epsilon_words,
     "runs": lambda group: str(len(group.values)),
