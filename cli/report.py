@@ -123,10 +123,10 @@ def watch(
     port: Annotated[int, typer.Option(help="Port on this machine alone; 0: a free one.")] = 0,
 ) -> None:
     """Serve a run's report on this machine alone, made anew while the run goes on, until Ctrl-C."""
-    from reports.watch import LOOPBACK, Watched
+    from reports.watch import Watched
 
     with Watched(folder, port) as watched:
-        console.print(f"http://{LOOPBACK}:{watched.server_port}/ (Ctrl-C ends it)")
+        console.print(f"{watched.address} (Ctrl-C ends it)")
         try:
             watched.serve_forever(poll_interval=0.2)
         except KeyboardInterrupt:

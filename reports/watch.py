@@ -2,11 +2,13 @@
 
 It reads the run's folder and writes nothing. Pages are those of ``write_reports``; while the run goes on a browser asks
 for them again every few seconds, and the first lines say what goes on. Only a request that names this very address is
-answered, so that no page from elsewhere can read a report through the browser of the person at this machine.
+answered, so that no page from elsewhere can read a report through the browser of the person at this machine. Every user
+of the machine reaches the port, so the address has a secret in it.
 """
 
 from __future__ import annotations
 
+import secrets
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -58,7 +60,7 @@ class Watched(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, folder: Path, port: int = 0) -> None:
-        self.folder = folder
+        self.folder, self._secret = folder, f"/{secrets.token_urlsafe(24)}"
         self._lock, self._data = threading.Lock(), report_of(folder)
         self._seen: tuple[tuple[str, int, int], ...] = ()
         try:
@@ -78,6 +80,17 @@ class Watched(ThreadingHTTPServer):
     def names(self) -> frozenset[str]:
         """Addresses by which a request may name this server."""
         return frozenset(f"{host}:{self.server_port}" for host in (LOOPBACK, "localhost"))
+
+    @property
+    def address(self) -> str:
+        """The page's address, which is for nobody else."""
+        return f"http://{LOOPBACK}:{self.server_port}{self._secret}/"
+
+    def told(self, path: str) -> str | None:
+        """Return a path below the secret that it begins with; None: it begins otherwise."""
+        length = len(self._secret)
+        same = secrets.compare_digest(path[:length].encode(), self._secret.encode())
+        return path[length:] if same else None
 
     def report(self) -> ReportData:
         """Return the report as the folder's files have it now; made once for each state of them."""
@@ -130,14 +143,15 @@ class _Handler(BaseHTTPRequestHandler):
     server_version, sys_version = "FedVeil", ""
 
     def do_GET(self) -> None:
-        if self.headers.get("Host") not in self.server.names:
+        path = self.server.told(self.path)
+        if self.headers.get("Host") not in self.server.names or path is None:
             self._send(HTTPStatus.FORBIDDEN, "text/plain", b"ask for the address that fedveil watch printed\n")
             return
-        if self.path not in FORMS:
+        if path not in FORMS:
             self._send(HTTPStatus.NOT_FOUND, "text/plain", f"nothing is here; there is {', '.join(FORMS)}\n".encode())
             return
         try:
-            kind, content, goes_on = self.server.page(self.path)
+            kind, content, goes_on = self.server.page(path)
         except (FedVeilError, OSError) as error:
             self._send(HTTPStatus.SERVICE_UNAVAILABLE, "text/plain; charset=utf-8", f"{visible(str(error))}\n".encode())
         else:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from made_run import MadeRun
@@ -37,7 +38,12 @@ def watched(folder: Path) -> Iterator[Watched]:
             thread.join()
 
 
-def ask(server: Watched, path: str = "/", method: str = "GET", host: str = "") -> tuple[int, dict[str, str], str]:
+def ask(
+    server: Watched, path: str = "/", method: str = "GET", host: str = "", secret: str | None = None
+) -> tuple[int, dict[str, str], str]:
+    if secret is None:
+        secret = urlsplit(server.address).path.rstrip("/")
+    path = f"{secret}{path}"
     connection = http.client.HTTPConnection(LOOPBACK, server.server_port, timeout=10)
     try:
         connection.request(method, path, headers={"Host": host} if host else {})
@@ -98,6 +104,17 @@ def test_only_who_names_the_address_is_answered(going: MadeRun) -> None:
         assert (headers["Cache-Control"], headers["X-Frame-Options"]) == ("no-store", "DENY")
 
 
+def test_another_user_of_the_machine_who_knows_the_port_gets_nothing(going: MadeRun) -> None:
+    with watched(going.folder) as server, watched(going.folder) as other:
+        own = urlsplit(server.address).path.rstrip("/")
+        assert len(own) > 30
+        for secret in ("", own[:-1], f"{own[:-1]}~", f"{own}x", own.upper(), urlsplit(other.address).path.rstrip("/")):
+            for path in ("/", "/report.json"):
+                status, _, text = ask(server, path, secret=secret)
+                assert (status, "71.0" in text) in ((403, False), (404, False)), secret
+        assert ask(server)[0] == 200
+
+
 def test_a_folder_that_goes_away_is_said_in_a_line(going: MadeRun) -> None:
     with watched(going.folder) as server:
         (going.folder / "config.json").write_text("{")
@@ -123,10 +140,10 @@ def test_the_command_serves_until_it_is_interrupted(going: MadeRun) -> None:
     started = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment, preexec_fn=heard)
     try:
         assert started.stdout is not None
-        found = re.search(rf"http://{LOOPBACK}:(\d+)/", started.stdout.readline())
+        found = re.search(rf"http://{LOOPBACK}:(\d+)(/\S{{30,}}/) ", started.stdout.readline())
         assert found is not None
         connection = http.client.HTTPConnection(LOOPBACK, int(found[1]), timeout=30)
-        connection.request("GET", "/")
+        connection.request("GET", found[2])
         assert connection.getresponse().status == 200
         connection.close()
         started.send_signal(signal.SIGINT)
