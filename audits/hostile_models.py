@@ -1,15 +1,21 @@
-"""Base models that mix records, which a steward may allow in good faith: the run must be refused unpaid.
+"""Base models that a steward allows in good faith and that are not what they seem: the run must be refused unpaid.
 
-DeBERTa with shared projections passes its relative positions through the adapted layers as a batch of 1, and the
-gradient of that, a sum over all records, is taken for the first one's.
+One mixes records: DeBERTa with shared projections passes its relative positions through the adapted layers as a batch
+of 1, and the gradient of that, a sum over all records, is taken for the first one's. Another lies in a folder that
+somebody changed after the steward pinned it: none of its files may be opened, since what parses them may run code.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import json
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 from unittest.mock import patch
+
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from audits.faults import SOUND, Fault
 from audits.finding import judged
@@ -17,6 +23,7 @@ from audits.hostile_state import clips_moved, install
 from audits.tiny_models import tiny_deberta, tiny_tokenizer
 from audits.tiny_site import tiny_site
 from client.deadline import Timing
+from client.policy import Policy
 from common.messages.round import Refusal
 from common.model.federated import FederatedModel
 from common.run_lines import Finding
@@ -31,7 +38,13 @@ def unrehearsed() -> AbstractContextManager[Any]:
     return patch("client.app.rehearse", lambda _: Timing({8: 0.0}, {8: 1}, 0.0, 0.0))
 
 
+def uncompared() -> AbstractContextManager[Any]:
+    """Whatever files lie in an allowed model's folder are opened, and the fingerprint is asked afterwards."""
+    return patch.object(Policy, "check_files", lambda *_: None)
+
+
 UNREHEARSED = Fault("no rehearsal", unrehearsed)
+UNCOMPARED = Fault("files not compared", uncompared)
 
 
 def audit_models(folder: Path, fault: Fault = SOUND) -> Finding:
@@ -55,6 +68,48 @@ def audit_models(folder: Path, fault: Fault = SOUND) -> Finding:
         "clips that a record would count": _worst_pair(site.model()),
     }
     return judged("model that mixes records", fault.name, trained, figures)
+
+
+def audit_files(folder: Path, fault: Fault = SOUND) -> Finding:
+    """Return whether transformers opens a model's folder that was changed after it was pinned.
+
+    Args:
+        folder: empty; model and records go there.
+        fault: SOUND or UNCOMPARED.
+    """
+    site = tiny_site(folder)
+    task, place = site.task(), Path(str(site.settings["model.name"]))
+    config = place / "config.json"
+    honest, opened = config.read_bytes(), list[str]()
+    for change in ("another value", "a file more"):
+        if change == "another value":
+            config.write_text(json.dumps({**json.loads(honest), "_attn_implementation_internal": "their/code"}))
+        else:
+            config.write_bytes(honest)
+            (place / "adapter_config.json").write_text('{"peft_type": "LORA", "megatron_core": "their_code"}')
+        with fault.plant(), _tripwire(opened):
+            reply = site.ask(task)
+        if not isinstance(reply, Refusal):
+            opened.append("trained")
+    figures: dict[str, int | float | str] = {
+        "opened": ", ".join(opened) or "nothing",
+        "charges": len(site.charges()) if site.ledger.exists() else 0,
+    }
+    return judged("model whose files changed", fault.name, bool(opened) or bool(figures["charges"]), figures)
+
+
+@contextmanager
+def _tripwire(opened: list[str]) -> Iterator[None]:
+    """Write down which of transformers' loaders are called, and let none of them open anything."""
+
+    def trip(name: str, *_: Any, **__: Any) -> None:
+        opened.append(name)
+        raise OSError("the tripwire")
+
+    with ExitStack() as stack:
+        for loader in (AutoConfig, AutoModel, AutoTokenizer):
+            stack.enter_context(patch.object(loader, "from_pretrained", partial(trip, loader.__name__)))
+        yield
 
 
 def _worst_pair(model: FederatedModel) -> float:

@@ -22,6 +22,7 @@ from client.policy import Policy
 from common.config.sections import Scalar
 from common.errors import ModelNotLoaded
 from common.messages.round import Refusal, TrainTask
+from common.model.files import files_of
 from common.run_lines import Finding
 
 CODES = [f"code-{i:02}" for i in range(40)]
@@ -103,21 +104,22 @@ def heard(site: OneSite, task: TrainTask, names: Sequence[str]) -> list[Refusal 
 
 
 def looked_at(site: OneSite, task: TrainTask, names: Sequence[str]) -> list[str]:
-    """Return which of these base models a site begins to load whose policy names none of them."""
+    """Return which of these base models a site looks at whose policy names none of them."""
     loaded: list[str] = []
 
-    def load(name: str, task: str, pool: str, bits: str) -> Any:
+    def look(name: str) -> str:
         loaded.append(name)
         raise ModelNotLoaded("a model was looked at")
 
-    with patch("common.model.federated.load_base_model", load):
+    with patch("client.app.files_of", look):
         heard(site, task, names)
     return loaded
 
 
 def trained_on_another_model(site: OneSite, task: TrainTask) -> bool:
     """Return whether a site takes part with a model that has an allowed name and another fingerprint."""
-    site.rule(models=[f"{site.settings['model.name']}={DIGITS}"])
+    name = str(site.settings["model.name"])
+    site.rule(models=[f"{name}={DIGITS}+{files_of(name)}"])
     return not isinstance(site.ask(task), Refusal)
 
 

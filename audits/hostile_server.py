@@ -28,7 +28,7 @@ from audits.hostile_bundle import (
     audit_dear_bundles,
     audit_submitted,
 )
-from audits.hostile_models import UNREHEARSED, audit_models
+from audits.hostile_models import UNCOMPARED, UNREHEARSED, audit_files, audit_models
 from audits.hostile_state import NEIGHBOURS, audit_state, default_model
 from audits.tiny_site import tiny_site
 from client.ledger.ledger import Ledger
@@ -115,6 +115,7 @@ def hostile_server(folder: Path) -> Iterator[Finding]:
             hostile_records.DIVISIONS,
         ),
         audit_models: (UNREHEARSED,),
+        audit_files: (UNCOMPARED,),
         audit_bundle: (BUNDLES,),
         audit_dear_bundles: (DEAR, EAGER),
         audit_submitted: (SUBMITTED,),

@@ -127,7 +127,7 @@ def pins(settings: dict[str, Any]) -> dict[str, Any]:
 
 @lru_cache
 def _fingerprint(model: str, task: str) -> str:
-    return load_base_model(model, task).fingerprint
+    return load_base_model(model, task).pin
 
 
 def tiny_run(folder: Path) -> dict[str, Any]:

@@ -29,6 +29,9 @@ Labels = Annotated[
     ),
 ]
 MaxLength = Annotated[int, typer.Option(help="Most tokens that a job may cut a record to.")]
+Fingerprint = Annotated[
+    str, typer.Option(help="Its fingerprint and its files' hash, FINGERPRINT+FILES, from the coordinator.")
+]
 Folder = Annotated[Path, typer.Argument(help="The server's or the site's folder.")]
 
 
@@ -168,7 +171,7 @@ def site_init(
     model: Annotated[
         str, typer.Option(help="Base model that the doctor checks and the policy allows.")
     ] = "all-MiniLM-L6-v2",
-    fingerprint: Annotated[str, typer.Option(help="Its fingerprint, from the coordinator.")] = "",
+    fingerprint: Fingerprint = "",
     runtime_port: Annotated[
         int, typer.Option(help="Loopback port for Flower's own processes; 0: a free one at each start.")
     ] = 0,
@@ -230,6 +233,8 @@ def site_pin(
     max_length: Annotated[int, typer.Option(min=0, help="Most tokens of a record; at first, 128.")] = 0,
     epsilon: Annotated[float, typer.Option(min=0, help="Budget of the data set, over all runs; at first, 8.")] = 0.0,
     delta: Annotated[float, typer.Option(min=0, help="Below one over the number of records; at first, 1e-05.")] = 0.0,
+    model: Annotated[str, typer.Option(help="Base model to allow, by --fingerprint; the file's others stay.")] = "",
+    fingerprint: Fingerprint = "",
 ) -> None:
     """Write into the site's policy what its records are for; any job that asks for something else is refused.
 
@@ -237,14 +242,17 @@ def site_pin(
     """
     from client.pins import spoken
     from client.policy import load_policy
-    from deploy.pin import changed_pins, pin
+    from deploy.pin import MODELS, changed_models, changed_pins, pin
 
     path = expanded(folder).absolute()
     path = path / "policy.toml" if path.is_dir() else path
     made = not path.exists()
     budget = {"epsilon": epsilon or EPSILON * made, "delta": delta or DELTA * made}
     budget = {key: value for key, value in budget.items() if value}
-    pin(path, changed_pins(path, task, columns, labels, max_length), budget)
+    if bool(model) != bool(fingerprint):
+        raise ConfigError("--model and --fingerprint name one base model: give both, or neither")
+    models = {MODELS: changed_models(path, model, fingerprint)} if model else {}
+    pin(path, changed_pins(path, task, columns, labels, max_length), {**budget, **models})
     policy = load_policy(path)
     if made:
         _say(f"made a new policy, with a budget of ε ≤ {policy.epsilon:g} at δ = {policy.delta:g}: {path}")

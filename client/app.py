@@ -43,6 +43,7 @@ from common.messages.round import KeyTask, Refusal, Reply, SumReply, SumTask, Tr
 from common.messages.wire import decode_sum_task, decode_task, encode_reply, kind_of_task, layout_of, round_of
 from common.model.device import own_cores
 from common.model.federated import FederatedModel
+from common.model.files import files_of
 from common.paths import reply_file, run_name
 from common.privacy.together import units_at_once
 from common.secure_sum import KeyOffer
@@ -120,9 +121,12 @@ def _set_threads() -> None:
 
 def _model(job: Job, site: Site) -> FederatedModel:
     config, data = job.config, site.data
-    model = job.model(data.label_names, data.label_phrases)
-    # Its name was allowed before it was loaded. Nothing of a record reaches another one than the steward's.
-    site.policy.check_model(config.model.name, model.base.fingerprint)
+    # Its name was allowed before. What its files say is read once they are known to be the steward's, and nothing of a
+    # record reaches a model that is not.
+    files = files_of(config.model.name)
+    site.policy.check_files(config.model.name, files)
+    model = job.model(data.label_names, data.label_phrases, files)
+    site.policy.check_model(config.model.name, model.base.fingerprint, files)
     if _process.model is not model:
         _process.left += [_process.records, _process.derivatives]
         _process.model, _process.records, _process.rehearsed = model, {}, {}

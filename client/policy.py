@@ -17,9 +17,9 @@ from pathlib import Path
 from client.pins import LABELS, check_pins, check_whole, refusal, unpinned_columns
 from common.check import at_least, below, in_range, not_negative, one_of, positive
 from common.config.sections import HEAD_POLICIES, Columns, Scalar, from_section
-from common.errors import ConfigError, PolicyRefusal
+from common.errors import ConfigError, ModelNotLoaded, PolicyRefusal
 from common.labels import labels_text
-from common.model.base import NAMED_MODELS
+from common.model.files import NAMED_MODELS
 from common.privacy import MECHANISMS, UNITS
 from common.privacy.accounting import LEAST_DELTA
 from common.privacy.events import MOST_NOISE
@@ -38,8 +38,8 @@ USUAL_MECHANISMS = (DPSGD.name,)
 not named a mechanism has not allowed it."""
 LISTS = ("strategies", "head-policies", "models", "bundles", "mechanisms", LABELS)
 MODEL_DIGITS = 32
-"""Least hexadecimal digits of its fingerprint by which a policy may name a base model: with fewer, somebody could make
-another one that begins alike."""
+"""Least hexadecimal digits of fingerprint and files' hash by which a policy may name a base model: with fewer, somebody
+could make another one that begins alike."""
 SHOWN_DIGITS = 12
 """Digits of a bundle's hash in messages, where nothing is compared."""
 NO_BUDGET = (
@@ -89,8 +89,9 @@ class Policy:
     """Names, separated by commas (in the file: a list); empty: any."""
     head_policies: str = ""
     models: str = ""
-    """Base models, each as ``NAME=DIGITS``: the job's ``model.name``, which is asked before anything is loaded, and at
-    least the first ``MODEL_DIGITS`` digits of its fingerprint. Empty: those whose files FedVeil knows by hash."""
+    """Base models, each as ``NAME=FINGERPRINT+FILES``: the job's ``model.name``, which is asked before anything is
+    looked at; at least the first ``MODEL_DIGITS`` digits of its fingerprint, which is asked once it is loaded; and as
+    many of its files' hash, which is asked before one of them is opened. Empty: those that FedVeil knows by hash."""
     bundles: str = ""
     """Hashes of the bundles of code whose runs the site joins, whole; empty: that of the installed version alone.
     Kept by ``fedveil site start``, which runs the installed code whatever is in a bundle."""
@@ -176,12 +177,11 @@ class Policy:
             one_of(STRATEGIES, strategies=name)
         for name in _names(self.head_policies):
             one_of(HEAD_POLICIES, head_policies=name)
-        for name, digits in self._models():
-            if not name or len(digits) < MODEL_DIGITS or not set(digits) <= HEXADECIMAL:
-                entry = f"{name}={digits}" if name else digits
+        for entry, (name, *hashes) in zip(_names(self.models), self._models(), strict=True):
+            if not name or any(len(digits) < MODEL_DIGITS or not set(digits) <= HEXADECIMAL for digits in hashes):
                 raise ConfigError(
-                    f"models names {entry!r}: write NAME=DIGITS, the job's model.name and at least {MODEL_DIGITS} "
-                    "digits (0-9, a-f) of its fingerprint"
+                    f"models names {entry!r}: write NAME=FINGERPRINT+FILES, the job's model.name and at least "
+                    f"{MODEL_DIGITS} digits (0-9, a-f) of each hash, as 'fedveil doctor server' shows them"
                 )
         for name in _names(self.bundles):
             if len(name) != HASH_DIGITS or not set(name) <= HEXADECIMAL:
@@ -318,7 +318,7 @@ class Policy:
 
     def check_model_name(self, name: str) -> None:
         """Raise PolicyRefusal unless a base model of this name may be loaded."""
-        if name not in ([named for named, _ in self._models()] or NAMED_MODELS):
+        if name not in ([named for named, *_ in self._models()] or NAMED_MODELS):
             raise refusal("models", self.allowed_models, f"model.name = {name!r}")
 
     @property
@@ -326,20 +326,31 @@ class Policy:
         """The base models that are allowed, in words."""
         return ", ".join(_names(self.models)) or f"{', '.join(NAMED_MODELS)} (known by their hashes)"
 
-    def check_model(self, name: str, fingerprint: str) -> None:
-        """Raise PolicyRefusal unless the base model that was loaded by an allowed name has an allowed fingerprint."""
-        digits = [digits for named, digits in self._models() if named == name]
-        if self.models and not any(fingerprint.startswith(beginning) for beginning in digits):
+    def check_files(self, name: str, files: str) -> None:
+        """Raise ModelNotLoaded unless the files of a base model, none of which was opened yet, have an allowed hash.
+
+        The server hears no more than of a model that is not there: what is in a folder here is nothing of its.
+        """
+        if self.models and not any(named == name and files.startswith(own) for named, _, own in self._models()):
+            raise ModelNotLoaded(
+                f"the site's policy has models = {self.allowed_models}; the base model {name!r} here has files of the "
+                f"hash {files}, and none of them was opened"
+            )
+
+    def check_model(self, name: str, fingerprint: str, files: str) -> None:
+        """Raise PolicyRefusal unless the base model that was loaded of these files has the fingerprint beside them."""
+        entries = [entry for named, *entry in self._models() if named == name]
+        if self.models and not any(fingerprint.startswith(own) and files.startswith(of) for own, of in entries):
             raise refusal(
                 "models",
                 self.allowed_models,
                 f"the base model {name!r} with the fingerprint {fingerprint[:MODEL_DIGITS]}",
             )
 
-    def _models(self) -> list[tuple[str, str]]:
-        """Return name and digits of each entry of ``models``; an entry without a name has an empty one."""
-        parts = [entry.rpartition("=") for entry in _names(self.models)]
-        return [(name, digits) for name, _, digits in parts]
+    def _models(self) -> list[tuple[str, str, str]]:
+        """Return name, fingerprint and files' hash of each entry of ``models``; what it does not name is empty."""
+        parts = [(entry.rpartition("=")[0], entry.rpartition("=")[2].partition("+")) for entry in _names(self.models)]
+        return [(name, fingerprint, files) for name, (fingerprint, _, files) in parts]
 
     def allowed_bundles(self, own: str) -> tuple[str, ...]:
         """Return the hashes of the bundles that are allowed, where ``own`` is the installed version's."""

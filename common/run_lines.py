@@ -186,6 +186,8 @@ class AdapterFile(RunFile):
     base_model: str
     base_fingerprint: str
     """SHA-256 of what the base model computes (``common.model.base.model_fingerprint``)."""
+    base_files: str
+    """SHA-256 of the base model's files (``common.model.files``), which is compared before one of them is opened."""
     base_parameters: int = 0
     """Weights of the base model; 0, as of the next two: an earlier FedVeil did not record it."""
     adapter_parameters: int = 0

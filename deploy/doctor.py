@@ -76,7 +76,7 @@ def examine_site(folder: SiteFolder) -> Iterator[CheckResult]:
             ("worker's secret", lambda: _secret(folder)),
             ("ledger", lambda: _ledger(folder)),
             ("disk", lambda: shared.disk(_ledger_file(folder), "disk")),
-            ("base model", lambda: shared.base_model(folder.model, folder.task, folder.fingerprint)),
+            ("base model", lambda: _base_model(folder)),
             ("runtime port", lambda: _runtime_port(folder)),
             ("server", lambda: _server(folder)),
             ("clock", lambda: _clock(folder)),
@@ -233,6 +233,15 @@ def _models(folder: SiteFolder) -> Iterator[CheckResult]:
         yield CheckResult(False, "models", f"site.toml names {folder.model}, the policy allows {policy.allowed_models}")
         return
     yield CheckResult(True, "models", policy.allowed_models)
+
+
+def _base_model(folder: SiteFolder) -> Iterator[CheckResult]:
+    from common.model.files import files_of
+
+    files, policy = files_of(folder.model), policy_of_node(node_settings(folder))
+    policy.check_model_name(folder.model)
+    policy.check_files(folder.model, files)
+    yield from shared.base_model(folder.model, folder.task, folder.fingerprint)
 
 
 def _peers_of(folder: SiteFolder) -> Iterator[CheckResult]:

@@ -22,7 +22,8 @@ from deploy.policy_file import BUDGET_HEAD, PINS_HEAD, Pins, pins_of
 
 T = TypeVar("T")
 KINDS: dict[type, str] = {str: "text", int: "a whole number", list: "a list of texts"}
-LABEL = "each of labels"
+LABEL, MODEL = "each of labels", "each of models"
+MODELS = "models"
 
 
 def changed_pins(path: Path, task: str, columns: Mapping[str, str], labels: str, max_length: int) -> Pins:
@@ -38,10 +39,7 @@ def changed_pins(path: Path, task: str, columns: Mapping[str, str], labels: str,
     """
     from client.pins import LABELS, MAX_LENGTH, TASK, keys_of
 
-    try:
-        held = toml_of(path.read_text(encoding="utf-8-sig")) if path.exists() else {}
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise DataError(f"cannot change {path}: {' '.join(str(error).split())}") from error
+    held = _read(path)
     task = task or _held(path, held, TASK, str, ModelConfig().task)
     kept = [key for key in held if task in TASKS and key in keys_of(task) and key not in columns]
     own = {key: _held(path, held, key, str, "") for key in kept if key not in (TASK, LABELS, MAX_LENGTH)}
@@ -54,6 +52,30 @@ def changed_pins(path: Path, task: str, columns: Mapping[str, str], labels: str,
     return pins_of(task, own | dict(columns), labels, max_length)
 
 
+def changed_models(path: Path, name: str, fingerprint: str) -> list[str]:
+    """Return the ``models`` of a policy file with this base model's entry in place of all that it has of the name.
+
+    Args:
+        path: the policy; it need not be there.
+        name: as ``model.name``.
+        fingerprint: FINGERPRINT+FILES, from the coordinator.
+
+    Raises:
+        ConfigError: the policy's ``models`` is no list of texts.
+        DataError: the file cannot be read.
+    """
+    held = _read(path)
+    others = [_held(path, {MODEL: text}, MODEL, str, "") for text in _held(path, held, MODELS, list, [])]
+    return [entry for entry in others if entry.rpartition("=")[0] != name] + [f"{name}={fingerprint}"]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return toml_of(path.read_text(encoding="utf-8-sig")) if path.exists() else {}
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise DataError(f"cannot change {path}: {' '.join(str(error).split())}") from error
+
+
 def _held(path: Path, held: Mapping[str, Any], key: str, kind: type[T], usual: T) -> T:
     """Return what a policy has under a key, or ``usual`` where it has nothing; ConfigError if that is no ``kind``."""
     value = held.get(key, usual)
@@ -62,7 +84,7 @@ def _held(path: Path, held: Mapping[str, Any], key: str, kind: type[T], usual: T
     return value
 
 
-def pin(path: Path, pins: Pins, budget: Pins | None = None) -> None:
+def pin(path: Path, pins: Pins, more: Pins | None = None) -> None:
     """Put pins into a policy file in place of those that it has; all its other keys and all comments stay.
 
     A file that is not there yet is made.
@@ -70,7 +92,7 @@ def pin(path: Path, pins: Pins, budget: Pins | None = None) -> None:
     Args:
         path: of the policy.
         pins: what the records are for.
-        budget: ``epsilon`` and ``delta``, or one of them, in place of what the file has; empty: that stays.
+        more: of ``epsilon``, ``delta`` and ``models``, what takes the place of what the file has; the others stay.
 
     Raises:
         ConfigError: the file is not a policy, or would be none with these pins, or is not there and its name is none
@@ -81,7 +103,9 @@ def pin(path: Path, pins: Pins, budget: Pins | None = None) -> None:
 
     if not path.exists() and path.suffix != ".toml":
         raise ConfigError(f"there is no site's folder or policy {path}: a new policy's name ends in .toml")
-    _put(path, (budget or {}, list(budget or ()), BUDGET_HEAD), (pins, pin_keys(), PINS_HEAD))
+    models = {key: value for key, value in (more or {}).items() if key == MODELS}
+    budget = {key: value for key, value in (more or {}).items() if key != MODELS}
+    _put(path, (budget, list(budget), BUDGET_HEAD), (models, list(models), ""), (pins, pin_keys(), PINS_HEAD))
 
 
 def pin_roster(path: Path, digest: str) -> None:

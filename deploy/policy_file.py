@@ -138,10 +138,14 @@ def mechanisms_of_job(config: RunConfig) -> list[str]:
 def models_of(name: str, fingerprint: str) -> list[str]:
     """Return the entry of a policy's ``models`` for a base model; none for one whose files FedVeil knows by hash.
 
+    Args:
+        name: as ``model.name``.
+        fingerprint: its fingerprint and the hash of its files, FINGERPRINT+FILES.
+
     Raises:
         ConfigError: it is another model, and its fingerprint is not given.
     """
-    from common.model.base import NAMED_MODELS  # imports torch
+    from common.model.files import NAMED_MODELS  # imports torch
 
     if not fingerprint and name not in NAMED_MODELS:
         raise ConfigError(

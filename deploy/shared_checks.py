@@ -110,15 +110,24 @@ def disk(path: Path, what: str, place: str = "") -> Iterator[CheckResult]:
 
 
 def base_model(name: str, task: str, expected: str) -> Iterator[CheckResult]:
-    """The base model loads, and is the one that the coordinator named."""
-    from common.model.base import load_base_model  # imports torch and transformers
+    """The base model loads, and is the one that the coordinator named; other files than its ones are not opened.
 
-    found = load_base_model(name, task).fingerprint
+    Args:
+        name: as ``model.name``.
+        task: as ``model.task``.
+        expected: FINGERPRINT+FILES, from the coordinator; empty: only shown.
+    """
+    from common.model.base import load_base_model  # imports torch and transformers
+    from common.model.files import files_of
+
+    files = files_of(name)
+    if expected and files != expected.partition("+")[2]:
+        found = f"files of the hash {files}, of which none was opened"
+    else:
+        found = load_base_model(name, task, files=files).pin
     if expected and found != expected:
         yield CheckResult(
-            False,
-            "base model",
-            f"{name} has fingerprint {found}, the coordinator's is {expected}: install the same model",
+            False, "base model", f"{name} has {found}; the coordinator's is {expected}: install the same model"
         )
     else:
         note = "the coordinator's" if expected else "compare it with the coordinator's"

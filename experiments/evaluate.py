@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -17,14 +19,19 @@ from common.errors import DataError, ModelError
 from common.model.base import BaseModel, load_base_model
 from common.model.device import choose_attention, choose_device
 from common.model.federated import Score, score_records
+from common.model.files import check_files
 from common.paths import check_adapter
 from common.run_lines import AdapterFile, read_file, read_json
 from common.tasks import TASKS, Task
 from common.tasks.module import TaskModule
 from common.tensor_file import read_tensors
+from common.words import visible
 from experiments.pruning.files import RecoveredFile
 from strategies.job import configure
 
+PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
+"""What PEFT takes for regular expressions in an adapter's configuration."""
+LAYER_NAME = re.compile(r"[\w.-]+")
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -47,7 +54,7 @@ def load_result(adapter: Path) -> Result:
         ModelError: the base model on this machine has other weights than the run's.
     """
     about = _about(adapter)
-    base = _base(about, about.base_model)
+    base = base_of(about, about.base_model, about.base_files)
     if base.fingerprint != about.base_fingerprint:
         raise ModelError(f"the base model {base.name!r} here has other weights than the run's")
     # A run of the head alone has no adapter.
@@ -85,7 +92,7 @@ def evaluate_recovered(folder: Path, recovered: Path) -> tuple[Score, Score]:
         )
 
     def scored(tuned: Path | None) -> Score:
-        base = _base(about, told.large)  # anew: PEFT changes the module that it is given
+        base = base_of(about, told.large, told.files)  # anew: PEFT changes the module that it is given
         if base.fingerprint != told.recovered_onto:
             raise ModelError(f"{base.name!r} here has other weights than the model that the adapter was recovered onto")
         return _score(_result(about, base, adapter, tuned))
@@ -101,9 +108,17 @@ def _about(adapter: Path) -> AdapterFile:
     return about
 
 
-def _base(about: AdapterFile, name: str) -> BaseModel:
+def base_of(about: AdapterFile, name: str, files: str) -> BaseModel:
+    """Return a base model as a run read it, loaded from these files alone.
+
+    A run's folder may be anybody's. So it makes nobody fetch a model: that must be on this machine already.
+
+    Raises:
+        ModelNotLoaded: it is not, or has other files, none of which was opened.
+    """
+    check_files(name, files, fetch=False)
     pool, bits = (str(about.settings.get(*usual)) for usual in (("head.pool", "mean"), ("model.quantise", "none")))
-    return load_base_model(name, about.task, pool, bits)
+    return load_base_model(name, about.task, pool, bits, files)
 
 
 def _result(about: AdapterFile, base: BaseModel, adapter: Path, tuned: Path | None) -> Result:
@@ -120,7 +135,7 @@ def _result(about: AdapterFile, base: BaseModel, adapter: Path, tuned: Path | No
 
 def _with_adapter(base: BaseModel, folder: Path) -> PeftModel:
     # Both are read here first: PEFT would look on the hub for what is missing, and ends in its own errors.
-    read_json(folder / "adapter_config.json")
+    read_peft_config(folder / "adapter_config.json")
     tensors = read_tensors(folder / "adapter_model.safetensors")
     with pefts_old_names(), _fitting(folder), warnings.catch_warnings():
         # PEFT leaves a missing tensor as it is made, and warns; a score without it would be another model's.
@@ -130,6 +145,23 @@ def _with_adapter(base: BaseModel, folder: Path) -> PeftModel:
         if missing := held.keys() - tensors.keys():
             raise KeyError(f"it has no {min(missing)}")
         return model
+
+
+def read_peft_config(file: Path) -> dict[str, Any]:
+    """Return the configuration of an adapter, which may be anybody's.
+
+    Raises:
+        DataError: it cannot be read, or has a regular expression where a run's has names of layers: PEFT would search
+            with it, and some take for ever.
+    """
+    config = read_json(file)
+    for field in PATTERNS:
+        value = config.get(field) or ()
+        for name in (value,) if isinstance(value, str) else value:
+            if not LAYER_NAME.fullmatch(str(name)):
+                told = visible(str(name))[:80]
+                raise DataError(f"{file}: {field} has {told!r}, which is no layer's name: take the run's folder anew")
+    return config
 
 
 @contextmanager

@@ -28,9 +28,9 @@ from common.errors import FedVeilError, ModelError
 from common.messages.round import Spending, SpendingFigures, TrainResult
 from common.messages.state import OWN, AdapterState
 from common.messages.tensors import apply, merge
-from common.model.base import load_base_model
 from common.paths import check_adapter
 from common.run_lines import AdapterFile, PrivacyLine, RoundLine, read_file, read_lines
+from experiments.evaluate import base_of
 from experiments.spectra import Top, count_above, spectrum_of, top_of
 from server.aggregation import contributions
 from server.checkpoint import saved_state
@@ -86,7 +86,7 @@ def intruders_of(run: Path, top: int = TOP, cosine: float = COSINE) -> list[Laye
     adapter = job.adapter
     if not adapter.trained:
         raise ModelError(f"adapter {adapter.name!r} changes no layer: there is nothing to count")
-    base = load_base_model(about.base_model, about.task, job.config.head.pool, job.config.model.quantise)
+    base = base_of(about, about.base_model, about.base_files)
     if base.fingerprint != about.base_fingerprint:
         raise ModelError(f"the base model {base.name!r} here has other weights than the run's")
     peft_model, state = adapter.attach(base.module, job.config.seed), saved_state(run)

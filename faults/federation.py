@@ -144,7 +144,7 @@ class Federation:
         """Make a site as ``add_site``, and let it in."""
         data = write_reviews(self.folder / f"{name}.csv", RECORDS, len(self.sites))
         config = configure(self.settings).config
-        fingerprint = load_base_model(config.model.name, config.model.task).fingerprint
+        fingerprint = load_base_model(config.model.name, config.model.task).pin
         self._places[name] = inside
         self.sites[name] = make_site(
             *(self.folder / name, name, f"{address}:{self.server.fleet_port}"),

@@ -295,6 +295,7 @@ class RunFolder:
         about = AdapterFile(
             base_model=config.model.name,
             base_fingerprint=model.base.fingerprint,
+            base_files=model.base.files,
             base_parameters=model.base_parameters,
             adapter_parameters=sum(p.numel() for p in model.below_head().values()),
             head_parameters=sum(p.numel() for p in model.head.values()),

@@ -16,6 +16,7 @@ from common.errors import ConfigError
 from common.messages.state import HEAD, METRIC, OWN, AdapterState, Factors, of_head
 from common.messages.tensors import merge, start_fingerprint
 from common.model.federated import FederatedModel, model_of
+from common.model.files import files_of
 from common.privacy import Mechanism
 from common.starts import STARTS, Start, check_directions
 from common.tasks import TASKS, roles_of_all
@@ -49,8 +50,15 @@ class Job:
     asked: Mapping[str, Scalar] = field(default_factory=dict, compare=False)
     """Every setting of the run as it was asked for, flat: to be printed and stored, and read by nothing else."""
 
-    def model(self, label_names: tuple[str, ...], label_phrases: tuple[tuple[str, ...], ...] = ()) -> FederatedModel:
-        """Return this process's model of the run, for records of these labels; as ``model_of``."""
+    def model(
+        self, label_names: tuple[str, ...], label_phrases: tuple[tuple[str, ...], ...] = (), files: str = ""
+    ) -> FederatedModel:
+        """Return this process's model of the run, for records of these labels; as ``model_of``.
+
+        Args:
+            label_names, label_phrases: of the records.
+            files: hash of the base model's files, without which none is opened; empty: whatever they are now.
+        """
         config = self.config
         return model_of(
             config=config.model,
@@ -61,6 +69,7 @@ class Job:
             label_phrases=label_phrases,
             device=config.device,
             precision=config.precision,
+            files=files or files_of(config.model.name),
         )
 
     def start(self, adapter: AdapterState) -> ServerState:

@@ -242,7 +242,8 @@ def test_a_disk_that_refuses_is_one_line_and_an_unknown_part_is_no_success(
 def test_a_site_s_folder_is_of_the_job_s_model(tmp_path: Path) -> None:
     for name in ("authority", "server", "coordinator", *SITES):
         (tmp_path / name).mkdir()
-    asked, digits = "model.name='/data/model' model.task='causal-lm'", "0123456789abcdef" * 4
+    asked = "model.name='/data/model' model.task='causal-lm'"
+    digits = "+".join(["0123456789abcdef" * 4] * 2)
     container.make_keys(1, 8.0, 1e-5, tmp_path, settings=asked, fingerprint=digits)
     folder = open_site_folder(tmp_path / "site-1")
     assert (folder.model, folder.task, folder.fingerprint) == ("/data/model", "causal-lm", digits)

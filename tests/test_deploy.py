@@ -197,7 +197,7 @@ def test_the_guides_end_in_a_finished_run(
         "device": "cpu",
     }
     (tmp_path / "toy.toml").write_text(to_toml(toy), encoding="utf-8")
-    fingerprint = load_base_model(model_folder("bert"), "classification").fingerprint
+    fingerprint = load_base_model(model_folder("bert"), "classification").pin
     more = {
         ("server", "init"): lambda: ["--fleet-port", str(fleet), "--control-port", str(control)],
         ("site", "init"): lambda: [
@@ -361,7 +361,7 @@ def test_three_stewards_who_follow_the_page_of_secure_sums_end_in_one_sum(
     for seed, name in enumerate((*names, "lone", "test")):
         write_reviews(tmp_path / f"{name}.csv", 60, seed)
     model = ["--model", model_folder("bert")]
-    fingerprint = load_base_model(model_folder("bert"), "classification").fingerprint
+    fingerprint = load_base_model(model_folder("bert"), "classification").pin
 
     def ask(*words: str, code: int = 0) -> str:
         done = run([FEDVEIL, *words], tmp_path)
@@ -764,7 +764,7 @@ def test_the_policy_of_a_new_site_is_one(tmp_path: Path) -> None:
         ([*OWN, "--task", "causal"], "did you mean 'causal-lm'"),
         ([*OWN, "--labels", "bad,good", "--max-length", "0"], "max-length must be above 0"),
         (["--model", "/srv/model"], "the fingerprint of the base model '/srv/model' is needed"),
-        (["--model", "/srv/model", "--fingerprint", "0123"], "write NAME=DIGITS"),
+        (["--model", "/srv/model", "--fingerprint", "0123"], "write NAME=FINGERPRINT+FILES"),
     ],
 )
 def test_a_site_that_could_never_work_is_not_made(words: list[str], reason: str, tmp_path: Path) -> None:

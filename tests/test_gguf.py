@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from gguf import GGUFReader
+from made_run import adapter_told
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -19,6 +21,7 @@ from typer.testing import CliRunner
 from audits.tiny_models import TARGETS
 from cli.main import app
 from common.errors import DataError, ModelError
+from common.model.files import files_of
 from experiments.in_process import run_in_process
 from experiments.serving.gguf import export_gguf, turned
 
@@ -43,7 +46,14 @@ def saved_adapter(folder: Folder, family: str, path: Path, **options: Any) -> Pa
             if "lora_" in name:
                 p.copy_(torch.randn(p.shape, generator=draw) * 0.3)
     model.save_pretrained(path / "adapter")
-    return path
+    return on_base(path, folder(family))
+
+
+def on_base(run: Path, base: str, files: str = "") -> Path:
+    """Let a run's folder name another base model; it returns the folder."""
+    told = adapter_told(base_model=base, base_files=files or files_of(base))
+    (run / "adapter" / "fedveil.json").write_text(json.dumps(told))
+    return run
 
 
 def read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -157,8 +167,7 @@ def test_what_cannot_be_written_is_refused_in_one_line(model_folder: Folder, tmp
         export_gguf(run, tmp_path / "a.gguf")
     run = saved_adapter(model_folder, "llama", tmp_path / "bert")
     shutil.copytree(model_folder("bert"), tmp_path / "base")
-    path = run / "adapter" / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": str(tmp_path / "base")}))
+    on_base(run, str(tmp_path / "base"))
     with pytest.raises(ModelError, match=r"of kind 'bert'.*llama, mistral"):
         export_gguf(run, tmp_path / "a.gguf")
     assert not (tmp_path / "a.gguf").exists()
@@ -175,18 +184,49 @@ def test_a_damaged_adapter_and_a_base_that_is_gone_are_one_line(
     model_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = saved_adapter(model_folder, "llama", tmp_path / "run")
-    path = run / "adapter" / "adapter_config.json"
-    config = json.loads(path.read_text())
     for missing in (str(tmp_path / "gone"), "~/gone"):
-        path.write_text(json.dumps({**config, "base_model_name_or_path": missing}))
-        with pytest.raises(ModelError, match=r"^the run's base model '.*gone' cannot be read [^\n]*$"):
+        on_base(run, missing, "ab" * 32)
+        with pytest.raises(ModelError, match=r"^cannot load the base model '.*gone': [^\n]*$"):
             export_gguf(run, tmp_path / "a.gguf")
     monkeypatch.setenv("HOME", str(tmp_path))
     shutil.copytree(model_folder("llama"), tmp_path / "base")
-    path.write_text(json.dumps({**config, "base_model_name_or_path": "~/base"}))
+    on_base(run, "~/base")
     assert export_gguf(run, tmp_path / "a.gguf") == 6
+    (tmp_path / "base" / "config.json").write_text("not even JSON")
+    with pytest.raises(ModelError, match=r"^the base model '~/base' here has other files [^\n]*$"):
+        export_gguf(run, tmp_path / "b.gguf")
+    on_base(run, "~/base")
+    with pytest.raises(ModelError, match=r"^the run's base model '~/base' cannot be read [^\n]*$"):
+        export_gguf(run, tmp_path / "b.gguf")
+    on_base(run, model_folder("llama"))
     tensors = run / "adapter" / "adapter_model.safetensors"
     for damage in (lambda: tensors.write_bytes(tensors.read_bytes()[:100]), tensors.unlink):
         damage()
         with pytest.raises(DataError, match=r"^[^\n]*adapter_model\.safetensors (cannot be read|is not there)[^\n]*$"):
             export_gguf(run, tmp_path / "b.gguf")
+
+
+@pytest.mark.parametrize("field", ["alpha_pattern", "rank_pattern", "target_modules", "exclude_modules"])
+def test_nobody_searches_with_the_expressions_of_somebodys_adapter(
+    toy_generation: dict[str, Any], tmp_path: Path, field: str
+) -> None:
+    """One of these takes years on the names of a model's layers; so does PEFT, which ``ask`` and ``evaluate`` call."""
+    run = run_in_process({**toy_generation, "rounds": 1, "privacy.mode": "none"}, 2)
+    path = run / "adapter" / "adapter_config.json"
+    slow = r"([a-z0-9_]+\.?)+!"
+    value = {slow: 2} if field.endswith("_pattern") else slow
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+
+    def late(*_: object) -> None:
+        pytest.fail("the command searches on")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(60)
+    try:
+        for words in (["export", str(run), "--gguf", str(tmp_path / "a.gguf")], ["evaluate", str(run)]):
+            done = CliRunner().invoke(app, words)
+            assert done.exit_code == 1
+            assert f"{field} has '([a-z0-9_]+" in " ".join(done.output.split())
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)

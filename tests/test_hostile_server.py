@@ -17,7 +17,7 @@ from audits.hostile_bundle import (
     audit_dear_bundles,
     audit_submitted,
 )
-from audits.hostile_models import UNREHEARSED, audit_models
+from audits.hostile_models import UNCOMPARED, UNREHEARSED, audit_files, audit_models
 from audits.hostile_records import APART, COLUMNS, DIVISIONS, ROWS, audit_records
 from audits.hostile_server import FORGOTTEN, UNPAID, audit_rounds
 from common.run_lines import Finding
@@ -26,6 +26,7 @@ Audit = Callable[[Path, Fault], Finding]
 CASES: dict[Audit, tuple[Fault, ...]] = {
     audit_records: (ROWS, COLUMNS, APART, DIVISIONS),
     audit_models: (UNREHEARSED,),
+    audit_files: (UNCOMPARED,),
     audit_bundle: (BUNDLES,),
     audit_dear_bundles: (DEAR, EAGER),
     audit_submitted: (SUBMITTED,),

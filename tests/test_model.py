@@ -25,6 +25,7 @@ from common.messages.state import HEAD, AdapterState
 from common.messages.tensors import entries, fingerprint
 from common.model.base import BaseModel, load_base_model, model_fingerprint, weights_fingerprint
 from common.model.federated import FederatedModel, model_of, score_records
+from common.model.files import files_of
 from common.model.plain import plain_step
 from common.privacy.dpsgd import PrivateSteps
 from common.starts import STARTS
@@ -206,6 +207,7 @@ def test_model_of_keeps_one_model_per_settings(model_folder: Callable[[str], str
         "label_phrases": (),
         "device": "cpu",
         "precision": "float32",
+        "files": files_of(model_folder("bert")),
     }
     first = model_of(**settings)
     assert model_of(**settings) is first

@@ -30,6 +30,7 @@ from common.data.packaged import (
 from common.data.sets import DATASETS
 from common.errors import DataError
 from common.model import base as base_model
+from common.model import files as model_files
 
 MOVIE_REVIEWS, TEXTILE_IMAGES = (DATASETS[name].file for name in ("rotten-tomatoes", "textile-images"))
 CONTENT = b"text,label\ngood,1\n" * (HASH_BLOCK_BYTES // 16)  # more than one block
@@ -97,7 +98,7 @@ def test_a_file_planted_beside_the_hashed_ones_does_not_change_the_model(
     save_tiny_model("bert", folder)
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files_in(folder).items()}
     saved = PackagedFolder("veil-demo", "1.2.3", "veil_demo/model", hashes)
-    monkeypatch.setattr(base_model, "MINILM", saved)
+    monkeypatch.setattr(model_files, "MINILM", saved)
 
     def fingerprint() -> str:
         return base_model.load_base_model("all-MiniLM-L6-v2", "classification").fingerprint
@@ -111,7 +112,7 @@ def test_a_file_planted_beside_the_hashed_ones_does_not_change_the_model(
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(folder)}))
     assert fingerprint() == honest
-    monkeypatch.setattr(base_model, "packaged_folder", lambda _: nullcontext(folder))
+    monkeypatch.setattr(model_files, "packaged_folder", lambda _: nullcontext(folder))
     assert fingerprint() != honest, "the fault is not found: the planted adapter changes nothing"
 
 

@@ -39,6 +39,7 @@ from common.config.sections import Columns, DataConfig, ModelConfig, Scalar, to_
 from common.data.sources import load_dataset, public_names
 from common.errors import FedVeilError, PolicyRefusal
 from common.messages.round import Refusal
+from common.model.files import files_of
 from common.tasks import TASKS, roles_of_all
 from common.tasks.causal_lm import CausalLM
 from common.tasks.images import Picture, read_image
@@ -279,7 +280,8 @@ def test_a_model_that_the_policy_does_not_name_is_not_looked_at(site: OneSite, n
 def test_a_model_that_does_not_load_is_one_refusal_whatever_is_there(
     site: OneSite, names: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    site.rule(models=[f"{name}={DIGITS}" for name in names])
+    files = [files_of(name) if Path(name).is_dir() and name != "/etc" else DIGITS for name in names]
+    site.rule(models=[f"{name}={DIGITS}+{digest}" for name, digest in zip(names, files, strict=True)])
     said = heard(site, site.task(), names)
     assert {(reply.kind, reply.reason) for reply in said if reply} == {("failed", UNLOADED)}
     assert None not in said
@@ -291,7 +293,8 @@ def test_another_model_under_an_allowed_name_is_refused_before_a_record_is_token
 ) -> None:
     monkeypatch.setattr("client.app._records", lambda *_: pytest.fail("a record was tokenised"))
     task = site.task()
-    site.rule(models=[f"{site.settings['model.name']}={DIGITS}"])
+    name = str(site.settings["model.name"])
+    site.rule(models=[f"{name}={DIGITS}+{files_of(name)}"])
     reply = site.ask(task)
     assert isinstance(reply, Refusal)
     assert reply.kind == "policy"

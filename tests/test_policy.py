@@ -41,6 +41,7 @@ from common.tasks.examples import Dataset
 from experiments.in_process import run_in_process, simulated_nodes
 from strategies.job import configure
 
+DIGITS = "0123456789abcdef0123456789abcdef"
 PUBLIC = 50
 WHOLE = 'task = "classification"\ntext = "text"\nlabel = "label"\nlabels = ["bad", "good"]\nmax-length = 128\n'
 
@@ -170,8 +171,8 @@ def test_noise_is_calibrated_for_the_rounds_that_the_policy_allows(site: OneSite
         ({"strategies": ["fed-sb", "fed-svd"]}, ("strategies = fed-sb, fed-svd", "ffa-lora")),
         ({"head_policies": ["frozen"]}, ("head-policies = frozen", "trained")),
         (
-            {"models": ["mini=0123456789abcdef0123456789abcdef"]},
-            ("models = mini=0123456789abcdef0123456789abcdef", "model.name"),
+            {"models": [f"mini={DIGITS}+{DIGITS}"]},
+            (f"models = mini={DIGITS}+{DIGITS}", "model.name"),
         ),
         ({"models": None}, ("models = all-MiniLM-L6-v2, SmolLM2-135M-Instruct", "model.name")),
         ({"text": "note"}, ("text = 'note'", "data.text = 'text'")),
@@ -189,7 +190,11 @@ def test_what_is_not_allowed_is_refused_with_both_values(
 
 def test_what_is_allowed_goes_on(site: OneSite) -> None:
     model = site.model().base
-    site.rule(strategies=["ffa-lora"], head_policies=["trained"], models=[f"{model.name}={model.fingerprint[:32]}"])
+    site.rule(
+        strategies=["ffa-lora"],
+        head_policies=["trained"],
+        models=[f"{model.name}={model.fingerprint[:32]}+{model.files[:32]}"],
+    )
     site.train()
 
 
@@ -414,10 +419,13 @@ def plain_noise(site: OneSite) -> float:
         ('mechanisms = ["none"]', "mechanisms names 'none', which promises nothing .* set allow-no-privacy = true"),
         ('mechanisms = "dp-sgd"', "list"),
         ("mechanisms = []", "at least one"),
-        (f'models = ["mini={"0" * 31}"]', "at least 32"),
-        ('models = ["mini=0123456789abcdef0123456789abcdzz"]', "0-9, a-f"),
-        ('models = ["0123456789ab"]', "'0123456789ab': write NAME=DIGITS"),
-        ('models = ["=0123456789ab"]', "write NAME=DIGITS"),
+        (f'models = ["mini={"0" * 31}+{DIGITS}"]', "at least 32"),
+        (f'models = ["mini={DIGITS}+{"0" * 31}"]', "at least 32"),
+        (f'models = ["mini={DIGITS}"]', "write NAME=FINGERPRINT+FILES"),
+        (f'models = ["mini={DIGITS[2:]}zz+{DIGITS}"]', "0-9, a-f"),
+        (f'models = ["mini={DIGITS}+{DIGITS[2:]}zz"]', "0-9, a-f"),
+        ('models = ["0123456789ab"]', "'0123456789ab': write NAME=FINGERPRINT+FILES"),
+        ('models = ["=0123456789ab"]', "write NAME=FINGERPRINT+FILES"),
         ('labels = ["a", "b"]', "labels is pinned, but task is not"),
         ("max-length = 20", "max-length is pinned, but task is not"),
         ("max-length = -1", "at least 0"),

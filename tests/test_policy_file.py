@@ -19,7 +19,7 @@ from client.policy import load_policy
 from client.site import check_job
 from common.config.sections import Scalar
 from common.config.text import parse_settings
-from common.errors import ConfigError, DataError, PolicyRefusal
+from common.errors import ConfigError, DataError, ModelNotLoaded, PolicyRefusal
 from common.privacy import MECHANISMS
 from common.privacy.record_level import DPSGD
 from deploy import container
@@ -33,6 +33,7 @@ from deploy.start import start_site
 from strategies.job import configure
 
 ROOT = Path(__file__).resolve().parent.parent
+DIGITS = "0123456789abcdef0123456789abcdef"
 PINS = pins_of("classification", {"text": "note"}, "bad,good", 64)
 JOB: dict[str, Scalar] = {
     "data.name": "test.csv",
@@ -79,7 +80,7 @@ labels = [
   "yes", # 1 and a "#" of its own
 ]
 models = [
-  "mini=0123456789abcdef0123456789abcdef", # text = "x"
+  "mini=0123456789abcdef0123456789abcdef+0123456789abcdef0123456789abcdef", # text = "x"
 ]
 task = "classification"
 label = "label" # theirs
@@ -100,14 +101,18 @@ def test_pins_are_put_in_and_the_stewards_other_words_stay(tmp_path: Path) -> No
         64,
         "",
     )
-    assert (policy.epsilon, policy.delta, policy.models) == (3.0, 1e-4, "mini=0123456789abcdef0123456789abcdef")
+    assert (policy.epsilon, policy.delta, policy.models) == (
+        3.0,
+        1e-4,
+        "mini=0123456789abcdef0123456789abcdef+0123456789abcdef0123456789abcdef",
+    )
     for kept in (
         *("# Ours since May.", "# agreed with the board", "# was note # before", "# 0\n", '# 1 and a "#" of its own'),
         *(
             '# text = "x"',
             *("# since June\n", "# The end."),
             'label = "label" # theirs',
-            'models = [\n  "mini=0123456789abcdef0123456789abcdef"',
+            'models = [\n  "mini=0123456789abcdef0123456789abcdef+0123456789abcdef0123456789abcdef"',
         ),
     ):
         assert kept in text, f"{kept!r} is gone"
@@ -166,7 +171,7 @@ def test_pins_added_to_an_old_policy_are_said_to_be_pins(tmp_path: Path) -> None
     [
         ("epsilon = ", "cannot change"),
         ("epsilom = 1.0\n", "did you mean 'epsilon'"),
-        ('models = ["0123456789ab"]\n', "write NAME=DIGITS"),
+        ('models = ["0123456789ab"]\n', "write NAME=FINGERPRINT+FILES"),
         ("[site]\nepsilon = 1\n", "text, a number"),
     ],
 )
@@ -235,6 +240,30 @@ def test_pins_that_a_call_does_not_name_stay_and_all_are_said(tmp_path: Path) ->
         "",
         64,
     )
+
+
+def test_pin_puts_a_model_in_place_of_those_of_its_name_and_leaves_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "policy.toml"
+    words = ("site", "pin", str(path), "--labels", "bad,good")
+    fedveil(*words, "--model", "/srv/a=b", "--fingerprint", f"{DIGITS}+{DIGITS}")
+    fedveil(*words, "--model", "org/mini", "--fingerprint", f"{DIGITS}+{DIGITS}")
+    fedveil(*words)
+    assert load_policy(path).models == f"/srv/a=b={DIGITS}+{DIGITS},org/mini={DIGITS}+{DIGITS}"
+    other = DIGITS[::-1]
+    fedveil(*words, "--model", "/srv/a=b", "--fingerprint", f"{DIGITS}+{other}", "--epsilon", "3")
+    policy = load_policy(path)
+    assert (policy.models, policy.epsilon) == (f"org/mini={DIGITS}+{DIGITS},/srv/a=b={DIGITS}+{other}", 3.0)
+    policy.check_files("/srv/a=b", other * 2)
+    policy.check_model("/srv/a=b", DIGITS * 2, other * 2)
+    for name, files in (("/srv/a=b", DIGITS * 2), ("org/mini", other * 2), ("/srv/a", other * 2)):
+        with pytest.raises(ModelNotLoaded, match="none of them was opened"):
+            policy.check_files(name, files)
+    with pytest.raises(PolicyRefusal, match="with the fingerprint"):
+        policy.check_model("/srv/a=b", other * 2, other * 2)
+    before = path.read_bytes()
+    for more in (["--model", "m"], ["--fingerprint", DIGITS], ["--model", "m", "--fingerprint", DIGITS]):
+        assert CliRunner().invoke(app, [*words, *more]).exit_code == 1
+    assert path.read_bytes() == before
 
 
 def test_a_policy_that_begins_with_a_byte_order_mark_is_pinned_as_any_other(tmp_path: Path) -> None:
@@ -365,13 +394,19 @@ def test_a_site_that_plays_a_part_of_a_public_data_set_needs_no_pins(tmp_path: P
 
 def test_the_doctor_says_which_models_are_allowed_and_fails_if_the_sites_own_is_not(tmp_path: Path) -> None:
     folder = site_with(
-        tmp_path, policy_text("clinic", 0, 4.0, 1e-3, PINS, ["/srv/mini=0123456789abcdef0123456789abcdef"])
+        tmp_path,
+        policy_text(
+            "clinic",
+            0,
+            4.0,
+            1e-3,
+            PINS,
+            [f"/srv/mini={DIGITS}+{DIGITS}"],
+        ),
     )
     found = findings(folder)["models"]
     assert not found.ok
-    assert (
-        "site.toml names all-MiniLM-L6-v2, the policy allows /srv/mini=0123456789abcdef0123456789abcdef" in found.found
-    )
+    assert f"site.toml names all-MiniLM-L6-v2, the policy allows /srv/mini={DIGITS}+{DIGITS}" in found.found
     assert findings(dataclasses.replace(folder, model="/srv/mini"))["models"].ok
 
 
@@ -423,7 +458,7 @@ def test_a_new_site_pins_what_its_records_are_for(tmp_path: Path) -> None:
 
 
 def test_a_new_site_names_the_model_of_its_coordinator(tmp_path: Path) -> None:
-    digits = "0123456789abcdef" * 4
+    digits = "+".join(["0123456789abcdef" * 4] * 2)
     policy = made(tmp_path, "--task", "causal-lm", "--model", "/srv/small", "--fingerprint", digits)
     assert policy["models"] == [f"/srv/small={digits}"]
     assert (policy["prompt"], policy["completion"]) == ("prompt", "completion")

@@ -277,7 +277,7 @@ def test_a_base_that_differs_may_be_another_version_of_bitsandbytes(model_folder
         asked = asked_of(model_folder, tmp_path / bits, **{"model.quantise": bits})
         site = clinic(asked, tmp_path / bits)
         base = site.model().base
-        site.rule(models=[f"{base.name}={'0' * 64}", f"{base.name}={base.fingerprint}"])
+        site.rule(models=[f"{base.name}={'0' * 64}+{base.files}", f"{base.name}={base.pin}"])
         reply = site.ask(replace(site.task(), base_fingerprint="0" * 64))
         assert isinstance(reply, Refusal)
         assert re.search(rf"{said} on both sides$", reply.reason)

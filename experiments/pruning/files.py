@@ -26,6 +26,8 @@ class Pruned:
     """As ``model.name`` calls it."""
     large_fingerprint: str
     """SHA-256 of what it computes (``common.model.base.model_fingerprint``)."""
+    large_files: str
+    """SHA-256 of its files (``common.model.files``)."""
     small_fingerprint: str
     """The same of the small model: what a site's policy pins."""
     task: str
@@ -43,6 +45,8 @@ class RecoveredFile(RunFile):
     """Fingerprint, SHA-256."""
     recovered_onto: str
     """Fingerprint of ``large``."""
+    files: str
+    """SHA-256 of the files of ``large``."""
 
 
 def write_pruned(folder: Path, about: Pruned) -> None:

@@ -54,6 +54,7 @@ def prune_model(
     about = Pruned(
         large=large,
         large_fingerprint=base.fingerprint,
+        large_files=base.files,
         small_fingerprint=model_fingerprint(small, TASKS[task].processor_parts(base.processor)),
         task=task,
         kept=kept,

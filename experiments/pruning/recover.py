@@ -12,6 +12,7 @@ from common.adapters.base import PEFT_PREFIX
 from common.errors import DataError, ModelError
 from common.files import with_usual_mode
 from common.model.base import load_base_model
+from common.model.files import check_files
 from common.model.pruned import recovered, units_of
 from common.run_lines import AdapterFile, read_file, read_json
 from common.strict_json import to_json
@@ -51,7 +52,8 @@ def recover_run(run: Path, target: Path, pruned: Path | None = None) -> str:
             f"the run trained on a model of fingerprint {about.base_fingerprint[:12]}, and this pruned model is "
             f"{told.small_fingerprint[:12]}: name the one of the run with --pruned"
         )
-    large = load_base_model(told.large, told.task)
+    check_files(told.large, told.large_files, fetch=False)  # somebody's folder makes nobody fetch a model
+    large = load_base_model(told.large, told.task, files=told.large_files)
     if large.fingerprint != told.large_fingerprint:
         raise ModelError(
             f"{told.large!r} is {large.fingerprint[:12]} on this machine, and the pruned model was made of "
@@ -69,7 +71,7 @@ def recover_run(run: Path, target: Path, pruned: Path | None = None) -> str:
         put_json(target / CONFIG, {**config, "base_model_name_or_path": told.large})
         save_file(made, str(target / WEIGHTS), metadata={"format": "pt"})
         with_usual_mode(target)
-        made_of = RecoveredFile(told.large, told.small_fingerprint, told.large_fingerprint)
+        made_of = RecoveredFile(told.large, told.small_fingerprint, told.large_fingerprint, told.large_files)
         put_json(target / RecoveredFile.NAME, to_json(made_of))
     except OSError as error:
         shutil.rmtree(target, ignore_errors=True)

