@@ -41,7 +41,7 @@ from common.errors import BudgetExhausted, ConfigError, PolicyRefusal, ProtocolE
 from common.log import about, set_up
 from common.messages.round import KeyTask, Refusal, Reply, SumReply, SumTask, TrainTask
 from common.messages.wire import decode_sum_task, decode_task, encode_reply, kind_of_task, layout_of, round_of
-from common.model.device import own_cores
+from common.model.device import denormals_flushed, make_threads, own_cores
 from common.model.federated import FederatedModel
 from common.model.files import files_of
 from common.paths import reply_file, run_name
@@ -117,6 +117,7 @@ def _set_threads() -> None:
     if (cores := own_cores()) != torch.get_num_threads():
         torch.set_num_threads(cores)
         _process.rehearsed = {}
+    make_threads()
 
 
 def _model(job: Job, site: Site) -> FederatedModel:
@@ -408,7 +409,8 @@ def answer(
         try:
             with deadline.extended():
                 check_task(whole, job, model)
-                _hold_to(deadline, job, site, model, whole)
+                with denormals_flushed():
+                    _hold_to(deadline, job, site, model, whole)
                 masked = agreed(whole, job, model, site.public_size, party, memory) if party else None
             _process.left.clear()
             _say_if_more(deadline, job, site)

@@ -31,6 +31,7 @@ from common.messages.columns import narrowed
 from common.messages.round import NoisedCount, TrainResult, TrainTask, same_fingerprint
 from common.messages.state import AdapterState
 from common.messages.tensors import fingerprint, merge
+from common.model.device import denormals_flushed
 from common.model.federated import FederatedModel
 from common.privacy.plan import Plan, PrivacyPlan
 from common.privacy.steps import Around, as_it_is
@@ -84,7 +85,7 @@ def train_round(
         note_exposure(site, job, task)
         plan = job.mechanism.exposing_plan(job.config.privacy, job.config.training)
     try:
-        with model.many_passes():
+        with model.many_passes(), denormals_flushed():
             # Where nothing is concealed a late answer is better than none.
             prepared = records() if callable(records) else records
             records = model.featurise(prepared, (deadline if job.mechanism.conceals else Deadline()).check)
@@ -99,7 +100,8 @@ def train_round(
         model.write(received)
         if evaluation_releases(job, site, 1):
             noise = site.policy.metrics_noise
-            counted = NoisedCount(noised_correct(model, records, noise), noise)
+            with denormals_flushed():
+                counted = NoisedCount(noised_correct(model, records, noise), noise)
         known = {} if kept is None else kept
         words, failed = _local_steps(records, job, model, task, received, plan, deadline, site, known)
         trained = {
@@ -130,6 +132,7 @@ def train_round(
     return result
 
 
+@denormals_flushed()
 def _statistic(
     records: Sequence[Record], job: Job, model: FederatedModel, plan: Plan, deadline: Deadline, site: Site
 ) -> tuple[AdapterState, str | None]:
@@ -175,6 +178,7 @@ def check_task(task: TrainTask, job: Job, model: FederatedModel) -> None:
         )
 
 
+@denormals_flushed()
 def _local_steps(
     records: Sequence[Record],
     job: Job,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import builtins
 import io
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -199,3 +201,26 @@ def test_a_gpus_fused_attention_has_the_gradients_of_plain_products_on_a_process
         beside = samples(fused, batch_of(fused, [records[row - 1], record]))
         for mine, sample in zip(beside, found, strict=True):
             torch.testing.assert_close(mine[1], sample[row], rtol=1e-4, atol=1e-6)
+
+
+FLUSHED = """
+import torch
+from client import app
+from common.model.device import denormals_flushed
+app._set_threads()
+tiny = torch.full((torch.get_num_threads() << 18,), 1e-40)
+with denormals_flushed():
+    print(int((tiny * 1.0).count_nonzero()), torch.get_num_threads())
+print(float(torch.tensor(1e-40) * 1.0) > 0)
+"""
+
+
+def test_every_thread_of_a_sites_process_flushes_denormals_and_its_own_prices_do_not() -> None:
+    """In a process of its own, as a worker's: threads that were made before flush none."""
+    done = subprocess.run([sys.executable, "-c", FLUSHED], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    threads = max(1, own_cores())
+    flushes = torch.set_flush_denormal(True)
+    torch.set_flush_denormal(False)
+    if flushes:
+        assert done.stdout.split() == ["0", str(threads), "True"]

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 from audits.tiny_models import VOCABULARY, tiny_deberta, tiny_tokenizer
 from audits.tiny_site import OneSite, clinic
-from client import app, rehearsal
+from client import app, local_training, rehearsal
 from client.app import PLAIN
 from client.deadline import Deadline, Timing
 from client.ledger.ledger import Ledger
@@ -692,3 +692,36 @@ def test_a_record_that_the_model_cannot_take_is_left_out(
     odd = [TextExample(text=text, label=1) for text in ("odd", "two", "three", "four")]
     assert prepared(model, [good[0], *odd, good[1]]) == wanted
     assert prepared(model, []) == []
+
+
+def test_denormal_numbers_are_flushed_in_every_pass_and_in_no_price(
+    toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a state of them takes more than twice the processor time that was rehearsed."""
+    site = clinic({**toy_settings, "training.sample-rate": 1.0}, tmp_path)
+    task = site.task()
+    passed, priced, losses, pay = list[bool](), list[bool](), FederatedModel.losses, local_training.pay_round
+
+    def flushes() -> bool:
+        return not float(torch.tensor(1e-40) * 1.0)
+
+    def passing(self: FederatedModel, *args: Any, **options: Any) -> Any:
+        passed.append(flushes())
+        return losses(self, *args, **options)
+
+    def pricing(*args: Any, **options: Any) -> Any:
+        priced.append(flushes())
+        return pay(*args, **options)
+
+    can = torch.set_flush_denormal(True)
+    torch.set_flush_denormal(False)
+    monkeypatch.setattr(FederatedModel, "losses", passing)
+    monkeypatch.setattr(local_training, "pay_round", pricing)
+    monkeypatch.setattr(app._process, "rehearsed", {})
+    assert isinstance(site.ask(task), TrainResult)
+    rehearsed = len(passed)
+    assert set(passed) == {can}
+    assert (priced, flushes()) == ([False], False)
+    assert isinstance(site.ask(site.task(2)), TrainResult)
+    assert len(passed) > rehearsed
+    assert set(passed) == {can}
