@@ -171,7 +171,7 @@ def test_pins_added_to_an_old_policy_are_said_to_be_pins(tmp_path: Path) -> None
     [
         ("epsilon = ", "cannot change"),
         ("epsilom = 1.0\n", "did you mean 'epsilon'"),
-        ('models = ["0123456789ab"]\n', "write NAME=FINGERPRINT+FILES"),
+        ('models = ["0123456789ab"]\n', "write NAME=FINGERPRINT.FILES"),
         ("[site]\nepsilon = 1\n", "text, a number"),
     ],
 )
