@@ -113,8 +113,13 @@ def audit_dear_bundles(_: Path, fault: Fault = SOUND) -> Finding:
     """
     own, parse = files_of(PROJECT), tomllib.loads
     parsed, wrong, dearest = list[str](), list[str](), 0.0
+
+    def watched(text: str) -> dict[str, Any]:
+        parsed.append(text)
+        return parse(text)
+
     bundles.own_digest(), bundles._own_code_digest()
-    with fault.plant(), patch.object(bundles.tomllib, "loads", lambda text: parsed.append(text) or parse(text)):
+    with fault.plant(), patch.object(tomllib, "loads", watched):
         for name, settings in dear_settings().items():
             for whose, files in (("installed", own), ("strange", {"client/app.py": b""})):
                 content, began = _zipped(files | {SETTINGS: settings}), time.process_time()
