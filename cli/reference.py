@@ -214,7 +214,8 @@ def wire_page() -> str:
         "the only field computed from records, and it has passed clip and noise; where the server is trusted, the clip "
         "alone. A noised count may be beside it, which the site's ledger has paid for. An adapter state is one block "
         "of little-endian float32. Each message has 16 random bytes of its own, in its header and in every part that "
-        "Flower makes of its blocks, so that nobody who has not got it can name it or a part of it.",
+        "Flower makes of its blocks, so that nobody who has not got it can name it or a part of it. "
+        "[deploy.md](deploy.md#signed-messages) says who signs it.",
         *((kind.__name__, _fields(kind), _about(kind)) for kind in (*kinds, *of_sums)),
         (
             "Bytes of a header",

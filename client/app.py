@@ -40,6 +40,7 @@ from common.config.sections import Scalar
 from common.errors import BudgetExhausted, ConfigError, PolicyRefusal, ProtocolError
 from common.log import about, set_up
 from common.messages.round import KeyTask, Refusal, Reply, SumReply, SumTask, TrainTask
+from common.messages.signed import check_unsigned
 from common.messages.wire import decode_sum_task, decode_task, encode_reply, kind_of_task, layout_of, round_of
 from common.model.device import denormals_flushed, make_threads, own_cores
 from common.model.federated import FederatedModel
@@ -95,6 +96,8 @@ class _Process:
     left: list[object] = field(default_factory=list)
     """What was dropped of records while the time of the answer stood still: freed once it runs, for how long that takes
     follows from their number and lengths."""
+    signed: bool = False
+    """Whether the tasks that come are checked to be the server's, and the answers signed (``client.worker``)."""
     lookout: Lookout | None = None
     """What looks, once the time of an answer runs, whether the site's records have changed; None: no process that lives
     from task to task."""
@@ -324,9 +327,12 @@ def forget() -> None:
     forget_readings()
 
 
-def keep_lookout(lookout: Lookout | None) -> None:
-    """Begin every task with a look of this lookout, and drop what was read of records that changed; None: no more."""
-    _process.lookout = lookout
+def keep_lookout(lookout: Lookout | None, *, signed: bool = False) -> None:
+    """Begin every task with a look of this lookout, and drop what was read of records that changed; None: no more.
+
+    ``signed``: whether whoever calls lets no task through that the server has not signed.
+    """
+    _process.lookout, _process.signed = lookout, signed
 
 
 def _forget_other_runs(run: str) -> None:
@@ -378,6 +384,8 @@ def answer(
             job = configure(settings)
             run = run_name(job.config, run)
             check_job(node, job, simulated=simulated)
+            if not (simulated or _process.signed):
+                check_unsigned(job.config)
         _process.left.clear()
         _forget_other_runs(run)
         site = open_site(node, job.config, run, simulated=simulated)

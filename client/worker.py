@@ -1,8 +1,9 @@
 """A site's worker: one long-lived process of the installed package that answers a SuperNode's tasks.
 
-It hashes the bundle that came with a task in memory, asks the policy, and runs the installed ``client.app``; the bundle
-is written nowhere and nothing of it is executed. The run's settings come in the context. Policy, ledger and records
-are those of the site's folder. The supervisor (``deploy.pair``) starts it anew whenever it ends.
+It lets through what the server has signed for this site alone (``common.messages.signed``), hashes the bundle that came
+with it in memory, asks the policy, runs the installed ``client.app``, and signs the answer. The bundle is written
+nowhere and nothing of it is executed. The run's settings come in the context. Policy, ledger and records are those of
+the site's folder. The supervisor (``deploy.pair``) starts it anew whenever it ends.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from client.site import name_of, policy_of
 from common.bundle import bundle_digest, own_digest
 from common.config.sections import Scalar
 from common.entropy import require_system_entropy
-from common.errors import ConfigError
+from common.errors import ConfigError, DataError
 from common.log import about, place_of, set_up
+from common.messages.signed import Asked, SiteKeys, check_task, digest, sign_answer
 from common.messages.wire import encode_reply, round_of
 from common.paths import run_name
 from common.runtime import ANEW, NODE_TOO, NotOurNode, TaskLost
@@ -48,41 +50,55 @@ FORGET_SECONDS = 5.0
 follows from how many there are: 20,000 took 58 ms."""
 
 
-def reply_to(message: Message, context: Context, bundle: bytes, node: Mapping[str, Scalar]) -> Message:
-    """Return the site's answer: of the installed client, or the policy's refusal of the bundle.
+def reply_to(
+    message: Message, context: Context, bundle: bytes, node: Mapping[str, Scalar], keys: SiteKeys | None = None
+) -> Message:
+    """Return the site's answer, signed: of the installed client, or the refusal of a task or bundle.
+
+    Both are looked at before anything that a task names. What that and the signature take follows from the lengths of
+    what is received and sent, and from no record.
 
     Args:
         message: what the server sent.
         context: the run's settings, and what the site kept; ``node`` takes the place of the node's settings in it.
         bundle: the bundle as received.
         node: the site's own settings, from its folder: nobody else says which policy, ledger and records.
+        keys: of the site; None: of a test's own server, whose tasks nobody signs.
     """
-    context.node_config, run = dict(node), str(context.run_id)
+    context.node_config, run, task = dict(node), str(context.run_id), b""
     try:
         try:
+            if keys:
+                signed = Asked(run, context.run_config, context.node_id).task(message.content)
+                task = digest(signed)
+                check_task(message.content, signed, keys.authority)
             policy = policy_of(node)
             own = own_digest()
             policy.check_bundle(bundle_digest(bundle, own_alone=policy.allowed_bundles(own) == (own,)), own)
         except Exception as error:
             with suppress(ConfigError):  # what a resumed run is called stands in its settings
                 run = run_name(configure(context.run_config).config, run)
-            reply = installed.refused(error, node, run, round_of(message.content))
-            return Message(encode_reply(reply), reply_to=message)
-        return installed.app(message, context)
+            refused = installed.refused(error, node, run, round_of(message.content))
+            reply = Message(encode_reply(refused), reply_to=message)
+        else:
+            reply = installed.app(message, context)
+        if keys:
+            sign_answer(reply.content, task, keys)
+        return reply
     except Exception as error:  # Flower would send its words
         log.error("failed: %s", place_of(error), extra=about(run, None, name_of(node)))
         return failed(message, UNTOLD)
 
 
-def work(node: Node, settings: Mapping[str, Scalar]) -> int:
+def work(node: Node, settings: Mapping[str, Scalar], keys: SiteKeys | None = None) -> int:
     """Answer tasks until the process must be started anew; return the exit code that says how.
 
-    However it ends, this process then holds nothing of the site's records.
+    However it ends, this process then holds nothing of the site's records. ``keys`` as of ``reply_to``.
     """
     lookout = Lookout(settings)
-    installed.keep_lookout(lookout)
+    installed.keep_lookout(lookout, signed=keys is not None)
     try:
-        ended = _work(node, settings, lookout)
+        ended = _work(node, settings, lookout, keys)
         _forget(settings)
         return ended
     finally:
@@ -90,7 +106,7 @@ def work(node: Node, settings: Mapping[str, Scalar]) -> int:
         installed.forget()
 
 
-def _work(node: Node, settings: Mapping[str, Scalar], lookout: Lookout) -> int:
+def _work(node: Node, settings: Mapping[str, Scalar], lookout: Lookout, keys: SiteKeys | None) -> int:
     worked = math.inf
     while True:
         try:
@@ -108,7 +124,7 @@ def _work(node: Node, settings: Mapping[str, Scalar], lookout: Lookout) -> int:
                 continue
             with node.task(token) as task:
                 message, context, bundle = task.pull()
-                task.push(reply_to(message, context, bundle, settings), context)
+                task.push(reply_to(message, context, bundle, settings, keys), context)
         except TaskLost:
             log.error("the node has given a task up")
         except LostMessage:
@@ -156,6 +172,8 @@ def main() -> int:
     parser.add_argument("--port", type=int, required=True, help="the SuperNode's Runtime API on 127.0.0.1")
     parser.add_argument("--secret", type=Path, required=True, help="file with the secret that it was started with")
     parser.add_argument("--node", required=True, help="the node's settings as JSON")
+    parser.add_argument("--authority", type=Path, required=True, help="the certificate of the server's authority")
+    parser.add_argument("--key", type=Path, required=True, help="the node's private key, which signs the answers")
     words = parser.parse_args()
     require_system_entropy()
     write_no_dumps()
@@ -163,13 +181,14 @@ def main() -> int:
     settings: dict[str, Scalar] = json.loads(words.node)
     where = about("", None, name_of(settings))
     try:
+        keys = SiteKeys.read(words.authority, words.key)
         allowed = ", ".join(digits[:12] for digits in policy_of(settings).allowed_bundles(own_digest()))
-    except ConfigError as error:
+    except (ConfigError, DataError) as error:
         log.error("%s", error, extra=where)
         return 1
     log.info("the worker is ready; it joins runs of the bundle %s, by the installed code", allowed, extra=where)
     with closing(Node(words.port, words.secret.read_bytes())) as node:
-        return work(node, settings)
+        return work(node, settings, keys)
 
 
 if __name__ == "__main__":

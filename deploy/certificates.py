@@ -19,9 +19,11 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from common.errors import ConfigError, DataError
+from common.messages.signed import SIGNS_TASKS
 
 AUTHORITY_DAYS = 3650
 SERVER_DAYS = 397
@@ -66,20 +68,42 @@ def new_server_certificate(names: Sequence[str], authority: Issued, now: datetim
         DataError: the authority's files are not a certificate and its key.
     """
     key, alternatives = ec.generate_private_key(ec.SECP384R1()), alternative_names(names)
+    builder = (
+        _issued(names[0][:64], key, authority, now)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(alternatives, critical=False)
+    )
+    return Issued(_pem(builder.sign(_read_key(authority.key), hashes.SHA384())), _key_pem(key))
+
+
+def new_task_certificate(authority: Issued, now: datetime | None = None) -> Issued:
+    """Return a key that signs tasks (Ed25519), and its certificate, which is good for nothing else; as the server's.
+
+    Raises:
+        DataError: the authority's files are not a certificate and its key.
+    """
+    key = Ed25519PrivateKey.generate()
+    builder = _issued("FedVeil tasks", key, authority, now).add_extension(
+        x509.ExtendedKeyUsage([SIGNS_TASKS]), critical=True
+    )
+    return Issued(_pem(builder.sign(_read_key(authority.key), hashes.SHA384())), _key_pem(key))
+
+
+def _issued(
+    name: str, key: ec.EllipticCurvePrivateKey | Ed25519PrivateKey, authority: Issued, now: datetime | None
+) -> x509.CertificateBuilder:
+    """Return the beginning of a certificate that an authority issues for the signatures of a key."""
     issuer = read_certificate(authority.certificate, "the authority")
     if not belongs_to(issuer, authority.key):
         raise DataError("the authority's ca.key is not the key of its ca.crt: put both back from one copy")
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0][:64])])
-    builder = (
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    return (
         _builder(subject, issuer.subject, key, SERVER_DAYS, now)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(digital_signature=True), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .add_extension(alternatives, critical=False)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .add_extension(_identifier_of(issuer), critical=False)
     )
-    return Issued(_pem(builder.sign(_read_key(authority.key), hashes.SHA384())), _key_pem(key))
 
 
 def alternative_names(names: Sequence[str]) -> x509.SubjectAlternativeName:
@@ -175,7 +199,11 @@ def _usage(**allowed: bool) -> x509.KeyUsage:
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, days: int, now: datetime | None = None
+    subject: x509.Name,
+    issuer: x509.Name,
+    key: ec.EllipticCurvePrivateKey | Ed25519PrivateKey,
+    days: int,
+    now: datetime | None = None,
 ) -> x509.CertificateBuilder:
     now = now or datetime.now(UTC)
     return (
@@ -202,7 +230,7 @@ def _pem(certificate: x509.Certificate) -> bytes:
     return certificate.public_bytes(serialization.Encoding.PEM)
 
 
-def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+def _key_pem(key: ec.EllipticCurvePrivateKey | Ed25519PrivateKey) -> bytes:
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )

@@ -91,6 +91,7 @@ def worker_command(folder: SiteFolder, secret: Path, more: str = "") -> list[str
     return [
         *own_module("client.worker"),
         *("--port", str(folder.runtime_port), "--secret", str(secret)),
+        *("--authority", str(folder.path / "ca.crt"), "--key", str(folder.path / "node.key")),
         *("--node", json.dumps(node_settings(folder, more))),
     ]
 

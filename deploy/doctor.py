@@ -29,10 +29,11 @@ from deploy.fleet import Answer, ask_to_join
 from deploy.node_keys import read_node_key
 from deploy.refusal import why_refused, why_unreachable
 from deploy.registry import online_words
-from deploy.server_folder import RENEWAL, ServerFolder
+from deploy.server_folder import RENEWAL, ServerFolder, check_tasks
 from deploy.site_folder import ANY_PORT, SiteFolder, check_name, check_pinned, node_settings, policy_of_node
 from deploy.start import check_own_port, is_running, secret_file
 from server.registered import names_in
+from server.signing import TASKS
 
 RENEW = "renew it with 'fedveil server renew'"
 NEW_AUTHORITY = "the coordinator makes a new one ('fedveil server init' in a new folder) for every site"
@@ -47,6 +48,7 @@ def examine_server(folder: ServerFolder, model: str, task: str) -> Iterator[Chec
             ("authority", lambda: authority_checks(folder.path)),
             ("server's certificate", lambda: certificate_checks(folder)),
             ("server's key", lambda: shared.private_file(folder.path / "server.key", "server's key")),
+            ("tasks' key", lambda: task_checks(folder.path)),
             ("Control port", lambda: control_checks(folder)),
             ("ports", lambda: _server_ports(folder)),
             ("registered sites", lambda: _registered(folder)),
@@ -83,6 +85,14 @@ def examine_site(folder: SiteFolder) -> Iterator[CheckResult]:
             ("registration", lambda: _registration(folder)),
         ]
     )
+
+
+def task_checks(path: Path) -> Iterator[CheckResult]:
+    """The key that signs tasks, and its certificate, in a server's folder."""
+    yield from shared.private_file(path / TASKS, "tasks' key")
+    check_tasks(path)
+    certificate = read_certificate(read_bytes(path / TASKS, "the key that signs tasks"), "the tasks")
+    yield from shared.validity(certificate, "tasks' certificate", RENEW)
 
 
 def authority_checks(path: Path) -> Iterator[CheckResult]:

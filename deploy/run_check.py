@@ -23,7 +23,7 @@ from common.strict_json import to_json
 from deploy import shared_checks as shared
 from deploy.certificates import as_fingerprint, fingerprint, read_certificate
 from deploy.check_results import Check, CheckResult, examine
-from deploy.doctor import authority_checks, certificate_checks, control_checks
+from deploy.doctor import authority_checks, certificate_checks, control_checks, task_checks
 from deploy.files import read_bytes
 from deploy.fleet import PATIENCE, asks_for_keys
 from deploy.refusal import why_unreachable
@@ -82,6 +82,7 @@ def check_run(runs: Path, named: str) -> OwnCheck:
         ("authority", lambda: authority_checks(folder)),
         ("server's certificate", lambda: certificate_checks(server)),
         ("server's key", lambda: shared.private_file(folder / "server.key", "server's key")),
+        ("tasks' key", lambda: task_checks(folder)),
         ("port of the sites", lambda: _port_checks(server, port)),
         ("Control port", lambda: control_checks(server)),
         ("registered sites", lambda: _registered(server)),

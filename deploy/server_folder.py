@@ -5,6 +5,7 @@
 ``ca.crt``          the authority's certificate: this goes to every site
 ``server.pem``      the server's certificate
 ``server.key``      its private key
+``tasks.pem``       the key that signs the tasks of runs, and its certificate
 ``renewal.key``     both, while a renewal goes on or after one that was interrupted
 ``flwr/``           Flower's own folder (FLWR_HOME) with the connection ``fedveil``
 ``nodes/``          public keys of the sites, ``NAME.pub``
@@ -27,8 +28,9 @@ from typing import Any, TypeVar
 from common.check import nearest
 from common.config.sections import Scalar
 from common.config.text import read_settings_file, to_toml
-from common.errors import ConfigError, DataError
+from common.errors import ConfigError, DataError, ProtocolError
 from common.files import expanded
+from common.messages.signed import tasks_key
 from common.ports import LARGEST, check_port, dialled
 from deploy.certificates import (
     Issued,
@@ -37,9 +39,11 @@ from deploy.certificates import (
     is_issued_by,
     new_authority,
     new_server_certificate,
+    new_task_certificate,
     read_certificate,
 )
 from deploy.files import FOLDER_MODE, make_folder, put_file, read_bytes
+from server.signing import TASKS, read_tasks_key
 
 Folder = TypeVar("Folder")
 
@@ -193,11 +197,12 @@ def make_server(
         "ca.crt": issuer.certificate,
         "server.pem": certificate.certificate,
         "server.key": certificate.key,
+        TASKS: _tasks(issuer, now),
         "flwr/config.toml": connection_toml(folder).encode(),
         **(unit or {}),
         "server.toml": to_toml(described).encode(),
     }
-    make_folder(path, files, private=frozenset({"server.key"}))
+    make_folder(path, files, private=frozenset({"server.key", TASKS}))
     for place in (folder.database.parent, folder.runs, folder.nodes):
         place.mkdir(mode=FOLDER_MODE, exist_ok=True)
     return folder
@@ -230,9 +235,9 @@ def connection_toml(folder: ServerFolder) -> str:
 
 
 def renew_server(folder: ServerFolder, authority: Path | None = None) -> None:
-    """Replace the server's certificate and key by new ones of the same authority; sites need nothing new.
+    """Replace the server's certificate and key, and those of its tasks, by new ones; sites need nothing new.
 
-    Both are written to one file first, in one step, and go to their places from there: whoever stops in between
+    The server's are written to one file first, in one step, and go to their places from there: whoever stops in between
     leaves a pair that ``finish_renewal`` puts in place, and what an earlier renewal left is written over.
 
     Raises:
@@ -241,10 +246,12 @@ def renew_server(folder: ServerFolder, authority: Path | None = None) -> None:
     """
     authority = expanded(authority or authority_beside(folder.path)).absolute()
     names = list(dict.fromkeys([*folder.name_list, *LOCAL_NAMES, folder.control_host]))
-    made = new_server_certificate(names, _read_authority(authority))
+    issuer = _read_authority(authority)
+    made = new_server_certificate(names, issuer)
     known = read_certificate(read_bytes(folder.path / "ca.crt", "the authority's certificate"), "the authority")
     if not is_issued_by(read_certificate(made.certificate, "the server"), known):
         raise DataError(f"{authority} is not the authority of {folder.path / 'ca.crt'}: name that one's folder")
+    put_file(folder.path / TASKS, _tasks(issuer), private=True)
     put_file(folder.path / RENEWAL, made.key + made.certificate, private=True)
     finish_renewal(folder)
 
@@ -269,6 +276,23 @@ def finish_renewal(folder: ServerFolder) -> bool:
     except OSError as error:
         raise DataError(f"cannot remove {pending} ({error.strerror})") from error
     return True
+
+
+def _tasks(authority: Issued, now: datetime | None = None) -> bytes:
+    """Return the file of a new key that signs tasks."""
+    made = new_task_certificate(authority, now)
+    return made.key + made.certificate
+
+
+def check_tasks(path: Path) -> None:
+    """Raise DataError unless sites take the key of a server's folder for one that signs tasks."""
+    key, encoded = read_tasks_key(path)
+    authority = read_certificate(read_bytes(path / "ca.crt", "the authority's certificate"), "the authority")
+    try:
+        if tasks_key(encoded, authority).public_bytes_raw() != key.public:
+            raise DataError(f"{TASKS} holds another key than its certificate's: renew both with 'fedveil server renew'")
+    except ProtocolError as error:
+        raise DataError(f"{TASKS}: {error}; renew it with 'fedveil server renew'") from error
 
 
 def _authority(path: Path) -> Issued:

@@ -27,7 +27,7 @@ from deploy.commands import (
 )
 from deploy.files import FOLDER_MODE, put_file, read_bytes
 from deploy.refusal import why_refused
-from deploy.server_folder import ServerFolder, finish_renewal
+from deploy.server_folder import ServerFolder, check_tasks, finish_renewal
 from deploy.site_check import check_site
 from deploy.site_folder import ANY_PORT, SiteFolder, check_name, node_settings
 
@@ -39,7 +39,7 @@ def start_server(folder: ServerFolder, say: Callable[[str], None]) -> None:
     """Replace this process by the SuperLink and its runner.
 
     Raises:
-        DataError: the certificate is expired, not the authority's, or not the key's; a file is missing; or a port is
+        DataError: a certificate is expired, not the authority's, or not the key's; a file is missing; or a port is
             taken.
         MechanismError: a test has replaced the operating system's entropy.
     """
@@ -54,6 +54,7 @@ def start_server(folder: ServerFolder, say: Callable[[str], None]) -> None:
         raise DataError("server.pem is not of the authority in ca.crt: renew it with 'fedveil server renew'")
     if not belongs_to(server, read_bytes(folder.path / "server.key", "the server's key")):
         raise DataError("server.key does not belong to server.pem: renew both with 'fedveil server renew'")
+    check_tasks(folder.path)
     for place in (folder.database.parent, folder.runs, folder.nodes):
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
     another = "name another in server.toml"

@@ -6,6 +6,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from flwr.app import Context, Message, RecordDict
@@ -14,6 +15,7 @@ from flwr.superlink.grid import InMemoryGrid
 
 from common.log import place_of
 from common.messages.round import Reply, SumReply, Task
+from common.messages.signed import check_unsigned
 from common.messages.wire import Layout, encode_task, payload_bytes
 from common.paths import run_folder
 from common.run_lines import ProgressFile, Reach
@@ -24,6 +26,7 @@ from server.pulls import Pulls, room_for
 from server.records import RunFolder
 from server.registered import registered_names
 from server.replies import read_reply, refusal, replies_to
+from server.signing import Signing, signing_of
 from server.sites import Exchange
 from strategies.job import Job, configure
 
@@ -36,11 +39,22 @@ log = logging.getLogger("fedveil.server")
 app = ServerApp()
 
 
+@dataclass(frozen=True)
+class _Sent:
+    """A task on its way."""
+
+    node: int
+    digest: bytes
+    """What the answer names it by; empty where nothing is signed."""
+
+
 class FlowerTransport:
     """Tasks over Flower's grid; tells the run's folder who has answered."""
 
-    def __init__(self, grid: Grid, job: Job, server_model: ServerModel, folder: RunFolder) -> None:
-        self._grid, self._job, self._folder = grid, job, folder
+    def __init__(
+        self, grid: Grid, job: Job, server_model: ServerModel, folder: RunFolder, signing: Signing | None = None
+    ) -> None:
+        self._grid, self._job, self._folder, self._signing = grid, job, folder, signing
         self._layout_of_round = server_model.reply_layout
         log.info("sites have the names %s", "in their replies" if self.registered() is None else "of their keys")
 
@@ -66,26 +80,36 @@ class FlowerTransport:
         A message lives no longer than its deadline: a site that was away does not train, and pay,
         for a round that is over, and a reply that comes later is refused by the SuperLink.
         """
-        task = next(iter(tasks.values()))
-        nodes, down = self._push(tasks, timeout)
-        unsent = set(tasks) - set(nodes.values())
+        task, deadline = next(iter(tasks.values())), time.monotonic() + timeout
+        sent, down = self._push(tasks, timeout)
+        unsent = set(tasks) - {one.node for one in sent.values()}
         replies: dict[int, Reply | SumReply] = {
             node: refusal(task, node, "failed", "the SuperLink did not take its task") for node in unsent
         }
-        up = 0
+        up, again = 0, set[int]()
         layout = self._layout_of_round(task.round_number)
-        waiting, pulls = set(nodes), Pulls(self._grid, room_for(layout))
-        deadline = time.monotonic() + timeout
+        waiting, pulls = set(sent), Pulls(self._grid, room_for(layout))
         while waiting and time.monotonic() < deadline:
             for asked, message in list(pulls.pull(waiting)):
                 waiting.discard(asked)
-                replies[nodes[asked]], size = self._read(message, task, nodes[asked], layout)
+                node = sent[asked].node
+                if fault := self._fault(message, sent[asked]):
+                    name = (self.registered() or {}).get(node, "a node without a name")
+                    log.warning("a message is not taken for the answer of %s, it may be forged: %s", name, fault)
+                    replies[node] = refusal(task, node, "failed", f"unsigned: {fault}")
+                    if node not in again and (left := deadline - time.monotonic()) > 0:
+                        # Flower keeps the first answer to a message alone. A site that has answered repeats, for free.
+                        again.add(node)
+                        anew, more = self._push({node: tasks[node]}, left)
+                        sent, waiting, down = {**sent, **anew}, waiting | set(anew), down + more
+                    continue
+                replies[node], size = self._read(message, task, node, layout)
                 up += size
             self._tell_progress(task.round_number, [reply.site for reply in replies.values()], len(tasks))
             if waiting:
                 time.sleep(POLL_SECONDS)
         for message_id in waiting:
-            node = nodes[message_id]
+            node = sent[message_id].node
             what = "no whole answer" if message_id in pulls.under_way else "no answer"
             trouble = f" (the SuperLink failed: {pulls.trouble})" if pulls.trouble else ""
             replies[node] = refusal(task, node, "late", f"{what} in {timeout:g} s{trouble}")
@@ -98,26 +122,42 @@ class FlowerTransport:
             told = ProgressFile("training", round_number=round_number, rounds=rounds, answered=answered, asked=asked)
             self._folder.progress(told)
 
-    def _push(self, tasks: Mapping[int, Task], timeout: float) -> tuple[dict[str, int], int]:
-        """Return the node behind each message that the SuperLink took, and what these weigh in bytes."""
+    def _push(self, tasks: Mapping[int, Task], timeout: float) -> tuple[dict[str, _Sent], int]:
+        """Return what the SuperLink took, by the message's id, and what it weighs in bytes."""
         contents: dict[int, RecordDict] = {}
+        digests: dict[int, bytes] = {}
         terms: Any = {"ttl": timeout + POLL_SECONDS, "group_id": str(next(iter(tasks.values())).round_number)}
 
         def push() -> list[str | None]:
             # Made anew in every attempt: a SuperLink that failed half-way may know the last one's ids already. A
             # site that gets both answers the second from what it released, and pays once.
             contents.update({node: encode_task(task) for node, task in tasks.items()})
+            if self._signing:
+                digests.update({node: self._signing.sign(content, node) for node, content in contents.items()})
             return list(self._grid.push_messages([Message(c, node, "train", **terms) for node, c in contents.items()]))
 
         # Flower leaves ids out, or writes None, where the SuperLink did not take a message.
-        taken = {m: node for node, m in zip(contents, _patiently(push), strict=False) if m}
-        return taken, sum(payload_bytes(contents[node]) for node in taken.values())
+        ids = _patiently(push)
+        taken = {m: _Sent(node, digests.get(node, b"")) for node, m in zip(contents, ids, strict=False) if m}
+        return taken, sum(payload_bytes(contents[one.node]) for one in taken.values())
+
+    def _fault(self, message: Message | None, sent: _Sent) -> str:
+        """Return why a message is not what the node answered; empty: it is, or nobody signs.
+
+        An error of Flower's has no content that could be signed: it is no site's word, and leaves a site out at most.
+        """
+        if self._signing is None or (message is not None and message.has_error()):
+            return ""
+        if message is None:
+            return "it cannot be unpacked"
+        return self._signing.fault(message.content, sent.digest, sent.node)
 
     def _read(self, message: Message | None, task: Task, node: int, layout: Layout) -> tuple[Reply | SumReply, int]:
         if message is None:
             return refusal(task, node, "reply", "the message cannot be unpacked"), 0
         if message.has_error():
-            return refusal(task, node, "failed", in_short(message.error.reason or "no reason given")), 0
+            reason = in_short(message.error.reason or "no reason given")
+            return refusal(task, node, "failed", f"unsigned: {reason}" if self._signing else reason), 0
         expected = replies_to(task, self._job, layout)
         return read_reply(message.content, expected, task, node), payload_bytes(message.content)
 
@@ -153,4 +193,13 @@ def main(grid: Grid, context: Context) -> None:
     run = str(context.run_id)
     reach: Reach = "simulation" if isinstance(grid, InMemoryGrid) else "network"
     start = began(reach, own_check(run_folder(job.config, run).parent, reach))
-    conduct(job, run, lambda server_model, folder: FlowerTransport(grid, job, server_model, folder), start)
+
+    def connect(server_model: ServerModel, folder: RunFolder) -> FlowerTransport:
+        signing = None
+        if reach == "network":
+            signing = signing_of(run, dict(context.run_config))
+            if signing is None:
+                check_unsigned(job.config)
+        return FlowerTransport(grid, job, server_model, folder, signing)
+
+    conduct(job, run, connect, start)

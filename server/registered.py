@@ -54,6 +54,16 @@ def _text(path: Path) -> str:
         return ""
 
 
+def key_of(node: int) -> bytes:
+    """Return the registered public key of a node, a line in OpenSSH form; empty: there is none.
+
+    Raises:
+        DataError: the folder that the environment names cannot be read.
+    """
+    name = (registered_names() or {}).get(node)
+    return _text(Path(os.environ[NODES]) / f"{name}.pub").encode() if name else b""
+
+
 def misnamed(node: int, site: str, names: Mapping[int, str] | None) -> str:
     """Return why a node may not answer under a name; empty if it may, or if there is no table."""
     if names is None or names.get(node) == site:

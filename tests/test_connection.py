@@ -263,7 +263,7 @@ def test_a_silent_port_is_not_taken_for_a_secured_one(folder: ServerFolder) -> N
 
 def expired(folder: ServerFolder) -> None:
     folder.path.joinpath("server.toml").unlink()
-    for name in ("server.pem", "server.key", "flwr/config.toml", "ca.crt"):
+    for name in ("server.pem", "server.key", "tasks.pem", "flwr/config.toml", "ca.crt"):
         (folder.path / name).unlink()
     past = datetime.now(UTC) - timedelta(days=SERVER_DAYS + 3)
     ports = {"fleet_port": folder.fleet_port, "control_port": folder.control_port}

@@ -35,7 +35,9 @@ DOORS = {
         "server/app.py",
         "server/pulls.py",
         "server/runner.py",
+        "server/signing.py",
         "server/submission.py",
+        "common/messages/signed.py",
         "common/messages/wire.py",
         "common/runtime.py",
         "deploy/control.py",
@@ -53,6 +55,7 @@ DOORS = {
     "flwr_datasets": {"common/data/partition.py"},
     "cryptography": {
         "audits/summed.py",
+        "common/messages/signed.py",
         "common/secure_sum/attempt.py",
         "common/secure_sum/identity.py",
         "common/secure_sum/masks.py",

@@ -9,7 +9,8 @@ protocol version is a ProtocolError.
 Flower keeps a message in parts, each named by the hash of its content, and hands a part to every site that names it.
 So each message has 16 random bytes of its own, ``nonce``, in its header and at the beginning of every part of its
 blocks: nobody who has not got a message can name it, or a part of it, and learn that it was sent or answer it in
-another's name. What a repeated task is known by leaves them out.
+another's name. What a repeated task is known by leaves them out. Where messages are signed
+(``common.messages.signed``), the header has ``signature`` and, of a task, ``certificate`` as well.
 
 The header record has ``protocol`` (a whole number that every version can read), ``nonce`` and ``body``::
 
@@ -47,8 +48,9 @@ import math
 import re
 import secrets
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -96,6 +98,7 @@ from common.secure_sum.shares import SHARE_BYTES
 
 STYPE, WORDS_STYPE = "f32le", "u32le"
 NONCE_BYTES = 16
+EMPTY: Mapping[str, AdapterState] = MappingProxyType({})
 Layout = dict[str, dict[str, tuple[int, ...]]]
 
 _PREFIX, _LENGTH = struct.Struct("<BI"), struct.Struct("<H")
@@ -277,7 +280,7 @@ def _check_finite(values: Iterable[Any], name: str) -> None:
 
 
 def _pack(
-    kind: str, round_number: int, run: str, rest: bytes, words: bytes = b"", **blocks: AdapterState
+    kind: str, round_number: int, run: str, rest: bytes, words: bytes = b"", blocks: Mapping[str, AdapterState] = EMPTY
 ) -> RecordDict:
     nonce = secrets.token_bytes(NONCE_BYTES)
     try:
@@ -437,7 +440,7 @@ def encode_task(task: Task) -> RecordDict:
     if task.offers:
         header += _ATTEMPT.pack(task.attempt) + _SITES.pack(len(task.offers)) + b"".join(map(_pack_key, task.offers))
         header += b"".join(task.sealed)
-    return _pack("train", task.round_number, task.run, header, adapter=task.state, **basis)
+    return _pack("train", task.round_number, task.run, header, blocks={"adapter": task.state, **basis})
 
 
 def decode_task(record: RecordDict, layout: Layout, basis_layout: Layout | None = None) -> TrainTask:
@@ -508,7 +511,7 @@ def encode_reply(reply: Reply | SumReply) -> RecordDict:
         present, parts = present | _RANKED, parts + _RANK.pack(reply.rank)
     header = _text(reply.site, 200) + _RESULT.pack(reply.public_size, layout, present) + parts
     if not reply.words:
-        return _pack("result", reply.round_number, reply.run, header, adapter=reply.contribution)
+        return _pack("result", reply.round_number, reply.run, header, blocks={"adapter": reply.contribution})
     return _pack("result", reply.round_number, reply.run, header, words=reply.words)
 
 
