@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.app import Message, RecordDict
@@ -66,9 +66,9 @@ class Impostor:
         self.fleet.ConfirmMessageReceived(
             ConfirmMessageReceivedRequest(node=self.node, run_id=self.run, message_object_id=name)
         )
-        message = inflate_object_from_contents(name, contents)
+        message = cast(Message, inflate_object_from_contents(name, contents))
         message.metadata.__dict__["_message_id"] = name
-        return message if isinstance(message, Message) else None
+        return message
 
     def message(self, content: RecordDict, sender: int, to: int, like: Message, answers: str = "") -> Message:
         """Return a message of anybody to anybody, otherwise as ``like``; ``answers`` is the id of the task."""

@@ -116,9 +116,10 @@ class Pulls:
     def _pull_one(self, asked: str) -> None:
         found: list[Message | None] = []
         try:
-            grid = self._grid
-            over_network = isinstance(grid, HttpGrid)  # a simulation's messages are of this machine, and whole
-            found += pull_answer(grid, asked, self._room) if over_network else grid.pull_messages([asked])
+            if isinstance(self._grid, HttpGrid):
+                found += pull_answer(self._grid, asked, self._room)
+            else:  # a simulation's: its messages are of this machine alone, and whole
+                found += self._grid.pull_messages([asked])
         except UNREADABLE:
             found = [None]
         except Exception as error:
