@@ -37,8 +37,8 @@ class Grid:
         return pulled
 
 
-REPLY = SimpleNamespace()
-LATE = SimpleNamespace()
+REPLY: Any = SimpleNamespace()
+LATE: Any = SimpleNamespace()
 
 
 def raises(error: Exception) -> Callable[[], list[Any]]:
