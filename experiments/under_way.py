@@ -1,4 +1,4 @@
-"""Which process conducts a simulated run, how another one ends it, and the command that goes on with the run."""
+"""The process that conducts a simulated run: find it, end it, and name the command that goes on with the run."""
 
 from __future__ import annotations
 

@@ -143,16 +143,16 @@ def _made(run: int, content: RecordDict, words: tuple[Any, ...], task: int | Non
 @contextmanager
 def online(key: Path, address: str, authority: bytes, run: int) -> Iterator[Impostor]:
     """Yield an impostor over gRPC, with a registered site's private key, that passes for online meanwhile."""
-    private: Any = load_ssh_private_key(key.read_bytes(), None)
+    node_key: Any = load_ssh_private_key(key.read_bytes(), None)
     interceptors = [
         RuntimeVersionClientInterceptor(component_name="SuperNode"),
-        NodeAuthClientInterceptor(private, private.public_key()),
+        NodeAuthClientInterceptor(node_key, node_key.public_key()),
     ]
     channel = create_channel(address, insecure=False, root_certificates=authority, interceptors=interceptors)
     try:
         fleet = FleetStub(channel)
         request = ActivateNodeRequest(
-            public_key=public_key_to_bytes(private.public_key()), heartbeat_interval=HEARTBEAT_MAX_INTERVAL
+            public_key=public_key_to_bytes(node_key.public_key()), heartbeat_interval=HEARTBEAT_MAX_INTERVAL
         )
         yield Impostor(fleet, fleet.ActivateNode(request).node_id, run)
     finally:
