@@ -151,7 +151,7 @@ def _repository(name: str, fetch: bool) -> Path:
     if name in _repositories:
         return _repositories[name]
     from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()
     for weights in ("*.safetensors", "*.bin"):
