@@ -40,7 +40,7 @@ def sweep(
     from experiments.sweep.conduct import run_sweep
     from experiments.sweep.file import read_sweep
     from experiments.sweep.rows import results_file
-    from experiments.sweep.summary import filled, groups, markdown_of
+    from experiments.sweep.summary import markdown_of
 
     end_as_by_ctrl_c()
     read = read_sweep(file)
@@ -53,7 +53,7 @@ def sweep(
             _say(f"folder: {output} (the same command goes on)")
         raise
     table = results_file(results, read.name)
-    text = markdown_of(ended.rows, filled(groups(ended.rows), recipe=True))
+    text = markdown_of(ended.rows)
     replace_file(table.with_suffix(".md"), text.encode())
     _say(f"\n{text.partition('<details>')[0]}")
     _say(f"written to {table}, and .csv and .md beside it")

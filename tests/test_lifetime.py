@@ -19,6 +19,7 @@ from common.bundle import PROJECT, files_of
 from common.errors import ProtocolError
 from common.messages.wire import encode_task
 from common.model.federated import FederatedModel, model_of
+from common.runtime import ANEW, NODE_TOO
 from common.tasks import Record
 from common.tasks.featured import FEATURES
 from experiments.in_process import run_in_process
@@ -254,7 +255,7 @@ def test_a_worker_that_is_asked_nothing_for_long_drops_all_and_no_sooner(
     site: OneSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[bool] = []
-    assert worked(site, monkeypatch, lambda: seen.append(holds_anything())) == runtime.NODE_TOO
+    assert worked(site, monkeypatch, lambda: seen.append(holds_anything())) == NODE_TOO
     assert seen == [True, True, True]
     monkeypatch.setattr(worker, "IDLE_SECONDS", -1.0)
     seen.clear()
@@ -327,7 +328,7 @@ def withdraw(site: OneSite) -> None:
 
 def test_a_withdrawal_ends_the_worker_and_what_it_held(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lookout, "LOOK_SECONDS", -1.0)
-    assert worked(site, monkeypatch, lambda: withdraw(site)) == runtime.ANEW
+    assert worked(site, monkeypatch, lambda: withdraw(site)) == ANEW
     assert not holds_anything()
 
 
@@ -343,7 +344,7 @@ def test_a_task_after_a_withdrawal_has_no_record_read(site: OneSite, monkeypatch
 def test_a_worker_that_looks_at_the_files_alone_is_found(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lookout, "LOOK_SECONDS", -1.0)
     monkeypatch.setattr(lookout, "_withdrawn", lambda _: 0)
-    assert worked(site, monkeypatch, lambda: withdraw(site)) == runtime.NODE_TOO
+    assert worked(site, monkeypatch, lambda: withdraw(site)) == NODE_TOO
 
 
 def test_a_charge_is_no_withdrawal_and_a_ledger_that_cannot_be_read_ends_a_worker_once(site: OneSite) -> None:

@@ -24,7 +24,7 @@ from experiments.sweep.conduct import row_words
 from experiments.sweep.pictures import bytes_figure, epsilon_figure, write_pictures
 from experiments.sweep.published import SHIPPED, Published, read_published
 from experiments.sweep.rows import Row, write_rows
-from experiments.sweep.summary import beside, filled, groups, interval, markdown_of
+from experiments.sweep.summary import beside, groups, interval, markdown_of
 from reports.scores import beside_cells
 from strategies import ROWS
 from strategies.job import configure
@@ -119,11 +119,11 @@ def test_a_seeds_value_of_sites_alone_is_their_mean_and_a_seed_without_one_does_
 def test_the_table_has_mean_interval_each_seed_and_each_site() -> None:
     text = markdown_of([*SEEDS, *SITES, *OPEN])
     assert (
-        "| `wide` | federated | 8 | 3 | **76.0** ± 6.6 (74.0, 75.0, 79.0) | 50.0 | 0.500 | 7.995 | 3.00 MB | 10.0 s |"
+        "| `wide` | metric | federated | 8 | 3 | **76.0** ± 6.6 (74.0, 75.0, 79.0) | 50.0 | 0.500 | 7.995 | 3.00 MB |"
         in text
     )
-    assert "| `wide` | local-only | 8 | 2 | **72.5** ± 95.3 (each site: 65.0, 80.0) |" in text
-    assert "| `wide` | federated | none | 1 | **85.0** | 50.0 | 0.500 | no claim |" in text
+    assert "| `wide` | metric | local-only | 8 | 2 | **72.5** ± 95.3 (each site: 65.0, 80.0) |" in text
+    assert "| `wide` | metric | federated | none | 1 | **85.0** | 50.0 | 0.500 | no claim |" in text
     assert "8 runs, 96.0 s in all, on x86_64, 2 cores, float32, code aaaaaaaaaaaa." in text
     assert markdown_of([]) == "No run has ended.\n"
 
@@ -144,7 +144,7 @@ def test_a_line_about_a_sum_says_on_how_many_honest_sites_its_epsilon_counts() -
 
 
 def test_a_sweeps_own_table_names_the_recipe_of_each_variant() -> None:
-    header, _, line, *_ = markdown_of(SEEDS, filled(groups(SEEDS), recipe=True)).splitlines()
+    header, _, line, *_ = markdown_of(SEEDS).splitlines()
     assert header.startswith("| variant | recipe | arm |")
     assert line.startswith("| `wide` | metric | federated |")
 
@@ -209,7 +209,7 @@ def test_what_every_reader_needs_stands_below_the_table_and_the_rest_is_folded_a
 def test_an_epsilon_that_counts_on_honest_sites_names_them_wherever_runs_stand_beside_each_other() -> None:
     summed = [replace(r, variant="sum", settings={**r.settings, "privacy.honest-sites": 3}) for r in SEEDS]
     told = markdown_of([*SEEDS, *summed])
-    lines = [line.split(" | ")[2] for line in told.splitlines() if line.startswith("| `")]
+    lines = [line.split(" | ")[3] for line in told.splitlines() if line.startswith("| `")]
     assert lines == ["8", "8 (h = 3)"]
     assert "With h it counts on so many honest sites" in told
     assert "With h" not in markdown_of(SEEDS)
@@ -472,7 +472,9 @@ def by_loss(loss: float, seed: int, **changes: Any) -> Row:
 def test_a_task_without_labels_is_told_and_drawn_by_its_loss(tmp_path: Path) -> None:
     rows = [by_loss(loss, seed) for seed, loss in enumerate((1.0, 1.1, 1.2), start=1)]
     text = markdown_of(rows)
-    assert "| `wide` | federated | 8 | 3 | 30.0 ± 0.0 | 50.0 | **1.100** ± 0.248 (1.000, 1.100, 1.200) |" in text
+    assert (
+        "| `wide` | metric | federated | 8 | 3 | 30.0 ± 0.0 | 50.0 | **1.100** ± 0.248 (1.000, 1.100, 1.200) |" in text
+    )
     assert "judge by the loss" in text
     assert "standard error" not in text
     (axes,) = epsilon_figure(groups(rows), PUBLISHED).axes

@@ -221,16 +221,10 @@ def markdown_of(rows: Sequence[Row], columns: Sequence[str] = ()) -> str:
     return "\n".join(lines) + "\n"
 
 
-def filled(found: Sequence[Group], *, recipe: bool = False) -> list[str]:
-    """Return the columns of a table of all: those of ``OPTIONAL`` that have no figure stay away.
-
-    Args:
-        found: the rows of the table.
-        recipe: whether each row names its recipe, as in a sweep's own summary.
-    """
-    columns = {name: words for name, words in COLUMNS.items() if recipe or name != "recipe"}
+def filled(found: Sequence[Group]) -> list[str]:
+    """Return the columns of a table of all: those of ``OPTIONAL`` that have no figure stay away."""
     return [
-        name for name, words in columns.items() if name not in OPTIONAL or any(words(one) != UNKNOWN for one in found)
+        name for name, words in COLUMNS.items() if name not in OPTIONAL or any(words(one) != UNKNOWN for one in found)
     ]
 
 
