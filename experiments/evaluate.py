@@ -31,7 +31,8 @@ from strategies.job import configure
 
 PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
 """What PEFT takes for regular expressions in an adapter's configuration."""
-LAYER_NAME = re.compile(r"[\w.-]+")
+LAYER_NAME = re.compile(r"(?:[\w.-]|\\[.-])+")
+"""A layer's name, in which a dot or a hyphen may be escaped, as a run writes the keys of its ranks."""
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

@@ -180,7 +180,7 @@ def test_auto_is_the_first_recipe_that_suits_a_run(settings: dict[str, Any], rec
 
 
 @pytest.mark.parametrize(
-    ("honest", "colluders", "least"), [(3, 0, math.sqrt(1 / 3)), (1, 2, math.sqrt(3 / 4)), (2, 1, math.sqrt(3 / 8))]
+    ("honest", "colluders", "least"), [(3, 1, math.sqrt(1 / 3)), (1, 2, math.sqrt(3 / 4)), (2, 1, math.sqrt(3 / 8))]
 )
 def test_noise_decides_between_adapter_and_head_and_nobody_is_told_to_raise_epsilon(
     honest: int, colluders: int, least: float

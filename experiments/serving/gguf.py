@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from common.adapters.base import PEFT_PREFIX
@@ -157,7 +158,7 @@ def _read(adapter: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
             continue
         layer = name.removeprefix(PEFT_PREFIX).removesuffix(ends[0])
         A, B = tensors[name], tensors[name.removesuffix(ends[0]) + ends[1]]
-        own = (a for key, a in (config.get("alpha_pattern") or {}).items() if f".{layer}".endswith(f".{key}"))
-        alpha = float(next(own, config["lora_alpha"]))
+        alphas = config.get("alpha_pattern") or {}
+        alpha = float(alphas.get(get_pattern_key(alphas, layer), config["lora_alpha"]))
         found[layer] = (A, B, alpha / (len(A) ** 0.5 if config.get("use_rslora") else len(A)))
     return found
