@@ -62,9 +62,11 @@ def test_a_process_that_did_not_ask_is_found(tmp_path: Path) -> None:
 
 def test_a_worker_asks_before_it_reads_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
+    monkeypatch.setattr(worker, "require_system_entropy", lambda: None)  # tests draw from a source of their own
     monkeypatch.setattr(worker, "write_no_dumps", lambda: asked.append("asked"))
     monkeypatch.setattr(worker, "set_up", lambda: asked.append("goes on"))
-    node = '{"data": "a.csv"}'  # which needs a policy: the worker ends
-    monkeypatch.setattr(sys, "argv", ["worker", "--port", "1", "--secret", str(tmp_path / "none"), "--node", node])
+    none = str(tmp_path / "none")  # nothing to read there: the worker ends
+    words = ("--port", "1", "--secret", none, "--node", "{}", "--authority", none, "--key", none)
+    monkeypatch.setattr(sys, "argv", ["worker", *words])
     assert worker.main() == 1
     assert asked == ["asked", "goes on"]

@@ -46,7 +46,9 @@ def test_no_file_of_the_product_replaces_the_source() -> None:
 
 def test_deployed_programs_refuse_a_replaced_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_server(tmp_path / "server", ["localhost"])
-    monkeypatch.setattr("sys.argv", ["worker", "--port", "1", "--secret", str(tmp_path / "none"), "--node", "{}"])
+    none = str(tmp_path / "none")
+    words = ("--port", "1", "--secret", none, "--node", "{}", "--authority", none, "--key", none)
+    monkeypatch.setattr("sys.argv", ["worker", *words])
     with replaced_entropy(zeros):
         with pytest.raises(MechanismError, match="protects nobody"):
             start_server(folder, print)

@@ -17,7 +17,7 @@ from flwr.app.message import make_message
 from flwr.app.metadata import Metadata
 from test_deadline import Clock
 
-from client import app, deadline, lookout, runtime, worker
+from client import app, deadline, lookout, worker
 from client import site as site_module
 from client.deadline import Deadline
 from client.lookout import Lookout
@@ -27,6 +27,7 @@ from common.config.sections import Columns, DataConfig, Scalar
 from common.config.text import to_toml
 from common.data import rows
 from common.messages.round import Refusal
+from common.runtime import NODE_TOO, NotOurNode
 from common.tasks.cells import names_no_file
 from common.tasks.image_classification import ImageClassification
 from common.tasks.images import image_file
@@ -205,7 +206,7 @@ class Queue:
     def acquire(self) -> str:
         self.clock.sleep(0.003)
         if not self.arrivals:
-            raise runtime.NotOurNode("enough")
+            raise NotOurNode("enough")
         return "token" if self.arrivals[0] <= self.clock.now else ""
 
     @contextmanager
@@ -254,7 +255,7 @@ def times(tmp_path: Path, look: float, free: float, plant: Callable[[pytest.Monk
         for module in (worker, lookout, deadline):
             patch.setattr(module, "time", clock)
         patch.setattr(worker, "IDLE_SECONDS", IDLE)
-        patch.setattr(worker, "bundle_digest", lambda _: own_digest())
+        patch.setattr(worker, "bundle_digest", lambda *_, **__: own_digest())
         patch.setattr(lookout, "state_of", slow)
         patch.setattr(app, "forget", lambda: clock.sleep(free))
         patch.setattr(app, "answer", lambda *_: Refusal("1", 1, "clinic", "policy", "no"))
@@ -262,7 +263,7 @@ def times(tmp_path: Path, look: float, free: float, plant: Callable[[pytest.Monk
         patch.setattr(app, "rounds_trained", lambda: 0)
         plant(patch)
         queue = Queue(node, clock, ARRIVALS)
-        assert worker.work(queue, node) == runtime.NODE_TOO  # type: ignore[arg-type]
+        assert worker.work(queue, node) == NODE_TOO  # type: ignore[arg-type]
     assert len(queue.answered) == len(ARRIVALS)
     return queue.answered
 
@@ -366,7 +367,7 @@ def test_a_bundle_is_refused_before_any_file_is_looked_at(
     """That answer does not wait."""
     node, looked = node_in(tmp_path, reply_after=0.01), list[str]()
     monkeypatch.setattr(Lookout, "look", lambda _: looked.append("look"))
-    monkeypatch.setattr(worker, "bundle_digest", lambda _: own_digest() if own else "0" * 64)
+    monkeypatch.setattr(worker, "bundle_digest", lambda *_, **__: own_digest() if own else "0" * 64)
     app.keep_lookout(Lookout(node))
     worker.reply_to(*asked(node), b"", node)
     assert len(looked) == looks

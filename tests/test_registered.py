@@ -120,6 +120,7 @@ def test_a_table_that_cannot_be_read_stops_the_run_rather_than_that_names_are_be
         rounds(toy_settings, registered=lambda _: names_in(tmp_path / "gone"))
 
 
+@pytest.mark.usefixtures("programs_may_start")
 def test_the_server_is_started_with_the_table_whoever_sends_jobs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -219,7 +219,7 @@ def test_a_run_under_way_is_not_resumed_and_nothing_of_it_is_touched(
 
 
 def test_a_resumed_run_waits_for_a_server_that_is_dying(toy_settings: dict[str, Any]) -> None:
-    with pytest.raises(Killed), killed_at(17):
+    with pytest.raises(Killed), killed_at(20):  # the site's reply is kept: it pays for no round twice
         run_in_process(toy_settings, 1, "77")
     (folder,) = Path(toy_settings["output"]).iterdir()
     held, dead = Event(), Event()

@@ -447,7 +447,7 @@ class Asking(Watched):
 
 
 def test_keys_of_the_next_round_come_with_the_vectors(summed: dict[str, Any]) -> None:
-    folder = run_in_process({**summed, "rounds": 3}, 4, kind=Asking)
+    folder = run_in_process({**summed, "rounds": 3}, 4, run="1", kind=Asking)
     assert Asking.last.asked == [(node, 1, 0) for node in range(4)]
     assert [line.attempts for line in read_lines(RoundLine, folder)] == [1, 1, 1]
     replies = [reply for _, task, reply in Asking.last.sent if isinstance(task, TrainTask)]
