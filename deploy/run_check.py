@@ -69,7 +69,11 @@ def check_run(runs: Path, named: str) -> OwnCheck:
         runs: where runs are kept.
         named: the server's folder, if the SuperLink names one.
     """
-    checks = [("versions", shared.versions), ("disk", lambda: shared.disk(runs, "disk", RUNS))]
+    checks = [
+        ("versions", shared.versions),
+        ("advisories", shared.advisories),
+        ("disk", lambda: shared.disk(runs, "disk", RUNS)),
+    ]
     if not named:
         return OwnCheck(checks=_lines(_examined(checks), {str(runs): RUNS}))
     folder, places = expanded(named).absolute(), {str(runs): RUNS, named: FOLDER}

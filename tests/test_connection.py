@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.proto.fleet_pb2 import ActivateNodeRequest
 from made_run import MadeRun
+from packaging.version import Version
 
 from cli.report import print_summary
 from common.bundle import own_digest
@@ -27,7 +28,7 @@ from common.errors import ConfigError, RunFailed
 from common.ports import free_ports
 from common.run_lines import CheckLine, ConfigFile, OwnCheck, Reach, ServerFile, ServerStart, read_file
 from common.strict_json import to_json
-from deploy import doctor
+from deploy import doctor, shared_checks
 from deploy.certificates import SERVER_DAYS, fingerprint, read_certificate
 from deploy.commands import superlink_environment
 from deploy.fleet import AUTHENTICATED, asks_for_keys
@@ -229,18 +230,26 @@ def own_fingerprint(folder: ServerFolder) -> str:
     return fingerprint(read_certificate((folder.path / "server.pem").read_bytes(), "the server"))
 
 
-def test_a_port_under_tls_is_asked_for_its_certificate_and_for_keys(folder: ServerFolder) -> None:
+def test_a_port_under_tls_is_asked_for_its_certificate_and_for_keys(
+    folder: ServerFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_checks, "safe_versions", lambda: {"cryptography": Version("1")})
     (folder.nodes / "clinic.id").write_text("17", encoding="utf-8")
     with superlink(folder):
         check = found(folder)
     assert (check.named, check.tls, check.certificate, check.keys) == (True, True, own_fingerprint(folder), True)
     assert failures(check) == ""
     whats = {line.what for line in check.checks}
-    assert {"flwr", "cryptography", "disk", "authority", "server's certificate", "server's key"} <= whats
+    assert {"flwr", "advisories", "disk", "authority", "server's certificate", "server's key"} <= whats
     assert CheckLine(True, "registered sites", "1") in check.checks
     said = "".join(line.found for line in check.checks)
     assert str(folder.path.parent) not in said, "a report is given to others, and no path of the server's disks is"
     assert "clinic" not in said
+
+
+def test_a_package_with_known_advisories_is_found(folder: ServerFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_checks, "safe_versions", lambda: {"cryptography": Version("999")})
+    assert "cryptography: " in failures(found(folder))
 
 
 def test_a_server_that_takes_any_key_is_found(folder: ServerFolder) -> None:
