@@ -56,7 +56,7 @@ ODD_LINES = {
     "a large cell": json.dumps({"text": "film " * 30_000, "label": "good"}),
 }
 BROKEN = {
-    "an open quote in the header": b'"text,label\nthe film,good\nnever closed,bad\n',
+    "an open quote in the header": b'"text,label\nthe film,good\na quiet scene,bad\n',
     "a header that is not UTF-8": "text,caf\u00e9,label\nthe film,,good\n".encode("latin-1"),
     "no rows": b"text,label\n",
     "nothing": b"",
@@ -242,7 +242,7 @@ def test_a_file_that_breaks_while_a_site_is_online_is_answered_by_noise_whatever
         replies.append(ask(fixed_noise))
         assert site.charges(), "it was answered for free"
         assert "no record is read, and rounds cost the same" in caplog.text, "the site's own log does not say so"
-        assert "never closed" not in caplog.text, "the log quotes a record"
+        assert "a quiet scene" not in caplog.text, "the log quotes a record"
     assert all(isinstance(reply, TrainResult) for reply in replies)
     assert len({str(encode_reply(reply)) for reply in replies}) == 1, "the reply tells what is wrong"
 
@@ -258,7 +258,7 @@ def test_a_file_that_stays_broken_is_said_in_every_round_by_log_and_ledger(
     with Ledger(site.ledger) as ledger:
         failures = ledger.failures()
     assert [(row.dataset, row.round_number) for row in failures] == [("clinic", 1), ("clinic", 2)]
-    assert not any("never closed" in row.reason for row in failures), "the ledger quotes a record"
+    assert not any("a quiet scene" in row.reason for row in failures), "the ledger quotes a record"
 
 
 def test_a_ledger_that_cannot_note_a_broken_file_is_no_refusal(

@@ -23,6 +23,7 @@ from common.errors import DataError, UnreadableFile
 from common.tasks.cells import UNREADABLE
 
 Columns = dict[str, list[object]]
+HEADER = "the header"
 
 
 @dataclass(frozen=True)
@@ -206,12 +207,15 @@ def read_delimited(path: Path, delimiter: str, quoting: int) -> Table:
                 begins = reader.line_num + 1
         except csv.Error as error:
             # A quote that is never closed takes the rest of the file, so where the error was met says nothing.
-            where = f"row {len(rows)}, which begins in line {begins}," if rows else "the header"
-            open_quote = "unexpected end" in str(error)
-            raise csv.Error(
-                f"{where} {'has a quote that is never closed' if open_quote else f'has {error}'}"
-            ) from error
+            where = f"row {len(rows)}, which begins in line {begins}," if rows else HEADER
+            raise _located(where, error) from error
     return _of_rows(path, rows[0] if rows else [], rows[1:])
+
+
+def _located(where: str, error: csv.Error) -> csv.Error:
+    """Return csv's error with the row that has it."""
+    open_quote = "unexpected end" in str(error)
+    return csv.Error(f"{where} has {'a quote that is never closed' if open_quote else error}")
 
 
 def _read_by_line(path: Path, delimiter: str, quoting: int) -> Table:
@@ -226,6 +230,8 @@ def _read_by_line(path: Path, delimiter: str, quoting: int) -> Table:
                     raise line
                 row = next(csv.reader([line], **options), [])
             except (UnicodeDecodeError, csv.Error) as error:
+                if not header and isinstance(error, csv.Error):
+                    raise _located(HEADER, error) from error
                 if not header:
                     raise
                 rows.append(_no_row(path, len(rows), number, error))
