@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from common.config.sections import NO_ADAPTER
-from common.data.packaged import PUBLISHED
+from common.data.packaged import PUBLISHED, Published
 from common.data.sets import DATASETS
 from common.errors import DataError
 from common.privacy.figures import epsilon_text
@@ -119,17 +119,23 @@ def _base(data: ReportData) -> str:
     return data.origin.base_model if data.origin else str(setting_of(data, "model.name"))
 
 
+def _published(data: ReportData) -> Published | None:
+    """Return what is known of a packaged base model; None of any other, and of a folder that is called like one."""
+    return PUBLISHED.get(data.origin.base_model) if data.origin and not data.origin.local else None
+
+
 def _shown_base(data: ReportData) -> str:
     """Return the base model's id on the hub where it has one, of a path the last part alone."""
-    name = _base(data)
-    if name in PUBLISHED:
-        return PUBLISHED[name].hub
+    name, known = _base(data), _published(data)
+    if known:
+        return known.hub
     return visible(name if HUB_ID.fullmatch(name) else name.rstrip("/").rpartition("/")[2])
 
 
 def _metadata(data: ReportData, declared: Declared, form: Form) -> dict[str, Any]:
-    task, base = TASKS[str(setting_of(data, "model.task"))], data.origin.base_model if data.origin else ""
-    base = PUBLISHED[base].hub if base in PUBLISHED else base if not Path(base).exists() else ""
+    task, known = TASKS[str(setting_of(data, "model.task"))], _published(data)
+    own = data.origin is None or data.origin.local or Path(data.origin.base_model).exists()
+    base = known.hub if known else "" if own else _base(data)
     meta: dict[str, Any] = {"license": declared.license or UNKNOWN_LICENSE, "library_name": form.library}
     if HUB_ID.fullmatch(base):
         meta |= {"base_model": base, "base_model_relation": form.relation}
@@ -256,7 +262,7 @@ def _is_name(source: str) -> bool:
 
 def _licences(data: ReportData, declared: Declared) -> str:
     own = plain(declared.license) if declared.license else "nobody has declared one"
-    known = PUBLISHED.get(_base(data))
+    known = _published(data)
     base = plain(declared.base_license) if declared.base_license else "nobody has declared it"
     if known and not declared.base_license:
         base = f"{known.license}, as the hub has it for {known.hub}"

@@ -132,6 +132,8 @@ class Origin:
     """Numbers that sites train below the head."""
     head_parameters: int = 0
     labels: int = 0
+    local: bool = False
+    """The base model is a folder of the server's machine: ``base_model`` is the folder's name, and no model's."""
 
 
 @dataclass(frozen=True)
@@ -257,8 +259,9 @@ def _origin(folder: Path, problems: list[str]) -> Origin | None:
         )
         return None
     sizes = told.base_parameters, told.adapter_parameters, told.head_parameters, len(told.label_names)
-    base_model = PurePath(told.base_model).name if Path(told.base_model).is_absolute() else told.base_model
-    return Origin(base_model, told.base_fingerprint, told.bundle, files, *sizes)
+    local = told.base_model.startswith(("/", "~"))
+    base_model = PurePath(told.base_model).name if local else told.base_model
+    return Origin(base_model, told.base_fingerprint, told.bundle, files, *sizes, local)
 
 
 def _declared(folder: Path, problems: list[str]) -> Declared:

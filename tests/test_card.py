@@ -196,15 +196,17 @@ def test_a_tampered_adapter_is_found_by_verify(made: MadeRun, tmp_path: Path) ->
     assert fedveil(*verify)[0] == 0
 
 
-def test_foreign_names_and_paths_stay_out_of_the_card(tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", ["our-model", "all-MiniLM-L6-v2"])
+def test_foreign_names_and_paths_stay_out_of_the_card(model: str, tmp_path: Path) -> None:
     hostile = "<script>alert(1)</script>|`*"
     settings = {"rounds": 1, "data.name": str(tmp_path / "patients.csv")}
     run = MadeRun(tmp_path / "run", settings, sites={hostile: 10, "south": 10}).start()
-    run = with_adapter(run.round(1, 0.7).end("stopped", hostile), base=str(tmp_path / "our-model"))
+    run = with_adapter(run.round(1, 0.7).end("stopped", hostile), base=str(tmp_path / model))
     text = card(run)
     assert "<script>" not in text
     assert str(tmp_path) not in text, "the card tells where the coordinator's files lie"
-    assert "our-model" in text
+    assert model in text
+    assert PUBLISHED["all-MiniLM-L6-v2"].hub not in text, "a folder is taken for the model that it is called like"
     assert "base_model" not in ModelCard(text).data.to_dict()
 
 
