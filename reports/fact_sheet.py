@@ -52,10 +52,10 @@ def _made(data: ReportData) -> Fact:
     most = "at most " if server_is_trusted(data.claim.privacy_mode) else ""
     answer = (
         f"A computer model, {base}, was trained further by {most}{counted(head.sites, 'site')} together, in "
-        f"{counted(head.rounds_done, 'round')} of {head.rounds_planned} that were planned. "
+        f"{counted(head.rounds_done, 'round')} of {head.rounds_planned} planned. "
     )
     if 0 < head.last_sites < head.sites:
-        answer += f"The last round was of {counted(head.last_sites, 'site')} alone. "
+        answer += f"The last was of {counted(head.last_sites, 'site')} alone. "
     return Fact("What was made?", [answer + ended.get(data.status, f"It ended early ({data.status}).")])
 
 
@@ -65,12 +65,12 @@ def _records(data: ReportData) -> Fact:
     noised = "with chance numbers (noise) added" if data.claim.made else "as they are"
     answer = (
         f"Those of the sites, {number_text(sum(sizes))}{whose} in all as the sites declare them. The records stayed "
-        f"where they are. What left a site are numbers that were computed from its records, {noised}."
+        f"where they are. What left a site are numbers computed from its records, {noised}."
     )
     if server_is_trusted(data.claim.privacy_mode):
         answer = (
             f"Those of at most {number_text(sum(sizes))} sites; how many records they have, nobody says. The records "
-            "stayed where they are. What left a site are numbers that were computed from its records, without noise, "
+            "stayed where they are. What left a site are numbers computed from its records, without noise, "
             "for the server alone. It is trusted with them, and added chance numbers (noise) to their sum before "
             "anybody else got it."
         )

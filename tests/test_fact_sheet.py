@@ -59,9 +59,9 @@ def test_each_figure_of_the_sheet_stands_in_its_own_sentence(made: MadeRun) -> N
         f"The limit is a number, ε (epsilon): {spent}; the site with the largest may come to 8.",
         "Chances below δ = 1e-05 are left out of it.",
         "right in 69.5 % before and 76.0 % after training",
-        "numbers that were computed from its records, with chance numbers (noise) added.",
+        "numbers computed from its records, with chance numbers (noise) added.",
         "The model was tested on other records, which are public.",
-        "trained further by 2 sites together, in 1 round of 1 that were planned.",
+        "trained further by 2 sites together, in 1 round of 1 planned.",
         *(
             f"wrongly names {in_thousand(one.false_positives)} that were not used, it finds at most "
             f"{in_thousand(one.true_positives)} that were"
