@@ -71,7 +71,11 @@ def a_tree(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
         f"kept = keeper.start(Path({str(own)!r}), [sys.executable, '-c', {command!r}], os.environ)\n"
         f"Path({str(folder / 'd.pid')!r}).write_text(str(kept.pid))\ntime.sleep(1000)\n"
     )
-    with subprocess.Popen([sys.executable, "-P", "-c", starter]) as process:
+
+    def begin() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would be ignored, in all that is below
+
+    with subprocess.Popen([sys.executable, "-P", "-c", starter], preexec_fn=begin) as process:
         try:
             assert until(lambda: len([path for path in folder.glob("*.pid") if path.read_text()]) == 4)
             assert all(map(is_alive, numbers(folder)))
