@@ -46,7 +46,7 @@ class FillsUp(InProcessTransport):
 def test_no_site_pays_for_a_round_that_could_not_be_saved(toy_settings: dict[str, Any], room: dict[str, int]) -> None:
     FillsUp.room = room
     with pytest.raises(RunFailed, match=r"^the disk of .*ffa-lora-1 is full: 1\.00 MB are left, and 4\.\d\d MB are"):
-        run_in_process({**toy_settings, "rounds": 3}, 2, kind=FillsUp)
+        run_in_process({**toy_settings, "rounds": 3}, 2, "1", kind=FillsUp)
     folder = Path(toy_settings["output"]) / "ffa-lora-1"
     assert charged(folder) == [1]
     result = read_file(ResultFile, folder)
@@ -54,7 +54,7 @@ def test_no_site_pays_for_a_round_that_could_not_be_saved(toy_settings: dict[str
     assert "make room" in result.reason
     assert result.reached is not None, "round 1, which could be saved, was not"
     room.clear()
-    run_in_process({**toy_settings, "rounds": 3, "resume": "1"}, 2)
+    run_in_process({**toy_settings, "rounds": 3, "resume": "1"}, 2, "1")
     assert charged(folder) == [1, 2, 3]
 
 
@@ -84,7 +84,7 @@ def test_an_error_of_a_disk_that_is_full_all_the_same_is_a_sentence(toy_settings
             return super().deliver(node, task, content)
 
     with pytest.raises(OSError, match="No space left"):
-        run_in_process({**toy_settings, "rounds": 3}, 2, kind=Full)
+        run_in_process({**toy_settings, "rounds": 3}, 2, "1", kind=Full)
     result = read_file(ResultFile, folder)
     assert result.reason.startswith(f"the disk of {folder} is full (No space left on device): make room")
     assert "Errno" not in result.reason
@@ -102,4 +102,4 @@ def test_where_not_even_the_result_can_be_written_the_sentence_is_raised(
 
     monkeypatch.setattr("common.files.os.replace", full)
     with pytest.raises(RunFailed, match=r"^the disk of .*ffa-lora-1 is full \(No space left on device\): make room"):
-        run_in_process(toy_settings, 2)
+        run_in_process(toy_settings, 2, "1")

@@ -404,10 +404,10 @@ def test_what_is_no_vision_transformer_is_refused_in_one_line(
     with pytest.raises(ModelNotLoaded, match="image processor"):
         load_base_model(model_folder("bert"), NAME)
     with pytest.raises(
-        ModelNotLoaded, match=r"'all-MiniLM-L6-v2' is none that model\.task 'image-classification' takes"
+        ModelNotLoaded, match=r"'all-MiniLM-L6-v2': it is none that model\.task 'image-classification' takes"
     ):
         load_base_model("all-MiniLM-L6-v2", NAME)
-    with pytest.raises(ModelNotLoaded, match=r"'dinov2-small' is none that model\.task 'classification' takes"):
+    with pytest.raises(ModelNotLoaded, match=r"'dinov2-small': it is none that model\.task 'classification' takes"):
         load_base_model("dinov2-small", "classification")
 
 

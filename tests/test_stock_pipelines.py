@@ -72,11 +72,11 @@ def run_of(kind: str, place: Path, model: str) -> Path:
     if form_of(kind) == "images":
         name = "vit" if "vit" in kind else "dinov2"
         own = {"model.feature-scale": 0.0 if kind in STOCK else 2.0, "adapter.targets": "auto", "rounds": 1}
-        return run_in_process({**toy_digits(lambda _: save_vit(place / name, name), place), **own}, 2)
+        return run_in_process({**toy_digits(lambda _: save_vit(place / name, name), place), **own}, 2, "1")
     toy = {**toy_run(model, place), "rounds": 1, "training.learning-rate": 0.3}
     settings = stock_job(toy, place / "model") if kind in STOCK else {**toy, "strategy": "fedavg-lora"}
     alone = HEAD_ALONE if "head-alone" in kind else {}
-    return run_in_process({**settings, **alone, **(PAIRS if "pairs" in kind else {})}, 2)
+    return run_in_process({**settings, **alone, **(PAIRS if "pairs" in kind else {})}, 2, "1")
 
 
 @pytest.fixture(scope="module")
