@@ -18,6 +18,7 @@ from common.config.sections import Scalar
 from common.privacy.figures import epsilon_text
 from common.privacy.privacy_filter import promised
 from common.starts import STARTS
+from common.tasks.sentence_modules import ENCODER
 from common.words import bytes_text
 from strategies import ROWS, STRATEGIES
 from strategies.job import Job, configure
@@ -236,14 +237,14 @@ SYSTEMS: tuple[System, ...] = (
         "CoDyRA, from task to task",
         {
             "strategy": "ffa-lora",
-            "model.name": "merged",
+            "model.name": f"merged/{ENCODER}",
             "server.rule": "soft-threshold",
             "server.optimizer": "momentum",
             "server.momentum": 0.0,
             "server.learning-rate": 10.0,
         },
         file="codyra",
-        besides="on what `fedveil merge RUN_FOLDER merged` made, charged to the same ledger "
+        besides="on the encoder of what `fedveil merge RUN_FOLDER merged` made, charged to the same ledger "
         "([by columns](strategies.md#by-columns-of-b))",
     ),
     System(

@@ -41,6 +41,7 @@ from common.privacy.privacy_filter import promised
 from common.run_lines import PrivacyLine, RoundLine, read_lines
 from common.starts import STARTS
 from common.tasks import TASKS
+from common.tasks.sentence_modules import ENCODER
 from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process, simulated_nodes
 from experiments.serving.merge import merge_run
@@ -637,13 +638,12 @@ def test_a_run_goes_on_from_the_last_ones_merged_model_and_the_ledger_charges_bo
     nodes = simulated_nodes(2, tmp_path / "ledgers")
     first = run_in_process(own, nodes, "first")
     merge_run(first, tmp_path / "merged")
-    second = run_in_process({**own, "model.name": str(tmp_path / "merged")}, nodes, "second")
+    encoder = str(tmp_path / "merged" / ENCODER)
+    second = run_in_process({**own, "model.name": encoder}, nodes, "second")
 
     marks = [json.loads((run / "adapter" / "fedveil.json").read_text())["base_fingerprint"] for run in (first, second)]
     assert marks[0] != marks[1]
-    before, after = (
-        load_base_model(name, "classification").module for name in (own["model.name"], str(tmp_path / "merged"))
-    )
+    before, after = (load_base_model(name, "classification").module for name in (own["model.name"], encoder))
     state, s = saved_state(first).adapter, own["adapter.alpha"] / 4
     weights = dict(after.named_parameters())
     if "server.rule" in chosen:
