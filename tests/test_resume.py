@@ -90,7 +90,11 @@ def fixed_entropy(replace_entropy: Callable[[Source], None]) -> None:
 @pytest.mark.parametrize(
     ("strategy", "changes"),
     [
-        *((n, {"server.optimizer": "adam"}) for n, s in sorted(STRATEGIES.items()) if not (s.by_columns or s.nested)),
+        *(
+            (name, {"server.optimizer": "none" if kind.adopts_average else "adam"})
+            for name, kind in sorted(STRATEGIES.items())
+            if not (kind.by_columns or kind.nested)
+        ),
         # Of those by columns, one whose masks follow from the round and one whose follow from what was sent.
         ("switchlora", {"server.optimizer": "adam", "switchlora.window": 2}),
         ("increlora", {"server.optimizer": "adam", "increlora.start-columns": 1, **PLAIN_STEP}),
