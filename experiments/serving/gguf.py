@@ -158,7 +158,7 @@ def _read(adapter: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
             continue
         layer = name.removeprefix(PEFT_PREFIX).removesuffix(ends[0])
         A, B = tensors[name], tensors[name.removesuffix(ends[0]) + ends[1]]
-        alphas = config.get("alpha_pattern") or {}
-        alpha = float(alphas.get(get_pattern_key(alphas, layer), config["lora_alpha"]))
+        alphas: dict[str, float] = config.get("alpha_pattern") or {}
+        alpha = float(alphas.get(get_pattern_key(list(alphas), layer), config["lora_alpha"]))
         found[layer] = (A, B, alpha / (len(A) ** 0.5 if config.get("use_rslora") else len(A)))
     return found
