@@ -236,7 +236,7 @@ FITTED = row(0.78, arm="fitted-head", epsilon_asked=None, epsilon=None, delta=No
 def test_a_fitted_head_is_a_row_and_a_line_over_every_epsilon() -> None:
     rows = [*SEEDS, *OPEN, FITTED, replace(FITTED, seed=2, accuracy=0.8)]
     text = markdown_of(rows)
-    assert "| `wide` | fitted-head | none | 2 | **79.0** ± 12.7 (78.0, 80.0) |" in text
+    assert "| `wide` | – | fitted-head | none | 2 | **79.0** ± 12.7 (78.0, 80.0) |" in text
     assert "λ of the fitted heads: 0.001." in text
     (axes,) = epsilon_figure(groups(rows), []).axes
     (line,) = [line for line in axes.lines if line.get_label() == "wide, fitted-head"]

@@ -29,7 +29,7 @@ from experiments.sweep import conduct, one_run
 from experiments.sweep.conduct import Finished, run_sweep
 from experiments.sweep.file import read_sweep
 from experiments.sweep.rows import Row, columns, line_of, read_rows, write_rows
-from experiments.sweep.summary import filled, groups, markdown_of
+from experiments.sweep.summary import markdown_of
 from server.lock import only_writer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -167,7 +167,7 @@ def test_the_csv_is_the_same_table_with_a_column_for_every_setting_and_version(s
 
 
 def test_the_summary_is_written_and_printed(swept: Swept) -> None:
-    text = markdown_of(swept.rows, filled(groups(swept.rows), recipe=True))
+    text = markdown_of(swept.rows)
     assert (swept.results / "tiny.md").read_text(encoding="utf-8") == text
     assert text.partition("<details>")[0] in swept.told
 
