@@ -39,8 +39,8 @@ from server.ledger import ServerLedger
 from server.model import ServerModel
 from server.sites import Exchange
 from server.trusted import NoisedMean, TrustedSites
-from strategies import ServerState
 from strategies.job import configure
+from strategies.state import ServerState
 
 SITES, ROUNDS = 1600, 8
 NOISE, CLIP = 4.0, 0.5

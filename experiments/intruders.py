@@ -37,9 +37,10 @@ from server.checkpoint import saved_state
 from server.model import rule_statistic
 from server.noise import cohort_noise, site_noise, step_noise, sum_noise, with_noises
 from server.ruled import round_step
-from strategies import Contribution, ServerState, of_turn
+from strategies import of_turn
 from strategies.job import Job, configure
 from strategies.rules import ServerRule
+from strategies.state import Contribution, ServerState
 
 TOP, COSINE = 10, 0.5
 """As published: of how many singular vectors, and the cosine that is not reached."""

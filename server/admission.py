@@ -22,8 +22,8 @@ from server.optimizer import usual_change
 from server.plausible import implausible, largest_norm, oversized, update_norm
 from server.registered import misnamed
 from server.terms import least_plan, paid_plan
-from strategies import ServerState
 from strategies.job import Job
+from strategies.state import ServerState
 
 ROOM = 1e-3
 """Relative. Two versions of an accountant may differ by this in the least noise for a budget."""

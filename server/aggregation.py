@@ -36,8 +36,8 @@ from common.messages.tensors import apply
 from server.optimizer import usual_change
 from server.plausible import held_by, honest_norm, update_norm
 from server.terms import least_plan, usual_noise
-from strategies import Contribution, ServerState
 from strategies.job import Job
+from strategies.state import Contribution, ServerState
 
 log = logging.getLogger("fedveil.server")
 ENOUGH = 3

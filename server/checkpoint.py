@@ -29,8 +29,8 @@ from common.model.federated import Score
 from common.run_lines import ConfigFile, ResultFile, read_if_there
 from common.strict_json import from_json, to_json
 from server.admission import Member
-from strategies import Moments, ServerState
 from strategies.job import Job
+from strategies.state import Moments, ServerState
 
 NAME = "checkpoint.safetensors"
 FORMAT = "7"

@@ -29,8 +29,8 @@ from server.rounds import RoundOutcome, run_rounds
 from server.sites import Transport
 from server.terminal import round_line, score_words
 from server.tracking import Tracking, check_tracker
-from strategies import ServerState
 from strategies.job import Job
+from strategies.state import ServerState
 
 log = logging.getLogger("fedveil.server")
 SITES_LOG = "fedveil.site"

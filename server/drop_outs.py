@@ -30,7 +30,7 @@ from common.run_lines import Absence
 from common.secure_sum import KeyOffer, are_shares, may_be_lost, threshold, unmasked
 from server.sites import Gathering
 from server.sums import SummedSites, in_order, words_of
-from strategies import ServerState
+from strategies.state import ServerState
 
 log = logging.getLogger("fedveil.server")
 Told = TypeVar("Told", bound=SumReply)

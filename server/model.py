@@ -17,8 +17,9 @@ from common.model.federated import FederatedModel, Score, phrases_of
 from common.starts import Labels
 from common.tasks import Record
 from common.tasks.examples import Example
-from strategies import ServerState, of_turn
+from strategies import of_turn
 from strategies.job import Job
+from strategies.state import ServerState
 
 
 class ServerModel:

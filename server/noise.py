@@ -14,8 +14,9 @@ from dataclasses import replace
 
 from common.messages.round import TrainResult
 from server.terms import paid_plan, usual_noise
-from strategies import Contribution, Strategy
+from strategies import Strategy
 from strategies.job import Job
+from strategies.state import Contribution
 
 
 def known(job: Job) -> bool:

@@ -26,7 +26,7 @@ from torch import Tensor
 from common.config.sections import RunConfig
 from common.messages.state import HEAD, AdapterState
 from common.messages.tensors import merge, subtract
-from strategies import Moments, ServerState
+from strategies.state import Moments, ServerState
 
 BETA1, BETA2 = 0.9, 0.999
 """Adam's usual constants."""

@@ -32,8 +32,8 @@ from common.messages.round import TrainResult
 from common.messages.state import HEAD, AdapterState
 from common.messages.tensors import count, l2_norm
 from common.privacy.plan import Plan
-from strategies import ServerState
 from strategies.job import Job
+from strategies.state import ServerState
 
 SLACK = 10.0
 MEDIANS = 100.0

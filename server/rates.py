@@ -18,8 +18,8 @@ from dataclasses import replace
 from common.config.sections import RunConfig
 from common.messages.round import TrainResult
 from server.noise import averaged_noise
-from strategies import Contribution
 from strategies.job import Job
+from strategies.state import Contribution
 
 
 def within_noise(job: Job, results: Sequence[TrainResult], averaged: Sequence[Contribution]) -> RunConfig:

@@ -70,8 +70,8 @@ from common.tasks import TASKS
 from server.admission import Member
 from server.checkpoint import NAME, Checkpoint, save_checkpoint
 from server.rounds import RoundOutcome
-from strategies import ServerState
 from strategies.job import Job
+from strategies.state import ServerState
 
 log = logging.getLogger("fedveil.server")
 LEAST_ROOM = 4_000_000

@@ -26,8 +26,9 @@ from server.sites import Gathering, Sites, Transport
 from server.sums import SummedSites
 from server.trusted import TrustedSites
 from server.watched import watched
-from strategies import Contribution, ServerState, mean
+from strategies import mean
 from strategies.job import Job
+from strategies.state import Contribution, ServerState
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,10 @@ from common.messages.tensors import merge, subtract
 from server.noise import exact_noise
 from server.optimizer import server_step
 from server.rates import within_noise
-from strategies import Contribution, ServerState
-from strategies.base import ServerStep
 from strategies.job import Job
 from strategies.rules import NoRule
 from strategies.rules.base import Known
+from strategies.state import Contribution, ServerState, ServerStep
 
 
 def round_step(

@@ -16,8 +16,8 @@ from common.secure_sum import KeyOffer
 from common.words import counted
 from server.admission import Admission
 from server.model import ServerModel
-from strategies import Contribution, ServerState
 from strategies.job import Job
+from strategies.state import Contribution, ServerState
 
 log = logging.getLogger("fedveil.server")
 ASK_AGAIN = ("late", "failed")

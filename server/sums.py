@@ -38,8 +38,8 @@ from server.plausible import SLACK
 from server.registered import misnamed
 from server.sites import Gathering, Sites, Transport
 from server.terms import paid_plan
-from strategies import Contribution, ServerState
 from strategies.job import Job
+from strategies.state import Contribution, ServerState
 
 log = logging.getLogger("fedveil.server")
 ALL = "the sum of all sites"

@@ -36,8 +36,8 @@ from server.admission import Admission
 from server.ledger import ServerLedger
 from server.model import ServerModel
 from server.sites import Gathering, Sites, Transport
-from strategies import Contribution, ServerState
 from strategies.job import Job
+from strategies.state import Contribution, ServerState
 
 log = logging.getLogger("fedveil.server")
 

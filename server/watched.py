@@ -10,9 +10,8 @@ from torch import Tensor
 from common.messages.state import OWN, AdapterState
 from common.messages.tensors import merge
 from common.model.importance import COLUMNS, ROWS, importance, running
-from strategies import ServerState
-from strategies.base import ServerStep
 from strategies.job import Job
+from strategies.state import ServerState, ServerStep
 
 
 def watched(job: Job, step: ServerStep, weight: Callable[[str], Tensor], noise: float) -> ServerStep:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import ChainMap
 
 from strategies.average import Average
-from strategies.base import Contribution, Moments, ServerState, Strategy, mean, of_turn
+from strategies.base import Strategy, mean, of_turn
 from strategies.diffora import DiffoRA
 from strategies.dylora import DyLoRA
 from strategies.fed_sb import FedSB
@@ -25,6 +25,7 @@ from strategies.heterogeneous_ranks import HeterogeneousRanks
 from strategies.hetlora import HetLoRA
 from strategies.increlora import IncreLoRA
 from strategies.rolora import RoLoRA
+from strategies.state import Contribution, Moments, ServerState
 from strategies.switchlora import SwitchLoRA
 
 STRATEGIES: dict[str, type[Strategy]] = {

@@ -13,7 +13,8 @@ from typing import ClassVar, Literal, final
 from common.adapters import Adapter
 from common.messages.state import AdapterState
 from common.messages.tensors import merge
-from strategies.base import Contribution, ServerState, Strategy, mean
+from strategies.base import Strategy, mean
+from strategies.state import Contribution, ServerState
 
 
 @dataclass(frozen=True)

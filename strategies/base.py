@@ -8,8 +8,8 @@ from public sizes and stated noise; everything it sees from a site has passed th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from common.adapters import Adapter
@@ -17,76 +17,10 @@ from common.config.fields import check_fields
 from common.config.sections import RunConfig
 from common.errors import ConfigError, ProtocolError
 from common.messages.columns import Chosen
-from common.messages.state import HEAD, METRIC, AdapterState
+from common.messages.state import HEAD, AdapterState
 from common.messages.tensors import merge, select, weighted_sum
 from common.privacy import Mechanism
-
-
-@dataclass(frozen=True)
-class Moments:
-    """What the server's optimiser keeps of every trained tensor; the layers that it has not met are in none."""
-
-    first: AdapterState = field(default_factory=dict)
-    """Running mean of the gradient, float64, of the shape of the tensor it belongs to."""
-    second: AdapterState = field(default_factory=dict)
-    """Running mean of the gradient's square, alike."""
-    steps: Mapping[str, int] = field(default_factory=dict)
-    """Steps since a layer's moments began."""
-    clocks: AdapterState = field(default_factory=dict)
-    """The same of every column of a tensor that is trained by columns, shape (rank,), float64."""
-
-    def without(self, layers: Collection[str]) -> Moments:
-        """Return the moments of all other layers: for these Adam begins anew."""
-
-        def kept(state: AdapterState) -> AdapterState:
-            return {layer: factors for layer, factors in state.items() if layer not in layers}
-
-        steps = {layer: count for layer, count in self.steps.items() if layer not in layers}
-        return Moments(kept(self.first), kept(self.second), steps, kept(self.clocks))
-
-
-@dataclass(frozen=True)
-class ServerState:
-    """What the server carries from round to round; enough to go on after a crash."""
-
-    round_number: int
-    """Rounds done; 0 before the first."""
-    adapter: AdapterState
-    """The global adapter, complete: every factor of every layer, and the head."""
-    trained: tuple[str, ...]
-    """Factors of a layer that sites train; all else in a layer is frozen. A head that is here is trained."""
-    memory: AdapterState = field(default_factory=dict)
-    """Whatever else the strategy needs, as tensors."""
-    optimizer: Moments = field(default_factory=Moments)
-    """What the server's optimiser needs."""
-    active: AdapterState = field(default_factory=dict)
-    """Of a state just averaged, the share of the weight of each column of a tensor that the sites have which trained
-    it, float64, shape (rank,). One of share 0 rests: the server's step leaves it and its moments as they are. A tensor
-    that is not in it is trained whole, by all."""
-
-    def trains(self, layer: str, name: str) -> bool:
-        """Return whether sites train this tensor of the adapter."""
-        return layer == HEAD or (layer != METRIC and name in self.trained)
-
-
-ServerStep = Callable[[ServerState, ServerState], ServerState]
-"""From the state before a round and the one averaged to: the state after the server optimiser's step."""
-
-
-@dataclass(frozen=True)
-class Contribution:
-    """What one site sent in one round."""
-
-    site: str
-    weight: float
-    """The site's public size, less where it states more noise than the run asks for; only ratios matter."""
-    state: AdapterState
-    rank: int = 0
-    """How many columns the site has declared that it trains; 0: the run's strategy does not ask."""
-    noise: float | None = None
-    """Standard deviation of the noise on one number of an adapted layer, as far as it is known; 0: there is none."""
-    factor: float = 1.0
-    """What the change that the site sent was multiplied by, because it was longer than is likely; 1: it is as sent."""
+from strategies.state import Contribution, ServerState, ServerStep
 
 
 @dataclass(frozen=True)

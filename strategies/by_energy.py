@@ -29,8 +29,8 @@ from common.messages.columns import FACTOR
 from common.messages.state import OWN, AdapterState
 from common.messages.tensors import merge, select
 from common.nulls import cross_site_energy, evened, least_score
-from strategies.base import Contribution, ServerState
 from strategies.columns import MASK, Columns
+from strategies.state import Contribution, ServerState
 
 SCORE = "z"
 """How far a layer's score of the last round is above the least of one that learns, shape (1,): above 0 it learns."""

@@ -25,7 +25,8 @@ from common.errors import ProtocolError
 from common.messages.columns import FACTOR, Chosen, narrowed, shares_of_columns, widened
 from common.messages.state import OWN, AdapterState
 from common.messages.tensors import merge, select
-from strategies.base import Contribution, ServerState, Strategy, mean
+from strategies.base import Strategy, mean
+from strategies.state import Contribution, ServerState
 
 MASK = "S"
 """Which columns are trained in a layer, as the server sends it: shape (rank,), 1 where one is and else 0."""

@@ -26,9 +26,9 @@ from common.config.fields import Unit
 from common.messages.columns import FACTOR
 from common.messages.state import AdapterState
 from common.messages.tensors import merge
-from strategies.base import ServerState
 from strategies.by_energy import ByEnergy
 from strategies.columns import MASK
+from strategies.state import ServerState
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from common.config.fields import Unit
 from common.messages.state import AdapterState
 from common.messages.tensors import merge, select
 from strategies.average import Average
-from strategies.base import ServerState
+from strategies.state import ServerState
 
 NEGLIGIBLE = 1e-7
 """Singular values below this share of the largest count as zero (float32 factors)."""

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from common.messages.state import AdapterState
-from strategies.base import ServerState
 from strategies.fed_svd import FedSVD
 from strategies.heterogeneous_ranks import HeterogeneousRanks
+from strategies.state import ServerState
 
 TURNED = FedSVD()
 """What re-factorises, after every round."""

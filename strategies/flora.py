@@ -22,8 +22,8 @@ import torch
 from common.messages.state import OWN, AdapterState
 from common.messages.tensors import merge
 from common.randomness import stream
-from strategies.base import ServerState
 from strategies.merging import Merging
+from strategies.state import ServerState
 
 
 @dataclass(frozen=True)

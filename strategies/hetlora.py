@@ -27,8 +27,9 @@ from common.messages.columns import FACTOR, widened
 from common.messages.state import OWN, AdapterState
 from common.messages.tensors import apply, merge
 from common.privacy import Mechanism
-from strategies.base import Contribution, ServerState, mean
+from strategies.base import mean
 from strategies.heterogeneous_ranks import HeterogeneousRanks
+from strategies.state import Contribution, ServerState
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ from common.check import POSITIVE
 from common.config.fields import Unit
 from common.messages.state import AdapterState
 from common.messages.tensors import merge
-from strategies.base import ServerState
 from strategies.by_energy import ByEnergy, first_columns
 from strategies.columns import MASK
+from strategies.state import ServerState
 
 
 @dataclass(frozen=True)

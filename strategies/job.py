@@ -23,10 +23,11 @@ from common.tasks import TASKS, roles_of_all
 from common.tasks.roles import Role
 from common.trackers import NO_TRACKER
 from strategies import ROWS
-from strategies.base import ServerState, Strategy
+from strategies.base import Strategy
 from strategies.recipes import AUTO, RECIPES, Asked, Recipe, choose, is_open, own_method, without_open
 from strategies.renamed import REFUSED, REFUSED_STRATEGIES, RENAMED, by_new_names
 from strategies.rules import RULES, ServerRule
+from strategies.state import ServerState
 from strategies.systems import told
 
 T = TypeVar("T")

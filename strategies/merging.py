@@ -16,7 +16,8 @@ from torch import Tensor
 from common.adapters import Adapter
 from common.messages.state import OWN, AdapterState
 from common.messages.tensors import merge, select
-from strategies.base import Contribution, ServerState, Strategy, mean
+from strategies.base import Strategy, mean
+from strategies.state import Contribution, ServerState
 
 
 @dataclass(frozen=True)

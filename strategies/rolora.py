@@ -20,7 +20,7 @@ import torch
 from common.adapters import Adapter
 from common.messages.state import HEAD, AdapterState
 from strategies.average import Average
-from strategies.base import ServerState
+from strategies.state import ServerState
 
 TURNS = (("B",), ("A",))
 """The factors of odd rounds, and of even ones."""

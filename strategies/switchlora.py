@@ -26,8 +26,8 @@ from common.check import POSITIVE
 from common.config.fields import Unit
 from common.messages.columns import FACTOR
 from common.messages.state import OWN, AdapterState
-from strategies.base import ServerState
 from strategies.columns import MASK, Columns
+from strategies.state import ServerState
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ from common.model.federated import FederatedModel
 from common.randomness import stream
 from common.tasks import TASKS, Record
 from strategies import STRATEGIES
-from strategies.base import Contribution
 from strategies.job import Job, configure
+from strategies.state import Contribution
 
 Changes = dict[str, Any]
 STEPS, RATE = 5, 0.3

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from common.adapters import LoRA
 from common.messages.state import AdapterState
-from strategies.base import Contribution
 from strategies.fedavg import FedAvgLoRA
+from strategies.state import Contribution
 
 fast = settings(max_examples=25, deadline=None)
 LAYERS = {"q": (7, 5), "v": (4, 9)}

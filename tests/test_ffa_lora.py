@@ -23,8 +23,8 @@ from common.privacy.plan import gaussian_plan
 from common.randomness import stream
 from common.starts import STARTS
 from common.tasks import TASKS
-from strategies.base import Contribution
 from strategies.ffa_lora import FFALoRA
+from strategies.state import Contribution
 
 fast = settings(max_examples=25, deadline=None)
 OUT, IN, RANK = 6, 9, 3

@@ -25,7 +25,8 @@ from common.messages.tensors import apply, entries, merge, scale, select
 from common.messages.wire import decode_state, encode_state, layout_of
 from strategies import STRATEGIES, base, table
 from strategies.average import Average
-from strategies.base import Contribution, ServerState, Strategy, mean, of_turn
+from strategies.base import Strategy, mean, of_turn
+from strategies.state import Contribution, ServerState
 from strategies.table import travels
 
 RANK = 3
