@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from golden_runs import seeded_entropy
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_ffa_lora import gap, problem, train_privately
-from test_golden import chance_from_a_seed
 from torch import nn
 from transformers import AutoModel
 
@@ -39,7 +39,7 @@ def test_a_run_is_loras_at_alpha_times_the_root_of_the_rank_bit_for_bit(
     ended = []
     for more in ({**RSLORA, "adapter.alpha": 6.0}, {"adapter.alpha": 12.0}, {"adapter.alpha": 6.0}):
         own = {**settings, **more, "output": str(tmp_path / str(len(ended)))}  # and ledgers of its own
-        with chance_from_a_seed():
+        with seeded_entropy():
             ended.append(load_file(run_in_process(own, 2) / "adapter" / "adapter_model.safetensors"))
     rooted, same, plain = ended
     assert all(torch.equal(rooted[name], same[name]) for name in rooted)
