@@ -12,8 +12,7 @@
 # make audit  attacks on noise, clip, batches and ledger, and faults that they must find; RUN=folder puts audit.json there
 # make faults sites, server and network broken on a real federation; cutting the network needs root and iproute2
 # make browser  reports in headless Chromium, wide and narrow, checked by axe-core; RUN=folder takes that run's (needs Node.js)
-# make docs   the pages of docs that are made from the code, results in documents, and the README's pictures
-# make settings  pyproject.toml's table of settings and docs/settings.md, from the code
+# make docs   pages and settings that are made from the code, results in documents, and the README's pictures
 # make check  formatters, linters, types
 # make house  the sizes of the code base, from its syntax trees
 PYTHON ?= python3
@@ -33,7 +32,7 @@ OLDEST_PEFT := $(shell sed -n 's/^ *"peft>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 # Wheels of which every byte is known, and nothing that they ask for: no setup.py runs.
 EXACT  := --require-hashes --no-deps --only-binary :all:
 
-.PHONY: demo test test-many test-deployment test-harness test-trackers test-peft test-product audit faults docs settings check house format environment generative texts vision browser clean
+.PHONY: demo test test-many test-deployment test-harness test-trackers test-peft test-product audit faults docs check house format environment generative texts vision browser clean
 
 demo: environment
 	$(BIN)/fedveil run
@@ -94,15 +93,11 @@ faults: environment
 	$(BIN)/python -m faults
 
 docs: environment
-	$(BIN)/python -m cli.settings --write
-	$(BIN)/python -m cli.reference
+	$(BIN)/python -m docs.make
 	$(BIN)/python -m reports.picture docs/demo.json
 	$(BIN)/fedveil pictures --published shipped experiments/results/rotten-tomatoes.jsonl experiments/results/secure-sum.jsonl \
 	  --only 'metric,rotten-tomatoes: head-only,fedavg-lora,ffa-lora,fed-sb,fed-svd,open,three-honest' \
 	  --output docs/pictures
-
-settings: environment
-	$(BIN)/python -m cli.settings --write
 
 house:
 	$(PYTHON) tools/house.py

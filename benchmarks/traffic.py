@@ -20,7 +20,7 @@ from common.messages.state import AdapterState
 from common.messages.wire import encode_reply, encode_task, message_bytes
 from common.privacy.events import sampled_gaussian
 from strategies import STRATEGIES
-from strategies.table import payload, preset_adapter
+from strategies.payload import payload, preset_adapter
 
 SHAPES = ((1024, 1024),) * 48
 ROOM = 0.02

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -196,15 +195,6 @@ def bundle(
     from deploy.files import read_bytes
 
     print(bundle_digest(read_bytes(file, "the bundle")) if file else own_digest())
-
-
-@app.command()
-@_for_people
-def strategies() -> None:
-    """Print the tables of strategies and adapters as Markdown."""
-    from strategies.table import adapter_table, strategy_table
-
-    sys.stdout.write(f"{strategy_table()}\n\n{adapter_table()}\n")
 
 
 if __name__ == "__main__":

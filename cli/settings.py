@@ -1,7 +1,4 @@
-"""``fedveil settings``: what every setting means, may be and is; and the pages that are made from it.
-
-``python -m cli.settings --write`` (``make settings``) brings ``pyproject.toml`` and ``docs/settings.md`` up to date.
-"""
+"""``fedveil settings``: what every setting means, may be and is."""
 
 from __future__ import annotations
 
@@ -11,13 +8,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from cli.errors import for_people
 from cli.notes import print_notes
-
-ROOT = Path(__file__).resolve().parent.parent
-console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
 
 
 @for_people
@@ -43,22 +36,3 @@ def settings(
     if json_file is not None:
         content = json.dumps(values_of(asked, run, names or []), indent=2, ensure_ascii=False) + "\n"
         write_output({json_file: content.encode()}, files_in(config or []))
-
-
-def write() -> list[Path]:
-    """Bring the files that are made from the settings up to date; return those that changed."""
-    from cli.settings_reference import page, pyproject
-
-    project, reference = ROOT / "pyproject.toml", ROOT / "docs" / "settings.md"
-    made = {project: pyproject(project.read_text(encoding="utf-8")), reference: page()}
-    changed = [path for path, text in made.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
-    for path in changed:
-        path.write_text(made[path], encoding="utf-8")
-    return changed
-
-
-if __name__ == "__main__":
-    if sys.argv[1:] != ["--write"]:
-        sys.exit("usage: python -m cli.settings --write")
-    for path in write():
-        console.print(f"written: {path.relative_to(ROOT)}")

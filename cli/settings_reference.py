@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from common.config.asked import RunSettings
 from common.config.fields import kebab, kinds_of, rules_of, unit_of
 from common.config.sections import Columns, ModelConfig, PrivacyConfig, Scalar
 from common.config.text import toml_value
-from common.docstrings import fields_said, said_of
+from common.docstrings import fields_said
 from common.errors import ConfigError
 from common.starts import STARTS
 from common.tasks import roles_of_all
@@ -25,9 +24,6 @@ from strategies.renamed import RENAMED
 from strategies.rules import RULES
 
 KINDS: Mapping[type, str] = {int: "whole number", float: "number", str: "text", bool: "true or false"}
-FLOWER = "[tool.flwr.app.config]"
-"""The table of ``pyproject.toml`` that lists every setting, so that Flower lets it be overridden."""
-MADE = "# This table and those in it are made from the code: make settings"
 
 
 @dataclass(frozen=True)
@@ -92,77 +88,6 @@ def lines_of(setting: Setting, asked: Scalar | None, value: Scalar | None) -> st
     comment = [*textwrap.wrap(setting.meaning, 100), f"({owners}{setting.range}{unit}{default}{filled})"]
     own = setting.default if asked is None else asked
     return "".join(f"# {line}\n" for line in comment) + f"{setting.key} = {toml_value(own)}\n"
-
-
-def pyproject(text: str) -> str:
-    """Return the text of ``pyproject.toml`` with Flower's table of settings as the code has it.
-
-    Raises:
-        ConfigError: the text has no such table.
-    """
-    match = re.search(r"^\[tool\.flwr\.app\.config\]\n.*?(?=^\[(?!tool\.flwr\.app\.config))", text, flags=re.M | re.S)
-    if match is None:
-        raise ConfigError(f"pyproject.toml has no table {FLOWER} before another one")
-    return text[: match.start()] + flower_table() + text[match.end() :]
-
-
-def flower_table() -> str:
-    """Return the tables of ``pyproject.toml`` that list every setting with its default, old names included."""
-    tables_of: dict[str, dict[str, Scalar]] = {"": {}}
-    for key, value in known_settings().items():
-        section, _, name = key.rpartition(".")
-        tables_of.setdefault(section, {})[name] = value
-    blocks = []
-    for section, values in tables_of.items():
-        header = f"[tool.flwr.app.config.{section}]" if section else f"{FLOWER}\n{MADE}"
-        blocks.append("\n".join([header, *(f"{name} = {toml_value(value)}" for name, value in values.items()), ""]))
-    return "\n".join(blocks) + "\n"
-
-
-def page() -> str:
-    """Return ``docs/settings.md``."""
-    sections: dict[str, list[Setting]] = {}
-    for setting in all_settings().values():
-        sections.setdefault(setting.key.rpartition(".")[0], []).append(setting)
-    parts = [PAGE_HEAD]
-    for section, settings in sections.items():
-        parts.append(f"## `{section}`" if section else "## The run")
-        parts.append(_about(section))
-        rows = ["| setting | default | what it may be | unit | meaning |", "|---|---|---|---|---|"]
-        for setting in settings:
-            owners = f" ({', '.join(f'`{owner}`' for owner in setting.owners)})" if section == START[:-1] else ""
-            meaning = setting.meaning.replace("|", "\\|")
-            rows.append(
-                f"| `{setting.key}` | `{toml_value(setting.default)}` | {setting.range} | {setting.unit or '–'} "
-                f"| {meaning}{owners} |"
-            )
-        parts.append("\n".join(rows))
-    old = [f"| `{name}` | `{successor}` |" for name, successor in RENAMED.items()]
-    parts += ["## Old names", "They work, and a command that meets one says the new name."]
-    parts.append("\n".join(["| old name | name |", "|---|---|", *old]))
-    return "\n\n".join(parts) + "\n"
-
-
-PAGE_HEAD = """\
-# Settings
-
-This page is made from the code by `make settings`. `fedveil settings` prints the same for a run of yours, with what the
-run fills in for every value that is left open; `fedveil settings training` and `fedveil settings adapter.rank` print a
-part of it. A setting is given with `-c 'adapter.rank=4'` or in a TOML file. Everything here is public: the server knows
-it, and so does every site."""
-
-
-def _about(section: str) -> str:
-    """Return the first sentence on a section: that of its class."""
-    if not section:
-        return "What concerns the run as a whole."
-    if section in ROWS:
-        return f"Options of the strategy `{section}`. {said_of(ROWS[section])}."
-    if section in RULES:
-        return f"Options of the server's rule `{section}`. {said_of(RULES[section])}."
-    if section == START[:-1]:
-        return "Options of the adapter's start (`adapter.start`), each of the starts that are named behind it."
-    return f"{said_of(kinds_of(RunSettings)[section])}."
 
 
 def _shared(before: Setting | None, option: Setting, owner: str) -> Setting:

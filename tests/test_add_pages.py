@@ -20,10 +20,10 @@ from transformers import BertConfig, BertForMaskedLM
 from audits.tiny_models import TARGETS, VOCABULARY, tiny_tokenizer
 from common.errors import ConfigError, RunFailed
 from common.run_lines import BaselineFile, PrivacyLine, RoundLine, read_file, read_lines
+from docs.make.tables import adapter_table, dataset_table, pair_table, start_table, task_table
 from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process
 from strategies.job import configure
-from strategies.table import adapter_table, dataset_table, pair_table, start_table, task_table
 
 ROOT = Path(__file__).resolve().parent.parent
 

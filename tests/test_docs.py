@@ -17,7 +17,6 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 
 from audits.tiny_models import TARGETS, write_questions
-from cli import cited, reference
 from cli.main import app
 from client.site import NODE_KEYS
 from common.adapters import ADAPTERS
@@ -27,13 +26,15 @@ from common.data.packaged import MINILM, packaged_folder
 from common.errors import ConfigError, DataError
 from common.privacy.figures import epsilon_text
 from common.words import percent_text
+from docs.make import pages as reference
+from docs.make import results as cited
+from docs.make.tables import DEFAULT_RANK, DEFAULT_SHAPES, pair_table, short_table
 from experiments.in_process import run_in_process
 from experiments.sweep import conduct
 from experiments.sweep.rows import Row, read_rows, write_rows
 from reports.picture import read_picture, to_svg
 from strategies import STRATEGIES
 from strategies.job import configure
-from strategies.table import DEFAULT_RANK, DEFAULT_SHAPES, pair_table, short_table
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -151,7 +152,7 @@ def test_a_page_that_is_made_from_the_code_is_what_the_code_says(name: str) -> N
 
 @pytest.mark.parametrize("page", cited.PAGES, ids=lambda page: page.name)
 def test_results_that_a_document_cites_are_the_committed_ones(page: Path) -> None:
-    """Tables of rows, what all rows took, and figures of rows in the prose."""
+    """Tables of rows, and what all rows took."""
     assert cited.up_to_date(page) == page.read_text(encoding="utf-8"), "run make docs"
 
 

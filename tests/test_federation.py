@@ -26,7 +26,7 @@ from experiments.in_process import run_in_process, simulated_nodes
 from reports import markdown_report
 from strategies import STRATEGIES
 from strategies.job import configure, known_settings
-from strategies.table import payload, preset_adapter
+from strategies.payload import payload, preset_adapter
 
 PRIVACY_FIELDS = [
     *("round", "site", "unit", "adjacency", "adversary", "sampler", "purpose", "event"),

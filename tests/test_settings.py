@@ -14,7 +14,7 @@ from test_imports import ROOMS, imports
 from typer.testing import CliRunner
 
 from cli.main import app
-from cli.settings_reference import all_settings, flower_table, lines_of, page, pyproject, select
+from cli.settings_reference import all_settings, lines_of, select
 from common.check import NOT_NEGATIVE, POSITIVE, Digits, Interval, OneOf, Rule
 from common.config.asked import RunSettings
 from common.config.fields import Section, kinds_of, rules_of, unit_of
@@ -22,6 +22,7 @@ from common.config.sections import Scalar
 from common.config.text import flatten, parse_settings
 from common.errors import ConfigError
 from common.starts import STARTS
+from docs.make.settings import flower_table, page, pyproject
 from strategies import STRATEGIES
 from strategies.job import configure, known_settings
 from strategies.renamed import RENAMED
@@ -199,10 +200,9 @@ def test_a_configuration_leaves_nothing_open_that_one_value_holds_for() -> None:
 # What is made from it
 
 
-def test_the_files_that_are_made_from_the_settings_are_up_to_date() -> None:
+def test_pyprojects_settings_are_the_codes() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    assert pyproject(text) == text, "run: make settings"
-    assert (ROOT / "docs" / "settings.md").read_text(encoding="utf-8") == page(), "run: make settings"
+    assert pyproject(text) == text, "run: python -m docs.make"
 
 
 def test_the_table_of_flower_is_written_anew_and_nothing_around_it() -> None:

@@ -13,11 +13,11 @@ import pytest
 from safetensors.torch import load_file
 
 from audits.tiny_models import write_reviews
-from cli.reference import systems_page
-from cli.systems import AXES, CONFIGS, SYSTEMS, System, named_rows, system_table, text_of, title_of, unnamed_rows
 from common.config.text import flatten, parse_settings
 from common.errors import ConfigError
 from common.run_lines import RoundLine, read_lines
+from docs.make.pages import systems_page
+from docs.make.systems import AXES, CONFIGS, SYSTEMS, System, named_rows, system_table, text_of, title_of, unnamed_rows
 from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process
 from experiments.sweep.file import read_sweep
@@ -162,5 +162,5 @@ def test_a_file_says_that_its_system_was_not_measured_or_where_if_and_only_if_no
 def test_a_row_of_another_setting_than_its_file_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     name = next(system for system in SYSTEMS if system.file == "salt")
     planted = replace(name, settings={**name.settings, "adapter.start": "minor-of-weights"})
-    monkeypatch.setattr("cli.systems.SYSTEMS", (planted,))
+    monkeypatch.setattr("docs.make.systems.SYSTEMS", (planted,))
     assert parse_settings([str(ROOT / printed(planted, system_table())[0])]) != planted.settings

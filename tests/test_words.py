@@ -1,4 +1,4 @@
-"""Words: each of the glossary is in the code, no other word for one is anywhere, and modules say what they are."""
+"""Words: each of the glossary is in the code, and modules say what they are."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ast
 import importlib
 import re
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,10 +15,6 @@ from strategies.job import known_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 GLOSSARY = ROOT / "docs" / "glossary.md"
-LISTS = {GLOSSARY, Path(__file__).resolve()}
-"""Files that name words in order to forbid them."""
-HISTORY = {ROOT / "CHANGELOG.md", ROOT / "experiments" / "LOG.md"}
-"""Files that tell what was, in the words that it had."""
 QUESTIONS = ("What", "Which", "How", "Where", "Who", "Whose", "Why", "When", "Whether", "Among", "If", "Everything")
 
 
@@ -38,7 +34,6 @@ def tables() -> list[list[list[str]]]:
 
 
 WORDS = {word: (meaning, name.strip("`")) for word, meaning, name in tables()[0]}
-INSTEAD = {other.strip(): word for others, word in tables()[1] for other in others.split(",")}
 
 
 # The glossary
@@ -87,44 +82,9 @@ def test_a_name_that_the_code_lacks_is_found(name: str, there: bool) -> None:
     assert is_there(name) is there
 
 
-def test_every_word_is_listed_once_and_says_what_it_stands_for() -> None:
+def test_every_word_is_listed_once() -> None:
     words = [row[0] for row in tables()[0]]
     assert len(words) == len(set(words)) >= 25
-    assert set(INSTEAD.values()) <= set(words) | {"batch", "per-record"}
-    assert not set(INSTEAD) & set(words)
-
-
-# Other words for the same things
-
-
-def others_in(text: str, instead: Mapping[str, str]) -> Iterator[tuple[int, str]]:
-    """Yield line and word of every word that the glossary has another one for, in prose or as a name in code."""
-    forms = [word.replace("-", "[-_]?").replace(" ", "[ _-]?") for word in instead]
-    pattern = re.compile(rf"(?<![a-z])(?:{'|'.join(forms)})s?(?![a-z])", flags=re.IGNORECASE)
-    for number, line in enumerate(text.splitlines(), 1):
-        for match in pattern.finditer(line):
-            yield number, match[0]
-
-
-def test_no_other_word_is_used_for_a_word_of_the_glossary() -> None:
-    found = [
-        f"{path.relative_to(ROOT)}:{number}: {word}"
-        for path in files(".py", ".md", ".toml")
-        if path.resolve() not in LISTS | HISTORY
-        for number, word in others_in(path.read_text(encoding="utf-8"), INSTEAD)
-    ]
-    assert not found, "docs/glossary.md has another word for: " + "; ".join(found)
-
-
-@pytest.mark.parametrize(
-    "text", ["two silos", "HyperParameter", "a mini-batch", "clipping_bound = 1", "SAMPLING rates"]
-)
-def test_another_word_is_found_in_every_spelling(text: str) -> None:
-    assert list(others_in(text, INSTEAD)), text
-
-
-def test_a_word_within_another_is_none() -> None:
-    assert not list(others_in("a snapshotted silogism, resampling rates", INSTEAD))
 
 
 # Modules
@@ -179,7 +139,7 @@ def test_no_document_is_cited_that_is_not_in_the_repository() -> None:
     found = [
         f"{path.relative_to(ROOT)}: {citation}"
         for path in files(".py", ".md", ".toml")
-        if path.resolve() not in LISTS
+        if path != Path(__file__).resolve()
         for citation in cited_elsewhere(path.read_text(encoding="utf-8"))
     ]
     assert not found, found

@@ -18,7 +18,7 @@ from common.secure_sum import KeyOffer
 from server.model import ServerModel
 from strategies import STRATEGIES, of_turn
 from strategies.job import Job
-from strategies.table import payload, preset_adapter
+from strategies.payload import payload, preset_adapter
 
 FIGURES = (1, 1, *5 * (1.0,))
 RUN = "1" * 20

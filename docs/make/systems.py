@@ -20,12 +20,13 @@ from common.privacy.privacy_filter import promised
 from common.starts import STARTS
 from common.tasks.sentence_modules import ENCODER
 from common.words import bytes_text
+from docs.make.tables import DEFAULT_RANK, DEFAULT_SHAPES, markdown
 from strategies import ROWS, STRATEGIES
 from strategies.job import Job, configure
+from strategies.payload import payload, preset_adapter
 from strategies.renamed import REFUSED_STRATEGIES
 from strategies.rules import RULES
 from strategies.systems import BLOCK_LORA
-from strategies.table import DEFAULT_RANK, DEFAULT_SHAPES, markdown, payload, preset_adapter
 
 AXES: Mapping[str, Mapping[str, type[Any]]] = {
     "strategy": ROWS,

@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from cli import prose
 from common.check import nearest
 from common.errors import ConfigError, DataError
 from common.words import counted
@@ -26,8 +25,8 @@ from experiments.sweep.file import epsilon_name
 from experiments.sweep.rows import Row, line_of, read_rows, results_file
 from experiments.sweep.summary import COLUMNS, markdown_of
 
-ROOT = prose.ROOT
-RESULTS = prose.RESULTS
+ROOT = Path(__file__).resolve().parent.parent.parent
+RESULTS = ROOT / "experiments" / "results"
 PAGES = [ROOT / "README.md", ROOT / "experiments" / "LOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 """Documents that may cite."""
 CITED = re.compile(r"<!-- results:([^>]*?)-->\n(.*?)<!-- end of results -->", flags=re.DOTALL)
@@ -110,21 +109,10 @@ def _chosen(rows: Sequence[Row], name: str, wanted: Sequence[str]) -> list[Row]:
 
 
 def up_to_date(page: Path) -> str:
-    """Return a document with its tables and the figures of its prose as the committed rows have them.
+    """Return a document with its tables as the committed rows have them.
 
     Raises:
-        ConfigError: a citation, or an entry of docs/figures.toml, is not as it must be.
+        ConfigError: a citation is not as it must be.
         DataError: rows cannot be read.
     """
-    name = page.relative_to(ROOT).as_posix()
-    sayings = [said for said in prose.read_sayings() if said.page == name]
-    return prose.with_figures(with_results(page.read_text(encoding="utf-8")), sayings, prose.rows_in())
-
-
-def write() -> list[Path]:
-    """Bring every document that cites results or has figures of them up to date; return those that changed."""
-    made = {path: up_to_date(path) for path in PAGES}
-    changed = [path for path, text in made.items() if path.read_text(encoding="utf-8") != text]
-    for path in changed:
-        path.write_text(made[path], encoding="utf-8")
-    return changed
+    return with_results(page.read_text(encoding="utf-8"))

@@ -1,22 +1,15 @@
-"""The pages of ``docs`` that are made from the code: ``python -m cli.reference`` writes them, a test compares them.
-
-It also brings the results up to date that a document cites (``cli.cited``), and the figures in its sentences
-(``cli.prose``).
-"""
+"""The pages of ``docs`` that are made from the code; a test compares them."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import click
 import typer
 
-from cli import cited
-from cli.systems import row_table, row_texts, strategy_costs, system_table
 from common.accountant import Accountant
 from common.docstrings import fields_said, said_of
 from common.messages import wire
@@ -62,9 +55,9 @@ from common.run_lines import (
     TuningFile,
 )
 from common.secure_sum import Agreement, KeyOffer, Sharing
-from experiments.sweep.arms import ARMS
-from experiments.sweep.rows import Row
-from strategies.table import (
+from docs.make import settings
+from docs.make.systems import row_table, row_texts, strategy_costs, system_table
+from docs.make.tables import (
     adapter_table,
     dataset_table,
     markdown,
@@ -75,8 +68,9 @@ from strategies.table import (
     strategy_table,
     task_table,
 )
+from experiments.sweep.arms import ARMS
+from experiments.sweep.rows import Row
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
 MADE = "<!-- Made from the code by `make docs`; a test compares the two. Change the code, not this page. -->"
 
 
@@ -249,6 +243,7 @@ PAGES: Mapping[str, Callable[[], str]] = {
     "run-folder.md": run_folder_page,
     "wire.md": wire_page,
     "commands.md": commands_page,
+    "settings.md": settings.page,
 }
 """The generated pages by their names in ``docs``."""
 
@@ -310,18 +305,3 @@ def with_short_table(readme: str) -> str:
     table = short_table()
     head = re.escape(table.partition("\n")[0])
     return re.sub(rf"^{head}\n(\|.*\n)*", lambda _: f"{table}\n", readme, count=1, flags=re.M)
-
-
-def main() -> None:
-    """Write every page, README's table of strategies, and the results that documents cite or have in a sentence."""
-    for name, made in PAGES.items():
-        (DOCS / name).write_text(made(), encoding="utf-8")
-        print(f"docs/{name}")
-    readme = DOCS.parent / "README.md"
-    readme.write_text(with_short_table(readme.read_text(encoding="utf-8")), encoding="utf-8")
-    for path in cited.write():
-        print(f"results in {path.name}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,1 @@
+"""The documents; ``docs.make`` writes those that are made from the code."""

@@ -1,0 +1,31 @@
+"""``python -m docs.make``: write every page that is made from the code, and the settings in ``pyproject.toml``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from docs.make import pages, results, settings
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def made() -> dict[Path, str]:
+    """Return the text of every made file: the pages, documents with tables of results, and ``pyproject.toml``."""
+    project = ROOT / "pyproject.toml"
+    texts = {results_page: results.up_to_date(results_page) for results_page in results.PAGES}
+    texts |= {ROOT / "docs" / name: page() for name, page in pages.PAGES.items()}
+    readme = ROOT / "README.md"
+    texts[readme] = pages.with_short_table(texts[readme])
+    return {**texts, project: settings.pyproject(project.read_text(encoding="utf-8"))}
+
+
+def main() -> None:
+    """Write the made files that are out of date, and print their paths."""
+    for path, text in made().items():
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
+            print(path.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()

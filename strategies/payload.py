@@ -1,0 +1,46 @@
+"""The adapter payload of a round: what travels down and up for each strategy, in tensors and in bytes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+
+from common.adapters import ADAPTERS, Adapter
+from common.messages.columns import narrowed
+from common.messages.state import AdapterState
+from strategies import Strategy, of_turn
+
+
+def travels(strategy: Strategy, adapter: Adapter, out: int, into: int) -> tuple[AdapterState, AdapterState]:
+    """Return what travels down and up in a round for one layer with ``into`` inputs and ``out`` outputs, as examples.
+
+    The numbers are random; names and shapes are a run's. The head and what is sent once are left out.
+    """
+    draw = torch.Generator().manual_seed(0)
+    shapes = adapter.shapes(out, into).items()
+    layer = {"layer": {factor: torch.randn(shape, generator=draw) for factor, shape in shapes}}
+    trained = {"layer": {factor: layer["layer"][factor] for factor in adapter.trained}}
+    down = strategy.downlink(strategy.start(layer, adapter.trained))
+    chosen = strategy.columns(down, 0)
+    trained = of_turn(trained, strategy.turn(1))
+    return down, strategy.uplink(trained if chosen is None else narrowed(trained, chosen))
+
+
+def payload(strategy: Strategy, adapter: Adapter, layers: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Return the bytes that travel down and up in a round over all layers of (out, in), at four bytes a number."""
+    down = up = 0
+    for (out, into), times in Counter(layers).items():
+        both = travels(strategy, adapter, out, into)
+        down, up = (total + 4 * times * _numbers(state) for total, state in zip((down, up), both, strict=True))
+    return down, up
+
+
+def preset_adapter(strategy: type[Strategy], rank: int) -> Adapter:
+    """Return the adapter that a strategy takes by default, at a rank, on no layer in particular."""
+    return ADAPTERS[strategy.adapter](rank, float(rank), ())
+
+
+def _numbers(state: AdapterState) -> int:
+    return sum(tensor.numel() for factors in state.values() for tensor in factors.values())
