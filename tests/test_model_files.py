@@ -174,3 +174,33 @@ def test_no_command_fetches_a_model_that_somebodys_run_names(
     done = CliRunner().invoke(app, ["evaluate", str(run)])
     assert (done.exit_code, asked) == (1, [("their/model", True)])
     assert "the hub's cache on this machine does not hold it" in " ".join(done.output.split())
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "says"),
+    [
+        ("model.safetensors.index.json", '{"weight_map": {"a": "../other.safetensors"}}', "no file beside it"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "/etc/other.safetensors"}}', "no file beside it"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "missing.safetensors"}}', "no file beside it"),
+        ("pytorch_model.bin.index.json", '{"weight_map": {"a": ["x"]}}', "no index"),
+        ("pytorch_model.bin.index.json", "[" * 100_000, "no index"),
+        ("adapter_config.json", '{"base_model_name_or_path": "/elsewhere"}', "names a base model elsewhere"),
+    ],
+)
+def test_a_file_that_leads_out_of_the_folder_is_refused_unopened(
+    file: str, text: str, says: str, model_folder: Callable[[str], str], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(model_folder("bert"), tmp_path / "model")
+    (folder / file).write_text(text, encoding="utf-8")
+    with nothing_opened(), pytest.raises(ModelNotLoaded, match=says):
+        load_base_model(str(folder), "classification")
+
+
+def test_a_model_in_shards_beside_its_index_is_loaded(model_folder: Callable[[str], str], tmp_path: Path) -> None:
+    whole = AutoModel.from_pretrained(model_folder("bert"))
+    folder = shutil.copytree(model_folder("bert"), tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    whole.save_pretrained(folder, max_shard_size="20kB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    stock = load_base_model(model_folder("bert"), "classification")
+    assert load_base_model(str(folder), "classification").fingerprint == stock.fingerprint

@@ -8,6 +8,7 @@ whoever knows which model it is to be compares the hash of all its files first.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
@@ -80,7 +81,8 @@ def model_folder(name: str, files: str) -> Iterator[Path]:
         with NAMED_MODELS[name].folder() as folder:
             yield folder
     else:
-        yield _place_of(name, fetch=True)
+        _check_no_file_elsewhere(folder := _place_of(name, fetch=True))
+        yield folder
 
 
 def files_digest(folder: Path) -> str:
@@ -103,6 +105,27 @@ def listing_digest(files: Mapping[str, str]) -> str:
     for name, sha256 in sorted((os.fsencode(name), sha256) for name, sha256 in files.items()):
         whole.update(len(name).to_bytes(8, "big") + name + bytes.fromhex(sha256))
     return whole.hexdigest()
+
+
+def _check_no_file_elsewhere(folder: Path) -> None:
+    """Raise ModelNotLoaded where a file names another that the folder's hash does not cover."""
+    if (folder / "adapter_config.json").exists():
+        raise ModelNotLoaded(
+            f"{folder} holds an adapter, whose adapter_config.json names a base model elsewhere that no hash covers: "
+            "merge the two, and name the merged model's folder"
+        )
+    for index in sorted(folder.glob("*.index.json")):
+        try:
+            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            stray = next(
+                (shard for shard in shards if Path(shard).name != shard or not (folder / shard).exists()), None
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ModelNotLoaded(f"{index} is no index of a model's weights: put the model's own file there") from error
+        if stray is not None:
+            raise ModelNotLoaded(
+                f"{index} names {stray!r}, which is no file beside it: put all weights into its folder"
+            )
 
 
 def _files(folder: Path, above: str) -> Iterator[tuple[str, Path]]:
