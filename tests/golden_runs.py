@@ -99,7 +99,7 @@ class Case:
 
 
 def _strategy_cases() -> dict[str, Case]:
-    found = {}
+    found: dict[str, Case] = {}
     for strategy in ("fedavg-lora", "ffa-lora", "fed-sb", "fed-svd"):
         servers: dict[str, Settings] = {"average": {}, "adam": ADAM}
         cases = {f"{mode} {name}": {**MODES[mode], **servers[name]} for mode in MODES for name in servers}
@@ -228,7 +228,7 @@ def run_case(name: str, folder: Path) -> Left:
         for file in sorted((left / "adapter").glob("*.safetensors"))
         for key, tensor in load_file(file).items()
     }
-    sent = [[line.bytes_down, line.bytes_up] for line in read_lines(RoundLine, left)]
+    sent: list[list[int | None]] = [[line.bytes_down, line.bytes_up] for line in read_lines(RoundLine, left)]
     ledgers = {path.stem: ledger_rows(path) for path in sorted((left / "ledgers").glob("*.sqlite"))}
     if (servers := left / "ledgers" / "server.json").exists():
         charges = json.loads(servers.read_text(encoding="utf-8"))["charges"]
