@@ -16,7 +16,7 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=igno
 
 COPY --from=requirements /requirements.txt /requirements.txt
 COPY requirements /requirements
-# First pip itself; the model's and the data's wheels by their hashes; last what is newer than Flower's pin allows (docs/security.md).
+# First pip itself; the model's and the data's wheels by their hashes; last what is newer than Flower's pin allows (docs/reference/packages.md).
 RUN pip install --upgrade --only-binary :all: -r /requirements/pip.txt \
     && if [ -n "$TORCH_INDEX" ]; then pip install --index-url "$TORCH_INDEX" torch; fi \
     && pip install --require-hashes --no-deps --only-binary :all: -r /requirements/demo.txt \

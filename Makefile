@@ -12,7 +12,7 @@
 # make audit  attacks on noise, clip, batches and ledger, and faults that they must find; RUN=folder puts audit.json there
 # make faults sites, server and network broken on a real federation; cutting the network needs root and iproute2
 # make browser  reports in headless Chromium, wide and narrow, checked by axe-core; RUN=folder takes that run's (needs Node.js)
-# make docs   pages and settings that are made from the code, results in documents, and the README's pictures
+# make docs   pages and settings that are made from the code, and the tables and the plot of results
 # make check  formatters, linters, types
 # make house  the sizes of the code base, from its syntax trees
 PYTHON ?= python3
@@ -94,10 +94,6 @@ faults: environment
 
 docs: environment
 	$(BIN)/python -m docs.make
-	$(BIN)/python -m reports.picture docs/demo.json
-	$(BIN)/fedveil pictures --published shipped experiments/results/rotten-tomatoes.jsonl experiments/results/secure-sum.jsonl \
-	  --only 'metric,rotten-tomatoes: head-only,fedavg-lora,ffa-lora,fed-sb,fed-svd,open,three-honest' \
-	  --output docs/pictures
 
 house:
 	$(PYTHON) tools/house.py

@@ -6,7 +6,7 @@ Two kinds that must never be mixed up:
   public seed, so that server and sites can derive the same values.
 * **Private randomness** (Poisson sampling, Gaussian noise) comes from the operating system's
   entropy (``common.entropy``). No function here takes a seed for it; whoever knows every seed of a run
-  learns nothing about it (pitfall 11 in ``docs/privacy-checked.md``).
+  learns nothing about it (pitfall 11 in ``docs/concepts/evidence.md``).
 
 Floating-point noise betrays what it is added to by the values that it cannot take (Mironov 2012,
 "On significance of the least significant bits for differential privacy"). Noise therefore never exists

@@ -1,4 +1,4 @@
-"""Known advisories of installed packages, each mended by a newer version: what doctor and docs/security.md say.
+"""Known advisories of installed packages and their mended versions, for the doctor and docs/reference/packages.md.
 
 The lower bounds of ``pyproject.toml`` and ``requirements`` leave these versions out, but for cryptography's, which
 Flower's pin asks for. None of the advisories could be opened where this was written: ``checked`` says on what an entry
@@ -37,7 +37,7 @@ class Advisory:
     checked: Checked = Checked.NOTES
 
     def row(self) -> str:
-        """Return it as a row of the table in docs/security.md."""
+        """Return it as a row of the table in docs/reference/packages.md."""
         cells = (f"`{self.package}`", self.names, self.what, self.mended, self.status, self.checked)
         return f"| {' | '.join(cells)} |"
 

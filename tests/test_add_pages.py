@@ -48,7 +48,7 @@ class Page:
 
     @property
     def text(self) -> str:
-        return (ROOT / "docs" / f"{self.name}.md").read_text(encoding="utf-8")
+        return (ROOT / "docs" / "extending" / f"{self.name}.md").read_text(encoding="utf-8")
 
     @property
     def blocks(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""docker-compose.yml says what docs/deploy.md promises; where there is an engine, it also does it."""
+"""docker-compose.yml says what docs/guides/operate.md promises; where there is an engine, it also does it."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ def run(words: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
 
 def guide(who: str, step: int) -> list[list[str]]:
     """Return the ``fedveil`` commands of one step of a guide, in order."""
-    text = (DOCS / f"guide-{who}.md").read_text(encoding="utf-8").split(f"\n## {step}. ")[1].split("\n## ")[0]
+    text = (DOCS / "guides" / f"{who}.md").read_text(encoding="utf-8").split(f"\n## {step}. ")[1].split("\n## ")[0]
     blocks = re.findall(r"```sh\n(.*?)```", text, flags=re.S)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     return [shlex.split(line) for line in lines if line.startswith("fedveil ")]
@@ -353,7 +353,12 @@ def test_three_stewards_who_follow_the_page_of_secure_sums_end_in_one_sum(
     processes: Processes, tmp_path: Path, model_folder: Callable[[str], str]
 ) -> None:
     """The page's command and its policy; and a site whose steward does without them joins no sum."""
-    page = (DOCS / "secure-sum.md").read_text(encoding="utf-8").split("## With real sites")[1].split("\n## ")[0]
+    page = (
+        (DOCS / "concepts" / "secure-aggregation.md")
+        .read_text(encoding="utf-8")
+        .split("## With real sites")[1]
+        .split("\n## ")[0]
+    )
     (peers,) = re.findall(r"fedveil (site peers FOLDER .*)\n", page)
     (rules,) = re.findall(r"```toml\n(.*?)```", page, flags=re.S)
     names = ("clinic", "north", "south")

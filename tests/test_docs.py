@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +24,21 @@ from common.adapters import ADAPTERS
 from common.adapters.targets import AUTO
 from common.config.text import parse_settings, to_toml
 from common.data.packaged import MINILM, packaged_folder
-from common.errors import ConfigError, DataError
-from common.privacy.figures import epsilon_text
-from common.words import percent_text
+from common.errors import ConfigError
 from docs.make import pages as reference
-from docs.make import results as cited
-from docs.make.tables import DEFAULT_RANK, DEFAULT_SHAPES, pair_table, short_table
+from docs.make import results
+from docs.make.__main__ import made
+from docs.make.page import MADE
+from docs.make.tables import DEFAULT_RANK, DEFAULT_SHAPES, pair_table
 from experiments.in_process import run_in_process
 from experiments.sweep import conduct
-from experiments.sweep.rows import Row, read_rows, write_rows
-from reports.picture import read_picture, to_svg
+from experiments.sweep.rows import read_rows, results_file, write_rows
 from strategies import STRATEGIES
 from strategies.job import configure
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+MADE_FILES = made()
 CONFIGS = sorted((ROOT / "experiments" / "configs").glob("*.toml"))
 
 
@@ -141,79 +142,35 @@ def test_every_shipped_config_is_accepted_and_starts_with_its_command(path: Path
     assert f"fedveil run -c experiments/configs/{path.name}" in first
 
 
-def test_the_readmes_table_of_strategies_is_the_codes() -> None:
-    assert short_table() in (ROOT / "README.md").read_text(encoding="utf-8"), "run make docs"
+@pytest.mark.parametrize("path", sorted(MADE_FILES), ids=lambda path: path.name)
+def test_a_made_file_is_what_the_code_and_the_rows_say(path: Path) -> None:
+    assert path.read_text(encoding="utf-8") == MADE_FILES[path], "run make docs"
 
 
-@pytest.mark.parametrize("name", sorted(reference.PAGES))
-def test_a_page_that_is_made_from_the_code_is_what_the_code_says(name: str) -> None:
-    assert (ROOT / "docs" / name).read_text(encoding="utf-8") == reference.PAGES[name](), "run make docs"
+def test_the_readmes_table_is_made_from_the_rows() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (figure,) = re.findall(r"^\| default \| ([\d.]+) ", readme, flags=re.M)
+    assert results.with_results(readme.replace(figure, "99.9")) == readme
+    assert len(results.readme_table().splitlines()) == 2 + 6
 
 
-@pytest.mark.parametrize("page", cited.PAGES, ids=lambda page: page.name)
-def test_results_that_a_document_cites_are_the_committed_ones(page: Path) -> None:
-    """Tables of rows, and what all rows took."""
-    assert cited.up_to_date(page) == page.read_text(encoding="utf-8"), "run make docs"
+def test_the_readmes_plot_is_of_the_rows_and_has_five_series(tmp_path: Path) -> None:
+    picture = results.PLOT.read_bytes()
+    assert results.is_current(picture), "run make docs"
+    assert len({row.variant for row in results.plotted()}) == 5
+    rows = [replace(row, accuracy=1.0) for row in results.rows_of(results.MOVIES)]
+    write_rows(results_file(tmp_path, results.MOVIES), rows)
+    assert not results.is_current(picture, tmp_path)
 
 
-def test_results_are_cited_somewhere() -> None:
-    assert any("<!-- results:" in page.read_text(encoding="utf-8") for page in cited.PAGES)
-
-
-@pytest.fixture
-def results(tmp_path: Path) -> Path:
-    """Return a folder with the committed rows of the tiny sweep, as another sweep's."""
-    rows = read_rows(cited.RESULTS / "tiny.jsonl")
-    write_rows(tmp_path / "other.jsonl", rows)
-    return tmp_path
-
-
-def citing(said: str, between: str = "") -> str:
-    return f"before\n<!-- results: {said} -->\n{between}<!-- end of results -->\nafter\n"
-
-
-def test_a_figure_that_is_not_the_results_is_found_and_mended(results: Path) -> None:
-    made = cited.with_results(citing("other"), results)
-    rows = read_rows(results / "other.jsonl")
-    assert made.count("| `") == len({(row.variant, row.arm, row.epsilon_asked) for row in rows})
-    assert made.startswith("before\n<!-- results: other -->\n\n| variant")
-    assert made.endswith("<!-- end of results -->\nafter\n")
-    (accuracy, *_) = re.findall(r"\*\*([\d.]+)\*\*", made)
-    wrong = made.replace(f"**{accuracy}**", "**99.9**", 1)
-    assert cited.with_results(wrong, results) == made
-    better = [Row(**{**vars(row), "accuracy": 1.0}) for row in rows]
-    write_rows(results / "other.jsonl", better)
-    assert "**100.0**" in cited.with_results(made, results)
-
-
-def test_a_citation_chooses_rows(results: Path) -> None:
-    made = cited.with_results(citing("other; arms: federated, pooled; epsilons: none"), results)
-    assert re.findall(r"^\| `([^`]+)` \| [^|]+ \| ([^|]+) \| ([^|]+) \|", made, flags=re.M) == [
-        ("ffa-lora", "federated", "none"),
-        ("ffa-lora", "pooled", "none"),
-    ]
-
-
-def test_a_citation_chooses_columns(results: Path) -> None:
-    made = cited.with_results(citing("other; epsilons: none; columns: ε | variant | accuracy, %"), results)
-    assert "\n| ε | variant | accuracy, % |\n|---|---|---|\n| none | `ffa-lora` | **" in made
-    assert "Arms:" not in made, "a column is explained that is not there"
-    assert "Arms:" in cited.with_results(citing("other"), results)
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        (citing("nowhere"), "nowhere.jsonl holds no rows"),
-        (citing("other; arm: pooled"), r"chooses by 'arm' \(did you mean 'arms'\?\)"),
-        (citing("other; epsilons: 5"), "chooses epsilons '5', which no row has"),
-        (citing("other; columns: variant | acuracy, %"), r"shows 'acuracy, %' \(did you mean 'accuracy, %'\?\)"),
-        ("<!-- results: other -->\n", "has no '<!-- end of results -->'"),
-    ],
-)
-def test_a_citation_of_what_is_not_there_is_refused(text: str, said: str, results: Path) -> None:
-    with pytest.raises((ConfigError, DataError), match=said):
-        cited.with_results(text, results)
+def test_no_line_outside_tables_and_code_is_long() -> None:
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        if MADE in text:
+            continue
+        prose = re.sub(r"```.*?```", "", text, flags=re.S)
+        long = [line for line in prose.splitlines() if len(line) > 130 and not line.lstrip().startswith(("|", "!["))]
+        assert not long, f"{page.name}: {long[0]}"
 
 
 def test_every_pair_of_strategy_and_adapter_is_in_its_table_as_the_code_takes_it() -> None:
@@ -233,11 +190,10 @@ def test_every_pair_of_strategy_and_adapter_is_in_its_table_as_the_code_takes_it
 
 
 def test_every_page_is_in_the_index_once() -> None:
-    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
-    linked = re.findall(r"\]\(([\w-]+\.md)\)", index)
-    assert sorted(linked) == sorted(path.name for path in (ROOT / "docs").glob("*.md") if path.name != "README.md")
-    made = set(re.findall(r"\]\(([\w-]+\.md)\) \(made\)", index))
-    assert made >= set(reference.PAGES), "a page that is made from the code is not marked as such"
+    docs = ROOT / "docs"
+    linked = re.findall(r"\]\(((?:\w+/)?[\w-]+\.md)\)", (docs / "README.md").read_text(encoding="utf-8"))
+    pages = [path.relative_to(docs).as_posix() for path in docs.rglob("*.md")]
+    assert sorted(linked) == sorted({*pages} - {"README.md"})
 
 
 def test_the_tables_bytes_are_of_the_plain_jobs_own_layers() -> None:
@@ -259,7 +215,8 @@ def anchors(page: Path) -> set[str]:
 
 
 def test_links_between_pages_lead_somewhere() -> None:
-    for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "experiments" / "LOG.md"]:
+    others = (ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"))
+    for page in [*PAGES, *others, *sorted((ROOT / "experiments" / "log").glob("*.md"))]:
         for target in re.findall(r"\]\(([^)]+?)\)", page.read_text(encoding="utf-8")):
             file, _, anchor = target.partition("#")
             if "://" in target:
@@ -276,75 +233,33 @@ def defined(path: Path) -> set[str]:
 
 
 def test_the_page_on_one_round_names_code_that_is_there_and_the_picture_has_its_steps() -> None:
-    text = (ROOT / "docs" / "round.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "concepts" / "round.md").read_text(encoding="utf-8")
     named = re.findall(r"`([\w/]+\.py)::(\w+)`", text)
     assert len(named) >= 12
     for path, name in named:
-        assert name in defined(ROOT / path), f"docs/round.md names {path}::{name}, which is not there"
+        assert name in defined(ROOT / path), f"docs/concepts/round.md names {path}::{name}, which is not there"
     steps = re.findall(r"^\| (\d+) \|", text, flags=re.M)
-    picture = (ROOT / "docs" / "round.svg").read_text(encoding="utf-8")
+    picture = (ROOT / "docs" / "concepts" / "round.svg").read_text(encoding="utf-8")
     assert steps == sorted(re.findall(r'class="digit"[^>]*>(\d+)<', picture))
 
 
-def test_the_readmes_run_has_the_figures_of_docs_demo_and_the_picture_is_of_them() -> None:
-    picture = read_picture(ROOT / "docs" / "demo.json")
-    assert to_svg(picture) == (ROOT / "docs" / "demo.svg").read_text(encoding="utf-8"), "run make docs"
-    assert "demo: environment\n\t$(BIN)/fedveil run\n" in (ROOT / "Makefile").read_text(encoding="utf-8")
-    job = configure({})
-    config = job.config
-    assert picture.title == f"{config.strategy} on {config.model.name} and {config.data.name}", "this is another job"
-    assert (picture.budget, picture.delta) == (config.privacy.epsilon, config.privacy.delta)
-    start, *rounds = picture.rounds
-    assert (start.epsilon, start.accuracy) == (0.0, picture.before), "no record was used before round 1"
-    total = config.rounds
-    assert [line.number for line in rounds] == list(range(1, total + 1))
-    lines = [
-        f"{picture.title}: 4 sites, {total} rounds of 1 step, ε ≤ 8 at δ = 1e-05 for each site",
-        f"initialisation by {config.adapter.start}, public text of SHA-256 {job.origin.fingerprint}: 0 sites, "
-        "no record used",
-        f"before training: accuracy {percent_text(picture.before)}",
-        *(
-            f"round {line.number}/{total}  "
-            + (f"accuracy {percent_text(line.accuracy)}  loss {line.loss:.3f}" if line.accuracy else "not scored")
-            + f"  ε {epsilon_text(line.epsilon)} of 8 (δ 1e-05, record-level, worst site)  4 sites  "
-            f"{line.payload / 1e6:.2f} MB  {line.seconds:.0f} s"
-            for line in rounds
-        ),
-        f"federation: (ε, δ) = ({epsilon_text(rounds[-1].epsilon)}, 1e-05) per record, the maximum over sites",
-        f"accuracy on public data: {percent_text(picture.before)} before, {percent_text(rounds[-1].accuracy)} "
-        f"after {total} rounds",
-    ]
-    block = next(block for block in blocks(ROOT / "README.md", "text") if block.startswith("fedavg-lora on"))
-    shown, at = block.splitlines(), 0
-    for number, line in enumerate(shown):
-        if line == "...":
-            rest = lines.index(shown[number + 1])
-            assert rest > at, "nothing is left out here"
-            assert not any("accuracy" in left_out for left_out in lines[at:rest]), "no score is left out"
-            at = rest
-        else:
-            assert line == lines[at]
-            at += 1
-    assert at == len(lines)
-
-
-@pytest.mark.parametrize("page", ["privacy", "privacy-kept", "privacy-checked"])
+@pytest.mark.parametrize("page", ["threat-model", "site", "evidence"])
 def test_tests_named_in_the_pages_on_privacy_exist(page: str) -> None:
-    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "concepts" / f"{page}.md").read_text(encoding="utf-8")
     named = re.findall(r"`(?:tests/)?(test_\w+\.py)(?:::(\w+))?`", text)
     assert named
     for file, test in named:
         source = (ROOT / "tests" / file).read_text(encoding="utf-8")
-        assert not test or f"def {test}(" in source, f"docs/{page}.md names {file}::{test}, which is not there"
+        assert not test or f"def {test}(" in source, f"docs/concepts/{page}.md names {file}::{test}, which is not there"
 
 
 def test_every_pitfall_that_is_of_code_has_a_test_and_every_edge_a_severity() -> None:
-    text = (ROOT / "docs" / "privacy-checked.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "concepts" / "evidence.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\d+) \| ([^|]+) \| ([^|]+) \|$", text, flags=re.M)
     assert {int(number) for number, _, _ in rows} == set(range(1, 17))
     untested = [pitfall for _, pitfall, tests in rows if "::test_" not in tests and "not of code" not in tests]
     assert not untested, f"no test would find: {untested}"
-    promised = (ROOT / "docs" / "privacy.md").read_text(encoding="utf-8")
+    promised = (ROOT / "docs" / "concepts" / "threat-model.md").read_text(encoding="utf-8")
     edges = promised.split("## Sharp edges")[1].split("\n## ")[0]
     severities = [line.split("|")[1].strip() for line in edges.splitlines() if line.startswith("|")][2:]
     assert set(severities) == {"high", "medium", "low"}
@@ -382,7 +297,7 @@ def test_the_researchers_guide_ends_in_a_result(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Every command and block of the page, in order; the runs are in process, on a tiny model and its own records."""
-    page, folder, done = ROOT / "docs" / "guide-researcher.md", Path(), []
+    page, folder, done = ROOT / "docs" / "guides" / "researcher.md", Path(), []
     asked_of = write_questions(Path("notes.csv"), 120).read_text(encoding="utf-8")
     Path("notes.csv").write_text(asked_of.replace("prompt,completion", "question,answer", 1), encoding="utf-8")
     Path("job.toml").write_text(to_toml({k: v for k, v in {**researcher, **OWN_RECORDS}.items() if k != "output"}))
@@ -438,7 +353,7 @@ def test_the_researchers_guide_ends_in_a_result(
     assert re.search(r"^1 0\.\d+ \d+ ", capsys.readouterr().out, flags=re.M), "no line of a round was printed"
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/deploy.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/guides/operate.md"])
 def test_no_command_of_flowers_reports_to_anyone(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     for block in re.findall(r"```(?:sh|text)\n(.*?)```", text, flags=re.DOTALL):

@@ -16,7 +16,7 @@ from audits.tiny_models import write_reviews
 from common.config.text import to_toml
 from experiments.in_process import run_in_process
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "guide-first.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "guides" / "first.md"
 MOST = 10
 PATIENCE = 3600.0
 """Seconds for one command: what a failure costs on a busy machine. The first one installs everything."""

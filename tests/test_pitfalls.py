@@ -1,6 +1,6 @@
 """The mechanism does what the ledger was charged for: as many steps, at that noise, clip and rate, by public figures.
 
-The other pitfalls have their tests beside what they are about; docs/privacy-checked.md has the list.
+The other pitfalls have their tests beside what they are about; docs/concepts/evidence.md has the list.
 """
 
 from __future__ import annotations

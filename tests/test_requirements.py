@@ -26,7 +26,10 @@ def test_the_harness_is_an_extra_that_make_and_the_page_name() -> None:
     (harness,) = map(Requirement, extras["harness"])
     assert harness.name == "lm-eval"
     assert [version for version in ("0.4.12", "0.4.13", "0.5.0") if harness.specifier.contains(version)] == ["0.4.13"]
-    for name, words in (("Makefile", '["optional-dependencies"]["harness"]'), ("docs/serve.md", "'fedveil[harness]'")):
+    for name, words in (
+        ("Makefile", '["optional-dependencies"]["harness"]'),
+        ("docs/guides/serve.md", "'fedveil[harness]'"),
+    ):
         text = (ROOT / name).read_text(encoding="utf-8")
         assert words in text
         assert not re.search(r"install[^\n]*lm.eval", text), f"{name} names another range than the extra"
@@ -141,7 +144,7 @@ def test_the_doctor_fails_on_whatever_has_known_advisories(monkeypatch: pytest.M
 
 
 def test_the_page_has_the_table_of_advisories() -> None:
-    page = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "reference" / "packages.md").read_text(encoding="utf-8")
     head = "| package | advisory | what it is | mended in | status here | rests on |\n|---|---|---|---|---|---|\n"
     assert head + "\n".join(advisory.row() for advisory in ADVISORIES) + "\n" in page
 

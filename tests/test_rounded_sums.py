@@ -1,4 +1,6 @@
-"""The theorem of ``docs/secure-sum.md``: a sum of sites' rounded vectors is, nearly exactly, one rounded Gaussian.
+"""The theorem in ``docs/concepts/secure-aggregation.md``.
+
+A sum of sites' rounded vectors is, nearly exactly, one rounded Gaussian.
 
 Everything is in steps of the grid: ρ is the standard deviation of each site's noise. The two sides of the theorem are
 computed in two ways: the sum of rounded numbers by convolving their laws, the rounded Gaussian by its Fourier integral.

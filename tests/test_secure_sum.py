@@ -754,7 +754,7 @@ def test_a_fault_built_in_is_found(name: str, fault: Any, found: str, monkeypatc
 
 # --- the page ---------------------------------------------------------------------------------------------------------
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "secure-sum.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "concepts" / "secure-aggregation.md"
 
 
 def test_the_pages_example_ends_in_the_sum(capsys: pytest.CaptureFixture[str]) -> None:

@@ -356,36 +356,6 @@ def test_the_command_draws_tables_together_and_says_what_is_missing(tmp_path: Pa
     assert "three.jsonl is not there" in answer.output
 
 
-def test_the_shipped_page_is_of_the_committed_rows(tmp_path: Path) -> None:
-    """All but the drawings, whose bytes are matplotlib's, and the style, which is the report's."""
-    results = [ROOT / "experiments" / "results" / f"{name}.jsonl" for name in ("rotten-tomatoes", "secure-sum")]
-    drawn_ones = re.search(
-        r"--only '(.*)' \\\n\s+--output docs/pictures", (ROOT / "Makefile").read_text(encoding="utf-8")
-    )
-    assert drawn_ones
-    places = ["--published", "shipped", "--only", drawn_ones[1], "--output", str(tmp_path)]
-    drawn = CliRunner().invoke(app, ["pictures", *map(str, results), *places])
-    assert drawn.exit_code == 0, drawn.output
-    made, shipped = (
-        re.sub(
-            r"<(svg|style).*?</\1>",
-            "",
-            (folder / "rotten-tomatoes.html").read_text(encoding="utf-8"),
-            flags=re.DOTALL,
-        )
-        for folder in (tmp_path, ROOT / "docs" / "pictures")
-    )
-    assert made == shipped, "run make docs"
-    for kind in ("epsilon", "bytes"):
-        made_of, shipped_of = (
-            re.search(rb"Description\x00(rows [0-9a-f]{64})", (folder / f"rotten-tomatoes-{kind}.png").read_bytes())
-            for folder in (tmp_path, ROOT / "docs" / "pictures")
-        )
-        assert made_of
-        assert shipped_of, "a picture does not say which rows it was drawn from: run make docs"
-        assert made_of[1] == shipped_of[1], "a picture is of other rows: run make docs"
-
-
 @pytest.mark.parametrize("length", [5, 40, 90])
 def test_no_name_in_a_legend_is_cut_off(length: int) -> None:
     """Names of several tables together are long; those of published figures are longer."""

@@ -147,7 +147,7 @@ METADATA = {
     "reply_to_message_id": "from the task",
     "group_id": "from the task",
     "message_type": "constant",
-    "created_at": "the clock: how long a site takes is a side channel, see docs/privacy-kept.md",
+    "created_at": "the clock: how long a site takes is a side channel, see docs/concepts/site.md",
     "ttl": "constant",
 }
 """What Flower itself adds to a reply."""

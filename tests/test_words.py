@@ -14,7 +14,7 @@ import pytest
 from strategies.job import known_settings
 
 ROOT = Path(__file__).resolve().parent.parent
-GLOSSARY = ROOT / "docs" / "glossary.md"
+GLOSSARY = ROOT / "docs" / "reference" / "glossary.md"
 QUESTIONS = ("What", "Which", "How", "Where", "Who", "Whose", "Why", "When", "Whether", "Among", "If", "Everything")
 
 

@@ -143,7 +143,7 @@ def figures(root: Path) -> dict[str, Figure]:
     inside = ("common/privacy/", "privacy/")
     outside = [p for p in house.product if not p.as_posix().startswith(inside) and "collect" not in p.as_posix()]
     settings = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["flwr"]["app"]["config"]
-    commands = root / "docs" / "commands.md"
+    commands = root / "docs" / "reference" / "commands.md"
     parameters = [len(node.args.args) + len(node.args.kwonlyargs) for node in house.functions]
     return {
         "product files": len(house.product),

@@ -129,7 +129,7 @@ class DataConfig(Section):
     """Column that says whose a record is, for ``privacy.unit = "person"``; it never leaves a site. Where records are
     divided, those of one person stay together. Empty: none."""
     seed: Annotated[int, RATIO] = 45
-    """Seed of the partition and of the test part; fixed, so that runs are comparable (``experiments/LOG.md`` says how
+    """Seed of the partition and of the test part; fixed, so that runs are comparable (``experiments/log`` says how
     the default was chosen)."""
 
     def __post_init__(self) -> None:
@@ -200,7 +200,7 @@ class HeadConfig(Section):
     pool: Annotated[str, OneOf(HEAD_POOLS)] = "mean"
     """``mean``: the head reads the mean of the last hidden states over tokens (an image: as its task says). ``stock``:
     what transformers' own classifier of the model reads, such as BERT's pooler, so that PEFT takes the result with its
-    head (docs/serve.md); it needs ``model.feature-scale = 0``."""
+    head (docs/guides/serve.md); it needs ``model.feature-scale = 0``."""
     metric: Annotated[str, OneOf(HEAD_METRICS)] = "none"
     """``none``, or ``public``: features are centred and whitened by public text (``adapter.start = "public-metric"``)
     before the head sees them, so that clip and noise act where records differ."""

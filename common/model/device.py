@@ -49,7 +49,7 @@ def choose_batch_tokens(wanted: int, device: torch.device) -> int:
     """Return the tokens of one forward pass: ``wanted``, or for 0 what suits the device.
 
     Small batches stay in a CPU's cache and pad less, and every batch costs each layer's hooks a call
-    (``experiments/LOG.md``, 2026-11-24). A GPU wants large ones.
+    (``experiments/log``, 2026-11-24). A GPU wants large ones.
     """
     return wanted or (16384 if device.type == "cuda" else 1536)
 
@@ -58,7 +58,7 @@ def choose_private_tokens(device: torch.device) -> int:
     """Return the tokens of a pass of fixed shape (``common.model.shapes``); no setting of a server's changes it.
 
     Fewer waste less on filler, more spend less on calls: 320 to 512 are equally good at the plain job's lengths and
-    batch (``experiments/LOG.md``, 2026-11-25), and 384 makes most numbers of rows multiples of 4.
+    batch (``experiments/log``, 2026-11-25), and 384 makes most numbers of rows multiples of 4.
     """
     return 4096 if device.type == "cuda" else 384
 
@@ -73,7 +73,7 @@ def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextMan
 def choose_attention(model: Any, device: torch.device) -> None:
     """Let a transformers model attend in plain matrix products on a CPU, where the fused kernel is slower.
 
-    By how much: ``experiments/LOG.md``, 2026-11-24.
+    By how much: ``experiments/log``, 2026-11-24.
     """
     if device.type == "cpu":
         model.set_attn_implementation("eager")

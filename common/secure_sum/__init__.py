@@ -10,7 +10,7 @@ An attempt in which one vector is missing has no sum, unless its sites have shar
 a site's steward was given by hand (``roster``); the masks' keys are made anew for each attempt and signed
 (``attempt``); everything that the sites must agree on goes into each mask (``context``), so that a server which told
 two sites different things gets uniform words. Why noise that each site rounds for itself keeps the price of one
-Gaussian: ``docs/secure-sum.md``, which has the proof and the adversary.
+Gaussian: ``docs/concepts/secure-aggregation.md``, which has the proof and the adversary.
 
 The masks are those of Bonawitz et al. 2017, "Practical Secure Aggregation for Privacy-Preserving Machine Learning",
 section 4.1.

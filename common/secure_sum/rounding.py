@@ -3,7 +3,7 @@
 A site's noise is ``noise_share``, a part of what the price counts on; the parts of ``honest_sites`` make the whole.
 ``common.randomness`` draws it: exactly the law of a rounded sum of a vector and a real Gaussian. The sum of vectors
 that were so rounded is a rounding of the sum of the vectors plus one real Gaussian, up to a total variation that is nil
-on this grid (the theorem of ``docs/secure-sum.md``). So the price of a Gaussian holds for it as it is.
+on this grid (the theorem of ``docs/concepts/secure-aggregation.md``). So the price of a Gaussian holds for it as it is.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ the counts for nothing, so these are in the clip and in the noise.
 What the server makes of it costs nothing more. The mean of all features is the centre of the head's map
 (``head.metric``): of one kind of images it is most of a feature's length, and would have most of every later clip. The
 row of a label points from there to the label's own mean. After many cheap steps on the head its rows are worth little
-(``experiments/LOG.md``), and the centre much; so ``sums = "all"`` takes the centre alone, with less noise.
+(``experiments/log``), and the centre much; so ``sums = "all"`` takes the centre alone, with less noise.
 
 Features are taken behind the public map of made-up records, scaled to the clip: noise of one size acts there as
 records differ. The rows are those of a nearest class mean classifier (Mensink et al. 2013); the centre of what is to be

@@ -1,6 +1,6 @@
 """Minor singular vectors of the base weight: the directions in which it has been silent.
 
-In MiniLM gradients of value layers lie there (``experiments/LOG.md``, 2026-11-26).
+In MiniLM gradients of value layers lie there (``experiments/log``, 2026-11-26).
 """
 
 from __future__ import annotations

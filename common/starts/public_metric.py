@@ -127,7 +127,7 @@ class PublicMetric(FromText):
         else:
             state = self.around(model, config, labels)
         if model.module.metric is not None:
-            # A head of its own rounds learns better behind made-up words (``experiments/LOG.md``).
+            # A head of its own rounds learns better behind made-up words (``experiments/log``).
             told = self.of_made_up() if config.training.head_first else self
             texts = told._wording(model, config, labels)
             state.update(self.of_head(model, texts, config.privacy.clip_norm / self.clip_share))

@@ -2,7 +2,7 @@
 
 Averaging over the tokens of the batch, as the stock ``outputs.loss`` does, would couple records:
 one record's gradient would depend on the lengths of its neighbours, and the clip would no longer
-bound what one record can change (pitfall 5 in ``docs/privacy-checked.md``).
+bound what one record can change (pitfall 5 in ``docs/concepts/evidence.md``).
 """
 
 from __future__ import annotations

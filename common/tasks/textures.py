@@ -2,7 +2,7 @@
 
 They are nobody's, and whoever makes one by its number gets the same. Where a vision model's features of any image
 point, and along which directions those of images differ most, they tell well enough to centre and whiten by; pixels
-drawn one by one do not (``experiments/LOG.md``).
+drawn one by one do not (``experiments/log``).
 """
 
 from __future__ import annotations

@@ -10,12 +10,10 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def made() -> dict[Path, str]:
-    """Return the text of every made file: the pages, documents with tables of results, and ``pyproject.toml``."""
-    project = ROOT / "pyproject.toml"
-    texts = {results_page: results.up_to_date(results_page) for results_page in results.PAGES}
-    texts |= {ROOT / "docs" / name: page() for name, page in pages.PAGES.items()}
-    readme = ROOT / "README.md"
-    texts[readme] = pages.with_short_table(texts[readme])
+    """Return the text of every made file: the pages, README with its tables, and ``pyproject.toml``."""
+    project, readme = ROOT / "pyproject.toml", ROOT / "README.md"
+    texts = {ROOT / "docs" / name: page() for name, page in {**pages.PAGES, **results.PAGES}.items()}
+    texts[readme] = results.with_results(readme.read_text(encoding="utf-8"))
     return {**texts, project: settings.pyproject(project.read_text(encoding="utf-8"))}
 
 
@@ -25,6 +23,9 @@ def main() -> None:
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             path.write_text(text, encoding="utf-8")
             print(path.relative_to(ROOT))
+    if not results.PLOT.exists() or not results.is_current(results.PLOT.read_bytes()):
+        results.PLOT.write_bytes(results.plot())
+        print(results.PLOT.relative_to(ROOT))
 
 
 if __name__ == "__main__":

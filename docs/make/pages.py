@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -56,14 +55,14 @@ from common.run_lines import (
 )
 from common.secure_sum import Agreement, KeyOffer, Sharing
 from docs.make import settings
-from docs.make.systems import row_table, row_texts, strategy_costs, system_table
+from docs.make.page import page
+from docs.make.systems import row_table, system_table
 from docs.make.tables import (
     adapter_table,
     dataset_table,
     markdown,
     pair_table,
     rule_table,
-    short_table,
     start_table,
     strategy_table,
     task_table,
@@ -71,15 +70,13 @@ from docs.make.tables import (
 from experiments.sweep.arms import ARMS
 from experiments.sweep.rows import Row
 
-MADE = "<!-- Made from the code by `make docs`; a test compares the two. Change the code, not this page. -->"
-
 
 def tables_page() -> str:
     """Return the page of all axes: what each row is, and what goes with what."""
-    return _page(
+    return page(
         "What there is to choose from",
         "A run is a strategy, an adapter, a start, a task and a data set. Each is a row of a table in the code. "
-        "[strategies.md](strategies.md) says how they work.",
+        "[Strategies](../concepts/strategies.md) says how they work.",
         (
             "Strategies",
             strategy_table(),
@@ -150,7 +147,7 @@ def run_folder_page() -> str:
     }
     parts += [(f"{kind.__name__}, {where}", _fields(kind), _about(kind)) for kind, where in nested.items()]
     parts.append(("A row of a sweep's table", _fields(Row), "A line of `NAME.jsonl`, and of `NAME.csv` beside it."))
-    return _page(
+    return page(
         "The folder of a run",
         "A file that ends in `.jsonl` grows by a line for each round (and site). `run.log` is what the terminal "
         "showed, `log.jsonl` the server's log, `adapter/` the result in PEFT's format with the head and a model card "
@@ -164,31 +161,14 @@ def run_folder_page() -> str:
 
 
 def systems_page() -> str:
-    """Return the page of published systems: the row of each, what differs and why, what is exact, what it costs."""
-    return _page(
-        "Published systems and their rows",
-        "A system of the literature is a strategy, an adapter and a start here, and any of them goes with others "
-        "([tables.md](tables.md)). No accuracy follows from this page: what each had at one ε is in "
-        "[systems-measured.md](systems-measured.md), and a gain is claimed only beside its control "
-        "([the log](../experiments/LOG.md)).",
-        (
-            "Systems",
-            system_table(),
-            "Bytes are of the plain job (12 layers of 384 × 384, r = 8), without the head. Training costs ε by its "
-            "steps, whatever the system: what differs is what a start costs on top, here with each start's own "
-            "settings at δ 1e-5. Anything that a server computes from what sites sent is free.",
-        ),
-        (
-            "What a strategy costs",
-            strategy_costs(),
-            "A strategy that takes the mean alone can run under a [secure sum](secure-sum.md). σ noise multiplier, C "
-            "clip norm, b expected batch, s the scale, x the noise on a trained factor, K sites.",
-        ),
-        ("Rows that no system of this list names", row_table(), "Each of them can be chosen all the same."),
-        ("Strategies, one by one", row_texts("strategy"), "What the file of each row says, with its paper."),
-        ("Adapters, one by one", row_texts("adapter.name"), "Of every parameterisation."),
-        ("Starts, one by one", row_texts("adapter.start"), "Of every place where factors begin."),
-        ("Server rules, one by one", row_texts("server.rule"), "Of what stands around the server's optimiser."),
+    """Return the page of published systems: the row of each, its paper and what differs."""
+    return page(
+        "Published systems",
+        "A published system is a strategy, an adapter, an initialisation and perhaps a server rule here "
+        "([tables](tables.md)). Its accuracy is on the [page of results](../results/systems.md). A module's docstring "
+        "has the equations and the reasons for each difference.",
+        ("Systems", system_table(), "Paste the settings into a configuration, or run the command."),
+        ("Rows that no system names", row_table(), "Each of them can be chosen as well."),
     )
 
 
@@ -202,14 +182,14 @@ def wire_page() -> str:
         *(UnmaskTask, UnmaskReply),
     )
     layout = (wire.__doc__ or "").split("``nonce`` and ``body``::\n\n")[1].split("\n\n")[0]
-    return _page(
+    return page(
         f"What travels: protocol {PROTOCOL}",
         "The server sends a task. A site answers with a result or a refusal. While privacy is on, `contribution` is "
         "the only field computed from records, and it has passed clip and noise; where the server is trusted, the clip "
         "alone. A noised count may be beside it, which the site's ledger has paid for. An adapter state is one block "
         "of little-endian float32. Each message has 16 random bytes of its own, in its header and in every part that "
         "Flower makes of its blocks, so that nobody who has not got it can name it or a part of it. "
-        "[deploy.md](deploy.md#signed-messages) says who signs it.",
+        "[Operation](../guides/operate.md#signed-messages) says who signs it.",
         *((kind.__name__, _fields(kind), _about(kind)) for kind in (*kinds, *of_sums)),
         (
             "Bytes of a header",
@@ -226,7 +206,7 @@ def commands_page() -> str:
     from cli.main import app
 
     root = typer.main.get_command(app)
-    return _page(
+    return page(
         "Commands",
         "`fedveil COMMAND --help` prints the same. An error is one line on stderr, and exit code 1; words that are no "
         "command or option are refused with exit code 2.",
@@ -238,19 +218,14 @@ def commands_page() -> str:
 
 
 PAGES: Mapping[str, Callable[[], str]] = {
-    "tables.md": tables_page,
-    "systems.md": systems_page,
-    "run-folder.md": run_folder_page,
-    "wire.md": wire_page,
-    "commands.md": commands_page,
-    "settings.md": settings.page,
+    "reference/tables.md": tables_page,
+    "reference/systems.md": systems_page,
+    "reference/run-folder.md": run_folder_page,
+    "reference/messages.md": wire_page,
+    "reference/commands.md": commands_page,
+    "reference/settings.md": settings.page,
 }
 """The generated pages by their names in ``docs``."""
-
-
-def _page(title: str, about: str, *parts: tuple[str, str, str]) -> str:
-    sections = (f"## {name}\n\n{text}\n\n{table}" if table else f"## {name}\n\n{text}" for name, table, text in parts)
-    return "\n\n".join([f"# {title}", MADE, about, *sections]) + "\n"
 
 
 def _about(kind: type[Any]) -> str:
@@ -293,15 +268,3 @@ def _default(parameter: click.Parameter) -> str:
         return "must be given"
     value = parameter.default
     return "" if value is None or value == "" or callable(value) else f"`{value}`"
-
-
-def with_short_table(readme: str) -> str:
-    """Return README with its table of strategies as the rows have it.
-
-    >>> old = chr(10).join(["Before.", *short_table().splitlines()[:3], "", "After.", ""])
-    >>> with_short_table(old) == old.replace(chr(10).join(old.splitlines()[1:4]), short_table())
-    True
-    """
-    table = short_table()
-    head = re.escape(table.partition("\n")[0])
-    return re.sub(rf"^{head}\n(\|.*\n)*", lambda _: f"{table}\n", readme, count=1, flags=re.M)

@@ -1,118 +1,133 @@
-"""Results that a document cites: between two comments of its Markdown stands the table of a sweep's committed rows.
-
-::
-
-    <!-- results: rotten-tomatoes; variants: head-only, metric; arms: federated; epsilons: 8; columns: variant | ε -->
-    ...
-    <!-- end of results -->
-
-All but the sweep's name may be left out. Between ``<!-- compute -->`` and ``<!-- end of compute -->`` stands what all
-rows together took. ``make docs`` writes what stands between; a test compares the two.
-"""
+"""Tables of measured results from ``experiments/results``: the pages of ``docs/results`` and README's table."""
 
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from common.check import nearest
-from common.errors import ConfigError, DataError
-from common.words import counted
-from experiments.sweep.file import epsilon_name
-from experiments.sweep.rows import Row, line_of, read_rows, results_file
-from experiments.sweep.summary import COLUMNS, markdown_of
+from common.errors import DataError
+from common.words import bytes_text
+from docs.make.page import page
+from docs.make.tables import markdown
+from experiments.sweep.rows import Row, read_rows, results_file
+from experiments.sweep.summary import Group, groups, markdown_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "experiments" / "results"
-PAGES = [ROOT / "README.md", ROOT / "experiments" / "LOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-"""Documents that may cite."""
-CITED = re.compile(r"<!-- results:([^>]*?)-->\n(.*?)<!-- end of results -->", flags=re.DOTALL)
-COMPUTE = re.compile(r"(<!-- compute -->\n).*?(<!-- end of compute -->)", flags=re.DOTALL)
-CHOICES: Mapping[str, Callable[[Row], str]] = {
-    "variants": lambda row: row.variant,
-    "arms": lambda row: row.arm,
-    "epsilons": lambda row: epsilon_name(row.epsilon_asked),
+MOVIES = "rotten-tomatoes"
+TITLES: Mapping[str, tuple[str, Mapping[str, str]]] = {
+    "movie-reviews": ("Movie reviews", {"Rotten Tomatoes, four sites": MOVIES}),
+    "sst2": ("SST-2", {"SST-2, six sites": "sst2"}),
+    "pairs": ("Pairs of sentences", {"SNLI, three sites": "snli"}),
+    "newswire": ("Newswire", {"Reuters, 52 topics, three sites": "reuters"}),
+    "encoders": ("A larger encoder", {"all-mpnet-base-v2 on movie reviews": "mpnet"}),
+    "word-problems": ("A language model", {"ASDiv, SmolLM2-135M-Instruct, two sites": "asdiv"}),
+    "persons": ("Persons", {"Sentences of IMDB reviews, at one ε per record and per person": "persons"}),
+    "secure-aggregation": ("Secure aggregation", {"Four sites": "secure-sum", "Twenty sites": "secure-sum-of-twenty"}),
+    "systems": (
+        "Published systems",
+        {"Movie reviews, the plain job, ε = 8": "systems", "Arithmetic word problems, ε = 8": "systems-asdiv"},
+    ),
 }
-"""What a citation may choose rows by."""
-SHOWN = "columns"
+"""Pages of results: their title, and the sweeps of their tables by heading."""
+SHORT = ("variant", "recipe", "arm", "ε", "runs", "accuracy, %", "start, %", "loss", "bytes", "processor")
+README_ROWS: Mapping[str, tuple[str, str]] = {
+    "default": ("metric", "open"),
+    "head alone": ("head-only", "head-only"),
+    "`fedavg-lora`": ("fedavg-lora", "fedavg-lora"),
+    "`ffa-lora`": ("ffa-lora", "ffa-lora"),
+    "`fed-sb`": ("fed-sb", "fed-sb"),
+    "`fed-svd`": ("fed-svd", "fed-svd"),
+}
+"""Rows of README's table: the variant with privacy, and the one without."""
+README_TABLE = re.compile(r"(<!-- results -->\n).*?(<!-- end of results -->)", flags=re.DOTALL)
+SERIES: Mapping[tuple[str, bool], str] = {
+    ("metric", True): "default",
+    ("head-only", True): "head alone",
+    ("fed-svd", True): "FedSVD",
+    ("ffa-lora", True): "FFA-LoRA",
+    ("open", False): "no privacy",
+}
+"""The five series of README's plot, by variant and whether the run is private."""
+PLOT = ROOT / "docs" / "pictures" / "accuracy.png"
 
 
-def with_results(text: str, folder: Path = RESULTS) -> str:
-    """Return a document with every table that it cites, and what all rows took, as the rows in ``folder`` have it.
+def rows_of(sweep: str, folder: Path = RESULTS) -> list[Row]:
+    """Return the committed rows of a sweep.
 
     Raises:
-        ConfigError: a citation is not written as above, or chooses what no row has.
-        DataError: the sweep has no rows there, or they cannot be read.
+        DataError: it has none, or they cannot be read.
     """
-    if text.count("<!-- results:") != len(CITED.findall(text)):
-        raise ConfigError("a citation of results has no '<!-- end of results -->' after it")
-    text = CITED.sub(
-        lambda match: f"<!-- results:{match[1]}-->\n{_table(match[1], folder)}<!-- end of results -->", text
-    )
-    return COMPUTE.sub(lambda match: f"{match[1]}{compute(folder)}\n{match[2]}", text)
-
-
-def compute(folder: Path = RESULTS) -> str:
-    """Return in a sentence or two what the runs of all rows in ``folder`` took, and on which machines.
-
-    A run whose row stands in the tables of two sweeps, by whatever name of the variant, counts once.
-
-    Raises:
-        DataError: rows cannot be read.
-    """
-    rows = [row for path in sorted(folder.glob("*.jsonl")) for row in read_rows(path)]
-    runs = list({line_of(replace(row, sweep="", variant="")): row for row in rows}.values())
-    took = sum(row.seconds_in_all or 0.0 for row in runs) / 3600
-    worked = [row.processor_seconds for row in runs if row.processor_seconds is not None]
-    machines = Counter(row.machine for row in runs)
-    return (
-        f"The rows in `experiments/results` are of {counted(len(runs), 'run')}, one in two tables counted once. "
-        f"They took {took:.1f} hours by the wall clock. {len(worked)} of them tell their processor's time, "
-        f"{sum(worked) / 3600:.1f} hours. They ran on "
-        + "; ".join(f"{machine} ({counted(count, 'run')})" for machine, count in machines.most_common())
-        + "."
-    )
-
-
-def _table(said: str, folder: Path) -> str:
-    sweep, *parts = (part.strip() for part in said.split(";"))
     rows = read_rows(results_file(folder, sweep))
     if not rows:
-        raise DataError(
-            f"{results_file(folder, sweep)} holds no rows: run the sweep with --results experiments/results"
-        )
-    columns: list[str] = []
-    for part in parts:
-        name, _, words = part.partition(":")
-        if name.strip() == SHOWN:
-            columns = [word.strip() for word in words.split("|")]  # one of the names has a comma
-        else:
-            rows = _chosen(rows, name.strip(), [word.strip() for word in words.split(",")])
-    if unknown := [column for column in columns if column not in COLUMNS]:
-        raise ConfigError(
-            f"a citation of results shows {unknown[0]!r}{nearest(unknown[0], COLUMNS)}: {' | '.join(COLUMNS)}"
-        )
-    return f"\n{markdown_of(rows, columns)}\n"
+        raise DataError(f"{results_file(folder, sweep)} has no rows: run the sweep with --results experiments/results")
+    return rows
 
 
-def _chosen(rows: Sequence[Row], name: str, wanted: Sequence[str]) -> list[Row]:
-    told = [*CHOICES, SHOWN]
-    if name not in CHOICES:
-        raise ConfigError(f"a citation of results chooses by {name!r}{nearest(name, told)}: {', '.join(told)}")
-    of = CHOICES[name]
-    if absent := [word for word in wanted if word not in map(of, rows)]:
-        raise ConfigError(f"a citation of results chooses {name} {absent[0]!r}, which no row has")
-    return [row for row in rows if of(row) in wanted]
+def results_page(title: str, sweeps: Mapping[str, str], folder: Path = RESULTS) -> str:
+    """Return a page of ``docs/results``."""
+    parts = []
+    for heading, sweep in sweeps.items():
+        command = f"`fedveil sweep experiments/sweeps/{sweep}.toml --results experiments/results` makes these rows."
+        parts.append((heading, markdown_of(rows_of(sweep, folder), SHORT).rstrip(), command))
+    return page(title, "", *parts)
 
 
-def up_to_date(page: Path) -> str:
-    """Return a document with its tables as the committed rows have them.
+PAGES: Mapping[str, Callable[[], str]] = {
+    f"results/{name}.md": partial(results_page, title, sweeps) for name, (title, sweeps) in TITLES.items()
+}
+"""The pages of results by their names in ``docs``."""
 
-    Raises:
-        ConfigError: a citation is not as it must be.
-        DataError: rows cannot be read.
-    """
-    return with_results(page.read_text(encoding="utf-8"))
+
+def readme_table(folder: Path = RESULTS) -> str:
+    """Return README's table of results: mean accuracy on movie reviews, with 95 % intervals over divisions."""
+    found = {(group.variant, group.epsilon_asked): group for group in _federated(rows_of(MOVIES, folder))}
+    rows = []
+    for name, (private, open_) in README_ROWS.items():
+        with_privacy, without = found[private, 8.0], found[open_, None]
+        sent = bytes_text(round(with_privacy.payload or 0.0))
+        rows.append([name, _accuracy(with_privacy), _accuracy(without), sent])
+    return markdown(("run", "ε = 8, accuracy in %", "no privacy, accuracy in %", "bytes of a run at ε = 8"), rows)
+
+
+def with_results(readme: str, folder: Path = RESULTS) -> str:
+    """Return README with its table of results as the committed rows have it."""
+    return README_TABLE.sub(lambda match: f"{match[1]}{readme_table(folder)}\n{match[2]}", readme)
+
+
+def plotted(folder: Path = RESULTS) -> list[Row]:
+    """Return the rows of README's plot, each called by its series."""
+    order = list(SERIES.values())
+    rows = [
+        replace(row, variant=SERIES[row.variant, row.epsilon_asked is not None])
+        for row in rows_of(MOVIES, folder)
+        if row.arm == "federated" and (row.variant, row.epsilon_asked is not None) in SERIES
+    ]
+    return sorted(rows, key=lambda row: order.index(row.variant))
+
+
+def plot(folder: Path = RESULTS) -> bytes:
+    """Return README's plot as a PNG, which carries the hash of its rows."""
+    from experiments.sweep.pictures import drawn_from, epsilon_figure, png
+
+    rows = plotted(folder)
+    return png(epsilon_figure(groups(rows), []), drawn_from(rows, []))
+
+
+def is_current(picture: bytes, folder: Path = RESULTS) -> bool:
+    """Return whether a picture was drawn from these rows. Its bytes also depend on the version of matplotlib."""
+    from experiments.sweep.pictures import drawn_from
+
+    return f"rows {drawn_from(plotted(folder), [])}".encode() in picture
+
+
+def _federated(rows: Sequence[Row]) -> list[Group]:
+    return groups([row for row in rows if row.arm == "federated"])
+
+
+def _accuracy(group: Group) -> str:
+    half = "" if group.accuracy.half is None else f" ± {100 * group.accuracy.half:.1f}"
+    return f"{100 * group.accuracy.mean:.1f}{half}"

@@ -1,4 +1,4 @@
-"""Pages made from the settings: ``docs/settings.md``, and Flower's table of them in ``pyproject.toml``."""
+"""Pages made from the settings: ``docs/reference/settings.md``, and Flower's table of them in ``pyproject.toml``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from common.config.sections import Scalar
 from common.config.text import toml_value
 from common.docstrings import said_of
 from common.errors import ConfigError
+from docs.make.page import MADE
 from strategies import ROWS
 from strategies.job import START, known_settings
 from strategies.renamed import RENAMED
@@ -18,7 +19,7 @@ from strategies.rules import RULES
 
 FLOWER = "[tool.flwr.app.config]"
 """The table of ``pyproject.toml`` that lists every setting, so that Flower lets it be overridden."""
-MADE = "# This table and those in it are made from the code: python -m docs.make"
+MADE_TABLE = "# This table and those in it are made from the code: python -m docs.make"
 
 
 def pyproject(text: str) -> str:
@@ -41,13 +42,13 @@ def flower_table() -> str:
         tables_of.setdefault(section, {})[name] = value
     blocks = []
     for section, values in tables_of.items():
-        header = f"[tool.flwr.app.config.{section}]" if section else f"{FLOWER}\n{MADE}"
+        header = f"[tool.flwr.app.config.{section}]" if section else f"{FLOWER}\n{MADE_TABLE}"
         blocks.append("\n".join([header, *(f"{name} = {toml_value(value)}" for name, value in values.items()), ""]))
     return "\n".join(blocks) + "\n"
 
 
 def page() -> str:
-    """Return ``docs/settings.md``."""
+    """Return ``docs/reference/settings.md``."""
     sections: dict[str, list[Setting]] = {}
     for setting in all_settings().values():
         sections.setdefault(setting.key.rpartition(".")[0], []).append(setting)
@@ -70,13 +71,14 @@ def page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-PAGE_HEAD = """\
+PAGE_HEAD = f"""\
 # Settings
 
-This page is made from the code by `make docs`. `fedveil settings` prints the same for a run of yours, with what the
-run fills in for every value that is left open; `fedveil settings training` and `fedveil settings adapter.rank` print a
-part of it. A setting is given with `-c 'adapter.rank=4'` or in a TOML file. Everything here is public: the server knows
-it, and so does every site."""
+{MADE}
+
+`fedveil settings` prints the same for a run of yours, with the value that the run fills in wherever one is left open.
+`fedveil settings training` and `fedveil settings adapter.rank` print a part. Give a setting with `-c 'adapter.rank=4'`
+or in a TOML file. All settings are public: the server and every site know them."""
 
 
 def _about(section: str) -> str:

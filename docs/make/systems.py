@@ -6,24 +6,17 @@ A row of a table that no system names here is put into the page all the same, un
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
-
-import torch
 
 from common.adapters import ADAPTERS
 from common.config.sections import Scalar
-from common.privacy.figures import epsilon_text
-from common.privacy.privacy_filter import promised
 from common.starts import STARTS
 from common.tasks.sentence_modules import ENCODER
-from common.words import bytes_text
-from docs.make.tables import DEFAULT_RANK, DEFAULT_SHAPES, markdown
-from strategies import ROWS, STRATEGIES
-from strategies.job import Job, configure
-from strategies.payload import payload, preset_adapter
+from docs.make.differences import DIFFERENCES
+from docs.make.tables import markdown
+from strategies import ROWS
 from strategies.renamed import REFUSED_STRATEGIES
 from strategies.rules import RULES
 from strategies.systems import BLOCK_LORA
@@ -246,13 +239,13 @@ SYSTEMS: tuple[System, ...] = (
         },
         file="codyra",
         besides="on the encoder of what `fedveil merge RUN_FOLDER merged` made, charged to the same ledger "
-        "([by columns](strategies.md#by-columns-of-b))",
+        "([by columns](../concepts/strategies.md#by-columns-of-b))",
     ),
     System(
         "LoRAM",
         {**OF_LANGUAGE, "model.name": "small", "strategy": "ffa-lora"},
         file="loram",
-        besides="on what `fedveil prune` made, then `fedveil recover RUN_FOLDER` ([pruned bases](pruned.md))",
+        besides="on what `fedveil prune` made, then `fedveil recover RUN_FOLDER` ([pruned bases](../guides/pruned.md))",
     ),
     System(
         "LoRAPrune",
@@ -266,7 +259,7 @@ SYSTEMS: tuple[System, ...] = (
             "training.learning-rate": 1.0,
         },
         file="loraprune",
-        besides="then `fedveil prune --by RUN_FOLDER` ([pruned bases](pruned.md))",
+        besides="then `fedveil prune --by RUN_FOLDER` ([pruned bases](../guides/pruned.md))",
     ),
     System(
         "Gazal-R1, its first stage",
@@ -274,7 +267,8 @@ SYSTEMS: tuple[System, ...] = (
         "completions; the second stage, which learns from rewards, is not built",
     ),
     System(
-        "Intruder dimensions", instead="`fedveil intruders RUN_FOLDER` ([planning](planning.md#intruder-dimensions))"
+        "Intruder dimensions",
+        instead="`fedveil intruders RUN_FOLDER` ([planning](../guides/planning.md#intruder-dimensions))",
     ),
 )
 
@@ -291,72 +285,28 @@ def unnamed_rows() -> Iterator[tuple[str, str]]:
 
 
 def system_table() -> str:
-    """Return the Markdown table of every system: how it is run, whether averages are exact, its price and its bytes."""
-    header = (
-        "system",
-        "run it with",
-        "averages are exact",
-        "privacy modes",
-        "the start costs",
-        "up, a site and round",
-        "down",
-        "up before round 1",
-        "down, once",
-    )
-    return markdown(header, [_row(system) for system in SYSTEMS])
+    """Return the Markdown table of every system: its row or command, its paper, and what differs."""
+    return markdown(("system", "run it with", "paper", "what differs here"), [_row(system) for system in SYSTEMS])
 
 
 def _row(system: System) -> list[str]:
+    paper, differs = DIFFERENCES.get(system.name, ("", ""))
+    return [system.name, _how(system), paper, differs]
+
+
+def _how(system: System) -> str:
     if system.instead:
-        return [system.name, system.instead, *[""] * 7]
+        return system.instead
     strategy = str(system.settings["strategy"])
     if strategy in REFUSED_STRATEGIES:
-        return [system.name, f"refused: {REFUSED_STRATEGIES[strategy]}", *[""] * 7]
-    job = configure(system.settings)
-    down, up = payload(job.strategy, _at_default_rank(job), DEFAULT_SHAPES)
+        return f"refused: {REFUSED_STRATEGIES[strategy]}"
     typed = f"`fedveil run -c {CONFIGS}/{system.file}.toml`" if system.file else written(system.settings)
-    typed += f" {system.besides}" if system.besides else ""
-    exact = "yes" if job.strategy.exact(type(job.adapter)) else "no"
-    sizes = [bytes_text(number) if number else "nothing" for number in (up, down, _released(job), _once(job))]
-    return [system.name, typed, exact, job.strategy.privacy, _price(job), *sizes]
-
-
-def _price(job: Job) -> str:
-    """Return what the start is made from; of a paid release, what that alone comes to at the job's ε and δ."""
-    privacy, release = job.config.privacy, job.origin.release()
-    if release is None:
-        return job.origin.needs
-    alone = promised([release], privacy.delta)[0]
-    return f"{job.origin.needs}: ε {epsilon_text(alone)} if it stood alone, of {privacy.epsilon:g}"
-
-
-def _once(job: Job) -> int:
-    """Return the bytes of the frozen factors that travel once to each site; 0 where it derives them."""
-    adapter = _at_default_rank(job)
-    layers = {
-        f"layer {i}": {name: torch.zeros(shape) for name, shape in adapter.shapes(out, into).items()}
-        for i, (out, into) in enumerate(DEFAULT_SHAPES)
-    }
-    basis = job.basis(job.strategy.start(layers, adapter.trained))
-    return 4 * sum(tensor.numel() for factors in basis.values() for tensor in factors.values())
-
-
-def _released(job: Job) -> int:
-    """Return the bytes of what a site sends in round 0 for the start; 0 where it is not asked."""
-    if job.origin.asked != "sites":
-        return 0
-    model = replace(job, adapter=replace(job.adapter, rank=DEFAULT_RANK)).model(("bad", "good"))
-    layout = job.origin.layout(model)
-    return 4 * sum(math.prod(shape) for factors in layout.values() for shape in factors.values())
+    return f"{typed} {system.besides}" if system.besides else typed
 
 
 def written(settings: Mapping[str, Scalar]) -> str:
     """Return settings as they stand in a configuration, each in Markdown's marks."""
     return " ".join(f"`{key} = {_toml(value)}`" for key, value in settings.items())
-
-
-def _at_default_rank(job: Job) -> Any:
-    return type(job.adapter)(DEFAULT_RANK, float(DEFAULT_RANK), ())
 
 
 def row_table() -> str:
@@ -365,23 +315,6 @@ def row_table() -> str:
     for key, name in unnamed_rows():
         rows.append([f"`{key} = {_toml(name)}`", title_of(AXES[key][name])])
     return markdown(("row", "what it is"), rows)
-
-
-def strategy_costs() -> str:
-    """Return the Markdown table of what each strategy sends and how its noise enters, at the plain job's layers."""
-    rows = []
-    for strategy in STRATEGIES.values():
-        adapter = preset_adapter(strategy, DEFAULT_RANK)
-        down, up = payload(strategy(), adapter, DEFAULT_SHAPES)
-        noise = strategy.noise or adapter.noise
-        rows.append([f"`{strategy.name}`", strategy.needs, noise, bytes_text(up), bytes_text(down)])
-    header = ("strategy", "the server takes", "noise in the weights, per step", "up, a site and round", "down")
-    return markdown(header, rows)
-
-
-def row_texts(key: str) -> str:
-    """Return what the file of every row of an axis says of it: its paper, what differs from that, and why."""
-    return "\n\n".join(f"### `{name}`\n\n{text_of(row)}" for name, row in AXES[key].items())
 
 
 def text_of(row: type[Any]) -> str:

@@ -11,7 +11,6 @@ from common.docstrings import said_of
 from common.errors import ConfigError
 from common.starts import STARTS, Start
 from common.tasks import TASKS
-from common.words import bytes_text
 from strategies import STRATEGIES, Strategy
 from strategies.payload import payload, preset_adapter
 from strategies.rules import RULES
@@ -33,19 +32,6 @@ def strategy_table() -> str:
         exact = "yes" if strategy.exact(type(adapter)) else "no"
         names = [f"`{strategy.name}` ({strategy.paper})", f"`{adapter.name}`", ", ".join(adapter.trained)]
         rows.append([*names, f"{up:,}", f"{down:,}", exact, strategy.noise or adapter.noise, strategy.privacy])
-    return markdown(header, rows)
-
-
-def short_table() -> str:
-    """Return the Markdown table of all strategies in words, for whoever reads the first page."""
-    header = ("strategy", "sites train", "frozen", "averages are exact", "a site sends in a round of the plain job")
-    rows = []
-    for strategy in STRATEGIES.values():
-        adapter = preset_adapter(strategy, DEFAULT_RANK)
-        factors = [", ".join(adapter.trained), ", ".join(adapter.frozen) or "none"]
-        exact = "yes" if strategy.exact(type(adapter)) else "no"
-        sent = f"{bytes_text(payload(strategy(), adapter, DEFAULT_SHAPES)[1])}, and the head"
-        rows.append([f"`{strategy.name}` ({strategy.paper})", *factors, exact, sent])
     return markdown(header, rows)
 
 

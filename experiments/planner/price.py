@@ -41,7 +41,7 @@ MOST_ROUNDS = 100_000
 MOST_PRICED = 100
 """Rounds that are priced one by one; of a longer run so many, evenly spread, and always the last."""
 LEAST_SIGNAL = 0.25
-"""Signal-to-noise of a run below which it is said to hardly train; found by trying, see docs/planning.md."""
+"""Signal-to-noise of a run below which it is said to hardly train; found by trying, see docs/guides/planning.md."""
 
 
 @dataclass(frozen=True)

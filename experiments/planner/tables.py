@@ -22,7 +22,7 @@ MOST_LINES = 10
 DEFINITION = (
     "signal: the length of the mean clipped gradient; noise: the expected length of the noise on the average over "
     "sites, √d · √Σ(p·σC/b)², with p a site's weight and b its expected batch; over T steps the ratio grows by √T. "
-    f"Below {LEAST_SIGNAL:g} in a run, it will hardly train (docs/planning.md)."
+    f"Below {LEAST_SIGNAL:g} in a run, it will hardly train (docs/guides/planning.md)."
 )
 
 

@@ -67,7 +67,7 @@ def write_pictures(rows: Sequence[Row], published: Sequence[Published], folder: 
         raise DataError("some runs are judged by accuracy and some by loss: draw their tables apart")
     drawn = {"epsilon": epsilon_figure(found, published), "bytes": bytes_figure(found)}
     shown = drawn_from(rows, published)
-    written = {folder / f"{name}-{kind}.png": _png(figure, shown) for kind, figure in drawn.items()}
+    written = {folder / f"{name}-{kind}.png": png(figure, shown) for kind, figure in drawn.items()}
     page = to_page(name, rows, published, [_svg(figure, f"{name}-{kind}") for kind, figure in drawn.items()])
     written[folder / f"{name}.html"] = page.encode()
     try:
@@ -308,7 +308,8 @@ def drawn_from(rows: Sequence[Row], published: Sequence[Published]) -> str:
     return hashlib.sha256("\n".join(told).encode()).hexdigest()
 
 
-def _png(figure: Figure, shown: str) -> bytes:
+def png(figure: Figure, shown: str) -> bytes:
+    """Return a figure as a PNG that says which rows it shows."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=160, metadata={"Software": None, "Description": f"rows {shown}"})
     return file.getvalue()

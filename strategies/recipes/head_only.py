@@ -4,7 +4,7 @@ A step costs a product of the size of the head, and a round is one step on all r
 the line that an adapter must beat, and what suits many labels.
 
 The figures for words were chosen on IMDB and on 20 Newsgroups with 4, 6 and 20 labels, those for images on
-Fashion-MNIST and on digits (``experiments/LOG.md``). Where records are many and labels are near each other, a head is
+Fashion-MNIST and on digits (``experiments/log``). Where records are many and labels are near each other, a head is
 short of steps and not of budget, which is that of all steps together: so there are thirty. The rate is for little
 noise; where there is more, ``server.most-noise`` lowers it.
 

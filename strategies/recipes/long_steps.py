@@ -4,7 +4,7 @@ A private run of a language model takes few steps, for each is a pass over its r
 says, however sure the average is. A plain step is as long as the average, and ``server.most-noise`` bounds what of it
 may be noise.
 
-The figures were chosen on GSM8K (``experiments/LOG.md``).
+The figures were chosen on GSM8K (``experiments/log``).
 """
 
 from __future__ import annotations

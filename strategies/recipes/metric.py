@@ -9,7 +9,7 @@ On IMDB it is above the head alone in its former twelve rounds by 1.9, 1.0 and 0
 to four times the time. Nothing is known of more noise, so a run with more than ``least_epsilon`` allows is for the head
 alone.
 
-The figures were chosen on IMDB and 20 Newsgroups (``experiments/LOG.md``). The rate is for little noise; where there is
+The figures were chosen on IMDB and 20 Newsgroups (``experiments/log``). The rate is for little noise; where there is
 more, ``server.most-noise`` lowers it.
 """
 

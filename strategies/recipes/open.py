@@ -8,7 +8,7 @@ sites is not that. It begins anew in every round and brings any gradient to full
 goes on towards that label with nothing left to learn (Wang et al. 2021, Local Adaptivity in Federated Learning, arXiv
 2106.02305).
 
-The figures were chosen on IMDB and on QNLI (``experiments/LOG.md``).
+The figures were chosen on IMDB and on QNLI (``experiments/log``).
 """
 
 from __future__ import annotations
