@@ -62,14 +62,19 @@ class Policy:
     dataset_id: str = ""
     """What the ledger calls the data; empty: the node configuration's, or the site's name."""
     unit: str = RECORD.name
-    """Whom a run must protect, as ``privacy.unit``; it is what the budget is of, and what ``public_size`` counts."""
+    """Whom a run must protect, as ``privacy.unit``; the budget is of that, ``public_size`` counts it, and a run of the
+    other unit is refused. A run that protects a whole site is let in by ``mechanisms`` alone, and no budget of the
+    site's pays for it."""
     person: str = ""
-    """Of unit ``person``: the column that says whose a record is, as ``data.person``."""
+    """Of unit ``person``: the column that says whose a record is, as ``data.person``; a run that names another is
+    refused."""
     records_per_person: int = UNLIMITED
     """Of unit ``person``: most records of a person that a run may use. Of unit ``record``: most that a person has, by
     the steward's word."""
     epsilon_person: float = math.inf
-    """Of unit ``record``: most that all releases of the data set may cost a person with ``records_per_person``."""
+    """Of unit ``record``: most that all releases of the data set may cost a person with ``records_per_person``, which it
+    needs; a round that would cost more is refused. In a secure sum it counts on ``honest_sites`` as ε does: if the
+    others collude, only ``epsilon_alone`` holds, for one record."""
     public_size: int = 0
     """Number of records, or persons, declared as public; 0: the node configuration's."""
     epsilon: float = math.inf
@@ -78,9 +83,11 @@ class Policy:
     delta: float = math.inf
     """At most one over the public size."""
     min_noise_multiplier: float = 0.0
-    """Least noise of every private step, whatever the run asks for."""
+    """Least noise that this site adds in every private step, whatever the run asks for; in a secure sum that is its own
+    part. With it no run joins whose noise the server adds."""
     sample_rate: float = 0.0
-    """The one sample rate that every private step and release has, whatever the run asks for; 0: any."""
+    """The one sample rate of every private step, and of what a start is made from; a run with another is refused.
+    0: any."""
     max_rounds: int = UNLIMITED
     """Most rounds of one run that the site trains; a round that is trained and charged again counts again."""
     max_steps: int = UNLIMITED
@@ -88,6 +95,7 @@ class Policy:
     strategies: str = ""
     """Names, separated by commas (in the file: a list); empty: any."""
     head_policies: str = ""
+    """The same of ``head.policy``."""
     models: str = ""
     """Base models, each as ``NAME=FINGERPRINT+FILES``: the job's ``model.name``, which is asked before anything is
     looked at; at least the first ``MODEL_DIGITS`` digits of its fingerprint, which is asked once it is loaded; and as

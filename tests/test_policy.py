@@ -493,9 +493,9 @@ def test_a_setting_of_the_node_that_is_none_stops_the_site(site: OneSite, node: 
 
 
 def test_every_rule_has_a_line_in_the_docs() -> None:
-    text = (Path(__file__).parent.parent / "docs" / "concepts" / "threat-model.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parent.parent / "docs" / "reference" / "policy.md").read_text(encoding="utf-8")
     for key in to_mapping(Policy()):
-        assert f"`{key}`" in text, f"docs/concepts/threat-model.md does not say what {key} is"
+        assert f"`{key}`" in text, f"docs/reference/policy.md does not say what {key} is"
 
 
 def declared(name: str, *, simulated: bool = False, **node: Scalar) -> int:

@@ -233,7 +233,7 @@ def test_one_of_two_sites_can_be_nearly_the_whole_average_as_the_page_says_and_o
     assert part_of(job, [honest, told_by(last, lie, job)]) > least
     three = round_of(job, 3)
     assert part_of(job, [*three[:2], told_by(three[-1], lie, job)]) < bound(LONGEST, 1 / 3)
-    text = (Path(__file__).parent.parent / "docs" / "concepts" / "threat-model.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parent.parent / "docs" / "concepts" / "mechanisms.md").read_text(encoding="utf-8")
     (row,) = (line for line in text.splitlines() if line.startswith("| two |"))
     assert "By length, one of two can be nearly the whole average" in row
 
@@ -336,7 +336,7 @@ def test_capped_weights_keep_the_bound_and_their_order_and_lower_no_more_than_ne
 
 
 def test_the_module_says_the_figures_that_the_documents_have() -> None:
-    text = (Path(__file__).parent.parent / "docs" / "concepts" / "threat-model.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parent.parent / "docs" / "concepts" / "mechanisms.md").read_text(encoding="utf-8")
     assert f"{LONGEST:g} times" in text
     assert f"{LONGEST_OPEN:g} times" in text
 

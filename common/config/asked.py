@@ -85,7 +85,7 @@ class ServerSettings(Section):
     ``lora-pro`` turns the change of A and B before it, ``allora``, ``align-guard`` and ``soft-threshold`` its step."""
     scores: bool = False
     """Whether the server keeps LoRAPrune's score of every output and input of an adapted layer, by which
-    ``fedveil prune --by`` chooses (docs/guides/pruned.md). It asks no site for anything."""
+    ``fedveil prune --by`` chooses (docs/guides/serve.md). It asks no site for anything."""
     most_noise: Annotated[float, NOT_NEGATIVE, RATIO] = 0.0
     """For ``momentum``: standard deviation that the noise of a phase may give a trained number: the head first, the
     adapter, the head again. The learning rate is lowered to keep it, of the head and of the rest each for itself

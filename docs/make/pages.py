@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import click
 import typer
 
+from client.policy import UNLIMITED, Policy
 from common.accountant import Accountant
+from common.config.fields import kebab
 from common.docstrings import fields_said, said_of
 from common.messages import wire
 from common.messages.round import (
@@ -54,6 +58,7 @@ from common.run_lines import (
     TuningFile,
 )
 from common.secure_sum import Agreement, KeyOffer, Sharing
+from common.tasks import roles_of_all
 from docs.make import settings
 from docs.make.page import page
 from docs.make.systems import row_table, system_table
@@ -172,6 +177,37 @@ def systems_page() -> str:
     )
 
 
+def policy_page() -> str:
+    """Return the page of a site's policy: every key of the file, its default and what it decides."""
+    texts = fields_said(Policy)
+    rows = []
+    for item in dataclasses.fields(Policy):
+        if item.name == "columns":
+            about = "Column of {}. Pinned with the task: a run that reads another is refused."
+            rows += [[f"`{role.setting}`", "none", about.format(role.about)] for role in roles_of_all()]
+            continue
+        rows.append([f"`{kebab(item.name)}`", _written(item.default), _marked(texts[item.name])])
+    return page(
+        "Policy",
+        "A site's steward writes these keys into `policy.toml`. Where a figure can be stricter, the site takes the "
+        "stricter one. It refuses everything else before anything is charged, and names the rule and both values. "
+        "[Mechanisms and policy](../concepts/mechanisms.md#the-stewards-rules) explains the pins.",
+        ("Keys", markdown(("key", "default", "what it decides"), rows), "An unknown key is an error."),
+    )
+
+
+def _written(default: object) -> str:
+    """Return a default of the policy in words."""
+    if default in ("", 0, math.inf, UNLIMITED) and not isinstance(default, bool):
+        return "none"
+    return f"`{str(default).lower()}`"
+
+
+def _marked(text: str) -> str:
+    """Return a field's text with settings and keys as they are written in a policy."""
+    return re.sub(r"``([^`]+)``", lambda match: f"`{match[1].replace('_', '-')}`", text)
+
+
 def wire_page() -> str:
     """Return the page of what server and sites send each other."""
     kinds = (TrainTask, TrainResult, SpendingFigures, Event, Accountant, NoisedCount, Refusal)
@@ -210,10 +246,7 @@ def commands_page() -> str:
         "Commands",
         "`fedveil COMMAND --help` prints the same. An error is one line on stderr, and exit code 1; words that are no "
         "command or option are refused with exit code 2.",
-        *(
-            (f"`{' '.join(words)}`", _options(words, command), command.help or "")
-            for words, command in _leaves(root, ("fedveil",))
-        ),
+        *(_described(words, command) for words, command in _leaves(root, ("fedveil",))),
     )
 
 
@@ -222,6 +255,7 @@ PAGES: Mapping[str, Callable[[], str]] = {
     "reference/systems.md": systems_page,
     "reference/run-folder.md": run_folder_page,
     "reference/messages.md": wire_page,
+    "reference/policy.md": policy_page,
     "reference/commands.md": commands_page,
     "reference/settings.md": settings.page,
 }
@@ -249,7 +283,8 @@ def _leaves(command: click.Command, words: tuple[str, ...]) -> list[tuple[tuple[
     return [leaf for name, inner in sorted(command.commands.items()) for leaf in _leaves(inner, (*words, name))]
 
 
-def _options(words: tuple[str, ...], command: click.Command) -> str:
+def _described(words: tuple[str, ...], command: click.Command) -> tuple[str, str, str]:
+    """Return heading, table of options and text of a command."""
     rows, taken = [], []
     for parameter in command.params:
         said = str(getattr(parameter, "help", "") or "")
@@ -259,8 +294,9 @@ def _options(words: tuple[str, ...], command: click.Command) -> str:
             name = str(parameter.human_readable_name).upper()
             taken.append(name if parameter.required else f"[{name}]")
         rows.append([f"`{name}`", said, _default(parameter)])
-    usage = f"```text\n{' '.join([*words, *taken, '[OPTIONS]'])}\n```"
-    return f"{usage}\n\n{markdown(('argument or option', 'what it is', 'default'), rows)}" if rows else usage
+    table = markdown(("argument or option", "what it is", "default"), rows) if rows else ""
+    text = " ".join((command.help or "").split())
+    return f"`{' '.join(words)}`", table, f"{text} Usage: `{' '.join([*words, *taken, '[OPTIONS]'])}`"
 
 
 def _default(parameter: click.Parameter) -> str:

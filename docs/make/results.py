@@ -72,7 +72,8 @@ def results_page(title: str, sweeps: Mapping[str, str], folder: Path = RESULTS) 
     parts = []
     for heading, sweep in sweeps.items():
         command = f"`fedveil sweep experiments/sweeps/{sweep}.toml --results experiments/results` makes these rows."
-        parts.append((heading, markdown_of(rows_of(sweep, folder), SHORT).rstrip(), command))
+        table = markdown_of(rows_of(sweep, folder), SHORT).partition("\n\n<details>")[0]
+        parts.append((heading, table, command))
     return page(title, "", *parts)
 
 

@@ -245,7 +245,7 @@ SYSTEMS: tuple[System, ...] = (
         "LoRAM",
         {**OF_LANGUAGE, "model.name": "small", "strategy": "ffa-lora"},
         file="loram",
-        besides="on what `fedveil prune` made, then `fedveil recover RUN_FOLDER` ([pruned bases](../guides/pruned.md))",
+        besides="on what `fedveil prune` made, then `fedveil recover RUN_FOLDER` ([pruned bases](../guides/serve.md#pruned-base-models))",
     ),
     System(
         "LoRAPrune",
@@ -259,7 +259,7 @@ SYSTEMS: tuple[System, ...] = (
             "training.learning-rate": 1.0,
         },
         file="loraprune",
-        besides="then `fedveil prune --by RUN_FOLDER` ([pruned bases](../guides/pruned.md))",
+        besides="then `fedveil prune --by RUN_FOLDER` ([pruned bases](../guides/serve.md#pruned-base-models))",
     ),
     System(
         "Gazal-R1, its first stage",
