@@ -72,8 +72,8 @@ class Policy:
     """Of unit ``person``: most records of a person that a run may use. Of unit ``record``: most that a person has, by
     the steward's word."""
     epsilon_person: float = math.inf
-    """Of unit ``record``: most that all releases of the data set may cost a person with ``records_per_person``, which it
-    needs; a round that would cost more is refused. In a secure sum it counts on ``honest_sites`` as ε does: if the
+    """Of unit ``record``: most that all releases of the data set may cost a person with ``records_per_person``, which
+    it needs; a round that would cost more is refused. In a secure sum it counts on ``honest_sites`` as ε does: if the
     others collude, only ``epsilon_alone`` holds, for one record."""
     public_size: int = 0
     """Number of records, or persons, declared as public; 0: the node configuration's."""

@@ -205,7 +205,7 @@ def _written(default: object) -> str:
 
 def _marked(text: str) -> str:
     """Return a field's text with settings and keys as they are written in a policy."""
-    return re.sub(r"``([^`]+)``", lambda match: f"`{match[1].replace('_', '-')}`", text)
+    return re.sub(r"``([^`]+)``", lambda match: f"`{kebab(match[1])}`" if match[1].islower() else f"`{match[1]}`", text)
 
 
 def wire_page() -> str:

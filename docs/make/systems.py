@@ -245,7 +245,8 @@ SYSTEMS: tuple[System, ...] = (
         "LoRAM",
         {**OF_LANGUAGE, "model.name": "small", "strategy": "ffa-lora"},
         file="loram",
-        besides="on what `fedveil prune` made, then `fedveil recover RUN_FOLDER` ([pruned bases](../guides/serve.md#pruned-base-models))",
+        besides="on what `fedveil prune` made, then `fedveil recover RUN_FOLDER` "
+        "([pruned bases](../guides/serve.md#pruned-base-models))",
     ),
     System(
         "LoRAPrune",
