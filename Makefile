@@ -65,14 +65,14 @@ test-peft: environment
 	  "$$($(VENV)/peft/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/environment.pth"
 	$(VENV)/peft/bin/pip $(INSTALL) --no-deps --only-binary :all: peft==$(OLDEST_PEFT)
 	$(VENV)/peft/bin/python -c 'import sys, peft; sys.exit(not peft.__version__.startswith("$(OLDEST_PEFT)"))'
-	PYTHONPATH=. $(VENV)/peft/bin/python -m pytest tests/test_adapters.py tests/test_dora.py tests/test_rslora.py \
-	  tests/test_exact_adapters.py tests/test_new_starts.py tests/test_systems.py tests/test_column_rules.py \
-	  tests/test_server_rules.py tests/test_pruning.py tests/test_flylora.py tests/test_intruders.py \
-	  tests/test_public_metric.py tests/test_fed_sb.py tests/test_fed_svd.py tests/test_neighbours.py \
-	  tests/test_columns.py tests/test_paid_starts.py
+	PYTHONPATH=. $(VENV)/peft/bin/python -m pytest tests/test_adapters.py contrib/tests/test_dora.py tests/test_rslora.py \
+	  contrib/tests/test_exact_adapters.py contrib/tests/test_exact_frozen.py contrib/tests/test_new_starts.py tests/test_systems.py tests/test_column_rules.py \
+	  contrib/tests/test_server_rules.py contrib/tests/test_pruning.py tests/test_flylora.py contrib/tests/test_intruders.py \
+	  tests/test_public_metric.py tests/test_fed_sb.py tests/test_fed_svd.py contrib/tests/test_neighbours.py \
+	  tests/test_columns.py contrib/tests/test_paid_starts.py
 
 test-product: environment
-	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 -m product tests/test_contracts.py
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 -m product contrib/tests/test_contracts_beside.py
 
 
 # The trackers' packages, some 1 GB on the disk, likewise.
@@ -84,7 +84,7 @@ test-trackers: environment
 	$(VENV)/trackers/bin/pip $(INSTALL) $$($(BIN)/python -c \
 	  'import tomllib; told = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
 	  print(*(told[name][0] for name in ("tensorboard", "mlflow", "wandb", "trackio")))')
-	PYTHONPATH=. $(VENV)/trackers/bin/python -m pytest -m trackers tests/test_trackers.py
+	PYTHONPATH=. $(VENV)/trackers/bin/python -m pytest -m trackers contrib/tests/test_trackers.py
 
 audit: environment
 	$(BIN)/python -m audits $(if $(RUN),--run $(RUN))

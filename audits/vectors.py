@@ -31,10 +31,10 @@ from common.model.federated import FederatedModel
 from common.privacy.accounting import epsilon
 from common.privacy.plan import gaussian_plan
 from common.run_lines import Finding
-from common.starts.probe import Probe
 from common.tasks import Record
 from common.tasks.examples import Dataset
 from common.tasks.featured import FEATURES, SCALES, TANGENTS
+from contrib.starts.probe import Probe
 from strategies.job import configure
 
 LABELS = 64

@@ -15,11 +15,9 @@ from cli.compare import compare
 from cli.deployment import doctor_app, server_app, site_app
 from cli.errors import Commands
 from cli.errors import for_people as _for_people
-from cli.intruders import intruders
 from cli.ledger import ledger_app
 from cli.notes import print_notes
 from cli.plan import plan
-from cli.pruning import prune, recover
 from cli.report import keygen, print_summary, report, verify, watch
 from cli.serving import ask, export, merge
 from cli.settings import settings
@@ -30,7 +28,6 @@ from common.paths import check_adapter
 from common.words import counted, decimal_text, names_text, natural, visible
 
 if TYPE_CHECKING:
-    from common.model.federated import Score
     from common.run_lines import ProgressFile
 
 app = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -39,7 +36,7 @@ app.add_typer(server_app, name="server")
 app.add_typer(site_app, name="site")
 app.add_typer(doctor_app, name="doctor")
 app.command()(plan)
-for command in (report, watch, verify, keygen, merge, export, ask, prune, recover, intruders, sweep, pictures, tune):
+for command in (report, watch, verify, keygen, merge, export, ask, sweep, pictures, tune):
     app.command()(command)
 app.command()(compare)
 app.command()(settings)
@@ -166,23 +163,13 @@ def _progress_words(state: ProgressFile, seconds: float) -> str:
 @_for_people
 def evaluate(
     folder: Annotated[Path, typer.Argument(help="A run's folder.")],
-    recovered: Annotated[
-        Path | None,
-        typer.Option(help="What `recover` made of it: score the large model as it is, and with that adapter."),
-    ] = None,
 ) -> None:
     """Load a run's adapter with stock PEFT and score it on the run's public test data."""
     check_adapter(folder / "adapter")
-    from experiments.evaluate import evaluate_recovered, evaluate_run
+    from experiments.evaluate import evaluate_run
 
-    def words(score: Score) -> str:
-        return f"accuracy {100 * score.accuracy:.1f} %  loss {decimal_text(score.loss, 4)}"
-
-    if recovered is None:
-        console.print(words(evaluate_run(folder)))
-        return
-    alone, tuned = evaluate_recovered(folder, recovered)
-    console.print(f"large model:      {words(alone)}\nwith the adapter: {words(tuned)}")
+    score = evaluate_run(folder)
+    console.print(f"accuracy {100 * score.accuracy:.1f} %  loss {decimal_text(score.loss, 4)}")
 
 
 @app.command()

@@ -23,15 +23,17 @@ def settings(
     from cli.settings_reference import lines_of, select, values_of
     from common.config.text import files_in, parse_settings
     from common.files import write_output
-    from strategies.job import configure, known_settings, with_recipe
+    from strategies.job import configure, with_recipe
+    from strategies.options import known_settings, with_options
     from strategies.renamed import by_new_names
 
     overrides = parse_settings(config or [])
     resolved, note = with_recipe(overrides)
     job = configure(resolved)
     print_notes(job, note)
-    asked, run = by_new_names(overrides, known_settings())[0], job.settings()
-    shown = [lines_of(setting, asked.get(setting.key), run.get(setting.key)) for setting in select(names or [])]
+    overrides = with_options(overrides)
+    asked, run = by_new_names(overrides, known_settings(overrides))[0], job.settings()
+    shown = [lines_of(setting, asked.get(setting.key), run.get(setting.key)) for setting in select(names or [], asked)]
     sys.stdout.write("\n".join(shown))
     if json_file is not None:
         content = json.dumps(values_of(asked, run, names or []), indent=2, ensure_ascii=False) + "\n"

@@ -18,7 +18,7 @@ from common.errors import ConfigError
 from common.starts import STARTS
 from common.tasks import roles_of_all
 from strategies import ROWS
-from strategies.job import START, declared_settings, known_settings, tables
+from strategies.options import EMPTY, OPTIONS, START, declared_settings, known_settings, rows_with_options, tables
 from strategies.recipes import AUTO, RECIPES, Asked, is_open
 from strategies.renamed import RENAMED
 from strategies.rules import RULES
@@ -42,25 +42,48 @@ class Setting:
     """The strategy or the starts whose option it is; empty: every run's."""
 
 
-def all_settings() -> dict[str, Setting]:
-    """Return every setting by its key: every run's, the options of starts, strategies and rules; no old names."""
+def all_settings(values: Mapping[str, Scalar] = EMPTY) -> dict[str, Setting]:
+    """Return every setting by its key, without old names: every run's, the core's options, those of rows in ``values``.
+
+    Args:
+        values: settings of a run, flat, which may name rows of ``contrib``.
+    """
     found = {setting.key: setting for setting in _of_section(RunSettings, "")}
-    for name, start in STARTS.items():
-        for option in _of_section(start, START):
-            found[option.key] = _shared(found.get(option.key), option, name)
-    rows: list[tuple[str, type[Any]]] = [*ROWS.items(), *RULES.items()]
-    for name, row in rows:
-        found.update({s.key: dataclasses.replace(s, owners=(name,)) for s in _of_section(row, f"{name}.")})
+    found[OPTIONS] = Setting(OPTIONS, "", _OF_OPTIONS, "", KINDS[str])
+    for prefix, row in rows_with_options(values):
+        for option in _of_section(row, prefix, {**values, **_named(row)}):
+            found[option.key] = _shared(found.get(option.key), option, row.name)
     return {key: dataclasses.replace(s, meaning=s.meaning + _filled(key)) for key, s in found.items()}
 
 
-def select(names: Sequence[str]) -> list[Setting]:
+_OF_OPTIONS = (
+    "Options of rows of `contrib` for `flwr run`, which takes no setting that it does not know: "
+    "`options='start.centred = true'`. `fedveil` takes them as they are, once the run names their row."
+)
+
+
+def _named(row: type[Any]) -> dict[str, Scalar]:
+    """Return settings that name a row."""
+    tables = {"adapter.start": STARTS, "strategy": ROWS, "server.rule": RULES}
+    return {key: row.name for key, table in tables.items() if row.name in table and table[row.name] is row}
+
+
+def options_of(row: type[Any]) -> Iterator[Setting]:
+    """Yield the options of a row, as settings of a run that names it."""
+    named = _named(row)
+    for option in _of_section(row, START if "adapter.start" in named else f"{row.name}.", named):
+        yield dataclasses.replace(option, owners=(row.name,))
+
+
+def select(names: Sequence[str], values: Mapping[str, Scalar] = EMPTY) -> list[Setting]:
     """Return the settings of these names: keys, or sections such as ``training``; all, in order, if there are none.
+
+    ``values`` as of ``all_settings``.
 
     Raises:
         ConfigError: a name is neither; the nearest is named, or the successor of an old name.
     """
-    settings = all_settings()
+    settings = all_settings(values)
     chosen: dict[str, Setting] = {}
     for name in names:
         if name in RENAMED:
@@ -98,11 +121,11 @@ def _shared(before: Setting | None, option: Setting, owner: str) -> Setting:
     return dataclasses.replace(before, meaning=said, owners=(*before.owners, owner))
 
 
-def _of_section(section: type[Any], prefix: str) -> Iterator[Setting]:
+def _of_section(section: type[Any], prefix: str, values: Mapping[str, Scalar] = EMPTY) -> Iterator[Setting]:
     """Yield the settings of a dataclass: its own first, then those of the sections in it."""
     said, kinds, rules = fields_said(section), kinds_of(section), rules_of(section)
     inner = [item for item in dataclasses.fields(section) if dataclasses.is_dataclass(kinds[item.name])]
-    known = known_settings()
+    known = known_settings(values)
     for item in dataclasses.fields(section):
         name, kind, key = item.name, kinds[item.name], prefix + kebab(item.name)
         if item in inner:
@@ -137,7 +160,10 @@ def _filled(key: str) -> str:
     """Return what stands in the place of ``auto`` by default, as a sentence of a setting's meaning; empty: nothing."""
     if not is_open(key):
         return ""
-    told, rest = list[str](), declared_settings()[key]
+    rest = declared_settings().get(key)
+    if rest is None:
+        return ""
+    told = list[str]()
     for name, row in RECIPES.items():
         usual = row.settings(Asked(RunSettings())).get(key)
         told += [f"{toml_value(usual)} of `{name}`"] if usual is not None else []
@@ -164,5 +190,5 @@ def values_of(asked: Mapping[str, Scalar], run: Mapping[str, Scalar], names: Seq
             "asked": asked.get(setting.key, setting.default),
             "value": run.get(setting.key),
         }
-        for setting in select(names)
+        for setting in select(names, asked)
     ]

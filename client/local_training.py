@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from client.budget import evaluation_releases, note_exposure, note_failure, pay_round
-from client.correction import correction
 from client.deadline import Deadline
 from client.evaluation import noised_correct
 from client.linearised import Derivatives, Keeping, Linearisation, forget_records, linearised
@@ -34,7 +33,7 @@ from common.messages.tensors import fingerprint, merge
 from common.model.device import denormals_flushed
 from common.model.federated import FederatedModel
 from common.privacy.plan import Plan, PrivacyPlan
-from common.privacy.steps import Around, as_it_is
+from common.privacy.steps import Around
 from common.randomness import stream
 from common.secure_sum.masks import Words
 from common.starts import PaidStart, UnpaidStart
@@ -115,7 +114,7 @@ def train_round(
         if chosen is not None:
             trained, received = narrowed(trained, chosen), narrowed(received, chosen)
         trained = of_turn(trained, job.strategy.turn(task.round_number))
-        contribution = plan.outgoing(job.strategy.uplink(trained), received) if words is None else {}
+        contribution = plan.outgoing(trained, received) if words is None else {}
     failure = failure or failed
     result = TrainResult(
         *(task.run, task.round_number, site.name, 1 if job.mechanism.central else site.public_size, contribution),
@@ -199,12 +198,12 @@ def _local_steps(
     claim: from a whole sum to none is further than one clip.
     """
     if not job.mechanism.conceals:
-        return _take_steps(records, job, model, task, received, plan, site, Deadline(), kept), None
+        return _take_steps(records, job, model, task, plan, site, Deadline(), kept), None
     try:
-        return _take_steps(records, job, model, task, received, plan, site, deadline, kept), None
+        return _take_steps(records, job, model, task, plan, site, deadline, kept), None
     except Exception as error:
         model.write(received)
-        return _take_steps([], job, model, task, received, plan, site, Deadline(), kept), own_words(error)
+        return _take_steps([], job, model, task, plan, site, Deadline(), kept), own_words(error)
 
 
 def _take_steps(
@@ -212,7 +211,6 @@ def _take_steps(
     job: Job,
     model: FederatedModel,
     task: TrainTask,
-    received: AdapterState,
     plan: Plan,
     site: Site,
     deadline: Deadline,
@@ -223,10 +221,7 @@ def _take_steps(
     with _trainable(records, job, model, task, site, deadline, kept) as (seen, trained):
         optimizer = build_optimizer(trained, config)
         batches = plan.batches(model, seen, stream(job.config.seed, "batches", site.name), first)
-        # The checked configuration has no strategy with a rule of its own on the step of a linearised model.
-        rests = job.config.rests(task.round_number)
-        correct = as_it_is if config.linearised or rests else correction(job.strategy, model, received)
-        with plan.steps(model, optimizer, Around(deadline.check, correct)) as steps:
+        with plan.steps(model, optimizer, Around(deadline.check)) as steps:
             for step in range(config.local_steps):
                 deadline.check()  # steps that draw no record have no pass, and take their noise's time all the same
                 set_learning_rate(optimizer, job.config.site_rate(task.round_number, step))

@@ -147,7 +147,7 @@ def edge_behind(rows: int, gains: Sequence[float], level: float) -> float:
 def without_lift(lifted: Tensor, size: int, noise: float) -> Tensor:
     """Return what eigenvalues of a symmetric matrix were before its noise; 0 where noise alone reaches as far.
 
-    Noise of standard deviation τ on every number of a packed matrix (``common.starts.inputs.packed``) of n rows reaches
+    Noise of standard deviation τ on every number of a packed matrix (``contrib.starts.inputs``) of n rows reaches
     τ √(2 n) alone, the limit of large n, above which one matrix of noise in six is by a little. It lifts an eigenvalue
     λ above τ √(n / 2) to h = λ + n τ² / (2 λ), and what is lower to nothing above that edge (Benaych-Georges and
     Nadakuditi 2011). So λ = (h + √(h² - 2 n τ²)) / 2.

@@ -62,7 +62,7 @@ ADVISORIES = (
         "CVE-2026-9856, GHSA-xrqw-3rrv-vx5w, high",
         "`save_pretrained` writes chat templates outside its folder, by names from `tokenizer_config.json`",
         "5.10.0",
-        "reached by `fedveil merge` and `fedveil prune` of somebody's model",
+        "reached by `fedveil merge` and `prune` of somebody's model",
     ),
     Advisory(
         "torch",

@@ -122,8 +122,10 @@ class Control:
         Raises:
             RunFailed: the server refused or did not answer.
         """
+        from strategies.options import for_flower  # which loads torch
+
         overrides = self._home / "settings.toml"
-        overrides.write_text(to_toml(settings), encoding="utf-8")
+        overrides.write_text(to_toml(for_flower(settings)), encoding="utf-8")
         with app_folder() as app:
             answer = self._call("run", str(app), CONNECTION, "-c", str(overrides))
         return str(self._good(answer, "submit the run")["run-id"])

@@ -26,7 +26,6 @@ from common.tasks import TASKS, Task
 from common.tasks.module import TaskModule
 from common.tensor_file import read_tensors
 from common.words import visible
-from experiments.pruning.files import RecoveredFile
 from strategies.job import configure
 
 PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
@@ -54,54 +53,26 @@ def load_result(adapter: Path) -> Result:
         DataError: the folder holds no saved adapter, or a file of it is missing, damaged or of another model.
         ModelError: the base model on this machine has other weights than the run's.
     """
-    about = _about(adapter)
+    about = about_of(adapter)
     base = base_of(about, about.base_model, about.base_files)
     if base.fingerprint != about.base_fingerprint:
         raise ModelError(f"the base model {base.name!r} here has other weights than the run's")
     # A run of the head alone has no adapter.
     tuned = (adapter / "adapter_config.json").is_file()
-    return _result(about, base, adapter, adapter if tuned else None)
+    return result_of(about, base, adapter, adapter if tuned else None)
 
 
 def evaluate_run(folder: Path) -> Score:
     """Return the score of a run's final adapter on the run's public test data."""
-    return _score(load_result(folder / "adapter"))
+    return score_of(load_result(folder / "adapter"))
 
 
-def evaluate_recovered(folder: Path, recovered: Path) -> tuple[Score, Score]:
-    """Return two scores of a large model on a run's public test data: as it is, and with the recovered adapter.
-
-    Both have the run's head, where its task has one.
-
-    Args:
-        folder: a run on a pruned model.
-        recovered: what ``recover_run`` made of that run.
+def about_of(adapter: Path) -> AdapterFile:
+    """Return what an adapter's folder says of its run.
 
     Raises:
-        DataError: a folder holds nothing of the kind.
-        ModelError: the adapter is of a run on another model, or the large model has other weights.
+        DataError: it holds none, or one of a task or a precision that is not known here.
     """
-    adapter = folder / "adapter"
-    about = _about(adapter)
-    if not (recovered / RecoveredFile.NAME).is_file():
-        raise DataError(f"{recovered} holds no recovered adapter: give the folder that `fedveil recover` made")
-    told = read_file(RecoveredFile, recovered)
-    if told.trained_on != about.base_fingerprint:
-        raise ModelError(
-            f"{recovered} is of a run on a model of fingerprint {told.trained_on[:12]}, and {folder} trained on "
-            f"{about.base_fingerprint[:12]}: name the run that it was recovered from"
-        )
-
-    def scored(tuned: Path | None) -> Score:
-        base = base_of(about, told.large, told.files)  # anew: PEFT changes the module that it is given
-        if base.fingerprint != told.recovered_onto:
-            raise ModelError(f"{base.name!r} here has other weights than the model that the adapter was recovered onto")
-        return _score(_result(about, base, adapter, tuned))
-
-    return scored(None), scored(recovered)
-
-
-def _about(adapter: Path) -> AdapterFile:
     check_adapter(adapter)
     about = read_file(AdapterFile, adapter)
     if about.task not in TASKS or about.precision not in PRECISIONS:
@@ -122,7 +93,7 @@ def base_of(about: AdapterFile, name: str, files: str) -> BaseModel:
     return load_base_model(name, about.task, pool, bits, files)
 
 
-def _result(about: AdapterFile, base: BaseModel, adapter: Path, tuned: Path | None) -> Result:
+def result_of(about: AdapterFile, base: BaseModel, adapter: Path, tuned: Path | None) -> Result:
     """Return a base model with the adapter of ``tuned``, if any, and the head of ``adapter``."""
     peft_model = _with_adapter(base, tuned) if tuned else base.module
     task = TASKS[about.task].pooled(str(about.settings.get("head.pool", "mean")))
@@ -177,7 +148,8 @@ def _fitting(path: Path) -> Iterator[None]:
         raise DataError(f"{path} is not of this run's model ({reason}): take the run's folder anew") from error
 
 
-def _score(result: Result) -> Score:
+def score_of(result: Result) -> Score:
+    """Return a model's score on the public test data of its run."""
     about, task, base = result.about, result.task, result.base
     job = configure(about.settings)
     test = public_test(job.config.data, about.task)

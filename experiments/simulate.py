@@ -40,6 +40,7 @@ from server.lock import is_written
 from server.records import LEAST_ROOM
 from server.tracking import check_tracker
 from strategies.job import configure
+from strategies.options import for_flower
 
 START_SECONDS = 60.0
 QUIET_SECONDS = 45.0
@@ -186,7 +187,7 @@ def _wait_for_port(link: _Link, port: int) -> None:
 
 def _submit(link: _Link, settings: Mapping[str, Scalar], sites: int, workers: int) -> str:
     overrides = link.home / "settings.toml"
-    overrides.write_text(to_toml(settings), encoding="utf-8")
+    overrides.write_text(to_toml(for_flower(settings)), encoding="utf-8")
     with app_folder() as app:
         command = [str(Path(sys.executable).parent / "flwr"), "run", str(app), "fedveil", "--format", "json"]
         command += ["-c", str(overrides), "--federation-config", _resources(sites, workers)]

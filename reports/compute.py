@@ -12,7 +12,7 @@ With P numbers that are trained below the head, H of the head and C labels, site
 * for derivatives (``client.linearised``), once in ``training.linearised`` rounds: 6 N (C - 1) a token, since each label
   after the first is a pass of its own; and then 4 (C - 1) P + 2 H in a step;
 * for features of a head alone (``adapter.name = "none"``, ``client.refit``), once: 2 N a token; and then 6 H in a step;
-* for a probe (``common.starts.probe``): features, of ``MADE`` made-up texts too, and 6 H in each of its steps;
+* for a probe (``contrib.starts.probe``): features, of ``MADE`` made-up texts too, and 6 H in each of its steps;
 * for any other start that is made from records: 6 N a token.
 
 What a site makes anew after its process was started anew is not known here and not counted.

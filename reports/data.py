@@ -39,7 +39,7 @@ from reports.sites import (
 )
 from reports.trials import at_least
 from reports.trust import Actor, actors_of, unprotected_of
-from strategies.job import known_settings
+from strategies.options import known_settings
 
 ADAPTER = f"adapter/{AdapterFile.NAME}"
 ADAPTER_FILES = tuple(
@@ -397,7 +397,7 @@ def _spent(lines: Sequence[PrivacyLine]) -> list[Spent]:
 
 
 def _settings(values: Mapping[str, Scalar], chosen: Collection[str]) -> list[Setting]:
-    known = known_settings()
+    known = known_settings(values)
     return [
         Setting(key, value, known.get(key), key in chosen)
         for key, value in sorted(values.items(), key=lambda item: ("." in item[0], item[0]))

@@ -61,7 +61,7 @@ class ServerModel:
         if round_number == 0:
             return self.job.origin.layout(self.model)
         strategy = self.job.strategy
-        sent = strategy.uplink(of_turn(self.trained_start(), strategy.turn(round_number)))
+        sent = of_turn(self.trained_start(), strategy.turn(round_number))
         return layout_of(self.job.summed(round_number, sent))
 
     def public_statistic(self) -> AdapterState:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import ChainMap
 
+from common.rows import Table
 from strategies.average import Average
 from strategies.base import Strategy, mean, of_turn
 from strategies.diffora import DiffoRA
@@ -16,28 +17,22 @@ from strategies.dylora import DyLoRA
 from strategies.fed_sb import FedSB
 from strategies.fed_svd import FedSVD
 from strategies.fedavg import FedAvgLoRA
-from strategies.fedex_lora import FedExLoRA
 from strategies.ffa_lora import FFALoRA
 from strategies.flexlora import FlexLoRA
-from strategies.flora import FLoRA
 from strategies.flylora import FlyLoRA
 from strategies.heterogeneous_ranks import HeterogeneousRanks
 from strategies.hetlora import HetLoRA
 from strategies.increlora import IncreLoRA
-from strategies.rolora import RoLoRA
 from strategies.state import Contribution, Moments, ServerState
 from strategies.switchlora import SwitchLoRA
 
-STRATEGIES: dict[str, type[Strategy]] = {
-    strategy.name: strategy
-    for strategy in (
+STRATEGIES: Table[type[Strategy]] = Table(
+    "strategies",
+    (
         FedAvgLoRA,
         FFALoRA,
         FedSB,
         FedSVD,
-        FedExLoRA,
-        FLoRA,
-        RoLoRA,
         HeterogeneousRanks,
         FlexLoRA,
         DyLoRA,
@@ -45,10 +40,10 @@ STRATEGIES: dict[str, type[Strategy]] = {
         IncreLoRA,
         DiffoRA,
         SwitchLoRA,
-    )
-}
+    ),
+)
 
-CONTROLS: dict[str, type[Strategy]] = {strategy.name: strategy for strategy in (HetLoRA,)}
+CONTROLS: Table[type[Strategy]] = Table("controls", (HetLoRA,))
 """Rules that are published and break what every strategy promises, to be run beside one, without privacy alone."""
 
 ROWS = ChainMap(CONTROLS, STRATEGIES)

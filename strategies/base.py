@@ -8,13 +8,13 @@ from public sizes and stated noise; everything it sees from a site has passed th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from common.adapters import Adapter
 from common.config.fields import check_fields
-from common.config.sections import RunConfig
+from common.config.sections import RunConfig, Scalar
 from common.errors import ConfigError, ProtocolError
 from common.messages.columns import Chosen
 from common.messages.state import HEAD, AdapterState
@@ -38,7 +38,7 @@ class Strategy(ABC):
     >>> for site, size, step in (("north", 100, 1.0), ("south", 200, 4.0)):
     ...     model = strategy.install(start, strategy.downlink(state))
     ...     trained = {"layer": {"B": model["layer"]["B"] + step}}
-    ...     contributions.append(Contribution(site, size, strategy.uplink(trained)))
+    ...     contributions.append(Contribution(site, size, trained))
     >>> state = strategy.server_update(state, contributions)
     >>> state.round_number, state.adapter["layer"]["B"]
     (1, tensor([[3., 3.]]))
@@ -55,8 +55,8 @@ class Strategy(ABC):
     """The factors that an adapter must keep frozen, at least."""
     moves_frozen: ClassVar[bool] = False
     """Whether the server gives frozen factors another length or direction, so that how they began does not last."""
-    adopts_average: ClassVar[bool] = False
-    """Whether the average must be the new model, so that ``server.optimizer`` left open is ``none`` in every run."""
+    requires: ClassVar[Mapping[str, Scalar]] = {}
+    """Settings that must have these values, such as ``server.optimizer``; one that is left open gets it."""
     needs: ClassVar[Literal["mean", "each"]] = "each"
     """What the server takes of the sites: their weighted mean alone, or what each has sent."""
     noise: ClassVar[str] = ""
@@ -77,9 +77,7 @@ class Strategy(ABC):
 
     def check(self, mechanism: Mechanism) -> None:
         """Raise ConfigError, saying what to do, if the strategy or its options do not fit the run's mechanism."""
-        own = type(self)
-        bare = own.uplink is Strategy.uplink and own.correct is Strategy.correct
-        if mechanism.pooled and not (self.needs == "mean" and bare):
+        if mechanism.pooled and self.needs != "mean":
             seen = "nobody sees" if mechanism.summed else "no strategy is given"
             raise ConfigError(
                 f"strategy {self.name!r} takes more of the sites than the mean of what they trained, and with "
@@ -169,23 +167,6 @@ class Strategy(ABC):
         """Server: return what a contribution of a site of this rank is a change of."""
         del rank
         return state.adapter
-
-    def correct(self, gradients: AdapterState, weights: AdapterState, received: AdapterState) -> AdapterState:
-        """Site: return what the optimiser takes for the gradient of one step.
-
-        Under privacy this is post-processing: it comes after clip and noise, and sees nothing that did not.
-
-        Args:
-            gradients: of what is trained; under privacy the noised sum over the expected batch, else the batch's mean.
-            weights: what is trained, before the step.
-            received: what the round started from: every factor, and the head if it is trained.
-        """
-        del weights, received
-        return gradients
-
-    def uplink(self, trained: AdapterState) -> AdapterState:
-        """Site: return what travels to the server, from the trained tensors."""
-        return trained
 
     @abstractmethod
     def combine(self, state: ServerState, contributions: Sequence[Contribution]) -> ServerState:

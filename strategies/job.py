@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from common.adapters import ADAPTERS, ALIASES, Adapter, build_adapter
-from common.check import OneOf, Rule, nearest
+from common.check import nearest
 from common.config.asked import RunSettings, as_asked, from_mapping, resolve
 from common.config.sections import RunConfig, Scalar, defaults, from_section, to_mapping, typed
 from common.data.sources import count_labels, count_records, known_labels
@@ -19,11 +18,11 @@ from common.model.federated import FederatedModel, model_of
 from common.model.files import files_of
 from common.privacy import Mechanism
 from common.starts import STARTS, Start, check_directions
-from common.tasks import TASKS, roles_of_all
-from common.tasks.roles import Role
+from common.tasks import TASKS
 from common.trackers import NO_TRACKER
 from strategies import ROWS
 from strategies.base import Strategy
+from strategies.options import START, declared_settings, known_settings, tables, unnamed, with_options
 from strategies.recipes import AUTO, RECIPES, Asked, Recipe, choose, is_open, own_method, without_open
 from strategies.renamed import REFUSED, REFUSED_STRATEGIES, RENAMED, by_new_names
 from strategies.rules import RULES, ServerRule
@@ -31,8 +30,7 @@ from strategies.state import ServerState
 from strategies.systems import told
 
 T = TypeVar("T")
-START = "start."
-"""What the options of a start begin with."""
+BESIDE = "; a start of contrib has its own options, once adapter.start names it"
 
 
 @dataclass(frozen=True)
@@ -151,53 +149,13 @@ class Job:
 
     def chosen(self) -> list[str]:
         """Return the settings that were asked for otherwise than by default."""
-        known = known_settings()
+        known = known_settings(self.asked)
         return [key for key, value in self.asked.items() if value != known[key]]
 
 
 def _flat(run: RunSettings, origin: Start, strategy: Strategy, rule: ServerRule) -> dict[str, Scalar]:
     own = {**to_mapping(strategy, f"{strategy.name}."), **to_mapping(rule, f"{rule.name}.")}
     return {**to_mapping(run), **to_mapping(origin, START), **own}
-
-
-def tables() -> dict[str, Rule]:
-    """Return what the settings may be that name a row of a table, by their keys."""
-    return {
-        "recipe": OneOf((AUTO, *RECIPES)),
-        "strategy": OneOf(tuple(ROWS)),
-        "adapter.name": OneOf(("auto", *ADAPTERS)),
-        "adapter.start": OneOf(tuple(STARTS)),
-        "server.rule": OneOf(tuple(RULES)),
-    }
-
-
-def known_settings() -> dict[str, Scalar]:
-    """Return every setting that exists with its default: the run's, every start's, strategy's and rule's, old names.
-
-    What is left to the recipe is ``auto`` (``strategies.recipes.is_open``). Old names (``strategies.renamed``) have the
-    default of their successors.
-    """
-    known = {key: AUTO if is_open(key) else value for key, value in declared_settings().items()}
-    return {**known, **{old: known[new] for old, new in RENAMED.items()}}
-
-
-def declared_settings() -> dict[str, Scalar]:
-    """Return every setting by its present name with the default that its field declares."""
-    return dict(_declared(tuple(STARTS.values()), (*ROWS.items(), *RULES.items()), roles_of_all()))
-
-
-# Every job asks for them several times; the tables may get rows meanwhile.
-@lru_cache(maxsize=64)
-def _declared(
-    starts: tuple[type[Start], ...], rows: tuple[tuple[str, type[Any]], ...], roles: tuple[Role, ...]
-) -> Mapping[str, Scalar]:
-    del roles  # of which defaults have the columns
-    known = defaults(RunSettings)
-    for start in starts:
-        known.update({START + key: value for key, value in defaults(start).items()})
-    for name, row in rows:
-        known.update({f"{name}.{key}": value for key, value in defaults(row).items()})
-    return known
 
 
 def configure(values: Mapping[str, Scalar]) -> Job:
@@ -209,11 +167,13 @@ def configure(values: Mapping[str, Scalar]) -> Job:
         ConfigError: a key is unknown (the nearest known one is named), ill-typed or out of range,
             or strategy, adapter, start and privacy do not fit together.
     """
-    known, declared = known_settings(), declared_settings()
+    values = with_options(values)
+    known, declared = known_settings(values), declared_settings(values)
     for key, value in values.items():
         if key not in known:
-            why = REFUSED.get(key.rpartition(".")[2].replace("_", "-"))
-            raise ConfigError(f"{key} cannot be set: {why}" if why else f"unknown setting {key!r}{nearest(key, known)}")
+            if why := REFUSED.get(key.rpartition(".")[2].replace("_", "-")) or unnamed(key, values):
+                raise ConfigError(f"{key} cannot be set: {why}")
+            raise ConfigError(f"unknown setting {key!r}{nearest(key, known)}{BESIDE if key.startswith(START) else ''}")
         present = RENAMED.get(key, key)
         if (key in RENAMED or key.startswith(START)) and not (is_open(present) and value == AUTO):
             typed(key, value, type(declared[present]))
@@ -264,7 +224,8 @@ def with_recipe(values: Mapping[str, Scalar], *, divided: bool = True, sites: in
     Raises:
         ConfigError: as of ``configure``.
     """
-    told = without_open(by_new_names(values, known_settings())[0])
+    values = with_options(values)
+    told = without_open(by_new_names(values, known_settings(values))[0])
     config = configure(values).config
     data, kind, named = config.data, config.model.task, str(values.get("recipe", AUTO))
     labels = count_labels(data, kind) if named == AUTO and TASKS[kind].labelled and not known_labels(data) else 0
@@ -299,12 +260,10 @@ def _compose(filled: _Filled, given: Mapping[str, Scalar], renamed: Mapping[str,
         given: as they were written.
         renamed: the old names among them, each with its successor.
     """
-    settings = filled.settings
+    settings = _with_required(filled.settings)
     asked = _run_settings(settings)
     named = ALIASES.get(asked.adapter.name, asked.adapter.name)
     asked = replace(asked, adapter=replace(asked.adapter, name=named))
-    if asked.strategy in ROWS and ROWS[asked.strategy].adopts_average and asked.server.optimizer == AUTO:
-        asked = replace(asked, server=replace(asked.server, optimizer="none"))
     config = resolve(asked)
     if named not in ADAPTERS and (instead := told(named.lower())):
         raise ConfigError(f"adapter.name {named!r} is no adapter here; {instead}")
@@ -324,6 +283,7 @@ def _compose(filled: _Filled, given: Mapping[str, Scalar], renamed: Mapping[str,
     config.privacy.mechanism.check_row()
     strategy.check(config.privacy.mechanism)
     config.privacy.mechanism.check_run(config)
+    _check_required(strategy, config)
     strategy.check_run(config)
     name = strategy.adapter if named == "auto" else named
     strategy.check_adapter(ADAPTERS[name])
@@ -368,7 +328,7 @@ def _compose(filled: _Filled, given: Mapping[str, Scalar], renamed: Mapping[str,
             f"server.most-noise bounds what noise does through a plain step, which server.rule {rule.name!r} makes "
             "another: set server.most-noise to 0, or server.rule to 'none'"
         )
-    known = known_settings()
+    known = known_settings(given)
     own = {k: v if k in filled.given else known[k] for k, v in _flat(asked, asked_start, strategy, rule).items()}
     notes = [f"{old} is called {new} now: write {new} in its place" for old, new in renamed.items() if new in own]
     return Job(config, strategy, adapter, origin, rule, (*notes, *([filled.note] if filled.note else [])), own)
@@ -387,6 +347,24 @@ def _check_quantise(config: RunConfig, origin: Start, adapter: type[Adapter]) ->
             f"adapter.alpha is 0, to be calibrated by gradients {held}: give it a number, or set model.quantise to "
             "'none'"
         )
+
+
+def _with_required(settings: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """Return settings with the values that the strategy requires, where they are left open."""
+    name = settings.get("strategy")
+    required = ROWS[name].requires if isinstance(name, str) and name in ROWS else {}
+    return {**settings, **{key: value for key, value in required.items() if settings.get(key, AUTO) == AUTO}}
+
+
+def _check_required(strategy: Strategy, config: RunConfig) -> None:
+    """Raise ConfigError unless every setting has the value that the strategy requires."""
+    values = to_mapping(as_asked(config))
+    for key, value in strategy.requires.items():
+        if values[key] != value:
+            raise ConfigError(
+                f"strategy {strategy.name!r} requires {key} {value!r}, and it is {values[key]!r}: set {key} to "
+                f"{value!r}, or choose another strategy"
+            )
 
 
 def _check_unit(config: RunConfig) -> None:
@@ -440,11 +418,6 @@ def _check_linearised(config: RunConfig, strategy: Strategy, adapter: type[Adapt
             "training.weight-decay would draw a linearised adapter to where each process began, and not to 0: set it "
             "to 0, or training.linearised"
         )
-    if type(strategy).correct is not Strategy.correct:
-        raise ConfigError(
-            f"strategy {strategy.name!r} has a rule of its own on gradients, layer by layer, which the one step of a "
-            "linearised model has not: set training.linearised to 0"
-        )
 
 
 def _check_most_noise(config: RunConfig) -> None:
@@ -485,11 +458,11 @@ def _start(name: str, settings: Mapping[str, Scalar], given: Mapping[str, Scalar
     Raises:
         ConfigError: an option is out of range, or ``given`` and not one of this start.
     """
-    own, declared = {START + key for key in defaults(STARTS[name])}, declared_settings()
+    own, declared = {START + key for key in defaults(STARTS[name])}, declared_settings(given)
     for key, value in given.items():
         # A resumed run is given every setting, also those of other starts, as they are declared.
         if key.startswith(START) and key not in own and value not in (declared[key], AUTO):
-            owners = [other for other, start in STARTS.items() if key in {START + k for k in defaults(start)}]
+            owners = [other for other, start in STARTS.core.items() if key in {START + k for k in defaults(start)}]
             raise ConfigError(f"{key} has no effect on adapter.start {name!r}: it is an option of {', '.join(owners)}")
     return from_section(STARTS[name], {key: value for key, value in settings.items() if key in own}, START)
 
@@ -500,7 +473,7 @@ def _rule(name: str, settings: Mapping[str, Scalar], given: Mapping[str, Scalar]
     Raises:
         ConfigError: an option is out of range, or is ``given`` and another rule's.
     """
-    known = known_settings()
+    known = known_settings(given)
     for key, value in given.items():
         owner = key.partition(".")[0]
         if owner in RULES and owner != name and value != known.get(key):

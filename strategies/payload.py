@@ -25,7 +25,7 @@ def travels(strategy: Strategy, adapter: Adapter, out: int, into: int) -> tuple[
     down = strategy.downlink(strategy.start(layer, adapter.trained))
     chosen = strategy.columns(down, 0)
     trained = of_turn(trained, strategy.turn(1))
-    return down, strategy.uplink(trained if chosen is None else narrowed(trained, chosen))
+    return down, trained if chosen is None else narrowed(trained, chosen)
 
 
 def payload(strategy: Strategy, adapter: Adapter, layers: Sequence[tuple[int, int]]) -> tuple[int, int]:

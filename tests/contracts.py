@@ -11,14 +11,16 @@ import json
 import random
 import re
 import shutil
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from digits import TOKENS, digits, encoded, save_vit
 
@@ -29,13 +31,15 @@ from common.errors import ConfigError
 from common.messages.state import OWN, AdapterState
 from common.privacy import MECHANISMS
 from common.run_lines import RoundLine, read_lines
-from common.starts import STARTS, check_directions
+from common.starts import STARTS, check_directions, class_means
 from common.tasks import TASKS
 from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process
+from server import conduct
 from server.model import ServerModel
-from strategies import ROWS
-from strategies.job import Job, configure, known_settings
+from strategies import ROWS, STRATEGIES
+from strategies.job import Job, configure
+from strategies.options import known_settings
 
 SITES, IN_A_SUM = 2, 3
 """Sites of a run, and of one whose server sees a sum alone."""
@@ -81,20 +85,27 @@ Pair = tuple[tuple[str, str], tuple[str, str]]
 """Two rows of two axes, each as (axis, row)."""
 
 
-def axes() -> dict[str, tuple[str, ...]]:
-    """Return the rows of every axis; a mechanism that promises something is there once for each unit."""
+def axes(*, core: bool = False) -> dict[str, tuple[str, ...]]:
+    """Return the rows of every axis, or the core's; a mechanism that promises something is there once for each unit."""
     mechanisms = [
         f"{mode} {unit.name}" for mode, row in MECHANISMS.items() for unit in (row.units if row.claims else (row.unit,))
     ]
-    return dict(zip(Cell._fields, map(tuple, (TASKS, ADAPTERS, STARTS, dict(ROWS), mechanisms)), strict=True))
+    beside = (ADAPTERS.core, STARTS.core, STRATEGIES.core) if core else (ADAPTERS, STARTS, ROWS)
+    return dict(zip(Cell._fields, map(tuple, (TASKS, *beside, mechanisms)), strict=True))
+
+
+def is_core(pair: Pair) -> bool:
+    """Return whether no row of a pair is beside the core."""
+    rows = axes(core=True)
+    return all(row in rows[axis] for axis, row in pair)
 
 
 def pairs_of(cell: Cell) -> list[Pair]:
     return list(combinations(zip(Cell._fields, cell, strict=True), 2))
 
 
-def all_pairs() -> list[Pair]:
-    rows = {axis: [(axis, row) for row in values] for axis, values in axes().items()}
+def all_pairs(*, core: bool = False) -> list[Pair]:
+    rows = {axis: [(axis, row) for row in values] for axis, values in axes(core=core).items()}
     return [pair for one, two in combinations(rows, 2) for pair in product(rows[one], rows[two])]
 
 
@@ -314,16 +325,17 @@ def moved(adapter: AdapterState, start: AdapterState) -> bool:
 # Which cells ----------------------------------------------------------------------------------------------------------
 
 
-def refused_by_tables() -> set[Pair]:
+def refused_by_tables(*, core: bool = False) -> set[Pair]:
     """Return the pairs that the rows themselves refuse, whatever the rest of a run is: their own checks are asked."""
     found: set[Pair] = set()
-    for (name, adapter), (start, kind) in product(ADAPTERS.items(), STARTS.items()):
-        if adapter.directions and refuses(check_directions, kind(), adapter):
-            found.add((("adapter", name), ("start", start)))
-    for (name, adapter), (strategy, row) in product(ADAPTERS.items(), ROWS.items()):
-        if refuses(row.check_adapter, adapter):
-            found.add((("adapter", name), ("strategy", strategy)))
-    for start, mechanism in product(axes()["start"], axes()["mechanism"]):
+    rows = axes(core=core)
+    for adapter, start in product(rows["adapter"], rows["start"]):
+        if ADAPTERS[adapter].directions and refuses(check_directions, STARTS[start](), ADAPTERS[adapter]):
+            found.add((("adapter", adapter), ("start", start)))
+    for adapter, strategy in product(rows["adapter"], rows["strategy"]):
+        if refuses(ROWS[strategy].check_adapter, ADAPTERS[adapter]):
+            found.add((("adapter", adapter), ("strategy", strategy)))
+    for start, mechanism in product(rows["start"], rows["mechanism"]):
         if STARTS[start].needs not in MECHANISMS[mechanism.split(" ")[0]].starts:
             found.add((("start", start), ("mechanism", mechanism)))
     return found
@@ -337,10 +349,10 @@ def refuses(check: Callable[..., object], *given: Any) -> bool:
     return False
 
 
-def cells(without: Collection[Pair] = ()) -> Iterator[Cell]:
+def cells(without: Collection[Pair] = (), *, core: bool = False) -> Iterator[Cell]:
     """Yield every cell in which none of these pairs is."""
     refused = set(without)
-    for cell in map(Cell._make, product(*axes().values())):
+    for cell in map(Cell._make, product(*axes(core=core).values())):
         if not refused or refused.isdisjoint(pairs_of(cell)):
             yield cell
 
@@ -388,3 +400,71 @@ def one_unit(pair: Pair) -> bool:
     """Return whether the mechanism of a pair, its last row, is the first of its mode."""
     mode = pair[1][1].split(" ")[0]
     return pair[1][1] == next(name for name in axes()["mechanism"] if name.startswith(f"{mode} "))
+
+
+def broken(check: Callable[[Cell], None], some: list[Cell]) -> dict[Cell, str]:
+    """Return the cells that do not hold what they promise, and what is wrong."""
+    found = {}
+    for cell in some:
+        try:
+            check(cell)
+        except Exception as error:  # whatever a cell raises is what is to be found
+            found[cell] = f"{type(error).__name__}: {error}"
+    return found
+
+
+class Covered:
+    """The cells that hold all pairs of the core's rows, or all others, in three parts by what is done with each."""
+
+    def __init__(self, contracts: Contracts, *, core: bool) -> None:
+        self.by_tables = refused_by_tables(core=core)
+        self.pairs = {pair for pair in all_pairs(core=core) if core or not is_core(pair)}
+        wanted = [pair for pair in all_pairs(core=core) if pair in self.pairs and pair not in self.by_tables]
+        among = list(cells(self.by_tables, core=core))
+
+        def accepts(cell: Cell) -> bool:
+            return isinstance(contracts.verdict(cell), Job)
+
+        runs = [*of_axes(wanted, LIGHT), *(pair for pair in of_axes(wanted, BY_MODE) if one_unit(pair))]
+        self.run, _ = cover(runs, among, accepts)
+        self.begun, _ = cover(of_axes(wanted, BEGUN), among, accepts, self.run)
+        self.rest, self.never = cover(wanted, among, accepts, [*self.run, *self.begun])
+
+    def check(self, contracts: Contracts) -> None:
+        """Raise AssertionError unless every pair is accepted somewhere or refused everywhere."""
+        held = {pair for cell in (*self.run, *self.begun, *self.rest) for pair in pairs_of(cell)} & self.pairs
+        refused = (self.never | self.by_tables) & self.pairs
+        assert held | refused == self.pairs
+        assert not held & refused
+        assert all(isinstance(contracts.verdict(cell), Job) for cell in self.rest)
+        rows = {item for pair in self.pairs for item in pair}
+        assert {item for pair in held for item in pair} == rows, "a row goes with nothing"
+        kinds = Counter((pair[0][0], pair[1][0]) for pair in refused)
+        print("pairs that no run has:", *(f"{one} and {two}: {n}" for (one, two), n in sorted(kinds.items())), sep="\n")
+
+    def check_refused(self, contracts: Contracts) -> None:
+        """Raise AssertionError unless what tables refuse is refused in one sentence."""
+        plain = {
+            "task": "classification",
+            "start": "orthonormal",
+            "strategy": "fedavg-lora",
+            "mechanism": "none record",
+        }
+        for pair in self.by_tables & self.pairs:
+            cell = Cell(**{"adapter": "lora", **plain, **dict(pair)})
+            if pair[0][0] == "start":  # of a mechanism: an adapter and a strategy that take any start
+                cell = cell._replace(adapter="lora-metric" if STARTS[cell.start].gives[0] == "B" else "lora")
+            assert isinstance(contracts.verdict(cell), str), f"{pair} is accepted"
+
+
+@contextmanager
+def quickened(folder: Path, model_folder: Callable[[str], str]) -> Iterator[Contracts]:
+    """Yield contracts over tiny worlds in a folder, which is removed afterwards."""
+    with pytest.MonkeyPatch.context() as patch:
+        # Thousands of jobs are asked for, and nobody reads the reports.
+        patch.setattr(conduct, "write_reports", lambda *_, **__: None)
+        # A map of the tiny models' 16 features needs no more made-up texts, each of which is a pass of its own.
+        patch.setattr(class_means, "MADE", 48)
+        patch.setattr("common.starts.public_metric.MADE", 48)
+        yield Contracts(World(folder, model_folder))
+    shutil.rmtree(folder)

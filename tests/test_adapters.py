@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 from audits.tiny_models import TARGETS, with_biases
-from common.adapters import ADAPTERS, Adapter, DoRA
+from common.adapters import ADAPTERS, Adapter
 from common.adapters.base import ADAPTER_NAME, layer_shape
 from common.adapters.branch import Branch
 from common.adapters.layer import AdaptedLinear
@@ -39,6 +39,7 @@ from common.randomness import stream
 from common.starts import STARTS
 from common.starts.directions import orthonormal_rows
 from common.starts.kaiming import uniform_rows
+from contrib.adapters.dora import DoRA
 
 RANK, ALPHA = 3, 12.0
 FAMILIES = ("bert", "gpt2", "llama")

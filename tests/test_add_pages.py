@@ -78,7 +78,7 @@ ADAPTER = Page(
 )
 START = Page(
     *("add-a-start", "LongestRows", "common.starts", "STARTS", "longest-rows"),
-    tests=("tests/test_starts.py", "tests/test_new_starts.py"),
+    tests=("tests/test_starts.py", "contrib/tests/test_new_starts.py"),
     least=12,
 )
 TASK = Page(

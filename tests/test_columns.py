@@ -90,7 +90,7 @@ def trained_at(state: ServerState, rank: int, seed: int) -> AdapterState:
 
 def sent(strategy: HeterogeneousRanks, state: ServerState, model: AdapterState, rank: int) -> AdapterState:
     whole = {**{layer: {"B": model[layer]["B"]} for layer in LAYERS}, HEAD: model[HEAD]}
-    return strategy.uplink(narrowed(whole, strategy.columns(strategy.downlink(state), rank)))
+    return narrowed(whole, strategy.columns(strategy.downlink(state), rank))
 
 
 def round_of(ranks: Sequence[int], seed: int = 1) -> tuple[ServerState, list[AdapterState], list[Contribution]]:

@@ -427,6 +427,7 @@ def test_the_image_runs_as_nobody_in_particular_and_holds_no_history() -> None:
         "requirements",
         "common",
         "strategies",
+        "contrib",
         "client",
         "server",
         "reports",

@@ -22,16 +22,25 @@ from common.errors import ConfigError
 from common.privacy import MECHANISMS
 from common.starts import STARTS, Start
 from strategies import CONTROLS, ROWS, STRATEGIES
-from strategies.job import configure, declared_settings, known_settings
+from strategies.job import configure
+from strategies.options import OPTIONS, declared_settings, known_settings
 from strategies.renamed import RENAMED
 from strategies.rules import RULES
 
 fast = settings(max_examples=25, deadline=None)
 ROOT = Path(__file__).parent.parent
 KNOWN = known_settings()
-DECLARED = {**declared_settings(), **{old: declared_settings()[new] for old, new in RENAMED.items()}}
+BESIDE = {
+    key: value
+    for naming, table in (("adapter.start", STARTS), ("strategy", ROWS), ("server.rule", RULES))
+    for name in table
+    for key, value in declared_settings({naming: name}).items()
+    if key not in KNOWN
+}
+"""Options of the rows of ``contrib``."""
+DECLARED = {**declared_settings(), **{old: declared_settings()[new] for old, new in RENAMED.items()}, **BESIDE}
 """Defaults as the fields have them, where ``auto`` leaves some to a recipe."""
-each_key = pytest.mark.parametrize("key", KNOWN)
+each_key = pytest.mark.parametrize("key", DECLARED)
 
 
 def job_with(key: str, value: Scalar) -> Any:
@@ -49,6 +58,8 @@ def with_owner(key: str) -> dict[str, Scalar]:
     """Return the settings of a run in which ``key`` says something, such as the start whose option it is."""
     owners = [name for name, start in STARTS.items() if key in options(start) and start().asked != "sites"]
     owners += [name for name, start in STARTS.items() if key in options(start) and start.needs == "paid release"]
+    if key == "start.text-sha256":
+        return {"adapter.start": "eva"}
     if key == "server.most-noise":
         return {"server.optimizer": "momentum"}
     if key in ("privacy.site-rate", "privacy.ledger"):
@@ -101,7 +112,7 @@ def decided(values: Mapping[str, Scalar]) -> dict[str, Scalar]:
 
 def test_defaults_alone_are_a_valid_run() -> None:
     others = {*ROWS, *RULES, "start"} - {"ffa-lora"}
-    own = {k: v for k, v in KNOWN.items() if k.split(".")[0] not in others and k not in RENAMED}
+    own = {k: v for k, v in KNOWN.items() if k.split(".")[0] not in others and k not in {OPTIONS, *RENAMED}}
     settings = configure({"recipe": "plain"}).settings()
     assert settings.keys() == own.keys()
     own = {key: value for key, value in own.items() if value != "auto"} | {"recipe": "plain"}
@@ -128,7 +139,7 @@ def test_a_jobs_settings_make_the_same_job_again(name: str) -> None:
         ("privacy.epsilom", "privacy.epsilon"),
         ("training.local_steps", "training.local-steps"),
         ("round", "rounds"),
-        *((f"{name}.{key}x", f"{name}.{key}") for name, s in STRATEGIES.items() for key in defaults(s)),
+        *((f"{name}.{key}x", f"{name}.{key}") for name, s in STRATEGIES.core.items() for key in defaults(s)),
     ],
 )
 def test_an_unknown_setting_is_answered_with_the_nearest_known_one(typo: str, meant: str) -> None:

@@ -35,9 +35,9 @@ from common.starts import STARTS, Start
 from common.starts.directions import leading_singular_triple
 from common.starts.dp_gradient import DPGradient
 from common.starts.gradient import gradient_basis, mean_gradient, private_gradient
-from common.starts.nonprivate_gradient import NonprivateGradient
 from common.tasks import TASKS, Record
 from common.tasks.text import TextExample
+from contrib.starts.nonprivate_gradient import NonprivateGradient
 from strategies import Contribution, ServerState, mean
 from strategies.fed_sb import FedSB
 from strategies.job import Job, configure

@@ -25,7 +25,8 @@ from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process, simulated_nodes
 from reports import markdown_report
 from strategies import STRATEGIES
-from strategies.job import configure, known_settings
+from strategies.job import configure
+from strategies.options import known_settings
 from strategies.payload import payload, preset_adapter
 
 PRIVACY_FIELDS = [

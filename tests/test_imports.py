@@ -19,6 +19,10 @@ from common.tasks import TASKS
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("common", "strategies", "client", "reports", "server", "deploy", "experiments", "cli", "audits", "faults")
 """From the lowest floor to the highest: a room imports itself and what is below it, except as said in NEVER."""
+BESIDE = "contrib"
+"""The room of rows that no run needs: it imports the others, and none of the product imports it (``common.rows``)."""
+EVIDENCE, NOT_BESIDE = {"audits", "faults"}, {"audits", "faults"}
+"""What may import it, and what it may not import."""
 NEVER = {("reports", "client"), ("server", "client"), ("audits", "cli"), ("faults", "cli")}
 WINGS = ("tasks", "privacy", "trackers", "config", "data", "secure_sum", "messages", "adapters", "model", "starts")
 """The folders of ``common``, lowest first: one imports itself, the files beside them, and the wings below it."""
@@ -70,9 +74,9 @@ DOORS = {
     "jinja2": {"reports/page.py"},
     "PIL": {"common/tasks/images.py"},
     "matplotlib": {"experiments/sweep/pictures.py"},
-    "mlflow": {"common/trackers/mlflow.py"},
-    "trackio": {"common/trackers/trackio.py"},
-    "wandb": {"common/trackers/wandb.py"},
+    "mlflow": {"contrib/trackers/mlflow.py"},
+    "trackio": {"contrib/trackers/trackio.py"},
+    "wandb": {"contrib/trackers/wandb.py"},
     "onnx": {"common/model/dinov2.py"},
     "gguf": {"experiments/serving/gguf.py"},
     "bitsandbytes": {"common/adapters/low_bits.py"},
@@ -134,16 +138,61 @@ def libraries(path: Path) -> set[str]:
 
 
 def sources() -> list[Path]:
-    return [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
+    """Return the files of all rooms, those beside the core included, and no tests."""
+    found = [path for room in (*ROOMS, BESIDE) for path in sorted((ROOT / room).rglob("*.py"))]
+    return [path for path in found if "tests" not in path.parts]
+
+
+def allowed_of(room: str) -> set[str]:
+    """Return the rooms that one may import."""
+    if room == BESIDE:
+        return {BESIDE, *ROOMS} - NOT_BESIDE
+    below = {other for other in ROOMS[: ROOMS.index(room) + 1] if (room, other) not in NEVER}
+    return below | ({BESIDE} if room in EVIDENCE else set())
+
+
+def wrong_rooms(room: str, names: Collection[str]) -> set[str]:
+    """Return the rooms among imported names that a room may not import; nobody imports the writers of documents."""
+    return ({name.split(".")[0] for name in names} & {*ROOMS, BESIDE, "docs"}) - allowed_of(room)
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_point_one_way(path: Path) -> None:
-    """No room imports the writers of documents, either."""
     room = path.relative_to(ROOT).parts[0]
-    allowed = {other for other in ROOMS[: ROOMS.index(room) + 1] if (room, other) not in NEVER}
-    wrong = ({name.split(".")[0] for name in imports(path)} & {*ROOMS, "docs"}) - allowed
-    assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}; {room} may import {allowed}"
+    wrong = wrong_rooms(room, imports(path))
+    assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}; {room} may import {allowed_of(room)}"
+
+
+@pytest.mark.parametrize(
+    ("room", "fault"),
+    [
+        ("strategies", "import contrib"),
+        ("common", "from contrib import ROWS"),
+        ("cli", "def f():\n    import contrib.starts.eva"),
+        ("contrib", "from faults.bundle import make_bundle"),
+        ("server", "import docs.make"),
+    ],
+)
+def test_a_room_that_imports_what_it_may_not_is_found(room: str, fault: str, tmp_path: Path) -> None:
+    (tmp_path / "planted.py").write_text(fault, encoding="utf-8")
+    assert wrong_rooms(room, imports(tmp_path / "planted.py"))
+
+
+def test_names_of_rows_are_listed_without_loading_a_row() -> None:
+    code = """
+import sys
+from cli.settings_reference import select
+from client.policy import Policy
+from strategies.options import known_settings, tables
+from strategies.job import configure
+assert {"eva", "orthonormal"} <= set(tables()["adapter.start"].choices)
+known_settings(), select([]), configure({}), Policy()
+print(sorted(name for name in sys.modules if name.startswith("contrib")))
+configure({"adapter.start": "eva", "strategy": "ffa-lora"})
+print(sorted(name for name in sys.modules if name.startswith("contrib")))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["['contrib']", "['contrib', 'contrib.starts', 'contrib.starts.eva']"]
 
 
 def sums_of_flower(modules: Collection[str]) -> set[str]:
@@ -209,7 +258,7 @@ def test_big_libraries_come_in_through_their_doors(library: str) -> None:
 def test_peft_comes_in_through_the_adapters_and_the_way_out() -> None:
     found = {str(path.relative_to(ROOT)) for path in sources() if "peft" in libraries(path)}
     ways_out = {"experiments/evaluate.py", "experiments/serving/gguf.py"}
-    assert all(name.startswith("common/adapters/") or name in ways_out for name in found), found
+    assert all(name.startswith(("common/adapters/", "contrib/adapters/")) or name in ways_out for name in found), found
 
 
 KINDS = {"Classification", "CausalLM", "TextTask", "TextExample", "has_head", "input_ids"}

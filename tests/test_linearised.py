@@ -36,7 +36,6 @@ from common.tasks.tangent import Tangent
 from common.tasks.text import TextExample
 from experiments.in_process import run_in_process
 from experiments.planner.forecast import forecast
-from strategies import STRATEGIES
 from strategies.job import configure
 
 Folder = Callable[[str], str]
@@ -503,16 +502,6 @@ def test_without_privacy_it_runs_as_well(toy_settings: dict[str, Any]) -> None:
 def test_what_cannot_be_linearised_is_refused(more: dict[str, Any], match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         configure({"training.linearised": 1, **more})
-
-
-def test_a_strategy_with_a_rule_on_gradients_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Ruled(STRATEGIES["fedavg-lora"]):  # type: ignore[misc, valid-type]
-        def correct(self, gradients: Any, weights: Any, received: Any) -> Any:
-            return gradients
-
-    monkeypatch.setitem(STRATEGIES, "fedavg-lora", Ruled)
-    with pytest.raises(ConfigError, match="rule of its own"):
-        configure({"training.linearised": 1})
 
 
 def test_more_derivatives_than_fit_are_refused_before_the_charge(

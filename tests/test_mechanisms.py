@@ -399,7 +399,7 @@ class WholeSitePlan(PrivacyPlan):
 
     @contextmanager
     def steps(self, model: FederatedModel, optimizer: Any, around: Around = JUST_STEPS) -> Iterator[Any]:
-        yield _EmptySteps(model, optimizer, around.correct)
+        yield _EmptySteps(model, optimizer)
 
     def outgoing(self, contribution: AdapterState, received: AdapterState) -> AdapterState:
         held = {layer: {n: received[layer][n] for n in factors} for layer, factors in contribution.items()}

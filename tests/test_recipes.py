@@ -25,7 +25,8 @@ from common.privacy import MECHANISMS
 from common.run_lines import ConfigFile, RoundLine, read_file, read_lines
 from experiments.in_process import run_in_process
 from strategies import ROWS
-from strategies.job import configure, declared_settings, known_settings, with_recipe
+from strategies.job import configure, with_recipe
+from strategies.options import declared_settings, known_settings
 from strategies.recipes import AUTO, FILLED, RECIPES, Asked
 
 MANY = "a,b,c,d,e"

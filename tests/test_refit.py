@@ -29,12 +29,12 @@ from common.privacy.plan import gaussian_plan
 from common.run_lines import PrivacyLine, RoundLine, read_lines
 from common.starts import STARTS
 from common.starts.base import Labels
-from common.starts.probe import Probe
 from common.tasks import TASKS, Record
 from common.tasks.examples import Dataset
 from common.tasks.featured import FEATURES
 from common.tasks.module import TaskModule
 from common.tasks.text import TextExample
+from contrib.starts.probe import Probe
 from experiments.evaluate import evaluate_run
 from experiments.in_process import InProcessTransport, run_in_process
 from server.checkpoint import load_checkpoint, save_checkpoint, saved_state

@@ -25,7 +25,7 @@ from client.ledger.rows import Failure
 from client.own_records import prepared
 from client.rehearsal import rehearse, rehearse_initial, rehearse_turn
 from client.site import open_site
-from common.adapters import ADAPTERS, DoRA
+from common.adapters import ADAPTERS
 from common.adapters.mapped import Mapped
 from common.config.sections import HeadConfig
 from common.errors import ConfigError, LedgerError, ModelError
@@ -40,6 +40,7 @@ from common.starts.kaiming import Kaiming
 from common.starts.orthonormal import Orthonormal
 from common.tasks import TASKS
 from common.tasks.text import TextExample
+from contrib.adapters.dora import DoRA
 from strategies.job import configure
 
 SIZE = len(VOCABULARY)

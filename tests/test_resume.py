@@ -91,7 +91,7 @@ def fixed_entropy(replace_entropy: Callable[[Source], None]) -> None:
     ("strategy", "changes"),
     [
         *(
-            (name, {"server.optimizer": "none" if kind.adopts_average else "adam"})
+            (name, {"server.optimizer": "none" if "server.optimizer" in kind.requires else "adam"})
             for name, kind in sorted(STRATEGIES.items())
             if not (kind.by_columns or kind.nested)
         ),

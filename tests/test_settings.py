@@ -23,9 +23,11 @@ from common.config.text import flatten, parse_settings
 from common.errors import ConfigError
 from common.starts import STARTS
 from docs.make.settings import flower_table, page, pyproject
-from strategies import STRATEGIES
-from strategies.job import configure, known_settings
+from strategies import ROWS, STRATEGIES
+from strategies.job import configure
+from strategies.options import known_settings
 from strategies.renamed import RENAMED
+from strategies.rules import RULES
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = all_settings()
@@ -36,8 +38,7 @@ def sections() -> Iterator[type[Any]]:
     kinds = kinds_of(RunSettings)
     yield RunSettings
     yield from (kind for kind in kinds.values() if isinstance(kind, type) and issubclass(kind, Section))
-    yield from STARTS.values()
-    yield from STRATEGIES.values()
+    yield from (*STARTS.values(), *ROWS.values(), *RULES.values())
 
 
 def fields_of(kind: type) -> list[tuple[type[Any], str]]:
@@ -162,7 +163,7 @@ def test_after_the_composition_root_nothing_sees_what_was_asked() -> None:
     }
     assert readers == {
         *("strategies/job.py", "strategies/recipes/__init__.py", "strategies/recipes/base.py"),
-        "cli/settings_reference.py",
+        *("strategies/options.py", "cli/settings_reference.py"),
     }
 
 

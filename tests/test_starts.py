@@ -11,7 +11,8 @@ from common.config.sections import Scalar, defaults
 from common.errors import ConfigError
 from common.privacy import MECHANISMS
 from common.starts import STARTS, PaidStart, Start, UnpaidStart
-from strategies.job import configure, declared_settings, known_settings
+from strategies.job import configure
+from strategies.options import declared_settings, known_settings
 from strategies.renamed import RENAMED
 
 each_start = pytest.mark.parametrize("name", STARTS)
@@ -34,7 +35,7 @@ def needed(name: str) -> dict[str, Scalar]:
 
 @each_start
 def test_options_of_one_name_have_one_default_in_all_starts(name: str) -> None:
-    known = declared_settings()
+    known = {**declared_settings({"adapter.start": name}), **declared_settings()}
     for key, value in defaults(STARTS[name]).items():
         assert known[f"start.{key}"] == value, f"start.{key} has another default in {name!r} than in another start"
 

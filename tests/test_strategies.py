@@ -112,7 +112,7 @@ def contribution(
     trained = select(model, (*adapter_of(strategy).trained, *model[HEAD]))
     trained = of_turn(trained, strategy.turn(state.round_number + 1))
     chosen = strategy.columns(strategy.downlink(state), 0)
-    return Contribution(name, weight, strategy.uplink(trained if chosen is None else narrowed(trained, chosen)))
+    return Contribution(name, weight, trained if chosen is None else narrowed(trained, chosen))
 
 
 def participants(strategy: Strategy, state: ServerState, seeds: Sequence[int]) -> list[Contribution]:
@@ -319,7 +319,7 @@ def test_a_site_sends_what_it_trains_and_no_frozen_factor_travels(strategy: Stra
     turn = strategy.turn(1)
     received = strategy.downlink(strategy.start(start, adapter.trained))
     chosen, trained = strategy.columns(received, 0), of_turn(select(start, (*adapter.trained, "weight", "bias")), turn)
-    sent = strategy.uplink(trained if chosen is None else narrowed(trained, chosen))
+    sent = trained if chosen is None else narrowed(trained, chosen)
     for layer, (out, into) in LAYERS.items():
         down, up = travels(strategy, adapter, out, into)
         assert set(sent[layer]) == set(turn or adapter.trained), f"{strategy.name} does not send what is trained"

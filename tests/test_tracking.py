@@ -57,7 +57,7 @@ class Recorder(Tracker):
 
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> type[Recorder]:
-    monkeypatch.setitem(TRACKERS, "tensorboard", Recorder)
+    monkeypatch.setitem(TRACKERS._rows, "tensorboard", Recorder)
     monkeypatch.setattr(Recorder, "told", [])
     monkeypatch.setattr(Recorder, "broken", set())
     return Recorder

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from strategies.job import known_settings
+from strategies.options import known_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 GLOSSARY = ROOT / "docs" / "reference" / "glossary.md"

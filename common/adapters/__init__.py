@@ -6,44 +6,18 @@ import math
 from typing import TYPE_CHECKING
 
 from common.adapters.base import Adapter, Origin, Place
-from common.adapters.dora import DoRA
-from common.adapters.dora_frozen_norm import DoRAFrozenNorm
-from common.adapters.dora_magnitude import DoRAMagnitude
 from common.adapters.lora import LoRA
-from common.adapters.lora_diagonal import LoRADiagonal
 from common.adapters.lora_frozen_a import LoRAFrozenA
-from common.adapters.lora_frozen_b import LoRAFrozenB
-from common.adapters.lora_increments import LoRAIncrements
-from common.adapters.lora_merged import LoRAMerged
 from common.adapters.lora_metric import LoRAMetric
 from common.adapters.lora_sb import LoRASB
 from common.adapters.none import NoAdapter
-from common.adapters.randlora import RandLoRA
-from common.adapters.salt import SALT
 from common.errors import ConfigError
+from common.rows import Table
 
 if TYPE_CHECKING:
     from common.config.sections import AdapterConfig
 
-ADAPTERS: dict[str, type[Adapter]] = {
-    adapter.name: adapter
-    for adapter in (
-        LoRA,
-        LoRAFrozenA,
-        LoRAFrozenB,
-        LoRAMetric,
-        LoRAIncrements,
-        LoRAMerged,
-        LoRADiagonal,
-        LoRASB,
-        DoRA,
-        DoRAMagnitude,
-        DoRAFrozenNorm,
-        RandLoRA,
-        SALT,
-        NoAdapter,
-    )
-}
+ADAPTERS: Table[type[Adapter]] = Table("adapters", (LoRA, LoRAFrozenA, LoRAMetric, LoRASB, NoAdapter))
 ALIASES = {"ffa-lora": "lora-frozen-a"}
 """Other names that ``adapter.name`` takes, and the adapter that each stands for."""
 
@@ -73,22 +47,13 @@ def build_adapter(name: str, config: AdapterConfig, origin: Origin) -> Adapter:
 __all__ = [
     "ADAPTERS",
     "ALIASES",
-    "SALT",
     "Adapter",
-    "DoRA",
-    "DoRAFrozenNorm",
-    "DoRAMagnitude",
     "LoRA",
-    "LoRADiagonal",
     "LoRAFrozenA",
-    "LoRAFrozenB",
-    "LoRAIncrements",
-    "LoRAMerged",
     "LoRAMetric",
     "LoRASB",
     "NoAdapter",
     "Origin",
     "Place",
-    "RandLoRA",
     "build_adapter",
 ]

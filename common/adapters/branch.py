@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from common.adapters.base import ADAPTER_NAME, base_weight
+from common.own_gradients import OwnGradients
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from common.adapters.mapped import Mapped
 
 
-class Branch(nn.Module):
+class Branch(OwnGradients):
     """All factors of one layer, and the adapter's map over them.
 
     Args:

@@ -72,8 +72,8 @@ class ServerSettings(Section):
 
     optimizer: Annotated[str, OneOf(("auto", *SERVER_OPTIMIZERS))] = "auto"
     """``none``: the average is the new model. ``adam``: the change is a gradient for the server's Adam (FedAdam).
-    ``momentum``: it is one for gradient descent with a heavy ball. ``auto``: ``adam`` under privacy, but ``none`` for
-    ``fedex-lora``; else ``none``."""
+    ``momentum``: it is one for gradient descent with a heavy ball. ``auto``: what the strategy requires; else ``adam``
+    under privacy, and ``none`` without."""
     learning_rate: Annotated[float, POSITIVE, RATIO] = 0.025
     """The server's optimiser's, at the peak of ``schedule``. 0.025 suits Adam."""
     adam_tau: Annotated[float, POSITIVE, RATIO] = 1e-3
@@ -85,7 +85,7 @@ class ServerSettings(Section):
     ``lora-pro`` turns the change of A and B before it, ``allora``, ``align-guard`` and ``soft-threshold`` its step."""
     scores: bool = False
     """Whether the server keeps LoRAPrune's score of every output and input of an adapted layer, by which
-    ``fedveil prune --by`` chooses (docs/guides/serve.md). It asks no site for anything."""
+    ``python -m contrib.experiments prune --by`` chooses (docs/guides/serve.md). It asks no site for anything."""
     most_noise: Annotated[float, NOT_NEGATIVE, RATIO] = 0.0
     """For ``momentum``: standard deviation that the noise of a phase may give a trained number: the head first, the
     adapter, the head again. The learning rate is lowered to keep it, of the head and of the rest each for itself

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from common.privacy.steps import Correct, as_it_is
-
 if TYPE_CHECKING:
     from common.model.federated import FederatedModel
     from common.secure_sum.masks import Words
@@ -23,21 +21,20 @@ class PlainSteps:
     Args:
         model: whose trained parameters are those that require a gradient.
         optimizer: over exactly those.
-        correct: from the gradients of a step to those that the optimiser gets.
     """
 
     words: Words | None = None
     """See ``common.privacy.steps.Steps``."""
 
-    def __init__(self, model: FederatedModel, optimizer: Optimizer, correct: Correct = as_it_is) -> None:
-        self._model, self._optimizer, self._correct = model, optimizer, correct
+    def __init__(self, model: FederatedModel, optimizer: Optimizer) -> None:
+        self._model, self._optimizer = model, optimizer
         self._parameters = [p for p in model.module.parameters() if p.requires_grad]
         model.module.train()
 
     def step(self, batches: Iterable[Any], losses: Callable[[Any], Tensor]) -> None:
         """Take one step on the mean loss of a batch given in parts."""
         del losses  # the model's own
-        plain_step(batches, self._model, self._optimizer, self._parameters, self._correct)
+        plain_step(batches, self._model, self._optimizer, self._parameters)
 
 
 def plain_step(
@@ -45,9 +42,8 @@ def plain_step(
     model: FederatedModel,
     optimizer: Optimizer,
     parameters: Sequence[nn.Parameter],
-    correct: Correct = as_it_is,
 ) -> None:
-    """Take one step on the mean loss of a batch given in parts, its gradient as ``correct`` makes it; no privacy."""
+    """Take one step on the mean loss of a batch given in parts; no privacy."""
     optimizer.zero_grad(set_to_none=True)
     seen = 0
     for part in parts:
@@ -55,7 +51,7 @@ def plain_step(
         losses.sum().backward()
         seen += len(losses)
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad / seen for p in parameters]
-    for parameter, gradient in zip(parameters, correct(gradients), strict=True):
+    for parameter, gradient in zip(parameters, gradients, strict=True):
         # What the loss does not reach keeps no gradient, so that no weight decay moves it.
         parameter.grad = gradient if parameter.grad is not None or gradient.any() else None
     optimizer.step()

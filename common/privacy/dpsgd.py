@@ -38,17 +38,14 @@ from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from common.adapters.branch import Branch
-from common.adapters.lora_diagonal import Diagonal
 from common.errors import MechanismError
 from common.log import place_of
 from common.model.shapes import FixedBatch
-from common.privacy.steps import Correct, as_it_is
+from common.own_gradients import OwnGradients
 from common.privacy.together import Together
 from common.randomness import add_private_noise
 from common.secure_sum.masks import Words
 from common.secure_sum.rounding import rounded, total
-from common.tasks.tangent import Tangent
 
 if TYPE_CHECKING:
     from common.privacy.plan import PrivacyPlan
@@ -57,11 +54,6 @@ log = logging.getLogger("fedveil.site")
 PASSING = ("activations", "max_batch_len", "_current_grad_sample")
 TRACES = (*PASSING, "grad_sample", "summed_grad", "_forward_counter", "words")
 """What Opacus hangs on layers and parameters; ``PASSING`` is what it keeps within one pass."""
-
-
-register_grad_sampler(Branch)(Branch.gradients)
-register_grad_sampler(Diagonal)(Diagonal.gradients)
-register_grad_sampler(Tangent)(Tangent.gradients)
 
 
 class ClipAndNoise(DPOptimizer):
@@ -141,9 +133,6 @@ class PrivateSteps:
         plan: clip, noise and public divisor.
         noise_margin: factor on the noise beyond what the ledger is charged for, see ``rounding_margin``.
         before_pass: called before each pass; what it raises ends the step.
-        correct: from the released gradients of a step, in the order of ``trained``, to those that the optimiser gets.
-            When it is called nothing is left of the step that is not released: it is post-processing, as long as it
-            takes nothing of a record from elsewhere.
 
     A mechanism that clips or noises otherwise overrides ``clipping``, and is priced as another kind of event.
 
@@ -168,7 +157,6 @@ class PrivateSteps:
         *,
         noise_margin: float = 1.0,
         before_pass: Callable[[], None] = lambda: None,
-        correct: Correct = as_it_is,
     ) -> None:
         trained = [p for p in module.parameters() if p.requires_grad]
         covered = [p for group in optimizer.param_groups for p in group["params"]]
@@ -178,6 +166,8 @@ class PrivateSteps:
                 "every trained tensor, and no other, must pass through the clip"
             )
         for name, child in module.named_modules():
+            if isinstance(child, OwnGradients) and type(child) not in GradSampleHooks.GRAD_SAMPLERS:
+                register_grad_sampler(type(child))(type(child).gradients)
             # A frozen one as well: Opacus looks at trained modules only, and per-record gradients need train mode.
             if isinstance(child, nn.modules.batchnorm._BatchNorm):
                 raise MechanismError(
@@ -185,7 +175,7 @@ class PrivateSteps:
                     "choose a base model without batch normalisation"
                 )
         self._module, self._optimizer = module, optimizer
-        self._before_pass, self._correct = before_pass, correct
+        self._before_pass = before_pass
         # Opacus hangs grad_sample and summed_grad on parameters, which torch's types do not know.
         self._trained: list[Any] = trained
         self._mechanism = self.clipping(
@@ -232,7 +222,7 @@ class PrivateSteps:
         self._privatise(batches, losses)
         released = [parameter.grad for parameter in self._trained]
         self._mechanism.zero_grad(set_to_none=True)
-        for parameter, gradient in zip(self._trained, self._correct(released), strict=True):
+        for parameter, gradient in zip(self._trained, released, strict=True):
             parameter.grad = gradient
         self._released = [(p.grad, p.grad._version) for p in self._trained]
         self._optimizer.step()

@@ -55,7 +55,7 @@ class ExposingPlan(Plan):
         """Return the context of plain steps; they are not interrupted."""
         from common.model import plain
 
-        yield plain.PlainSteps(model, optimizer, around.correct)
+        yield plain.PlainSteps(model, optimizer)
 
     def longest_gradient(self, numbers: int, told: Event | None) -> float:
         """Return infinity: no clip bounds it."""

@@ -212,8 +212,7 @@ class PrivacyPlan(Plan):
         from common.privacy import dpsgd  # It brings Opacus, which no server needs.
 
         margin, kind = dpsgd.rounding_margin(model.device), self.stepping()
-        before_pass, correct = around.before_pass, around.correct
-        own = kind(model.module, optimizer, self, noise_margin=margin, before_pass=before_pass, correct=correct)
+        own = kind(model.module, optimizer, self, noise_margin=margin, before_pass=around.before_pass)
         own.order = tuple(parameter for _, _, parameter in entries(model.trained()))  # type: ignore[arg-type,misc]
         with model.many_passes(), own as steps:
             yield steps

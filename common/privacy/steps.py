@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -10,14 +10,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from common.secure_sum.masks import Words
-
-Correct = Callable[["Sequence[Tensor]"], "Sequence[Tensor]"]
-"""From the gradients of one step to others of the same shapes."""
-
-
-def as_it_is(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Return the gradients."""
-    return gradients
 
 
 def nothing() -> None:
@@ -30,8 +22,6 @@ class Around:
 
     before_pass: Callable[[], None] = nothing
     """Called before each pass; what it raises ends the step."""
-    correct: Correct = as_it_is
-    """From the gradients of a step to those that the optimiser gets; after clip and noise, if there are."""
 
 
 JUST_STEPS = Around()

@@ -9,53 +9,19 @@ from __future__ import annotations
 
 from common.adapters import Adapter
 from common.errors import ConfigError
+from common.rows import Table
 from common.starts.base import Labels, PaidStart, Start, UnpaidStart
 from common.starts.class_means import ClassMeans
-from common.starts.dp_eva import DPEVA
 from common.starts.dp_gradient import DPGradient
-from common.starts.dp_lora_ga import DPLoRAGA
-from common.starts.eva import EVA
 from common.starts.kaiming import Kaiming
-from common.starts.lora_ga import LoRAGA
-from common.starts.lu_of_weights import LUOfWeights
-from common.starts.minor_of_weights import MinorOfWeights
-from common.starts.nonprivate_eva import NonprivateEVA
-from common.starts.nonprivate_gradient import NonprivateGradient
-from common.starts.nystrom import Nystrom
 from common.starts.orthonormal import Orthonormal
-from common.starts.probe import Probe
 from common.starts.public_gradient import PublicGradient
 from common.starts.public_metric import PublicMetric
-from common.starts.shards import Shards
-from common.starts.shared import Shared
-from common.starts.sparse import Sparse
 from common.starts.svd_of_weights import SVDOfWeights
 
-STARTS: dict[str, type[Start]] = {
-    start.name: start
-    for start in (
-        Orthonormal,
-        Kaiming,
-        Shared,
-        Shards,
-        Sparse,
-        SVDOfWeights,
-        MinorOfWeights,
-        LUOfWeights,
-        Nystrom,
-        EVA,
-        PublicGradient,
-        PublicMetric,
-        Probe,
-        ClassMeans,
-        DPGradient,
-        NonprivateGradient,
-        DPEVA,
-        NonprivateEVA,
-        LoRAGA,
-        DPLoRAGA,
-    )
-}
+STARTS: Table[type[Start]] = Table(
+    "starts", (Orthonormal, Kaiming, SVDOfWeights, PublicGradient, PublicMetric, ClassMeans, DPGradient)
+)
 
 
 def check_directions(start: Start, adapter: type[Adapter]) -> None:
@@ -65,7 +31,7 @@ def check_directions(start: Start, adapter: type[Adapter]) -> None:
     """
     lacking = sorted(set(adapter.directions) - set(start.gives))
     if lacking:
-        fitting = ", ".join(name for name, other in STARTS.items() if set(adapter.directions) <= set(other.gives))
+        fitting = ", ".join(name for name, other in STARTS.core.items() if set(adapter.directions) <= set(other.gives))
         raise ConfigError(
             f"adapter.start {start.name!r} gives no {' and '.join(lacking)}, which the adapter {adapter.name!r} begins "
             f"with: set adapter.start to one that does ({fitting})"

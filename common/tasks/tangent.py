@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.own_gradients import OwnGradients
 
-class Tangent(nn.Module):
+
+class Tangent(OwnGradients):
     """The parameter ``step``, θ - θ₀ as one vector; 0 until it is set.
 
     Args:

@@ -1,14 +1,11 @@
-"""One experiment tracker per file; ``TRACKERS`` is the table of them."""
+"""The interface of experiment trackers, and ``TRACKERS``, the table of them, whose rows are in ``contrib``."""
 
 from __future__ import annotations
 
+from common.rows import Table
 from common.trackers.base import Tracker
-from common.trackers.mlflow import MLflow
-from common.trackers.tensorboard import TensorBoard
-from common.trackers.trackio import Trackio
-from common.trackers.wandb import WeightsAndBiases
 
 NO_TRACKER = "none"
-TRACKERS: dict[str, type[Tracker]] = {row.name: row for row in (TensorBoard, MLflow, WeightsAndBiases, Trackio)}
+TRACKERS: Table[type[Tracker]] = Table("trackers", ())
 
 __all__ = ["NO_TRACKER", "TRACKERS", "Tracker"]

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
-from cli.settings_reference import Setting, all_settings
+from cli.settings_reference import Setting, all_settings, options_of
 from common.config.asked import RunSettings
 from common.config.fields import kinds_of
 from common.config.sections import Scalar
 from common.config.text import toml_value
 from common.docstrings import said_of
 from common.errors import ConfigError
+from common.starts import STARTS
 from docs.make.page import MADE
 from strategies import ROWS
-from strategies.job import START, known_settings
+from strategies.options import START, known_settings, rows_with_options
 from strategies.renamed import RENAMED
 from strategies.rules import RULES
 
@@ -56,21 +58,32 @@ def page() -> str:
     for section, settings in sections.items():
         parts.append(f"## `{section}`" if section else "## The run")
         parts.append(_about(section))
-        rows = ["| setting | default | what it may be | unit | meaning |", "|---|---|---|---|---|"]
-        for setting in settings:
-            owners = f" ({', '.join(f'`{owner}`' for owner in setting.owners)})" if section == START[:-1] else ""
-            meaning = setting.meaning.replace("|", "\\|")
-            rows.append(
-                f"| `{setting.key}` | `{toml_value(setting.default)}` | {setting.range} | {setting.unit or '–'} "
-                f"| {meaning}{owners} |"
-            )
-        parts.append("\n".join(rows))
+        parts.append(_table(settings, owners=section == START[:-1]))
+    core = {row for _, row in rows_with_options()}
+    beside = [row for table in (STARTS, ROWS, RULES) for row in table.values() if row not in core]
+    parts += [BESIDE, _table([option for row in beside for option in options_of(row)], owners=True)]
     old = [f"| `{name}` | `{successor}` |" for name, successor in RENAMED.items()]
     parts += ["## Old names", "They work, and a command that meets one says the new name."]
     parts.append("\n".join(["| old name | name |", "|---|---|", *old]))
     return "\n\n".join(parts) + "\n"
 
 
+def _table(settings: Sequence[Setting], *, owners: bool) -> str:
+    rows = ["| setting | default | what it may be | unit | meaning |", "|---|---|---|---|---|"]
+    for setting in settings:
+        of = f" ({', '.join(f'`{owner}`' for owner in setting.owners)})" if owners else ""
+        meaning = setting.meaning.replace("|", "\\|")
+        rows.append(
+            f"| `{setting.key}` | `{toml_value(setting.default)}` | {setting.range} | {setting.unit or '–'} "
+            f"| {meaning}{of} |"
+        )
+    return "\n".join(rows)
+
+
+BESIDE = """\
+## Rows of `contrib`
+
+An option of a row of `contrib` exists in a run that names the row. `flwr run` takes it in the setting `options`."""
 PAGE_HEAD = f"""\
 # Settings
 

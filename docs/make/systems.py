@@ -245,7 +245,7 @@ SYSTEMS: tuple[System, ...] = (
         "LoRAM",
         {**OF_LANGUAGE, "model.name": "small", "strategy": "ffa-lora"},
         file="loram",
-        besides="on what `fedveil prune` made, then `fedveil recover RUN_FOLDER` "
+        besides="on what `prune` made, then `recover RUN_FOLDER` of `python -m contrib.experiments` "
         "([pruned bases](../guides/serve.md#pruned-base-models))",
     ),
     System(
@@ -260,7 +260,8 @@ SYSTEMS: tuple[System, ...] = (
             "training.learning-rate": 1.0,
         },
         file="loraprune",
-        besides="then `fedveil prune --by RUN_FOLDER` ([pruned bases](../guides/serve.md#pruned-base-models))",
+        besides="then `python -m contrib.experiments prune --by RUN_FOLDER` "
+        "([pruned bases](../guides/serve.md#pruned-base-models))",
     ),
     System(
         "Gazal-R1, its first stage",
@@ -269,7 +270,8 @@ SYSTEMS: tuple[System, ...] = (
     ),
     System(
         "Intruder dimensions",
-        instead="`fedveil intruders RUN_FOLDER` ([planning](../guides/planning.md#intruder-dimensions))",
+        instead="`python -m contrib.experiments intruders RUN_FOLDER` "
+        "([planning](../guides/planning.md#intruder-dimensions))",
     ),
 )
 
@@ -321,7 +323,7 @@ def row_table() -> str:
 def text_of(row: type[Any]) -> str:
     """Return the whole text about a row, as Markdown.
 
-    >>> from strategies.fedex_lora import FedExLoRA
+    >>> from contrib.strategies.fedex_lora import FedExLoRA
     >>> text_of(FedExLoRA).split("\\n")[0]
     'FedEx-LoRA: both factors averaged, and what their product misses added to the base.'
     """

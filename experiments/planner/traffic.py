@@ -89,7 +89,7 @@ def traffic(job: Job, server_model: ServerModel, plans: Sequence[PrivacyPlan]) -
 def _trained(job: Job, server_model: ServerModel, round_number: int, state: AdapterState) -> AdapterState:
     """Return the factors that a site sends after a round in which it received ``state``, as they begin."""
     turn = job.strategy.turn(round_number)
-    trained = job.summed(round_number, job.strategy.uplink(of_turn(server_model.trained_start(), turn)))
+    trained = job.summed(round_number, of_turn(server_model.trained_start(), turn))
     chosen = job.strategy.columns(state, job.config.adapter.rank)
     return trained if chosen is None else narrowed(trained, chosen)
 
@@ -107,7 +107,7 @@ def payload_by_strategy(server_model: ServerModel) -> dict[str, tuple[int, int]]
         layers = target_shapes(model.base.module, model.adapter.target_modules)
     head = _payload({HEAD: server_model.start[HEAD]}) if model.head_trained else 0
     found = {}
-    for name, strategy in STRATEGIES.items():
+    for name, strategy in {**STRATEGIES.core, own.name: type(own)}.items():
         if name == own.name:
             down, up = payload(own, model.adapter, layers)
         elif not layers:

@@ -39,8 +39,11 @@ from common.toml import read_toml
 from experiments.recipes import check_recipes, names_recipe
 from experiments.site_count import USUAL
 from experiments.sweep.arms import ARMS, BASELINES, FEDERATED
-from strategies.job import Job, configure, known_settings, with_recipe
+from strategies import ROWS
+from strategies.job import Job, configure, with_recipe
+from strategies.options import known_settings
 from strategies.recipes import AUTO
+from strategies.rules import RULES
 
 KEYS = ("base", "sites", "seeds", "partition-by-seed", "epsilons", "baselines", "settings", "variants")
 LISTS = ("seeds", "epsilons", "baselines")
@@ -130,7 +133,7 @@ def read_sweep(path: Path) -> Sweep:
 
 def _is_run(content: Mapping[str, Any]) -> bool:
     """Whether a file has settings of a run, and nothing of a sweep, whose axes are lists."""
-    known = {key.partition(".")[0] for key in known_settings()}
+    known = {*(key.partition(".")[0] for key in known_settings()), *ROWS, *RULES}
     axes = any(isinstance(value, list) for value in content.values())
     return bool(known & content.keys()) and not axes and not set(KEYS) & content.keys()
 

@@ -145,7 +145,6 @@ def _row(work: Work, run: Path, seconds: float, processor_seconds: float) -> Row
     if result.reached is None or result.status == "failed":
         raise RunFailed(result.reason or "the run ended without a result")
     reached, travels = result.reached, not ARMS[cell.arm].baseline
-    intruders, of_noise = _intruders(run)
     device = choose_device(job.config.device)
     untold = job.mechanism.central or work.through == "flower"
     return Row(
@@ -179,8 +178,6 @@ def _row(work: Work, run: Path, seconds: float, processor_seconds: float) -> Row
         commit=work.commit,
         versions=config.versions,
         settings={key: value for key, value in config.settings.items() if key != "output"},
-        intruders=intruders,
-        intruders_of_noise=of_noise,
         sent=None if job.mechanism.central else most_sent(lines),
         processor_seconds=None if untold else round(processor_seconds, 3),
     )
@@ -235,19 +232,6 @@ def _fitted_row(work: Work) -> Row:
         settings=basis.settings,
         penalty=found.penalty,
     )
-
-
-def _intruders(run: Path) -> tuple[int | None, int | None]:
-    """Return the counts of all layers together, of the run and of its noise alone."""
-    from common.errors import ModelError
-    from experiments.intruders import intruders_of
-
-    try:
-        rows = intruders_of(run)
-    except ModelError:  # a change of another kind, of which none are counted
-        return None, None
-    noise = [row.of_noise for row in rows if row.of_noise is not None]
-    return sum(row.intruders for row in rows), sum(noise) if noise else None
 
 
 def _cores() -> int:

@@ -77,7 +77,7 @@ class Row:
     settings: dict[str, Scalar]
     """Every setting with the value that the run had, without ``output``."""
     intruders: int | None = None
-    """Intruder dimensions of all adapted layers (``fedveil intruders``); None where none are counted."""
+    """Intruder dimensions of all adapted layers (``contrib.experiments``); None where they were not counted."""
     intruders_of_noise: int | None = None
     """The same of the run's noise alone; None where that noise is not known."""
     sent: int | None = None

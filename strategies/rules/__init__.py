@@ -6,13 +6,10 @@ configuration under its name: ``allora.eta = 2.0``.
 
 from __future__ import annotations
 
-from strategies.rules.align_guard import AlignGuard
-from strategies.rules.allora import ALLoRA
+from common.rows import Table
 from strategies.rules.base import ServerRule
-from strategies.rules.lora_pro import LoRAPro
 from strategies.rules.none import NoRule
-from strategies.rules.soft_threshold import SoftThreshold
 
-RULES: dict[str, type[ServerRule]] = {rule.name: rule for rule in (NoRule, LoRAPro, ALLoRA, AlignGuard, SoftThreshold)}
+RULES: Table[type[ServerRule]] = Table("rules", (NoRule,))
 
 __all__ = ["RULES", "NoRule", "ServerRule"]

@@ -1,0 +1,56 @@
+"""Published systems beside the core: rows that a run may name, of which one is loaded when it does.
+
+``ROWS`` is the only thing that the core reads here. A row is one file and one line of this table, and no part of the
+core is written for it. Its options are the fields of its dataclass, and are settings of a run that names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+ROWS: Mapping[str, Mapping[str, str]] = {
+    "adapters": {
+        "lora-frozen-b": "adapters.lora_frozen_b:LoRAFrozenB",
+        "lora-increments": "adapters.lora_increments:LoRAIncrements",
+        "lora-merged": "adapters.lora_merged:LoRAMerged",
+        "lora-diagonal": "adapters.lora_diagonal:LoRADiagonal",
+        "dora": "adapters.dora:DoRA",
+        "dora-magnitude": "adapters.dora_magnitude:DoRAMagnitude",
+        "dora-frozen-norm": "adapters.dora_frozen_norm:DoRAFrozenNorm",
+        "randlora": "adapters.randlora:RandLoRA",
+        "salt": "adapters.salt:SALT",
+    },
+    "strategies": {
+        "fedex-lora": "strategies.fedex_lora:FedExLoRA",
+        "flora": "strategies.flora:FLoRA",
+        "rolora": "strategies.rolora:RoLoRA",
+    },
+    "starts": {
+        "shared": "starts.shared:Shared",
+        "shards": "starts.shards:Shards",
+        "sparse": "starts.sparse:Sparse",
+        "minor-of-weights": "starts.minor_of_weights:MinorOfWeights",
+        "lu-of-weights": "starts.lu_of_weights:LUOfWeights",
+        "nystrom": "starts.nystrom:Nystrom",
+        "eva": "starts.eva:EVA",
+        "probe": "starts.probe:Probe",
+        "nonprivate-gradient": "starts.nonprivate_gradient:NonprivateGradient",
+        "dp-eva": "starts.dp_eva:DPEVA",
+        "nonprivate-eva": "starts.nonprivate_eva:NonprivateEVA",
+        "lora-ga": "starts.lora_ga:LoRAGA",
+        "dp-lora-ga": "starts.dp_lora_ga:DPLoRAGA",
+    },
+    "rules": {
+        "lora-pro": "rules.lora_pro:LoRAPro",
+        "allora": "rules.allora:ALLoRA",
+        "align-guard": "rules.align_guard:AlignGuard",
+        "soft-threshold": "rules.soft_threshold:SoftThreshold",
+    },
+    "trackers": {
+        "tensorboard": "trackers.tensorboard:TensorBoard",
+        "mlflow": "trackers.mlflow:MLflow",
+        "wandb": "trackers.wandb:WeightsAndBiases",
+        "trackio": "trackers.trackio:Trackio",
+    },
+}
+"""For each table of the core, the module and the class of every row beside it, by name."""

@@ -1,0 +1,1 @@
+"""Parameterisations of a layer's change from the literature, one per file."""

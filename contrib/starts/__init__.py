@@ -1,0 +1,1 @@
+"""Initialisations of adapters from the literature, one per file."""

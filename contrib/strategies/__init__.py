@@ -1,0 +1,1 @@
+"""Strategies from the literature, one per file."""

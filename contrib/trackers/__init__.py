@@ -1,0 +1,1 @@
+"""Observers that pass a run's figures to an experiment tracker, one per file."""

@@ -1,1 +1,0 @@
-"""Small base models to train on, and their adapters on the large ones (``common.model.pruned``)."""
