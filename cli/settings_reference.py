@@ -64,7 +64,7 @@ _OF_OPTIONS = (
 
 def _named(row: type[Any]) -> dict[str, Scalar]:
     """Return settings that name a row."""
-    tables = {"adapter.start": STARTS, "strategy": ROWS, "server.rule": RULES}
+    tables: Mapping[str, Mapping[str, Any]] = {"adapter.start": STARTS, "strategy": ROWS, "server.rule": RULES}
     return {key: row.name for key, table in tables.items() if row.name in table and table[row.name] is row}
 
 
