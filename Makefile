@@ -66,10 +66,10 @@ test-peft: environment
 	$(VENV)/peft/bin/pip $(INSTALL) --no-deps --only-binary :all: peft==$(OLDEST_PEFT)
 	$(VENV)/peft/bin/python -c 'import sys, peft; sys.exit(not peft.__version__.startswith("$(OLDEST_PEFT)"))'
 	PYTHONPATH=. $(VENV)/peft/bin/python -m pytest tests/test_adapters.py contrib/tests/test_dora.py tests/test_rslora.py \
-	  contrib/tests/test_exact_adapters.py contrib/tests/test_exact_frozen.py contrib/tests/test_new_starts.py tests/test_systems.py tests/test_column_rules.py \
-	  contrib/tests/test_server_rules.py contrib/tests/test_pruning.py tests/test_flylora.py contrib/tests/test_intruders.py \
+	  contrib/tests/test_exact_adapters.py contrib/tests/test_exact_frozen.py contrib/tests/test_new_starts.py tests/test_systems.py contrib/tests/test_column_rules.py \
+	  contrib/tests/test_server_rules.py contrib/tests/test_pruning.py contrib/tests/test_flylora.py contrib/tests/test_intruders.py \
 	  tests/test_public_metric.py tests/test_fed_sb.py tests/test_fed_svd.py contrib/tests/test_neighbours.py \
-	  tests/test_columns.py contrib/tests/test_paid_starts.py
+	  contrib/tests/test_columns.py contrib/tests/test_paid_starts.py
 
 test-product: environment
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 -m product contrib/tests/test_contracts_beside.py

@@ -12,38 +12,15 @@ from collections import ChainMap
 from common.rows import Table
 from strategies.average import Average
 from strategies.base import Strategy, mean, of_turn
-from strategies.diffora import DiffoRA
-from strategies.dylora import DyLoRA
 from strategies.fed_sb import FedSB
 from strategies.fed_svd import FedSVD
 from strategies.fedavg import FedAvgLoRA
 from strategies.ffa_lora import FFALoRA
-from strategies.flexlora import FlexLoRA
-from strategies.flylora import FlyLoRA
-from strategies.heterogeneous_ranks import HeterogeneousRanks
-from strategies.hetlora import HetLoRA
-from strategies.increlora import IncreLoRA
 from strategies.state import Contribution, Moments, ServerState
-from strategies.switchlora import SwitchLoRA
 
-STRATEGIES: Table[type[Strategy]] = Table(
-    "strategies",
-    (
-        FedAvgLoRA,
-        FFALoRA,
-        FedSB,
-        FedSVD,
-        HeterogeneousRanks,
-        FlexLoRA,
-        DyLoRA,
-        FlyLoRA,
-        IncreLoRA,
-        DiffoRA,
-        SwitchLoRA,
-    ),
-)
+STRATEGIES: Table[type[Strategy]] = Table("strategies", (FedAvgLoRA, FFALoRA, FedSB, FedSVD))
 
-CONTROLS: Table[type[Strategy]] = Table("controls", (HetLoRA,))
+CONTROLS: Table[type[Strategy]] = Table("controls", ())
 """Rules that are published and break what every strategy promises, to be run beside one, without privacy alone."""
 
 ROWS = ChainMap(CONTROLS, STRATEGIES)

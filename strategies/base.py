@@ -64,7 +64,7 @@ class Strategy(ABC):
     privacy: ClassVar[str] = "dp-sgd, none"
     """Privacy modes it may run in."""
     by_columns: ClassVar[bool] = False
-    """Whether sites train chosen columns of a factor (``strategies.columns``)."""
+    """Whether sites train chosen columns of a factor (``contrib.strategies.columns``)."""
     ranked: ClassVar[bool] = False
     """Whether each site declares how many columns it trains."""
     nested: ClassVar[bool] = False

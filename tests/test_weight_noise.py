@@ -66,7 +66,7 @@ PREDICTED: dict[str, tuple[dict[str, Any], Callable[[Layer, float, float], float
     "fed-sb": ({}, square),
 }
 ALIKE = ("heterogeneous-ranks", "flexlora", "increlora", "diffora", "switchlora", "dylora", "flylora")
-"""Strategies by columns of B, whose noise C5 in ``tests/test_columns.py`` measures, and one whose sites do what those
+"""Strategies by columns of B, whose noise C5 in ``test_columns`` measures, and one whose sites do what those
 of FFA-LoRA do where they have no record."""
 BOTH = ("fedex-lora", "flora", "rolora")
 """Strategies whose sites do what those of FedAvg-LoRA do, with both factors or one of them."""

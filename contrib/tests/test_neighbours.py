@@ -23,15 +23,15 @@ from common.messages.wire import encode_reply
 from common.run_lines import RoundLine, read_lines
 from contrib.adapters.lora_merged import LoRAMerged, pair_of
 from contrib.strategies.fedex_lora import FedExLoRA
+from contrib.strategies.flexlora import FlexLoRA
 from contrib.strategies.flora import FLoRA
+from contrib.strategies.hetlora import HetLoRA
 from contrib.strategies.rolora import RoLoRA
 from experiments.in_process import run_in_process
 from server.checkpoint import saved_state
 from server.optimizer import server_step
 from strategies import Average, Contribution, Moments, ServerState, Strategy
 from strategies.fedavg import FedAvgLoRA
-from strategies.flexlora import FlexLoRA
-from strategies.hetlora import HetLoRA
 from strategies.job import configure
 
 OUT, INTO, RANK = 9, 6, 2

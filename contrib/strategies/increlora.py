@@ -3,7 +3,7 @@
 Zhang, Li, Chen et al.: IncreLoRA: Incremental Parameter Allocation Method for Parameter-Efficient Fine-tuning, 2023
 (arXiv 2308.12043). What differs from its code, and why:
 
-* A layer's score is the cross-site energy of its change (``strategies.by_energy``). The paper's sums weights times
+* A layer's score is the cross-site energy of its change (``by_energy`` here). The paper's sums weights times
   gradients of the whole layer, smoothed over steps: a dense gradient of private records, that nobody here has.
 * A layer grows only where its score tells it from noise. The top ones of scores that are noise are a choice by noise.
 * The next columns stand at 0 under the next rows of the one A, so that growing changes nothing. In the code the factor
@@ -23,8 +23,8 @@ from common.check import POSITIVE
 from common.config.fields import Unit
 from common.messages.state import AdapterState
 from common.messages.tensors import merge
-from strategies.by_energy import ByEnergy, first_columns
-from strategies.columns import MASK
+from contrib.strategies.by_energy import ByEnergy, first_columns
+from contrib.strategies.columns import MASK
 from strategies.state import ServerState
 
 

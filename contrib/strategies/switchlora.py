@@ -26,7 +26,7 @@ from common.check import POSITIVE
 from common.config.fields import Unit
 from common.messages.columns import FACTOR
 from common.messages.state import OWN, AdapterState
-from strategies.columns import MASK, Columns
+from contrib.strategies.columns import MASK, Columns
 from strategies.state import ServerState
 
 

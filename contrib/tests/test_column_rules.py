@@ -42,17 +42,17 @@ from common.run_lines import PrivacyLine, RoundLine, read_lines
 from common.starts import STARTS
 from common.tasks import TASKS
 from common.tasks.sentence_modules import ENCODER
+from contrib.strategies.by_energy import SCORE, ByEnergy
+from contrib.strategies.columns import MASK
+from contrib.strategies.diffora import DiffoRA
+from contrib.strategies.increlora import IncreLoRA
+from contrib.strategies.switchlora import SwitchLoRA
 from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process, simulated_nodes
 from experiments.serving.merge import merge_run
 from server.checkpoint import memory_of, saved_state
 from strategies import Contribution, ServerState, by_energy, switchlora
-from strategies.by_energy import SCORE, ByEnergy
-from strategies.columns import MASK
-from strategies.diffora import DiffoRA
-from strategies.increlora import IncreLoRA
 from strategies.job import configure
-from strategies.switchlora import SwitchLoRA
 
 RANK = 6
 

@@ -5,7 +5,7 @@ Jiang et al.: DiffoRA: Enabling Parameter-Efficient LLM Fine-Tuning via Differen
 factors on training records, and keeps the layers of the largest gates. What differs, and why:
 
 * A private validation set is private, so both halves would be paid for. Here the choice is by the cross-site energy of
-  the last round before it (``strategies.by_energy``), which costs nothing and has a threshold.
+  the last round before it (``contrib.strategies.by_energy``), which costs nothing and has a threshold.
 * A gate and a B that are both trained have no exact average. Here B alone is trained.
 
 The B of a layer that is dropped goes back to 0: what it has learned by then is not told from noise. That step changes
@@ -26,8 +26,8 @@ from common.config.fields import Unit
 from common.messages.columns import FACTOR
 from common.messages.state import AdapterState
 from common.messages.tensors import merge
-from strategies.by_energy import ByEnergy
-from strategies.columns import MASK
+from contrib.strategies.by_energy import ByEnergy
+from contrib.strategies.columns import MASK
 from strategies.state import ServerState
 
 

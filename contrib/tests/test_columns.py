@@ -39,6 +39,9 @@ from common.privacy.dpsgd import PrivateSteps
 from common.privacy.plan import gaussian_plan
 from common.privacy.record_level import DPSGD
 from common.run_lines import PrivacyLine, RoundLine, read_lines
+from contrib.strategies.columns import MASK
+from contrib.strategies.flexlora import FlexLoRA
+from contrib.strategies.heterogeneous_ranks import HeterogeneousRanks
 from experiments.in_process import InProcessTransport, run_in_process, simulated_nodes
 from server.aggregation import factors_of
 from server.app import FlowerTransport
@@ -47,10 +50,7 @@ from server.optimizer import server_step
 from server.records import RunFolder
 from server.replies import replies_to
 from strategies import Contribution, Moments, ServerState
-from strategies.columns import MASK
 from strategies.ffa_lora import FFALoRA
-from strategies.flexlora import FlexLoRA
-from strategies.heterogeneous_ranks import HeterogeneousRanks
 from strategies.job import configure
 
 RANK = 6

@@ -2,7 +2,7 @@
 
 HetLoRA (Cho et al. 2024), FlexLoRA (Bai et al. 2024) and FLoRA (Wang et al. 2024) let sites of unlike capacity join.
 Here site k trains the first r_k columns under one frozen A whose rows are nested, and increments are averaged, so the
-new weights are exactly the mean of the sites' (``strategies.columns``). What differs from the papers, and why:
+new weights are exactly the mean of the sites' (``contrib.strategies.columns``). What differs from the papers, and why:
 
 * HetLoRA pads and truncates states: columns that few sites train shrink every round, whatever the records say.
 * HetLoRA weighs sites by the length of their product. Under noise that length is the noise's. Here public sizes weigh.
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from common.errors import ConfigError
-from strategies.columns import Columns
+from contrib.strategies.columns import Columns
 
 
 @dataclass(frozen=True)

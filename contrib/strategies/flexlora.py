@@ -7,7 +7,7 @@ beyond r_k decay by the share of the sites that have them, round by round, whate
 Here the server holds ``B A`` whole and re-factorises it after each round as FedSVD does: ``U S Vᵀ = svd(B A)``,
 ``B ← U S``, ``A ← Vᵀ``. So the first r_k columns of B are those of the r_k largest singular values, and a site that has
 declared r_k trains these, under all of B: ``A_k = Q_k A`` with Q_k the top r_k right singular rows of B. Increments are
-averaged (``strategies.columns``), ``B + Σ p_k ΔB_k Q_k``: exact, and nothing is forgotten. Where all ranks are the
+averaged (``columns`` here), ``B + Σ p_k ΔB_k Q_k``: exact, and nothing is forgotten. Where all ranks are the
 run's it is FedSVD.
 
 B and the r × r matrix M with ``A = M A₀`` travel down. The re-factorisation sees noised factors alone, and is free.
@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from common.messages.state import AdapterState
+from contrib.strategies.heterogeneous_ranks import HeterogeneousRanks
 from strategies.fed_svd import FedSVD
-from strategies.heterogeneous_ranks import HeterogeneousRanks
 from strategies.state import ServerState
 
 TURNED = FedSVD()

@@ -29,7 +29,7 @@ from common.messages.columns import FACTOR
 from common.messages.state import OWN, AdapterState
 from common.messages.tensors import merge, select
 from common.nulls import cross_site_energy, evened, least_score
-from strategies.columns import MASK, Columns
+from contrib.strategies.columns import MASK, Columns
 from strategies.state import Contribution, ServerState
 
 SCORE = "z"
