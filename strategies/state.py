@@ -1,4 +1,4 @@
-"""What the server carries from round to round, and what a round's average is made of."""
+"""The state that the server carries from round to round, and the contributions that a round averages."""
 
 from __future__ import annotations
 

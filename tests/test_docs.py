@@ -115,8 +115,10 @@ def test_every_command_in_the_docs_exists(page: str, line: str) -> None:
         assert set(node) <= set(NODE_KEYS), f"{page}: a site knows no {set(node) - set(NODE_KEYS)}"
     elif program in ("python", "python3"):
         script = next(word for word in words[1:] if not word.startswith("-"))
-        script = f"{script.replace('.', '/')}.py" if words[1] == "-m" else script
-        assert (ROOT / script).is_file(), f"{page}: {script} is not there"
+        module = script.replace(".", "/") if words[1] == "-m" else script
+        assert any((ROOT / name).is_file() for name in (module, f"{module}.py", f"{module}/__main__.py")), (
+            f"{page}: {script} is not there"
+        )
     else:
         raise AssertionError(f"{page}: nobody knows how to check {line!r}")
 
