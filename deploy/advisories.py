@@ -1,4 +1,4 @@
-"""Known advisories of installed packages and their mended versions, for the doctor and docs/reference/packages.md.
+"""Known advisories of installed packages and their mended versions, for the doctor and docs/reference/advisories.md.
 
 The lower bounds of ``pyproject.toml`` and ``requirements`` leave these versions out, but for cryptography's, which
 Flower's pin asks for. None of the advisories could be opened where this was written: ``checked`` says on what an entry
@@ -37,7 +37,7 @@ class Advisory:
     checked: Checked = Checked.NOTES
 
     def row(self) -> str:
-        """Return it as a row of the table in docs/reference/packages.md."""
+        """Return it as a row of the table in docs/reference/advisories.md."""
         cells = (f"`{self.package}`", self.names, self.what, self.mended, self.status, self.checked)
         return f"| {' | '.join(cells)} |"
 

@@ -54,7 +54,7 @@ def advisories() -> Iterator[CheckResult]:
             continue
         # Without what it asks for: Flower's pin would bring an older cryptography back.
         advice = f"pip install --upgrade --no-deps --only-binary :all: '{name}>={mended}'"
-        yield CheckResult(False, name, f"{found} has known advisories, see docs/reference/packages.md: {advice}")
+        yield CheckResult(False, name, f"{found} has known advisories, see docs/reference/advisories.md: {advice}")
     yield CheckResult(True, "advisories", f"none is known of {', '.join(safe)}")
 
 

@@ -15,7 +15,7 @@ from packaging.version import Version
 from common.data.packaged import DINOV2_SMALL, MINILM, SMOLLM2
 from common.data.sets import DATASETS, UserFile
 from deploy import shared_checks
-from deploy.advisories import ADVISORIES, safe_versions
+from deploy.advisories import safe_versions
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -141,12 +141,6 @@ def test_the_doctor_fails_on_whatever_has_known_advisories(monkeypatch: pytest.M
             assert [finding.what for finding in failed] == [package] * (not ok), found
             assert all(f"--no-deps --only-binary :all: '{package}>={mended}'" in finding.found for finding in failed)
         held |= {package: str(mended)}
-
-
-def test_the_page_has_the_table_of_advisories() -> None:
-    page = (ROOT / "docs" / "reference" / "packages.md").read_text(encoding="utf-8")
-    head = "| package | advisory | what it is | mended in | status here | rests on |\n|---|---|---|---|---|---|\n"
-    assert head + "\n".join(advisory.row() for advisory in ADVISORIES) + "\n" in page
 
 
 def test_the_doctor_fails_on_a_package_that_is_missing_or_out_of_range_and_on_an_old_python(

@@ -59,6 +59,7 @@ from common.run_lines import (
 )
 from common.secure_sum import Agreement, KeyOffer, Sharing
 from common.tasks import roles_of_all
+from deploy.advisories import ADVISORIES
 from docs.make import settings
 from docs.make.page import page
 from docs.make.systems import row_table, system_table
@@ -177,6 +178,23 @@ def systems_page() -> str:
     )
 
 
+def advisories_page() -> str:
+    """Return the page of known advisories of packages."""
+    header = ("package", "advisory", "what it is", "mended in", "status here", "rests on")
+    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header), *(advisory.row() for advisory in ADVISORIES)]
+    return page(
+        "Known advisories",
+        "None of the advisories could be opened where this was written. What the table says of their content, versions "
+        "and grades is from other projects' public upgrade notes, and where it says so from the packages' own sources "
+        "or from nobody: the last column. Read them before you rely on it. [Packages](packages.md) says what is pinned.",
+        (
+            "Advisories",
+            "\n".join(lines),
+            "The lower bounds of `pyproject.toml` leave these versions out, but cryptography's.",
+        ),
+    )
+
+
 def policy_page() -> str:
     """Return the page of a site's policy: every key of the file, its default and what it decides."""
     texts = fields_said(Policy)
@@ -256,6 +274,7 @@ PAGES: Mapping[str, Callable[[], str]] = {
     "reference/run-folder.md": run_folder_page,
     "reference/messages.md": wire_page,
     "reference/policy.md": policy_page,
+    "reference/advisories.md": advisories_page,
     "reference/commands.md": commands_page,
     "reference/settings.md": settings.page,
 }

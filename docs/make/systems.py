@@ -239,7 +239,7 @@ SYSTEMS: tuple[System, ...] = (
         },
         file="codyra",
         besides="on the encoder of what `fedveil merge RUN_FOLDER merged` made, charged to the same ledger "
-        "([by columns](../concepts/strategies.md#by-columns-of-b))",
+        "([by columns](../concepts/strategies.md#others))",
     ),
     System(
         "LoRAM",
