@@ -186,7 +186,7 @@ def advisories_page() -> str:
         "Known advisories",
         "None of the advisories could be opened where this was written. What the table says of their content, versions "
         "and grades is from other projects' public upgrade notes, and where it says so from the packages' own sources "
-        "or from nobody: the last column. Read them before you rely on it. [Packages](packages.md) says what is pinned.",
+        "or from nobody: the last column. Read them before you rely on it. [Packages](packages.md) has what is pinned.",
         (
             "Advisories",
             "\n".join(lines),
