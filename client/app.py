@@ -31,7 +31,6 @@ from client.rehearsal import (
     rehearse_head,
     rehearse_initial,
     rehearse_linearised,
-    rehearse_routed,
     rehearse_turn,
 )
 from client.site import Site, check_job, forget_readings, name_of, open_site, policy_of
@@ -280,12 +279,9 @@ def _steps(job: Job, site: Site, model: FederatedModel, task: TrainTask) -> tupl
     number = task.round_number
     chosen = job.strategy.columns(task.state, site.declared_rank(job)) if number else None
     turn = job.strategy.turn(number) if number else None
-    active = job.strategy.active(number, job.config.rounds) if number else 0
     if chosen is not None:
         name = f"steps on columns: {[len(chosen[layer]) for layer in sorted(chosen)]}"
         return name, partial(rehearse_columns, model, chosen)
-    if active:
-        return f"steps through {active} directions", partial(rehearse_routed, model, active)
     if turn is not None:
         return f"steps on {', '.join(turn)}", partial(rehearse_turn, model, turn)
     return PLAIN, partial(rehearse, model)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import cast
 
@@ -253,9 +253,7 @@ def _trainable(
     if not rounds:
         chosen = job.strategy.columns(task.state, site.declared_rank(job))
         turn = model.factors_alone(job.strategy.turn(task.round_number))
-        active = job.strategy.active(task.round_number, job.config.rounds)
-        within = model.nested() if job.strategy.nested else model.routed(active) if active else nullcontext()
-        with turn, model.columns_alone(chosen), within:
+        with turn, model.columns_alone(chosen):
             yield records, model.trained()
         return
     keeping = Keeping(Linearisation.of_task(task, rounds, before), kept, site.name, site.data, deadline.check)

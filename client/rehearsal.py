@@ -89,12 +89,6 @@ def rehearse_turn(model: FederatedModel, names: Collection[str]) -> Timing:
         return _Rehearsal(model).run()
 
 
-def rehearse_routed(model: FederatedModel, active: int) -> Timing:
-    """Check the steps in which so many directions are chosen at each position; as ``rehearse``."""
-    with model.routed(active):
-        return _Rehearsal(model).run()
-
-
 def rehearse_initial(model: FederatedModel, start: PaidStart) -> Timing:
     """Check round 0, whose gradient is that of what ``start`` is made from; as ``rehearse``."""
     with start.opened(model):

@@ -54,12 +54,6 @@ def stream(seed: int, *names: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def private_integers(count: int, bound: int) -> Tensor:
-    """Return ``count`` whole numbers from 0 to ``bound - 1``, int64, from the operating system's entropy."""
-    # 64 bits a number: none is likelier than another by more than bound / 2⁶⁴.
-    return torch.from_numpy((private_words(count) % np.uint64(bound)).astype(np.int64))
-
-
 def noise_grid(std: float) -> float:
     """Return the step of the public grid for noise of that standard deviation: a power of two.
 

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 ROWS: Mapping[str, Mapping[str, str]] = {
     "adapters": {
         "lora-frozen-b": "adapters.lora_frozen_b:LoRAFrozenB",
+        "lora-nested": "adapters.lora_nested:LoRANested",
+        "lora-routed": "adapters.lora_routed:LoRARouted",
         "lora-increments": "adapters.lora_increments:LoRAIncrements",
         "lora-merged": "adapters.lora_merged:LoRAMerged",
         "lora-diagonal": "adapters.lora_diagonal:LoRADiagonal",

@@ -30,7 +30,6 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from common.adapters import LoRAFrozenA
 from common.bundle import own_digest
 from common.errors import DataError
 from common.files import (
@@ -285,10 +284,6 @@ class RunFolder:
         folder, config = self.path / "adapter", self.job.config
         model.write(adapter)
         model.adapter.export(model.peft_model, adapter, folder, config.model.name)
-        if self.job.strategy.nested and isinstance(model.adapter, LoRAFrozenA):
-            for rank in range(1, model.adapter.rank):
-                place, cut = self.path / "ranks" / str(rank), model.adapter.first(adapter, rank)
-                model.adapter.at_rank(rank).export(model.peft_model, cut, place, config.model.name)
         if model.head:
             head = {name: tensor.float().cpu().contiguous() for name, tensor in model.folded_head.items()}
             save_file(head, str(folder / "head.safetensors"), metadata={"labels": json.dumps(label_names)})

@@ -67,10 +67,6 @@ class Strategy(ABC):
     """Whether sites train chosen columns of a factor (``contrib.strategies.columns``)."""
     ranked: ClassVar[bool] = False
     """Whether each site declares how many columns it trains."""
-    nested: ClassVar[bool] = False
-    """Whether each record passes through the first columns alone, as many as are drawn for it."""
-    routed: ClassVar[bool] = False
-    """Whether each position of a record passes through some directions alone, those that answer it most."""
 
     def __post_init__(self) -> None:
         check_fields(self, f"{self.name}.")
@@ -129,8 +125,8 @@ class Strategy(ABC):
 
     @classmethod
     def chooses(cls) -> bool:
-        """Return whether a part of the adapter rests in a round, or in a record's pass."""
-        return cls.by_columns or cls.nested or cls.routed or cls.turn is not Strategy.turn
+        """Return whether a part of the adapter rests in a round."""
+        return cls.by_columns or cls.turn is not Strategy.turn
 
     def columns(self, received: AdapterState, rank: int) -> Chosen | None:
         """Return the columns that a site of this rank trains, from what came down; None: every tensor whole.
@@ -147,11 +143,6 @@ class Strategy(ABC):
         """
         del round_number
         return None
-
-    def active(self, round_number: int, rounds: int) -> int:
-        """Return through how many directions a position passes in a round of so many; 0: all of them."""
-        del round_number, rounds
-        return 0
 
     def told(self, state: ServerState) -> str:
         """Server: return what there is to say of the next round, in words; empty: nothing."""

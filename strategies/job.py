@@ -496,8 +496,7 @@ def _check_scores(config: RunConfig, strategy: Strategy, adapter: Adapter) -> No
             "in a change: set training.local-steps to 1, training.optimizer to 'sgd' and training.weight-decay to 0, "
             "or server.scores to false"
         )
-    parts = type(strategy).turn is not Strategy.turn or strategy.by_columns or strategy.nested or strategy.routed
-    if parts or not adapter.trained or not {"A", "B"} >= {*adapter.trained, *adapter.frozen}:
+    if strategy.chooses() or adapter.name not in ("lora", "lora-frozen-a", "lora-frozen-b"):
         raise ConfigError(
             f"server.scores is true, and LoRAPrune's criterion is made of changes of all of A or B, which "
             f"strategy {strategy.name!r} with the adapter {adapter.name!r} does not send in every round: set "

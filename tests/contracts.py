@@ -57,8 +57,6 @@ TEMPLATE = (
     "{%- for m in messages %}{{ 'question ' if m.role == 'user' else 'answer ' }}{{ m.content + ' ' }}{% endfor %}"
 )
 TEMPLATE += "{{ 'answer ' if add_generation_prompt else '' }}"
-LONGER: Mapping[str, int] = {"flylora": 2}
-"""Rounds of what has no shorter run; one is enough for all others."""
 MODES: Mapping[str, Mapping[str, Any]] = {
     "secure-sum": {
         "privacy.honest-sites": IN_A_SUM - 1,
@@ -167,7 +165,7 @@ class World:
             "data.partition": "iid",
             "adapter.rank": 3,
             "adapter.alpha": 6.0,
-            "rounds": LONGER.get(cell.strategy, 1),
+            "rounds": 1,
             "server.optimizer": "none",
             "training.optimizer": "sgd",
             "training.learning-rate": 0.5,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -16,7 +16,6 @@ from audits.tiny_models import TARGETS
 from client.linearised import Keeping, Linearisation, linearised
 from client.rehearsal import rehearse, rehearse_linearised
 from common.adapters import ADAPTERS
-from common.adapters.nested import DEPTH
 from common.config.sections import HeadConfig
 from common.errors import MechanismError, ModelError
 from common.model import recomputed
@@ -27,6 +26,7 @@ from common.starts import STARTS
 from common.tasks import TASKS, Record
 from common.tasks.examples import Dataset
 from common.tasks.featured import TANGENTS
+from contrib.adapters.lora_nested import Nested
 from experiments.in_process import run_in_process
 from experiments.planner.forecast import forecast
 from strategies.job import configure
@@ -174,25 +174,23 @@ def test_a_rehearsal_finds_a_layer_that_is_another_when_it_is_computed_again(
         rehearse(tiny(folder("llama"), "llama"))
 
 
-def test_ranks_drawn_for_records_hold_in_the_second_pass(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, plain = (tiny(folder("bert"), "bert", again=again) for again in (True, False))
+def test_a_records_own_rank_holds_in_the_second_pass(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plain, whole = (
+        tiny(folder("bert"), "bert", adapter=adapter, again=again)
+        for adapter, again in (("lora-nested", True), ("lora-nested", False), ("lora-frozen-a", False))
+    )
     records = records_of(model)
-    with model.nested(), plain.nested():
-        batch = batch_of(model, records)
-        batch[DEPTH] = torch.tensor([1, 2, 1])
-        want = samples(plain, batch)
-        assert all(map(torch.equal, samples(model, batch), want))
-        unranked = {key: value for key, value in batch.items() if key != DEPTH}
-        assert not all(map(torch.equal, samples(plain, FixedBatch(unranked, 3)), want)), "ranks change nothing here"
+    batch = batch_of(model, records)
+    want = samples(plain, batch)
+    assert all(map(torch.equal, samples(model, batch), want))
+    assert not all(map(torch.equal, samples(whole, batch), want)), "ranks change nothing here"
 
-        def forgotten(self: FederatedModel) -> Callable[[], AbstractContextManager[None]]:
-            return nullcontext
+    def forgetful(layer: Nested, projected: Tensor) -> Tensor:
+        ranks, layer.ranks.now = layer.ranks.now, None
+        return projected if ranks is None else projected * (torch.arange(projected.shape[-1]) < ranks[:, None])[:, None]
 
-        monkeypatch.setattr(FederatedModel, "_now", forgotten)
-        for layer in model.module.modules():
-            if isinstance(getattr(layer, "_gradient_checkpointing_func", None), recomputed.Recomputed):
-                layer._gradient_checkpointing_func._now = lambda: nullcontext
-        assert not all(map(torch.equal, samples(model, batch), want)), "the planted fault is not found"
+    monkeypatch.setattr(Nested, "forward", forgetful)
+    assert not all(map(torch.equal, samples(model, batch), want)), "the planted fault is not found"
 
 
 def test_a_linearised_model_has_the_same_derivatives(folder: Folder) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import pytest
 import torch
@@ -20,14 +20,13 @@ from torch import Tensor, nn
 
 from audits.tiny_models import with_biases
 from common.adapters import ADAPTERS, Adapter
-from common.adapters.nested import Depths, nested_ranks
 from common.adapters.split import SplitColumns, split_columns
 from common.privacy.dpsgd import PrivateSteps
 from common.privacy.plan import gaussian_plan
 from common.randomness import stream
 from common.starts import STARTS
 
-RECORDS, DEPTHS = 4, (1, 3, 2, 1)
+RECORDS = 4
 each_family = pytest.mark.parametrize("family", [*FAMILIES, "vit"])
 ByLayer = dict[str, Tensor]
 
@@ -81,59 +80,6 @@ def world_of(model_folder: Folder, family: str, name: str = "lora-frozen-a") -> 
 
 def largest(gradients: list[ByLayer]) -> float:
     return max(float(g.abs().max()) for one in gradients for g in one.values())
-
-
-# --- a rank for each record -------------------------------------------------------------------------------------------
-
-
-def of_own_ranks(world: World) -> list[ByLayer]:
-    """Return each record's gradient in a model whose B ends at the record's rank."""
-    places = {layer: factors["B"] for layer, factors in world.adapter.parameters(world.model).items()}
-    whole, found = {layer: B.detach().clone() for layer, B in places.items()}, []
-    for i, depth in enumerate(DEPTHS):
-        kept = (torch.arange(RANK) < depth).double()
-        with torch.no_grad():
-            for layer, B in places.items():
-                B.copy_(whole[layer] * kept)
-        found.append({layer: gradient * kept for layer, gradient in world.alone()[i].items()})
-    with torch.no_grad():
-        for layer, B in places.items():
-            B.copy_(whole[layer])
-    return found
-
-
-def furthest_of_ranks(world: World, wanted: list[ByLayer], depths: Tensor) -> float:
-    """Return the largest gap of a record's gradient under ``depths`` from the one wanted, over the largest of these."""
-    with nested_ranks(world.adapter, world.model) as ranks, ranks.of(depths):
-        found = {id(p): sample for p, sample in world.together()}
-    places = {layer: factors["B"] for layer, factors in world.adapter.parameters(world.model).items()}
-    gaps = [
-        float((found[id(B)][i] - wanted[i][layer]).abs().max()) for layer, B in places.items() for i in range(RECORDS)
-    ]
-    return max(gaps) / largest(wanted)
-
-
-@each_family
-def test_a_record_with_a_rank_of_its_own_has_the_gradient_of_a_model_of_that_rank(
-    model_folder: Folder, family: str
-) -> None:
-    world = world_of(model_folder, family)
-    wanted = of_own_ranks(world)
-    assert furthest_of_ranks(world, wanted, torch.tensor(DEPTHS)) < 1e-12
-    assert furthest_of_ranks(world, wanted, torch.tensor(DEPTHS).roll(1)) > 1e-3, "another record's rank is not found"
-
-
-def test_ranks_that_end_with_their_context_are_found_missing(
-    model_folder: Folder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    world = world_of(model_folder, "gpt2")
-    wanted = of_own_ranks(world)
-
-    def unmasked(ranks: Depths, module: nn.Module, given: tuple[Any, ...]) -> None:
-        del ranks, module, given
-
-    monkeypatch.setattr(Depths, "masked", unmasked)
-    assert furthest_of_ranks(world, wanted, torch.tensor(DEPTHS)) > 1e-3
 
 
 # --- columns that are trained, and columns that rest ------------------------------------------------------------------

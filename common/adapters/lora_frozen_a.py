@@ -60,12 +60,6 @@ class LoRAFrozenA(LoRA):
         """Return the rows of A and columns of B."""
         return {"A": factors["A"][columns], "B": factors["B"][:, columns]}
 
-    def first(self, state: AdapterState, rank: int) -> AdapterState:
-        """Return the first rows of A and columns of B: what ``at_rank`` exports."""
-        return {
-            layer: self.of_columns(factors, torch.arange(rank)) for layer, factors in state.items() if layer not in OWN
-        }
-
 
 def in_own_basis(factors: Factors) -> Factors:
     """Return the pair of the same product whose first columns of B are its singular vectors, and the others 0.

@@ -19,8 +19,6 @@ from torch import Tensor, nn
 
 from common.adapters import Adapter
 from common.adapters.low_bits import LowBits
-from common.adapters.nested import DEPTH, Depths, nested_ranks
-from common.adapters.routed import routed_directions
 from common.adapters.split import split_columns
 from common.config.sections import HeadConfig, ModelConfig
 from common.errors import ConfigError, ModelError, ProtocolError
@@ -40,7 +38,7 @@ from common.model.device import (
 from common.model.lowered import lowered
 from common.model.recomputed import computed_once, recompute_layers
 from common.model.shapes import FixedBatch, Shapes
-from common.randomness import private_integers, stream
+from common.randomness import stream
 from common.tasks import TASKS, Batch, Record, Task
 from common.tasks.base import OWNER
 from common.tasks.examples import Example
@@ -99,8 +97,6 @@ class FederatedModel:
             for child in base.module.modules()
         ) + sum(p.numel() for p in base.module.parameters())
         """Weights of the base model, counted once where they are shared."""
-        self._depths: Depths | None = None
-        """Ranks of records, inside ``nested``."""
         self.max_length = task.limit(base, max_length)
         self.classes = len(label_names)
         self.device = choose_device(device)
@@ -133,7 +129,7 @@ class FederatedModel:
                 self.module.metric = Metric(self.module.width).to(self.device)
         _turn_dropout_off(self.module)
         if checkpointing:
-            recompute_layers(self.peft_model, base.name, self._now)
+            recompute_layers(self.peft_model, base.name)
         self.statistic: Callable[[Batch], Tensor] | None = None
         """While a start measures: what stands in place of the records' losses after each pass, shape (records,)."""
         self.start: AdapterState = self.read()
@@ -247,8 +243,7 @@ class FederatedModel:
 
     def batch(self, records: Sequence[Record]) -> Batch:
         """Return ``records`` as tensors on the model's device."""
-        tensors = {k: v.to(self.device) for k, v in self.task.collate(self.base, _bare(records)).items()}
-        return {**tensors, **self._drawn(len(records))}
+        return {k: v.to(self.device) for k, v in self.task.collate(self.base, _bare(records)).items()}
 
     def fixed_batches(self, records: Sequence[Record], shapes: Shapes | None = None) -> Iterator[FixedBatch]:
         """Yield ``records`` in batches whose shapes follow from each record alone, by ``shapes`` or the model's own."""
@@ -274,13 +269,7 @@ class FederatedModel:
         filler = [self.task.filler(self.base, records[0])] * (rows - len(records))
         tensors = self.task.collate(self.base, [*records, *filler], length)
         moved = {key: value.to(self.device) for key, value in tensors.items()}
-        return FixedBatch({**moved, **self._drawn(rows)}, len(records))
-
-    def _drawn(self, rows: int) -> dict[str, Tensor]:
-        """Return a rank for each row of a batch, inside ``nested``: a record that passes again keeps its own."""
-        if self._depths is None:
-            return {}
-        return {DEPTH: 1 + private_integers(rows, self.adapter.rank).to(self.device)}
+        return FixedBatch(moved, len(records))
 
     @property
     def attention(self) -> str:
@@ -362,23 +351,6 @@ class FederatedModel:
             for parameter in resting:
                 parameter.requires_grad_(True)
 
-    def routed(self, active: int) -> AbstractContextManager[None]:
-        """Let each position of a record through the directions alone that answer it most (``common.adapters.routed``).
-
-        Args:
-            active: how many, of those of the adapter.
-        """
-        return routed_directions(self.adapter, self.peft_model, active)
-
-    @contextmanager
-    def nested(self) -> Iterator[None]:
-        """Draw a rank of its own for each record of a batch that is made inside it (``common.adapters.nested``)."""
-        with nested_ranks(self.adapter, self.peft_model) as self._depths:
-            try:
-                yield
-            finally:
-                self._depths = None
-
     def below_head(self) -> dict[tuple[str, str], nn.Parameter]:
         """Return what sites train but for the head, by layer and factor, in the order of a tangent's numbers."""
         trained = self.trained()
@@ -412,14 +384,6 @@ class FederatedModel:
                 parameter.requires_grad_(wanted)
                 parameter.grad = None
 
-    def _now(self) -> Callable[[], AbstractContextManager[None]]:
-        """Return what brings back the ranks of the records that pass now (``common.model.recomputed``)."""
-        depths = self._depths
-        if depths is None:
-            return nullcontext
-        ranks = depths.now
-        return lambda: depths.of(ranks)
-
     def computed_once(self) -> AbstractContextManager[None]:
         """Return the context in which no layer is computed again in the backward pass."""
         return computed_once(self.peft_model)
@@ -431,10 +395,8 @@ class FederatedModel:
 
     def losses(self, batch: Batch) -> Tensor:
         """Return one loss per record under the run's precision, shape (records,), float32; filler has none."""
-        ranks = batch.get(DEPTH)
-        plain = batch if ranks is None else {key: tensor for key, tensor in batch.items() if key != DEPTH}
-        with autocast(self.device, self.precision), self._depths.of(ranks) if self._depths else nullcontext():
-            losses = self.task.losses(self.module, plain)
+        with autocast(self.device, self.precision):
+            losses = self.task.losses(self.module, batch)
         if self.statistic is not None:
             losses = self.statistic(batch)
         return losses[: batch.records] if isinstance(batch, FixedBatch) else losses

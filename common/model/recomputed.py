@@ -11,8 +11,8 @@ which would carry gradients below the first adapted layer, each layer takes an i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,9 +21,6 @@ from torch.utils.checkpoint import checkpoint
 
 from common.errors import ModelError
 
-Now = Callable[[], Callable[[], AbstractContextManager[None]]]
-"""Returns what brings back, around a later pass, what holds of the records that pass now."""
-
 
 class Recomputed:
     """What transformers calls in place of one layer's forward pass.
@@ -31,11 +28,10 @@ class Recomputed:
     Args:
         layer: the layer.
         name: its name in the model, for errors.
-        now: taken down at the first pass, entered around the second.
     """
 
-    def __init__(self, layer: nn.Module, name: str, now: Now) -> None:
-        self._layer, self._name, self._now = layer, name, now
+    def __init__(self, layer: nn.Module, name: str) -> None:
+        self._layer, self._name = layer, name
 
     def __call__(self, function: Any, *given: Any) -> Any:
         """Return the layer's output; ``function`` is a partial of its forward pass with the arguments given by name.
@@ -51,25 +47,22 @@ class Recomputed:
         carried = any(isinstance(value, Tensor) and value.requires_grad for value in given)
         if not carried and not any(p.requires_grad for p in self._layer.parameters()):
             return function(*given)  # below all that is trained nothing is kept anyway
-        again = self._now()
 
         def passing(carrier: Tensor, *given: Any) -> Any:
             del carrier
-            with again():
-                return function(*given)
+            return function(*given)
 
         carrier = torch.zeros(0, requires_grad=True)
         # Dropout is off, so that no state of a generator has to be put back.
         return checkpoint(passing, carrier, *given, use_reentrant=True, preserve_rng_state=False)
 
 
-def recompute_layers(model: nn.Module, name: str, now: Now) -> None:
+def recompute_layers(model: nn.Module, name: str) -> None:
     """Compute every layer of a transformers model again in the backward pass of training.
 
     Args:
         model: a stock model, with an adapter in it or not.
         name: the model's, for errors.
-        now: see ``Recomputed``.
 
     Raises:
         ModelError: the model has no layers that transformers knows how to compute again.
@@ -85,7 +78,7 @@ def recompute_layers(model: nn.Module, name: str, now: Now) -> None:
             "set model.checkpointing to false"
         )
     for path, layer in layers.items():
-        layer._gradient_checkpointing_func = Recomputed(layer, path, now)
+        layer._gradient_checkpointing_func = Recomputed(layer, path)
         layer.gradient_checkpointing = True
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from common.adapters import Adapter
-from common.errors import ProtocolError
+from common.errors import ConfigError, ProtocolError
 from common.messages.columns import FACTOR, Chosen, narrowed, shares_of_columns, widened
 from common.messages.state import OWN, AdapterState
 from common.messages.tensors import merge, select
@@ -40,6 +40,16 @@ class Columns(Strategy):
     trains: ClassVar[tuple[str, ...]] = (FACTOR,)
     freezes: ClassVar[tuple[str, ...]] = ("A",)
     by_columns: ClassVar[bool] = True
+
+    @classmethod
+    def check_adapter(cls, adapter: type[Adapter]) -> None:
+        """Refuse also an adapter that puts something of its own in front of B."""
+        super().check_adapter(adapter)
+        if adapter.name != cls.adapter:
+            raise ConfigError(
+                f"strategy {cls.name!r} trains columns of B as {cls.adapter!r} has it, and the adapter is "
+                f"{adapter.name!r}: leave adapter.name at 'auto'"
+            )
 
     @classmethod
     def exact(cls, adapter: type[Adapter]) -> bool:

@@ -3,7 +3,7 @@
 Valipour, Rezagholizadeh, Kobyzev, Ghodsi: DyLoRA, EACL 2023 (arXiv 2210.07558). The first b columns of B are to serve
 alone for every b, so records train them alone. What differs from the paper and its code, and why:
 
-* A rank is drawn for each record, not for each step (``common.adapters.nested``).
+* Each record has a rank of its own, and not each step (``contrib.adapters.lora_nested``).
 * A is frozen with nested rows, and the scale s is the run's. ``alpha / b`` would change all columns with every b, and
   columns trained under unlike scales have no mean.
 
@@ -25,7 +25,6 @@ class DyLoRA(Average):
 
     name: ClassVar[str] = "dylora"
     paper: ClassVar[str] = "Valipour et al. 2023"
-    adapter: ClassVar[str] = "lora-frozen-a"
+    adapter: ClassVar[str] = "lora-nested"
     trains: ClassVar[tuple[str, ...]] = ("B",)
     freezes: ClassVar[tuple[str, ...]] = ("A",)
-    nested: ClassVar[bool] = True

@@ -25,7 +25,6 @@ from transformers import AutoModel
 from audits.tiny_models import PLAIN_STEP
 from client import app
 from common.adapters import LoRAFrozenA
-from common.adapters.nested import DEPTH, Depths
 from common.adapters.split import SplitColumns
 from common.config.sections import HeadConfig
 from common.errors import ConfigError
@@ -35,13 +34,12 @@ from common.model.base import load_base_model
 from common.model.federated import FederatedModel
 from common.privacy import dpsgd
 from common.privacy.accounting import gaussian_release
-from common.privacy.dpsgd import PrivateSteps
-from common.privacy.plan import gaussian_plan
 from common.privacy.privacy_filter import promised
 from common.run_lines import PrivacyLine, RoundLine, read_lines
 from common.starts import STARTS
 from common.tasks import TASKS
 from common.tasks.sentence_modules import ENCODER
+from contrib.strategies import by_energy, switchlora
 from contrib.strategies.by_energy import SCORE, ByEnergy
 from contrib.strategies.columns import MASK
 from contrib.strategies.diffora import DiffoRA
@@ -51,7 +49,7 @@ from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process, simulated_nodes
 from experiments.serving.merge import merge_run
 from server.checkpoint import memory_of, saved_state
-from strategies import Contribution, ServerState, by_energy, switchlora
+from strategies import Contribution, ServerState
 from strategies.job import configure
 
 RANK = 6
@@ -59,43 +57,6 @@ RANK = 6
 
 def normal(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-# N: a rank for each record.
-
-
-def nested_samples(depths: Sequence[int], x: Tensor, mask: Callable[[Tensor], Tensor] = lambda d: d) -> list[Tensor]:
-    """Per-record gradients of B behind the records' ranks, and without hooks, one record at a time."""
-    layer, ranks = nn.Linear(RANK, 9, bias=False, dtype=torch.float64), Depths()
-    with torch.no_grad():
-        layer.weight.copy_(normal(1, 9, RANK))
-    handle = layer.register_forward_pre_hook(ranks.masked)
-
-    def losses(x: Tensor) -> Tensor:
-        return layer(x).tanh().square().sum((1, 2))
-
-    plan = gaussian_plan(1.0, 1.0, 1.0, 4.0, 1e-5, 8.0)
-    with ranks.of(mask(torch.tensor(depths))), PrivateSteps(layer, torch.optim.SGD([layer.weight], 0.0), plan) as steps:
-        (found,) = steps.samples(x, losses)
-    handle.remove()
-    wanted = []
-    for depth, record in zip(depths, x, strict=True):
-        cut = layer.weight.detach()[:, :depth].clone().requires_grad_()
-        (record[:, :depth] @ cut.T).tanh().square().sum().backward()
-        assert cut.grad is not None
-        wanted.append(torch.cat([cut.grad, torch.zeros(9, RANK - depth, dtype=torch.float64)], 1))
-    return [found, torch.stack(wanted)]
-
-
-def test_n1_a_records_gradient_is_that_of_its_own_rank_and_zero_beyond_it() -> None:
-    depths, x = [1, 3, 6, 2], normal(2, 4, 3, RANK)
-    found, wanted = nested_samples(depths, x)
-    assert float((found - wanted).abs().max()) < 1e-12
-    for depth, sample in zip(depths, found, strict=True):
-        assert not bool(sample[:, depth:].any())
-        assert bool(sample[:, :depth].all())
-    planted, _ = nested_samples(depths, x, lambda ranks: ranks.roll(1))
-    assert float((planted - wanted).abs().max()) > 1e-3, "the rank of another record went unnoticed"
 
 
 @pytest.fixture(scope="module")
@@ -114,37 +75,6 @@ def model(model_folder: Callable[[str], str]) -> FederatedModel:
         device="cpu",
         precision="float32",
     )
-
-
-def test_n1_in_a_model_each_record_has_one_rank_in_all_layers_and_keeps_it_when_it_passes_again(
-    model: FederatedModel,
-) -> None:
-    records = model.prepare([model.task.of_phrase(text) for text in ("the film", "a story was", "warm", "dull scene")])
-    state = {
-        layer: {**f, "B": normal(i, *f["B"].shape).float()}
-        for i, (layer, f) in enumerate(model.read().items())
-        if "B" in f
-    }
-    model.write(state)
-    batch_before = model.fixed_batch(records, 8, 6)
-    assert DEPTH not in batch_before, "a rank is drawn for records that are scored"
-    with torch.no_grad():
-        whole = model.losses(batch_before)
-        with model.nested():
-            batch = model.fixed_batch(records, 8, 6)
-            losses = model.losses(batch)
-            assert torch.equal(losses[2:3], model.losses(batch.alone(2))), "a record that passes alone has another rank"
-        assert torch.equal(whole, model.losses(batch_before)), "ranks of records outlive their context"
-        for row, depth in enumerate(batch[DEPTH][: len(records)].tolist()):
-            cut = {layer: {"B": f["B"] * (torch.arange(RANK) < depth)} for layer, f in state.items()}
-            model.write(cut)
-            assert float((model.losses(batch_before)[row] - losses[row]).abs()) < 1e-6
-        drawn = set()
-        with model.nested():
-            for _ in range(40):
-                drawn |= set(model.batch(records)[DEPTH].tolist())
-        assert drawn == set(range(1, RANK + 1))
-    model.write(model.start)
 
 
 def merged(folder: Path, adapter: Path) -> dict[str, Tensor]:

@@ -16,17 +16,16 @@ from test_adapters import FAMILIES, Folder, float64_model, furthest_from_alone
 from torch import Tensor, nn
 from transformers import AutoModel
 
-import client.app
 from audits.tiny_models import with_biases
 from audits.tiny_site import clinic
-from common.adapters import LoRAFrozenA, routed
-from common.adapters.routed import Routes, routed_directions
 from common.errors import ConfigError
 from common.messages.state import AdapterState
 from common.privacy.dpsgd import PrivateSteps
 from common.privacy.plan import gaussian_plan
 from common.run_lines import PrivacyLine, read_lines
 from common.starts import STARTS
+from contrib.adapters import lora_routed
+from contrib.adapters.lora_routed import LoRARouted, Routes
 from experiments.in_process import run_in_process
 from server.checkpoint import saved_state
 from strategies import STRATEGIES, Contribution
@@ -66,12 +65,8 @@ class Counting(Routes):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_y1_the_gradient_of_each_record_is_that_of_one_alone(model_folder: Folder, family: str) -> None:
-    adapter, model = float64_model(model_folder(family), "lora-frozen-a", family)
-    with routed_directions(adapter, model, 1):
-        gap = furthest_from_alone(model)
+    gap = furthest_from_alone(float64_model(model_folder(family), "lora-routed", family)[1])
     assert gap < 1e-12, f"a record's gradient is {gap:.1e} off that of the record alone"
-    whole = model.get_submodule(next(n for n, m in model.named_modules() if n.endswith("lora_B.default")))
-    assert not whole._forward_pre_hooks, "the choice stays behind the round"
 
 
 def samples_of(model: nn.Module, losses: Callable[[Tensor], Tensor], batch: Tensor) -> tuple[Tensor, ...]:
@@ -85,7 +80,7 @@ def test_y1_so_is_that_of_a_vision_transformer_under_a_sparse_a() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(7)
         base = with_biases(tiny_vit("vit")).eval()
-    adapter = LoRAFrozenA(RANK, 6.0, ("q_proj", "v_proj"), STARTS["sparse"]())
+    adapter = LoRARouted(RANK, 6.0, ("q_proj", "v_proj"), STARTS["sparse"]())
     model = adapter.attach(base, 1)
     with torch.no_grad():
         for seed, factors in enumerate(adapter.parameters(model).values()):
@@ -99,9 +94,9 @@ def test_y1_so_is_that_of_a_vision_transformer_under_a_sparse_a() -> None:
 
     model.double().train()
     trained = [p for p in model.parameters() if p.requires_grad]
-    with routed_directions(adapter, model, ACTIVE):
-        alone = [torch.autograd.grad(losses(pixels[i : i + 1]).sum(), trained) for i in range(4)]
-        found = samples_of(model, losses, pixels)
+    alone = [torch.autograd.grad(losses(pixels[i : i + 1]).sum(), trained) for i in range(4)]
+    found = samples_of(model, losses, pixels)
+    model.eval()
     whole = [torch.autograd.grad(losses(pixels[i : i + 1]).sum(), trained) for i in range(4)]
     largest = max(float(g.abs().max()) for gradients in alone for g in gradients)
     for i, gradients in enumerate(alone):
@@ -116,8 +111,7 @@ def layer_behind(routes: Routes) -> tuple[nn.Sequential, Callable[[Tensor], Tens
         frozen.weight.copy_(draw(RANK, INTO, seed=1))
         moving.weight.copy_(draw(OUT, RANK, seed=2))
     frozen.requires_grad_(False)
-    moving.register_forward_pre_hook(routes.before)
-    layer = nn.Sequential(frozen, moving)
+    layer = nn.Sequential(frozen, routes, moving)
     return layer, lambda x: layer(x).tanh().square().sum((1, 2))
 
 
@@ -140,7 +134,7 @@ def test_y4_a_record_more_moves_the_clipped_sum_by_one_clip_and_with_a_counted_b
 @pytest.mark.parametrize("active", [1, 2, 5, 6])
 def test_y1_the_pass_is_the_slow_one_position_after_position(active: int) -> None:
     layer, _ = layer_behind(Routes(active))
-    A, B = (module.weight.detach() for module in layer)  # type: ignore[union-attr]
+    A, B = (layer[i].weight.detach() for i in (0, 2))
     x = draw(9, INTO, seed=5)
     assert float((layer(x).detach() - slow(x, A, B, active)).abs().max()) < 1e-12
     if active == RANK:
@@ -169,7 +163,7 @@ def changed(start: AdapterState, end: AdapterState) -> dict[str, float]:
     return {layer: float((end[layer]["B"] - start[layer]["B"]).norm()) for layer in end if "B" in start.get(layer, {})}
 
 
-def test_y3_a_run_chooses_until_its_last_round_and_its_export_is_the_whole(toy_settings: dict[str, Any]) -> None:
+def test_y3_a_run_chooses_and_its_export_has_all_directions(toy_settings: dict[str, Any]) -> None:
     own = {"adapter.start": "sparse", "adapter.rank": 4, "adapter.targets": "query,intermediate.dense", "rounds": 2}
     settings = {**toy_settings, **own, "privacy.mode": "none"}
     routed = run_in_process({**settings, "strategy": "flylora"}, 2, "routed")
@@ -197,12 +191,8 @@ def test_it_runs_privately_and_pays_what_ffa_lora_pays(toy_settings: dict[str, A
 def test_its_rounds_are_rehearsed_with_their_choice_and_a_counted_bias_is_refused_unpaid(
     toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client.app, "_process", client.app._Process())  # nothing is rehearsed
     asked = {**toy_settings, "adapter.start": "sparse", "adapter.rank": RANK, "rounds": 2, "strategy": "flylora"}
-    run_in_process(asked, 2)
-    assert set(client.app._process.rehearsed) == {"steps through 2 directions", client.app.PLAIN}
-    monkeypatch.setattr(client.app, "_process", client.app._Process())
-    monkeypatch.setattr(routed, "Routes", lambda active: Counting(active, RANK))
+    monkeypatch.setattr(lora_routed, "Routes", lambda active: Counting(active, RANK))
     site = clinic(asked, tmp_path)
     assert re.search("depends on the records beside it", site.refuse().reason)
     assert not site.ledger.exists() or not site.charges()
@@ -211,12 +201,10 @@ def test_its_rounds_are_rehearsed_with_their_choice_and_a_counted_bias_is_refuse
 @pytest.mark.parametrize(
     ("more", "why"),
     [
-        ({"flylora.directions": 8}, r"flylora\.directions is 8 and adapter\.rank 8, so that all are taken"),
-        ({"rounds": 1}, r"flylora\.dense-rounds is 1 of 1 rounds, so that no round chooses"),
+        ({"adapter.rank": 1}, r"adapter\.rank is 1, of which 'lora-routed' chooses nothing"),
         ({"adapter.name": "lora"}, r"strategy 'flylora' works on an adapter that trains B"),
-        ({"training.linearised": 1}, r"strategy 'flylora' chooses what is trained"),
     ],
 )
-def test_it_is_refused_where_nothing_is_chosen_or_no_round_is_whole(more: dict[str, Any], why: str) -> None:
+def test_it_is_refused_where_nothing_is_chosen(more: dict[str, Any], why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         configure({"strategy": "flylora", **more})

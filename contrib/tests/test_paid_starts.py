@@ -329,7 +329,7 @@ def test_the_release_has_the_plans_noise_and_divisor_also_of_no_record(tiny: Mak
 def test_the_rehearsal_passes_the_moments_and_the_sketches_and_finds_what_mixes_records(
     tiny: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from common.starts import inputs
+    from contrib.starts import inputs
 
     for start in (DPEVA(), DPLoRAGA()):
         model = tiny("bert", start)

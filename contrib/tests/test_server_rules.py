@@ -638,7 +638,6 @@ def test_a_threshold_is_refused_where_it_means_nothing() -> None:
         ({"training.local-steps": 4}, r"the noise of one plain step, and 4 local steps of sgd"),
         ({"server.optimizer": "none"}, r"the noise of one plain step, and 1 local steps of adam"),
         ({"strategy": "increlora"}, r"would move what rests"),
-        ({"strategy": "dylora"}, r"would move what rests"),
     ]
     for more, why in refused:
         with pytest.raises(ConfigError, match=why):
