@@ -36,7 +36,7 @@ from common.entropy import Source, replaced_entropy, system_integers
 from common.privacy import accounting, meaning
 
 LONGEST = (
-    *("test_flower", "test_sweep", "test_image_classification", "test_add_pages", "test_audit", "test_compare"),
+    *("test_flower", "test_sweep", "test_image_classification", "test_add_pages", "test_audit"),
     *("test_docs", "test_optimizers", "test_real_faults", "test_shapes", "test_worker", "test_probe", "test_rows"),
     *("test_server_optimizer", "test_metric_of_pairs", "test_contracts", "test_contracts_beside"),
 )
@@ -46,7 +46,6 @@ ROUGHLY_PRICED = (
     *("test_public_text", "test_lossy_rounds", "test_sum_guards", "test_paid_start", "test_systems", "test_add_pages"),
     *("test_annex", "test_card", "test_chat", "test_checkpointing", "test_column_rules", "test_columns"),
     *(
-        "test_compare",
         "test_contracts",
         "test_contracts_beside",
         "test_dora",

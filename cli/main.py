@@ -11,7 +11,6 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from cli.compare import compare
 from cli.deployment import doctor_app, server_app, site_app
 from cli.errors import Commands
 from cli.errors import for_people as _for_people
@@ -38,7 +37,6 @@ app.add_typer(doctor_app, name="doctor")
 app.command()(plan)
 for command in (report, watch, verify, keygen, merge, export, ask, sweep, pictures, tune):
     app.command()(command)
-app.command()(compare)
 app.command()(settings)
 console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
 

@@ -68,7 +68,7 @@ def each_here(function: Callable[[Any], Any], works: list[Any], *others: Any) ->
 @pytest.fixture(scope="module")
 def swept(world: Path) -> Swept:
     results, runs = world / "results", world / "runs" / "sweeps" / "tiny"
-    command = [sys.executable, "-m", "experiments.run", str(TINY), "--results", str(results)]
+    command = [sys.executable, "-m", "cli.main", "sweep", str(TINY), "--results", str(results)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as first:
         deadline = time.monotonic() + PATIENCE
