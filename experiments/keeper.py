@@ -23,6 +23,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from common.parent import die_with_parent
+
 DOOR, LOG = "door", "log"
 """Files in the folder: the one that a site at work holds, and what the command prints."""
 POLL_SECONDS = 0.1
@@ -30,8 +32,8 @@ WORK_SECONDS = 10.0
 """How long sites that have paid for a round may take to finish it."""
 PATIENCE = 5.0
 """How long what is told to end may take before it is killed."""
-_DIE_WITH_PARENT, _ADOPT_ORPHANS = 1, 36
-"""prctl's PR_SET_PDEATHSIG and PR_SET_CHILD_SUBREAPER."""
+_ADOPT_ORPHANS = 36
+"""prctl's PR_SET_CHILD_SUBREAPER."""
 
 
 def start(folder: Path, command: list[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
@@ -62,9 +64,10 @@ def keep(folder: Path, command: list[str]) -> int:
     """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, _leave)
-    _control(_ADOPT_ORPHANS, 1)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_ADOPT_ORPHANS, 1)
     (folder / DOOR).touch(mode=0o600)
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent)
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=die_with_parent)
     try:
         while process.poll() is None:
             if select.select([sys.stdin], [], [], POLL_SECONDS)[0] and not os.read(0, 1):
@@ -137,15 +140,6 @@ def _processes() -> Iterator[tuple[int, int, int]]:
 
 def _leave(number: int, _: object) -> None:
     sys.exit(128 + number)
-
-
-def _die_with_parent() -> None:
-    _control(_DIE_WITH_PARENT, signal.SIGTERM)
-
-
-def _control(what: int, value: int) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(what, value)
 
 
 if __name__ == "__main__":
