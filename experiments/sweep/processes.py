@@ -1,6 +1,6 @@
 """Several pieces of work at a time, each in a process that does one after another.
 
-A process that dies takes down the piece that it was at, and no other: another process goes on with the rest.
+Every process is a pool of its own: one that dies takes down the piece that it was at, and no other.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TypeVar
 
 from common.errors import FedVeilError
+from common.parent import die_with_parent
 from common.words import visible
 
 W = TypeVar("W")
@@ -58,28 +58,27 @@ def each_in_a_process(
     Closing the iterator ends the processes.
     """
     waiting = list(reversed(works))
-    busy: list[_Slot[W]] = []
-    idle: list[_Slot[W]] = []
+    idle: list[_Worker] = []
+    busy: dict[Future[R | Failure], tuple[W, _Worker]] = {}
     try:
         while waiting or busy:
             while waiting and len(busy) < jobs:
-                slot = idle.pop() if idle else _Slot(function, threads)
-                slot.begin(waiting.pop(), log)
-                busy.append(slot)
-            ready = wait([slot.connection for slot in busy])
-            for slot in [slot for slot in busy if slot.connection in ready]:
-                busy.remove(slot)
-                outcome = slot.outcome()
-                if slot.process.is_alive():
-                    idle.append(slot)
-                yield slot.work, outcome
+                worker = idle.pop() if idle else _Worker(threads)
+                work = waiting.pop()
+                busy[worker.pool.submit(_outcome, function, work, log(work))] = (work, worker)
+            for future in wait(busy, return_when=FIRST_COMPLETED).done:
+                work, worker = busy.pop(future)
+                try:
+                    outcome = future.result()
+                    idle.append(worker)
+                except BrokenProcessPool:
+                    outcome = worker.died()
+                yield work, outcome
     finally:
-        for slot in idle:
-            slot.connection.close()  # it leaves by itself
-        for slot in busy:
-            slot.process.terminate()
-        for slot in [*idle, *busy]:
-            slot.end()
+        for _, worker in busy.values():
+            worker.process.terminate()
+        for worker in [*idle, *(worker for _, worker in busy.values())]:
+            worker.end()
 
 
 @contextmanager
@@ -100,68 +99,56 @@ def with_threads(threads: int) -> Iterator[None]:
             os.environ[THREADS] = before
 
 
-class _Slot(Generic[W]):
-    """A process and the piece of work that it is at."""
+class _Worker:
+    """A pool of one process, which has ``threads`` threads."""
 
-    work: W
-
-    def __init__(self, function: Callable[[W], Any], threads: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process: BaseProcess = context.Process(target=_serve, args=(function, theirs))
+    def __init__(self, threads: int) -> None:
+        self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin)
         with with_threads(threads):
-            self.process.start()
-        theirs.close()
+            number = self.pool.submit(os.getpid).result()
+        (self.process,) = (child for child in multiprocessing.active_children() if child.pid == number)
 
-    def begin(self, work: W, log: Callable[[W], Path]) -> None:
-        self.work = work
-        with suppress(BrokenPipeError):  # it died; whoever asks for the outcome is told
-            self.connection.send((work, log(work)))
-
-    def outcome(self) -> Any:
-        try:
-            return self.connection.recv()
-        except (EOFError, ConnectionResetError):
-            self.process.join(LAST_SECONDS)
-            code = self.process.exitcode
-            why = "killed, perhaps for want of memory: give fewer --jobs" if code == -signal.SIGKILL else "see its log"
-            return Failure(f"its process ended with exit code {code} ({why})")
+    def died(self) -> Failure:
+        """Return why a process came to its end before its work did."""
+        self.end()
+        code = self.process.exitcode
+        why = "killed, perhaps for want of memory: give fewer --jobs" if code == -signal.SIGKILL else "see its log"
+        return Failure(f"its process ended with exit code {code} ({why})")
 
     def end(self) -> None:
+        """Let the process leave, and kill it where that takes longer than ``LAST_SECONDS``."""
+        self.pool.shutdown(wait=False)
         self.process.join(LAST_SECONDS)
         if self.process.is_alive():
             self.process.kill()
-            self.process.join()
-        self.connection.close()
+        self.pool.shutdown()
+        self.process.join()
 
 
-def _serve(function: Callable[[Any], Any], connection: Connection) -> None:
-    """Do one piece of work after another until the other end is closed."""
-    # Ctrl-C, and the end of the terminal, reach the whole group: the parent decides. To be ended takes the way of
-    # Ctrl-C, so that what a run has started is ended with it.
+def _begin() -> None:
+    """Prepare a process: its parent alone decides when it ends."""
+    # Ctrl-C, and the end of the terminal, reach the whole group.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    die_with_parent()
+    parent = multiprocessing.parent_process()
+    if parent is None or not parent.is_alive():  # it was gone before it could be waited for
+        os._exit(1)
+
+
+def _outcome(function: Callable[[W], R], work: W, log: Path) -> R | Failure:
+    _log_into(log)
+    # SIGTERM takes the way of Ctrl-C, so that what a run has started is ended with it.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    try:
-        while True:
-            work, log = connection.recv()
-            _log_into(log)
-            connection.send(_outcome(function, work))
-    except EOFError:
-        return
-    except KeyboardInterrupt:
-        os._exit(1)  # threads of libraries wait for nothing
-
-
-def _outcome(function: Callable[[Any], Any], work: Any) -> Any:
     try:
         return function(work)
+    except KeyboardInterrupt:
+        os._exit(1)  # a pool's process would wait for more work, and threads of libraries wait for nothing
     except Exception as error:
         traceback.print_exc()
-        told = str(error) if isinstance(error, FedVeilError) else f"{type(error).__name__}: {error}"
-        return Failure(visible(told))
+        return Failure(visible(str(error) if isinstance(error, FedVeilError) else f"{type(error).__name__}: {error}"))
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         sys.stdout.flush()
         sys.stderr.flush()
 
@@ -172,12 +159,3 @@ def _log_into(path: Path) -> None:
     for standard in (1, 2):
         os.dup2(file, standard)
     os.close(file)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os.kill(os.getpid(), signal.SIGTERM)
-        threading.Event().wait(LAST_SECONDS)
-        os._exit(1)
