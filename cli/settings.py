@@ -24,15 +24,14 @@ def settings(
     from common.config.text import files_in, parse_settings
     from common.files import write_output
     from strategies.job import configure, with_recipe
-    from strategies.options import known_settings, with_options
-    from strategies.renamed import by_new_names
+    from strategies.options import with_options
 
     overrides = parse_settings(config or [])
     resolved, note = with_recipe(overrides)
     job = configure(resolved)
     print_notes(job, note)
     overrides = with_options(overrides)
-    asked, run = by_new_names(overrides, known_settings(overrides))[0], job.settings()
+    asked, run = overrides, job.settings()
     shown = [lines_of(setting, asked.get(setting.key), run.get(setting.key)) for setting in select(names or [], asked)]
     sys.stdout.write("\n".join(shown))
     if json_file is not None:

@@ -20,7 +20,6 @@ from common.tasks import roles_of_all
 from strategies import ROWS
 from strategies.options import EMPTY, OPTIONS, START, declared_settings, known_settings, rows_with_options, tables
 from strategies.recipes import AUTO, RECIPES, Asked, is_open
-from strategies.renamed import RENAMED
 from strategies.rules import RULES
 
 KINDS: Mapping[type, str] = {int: "whole number", float: "number", str: "text", bool: "true or false"}
@@ -43,7 +42,7 @@ class Setting:
 
 
 def all_settings(values: Mapping[str, Scalar] = EMPTY) -> dict[str, Setting]:
-    """Return every setting by its key, without old names: every run's, the core's options, those of rows in ``values``.
+    """Return every setting by its key: every run's, the core's options, those of rows in ``values``.
 
     Args:
         values: settings of a run, flat, which may name rows of ``contrib``.
@@ -81,13 +80,11 @@ def select(names: Sequence[str], values: Mapping[str, Scalar] = EMPTY) -> list[S
     ``values`` as of ``all_settings``.
 
     Raises:
-        ConfigError: a name is neither; the nearest is named, or the successor of an old name.
+        ConfigError: a name is neither; the nearest is named.
     """
     settings = all_settings(values)
     chosen: dict[str, Setting] = {}
     for name in names:
-        if name in RENAMED:
-            raise ConfigError(f"{name} is called {RENAMED[name]} now")
         matching = {key: s for key, s in settings.items() if key == name or key.startswith(f"{name}.")}
         if not matching:
             sections = {key.rpartition(".")[0] for key in settings} - {""}

@@ -12,7 +12,8 @@ by seed, site and round (``common.randomness``), and noise and sampling are the 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,43 +40,6 @@ PARTS = ("adapter", "memory", "first moments", "second moments", "clocks")
 MAY_CHANGE = ("recipe", "data.records", "resume", "output", "tracker", "round-timeout", "round-retries", "min-sites")
 """Settings in which a resumed run may differ from its start: none of them enters the model. What a recipe has filled in
 is compared itself."""
-BEFORE: Mapping[str, Scalar] = {
-    "recipe": "plain",
-    "privacy.honest-sites": 0,
-    "privacy.colluders": 1,
-    "privacy.drop-outs": 0,
-    "privacy.cohort": 0,
-    "privacy.site-rate": 1.0,
-    "privacy.ledger": "",
-    "privacy.unit": "record",
-    "privacy.records-per-person": 8,
-    "data.person": "",
-    "data.records": 0,
-    "shorten-updates": True,
-    "training.linearised": 0,
-    "training.head-first": 0,
-    "training.refit": 0,
-    "training.momentum": 0.9,
-    "server.momentum": 0.5,
-    "server.most-noise": 0.0,
-    "server.rule": "none",
-    "server.scores": False,
-    "model.checkpointing": False,
-    "model.quantise": "none",
-    "head.metric": "none",
-    "head.pool": "mean",
-    "start.singular-values": False,
-    "data.slice": "",
-    "data.messages": "messages",
-    "data.context": "",
-    "data.instruction": "instruction",
-    "data.input": "input",
-    "data.output": "output",
-    "data.system": "",
-    "data.history": "",
-}
-"""Settings that came after runs of this ``FORMAT`` had begun, each with what such a run did. Whoever adds a setting
-puts it here; a default that is changed later changes nothing here."""
 
 
 @dataclass(frozen=True)
@@ -142,17 +106,18 @@ def load_checkpoint(folder: Path, job: Job, run: str) -> Checkpoint:
         raise ConfigError(f"resume: {folder} holds no checkpoint: name a run that finished a round, or start a new one")
     about, state = _read(path)
     began = read_if_there(ConfigFile, folder)
-    checkpoint = Checkpoint(
-        run=about["run"],
-        settings=about["settings"],
-        state=state,
-        members={mark: from_json(Member, told, "a member") for mark, told in about["members"].items()},
-        baseline=Score(**about["baseline"]),
-        score=Score(**about["score"]) if about["score"] else None,
-        lengths=about["lengths"],
-        renewed=about["renewed"],
-        resumes=1 + len(began.resumed if began else ()),
-    )
+    with _refusing_damage(path):
+        checkpoint = Checkpoint(
+            run=about["run"],
+            settings=dict(about["settings"]),
+            state=state,
+            members={mark: from_json(Member, told, "a member") for mark, told in about["members"].items()},
+            baseline=Score(**about["baseline"]),
+            score=Score(**about["score"]) if about["score"] else None,
+            lengths={name: int(size) for name, size in about["lengths"].items()},
+            renewed=about["renewed"],
+            resumes=1 + len(began.resumed if began else ()),
+        )
     if checkpoint.run != run:
         raise ConfigError(
             f"resume: the checkpoint in {folder} is of run {checkpoint.run!r}: give the folder its name back"
@@ -174,7 +139,8 @@ def memory_of(folder: Path) -> tuple[AdapterState, str]:
         DataError: the folder holds no checkpoint that can be read.
     """
     about, state = _saved(folder)
-    return state.memory, str(about["settings"]["model.name"])
+    with _refusing_damage(folder / NAME):
+        return state.memory, str(about["settings"]["model.name"])
 
 
 def saved_state(folder: Path) -> ServerState:
@@ -193,34 +159,38 @@ def _saved(folder: Path) -> tuple[dict[str, Any], ServerState]:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], ServerState]:
+    with _refusing_damage(path), safe_open(str(path), framework="pt") as file:
+        metadata = file.metadata() or {}
+        if metadata.get("format") != FORMAT:
+            raise DataError(f"{path} has format {metadata.get('format')}, not {FORMAT}: use the FedVeil that wrote it")
+        about: dict[str, Any] = json.loads(metadata["about"])
+        parts: dict[str, AdapterState] = {part: {} for part in PARTS}
+        for place, (part, layer, factor) in enumerate(about["tensors"]):
+            parts[part].setdefault(layer, {})[factor] = file.get_tensor(str(place))
+        adapter, memory, first, second, clocks = (parts[part] for part in PARTS)
+        moments = Moments(first, second, about["steps"], clocks)
+        return about, ServerState(about["round"], adapter, tuple(about["trained"]), memory, moments)
+
+
+@contextmanager
+def _refusing_damage(path: Path) -> Iterator[None]:
+    """Turn what a damaged checkpoint raises into a DataError of one line."""
     try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise DataError(
-                    f"{path} has format {metadata.get('format')}, not {FORMAT}: use the FedVeil that wrote it"
-                )
-            about: dict[str, Any] = json.loads(metadata["about"])
-            parts: dict[str, AdapterState] = {part: {} for part in PARTS}
-            for place, (part, layer, factor) in enumerate(about["tensors"]):
-                parts[part].setdefault(layer, {})[factor] = file.get_tensor(str(place))
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise DataError(f"{path} is damaged ({' '.join(str(error).split())}): start a new run") from error
-    adapter, memory, first, second, clocks = (parts[part] for part in PARTS)
-    moments = Moments(first, second, about["steps"], clocks)
-    return about, ServerState(about["round"], adapter, tuple(about["trained"]), memory, moments)
+        yield
+    except (SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise DataError(f"{path} is damaged ({reason}): start a new run") from error
 
 
 def _same_settings(before: Mapping[str, Scalar], now: Mapping[str, Scalar]) -> None:
-    had = {**BEFORE, **before}
-    for key in sorted({*before, *now} - set(MAY_CHANGE)):
-        if key not in had:
+    for key in sorted(({*before} & {*now}) - {*MAY_CHANGE}):
+        if before[key] != now[key]:
             raise ConfigError(
-                f"resume: the run was started before there was {key}, and nothing says which value is what it did: "
-                "resume it with the FedVeil that began it, or start a new run"
-            )
-        if had[key] != now.get(key):
-            raise ConfigError(
-                f"resume: {key} is {now.get(key)!r}, the run was started with {had[key]!r}: "
+                f"resume: {key} is {now[key]!r}, the run was started with {before[key]!r}: "
                 "a run goes on with the settings it began with"
             )
+    if missing := sorted(({*before} ^ {*now}) - {*MAY_CHANGE}):
+        raise ConfigError(
+            f"resume: the run was started by a FedVeil that has other settings than this one ({missing[0]}): resume it "
+            "with the FedVeil that began it, or start a new run"
+        )

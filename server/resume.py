@@ -10,7 +10,7 @@ from common.config.sections import RunTerms, Scalar
 from common.errors import ConfigError
 from common.files import expanded
 from common.run_lines import ConfigFile, read_file
-from server.checkpoint import BEFORE, NAME, load_checkpoint
+from server.checkpoint import NAME, load_checkpoint
 from server.lock import GLANCE_SECONDS, only_writer
 from strategies.job import configure
 
@@ -38,8 +38,7 @@ def with_resumed(overrides: Mapping[str, Scalar], patience: float = GLANCE_SECON
 def settings_of_resumed(overrides: Mapping[str, Scalar]) -> dict[str, Scalar]:
     """Return overrides completed by the settings of the run that ``resume`` names; unchanged without it.
 
-    A setting that came later is as such a run did without it. ``resume`` becomes the absolute path of the run's folder,
-    because Flower starts the server elsewhere.
+    ``resume`` becomes the absolute path of the run's folder, because Flower starts the server elsewhere.
 
     Raises:
         ConfigError: no run, or more than one, answers to the name.
@@ -54,4 +53,4 @@ def settings_of_resumed(overrides: Mapping[str, Scalar]) -> dict[str, Scalar]:
         many = f"more than one run: {', '.join(map(str, found))}" if found else f"no run with a checkpoint in {output}"
         raise ConfigError(f"resume: {wanted!r} names {many}; give the path of the run's folder")
     began = read_file(ConfigFile, found[0]).settings
-    return {**{key: BEFORE[key] for key in BEFORE if key not in began}, **began, **overrides, "resume": str(found[0])}
+    return {**began, **overrides, "resume": str(found[0])}

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 from common.errors import RunFailed
-from common.messages.tensors import merge
 from common.model.federated import Score
 from common.run_lines import ShortenedLine
 from common.starts import PaidStart
@@ -98,9 +97,7 @@ def run_rounds(
     admission = Admission(job, saved.members if saved else {}, transport.registered, run)
     sites = _kind_of_sites(job)(job, run, transport, server_model, admission)
     if saved:
-        # A frozen factor that came after a run had begun is where such a run had it: at its start.
-        state = replace(saved.state, adapter=merge(server_model.start, saved.state.adapter))
-        score = saved.score
+        state, score = saved.state, saved.score
         observer.resumed(saved)
     else:
         asked = job.origin.asked == "sites"

@@ -24,7 +24,7 @@ from strategies import ROWS
 from strategies.base import Strategy
 from strategies.options import START, declared_settings, known_settings, tables, unnamed, with_options
 from strategies.recipes import AUTO, RECIPES, Asked, Recipe, choose, is_open, own_method, without_open
-from strategies.renamed import REFUSED, REFUSED_STRATEGIES, RENAMED, by_new_names
+from strategies.refused import REFUSED, REFUSED_STRATEGIES
 from strategies.rules import RULES, ServerRule
 from strategies.state import ServerState
 from strategies.systems import told
@@ -161,7 +161,7 @@ def _flat(run: RunSettings, origin: Start, strategy: Strategy, rule: ServerRule)
 def configure(values: Mapping[str, Scalar]) -> Job:
     """Check the flat settings of a run, fill in what they leave open, and build strategy, adapter and start.
 
-    An adapter called by an alias has its own name in the result, and a setting called by an old name its present one.
+    An adapter called by an alias has its own name in the result.
 
     Raises:
         ConfigError: a key is unknown (the nearest known one is named), ill-typed or out of range,
@@ -174,19 +174,14 @@ def configure(values: Mapping[str, Scalar]) -> Job:
             if why := REFUSED.get(key.rpartition(".")[2].replace("_", "-")) or unnamed(key, values):
                 raise ConfigError(f"{key} cannot be set: {why}")
             raise ConfigError(f"unknown setting {key!r}{nearest(key, known)}{BESIDE if key.startswith(START) else ''}")
-        present = RENAMED.get(key, key)
-        if (key in RENAMED or key.startswith(START)) and not (is_open(present) and value == AUTO):
-            typed(key, value, type(declared[present]))
-    settings, renamed = by_new_names(values, known)
+        if key.startswith(START) and not (is_open(key) and value == AUTO):
+            typed(key, value, type(declared[key]))
     note = ""
     try:
-        filled = _filled(settings)
+        filled = _filled(values)
         note = filled.note
-        return _compose(filled, values, renamed)
+        return _compose(filled, values)
     except ConfigError as error:
-        for old, new in renamed.items():
-            if str(error).startswith(f"{new} "):
-                raise ConfigError(f"{error} ({old} is called {new} now)") from error
         if note:
             raise ConfigError(f"{error} ({note})") from error
         raise
@@ -197,7 +192,7 @@ class _Filled:
     """The settings of a run with its recipe under them."""
 
     settings: Mapping[str, Scalar]
-    """Flat, by present names; what is open still has its field's default."""
+    """Flat; what is open still has its field's default."""
     given: frozenset[str]
     """Keys that are written out."""
     note: str
@@ -225,7 +220,7 @@ def with_recipe(values: Mapping[str, Scalar], *, divided: bool = True, sites: in
         ConfigError: as of ``configure``.
     """
     values = with_options(values)
-    told = without_open(by_new_names(values, known_settings(values))[0])
+    told = without_open(values)
     config = configure(values).config
     data, kind, named = config.data, config.model.task, str(values.get("recipe", AUTO))
     labels = count_labels(data, kind) if named == AUTO and TASKS[kind].labelled and not known_labels(data) else 0
@@ -252,14 +247,8 @@ def _run_settings(settings: Mapping[str, Scalar]) -> RunSettings:
     return from_mapping({key: value for key, value in settings.items() if not key.startswith(sections)})
 
 
-def _compose(filled: _Filled, given: Mapping[str, Scalar], renamed: Mapping[str, str]) -> Job:
-    """Return the job of settings; errors as for ``configure``.
-
-    Args:
-        filled: by present names.
-        given: as they were written.
-        renamed: the old names among them, each with its successor.
-    """
+def _compose(filled: _Filled, given: Mapping[str, Scalar]) -> Job:
+    """Return the job of settings, ``given`` as they were written; errors as for ``configure``."""
     settings = _with_required(filled.settings)
     asked = _run_settings(settings)
     named = ALIASES.get(asked.adapter.name, asked.adapter.name)
@@ -330,8 +319,7 @@ def _compose(filled: _Filled, given: Mapping[str, Scalar], renamed: Mapping[str,
         )
     known = known_settings(given)
     own = {k: v if k in filled.given else known[k] for k, v in _flat(asked, asked_start, strategy, rule).items()}
-    notes = [f"{old} is called {new} now: write {new} in its place" for old, new in renamed.items() if new in own]
-    return Job(config, strategy, adapter, origin, rule, (*notes, *([filled.note] if filled.note else [])), own)
+    return Job(config, strategy, adapter, origin, rule, (filled.note,) if filled.note else (), own)
 
 
 def _check_quantise(config: RunConfig, origin: Start, adapter: type[Adapter]) -> None:

@@ -24,7 +24,6 @@ from common.tasks.roles import Role
 from common.toml import toml_of
 from strategies import CONTROLS, ROWS, STRATEGIES
 from strategies.recipes import AUTO, RECIPES, is_open
-from strategies.renamed import RENAMED
 from strategies.rules import RULES
 
 START = "start."
@@ -52,20 +51,19 @@ def tables() -> dict[str, Rule]:
 
 
 def known_settings(values: Mapping[str, Scalar] = EMPTY) -> dict[str, Scalar]:
-    """Return every setting that a run may have with its default, old names and ``options`` included.
+    """Return every setting that a run may have with its default, ``options`` included.
 
-    What is left to the recipe is ``auto`` (``strategies.recipes.is_open``). Old names (``strategies.renamed``) have the
-    default of their successors.
+    What is left to the recipe is ``auto`` (``strategies.recipes.is_open``).
 
     Args:
         values: the run's settings, flat; options of a row of ``contrib`` exist if they name it.
     """
     known = {key: AUTO if is_open(key) else value for key, value in declared_settings(values).items()}
-    return {**known, OPTIONS: "", **{old: known[new] for old, new in RENAMED.items()}}
+    return {**known, OPTIONS: ""}
 
 
 def declared_settings(values: Mapping[str, Scalar] = EMPTY) -> dict[str, Scalar]:
-    """Return every setting by its present name with the default that its field declares; ``values`` as above."""
+    """Return every setting with the default that its field declares; ``values`` as above."""
     return dict(_declared(tuple(rows_with_options(values)), roles_of_all()))
 
 

@@ -47,19 +47,19 @@ ADAM: Settings = {
 }
 PLAIN_STEP: Settings = {"training.optimizer": "sgd", "training.learning-rate": 0.5, "training.local-steps": 1}
 STRATEGY_OPTIONS: dict[str, dict[str, Settings]] = {
-    "ffa-lora": {"open average, kaiming": {"adapter.init": "kaiming"}},
+    "ffa-lora": {"open average, kaiming": {"adapter.start": "kaiming"}},
     "fed-svd": {
         "open adam, rarely": {**ADAM, "fed-svd.period": 2, "fed-svd.warmup": 1, "rounds": 3},
         "open average, square-root": {"fed-svd.split": "square-root"},
     },
     "fed-sb": {
-        "open average, svd-of-weights": {"fed-sb.init": "svd-of-weights"},
-        "open average, public-gradient": {"fed-sb.init": "public-gradient", "fed-sb.init-records": 32},
+        "open average, svd-of-weights": {"adapter.start": "svd-of-weights"},
+        "open average, public-gradient": {"adapter.start": "public-gradient", "start.records": 32},
         "private adam, dp-gradient": {
             **ADAM,
-            "fed-sb.init": "dp-gradient",
-            "fed-sb.init-sample-rate": 0.5,
-            "fed-sb.init-noise-multiplier": 2.0,
+            "adapter.start": "dp-gradient",
+            "start.sample-rate": 0.5,
+            "start.noise-multiplier": 2.0,
         },
     },
 }
@@ -219,8 +219,8 @@ def run_case(name: str, folder: Path) -> Left:
     """Run a case in ``folder``, which is empty, and return what it leaves."""
     case = CASES[name]
     settings = {**base_settings(case.base, folder), **case.settings}
-    if settings.get("fed-sb.init") == "public-gradient":
-        settings["fed-sb.init-data"] = str(write_reviews(folder / "public.csv", 60, seed=9))
+    if settings.get("adapter.start") == "public-gradient":
+        settings["start.data"] = str(write_reviews(folder / "public.csv", 60, seed=9))
     with seeded_entropy():
         left = run_in_process(settings, case.sites, kind=case.transport)
     tensors = {

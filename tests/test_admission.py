@@ -60,9 +60,9 @@ def answer(job: Job, own: PrivacyPlan, size: int = SIZE, **figures: Any) -> Trai
 
 DEAR_START = {
     "strategy": "fed-sb",
-    "fed-sb.init": "dp-gradient",
-    "fed-sb.init-noise-multiplier": 0.7,
-    "fed-sb.init-sample-rate": 0.5,
+    "adapter.start": "dp-gradient",
+    "start.noise-multiplier": 0.7,
+    "start.sample-rate": 0.5,
 }
 
 
@@ -173,8 +173,8 @@ WITH_HEAD: dict[str, Any] = {
     "server.optimizer": "none",
     "training.local-steps": 2,
     "training.learning-rate": 0.01,
-    "training.schedule": "linear",
-    "training.head-rate": 3.0,
+    "schedule": "linear",
+    "head-rate": 3.0,
     "training.momentum": 0.5,
     "training.beta2": 0.9999,
 }
@@ -232,7 +232,7 @@ def test_a_head_that_moves_slower_or_not_at_all_adds_nothing_to_the_others_way()
         (0.5, state.adapter, 105),  # a quarter of the head's 20 beside the others' 100
         (3.0, {"layer": state.adapter["layer"]}, 100),
     ):
-        job = configure({**WITH_HEAD, **private, "training.optimizer": "sgd", "training.head-rate": rate})
+        job = configure({**WITH_HEAD, **private, "training.optimizer": "sgd", "head-rate": rate})
         result = replace(answer(job, plan(job)), round_number=2, contribution=sent)
         step = CLIP + CLIP * NOISE * numbers**0.5 / 200
         assert honest_norm(job, least_plan(job, result), result, state) == pytest.approx(RATES * step), rate

@@ -215,7 +215,7 @@ class OneRefuses(InProcessTransport):
 @pytest.mark.usefixtures("rough_prices")
 def test_round_0_is_told_with_its_sites_its_price_and_who_had_no_part(toy_settings: dict[str, Any]) -> None:
     settings = {**toy_settings, "strategy": "fed-sb", "rounds": 1, "privacy.noise-multiplier": 2.0}
-    settings |= {"fed-sb.init": "dp-gradient", "privacy.epsilon": 60.0}
+    settings |= {"adapter.start": "dp-gradient", "privacy.epsilon": 60.0}
     folder = run_in_process(settings, 2, "paid", OneRefuses)
     first, *later = read_lines(PrivacyLine, folder)
     assert first.round_number == 0
@@ -230,7 +230,7 @@ def test_round_0_is_told_with_its_sites_its_price_and_who_had_no_part(toy_settin
     assert before.begun_accuracy is not None
     assert f"after round 0: accuracy {100 * before.begun_accuracy:.1f} %" in lines
     # Of a start that nobody is asked for nothing is told, and one without privacy claims nothing.
-    open_start = {**settings, "privacy.mode": "none", "fed-sb.init": "nonprivate-gradient"}
+    open_start = {**settings, "privacy.mode": "none", "adapter.start": "nonprivate-gradient"}
     folder = run_in_process({k: v for k, v in open_start.items() if k != "privacy.noise-multiplier"}, 2, "open")
     assert "initialisation by nonprivate-gradient: 2 sites, no claim" in told(folder)
     asked = {**open_run(toy_settings), "rounds": 1}

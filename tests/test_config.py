@@ -6,7 +6,6 @@ import math
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from common.starts import STARTS, Start
 from strategies import CONTROLS, ROWS, STRATEGIES
 from strategies.job import configure
 from strategies.options import OPTIONS, declared_settings, known_settings
-from strategies.renamed import RENAMED
 from strategies.rules import RULES
 
 fast = settings(max_examples=25, deadline=None)
@@ -38,7 +36,7 @@ BESIDE = {
     if key not in KNOWN
 }
 """Options of the rows of ``contrib``."""
-DECLARED = {**declared_settings(), **{old: declared_settings()[new] for old, new in RENAMED.items()}, **BESIDE}
+DECLARED = {**declared_settings(), **BESIDE}
 """Defaults as the fields have them, where ``auto`` leaves some to a recipe."""
 each_key = pytest.mark.parametrize("key", DECLARED)
 
@@ -51,7 +49,7 @@ def job_with(key: str, value: Scalar) -> Any:
     words = {"model.task": "causal-lm", "head.policy": "frozen"} if owner == "align-guard" else {}
     words |= {"server.optimizer": "momentum", "server.momentum": 0.0} if owner == "soft-threshold" else {}
     words |= {"privacy.mode": "none"} if owner in CONTROLS else {}
-    return configure({"strategy": strategy, **with_owner(RENAMED.get(key, key)), **rule, **words, key: value})
+    return configure({"strategy": strategy, **with_owner(key), **rule, **words, key: value})
 
 
 def with_owner(key: str) -> dict[str, Scalar]:
@@ -112,7 +110,7 @@ def decided(values: Mapping[str, Scalar]) -> dict[str, Scalar]:
 
 def test_defaults_alone_are_a_valid_run() -> None:
     others = {*ROWS, *RULES, "start"} - {"ffa-lora"}
-    own = {k: v for k, v in KNOWN.items() if k.split(".")[0] not in others and k not in {OPTIONS, *RENAMED}}
+    own = {k: v for k, v in KNOWN.items() if k.split(".")[0] not in others and k != OPTIONS}
     settings = configure({"recipe": "plain"}).settings()
     assert settings.keys() == own.keys()
     own = {key: value for key, value in own.items() if value != "auto"} | {"recipe": "plain"}
@@ -153,48 +151,8 @@ def test_a_setting_that_resembles_none_is_refused_without_a_guess() -> None:
     assert "did you mean" not in str(refusal.value)
 
 
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [("server.epsilon", "server.adam-tau"), ("training.schedule", "schedule"), ("training.head-rate", "head-rate")],
-)
-def test_a_setting_by_its_old_name_makes_the_same_run_and_says_the_new_one(old: str, new: str) -> None:
-    value: Scalar = "cosine" if new == "schedule" else 0.125
-    job = configure({old: value})
-    assert job == replace(configure({new: value}), notes=job.notes)
-    assert job.settings()[new] == value
-    assert job.notes[0] == f"{old} is called {new} now: write {new} in its place"
-    with pytest.raises(ConfigError, match=rf"{old} is another name of {new}, and they differ"):
-        configure({old: value, new: "constant" if new == "schedule" else 0.5})
-
-
-@pytest.mark.parametrize(
-    ("wrong", "words"),
-    [
-        (
-            {"server.epsilon": 0.0},
-            "server.adam-tau must be above 0, not 0.0 (server.epsilon is called server.adam-tau now)",
-        ),
-        (
-            {"training.schedule": "step"},
-            "cosine, slanted (did you mean 'slanted'?) (training.schedule is called schedule now)",
-        ),
-        ({"adapter.init": "kaimin"}, "(did you mean 'kaiming'?) (adapter.init is called adapter.start now)"),
-    ],
-)
-def test_a_value_that_is_refused_under_a_new_name_says_the_old_one_that_was_given(
-    wrong: dict[str, Scalar], words: str
-) -> None:
-    with pytest.raises(ConfigError) as refusal:
-        configure(wrong)
-    assert str(refusal.value).endswith(words)
-    new = {RENAMED[key]: value for key, value in wrong.items()}
-    with pytest.raises(ConfigError) as refusal:
-        configure(new)
-    assert "is called" not in str(refusal.value)
-
-
 def test_what_was_chosen_is_what_is_written_out_and_not_what_a_run_fills_in() -> None:
-    job = configure({"training.local-steps": 1, "rounds": 6, "adapter.init": "kaiming", "training.momentum": 0.9})
+    job = configure({"training.local-steps": 1, "rounds": 6, "adapter.start": "kaiming", "training.momentum": 0.9})
     assert job.chosen() == ["rounds", "adapter.start", "training.local-steps", "training.momentum"]
     assert job.asked["training.sample-rate"] == "auto"
     assert configure({}).chosen() == []
@@ -222,16 +180,16 @@ def test_a_value_of_another_type_is_refused_by_the_settings_name(key: str) -> No
 
 @each_key
 def test_a_value_of_its_own_type_is_kept_and_a_whole_number_serves_as_a_number(key: str) -> None:
-    if RENAMED.get(key, key) == "start.data":
+    if key == "start.data":
         assert job_with(key, "a.csv").settings()["start.data"] == "a.csv"
         return
     value = DECLARED[key]
-    kept = job_with(key, value).settings()[RENAMED.get(key, key)]
-    assert (kept == value) == (RENAMED.get(key, key) not in OPEN)
+    kept = job_with(key, value).settings()[key]
+    assert (kept == value) == (key not in OPEN)
     if isinstance(value, float):
         most = value if key in UP_TO_ONE else 1
         whole = job_with(key, most)
-        value = whole.settings()[RENAMED.get(key, key)]
+        value = whole.settings()[key]
         assert type(value) is float, f"{key} stays a whole number in the records of the run"
 
 
@@ -343,17 +301,13 @@ def test_a_choice_is_one_of_its_list_and_the_nearest_is_named(key: str) -> None:
         ({"adapter.name": "lora", "strategy": "ffa-lora"}, "at 'auto', which is 'lora-frozen-a' here"),
         ({"adapter.name": "lora", "strategy": "fed-svd"}, "that trains B and freezes A, not on 'lora', which trains A"),
         ({"adapter.name": "lora-frozen-a", "strategy": "fed-sb"}, "freezes A and B, not on 'lora-frozen-a'"),
-        ({"adapter.name": "lora-sb", "adapter.init": "kaiming"}, "adapter.start 'kaiming' gives no B"),
+        ({"adapter.name": "lora-sb", "adapter.start": "kaiming"}, "adapter.start 'kaiming' gives no B"),
         ({"adapter.name": "loro"}, "adapter.name"),
         ({"head.policy": "frozen", "head.start": "zeros"}, "set head.start to 'label-words' or 'random'"),
-        ({"strategy": "fed-sb", "adapter.init": "kaiming"}, "gives no B, which the adapter 'lora-sb' begins with"),
+        ({"strategy": "fed-sb", "adapter.start": "kaiming"}, "gives no B, which the adapter 'lora-sb' begins with"),
         (
             {"start.step": 0.5},
             "start.step has no effect on adapter.start 'orthonormal': it is an option",
-        ),
-        (
-            {"adapter.start": "svd-of-weights", "adapter.init": "kaiming"},
-            "adapter.init is another name of adapter.start",
         ),
     ],
 )
@@ -486,8 +440,8 @@ def test_any_text_is_either_read_or_a_config_error(written: list[str]) -> None:
 
 def test_a_file_of_settings_is_read_where_it_stands_among_the_pairs(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
-    file.write_text('strategy = "fed-sb"\nrounds = 3\n[adapter]\nrank = 4\n[fed-sb]\ninit = "orthonormal"\n')
-    flat = {"strategy": "fed-sb", "rounds": 3, "adapter.rank": 4, "fed-sb.init": "orthonormal"}
+    file.write_text('strategy = "fed-sb"\nrounds = 3\n[adapter]\nrank = 4\n[fed-svd]\nperiod = 2\n')
+    flat = {"strategy": "fed-sb", "rounds": 3, "adapter.rank": 4, "fed-svd.period": 2}
     assert parse_settings([str(file)]) == flat
     assert parse_settings([str(file), "rounds=9"]) == {**flat, "rounds": 9}
     assert parse_settings(["rounds=9", str(file)]) == flat

@@ -509,7 +509,7 @@ def test_a_failure_is_noted_once_the_reply_is_there_and_no_lock_makes_that_late(
 ) -> None:
     site.settings["training.local-steps"] = 1
     if initial:
-        site.settings |= {"strategy": "fed-sb", "fed-sb.init": "dp-gradient", "fed-sb.init-sample-rate": 1.0}
+        site.settings |= {"strategy": "fed-sb", "adapter.start": "dp-gradient", "start.sample-rate": 1.0}
         site.settings |= {"privacy.epsilon": 50.0}
     played = Played(site, timing(), monkeypatch)
     monkeypatch.setattr(app, "rehearse_initial", lambda *_: played.timing)

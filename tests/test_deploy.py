@@ -61,7 +61,6 @@ from deploy.start import start_server, start_site
 from deploy.units import server_steps
 from deploy.withdraw import withdraw_site
 from reports import report_of
-from server.checkpoint import BEFORE
 from server.checkpoint import NAME as CHECKPOINT
 from server.lock import only_writer
 from server.records import write_json
@@ -1431,7 +1430,7 @@ def test_a_resumed_job_that_still_runs_is_followed_too(
     path.mkdir(parents=True)
     (path / CHECKPOINT).touch()
     write_json(path / "config.json", to_json(ConfigFile("7", "", {"rounds": 9}, {})))
-    settings = {**BEFORE, "rounds": 9, "output": str(server.runs), "resume": str(path)}
+    settings = {"rounds": 9, "output": str(server.runs), "resume": str(path)}
     write_json(server.path / "last-job.json", {"run": "8", "folder": str(path), "settings": settings})
     with only_writer(path):
         threading.Timer(2.0, end, (path,)).start()

@@ -151,7 +151,7 @@ def test_steps_without_privacy_are_counted(site: OneSite) -> None:
 
 def test_a_start_from_a_raw_gradient_is_an_exposure_and_no_round(site: OneSite) -> None:
     site.rule(allow_no_privacy=True, max_rounds=1)
-    site.settings |= {"strategy": "fed-sb", "fed-sb.init": "nonprivate-gradient", **OPEN}
+    site.settings |= {"strategy": "fed-sb", "adapter.start": "nonprivate-gradient", **OPEN}
     start = replace(site.task(0), state={}, basis={}, basis_fingerprint="")
     assert not isinstance(site.ask(start), Refusal)
     assert exposures(site) == [("1", 0, 0)]

@@ -297,11 +297,11 @@ def test_delta_above_one_over_the_size_is_refused(toy_settings: dict[str, Any]) 
 def test_fed_sb_initialisations_cost_what_they_use(
     toy_settings: dict[str, Any], tmp_path: Path, init: str, mode: str, releases: list[str]
 ) -> None:
-    settings = {**toy_settings, "strategy": "fed-sb", "fed-sb.init": init, "privacy.mode": mode}
+    settings = {**toy_settings, "strategy": "fed-sb", "adapter.start": init, "privacy.mode": mode}
     if init == "public-gradient":
         with pytest.raises(ConfigError, match="without a charge"):
-            configure({**settings, "fed-sb.init-data": toy_settings["data.name"]})
-    settings["fed-sb.init-data"] = str(write_reviews(tmp_path / "public.csv", 60, seed=9))
+            configure({**settings, "start.data": toy_settings["data.name"]})
+    settings["start.data"] = str(write_reviews(tmp_path / "public.csv", 60, seed=9))
     folder = run_in_process(settings, 2)
     lines = read_lines(PrivacyLine, folder)
     assert [spent(line).purpose for line in lines if line.round_number == 0 and line.spent] == releases * 2
@@ -330,7 +330,7 @@ def test_fed_sb_initialisations_cost_what_they_use(
 
 def test_fed_sb_refuses_the_published_initialisation_under_privacy(toy_settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"raw gradients of private records.*use 'public-gradient'"):
-        run_in_process({**toy_settings, "strategy": "fed-sb", "fed-sb.init": "nonprivate-gradient"}, 2)
+        run_in_process({**toy_settings, "strategy": "fed-sb", "adapter.start": "nonprivate-gradient"}, 2)
 
 
 def test_a_site_that_lost_the_basis_gets_it_within_the_round(
@@ -346,7 +346,7 @@ def test_a_site_that_lost_the_basis_gets_it_within_the_round(
         return whole(content, node, settings, run, memory, **more)
 
     monkeypatch.setattr(in_process, "answer", forgetful)
-    settings = {**toy_settings, "strategy": "fed-sb", "fed-sb.init": "nonprivate-gradient", "privacy.mode": "none"}
+    settings = {**toy_settings, "strategy": "fed-sb", "adapter.start": "nonprivate-gradient", "privacy.mode": "none"}
     line = read_lines(RoundLine, run_in_process(settings, 2))[1]
     assert line.participants == ["site-0", "site-1"]
     assert line.refusals == []

@@ -27,7 +27,7 @@ RECORDS = 40
 
 @pytest.fixture
 def site(toy_settings: dict[str, Any], tmp_path: Path) -> OneSite:
-    own = {"strategy": "fed-sb", "fed-sb.init": "dp-gradient", "fed-sb.init-sample-rate": 1.0, "privacy.epsilon": 50.0}
+    own = {"strategy": "fed-sb", "adapter.start": "dp-gradient", "start.sample-rate": 1.0, "privacy.epsilon": 50.0}
     return clinic({**toy_settings, **own}, tmp_path, RECORDS)
 
 

@@ -188,7 +188,7 @@ def test_the_plan_of_a_language_model_is_what_the_run_does(toy_generation: dict[
 
 @pytest.mark.usefixtures("rough_prices")
 def test_a_paid_initialisation_is_round_0_of_the_plan_and_travels_once(toy_settings: dict[str, Any]) -> None:
-    settings = {**toy_settings, "strategy": "fed-sb", "fed-sb.init": "dp-gradient", "rounds": 1}
+    settings = {**toy_settings, "strategy": "fed-sb", "adapter.start": "dp-gradient", "rounds": 1}
     check_that_plan_is_run(settings)
     before = planned(settings)
     assert [round_.round_number for round_ in before.rounds] == [0, 1]
@@ -362,7 +362,7 @@ def test_an_answer_stays_within_the_budget_and_the_next_one_does_not(quantity: s
 def test_an_answer_pays_for_the_initialisation_first() -> None:
     base = {"strategy": "fed-sb", "privacy.noise-multiplier": 1.0, "privacy.delta": 1e-3, "privacy.epsilon": 5.0}
     free = find(configure(base), "rounds")
-    paid = find(configure({**base, "fed-sb.init": "dp-gradient", "fed-sb.init-noise-multiplier": 0.5}), "rounds")
+    paid = find(configure({**base, "adapter.start": "dp-gradient", "start.noise-multiplier": 0.5}), "rounds")
     assert paid.value < free.value
 
 

@@ -328,7 +328,7 @@ def test_no_record_reaches_the_model_before_its_round_is_paid_for(
     if number:
         site.rule(send_noised_metrics=True)
     else:
-        site.settings.update({"strategy": "fed-sb", "fed-sb.init": "dp-gradient", "fed-sb.init-sample-rate": 0.9})
+        site.settings.update({"strategy": "fed-sb", "adapter.start": "dp-gradient", "start.sample-rate": 0.9})
     task = site.task(number)
     site.ask(task if number else dataclasses.replace(task, state={}, basis={}, basis_fingerprint=""))
     assert "record" in events
@@ -356,7 +356,7 @@ def test_the_count_carries_the_noise_that_is_paid_for_and_follows_no_seed(
 
 
 def test_the_training_noise_leaves_room_for_the_initialisation(site: OneSite, tmp_path: Path) -> None:
-    dear = {"fed-sb.init": "dp-gradient", "fed-sb.init-noise-multiplier": 1.0, "fed-sb.init-sample-rate": 0.5}
+    dear = {"adapter.start": "dp-gradient", "start.noise-multiplier": 1.0, "start.sample-rate": 0.5}
     job = configure({**site.settings, "privacy.noise-multiplier": 0.0, "strategy": "fed-sb", **dear})
     here = Site("ward", Dataset("ward", (), ("bad", "good")), "ward", PUBLIC, tmp_path / "ward.sqlite")
     plan = plan_of(job, here, Terms(math.inf, math.inf))

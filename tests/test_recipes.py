@@ -114,7 +114,6 @@ TRUSTED = {"privacy.mode": "client-level", "privacy.unit": "site", "privacy.coho
         ({"head.pool": "mean"}, "plain", "because head.pool is set"),
         ({"training.momentum": 0.9}, "plain", "because training.momentum is set"),
         ({"schedule": "linear"}, "plain", "because schedule is set"),
-        ({"server.epsilon": 0.001}, "plain", "server.epsilon is called server.adam-tau now"),
         ({"data.partition": "dirichlet", "privacy.epsilon": 8.0, "model.feature-scale": 1.0}, "metric", ""),
         ({"schedule": "cosine"}, "plain", "because schedule is set"),
         ({"server.adam-tau": 0.01}, "plain", "because server.adam-tau is set"),

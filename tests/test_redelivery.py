@@ -122,7 +122,7 @@ def test_only_the_last_reply_is_kept(site: OneSite) -> None:
 
 def ask_for_fed_sb(site: OneSite, init: str) -> None:
     """Let the site's run start Fed-SB from a full gradient, so that B and A are sent once."""
-    site.settings |= {"strategy": "fed-sb", "fed-sb.init": init, "fed-sb.init-data": str(site.node["data"])}
+    site.settings |= {"strategy": "fed-sb", "adapter.start": init, "start.data": str(site.node["data"])}
 
 
 def refused(site: OneSite, task: TrainTask) -> str:

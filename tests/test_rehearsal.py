@@ -562,7 +562,7 @@ def test_a_ledger_that_cannot_note_the_failure_is_no_refusal(
 def test_round_0_that_fails_after_its_charge_sends_noise(
     toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = {"strategy": "fed-sb", "fed-sb.init": "dp-gradient", "fed-sb.init-sample-rate": 1.0, "privacy.epsilon": 50.0}
+    own = {"strategy": "fed-sb", "adapter.start": "dp-gradient", "start.sample-rate": 1.0, "privacy.epsilon": 50.0}
     site = clinic({**toy_settings, **own}, tmp_path)
     private_gradient = dp_gradient.private_gradient
 
@@ -590,7 +590,7 @@ def test_without_privacy_a_failure_is_a_refusal(
 def test_a_start_whose_rehearsal_fails_leaves_no_round_rehearsed(
     toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = {"strategy": "fed-sb", "fed-sb.init": "dp-gradient", "fed-sb.init-sample-rate": 1.0, "privacy.epsilon": 50.0}
+    own = {"strategy": "fed-sb", "adapter.start": "dp-gradient", "start.sample-rate": 1.0, "privacy.epsilon": 50.0}
     site = clinic({**toy_settings, **own}, tmp_path)
     assert isinstance(site.ask(site.task(1)), TrainResult)
     assert set(app._process.rehearsed) == {PLAIN}

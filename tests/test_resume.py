@@ -31,7 +31,7 @@ from common.paths import REPLIES
 from common.run_lines import ConfigFile, PrivacyLine, RoundLine, read_file, read_lines
 from experiments.in_process import InProcessTransport, run_in_process
 from reports import federation_epsilon, report_of
-from server.checkpoint import BEFORE, FORMAT, NAME, Checkpoint
+from server.checkpoint import FORMAT, NAME, Checkpoint
 from server.lock import GLANCE_SECONDS, is_written, only_writer
 from server.records import RunFolder
 from server.resume import settings_of_resumed, with_resumed
@@ -279,44 +279,34 @@ def without(folder: Path, key: str) -> None:
     config.write_text(json.dumps(told))
 
 
-def test_a_setting_that_came_after_a_run_began_is_as_the_run_did_without_it(
-    toy_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_of_other_settings_than_this_fedveil_has_does_not_go_on(toy_settings: dict[str, Any]) -> None:
     with pytest.raises(Killed), killed_at(17):
         run_in_process(toy_settings, 1, "77")
     given = {"output": toy_settings["output"], "resume": "77"}
-    folder = Path(toy_settings["output"]) / "ffa-lora-77"
-    without(folder, "head.pool")
-    assert with_resumed(given)["head.pool"] == "mean"
-    without(folder, "server.adam-tau")
-    said = r"started before there was server\.adam-tau.*resume it with the FedVeil that began it"
+    without(Path(toy_settings["output"]) / "ffa-lora-77", "server.adam-tau")
+    said = r"other settings than this one \(server\.adam-tau\): resume it with the FedVeil that began it"
     with pytest.raises(ConfigError, match=said) as refused:
         with_resumed(given)
     assert "\n" not in str(refused.value)
-    monkeypatch.setattr("server.checkpoint.BEFORE", {**BEFORE, "server.adam-tau": 0.125})
-    monkeypatch.setattr("server.resume.BEFORE", {**BEFORE, "server.adam-tau": 0.125})
-    assert with_resumed(given)["server.adam-tau"] == 0.125, "today's default is filled in"
 
 
-def test_a_frozen_factor_that_came_after_a_run_began_is_where_such_a_run_had_it(toy_settings: dict[str, Any]) -> None:
-    """The scale of increments is 1 at their start, so a run without one goes on to the same bits as one that has it."""
-    own = {"strategy": "fedavg-lora", "adapter.name": "lora-increments", "privacy.mode": "none", "rounds": 2}
-    ended = []
-    for name, old in (("had", False), ("had-none", True)):
-        with pytest.raises(Killed), killed_at(17):
-            run_in_process({**toy_settings, **own}, 1, name)
-        folder = Path(toy_settings["output"]) / f"fedavg-lora-{name}"
-        file, tensors = folder / NAME, load_file(str(folder / NAME))
-        with safe_open(str(file), framework="pt") as opened:
-            metadata = opened.metadata()
-        about = json.loads(metadata["about"])
-        kept = [i for i, (_, _, factor) in enumerate(about["tensors"]) if factor != "s" or not old]
-        assert (len(kept) < len(tensors)) == old
-        about["tensors"] = [about["tensors"][i] for i in kept]
-        order = {str(new): tensors[str(i)] for new, i in enumerate(kept)}
-        file.write_bytes(save(order, metadata={**metadata, "about": json.dumps(about)}))
-        ended.append(run_in_process({**toy_settings, **own, "resume": name}, 1))
-    assert same_adapter(*ended)
+KEYS = ("run", "settings", "round", "trained", "steps", "tensors", "members", "baseline", "lengths", "renewed")
+
+
+def test_a_checkpoint_that_lacks_a_key_is_refused_in_one_line(toy_settings: dict[str, Any]) -> None:
+    with pytest.raises(Killed), killed_at(17):
+        run_in_process(toy_settings, 1, "77")
+    path = Path(toy_settings["output"]) / "ffa-lora-77" / NAME
+    with safe_open(str(path), framework="pt") as file:
+        about = json.loads(file.metadata()["about"])
+    tensors = load_file(str(path))
+    spoilt = [{name: value for name, value in about.items() if name != key} for key in KEYS]
+    spoilt += [{**about, key: 0.5} for key in ("settings", "trained", "tensors", "members", "baseline", "lengths")]
+    for told in spoilt:
+        path.write_bytes(save(tensors, metadata={"format": FORMAT, "about": json.dumps(told)}))
+        with pytest.raises(DataError, match=r"is damaged \(.*\): start a new run$") as refused:
+            run_in_process({**toy_settings, "resume": "77"}, 1)
+        assert "\n" not in str(refused.value)
 
 
 def test_a_checkpoint_of_another_format_is_refused_in_one_line(toy_settings: dict[str, Any]) -> None:

@@ -211,7 +211,7 @@ def test_no_choice_of_labels_or_columns_asks_a_question_for_free(tmp_path: Path)
 def test_a_site_without_a_single_record_answers_with_noise_and_pays(site: OneSite, number: int) -> None:
     site.rule(send_noised_metrics=True)
     if not number:
-        site.settings |= {"strategy": "fed-sb", "fed-sb.init": "dp-gradient"}
+        site.settings |= {"strategy": "fed-sb", "adapter.start": "dp-gradient"}
     task = site.task(number) if number else replace(site.task(0), state={}, basis={}, basis_fingerprint="")
     data_of(site).write_text("text,label\n,\n,good\nthe film,\n", encoding="utf-8")
     client.site._own_data.cache_clear()

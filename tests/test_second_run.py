@@ -483,8 +483,8 @@ def test_the_plan_of_a_second_run_is_what_it_does(toy_settings: dict[str, Any], 
 @pytest.mark.parametrize("rate", [1.0, 0.33])
 def test_the_plan_of_a_run_with_a_paid_start_is_what_its_ledger_charges(rate: float, tmp_path: Path) -> None:
     """The start takes the whole batch: alone it would have all of δ, beside steps at a lower rate it has not."""
-    start = {"strategy": "fed-sb", "fed-sb.init": "dp-gradient", "fed-sb.init-noise-multiplier": 4.0}
-    asked = {**start, "fed-sb.init-sample-rate": 1.0, "training.sample-rate": rate, "recipe": "plain", "rounds": 2}
+    start = {"strategy": "fed-sb", "adapter.start": "dp-gradient", "start.noise-multiplier": 4.0}
+    asked = {**start, "start.sample-rate": 1.0, "training.sample-rate": rate, "recipe": "plain", "rounds": 2}
     site, job = clinic(tmp_path), configure({**asked, "privacy.delta": DELTA})
     rows = priced_rounds(job, site_plans(job, [site.public_size])[0])
     assert [row.round_number for row in rows] == [0, 1, 2]

@@ -26,7 +26,6 @@ from docs.make.settings import flower_table, page, pyproject
 from strategies import ROWS, STRATEGIES
 from strategies.job import configure
 from strategies.options import known_settings
-from strategies.renamed import RENAMED
 from strategies.rules import RULES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,7 +55,7 @@ def spoken(value: Any) -> str:
 
 
 def test_the_reference_has_every_setting_and_no_other() -> None:
-    assert SETTINGS.keys() == known_settings().keys() - RENAMED.keys()
+    assert SETTINGS.keys() == known_settings().keys()
     for key, setting in SETTINGS.items():
         assert (setting.key, setting.default) == (key, known_settings()[key])
 
@@ -270,7 +269,6 @@ def test_a_section_is_chosen_by_its_name_and_a_setting_by_its_key() -> None:
     [
         ("adapter.rnk", "did you mean 'adapter.rank'?"),
         ("trainin", "did you mean 'training'?"),
-        ("server.epsilon", "server.epsilon is called server.adam-tau now"),
     ],
 )
 def test_a_name_that_is_none_is_answered_with_the_nearest(name: str, answer: str) -> None:

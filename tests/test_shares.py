@@ -311,7 +311,7 @@ def test_the_runs_own_noise_is_what_a_site_without_rules_adds() -> None:
 
 
 def test_a_run_whose_budget_is_too_small_for_every_round_weighs_by_the_least_noise() -> None:
-    job = configure({"strategy": "fed-sb", "fed-sb.init": "dp-gradient", "fed-sb.init-noise-multiplier": 0.3})
+    job = configure({"strategy": "fed-sb", "adapter.start": "dp-gradient", "start.noise-multiplier": 0.3})
     with pytest.raises(BudgetExhausted):  # a site whose policy counts on fewer rounds may have answered
         plan(job)
     reply = answer(job, plan(configure(PRIVATE)))

@@ -1,9 +1,8 @@
-"""Starts: one table, one road through round 0, old names that still work, and what each start promises."""
+"""Starts: one table, one road through round 0, and what each start promises."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import pytest
 
@@ -12,8 +11,7 @@ from common.errors import ConfigError
 from common.privacy import MECHANISMS
 from common.starts import STARTS, PaidStart, Start, UnpaidStart
 from strategies.job import configure
-from strategies.options import declared_settings, known_settings
-from strategies.renamed import RENAMED
+from strategies.options import declared_settings
 
 each_start = pytest.mark.parametrize("name", STARTS)
 
@@ -80,56 +78,3 @@ def test_what_needs_records_without_privacy_is_refused_whatever_its_row_checks(m
     monkeypatch.setitem(STARTS, "careless", careless)
     with pytest.raises(ConfigError, match="'careless' sends what private records hold"):
         configure({"adapter.start": "careless"})
-
-
-# --- old names --------------------------------------------------------------------------------------------------------
-
-OLD: list[tuple[dict[str, Scalar], dict[str, Scalar]]] = [
-    ({"strategy": "ffa-lora", "adapter.init": "kaiming"}, {"strategy": "ffa-lora", "adapter.start": "kaiming"}),
-    (
-        {"strategy": "fed-sb", "fed-sb.init": "svd-of-weights"},
-        {"strategy": "fed-sb", "adapter.start": "svd-of-weights"},
-    ),
-    (
-        {
-            "strategy": "fed-sb",
-            "fed-sb.init": "dp-gradient",
-            "fed-sb.init-clip-norm": 2,
-            "fed-sb.init-sample-rate": 1,
-        },
-        {"strategy": "fed-sb", "adapter.start": "dp-gradient", "start.clip-norm": 2.0, "start.sample-rate": 1.0},
-    ),
-    (
-        {"strategy": "fed-sb", "fed-sb.init": "public-gradient", "fed-sb.init-data": "a.csv", "fed-sb.init-step": 0.1},
-        {"strategy": "fed-sb", "adapter.start": "public-gradient", "start.data": "a.csv", "start.step": 0.1},
-    ),
-]
-
-
-@pytest.mark.parametrize(("old", "new"), OLD)
-def test_a_job_by_old_names_is_the_job_by_new_ones_and_says_so(old: dict[str, Scalar], new: dict[str, Scalar]) -> None:
-    job = configure(old)
-    assert job == configure(new)
-    assert not configure(new).notes
-    for key in (key for key in old if RENAMED.get(key) in new):
-        assert f"{key} is called {RENAMED[key]} now: write {RENAMED[key]} in its place" in job.notes
-    assert configure({**known_settings(), **old}) == job, "Flower gives every setting, and old names at their defaults"
-
-
-@pytest.mark.parametrize(
-    "ignored",
-    [
-        {"strategy": "ffa-lora", "fed-sb.init": "dp-gradient", "fed-sb.init-step": 0.5},
-        {"strategy": "fed-sb", "fed-sb.init-data": "a.csv"},
-        {"strategy": "fed-sb", "fed-sb.init": "auto"},
-    ],
-)
-def test_an_old_name_that_had_no_effect_has_none(ignored: dict[str, Any]) -> None:
-    job = configure(ignored)
-    assert job == configure({"strategy": ignored["strategy"]})
-    assert not job.notes
-
-
-def test_old_names_have_the_defaults_of_their_successors() -> None:
-    known = known_settings()
-    assert {old: known[old] for old in RENAMED} == {old: known[new] for old, new in RENAMED.items()}

@@ -17,7 +17,7 @@ from experiments.sweep.file import Sweep, read_sweep
 from experiments.sweep.published import SHIPPED as SHIPPED_FIGURES
 from experiments.sweep.published import read_published
 from experiments.sweep.rows import Basis, Row, read_rows
-from server.checkpoint import BEFORE, MAY_CHANGE
+from server.checkpoint import MAY_CHANGE
 from strategies.job import configure, with_recipe
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
@@ -42,7 +42,7 @@ RESULTS = sorted(path for path in (EXPERIMENTS / "results").glob("*.jsonl") if "
 def stale(rows: list[Row], sweep: Sweep) -> list[str]:
     """Return in words what of rows is not what their sweep's runs have now.
 
-    A setting that came after a row did nothing in it but what ``BEFORE`` says.
+    A setting that came after a row says nothing of it.
     """
     cells = {(cell.variant, cell.arm, cell.site, cell.epsilon, cell.seed): cell for cell in sweep.cells}
     told = []
@@ -53,7 +53,7 @@ def stale(rows: list[Row], sweep: Sweep) -> list[str]:
         settings = {key: value for key, value in cells[row.key].job(Path()).settings().items() if key not in MAY_CHANGE}
         if settings["adapter.name"] == "none":
             settings["adapter.targets"] = row.settings["adapter.targets"]  # of no layer
-        then = {key: value for key, value in BEFORE.items() if key in settings} | row.settings
+        then = settings | row.settings
         held = replace(row, settings={key: value for key, value in then.items() if key not in MAY_CHANGE})
         basis = Basis(settings, cells[row.key].sites, row.through, row.versions, row.code)
         told += [f"{row.key}: {differs}" for differs in [basis.differs(held)] if differs]

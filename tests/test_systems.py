@@ -27,7 +27,7 @@ from server.checkpoint import saved_state
 from strategies import ROWS, STRATEGIES
 from strategies.ffa_lora import FFALoRA
 from strategies.job import configure
-from strategies.renamed import REFUSED_STRATEGIES
+from strategies.refused import REFUSED_STRATEGIES
 
 ROOT = Path(__file__).parent.parent
 

@@ -202,7 +202,7 @@ def completion(settings: dict[str, Any], generation: dict[str, Any], folder: Pat
 
 
 def initialised(settings: dict[str, Any], generation: dict[str, Any], folder: Path) -> OneSite:
-    return clinic({**settings, "strategy": "fed-sb", "fed-sb.init": "dp-gradient"}, folder)
+    return clinic({**settings, "strategy": "fed-sb", "adapter.start": "dp-gradient"}, folder)
 
 
 Make = Callable[[dict[str, Any], dict[str, Any], Path], OneSite]

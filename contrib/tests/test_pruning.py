@@ -487,7 +487,7 @@ def test_invariant_p4_a_servers_scores_are_of_gradients_less_their_noise_and_a_t
 ) -> None:
     peak, noise = 0.3, 0.02
     plain: dict[str, Any] = {"training.local-steps": 1, "training.optimizer": "sgd", "training.learning-rate": peak}
-    plain |= {"training.schedule": "linear", "server.optimizer": "none"}  # the second round of two has half the rate
+    plain |= {"schedule": "linear", "server.optimizer": "none"}  # the second round of two has half the rate
     own = {"strategy": strategy, "adapter.rank": 4, "adapter.alpha": 6.8, "server.scores": True, "rounds": 2}
     job = configure({**plain, "recipe": "plain", **own})
     W, A, B, s = draw(9, 13, seed=1), draw(2, 13, seed=2), draw(9, 2, seed=3), 6.8 / 4

@@ -16,7 +16,6 @@ from common.starts import STARTS
 from docs.make.page import MADE
 from strategies import ROWS
 from strategies.options import START, known_settings, rows_with_options
-from strategies.renamed import RENAMED
 from strategies.rules import RULES
 
 FLOWER = "[tool.flwr.app.config]"
@@ -37,7 +36,7 @@ def pyproject(text: str) -> str:
 
 
 def flower_table() -> str:
-    """Return the tables of ``pyproject.toml`` that list every setting with its default, old names included."""
+    """Return the tables of ``pyproject.toml`` that list every setting with its default."""
     tables_of: dict[str, dict[str, Scalar]] = {"": {}}
     for key, value in known_settings().items():
         section, _, name = key.rpartition(".")
@@ -62,9 +61,6 @@ def page() -> str:
     core = {row for _, row in rows_with_options()}
     beside = [row for table in (STARTS, ROWS, RULES) for row in table.values() if row not in core]
     parts += [BESIDE, _table([option for row in beside for option in options_of(row)], owners=True)]
-    old = [f"| `{name}` | `{successor}` |" for name, successor in RENAMED.items()]
-    parts += ["## Old names", "They work, and a command that meets one says the new name."]
-    parts.append("\n".join(["| old name | name |", "|---|---|", *old]))
     return "\n\n".join(parts) + "\n"
 
 

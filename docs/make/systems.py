@@ -17,7 +17,7 @@ from common.tasks.sentence_modules import ENCODER
 from docs.make.differences import DIFFERENCES
 from docs.make.tables import markdown
 from strategies import ROWS
-from strategies.renamed import REFUSED_STRATEGIES
+from strategies.refused import REFUSED_STRATEGIES
 from strategies.rules import RULES
 from strategies.systems import BLOCK_LORA
 
