@@ -19,9 +19,10 @@ import itertools
 import json
 import math
 import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -39,8 +40,9 @@ from common.strict_json import from_json, to_json
 from server.lock import locked
 
 FORMAT = 2
-WITHOUT_PLAN = 1
-"""The format before, which had no plan: what such a file holds is taken as all that was planned."""
+"""The number goes on and never restarts; ``tools/convert_ledger.py`` brings a ledger of the format before over."""
+CONVERT = "python -m tools.convert_ledger"
+"""That command, in a checkout of FedVeil's repository."""
 DEARER = {
     DEPARTED: ", more because the ledger's first run planned something else",
     AT_RATE_1: ", more because rates count as 1: the ledger's first run planned to ask all sites",
@@ -79,20 +81,13 @@ class LedgerContent:
     """What one neighbour is, in one word."""
     charges: list[Charge]
     """Oldest first."""
-    first_plan: list[Release] = field(default_factory=list)
-    """All that the first run planned, before anything was released; empty only where nothing was charged by it."""
+    first_plan: list[Release]
+    """All that the first run planned, before anything was released; empty only where nothing is charged."""
 
+    @property
     def commitment(self) -> Commitment:
-        """Return the plan by which everything is priced.
-
-        What was charged before plans were written down is all that is planned then: a plan that comes after it may have
-        been chosen by what it showed.
-        """
-        return (
-            Commitment(tuple(self.first_plan))
-            if self.first_plan
-            else commitment_to([], [one.release for one in self.charges])
-        )
+        """The plan by which everything is priced."""
+        return Commitment(tuple(self.first_plan))
 
 
 def with_ledger(settings: Mapping[str, Scalar], folder: Path | None = None) -> dict[str, Scalar]:
@@ -141,7 +136,7 @@ class ServerLedger:
         held = self._content()
         before = list(itertools.takewhile(lambda charge: charge.run != run, held.charges))
         delta = min((charge.delta for charge in held.charges), default=math.inf)
-        commitment = held.commitment() if before else FRESH.commitment
+        commitment = held.commitment if before else FRESH.commitment
         return History(tuple(charge.release for charge in before), commitment, delta)
 
     def first_event(self, run: str) -> Event | None:
@@ -180,7 +175,7 @@ class ServerLedger:
                 held = self._content()
                 now = datetime.now(UTC).isoformat(timespec="seconds")
                 added = Charge(run, round_number, event, min([delta, *(one.delta for one in held.charges)]), now)
-                plan = held.commitment() if held.charges else commitment_to(planned, [added.release])
+                plan = held.commitment if held.charges else commitment_to(planned, [added.release])
                 spending = _price(held.charges, added, plan, max_epsilon)
                 if not spending.epsilon_total <= max_epsilon:
                     detour = spending.accountant.detour
@@ -206,7 +201,7 @@ class ServerLedger:
             text = ""
         except (OSError, UnicodeDecodeError) as error:
             raise LedgerError(f"the ledger {self.path} cannot be read: check rights and the disk") from error
-        held = self._read(text) if text or self.path.exists() else LedgerContent(FORMAT, self._unit, [])
+        held = self._read(text) if text or self.path.exists() else LedgerContent(FORMAT, self._unit, [], [])
         if len(held.charges) < self._seen:
             raise LedgerError(
                 f"the ledger {self.path} has {len(held.charges)} charges, and had {self._seen}: put back the file that "
@@ -219,18 +214,18 @@ class ServerLedger:
         try:
             found = json.loads(text)
             number = found.get("format", FORMAT) if isinstance(found, dict) else FORMAT
-            if number not in (WITHOUT_PLAN, FORMAT):
+            if number != FORMAT:
+                place = shlex.quote(str(self.path))
+                convert = f"run `{CONVERT} {place}` in a checkout of FedVeil, which brings all of it over"
                 raise LedgerError(
-                    f"the ledger {self.path} has format {number}, this FedVeil reads {FORMAT}: install the FedVeil "
-                    "that wrote it"
+                    f"the ledger {self.path} has format {number}, this FedVeil reads format {FORMAT} alone: "
+                    f"{convert if number == FORMAT - 1 else 'install the FedVeil that wrote it'}"
                 )
             content = from_json(LedgerContent, found, "the ledger")
             for charge in content.charges:
                 charge.event.check()
-            if bool(content.first_plan) != (number == FORMAT):
-                raise DataError(
-                    "its plan is missing" if number == FORMAT else "it has a plan, which its format has not"
-                )
+            if bool(content.first_plan) != bool(content.charges):
+                raise DataError("its plan is missing" if content.charges else "it has a plan, and no charge")
         except (ValueError, DataError, ConfigError) as error:
             reason = " ".join(str(error).split())
             raise LedgerError(f"the ledger {self.path} is damaged ({reason}): do not train, ask for help") from error

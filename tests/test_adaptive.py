@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq
 
 from client.ledger.ledger import Ledger
-from client.ledger.migrations import FORMAT
 from client.ledger.rows import Charge, Receipt
+from client.ledger.schema import FORMAT
 from common.errors import BudgetExhausted, LedgerError
 from common.privacy import privacy_filter
 from common.privacy.accounting import Release, epsilon, gaussian_release
@@ -39,6 +39,7 @@ from common.privacy.privacy_filter import (
 )
 from server import ledger as server_ledger
 from server.ledger import ServerLedger
+from tools.convert_ledger import convert
 
 EPSILON, DELTA, GRID = 8.0, 1e-5, 1e-3
 Price = Callable[[list[Release]], float]
@@ -338,6 +339,7 @@ def test_a_ledger_of_the_format_before_is_priced_as_if_its_history_had_been_plan
         db = ledger._file._connection
         db.execute("DROP TABLE plans")
         db.execute(f"PRAGMA user_version = {FORMAT - 1}")
+    convert(path)
     with Ledger(path) as ledger:
         assert ledger.plans.of("ward") is None
         assert ledger.epsilon("ward", DELTA) == promised([START, STEP], DELTA)[0]
@@ -436,7 +438,8 @@ def test_a_servers_ledger_of_the_format_before_is_priced_as_if_its_history_had_b
     spend(path, STEP, run="second", budget=50.0)
     content = json.loads(path.read_text(encoding="utf-8"))
     del content["first_plan"]
-    path.write_text(json.dumps({**content, "format": server_ledger.WITHOUT_PLAN}), encoding="utf-8")
+    path.write_text(json.dumps({**content, "format": server_ledger.FORMAT - 1}), encoding="utf-8")
+    convert(path)
     assert len(ServerLedger(path, "site").charges()) == 2
     found = spend(path, STEP, times(STEP, 5), OTHER, run="third")
     assert found == price([START, times(STEP, 2)], Commitment((START, STEP)), DELTA)[0]

@@ -29,6 +29,7 @@ from common.privacy.figures import epsilon_text
 from common.privacy.privacy_filter import promised
 from deploy.site_folder import make_site, open_site_folder
 from deploy.withdraw import withdraw_site
+from tools.convert_ledger import convert
 
 LATER = "2999-12-31T23:59:59+00:00"
 OTHER = gaussian_release(noise_multiplier=2.0, sample_rate=0.2, count=3)
@@ -122,6 +123,7 @@ def test_a_reservation_of_the_seventh_format_counts_all_charges_of_its_run(ledge
         db.execute("DROP TABLE plans")
         db.execute("PRAGMA user_version = 7")
     ledger.close()
+    convert(path)
     with Ledger(path) as again:
         assert again.kept("ward", "", DELTA) == pytest.approx(max(0.0, KEPT - cost_of(1)), abs=1e-12)
         assert [row.epsilon for row in again.holds.reservations()] == [KEPT]

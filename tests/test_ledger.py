@@ -25,12 +25,12 @@ from typing import Any
 import pytest
 
 from client.ledger import ledger as ledger_module
-from client.ledger import migrations
 from client.ledger import record_hashes as contents
-from client.ledger.file import APPLICATION_ID, only_ledger, withdrawn_in
+from client.ledger.file import only_ledger, withdrawn_in
 from client.ledger.ledger import Ledger
 from client.ledger.record_hashes import record_hashes
 from client.ledger.rows import Charge, Receipt, of_all
+from client.ledger.schema import APPLICATION_ID, FORMAT
 from common.accountant import EVALUATION, Accountant
 from common.errors import BudgetExhausted, ConfigError, LedgerError, PolicyRefusal
 from common.privacy.accounting import Release, gaussian_release
@@ -382,7 +382,7 @@ def write_other_database(path: Path) -> None:
 def write_newer_format(path: Path) -> None:
     Ledger(path).close()
     connection = sqlite3.connect(path)
-    connection.execute(f"PRAGMA user_version = {migrations.FORMAT + 1}")
+    connection.execute(f"PRAGMA user_version = {FORMAT + 1}")
     connection.close()
 
 
@@ -403,15 +403,6 @@ def write_damaged_where_no_charge_looks(path: Path) -> None:
         "VALUES ('ward', 'run-1', -1, '2026-01-01', '2026-01-01');"
     )
     connection.close()
-
-
-def write_damaged_old_format(path: Path) -> None:
-    connection = sqlite3.connect(path)
-    connection.executescript(FIRST_FORMAT)
-    connection.close()
-    content = bytearray(path.read_bytes())
-    content[4096 : 4096 + 64] = b"\xff" * 64
-    path.write_bytes(content)
 
 
 def write_marked_and_empty(path: Path) -> None:
@@ -441,11 +432,16 @@ def write_impossible_figure(path: Path) -> None:
         (write_text, "not a ledger"),
         (write_nothing, "not a FedVeil ledger"),
         (write_other_database, "not a FedVeil ledger"),
-        (write_newer_format, f"format {migrations.FORMAT + 1}, this FedVeil reads {migrations.FORMAT}"),
-        (write_marked_and_empty, f"format 0, this FedVeil reads {migrations.FORMAT}"),
+        (
+            write_newer_format,
+            f"format {FORMAT + 1}, this FedVeil reads format {FORMAT} alone: install",
+        ),
+        (
+            write_marked_and_empty,
+            f"format 0, this FedVeil reads format {FORMAT} alone: install",
+        ),
         (write_damaged, "damaged"),
         (write_damaged_where_no_charge_looks, "damaged"),
-        (write_damaged_old_format, "damaged"),
         (write_cut_short, "damaged"),
         (write_impossible_figure, "damaged"),
     ],
@@ -951,77 +947,6 @@ def test_rounds_and_steps_of_a_run_are_counted(path: Path) -> None:
         assert ledger.trained("ward", "run-1") == (3, 3), "a round that is charged again counts again"
         assert ledger.trained("ward", "nobody's") == (0, 0)
         assert ledger.entries()[-1].event.clip_norm == 1.0, "a count is not clipped; its sensitivity is 1"
-
-
-# Ledgers of the first format.
-
-FIRST_FORMAT = """
-CREATE TABLE charges (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, dataset TEXT NOT NULL, run TEXT NOT NULL, round INTEGER NOT NULL,
-    kind TEXT NOT NULL, noise_multiplier REAL NOT NULL CHECK (noise_multiplier > 0),
-    sample_rate REAL NOT NULL CHECK (sample_rate > 0 AND sample_rate <= 1),
-    count INTEGER NOT NULL CHECK (count >= 1), delta REAL NOT NULL, clip_norm REAL NOT NULL, charged_at TEXT NOT NULL
-);
-CREATE TRIGGER no_update BEFORE UPDATE ON charges BEGIN SELECT RAISE(ABORT, 'charges are only ever added'); END;
-CREATE TRIGGER no_delete BEFORE DELETE ON charges BEGIN SELECT RAISE(ABORT, 'charges are only ever added'); END;
-INSERT INTO charges (dataset, run, round, kind, noise_multiplier, sample_rate, count, delta, clip_norm, charged_at)
-VALUES ('ward', 'old', 1, 'training', 1.0, 0.1, 5, 1e-5, 0.5, '2026-01-02T03:04:05+00:00');
-PRAGMA application_id = 0x46564C44;
-PRAGMA user_version = 1;
-"""
-
-
-@pytest.fixture
-def old_ledger(path: Path) -> Path:
-    connection = sqlite3.connect(path)
-    connection.executescript(FIRST_FORMAT)
-    connection.close()
-    return path
-
-
-def test_a_ledger_of_the_first_format_keeps_its_history_and_gets_the_rest(old_ledger: Path) -> None:
-    for _ in range(2):
-        with Ledger(old_ledger) as ledger:
-            assert ledger.epsilon("ward", DELTA) == cost_of(1)
-            assert len(ledger.key) == 32
-            assert ledger.terms("ward").delta == DELTA
-            key = ledger.key
-    with Ledger(old_ledger) as ledger:
-        assert ledger.key == key, "the key changed when the ledger was opened again"
-        assert charge(ledger, 2).epsilon_after == cost_of(2)
-        ledger.set_budget("ward", 3.0, DELTA)
-        assert ledger._file._connection.execute("PRAGMA user_version").fetchone()[0] == migrations.FORMAT
-
-
-def layout(path: Path) -> list[tuple[str, str]]:
-    connection = sqlite3.connect(path)
-    rows = connection.execute("SELECT name, type FROM sqlite_master WHERE name NOT LIKE 'sqlite_%' ORDER BY name")
-    found = rows.fetchall()
-    connection.close()
-    return found
-
-
-def test_a_migrated_ledger_has_the_layout_of_a_new_one(old_ledger: Path, tmp_path: Path) -> None:
-    Ledger(old_ledger).close()
-    Ledger(tmp_path / "new.sqlite").close()
-    assert layout(old_ledger) == layout(tmp_path / "new.sqlite")
-
-
-def half_way(db: sqlite3.Connection) -> None:
-    db.execute("DROP TABLE charges")
-    db.execute("NONSENSE")
-
-
-def test_a_migration_that_fails_half_way_leaves_the_old_ledger(
-    old_ledger: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(migrations, "MIGRATIONS", (*migrations.MIGRATIONS[:4], half_way))
-        with pytest.raises(LedgerError):
-            Ledger(old_ledger)
-    assert layout(old_ledger) == [("charges", "table"), ("no_delete", "trigger"), ("no_update", "trigger")]
-    with Ledger(old_ledger) as ledger:
-        assert ledger.epsilon("ward", DELTA) == cost_of(1)
 
 
 def test_every_table_but_that_of_the_key_refuses_changes_and_removals(path: Path) -> None:

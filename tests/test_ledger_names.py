@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import multiprocessing
 import os
-import random
 import signal
 import sqlite3
-from collections.abc import Callable
 from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from client.ledger import file as ledger_file
-from client.ledger import migrations
 from client.ledger.file import only_ledger, withdrawn_in
 from client.ledger.ledger import Ledger, _remember
 from client.ledger.rows import Charge, Receipt
@@ -25,7 +19,6 @@ from client.site import open_site, user_folder
 from common.config.sections import Scalar
 from common.errors import LedgerError
 from common.privacy.accounting import Release, gaussian_release
-from common.privacy.privacy_filter import promised
 from strategies.job import configure
 
 WHISPER = gaussian_release(noise_multiplier=20.0, sample_rate=0.01, count=1)
@@ -277,265 +270,6 @@ def test_a_half_made_ledger_or_a_journal_is_no_ledger_of_the_folder(tmp_path: Pa
     assert only_ledger(tmp_path) == only_ledger(tmp_path / "nowhere").parent.parent / "ledger.sqlite"
 
 
-# Ledgers of earlier formats.
-
-SECOND_FORMAT = """
-CREATE TABLE charges (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, dataset TEXT NOT NULL, run TEXT NOT NULL, round INTEGER NOT NULL,
-    kind TEXT NOT NULL, noise_multiplier REAL NOT NULL CHECK (noise_multiplier > 0),
-    sample_rate REAL NOT NULL CHECK (sample_rate > 0 AND sample_rate <= 1),
-    count INTEGER NOT NULL CHECK (count >= 1), delta REAL NOT NULL, clip_norm REAL NOT NULL, charged_at TEXT NOT NULL
-);
-CREATE TRIGGER no_update BEFORE UPDATE ON charges BEGIN SELECT RAISE(ABORT, 'charges are only ever added'); END;
-CREATE TRIGGER no_delete BEFORE DELETE ON charges BEGIN SELECT RAISE(ABORT, 'charges are only ever added'); END;
-CREATE TABLE budgets (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, dataset TEXT NOT NULL, epsilon REAL NOT NULL CHECK (epsilon > 0),
-    delta REAL NOT NULL CHECK (delta > 0 AND delta < 0.5), set_at TEXT NOT NULL
-);
-CREATE TRIGGER no_budget_update BEFORE UPDATE ON budgets BEGIN SELECT RAISE(ABORT, 'budgets are only ever added'); END;
-CREATE TRIGGER no_budget_delete BEFORE DELETE ON budgets BEGIN SELECT RAISE(ABORT, 'budgets are only ever added'); END;
-CREATE TABLE records (hash INTEGER NOT NULL, dataset TEXT NOT NULL, PRIMARY KEY (hash, dataset)) WITHOUT ROWID;
-CREATE TRIGGER no_record_update BEFORE UPDATE ON records BEGIN SELECT RAISE(ABORT, 'records are only ever added'); END;
-CREATE TRIGGER no_record_delete BEFORE DELETE ON records BEGIN SELECT RAISE(ABORT, 'records are only ever added'); END;
-CREATE TABLE secrets (key BLOB NOT NULL);
-INSERT INTO secrets VALUES (x'000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f');
-INSERT INTO charges (dataset, run, round, kind, noise_multiplier, sample_rate, count, delta, clip_norm, charged_at)
-VALUES ('ward', 'old', 1, 'training', 20.0, 0.01, 1, 1e-5, 0.5, '2026-01-02T03:04:05+00:00');
-INSERT INTO budgets (dataset, epsilon, delta, set_at) VALUES ('ward', 3.0, 1e-5, '2026-01-02T03:04:05+00:00');
-INSERT INTO records VALUES (7, 'ward');
-PRAGMA application_id = 0x46564C44;
-PRAGMA user_version = 2;
-"""
-
-
-THIRD_FORMAT = f"""{SECOND_FORMAT}
-CREATE TABLE exposures (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, dataset TEXT NOT NULL, run TEXT NOT NULL, round INTEGER NOT NULL,
-    steps INTEGER NOT NULL CHECK (steps >= 0), released_at TEXT NOT NULL
-);
-CREATE TRIGGER no_exposure_update BEFORE UPDATE ON exposures
-    BEGIN SELECT RAISE(ABORT, 'exposures are only ever added'); END;
-CREATE TRIGGER no_exposure_delete BEFORE DELETE ON exposures
-    BEGIN SELECT RAISE(ABORT, 'exposures are only ever added'); END;
-ALTER TABLE charges ADD COLUMN caused_by TEXT;
-INSERT INTO exposures (dataset, run, round, steps, released_at)
-VALUES ('lab', 'open', 1, 2, '2026-01-02T03:04:05+00:00');
-PRAGMA user_version = 3;
-"""
-
-
-@pytest.fixture
-def second_format(path: Path) -> Path:
-    return laid_out(path, SECOND_FORMAT)
-
-
-def laid_out(path: Path, script: str) -> Path:
-    connection = sqlite3.connect(path)
-    connection.executescript(script)
-    connection.close()
-    return path
-
-
-def content(path: Path) -> dict[str, Any]:
-    """Return the format, the tables' columns and triggers, and the rows that format 2 has."""
-    connection = sqlite3.connect(path)
-    tables = ("charges", "budgets", "records", "secrets")
-    found = {
-        "format": connection.execute("PRAGMA user_version").fetchone()[0],
-        "names": sorted(connection.execute("SELECT name, type FROM sqlite_master WHERE name NOT LIKE 'sqlite_%'")),
-        "columns": {name: [row[1:] for row in connection.execute(f"PRAGMA table_info({name})")] for name in tables},
-        "rows": {name: connection.execute(f"SELECT * FROM {name}").fetchall() for name in tables},
-    }
-    connection.close()
-    return found
-
-
-def as_data(*row: Any) -> tuple[Any, ...]:
-    """Return a charge of format 1 to 4 as format 5 has it: its figures as data, and all else as it was."""
-    number, dataset, run, round_number, kind, noise, rate, count, delta, clip, when, *cause = row
-    figures = f'{{"clip_norm":{clip!r},"noise_multiplier":{noise!r},"sample_rate":{rate!r}}}'
-    what = (kind, "record", "sampled-gaussian", figures, count)
-    return number, dataset, run, round_number, *what, delta, when, *(cause or (None,))
-
-
-def test_a_ledger_of_the_second_format_keeps_key_history_budgets_and_records(
-    second_format: Path, tmp_path: Path
-) -> None:
-    before = content(second_format)
-    Ledger(second_format).close()
-    after = content(second_format)
-    assert (before["format"], after["format"]) == (2, migrations.FORMAT)
-    assert after["rows"] == {**before["rows"], "charges": [as_data(*row) for row in before["rows"]["charges"]]}
-    Ledger(tmp_path / "new.sqlite").close()
-    new = content(tmp_path / "new.sqlite")
-    assert (after["names"], after["columns"]) == (new["names"], new["columns"])
-    charge(second_format, 2)
-    assert rounds(second_format) == [1, 2]
-
-
-LAYOUTS = (
-    *("8844aba8", "0e65a028", "e888c9cb", "a9e05ee1", "8626a8b9"),
-    *("e2df26a2", "61ae3799", "f6247648", "a6509f5e", "4596f8c4"),
-)
-"""Of each format, the beginning of the SHA-256 of all that SQLite says its tables and triggers are."""
-
-
-def test_no_step_to_a_format_has_changed_since_it_was_made() -> None:
-    """A ledger in use has the tables that its steps made then, with what they refuse: a change needs a step more."""
-    connection, found = sqlite3.connect(":memory:"), []
-    for step in migrations.MIGRATIONS:
-        step(connection)
-        rows = connection.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY type, name")
-        text = "\n".join(" ".join(sql.replace('"', "").split()) for (sql,) in rows)
-        found.append(hashlib.sha256(text.encode()).hexdigest()[:8])
-    connection.close()
-    assert tuple(found) == LAYOUTS
-
-
-def test_of_a_format_without_withdrawals_nothing_is_withdrawn(second_format: Path) -> None:
-    before = content(second_format)
-    assert withdrawn_in(second_format) == frozenset()
-    assert content(second_format) == before, "who only asks has migrated it"
-
-
-def test_a_ledger_of_the_third_format_keeps_everything_and_can_hold_failures(path: Path, tmp_path: Path) -> None:
-    before = content(laid_out(path, THIRD_FORMAT))
-    with Ledger(path) as ledger:
-        assert [row.dataset for row in ledger.exposures()] == ["lab"]
-        assert ledger.failures() == []
-        ledger.fail("ward", run="old", round_number=1, reason="no memory")
-        assert [(row.dataset, row.round_number, row.reason) for row in ledger.failures()] == [("ward", 1, "no memory")]
-    after = content(path)
-    assert (before["format"], after["format"]) == (3, migrations.FORMAT)
-    assert after["rows"] == {**before["rows"], "charges": [as_data(*row) for row in before["rows"]["charges"]]}
-    Ledger(tmp_path / "new.sqlite").close()
-    new = content(tmp_path / "new.sqlite")
-    assert (after["names"], after["columns"]) == (new["names"], new["columns"])
-
-
-FOURTH_FORMAT = f"""{THIRD_FORMAT}
-CREATE TABLE failures (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, dataset TEXT NOT NULL, run TEXT NOT NULL, round INTEGER NOT NULL,
-    reason TEXT NOT NULL, failed_at TEXT NOT NULL
-);
-CREATE TRIGGER no_failure_update BEFORE UPDATE ON failures
-    BEGIN SELECT RAISE(ABORT, 'failures are only ever added'); END;
-CREATE TRIGGER no_failure_delete BEFORE DELETE ON failures
-    BEGIN SELECT RAISE(ABORT, 'failures are only ever added'); END;
-INSERT INTO failures (dataset, run, round, reason, failed_at)
-VALUES ('ward', 'old', 1, 'no memory', '2026-01-02T03:04:05+00:00');
-PRAGMA user_version = 4;
-"""
-OLD_NAMES = ("ward", "clinic", "lab")
-INSERT = (
-    "INSERT INTO charges (dataset, run, round, kind, noise_multiplier, sample_rate, count, delta, clip_norm, "
-    "charged_at, caused_by) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, '2026-01-02T03:04:05+00:00', ?)"
-)
-
-
-@pytest.fixture
-def fourth_format(path: Path) -> Path:
-    """Return a ledger of format 4 with figures of many digits, all purposes, and charges that others caused."""
-    laid_out(path, FOURTH_FORMAT)
-    draw, connection = random.Random(5), sqlite3.connect(path)
-    for number in range(60):
-        name, kind = draw.choice(OLD_NAMES), draw.choice(["training", "initialisation", "evaluation", "count"])
-        figures = (draw.uniform(4.0, 30.0), draw.choice([1.0, 0.1 + 0.2, draw.uniform(1e-6, 0.1)]), draw.randint(1, 9))
-        row = (name, f"run {number % 7}", number % 5, kind, *figures, draw.choice([1e-5, 3e-6]), draw.uniform(0.1, 5.0))
-        connection.execute(INSERT, (*row, draw.choice([None, None, "elsewhere"])))
-    connection.commit()
-    connection.close()
-    return path
-
-
-def epsilons_by_columns(path: Path) -> dict[str, float]:
-    """Return what each data set of a ledger of format 4 has spent, by its columns and without the ledger's code."""
-    connection = sqlite3.connect(path)
-    spent: dict[str, list[Release]] = {}
-    for name, noise, rate, number in connection.execute(
-        "SELECT dataset, noise_multiplier, sample_rate, count FROM charges ORDER BY id"
-    ):
-        spent.setdefault(name, []).append(gaussian_release(noise, rate, number))
-    connection.close()
-    return {name: promised(releases, 1e-6)[0] for name, releases in spent.items()}
-
-
-def check_that_format_5_keeps_every_charge(path: Path) -> None:
-    """Open a ledger of format 4, and hold every row, sum and price against what its columns said."""
-    before, prices = content(path), epsilons_by_columns(path)
-    with Ledger(path) as ledger:
-        assert {name: ledger.epsilon(name, 1e-6) for name in prices if name != "lab"} == {
-            name: price for name, price in prices.items() if name != "lab"
-        }, "a data set has spent something else than before"
-        assert promised(ledger.spent("lab"), 1e-6)[0] == prices["lab"], "charges of an exposed data set have changed"
-        assert ledger.epsilon("lab", 1e-6) == float("inf"), "an exposure was forgotten"
-        assert [row.reason for row in ledger.failures()] == ["no memory"]
-        entries = ledger.entries()
-    after = content(path)
-    assert (before["format"], after["format"]) == (4, migrations.FORMAT)
-    assert after["rows"] == {**before["rows"], "charges": [as_data(*row) for row in before["rows"]["charges"]]}
-    old = [(row[5], row[6], row[9], row[7]) for row in before["rows"]["charges"]]
-    new = [(e.event.noise_multiplier, e.event.sample_rate, e.event.clip_norm, e.count) for e in entries]
-    assert new == old, "a figure is another one"
-
-
-def test_a_ledger_of_the_fourth_format_keeps_every_charge_to_the_last_bit(fourth_format: Path, tmp_path: Path) -> None:
-    check_that_format_5_keeps_every_charge(fourth_format)
-    Ledger(tmp_path / "new.sqlite").close()
-    after, new = content(fourth_format), content(tmp_path / "new.sqlite")
-    assert (after["names"], after["columns"]) == (new["names"], new["columns"])
-    numbers = [row[0] for row in after["rows"]["charges"]]
-    charge(fourth_format, 9, dataset="fresh")
-    with Ledger(fourth_format) as ledger:
-        assert [entry.id for entry in ledger.entries()] == [*numbers, max(numbers) + 1], "a number was given twice"
-    connection = sqlite3.connect(fourth_format)
-    for statement in ("UPDATE charges SET figures = '{}'", "DELETE FROM charges"):
-        with pytest.raises(sqlite3.IntegrityError, match="only ever added"):
-            connection.execute(statement)
-    connection.close()
-
-
-def losing(db: sqlite3.Connection) -> None:
-    db.execute("DROP TRIGGER no_delete")
-    db.execute("DELETE FROM charges WHERE id = 7")
-    migrations.m5_releases_as_data(db)
-
-
-def rounding(db: sqlite3.Connection) -> None:
-    db.execute("DROP TRIGGER no_update")
-    db.execute("UPDATE charges SET noise_multiplier = ROUND(noise_multiplier, 6)")
-    migrations.m5_releases_as_data(db)
-
-
-def without_triggers(db: sqlite3.Connection) -> None:
-    migrations.m5_releases_as_data(db)
-    db.execute("DROP TRIGGER no_update")
-
-
-@pytest.mark.parametrize("fault", [losing, rounding, without_triggers])
-def test_a_migration_that_loses_or_changes_a_charge_is_found(
-    fourth_format: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[[sqlite3.Connection], None]
-) -> None:
-    monkeypatch.setattr(migrations, "MIGRATIONS", (*migrations.MIGRATIONS[:4], fault, *migrations.MIGRATIONS[5:]))
-    with pytest.raises((AssertionError, pytest.fail.Exception)):
-        test_a_ledger_of_the_fourth_format_keeps_every_charge_to_the_last_bit(fourth_format, tmp_path)
-
-
-def test_a_step_that_garbles_a_figure_stops_and_leaves_the_old_ledger(
-    fourth_format: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before, dumps = content(fourth_format), json.dumps
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            migrations.json,
-            "dumps",
-            lambda held, **_: dumps({**held, "noise_multiplier": round(held["noise_multiplier"], 9)}),
-        )
-        with pytest.raises(LedgerError, match="did not come over"):
-            Ledger(fourth_format)
-    assert content(fourth_format) == before
-
-
 UNPRICED = ("discrete-laplace", '{"noise_multiplier":9.0,"sample_rate":0.1,"clip_norm":1.0}')
 
 
@@ -560,7 +294,10 @@ def check_that_what_has_no_price_is_never_free(path: Path, kind: str, figures: s
 
 
 def rounds_raw(path: Path) -> list[int]:
-    return [row[3] for row in content(path)["rows"]["charges"]]
+    connection = sqlite3.connect(path)
+    found = [number for (number,) in connection.execute("SELECT round FROM charges ORDER BY id")]
+    connection.close()
+    return found
 
 
 @pytest.mark.parametrize(
@@ -604,32 +341,6 @@ def test_a_ledger_that_leaves_out_what_it_does_not_know_is_found(path: Path, mon
     monkeypatch.setattr(Ledger, "spent", known)
     with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
         check_that_what_has_no_price_is_never_free(path, *UNPRICED)
-
-
-def migrate_and_die(path: Path, script: Callable[[Any, str], None], after: int) -> None:
-    """Migrate a ledger, and be killed after so many of the migration's statements."""
-
-    def some(connection: sqlite3.Connection, statements: str) -> None:
-        whole = [part for part in statements.splitlines(keepends=True) if part.strip()]
-        script(connection, "".join(whole[:after]))
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    migrations.run_script = some
-    Ledger(path)
-
-
-@pytest.mark.parametrize("after", [8, 12, 14])
-def test_a_migration_that_is_killed_leaves_the_old_ledger_whole(second_format: Path, after: int) -> None:
-    from client.ledger.migrations import run_script
-
-    before = content(second_format)
-    child = processes.Process(target=migrate_and_die, args=(second_format, run_script, after))
-    child.start()
-    child.join()
-    assert child.exitcode == -signal.SIGKILL
-    assert content(second_format) == before
-    assert rounds(second_format) == [1]
-    assert content(second_format)["format"] == migrations.FORMAT
 
 
 def test_a_new_ledger_has_its_name_on_disk_and_so_have_the_folders_that_were_made_for_it(

@@ -17,10 +17,9 @@ from audits.sum_site import SumSite
 from audits.tiny_models import write_reviews
 from audits.tiny_site import OneSite, clinic
 from client.app import answer
-from client.ledger.file import APPLICATION_ID
 from client.ledger.ledger import Ledger
-from client.ledger.migrations import MIGRATIONS
 from client.ledger.rows import Charge
+from client.ledger.schema import APPLICATION_ID
 from client.ledger.sums import Sums
 from common.errors import BudgetExhausted, ConfigError, PolicyRefusal, ProtocolError
 from common.messages.round import KeyReply, KeyTask, Refusal, TrainResult
@@ -31,6 +30,8 @@ from common.privacy.claim import Claim
 from common.privacy.events import Event
 from common.privacy.meaning import _of_several, meaning_of
 from common.privacy.units import PERSON, RECORD
+from tools.convert_ledger import convert
+from tools.ledger_formats import STEPS
 
 K = bytes(32)
 NOISE = 1.3908
@@ -176,12 +177,13 @@ def test_a_ledger_of_the_eighth_format_knows_a_site_by_its_data_set(tmp_path: Pa
     """It wrote down no site: a round that its own data set repeats is let be, one of another name is not."""
     path = tmp_path / "old.sqlite"
     connection = sqlite3.connect(path)
-    for step in MIGRATIONS[:8]:
+    for step in STEPS[:8]:
         step(connection)
     columns = "(key, dataset, run, round, charged_at) VALUES (?, 'a', 'run', 1, '')"
     connection.execute(f"INSERT INTO mask_keys {columns}", (K,))
     connection.executescript(f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = 8;")
     connection.close()
+    convert(path)
     release = gaussian_release(2.0, 1.0, 1)
 
     def charge(dataset: str, number: int, key: int) -> Charge:

@@ -470,9 +470,11 @@ def test_servers_that_share_a_ledger_never_spend_the_same_remainder(tmp_path: Pa
     [
         ("", "is damaged"),
         ('{"format": 1', "is damaged"),
-        ('{"format": 1, "unit": "site", "charges": [{}]}', "is damaged"),
-        ('{"format": 1, "unit": "record", "charges": []}', "is of the unit 'record'"),
-        ('{"format": 2, "unit": "site", "charges": []}', "is damaged .its plan is missing"),
+        ('{"format": 2, "unit": "site", "charges": [{}], "first_plan": []}', "is damaged"),
+        ('{"format": 2, "unit": "record", "charges": [], "first_plan": []}', "is of the unit 'record'"),
+        ('{"format": 2, "unit": "site", "charges": []}', "is damaged .the ledger lacks the field 'first_plan'"),
+        ('{"format": 1, "unit": "site", "charges": []}', "has format 1.*python -m tools.convert_ledger"),
+        ('{"format": true, "unit": "site", "charges": []}', "has format True"),
         (
             '{"format": 2, "unit": "site", "charges": [], "first_plan": [{"event": {"kind": "none"}, "count": 1}]}',
             "is damaged",

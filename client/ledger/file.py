@@ -1,4 +1,4 @@
-"""The file of a ledger: how it is made, opened, checked and migrated, and its one kind of transaction.
+"""The file of a ledger: how it is made, opened and checked, and its one kind of transaction.
 
 Durability. The rollback journal (``journal_mode=DELETE``) keeps everything in one file, whereas with
 WAL a copy of that file alone, or a container that mounts only it, would lose the latest charges and
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator
@@ -28,12 +29,12 @@ from contextlib import AbstractContextManager, closing, contextmanager, nullcont
 from datetime import UTC, datetime
 from pathlib import Path
 
-from client.ledger.migrations import FORMAT, migrate
+from client.ledger.schema import APPLICATION_ID, FORMAT, is_laid_out, lay_out
 from common.errors import LedgerError
 from common.files import sync_folder
 
-APPLICATION_ID = 0x46564C44
-"""``FVLD``, in the file's header."""
+CONVERT = "python -m tools.convert_ledger"
+"""What brings a ledger of an earlier format over, in a checkout of FedVeil's repository."""
 BUSY_SECONDS = 60.0
 """How long a lock that others hold is waited for."""
 
@@ -62,7 +63,7 @@ def withdrawn_in(path: Path) -> frozenset[str]:
     taken, where time tells.
 
     Raises:
-        LedgerError: the file cannot be read, has a second name, or was locked for too long.
+        LedgerError: the file cannot be read, has another format or a second name, or was locked for too long.
     """
     if not _is_there(path):
         return frozenset()
@@ -70,8 +71,7 @@ def withdrawn_in(path: Path) -> frozenset[str]:
     # mode=rw: a journal that a killed process left is rolled back, as by whoever opens the ledger.
     place = f"{path.absolute().as_uri()}?mode=rw"
     with one_line(path, "read"), closing(_connect(place, uri=True)) as db:
-        if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'withdrawals'").fetchone():
-            return frozenset()  # of a format that knew none
+        _refuse_other_format(path, db)
         return frozenset(name for (name,) in db.execute("SELECT DISTINCT dataset FROM withdrawals"))
 
 
@@ -86,9 +86,9 @@ class LedgerFile:
         apart: makes the context of what takes its time whatever the records are: prices, and waiting for the lock.
 
     Raises:
-        LedgerError: the file is not a ledger, is damaged, has a second name (a hard link), was written
-            by a newer FedVeil, or cannot be made or opened. An empty file is not a ledger: an existing
-            one may have been cut short.
+        LedgerError: the file is not a ledger, is damaged, has a second name (a hard link), has another
+            format, or cannot be made or opened. An empty file is not a ledger: an existing one may have been
+            cut short.
     """
 
     def __init__(
@@ -142,35 +142,30 @@ class LedgerFile:
 
     def _check_file(self) -> None:
         with one_line(self.path, "read"):
-            application, schema, finding = (
-                self._connection.execute(f"PRAGMA {name}").fetchone()[0]
-                for name in ("application_id", "user_version", "quick_check")
-            )
-            if application != APPLICATION_ID:
-                raise LedgerError(f"{self.path} is not a FedVeil ledger: name another file")
+            (finding,) = self._connection.execute("PRAGMA quick_check").fetchone()
             if finding != "ok":
                 raise sqlite3.DatabaseError(str(finding))
-            if 1 <= schema < FORMAT:
-                schema = self._migrate()
-            if schema != FORMAT:
-                raise LedgerError(
-                    f"the ledger {self.path} has format {schema}, this FedVeil reads {FORMAT}: "
-                    "install the FedVeil that wrote it"
-                )
-
-    def _migrate(self) -> int:
-        """Bring a ledger of an earlier format to the present one, whole or not at all; return its format."""
-        with self.transaction() as db:
-            (schema,) = db.execute("PRAGMA user_version").fetchone()
-            if schema >= FORMAT:  # another process was first
-                return int(schema)
-            migrate(db, schema)
-        return FORMAT
+            _refuse_other_format(self.path, self._connection)
+            if not is_laid_out(self._connection):
+                raise sqlite3.DatabaseError(f"its tables are not those of format {FORMAT}")
 
 
 def now() -> str:
     """Return the time that a row is written with: UTC, ISO 8601, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _refuse_other_format(path: Path, db: sqlite3.Connection) -> None:
+    """Raise LedgerError unless the file says that it is a ledger of the present format."""
+    application, found = (db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version"))
+    if application != APPLICATION_ID:
+        raise LedgerError(f"{path} is not a FedVeil ledger: name another file")
+    if found != FORMAT:
+        convert = f"run `{CONVERT} {shlex.quote(str(path))}` in a checkout of FedVeil, which brings all of it over"
+        raise LedgerError(
+            f"the ledger {path} has format {found}, this FedVeil reads format {FORMAT} alone: "
+            f"{convert if 1 <= found < FORMAT else 'install the FedVeil that wrote it'}"
+        )
 
 
 def _connect(database: str, patience: float = BUSY_SECONDS, *, uri: bool = False) -> sqlite3.Connection:
@@ -194,13 +189,8 @@ def _create(path: Path) -> None:
         descriptor, draft = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".draft", dir=path.parent)  # mode 0600
         os.close(descriptor)
         try:
-            connection = _connect(draft)
-            connection.execute("BEGIN")
-            connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-            migrate(connection, 0)
-            connection.execute("COMMIT")
-            connection.execute("VACUUM")  # the steps have left pages of tables that are gone
-            connection.close()
+            with closing(_connect(draft)) as connection:
+                lay_out(connection)
             with suppress(FileExistsError):  # who opened the ledger meanwhile may have been first
                 os.link(draft, path)
         finally:

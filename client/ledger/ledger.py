@@ -17,7 +17,7 @@ figures, whatever it is called. The strictest of what the caller
 asks for and what the ledger holds wins: the smaller epsilon, and the smallest delta that the data
 set was ever charged or budgeted at, so that everything it released is composed at one delta.
 
-How the file survives crashes, and what it cannot know, is in ``file``; its formats are in ``migrations``.
+How the file survives crashes, and what it cannot know, is in ``file``; its tables are in ``schema``.
 """
 
 from __future__ import annotations
@@ -489,7 +489,7 @@ class Ledger:
     def _plan(self, dataset: str, charge: Charge) -> Commitment:
         """Return what holds for a data set with this charge: the charge's own plan, where it is the first.
 
-        What was charged before plans were written down is all that is planned then: a plan that comes after it may have
+        What an earlier format charged without a plan is all that is planned then: a plan that comes after it may have
         been chosen by what it showed.
         """
         spent = self.spent(dataset)

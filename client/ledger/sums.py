@@ -38,7 +38,7 @@ class Sums:
                 "SELECT DISTINCT site, dataset FROM mask_keys WHERE run = ? AND round = ? AND site != ?",
                 (charge.run, charge.round_number, charge.site),
             ).fetchall()
-        # Formats before 9 wrote no site down: then it is known by the data set.
+        # A key from a ledger of an earlier format names no site: then it is known by the data set.
         others = {dataset for site, dataset in rows if site or dataset != charge.dataset}
         if others & set(names):
             # No name of another data set: this line leaves the site.

@@ -1,8 +1,7 @@
-"""The formats of a ledger: one function a step, from an empty file to the present tables.
+"""The formats that a site's ledger has had: one function a step, from an empty file to the present tables.
 
-A new ledger takes every step, and one that an earlier version left takes those after its own format, in
-one transaction. A step never changes later: its tables are what that format was. None loses a charge, and
-none changes a figure of one.
+A step never changes later: its tables are what that format was. None loses a charge, and none changes a figure of one.
+The tables of the present format, as new ledgers have them, are in ``client/ledger/schema.py``.
 """
 
 from __future__ import annotations
@@ -12,9 +11,11 @@ import os
 import sqlite3
 from collections.abc import Callable
 
-from common.errors import LedgerError
-
 Step = Callable[[sqlite3.Connection], None]
+
+
+class ConversionError(Exception):
+    """A ledger is left as it is, for this reason."""
 
 
 def run_script(db: sqlite3.Connection, script: str) -> None:
@@ -124,7 +125,7 @@ def m5_releases_as_data(db: sqlite3.Connection) -> None:
     every float its bits: JSON holds the shortest decimal that reads back as it.
 
     Raises:
-        LedgerError: a row did not come over as it was; then nothing is changed.
+        ConversionError: a row did not come over as it was.
     """
     run_script(
         db,
@@ -164,7 +165,7 @@ CREATE TABLE releases (
         for row in new
     ]
     if held != old:
-        raise LedgerError("the charges of a ledger of format 4 did not come over as they were: ask for help")
+        raise ConversionError("the charges did not come over as they were: ask for help")
     run_script(
         db,
         """
@@ -270,7 +271,7 @@ CREATE TRIGGER no_plan_delete BEFORE DELETE ON plans BEGIN SELECT RAISE(ABORT, '
     )
 
 
-MIGRATIONS: tuple[Step, ...] = (
+STEPS: tuple[Step, ...] = (
     m1_charges,
     m2_budgets_and_records,
     m3_exposures,
@@ -283,11 +284,4 @@ MIGRATIONS: tuple[Step, ...] = (
     m10_first_plans,
 )
 """The step that each format is made by, the first one's first."""
-FORMAT = len(MIGRATIONS)
-
-
-def migrate(db: sqlite3.Connection, present: int) -> None:
-    """Bring tables of format ``present`` (0: none) to the present one, inside the caller's transaction."""
-    for step in MIGRATIONS[present:]:
-        step(db)
-    db.execute(f"PRAGMA user_version = {FORMAT}")
+FORMAT = len(STEPS)
