@@ -141,7 +141,7 @@ def verify(
     """Say which run was signed by a key, when and with which figures: exit code 0, or 1 if a file is not genuine."""
     from common.run_lines import TuningFile
     from common.words import visible
-    from reports.signature import FIRST_CONTEXT, NotGenuine, verified
+    from reports.signature import NotGenuine, verified
     from reports.trials import trials_figure
 
     try:
@@ -156,10 +156,9 @@ def verify(
     if signed.get("trials"):
         told = TuningFile(signed["trials"], None, float(signed["epsilon_trials"]), signed["delta_trials"])
         claim += f" ({trials_figure(told)})"
-    first = signed["context"] == FIRST_CONTEXT
-    rounds = "" if first else f" after {signed['rounds_done']} of {counted(signed['rounds_planned'], 'round')}"
-    files = f"{', '.join(sorted(signed['files']))}" + first * "; the model card is not under it: sign again for that"
-    files += "" if first else _evidence_words(folder if folder.is_dir() else folder.parent, signed.get("evidence"))
+    rounds = f" after {signed['rounds_done']} of {counted(signed['rounds_planned'], 'round')}"
+    files = ", ".join(sorted(signed["files"]))
+    files += _evidence_words(folder if folder.is_dir() else folder.parent, signed["evidence"])
     console.print(
         f"valid: run {visible(signed['run'])} ({visible(signed['strategy'])}), {visible(signed['status'])}{rounds}, "
         f"{claim}; signed {signed['signed']} by the owner of {key}; {files}",
@@ -167,7 +166,7 @@ def verify(
 
 
 def _signed_condition(folder: Path) -> str:
-    """Return on how many honest sites the ε of a genuine report rests; empty: on none, or it is an older one."""
+    """Return on how many honest sites the ε of a genuine report rests; empty: on none."""
     from common.strict_json import from_json
     from reports.files import REPORT_JSON
     from reports.sharing import Sharing, beside
@@ -176,10 +175,8 @@ def _signed_condition(folder: Path) -> str:
     return beside(from_json(Sharing, told, REPORT_JSON)) if told else ""
 
 
-def _evidence_words(folder: Path, signed: Mapping[str, str] | None) -> str:
+def _evidence_words(folder: Path, signed: Mapping[str, str]) -> str:
     """Return which of the lines behind a report were compared as well."""
-    if signed is None:
-        return "; the lines that it was computed from are not under it: sign again for that"
     absent = [name for name in sorted(signed) if not (folder / name).is_file()]
     here = [name for name in sorted(signed) if name not in absent]
     told = f"; computed from {', '.join(here)}" if here else ""

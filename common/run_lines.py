@@ -53,7 +53,7 @@ class ConfigFile(RunFile):
     resumed: list[str] = field(default_factory=list)
     """When the run went on, as ``started``."""
     resumed_after: list[int] = field(default_factory=list)
-    """After which round each time, the last ones if they are fewer: an earlier FedVeil did not record it."""
+    """After which round each time."""
 
 
 @dataclass(frozen=True)
@@ -188,13 +188,13 @@ class AdapterFile(RunFile):
     """SHA-256 of what the base model computes (``common.model.base.model_fingerprint``)."""
     base_files: str
     """SHA-256 of the base model's files (``common.model.files``), which is compared before one of them is opened."""
-    base_parameters: int = 0
-    """Weights of the base model; 0, as of the next two: an earlier FedVeil did not record it."""
-    adapter_parameters: int = 0
+    base_parameters: int
+    """Weights of the base model."""
+    adapter_parameters: int
     """Numbers that sites train below the head."""
-    head_parameters: int = 0
-    bundle: str = ""
-    """SHA-256 of the server's code; empty: an earlier FedVeil did not record it."""
+    head_parameters: int
+    bundle: str
+    """SHA-256 of the server's code."""
     task: str
     label_names: list[str]
     """In the order of the head's rows; empty without labels."""
@@ -278,7 +278,7 @@ class RoundLine(RunFile):
     slices: list[LabelScore] = field(default_factory=list)
     """The score by slice of the test data (``data.slice``)."""
     shortened: list[ShortenedLine] = field(default_factory=list)
-    """Updates that were made shorter; empty in lines of an earlier FedVeil, which told the log alone."""
+    """Updates that were made shorter."""
 
 
 @dataclass(frozen=True)
@@ -305,8 +305,7 @@ class PrivacyLine(RunFile):
     head: str
     """The head's policy in words."""
     rank: int = 0
-    """How many columns the site trains, declared as public; 0: the strategy does not ask, or an earlier FedVeil wrote
-    the line."""
+    """How many columns the site trains, declared as public; 0: the strategy does not ask."""
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.files import expanded, replace_file
-from common.secure_sum import Identity, Roster
-from common.secure_sum.roster import entry, joined
-from deploy.files import PRIVATE_MODE, make_folder, read_bytes
+from common.secure_sum import Roster
+from common.secure_sum.roster import joined
+from deploy.files import PRIVATE_MODE, read_bytes
 from deploy.site_folder import SiteFolder
 
 KEY, ENTRY, PEERS = "identity.key", "identity.toml", "peers.toml"
@@ -17,16 +17,10 @@ KEY, ENTRY, PEERS = "identity.key", "identity.toml", "peers.toml"
 def make_roster(folder: SiteFolder, others: Sequence[Path]) -> Roster:
     """Write ``peers.toml`` from this site's entry and the other sites' (``identity.toml``), in place of an earlier one.
 
-    A folder of an earlier version gets its signing key first.
-
     Raises:
         ConfigError: an entry is none, two give a site two keys, or together they are no roster.
         DataError: a file cannot be read or written.
     """
-    if not (folder.path / KEY).exists():
-        identity = Identity.new()
-        files = {KEY: identity.pem(), ENTRY: entry(folder.site, identity.public).encode()}
-        make_folder(folder.path, files, private=frozenset({KEY}))
     places = [folder.path / ENTRY, *(expanded(path) for path in others)]
     texts = {str(path): read_bytes(path, "the roster's entry").decode(errors="replace") for path in places}
     roster = joined(texts)

@@ -191,10 +191,8 @@ def node_settings(folder: SiteFolder, more: str = "") -> dict[str, Scalar]:
         # Of several in the folder the steward names the one that goes on: then which is its one is not asked.
         "ledger": own["ledger"] if "ledger" in own else str(folder.ledger),
         "policy": str(folder.path / "policy.toml"),
-    }
-    if (folder.path / "identity.key").exists():  # folders of earlier versions have none
-        settings["identity"] = str(folder.path / "identity.key")
-    settings |= own
+        "identity": str(folder.path / "identity.key"),
+    } | own
     for key in settings:
         if key not in NODE_KEYS:
             raise ConfigError(f"unknown node setting {key!r}{nearest(key, NODE_KEYS)}")

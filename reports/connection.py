@@ -32,7 +32,7 @@ NEVER_KNOWN = (
 )
 """Of a run over a network."""
 SITES_OWN = "What a site's own check finds stays at that site, and nothing of it is here."
-NOT_RECORDED = f"{NOT_KNOWN} anything of its connections; an earlier FedVeil wrote this run's folder."
+NOT_RECORDED = f"{NOT_KNOWN} anything of its connections: the run's folder does not say."
 
 
 @dataclass(frozen=True)

@@ -123,16 +123,16 @@ class Origin:
     base: str
     """Of the base model's weights, configuration and processor, as FedVeil computes it."""
     bundle: str
-    """Of the server's code; empty: an earlier FedVeil did not record it."""
+    """Of the server's code."""
     files: dict[str, str]
     """Of each file in the run's folder that the adapter consists of, by its path there."""
-    parameters: int = 0
-    """Weights of the base model; 0, as below: an earlier FedVeil did not record it."""
-    adapter_parameters: int = 0
+    parameters: int
+    """Weights of the base model."""
+    adapter_parameters: int
     """Numbers that sites train below the head."""
-    head_parameters: int = 0
-    labels: int = 0
-    local: bool = False
+    head_parameters: int
+    labels: int
+    local: bool
     """The base model is a folder of the server's machine: ``base_model`` is the folder's name, and no model's."""
 
 
@@ -170,7 +170,7 @@ class ReportData:
     refusals: list[Absence]
     """Of every attempt at every round."""
     shortened: list[ShortenedReport]
-    """Updates that were longer than is likely; empty: none was, or an earlier FedVeil told its log alone."""
+    """Updates that were longer than is likely; empty: none was."""
     settings: list[Setting]
     versions: dict[str, str]
     origin: Origin | None
@@ -180,7 +180,7 @@ class ReportData:
     actors: list[Actor]
     """Who is trusted with what."""
     connections: list[ConnectionReport]
-    """How sites were reached, and the server's own check; empty: an earlier FedVeil did not record it."""
+    """How sites were reached, and the server's own check; empty: the folder does not say."""
     unprotected: list[str]
     """Quantities that no noise protects."""
     audits: dict[str, str]

@@ -58,7 +58,7 @@ class RunFiles:
     """What other runs came to; empty: nobody has said."""
     problems: list[str] = field(default_factory=list)
     server: ServerFile | None = None
-    """What the server knew of itself; None: an earlier FedVeil did not record it."""
+    """What the server knew of itself; None: the folder does not say."""
     tuning: TuningFile | None = None
     """Of which trials the run is one; None: of none."""
 

@@ -60,9 +60,6 @@ from reports.registry import NAME as REGISTRY
 from reports.statements import FOLDER as STATEMENTS
 
 CONTEXT = "FedVeil signed run, 2"
-FIRST_CONTEXT = "FedVeil signed report, 1"
-"""Of statements that name the report and its audits alone. Of the adapter they have what the report states, which is
-all of it but the card."""
 STATEMENT, SIGNATURE = "report.signed.json", "report.signed.json.sig"
 FORMS = ("report.md", "report.html", "report.json", FACTS)
 EVIDENCE = tuple(
@@ -178,8 +175,7 @@ def covers(signed: bytes, files: Mapping[str, bytes], lines: Mapping[str, bytes]
     """Whether a statement is of these files, to the last byte, and of no others; arguments as of ``statement``."""
     try:
         value = json.loads(signed)
-        # An earlier FedVeil's statement names no evidence.
-        return bool(value["files"] == _digests(files) and value.get("evidence", _digests(lines)) == _digests(lines))
+        return bool(value["files"] == _digests(files) and value["evidence"] == _digests(lines))
     except (ValueError, TypeError, KeyError, AttributeError):
         return False
 
@@ -208,25 +204,18 @@ def verified(folder: Path, key_file: Path) -> dict[str, Any]:
     except InvalidSignature:
         raise NotGenuine(f"{folder / STATEMENT} was changed, or {key_file} is not the signer's key") from None
     value: dict[str, Any] = json.loads(signed)
-    if value.get("context") not in (CONTEXT, FIRST_CONTEXT):
-        raise NotGenuine(f"{folder / STATEMENT} is signed, but is no statement on a run")
+    if value.get("context") != CONTEXT:
+        raise NotGenuine(
+            f"{folder / STATEMENT} is signed, but is no statement of this FedVeil on a run: sign the run again"
+        )
     for path in _given(folder):
         if path.is_symlink():
             # What it leads to may be the same today and another tomorrow.
             raise NotGenuine(f"{path} is a link: what is given to others must be the files themselves")
     for name, digest in value["files"].items():
         _same(folder, name, digest, "was changed after it was signed")
-    _check_evidence(folder, value.get("evidence"))
-    there, held = members(folder), set(value["files"])
-    if value["context"] == FIRST_CONTEXT:
-        stated = _stated_adapter(folder)
-        for name, digest in stated.items():
-            if (folder / name).is_file():
-                _same(folder, name, digest, "is not of the adapter that the signed report is about")
-        # Its own forms of the report were all, and a card is not under it.
-        there = [path.name for path in _audits(folder)] + [name for name in there if name.startswith(f"{ADAPTER}/")]
-        held |= {*stated, CARD}
-    added = [name for name in there if name not in held]
+    _check_evidence(folder, value["evidence"])
+    added = [name for name in members(folder) if name not in value["files"]]
     if added:
         raise NotGenuine(f"{', '.join(added)} in {folder} came after the run was signed")
     return value
@@ -241,16 +230,16 @@ def _instead_of_public(key_file: Path) -> str:
     return f"is a private key, and a signature is verified with the public one: {found}"
 
 
-def _check_evidence(folder: Path, signed: Mapping[str, str] | None) -> None:
-    """Raise NotGenuine if a line that a report was computed from is not what was signed; None: none was named."""
-    for name in EVIDENCE if signed is not None else ():
+def _check_evidence(folder: Path, signed: Mapping[str, str]) -> None:
+    """Raise NotGenuine if a line that a report was computed from is not what was signed."""
+    for name in EVIDENCE:
         if (folder / name).is_symlink():
             raise NotGenuine(f"{folder / name} is a link: what was signed must be the file itself")
         if not (folder / name).is_file():
             continue
-        if name not in (signed or {}):
+        if name not in signed:
             raise NotGenuine(f"{name} in {folder} came after the run was signed")
-        _same(folder, name, (signed or {})[name], "was changed after it was signed")
+        _same(folder, name, signed[name], "was changed after it was signed")
 
 
 def _given(folder: Path) -> list[Path]:
@@ -268,13 +257,6 @@ def _same(folder: Path, name: str, digest: str, fault: str) -> None:
         raise NotGenuine(f"{folder / name} was signed, and is missing")
     if hashlib.sha256(_read(folder / name, "signed file")).hexdigest() != digest:
         raise NotGenuine(f"{folder / name} {fault}")
-
-
-def _stated_adapter(folder: Path) -> dict[str, str]:
-    """Return the hashes of the adapter's files that the report, found genuine before, states."""
-    origin = json.loads(_read(folder / "report.json", "signed file")).get("origin") or {}
-    files: dict[str, str] = origin.get("files", {})
-    return files
 
 
 def _read(path: Path, what: str) -> bytes:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from common.accountant import EVALUATION, INITIALISATION, TRAINING
 from common.errors import ConfigError
 from common.messages.round import SpendingFigures
-from common.privacy.accounting import Release, alone, epsilon, gaussian_release
+from common.privacy.accounting import Release, alone, gaussian_release
 from common.privacy.events import Event, sampled_gaussian
 from common.privacy.privacy_filter import departed, promised
 from common.words import natural
@@ -29,7 +29,6 @@ MORE = (
     "its ledger holds earlier runs, rounds that were charged and then did not count, or what its first plan still has"
 )
 """Why a site may report more than this run's lines cost."""
-OLDER = "agrees, at all of δ as earlier versions priced it; the larger figure counts here"
 TOLERANCE = 1e-3
 """In ε: the PLD's discretisation."""
 MOST_PRICED = 64
@@ -45,8 +44,6 @@ class Recomputed:
     accountant: str
     rdp: float
     """By RDP: the cross-check."""
-    at_all_of_delta: float
-    """By PLD, if nothing of δ is left for what departs from a plan."""
     departed: float
     """By the price of what departs from a plan, which is below a PLD's where hardly anything was spent."""
 
@@ -325,7 +322,7 @@ def _recompute(name: str, files: RunFiles, delta: float | None) -> tuple[Recompu
         releases = releases_of_site(name, files)
         value, accountant = promised(releases, delta)
         rdp = promised(releases, delta, method="rdp")[0]
-        return Recomputed(value, str(accountant), rdp, epsilon(releases, delta), departed(releases, delta)[0]), ""
+        return Recomputed(value, str(accountant), rdp, departed(releases, delta)[0]), ""
     except ConfigError as error:
         return None, str(error)
 
@@ -373,8 +370,6 @@ def _compare(total: float | None, again: Recomputed | None, fault: str) -> tuple
         return "agrees", "agrees"
     if total > again.epsilon:
         return "larger", f"the site reports {total - again.epsilon:.3f} more: {MORE}"
-    if total >= again.at_all_of_delta - TOLERANCE:
-        return "agrees", OLDER
     if total >= again.departed - TOLERANCE:
         return "agrees", "agrees, by the price of what departs from a first plan; the larger figure counts here"
     return "smaller", "DISAGREES: the site reports less than its own lines cost; the larger figure counts here"

@@ -45,10 +45,6 @@ def _cut_off(site: str, files: RunFiles) -> str:
     config, last = files.config, _charges(site, files)[-1]
     if last in config.resumed_after:
         return f"took part until the run was resumed after round {last} and {THEN}"
-    end = files.rounds[-1] if files.rounds else None
-    stayed = end is not None and end.complete and site in end.participants
-    if len(config.resumed) > len(config.resumed_after) and not stayed:  # an earlier FedVeil's, which lost such lines
-        return f"took part until round {last} of a run that was resumed, at a round that is not recorded, and {THEN}"
     return ""
 
 

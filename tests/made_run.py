@@ -160,11 +160,15 @@ class MadeRun:
 
 
 def adapter_told(**changes: Any) -> dict[str, Any]:
-    """Return what ``adapter/fedveil.json`` of a run holds, of an earlier FedVeil but for ``changes``."""
+    """Return what ``adapter/fedveil.json`` of a run holds, but for ``changes``."""
     usual: dict[str, Any] = {
         "base_model": "m",
         "base_fingerprint": "ab" * 32,
         "base_files": "ac" * 32,
+        "base_parameters": 0,
+        "adapter_parameters": 0,
+        "head_parameters": 0,
+        "bundle": "",
         "task": "classification",
     }
     scored = {"label_names": [], "max_length": 128, "feature_scale": 1.0, "precision": "float32", "settings": {}}

@@ -112,7 +112,7 @@ def test_a_port_whose_answer_does_not_tell_of_keys_was_asked(tmp_path: Path) -> 
     assert "could not be asked" not in text
 
 
-def test_a_run_of_an_earlier_version_says_that_nothing_is_recorded(tmp_path: Path) -> None:
+def test_a_folder_without_the_servers_file_says_that_nothing_is_recorded(tmp_path: Path) -> None:
     found = forms(tmp_path)
     assert NOT_RECORDED in found["report.md"]
     assert NOT_RECORDED in found["report.html"].replace("&#39;", "'")

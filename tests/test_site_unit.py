@@ -735,7 +735,7 @@ def test_a_server_that_tells_how_long_a_round_took_is_found(settings: dict[str, 
     settings |= {"rounds": 3, "privacy.epsilon": 200.0}
     with patch.object(RunFolder, "_append", timed):
         found = leaks(settings)
-        # A report drops what such a file holds, also of a run that an earlier FedVeil has left.
+        # A report drops what such a file holds.
         assert "rounds.jsonl" in found
         assert not found & PUBLISHED
         with patch("reports.data._is_central", lambda files: False):

@@ -28,10 +28,10 @@ def gaps(run: MadeRun) -> list[str]:
     return unseen_charges(read_run(run.folder))
 
 
-def resumed(run: MadeRun, *after: int, recorded: bool = True) -> MadeRun:
+def resumed(run: MadeRun, *after: int) -> MadeRun:
     config = read_file(ConfigFile, run.folder)
     times = ["2026-11-24T11:00:00+00:00"] * len(after)
-    run.write(ConfigFile(config.run, config.started, config.settings, {}, [], times, list(after) if recorded else []))
+    run.write(ConfigFile(config.run, config.started, config.settings, {}, [], times, list(after)))
     return run
 
 
@@ -84,11 +84,3 @@ def test_who_told_a_charge_after_the_resume_or_had_left_long_before_is_not(tmp_p
     left = made(tmp_path / "left", (2, "budget"), (3, "budget"))
     assert gaps(resumed(left, 2)) == []
     assert gaps(resumed(left, 1)) == [f"south: took part until the run was resumed after round 1 and {THEN}"]
-
-
-def test_of_a_resume_at_a_round_that_is_not_known_whoever_is_not_in_the_last_round_is_named(tmp_path: Path) -> None:
-    run = resumed(made(tmp_path, (3, "budget")), 2, recorded=False)
-    (gap,) = gaps(run)
-    assert gap.startswith("south: took part until round 2 of a run that was resumed, at a round that is not recorded")
-    add(run, complete=False, participants=[])
-    assert {gap.split(":")[0] for gap in gaps(run)} == {"north", "south"}

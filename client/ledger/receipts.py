@@ -22,7 +22,7 @@ from common.privacy.accounting import Release, alone, honest_sites
 from common.privacy.privacy_filter import promised
 
 CONTEXT = "FedVeil receipt, 2"
-"""The first form named no honest sites, and had no price alone; a signature of one holds as it did."""
+"""What the file is, and the number of its form."""
 
 
 @dataclass(frozen=True)
