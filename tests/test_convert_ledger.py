@@ -14,11 +14,13 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ledgers import no_special_rights
 
 from client.ledger.file import withdrawn_in
 from client.ledger.ledger import Ledger
@@ -503,18 +505,21 @@ def test_what_cannot_be_converted_is_left_and_said_in_one_line(
     assert {file: file.read_bytes() for file in path.parent.iterdir()} == before
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 @pytest.mark.parametrize("make", [lambda path: of_format(path, 4), lambda path: server_ledger(path)])
-def test_in_a_folder_that_cannot_be_written_nothing_is_converted(path: Path, make: Callable[[Path], Any]) -> None:
-    make(path)
-    before = path.read_bytes()
-    path.parent.chmod(0o500)
-    try:
-        with pytest.raises(ConversionError, match="cannot be converted"):
-            convert(path)
-    finally:
-        path.parent.chmod(0o700)
-    assert path.read_bytes() == before
+def test_in_a_folder_that_cannot_be_written_nothing_is_converted(make: Callable[[Path], Any]) -> None:
+    # Not in pytest's folder, which only its owner may enter.
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "a ledger"
+        make(path)
+        before = path.read_bytes()
+        for rights, of_file in ((0o555, 0o444), (0o555, 0o666)):
+            path.chmod(of_file)
+            path.parent.chmod(rights)
+            with no_special_rights(), pytest.raises(ConversionError, match="cannot be converted"):
+                convert(path)
+            assert path.read_bytes() == before
+        path.parent.chmod(0o755)
+        assert [file.name for file in path.parent.iterdir() if not file.name.endswith(".lock")] == [path.name]
 
 
 # A trusted server's ledger.

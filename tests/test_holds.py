@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
-from test_ledger import DELTA, ROUND, charge, cost_of
+from ledgers import DELTA, ROUND, charge, cost_of
 from test_report import fedveil
 
 from audits.tiny_site import OneSite, clinic, pins
