@@ -44,7 +44,7 @@ LONGEST = (
 ROUGHLY_PRICED = (
     *("test_faults", "test_federation", "test_image_classification", "test_sums", "test_resume", "test_merge"),
     *("test_public_text", "test_lossy_rounds", "test_sum_guards", "test_paid_start", "test_systems", "test_add_pages"),
-    *("test_annex", "test_card", "test_chat", "test_checkpointing", "test_column_rules", "test_columns"),
+    *("test_card", "test_chat", "test_checkpointing", "test_column_rules", "test_columns"),
     *(
         "test_contracts",
         "test_contracts_beside",

@@ -35,12 +35,9 @@ def report(
     registry: Annotated[
         bool, typer.Option("--registry", help="Also write deployment.yaml, the run's record for OpenDP's registry.")
     ] = False,
-    annex: Annotated[
-        bool, typer.Option("--annex", help="Also write annex.md: this run's facts beside the questions of the law.")
-    ] = False,
     statements: Annotated[
         list[Path] | None,
-        typer.Option("--statement", help="A steward's statement, for the annex; may be given again."),
+        typer.Option("--statement", help="A steward's statement to lay beside the run; may be given again."),
     ] = None,
     beside: Annotated[
         Path | None,
@@ -68,7 +65,7 @@ def report(
     for file in statements or []:
         kept = keep_statement(folder, file)
         console.print(f"statement of {visible(kept.site)}: SHA-256 {kept.sha256}")
-    written = write_reports(folder, sign, registry=registry, annex=annex or bool(statements))
+    written = write_reports(folder, sign, registry=registry)
     print_summary(folder)
     if registry:
         for key, question in read_declared(folder).open().items():

@@ -10,8 +10,6 @@ from pathlib import Path
 
 from common.errors import DataError
 from common.files import drop_leftovers, finite, replace_file
-from reports.annex import NAME as ANNEX
-from reports.annex import annex_of
 from reports.card import NAME as CARD
 from reports.card import adapter_form, card_of
 from reports.data import ReportData, report_of
@@ -23,7 +21,6 @@ from reports.registry import NAME as REGISTRY
 from reports.registry import registry_record
 from reports.signature import ADAPTER, SIGNATURE, STATEMENT, Run, covers, evidence, members, sign, statement
 from reports.statements import FOLDER as STATEMENTS
-from reports.statements import statements_of
 
 REPORT_JSON = "report.json"
 
@@ -42,11 +39,11 @@ def markdown_report(folder: Path) -> str:
     return to_markdown(report_of(folder))
 
 
-def write_reports(folder: Path, key: Path | None = None, *, registry: bool = False, annex: bool = False) -> list[Path]:
+def write_reports(folder: Path, key: Path | None = None, *, registry: bool = False) -> list[Path]:
     """Write ``report.md``, ``report.html``, ``report.json`` and the fact sheet into a run's folder; return their paths.
 
     A saved adapter gets its model card anew. With ``registry`` the record for the registry of deployments is written
-    too, with ``annex`` the annex for those who check the run against the law; one that is there already is made anew.
+    too.
 
     With ``key``, also the signed statement on everything in the folder that is given to others, and its signature.
     Without one, those that are there stay if they are still of the same bytes, and go if they are not.
@@ -73,9 +70,6 @@ def write_reports(folder: Path, key: Path | None = None, *, registry: bool = Fal
         contents[card] = card_of(data, read_declared(folder), adapter_form(data), contents[REPORT_JSON]).encode()
     if registry:
         contents[REGISTRY] = registry_record(data, read_declared(folder)).encode()
-    if annex or (folder / ANNEX).is_file():
-        digest = hashlib.sha256(contents[REPORT_JSON]).hexdigest()
-        contents[ANNEX] = annex_of(data, read_declared(folder), statements_of(folder), digest).encode()
     try:
         others = {name: (folder / name).read_bytes() for name in members(folder) if name not in contents}
         signable = contents | others

@@ -4,7 +4,7 @@ The statement (``report.signed.json``) is one JSON object in canonical form. It 
 (``CONTEXT``), so that no signature of anything else by the same key passes for one; it says of which run it is, how
 that ended and after how many rounds, its ε and when it was signed; and it holds the SHA-256 of everything in the folder
 that is given to others (``members``): the report in all its forms, the adapter with its model card, the same cut to
-lower ranks where a strategy exports it, the record for the registry, the annex with the stewards' statements, and every
+lower ranks where a strategy exports it, the record for the registry, the stewards' statements, and every
 audit. One that is changed, missing or added is found.
 
 It also hashes what the server wrote of the run and the report's figures of it are computed from (``EVIDENCE``), which
@@ -54,7 +54,6 @@ from common.run_lines import (
     ServerFile,
     TuningFile,
 )
-from reports.annex import NAME as ANNEX
 from reports.fact_sheet import NAME as FACTS
 from reports.registry import NAME as REGISTRY
 from reports.statements import FOLDER as STATEMENTS
@@ -122,7 +121,7 @@ def members(folder: Path) -> list[str]:
 
     In ``adapter/`` and ``ranks/`` that is everything, because whoever loads an adapter may be given any file of it.
     """
-    found = [path for path in map(folder.joinpath, (*FORMS, REGISTRY, ANNEX)) if path.is_file()]
+    found = [path for path in map(folder.joinpath, (*FORMS, REGISTRY)) if path.is_file()]
     found += [path for path in _given(folder) if path.is_symlink() or path.is_file()]
     return sorted(path.relative_to(folder).as_posix() for path in [*found, *_audits(folder)])
 

@@ -60,8 +60,8 @@ def forms(folder: Path, *starts: ServerStart) -> dict[str, str]:
     run = MadeRun(folder).start().round(1, 0.7).end("completed")
     if starts:
         run.write(ServerFile(list(starts)))
-    write_reports(folder, annex=True)
-    names = ("report.md", "report.html", "report.json", "annex.md")
+    write_reports(folder)
+    names = ("report.md", "report.html", "report.json")
     return {name: (folder / name).read_text(encoding="utf-8") for name in names}
 
 
@@ -78,7 +78,6 @@ def test_every_form_states_tls_keys_certificate_bundle_and_the_check(
     for name in ("report.md", "report.html"):
         assert "operator&#39;s word" in found[name] or "operator's word" in found[name]
         assert SITES_OWN.split("'")[0] in found[name]
-    assert SHOWN in found["annex.md"].replace("&#58;", ":")
     print_summary(tmp_path)
     assert f"SHA-256 {SHOWN}" in " ".join(capsys.readouterr().out.split())
     assert report_of(tmp_path).problems == []

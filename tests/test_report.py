@@ -367,9 +367,9 @@ def test_no_form_of_a_report_names_a_folder_of_the_machine(tmp_path: Path) -> No
     result = run.folder / "result.json"
     said = {**json.loads(result.read_text()), "status": "failed", "reason": "OSError: no space in '/srv/own/runs'"}
     result.write_text(json.dumps(said))
-    assert fedveil("report", run.folder, "--annex", "--registry")[0] == 0
+    assert fedveil("report", run.folder, "--registry")[0] == 0
     forms = [path for path in run.folder.iterdir() if path.suffix in (".md", ".html", ".yaml") or "report" in path.name]
-    assert {"report.md", "report.html", "report.json", "annex.md", "deployment.yaml"} <= {path.name for path in forms}
+    assert {"report.md", "report.html", "report.json", "deployment.yaml"} <= {path.name for path in forms}
     for path in forms:
         text = html.unescape(path.read_text())
         assert "/srv" not in text, path.name
@@ -388,8 +388,7 @@ def test_a_run_that_nobody_audited_says_so(made: MadeRun) -> None:
     assert "No audit was run" in markdown
     assert "No audit was run" in page
     assert value["audit_results"] == value["alarms"] == []
-    assert fedveil("report", made.folder, "--annex")[0] == 0
-    for text in (markdown, page, (made.folder / "annex.md").read_text()):
+    for text in (markdown, page):
         assert not re.search(r"\bmake \w+", text), "whoever installed a package has no Makefile"
 
 

@@ -20,7 +20,6 @@ from common.privacy.figures import bound_text, epsilon_text, remaining_text
 from common.privacy.privacy_filter import promised
 from common.run_lines import AuditFile, BesideRow, Finding
 from reports import ReportData, report_of, write_reports
-from reports.annex import annex_of
 from reports.audits import AT_LEAST, CLAIMED, HONEST, audit_reports, bound_note, bound_sentences
 from reports.card import adapter_form, card_of
 from reports.claim import claim_of
@@ -113,11 +112,6 @@ def of_markdown(data: ReportData) -> list[str]:
     return lines_and_tables(to_markdown(data))
 
 
-def of_annex(data: ReportData) -> list[str]:
-    text = annex_of(data, Declared(), [], "0" * 64)
-    return [fact for line in text.splitlines() for fact in line.split("<br>")]
-
-
 def of_card(data: ReportData) -> list[str]:
     _, head, body = card_of(data, Declared(), adapter_form(data), b"").split("---\n", 2)
     private = yaml.safe_dump(yaml.safe_load(head)["differential_privacy"])
@@ -160,7 +154,6 @@ FORMS: dict[str, Callable[[ReportData], list[str]]] = {
     "fact sheet": of_fact_sheet,
     "model card": of_card,
     "registry": of_registry,
-    "annex": of_annex,
     "picture": of_picture,
 }
 

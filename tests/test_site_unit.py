@@ -50,7 +50,6 @@ from experiments.planner.find import find
 from experiments.planner.price import priced_rounds, rounds_within, site_plans
 from experiments.simulate import simulate
 from reports import markdown_report, report_of
-from reports.annex import annex_of
 from reports.claim import UNTOLD
 from reports.declared import Declared
 from reports.page import to_html
@@ -883,13 +882,7 @@ def test_the_report_says_who_is_trusted_and_promises_no_record_anything(
             assert f"{rate} {bound_text(attack.true_positives)} of members" in said, name
         assert f"finds more than {bound_text(report.meaning.bounds.advantage)} beyond that" in said, name
     assert report.compute is None, "how many records were drawn, nobody knows"
-    annex, record = annex_of(report, Declared(), [], "0" * 64), registry_record(report, Declared())
-    assert "without noise: the server, which is trusted" in annex
-    assert "their number is told to nobody" in annex
-    assert "The bound holds for all that the server gave away and for the model" in annex
-    assert "everything that was sent" not in annex
-    assert "per site, by the server's ledger" in annex
-    assert f"Records of at most {COHORT_SIZE} sites" in annex
+    record = registry_record(report, Declared())
     assert f"Those of at most {COHORT_SIZE} sites" in (folder / "facts.html").read_text(encoding="utf-8")
     said = said_of_run(picture_of(report))
     assert said.startswith(f"at most {COHORT_SIZE} sites")
