@@ -275,32 +275,6 @@ def site_peers(
     _say(f'  honest-sites = ...\n  epsilon-alone = ...\n  peers = "{PEERS}"\n  peers-hash = "{roster.digest}"')
 
 
-@site_app.command("statement")
-@for_people
-def site_statement(
-    folder: Folder,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="A file to hand over.")] = None,
-) -> None:
-    """Print the steward's own statement from the policy (source, legal-basis, retention), and its hash."""
-    from deploy.site_folder import node_settings, open_site_folder
-    from deploy.statement import statement_of
-    from reports.statements import read_statement
-
-    site = open_site_folder(folder)
-    text = statement_of(site)
-    _say(text.rstrip("\n"))
-    _say(f"SHA-256: {read_statement(text.encode(), 'of this site').sha256}")
-    if output is not None:
-        from common.files import write_output
-
-        settings = node_settings(site)
-        write_output(
-            {output: text.encode()},
-            [site.path, *(Path(str(settings[key])) for key in ("policy", "data") if key in settings)],
-        )
-        _say(f"written: {output}")
-
-
 @site_app.command("withdraw")
 @for_people
 def site_withdraw(

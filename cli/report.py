@@ -35,10 +35,6 @@ def report(
     registry: Annotated[
         bool, typer.Option("--registry", help="Also write deployment.yaml, the run's record for OpenDP's registry.")
     ] = False,
-    statements: Annotated[
-        list[Path] | None,
-        typer.Option("--statement", help="A steward's statement to lay beside the run; may be given again."),
-    ] = None,
     beside: Annotated[
         Path | None,
         typer.Option(help="Table of a sweep (.jsonl), whose runs on the same base model and data are shown beside."),
@@ -50,10 +46,8 @@ def report(
 ) -> None:
     """Write a run's report as a page, Markdown and JSON, and its adapter's model card, from the files in its folder."""
     from common.config.text import parse_settings
-    from common.words import visible
     from reports import write_reports
     from reports.declared import declare, read_declared
-    from reports.statements import keep as keep_statement
 
     if declared:
         declare(folder, parse_settings(declared))
@@ -62,9 +56,6 @@ def report(
     if picture is not None:
         _write_picture(folder, picture, sign)
         return
-    for file in statements or []:
-        kept = keep_statement(folder, file)
-        console.print(f"statement of {visible(kept.site)}: SHA-256 {kept.sha256}")
     written = write_reports(folder, sign, registry=registry)
     print_summary(folder)
     if registry:

@@ -135,13 +135,6 @@ class Policy:
     peers_hash: str = ""
     """The roster's hash, all of it, as ``fedveil site peers`` prints it and the stewards have compared it. Another
     roster in that file is refused."""
-    source: str = ""
-    """Where the records come from, in the steward's words. This and the next two decide nothing: ``fedveil site
-    statement`` prints them, and no server gets them."""
-    legal_basis: str = ""
-    """On which legal basis they are used."""
-    retention: str = ""
-    """How long they are kept, and what happens then."""
     allow_no_privacy: bool = False
     """Whether the site joins runs that promise nothing about any record."""
     after_no_privacy: bool = False

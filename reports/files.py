@@ -20,7 +20,6 @@ from reports.page import to_fact_sheet, to_html
 from reports.registry import NAME as REGISTRY
 from reports.registry import registry_record
 from reports.signature import ADAPTER, SIGNATURE, STATEMENT, Run, covers, evidence, members, sign, statement
-from reports.statements import FOLDER as STATEMENTS
 
 REPORT_JSON = "report.json"
 
@@ -51,10 +50,10 @@ def write_reports(folder: Path, key: Path | None = None, *, registry: bool = Fal
     Raises:
         DataError: ``folder`` is not the folder of a run, cannot be written, or the key is no key; or the run has no
             record for the registry.
-        ConfigError: what is declared about the run, or a steward's statement beside it, cannot be read.
+        ConfigError: what is declared about the run cannot be read.
     """
     try:
-        for place in (folder, folder / ADAPTER, folder / STATEMENTS):
+        for place in (folder, folder / ADAPTER):
             drop_leftovers(place)
         before = evidence(folder)
     except OSError as error:

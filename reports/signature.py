@@ -4,8 +4,8 @@ The statement (``report.signed.json``) is one JSON object in canonical form. It 
 (``CONTEXT``), so that no signature of anything else by the same key passes for one; it says of which run it is, how
 that ended and after how many rounds, its ε and when it was signed; and it holds the SHA-256 of everything in the folder
 that is given to others (``members``): the report in all its forms, the adapter with its model card, the same cut to
-lower ranks where a strategy exports it, the record for the registry, the stewards' statements, and every
-audit. One that is changed, missing or added is found.
+lower ranks where a strategy exports it, the record for the registry, and every audit. One that is changed, missing or
+added is found.
 
 It also hashes what the server wrote of the run and the report's figures of it are computed from (``EVIDENCE``), which
 need not be given to others: where one is there it must be what was signed, and where it is not, whoever verifies is
@@ -56,7 +56,6 @@ from common.run_lines import (
 )
 from reports.fact_sheet import NAME as FACTS
 from reports.registry import NAME as REGISTRY
-from reports.statements import FOLDER as STATEMENTS
 
 CONTEXT = "FedVeil signed run, 2"
 STATEMENT, SIGNATURE = "report.signed.json", "report.signed.json.sig"
@@ -243,8 +242,7 @@ def _check_evidence(folder: Path, signed: Mapping[str, str]) -> None:
 
 def _given(folder: Path) -> list[Path]:
     """Return the folders that are given to others whole, and everything in them."""
-    adapter, ranks, statements = folder / ADAPTER, folder / RANKS, folder / STATEMENTS
-    return [adapter, *adapter.rglob("*"), ranks, *ranks.rglob("*"), statements, *statements.glob("*")]
+    return [path for whole in (folder / ADAPTER, folder / RANKS) for path in (whole, *whole.rglob("*"))]
 
 
 def _audits(folder: Path) -> list[Path]:
