@@ -32,9 +32,6 @@ def report(
             "--declare", help="Answer a question that no file can: 'license=\"apache-2.0\"'; may be given again."
         ),
     ] = None,
-    registry: Annotated[
-        bool, typer.Option("--registry", help="Also write deployment.yaml, the run's record for OpenDP's registry.")
-    ] = False,
     beside: Annotated[
         Path | None,
         typer.Option(help="Table of a sweep (.jsonl), whose runs on the same base model and data are shown beside."),
@@ -47,7 +44,7 @@ def report(
     """Write a run's report as a page, Markdown and JSON, and its adapter's model card, from the files in its folder."""
     from common.config.text import parse_settings
     from reports import write_reports
-    from reports.declared import declare, read_declared
+    from reports.declared import declare
 
     if declared:
         declare(folder, parse_settings(declared))
@@ -56,11 +53,8 @@ def report(
     if picture is not None:
         _write_picture(folder, picture, sign)
         return
-    written = write_reports(folder, sign, registry=registry)
+    written = write_reports(folder, sign)
     print_summary(folder)
-    if registry:
-        for key, question in read_declared(folder).open().items():
-            console.print(f"not declared: {key}: {question}")
     console.print("\n".join(str(path) for path in written))
 
 

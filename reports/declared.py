@@ -1,13 +1,12 @@
-"""The coordinator's declarations about a run: licences, purpose, publisher. No file of a run can know any of it.
+"""The coordinator's declarations about a run: licences, purpose, the report's address; no file of a run knows them.
 
 ``fedveil report RUN_FOLDER --declare 'license="apache-2.0"'`` keeps it in ``declared.toml`` in the run's folder. The
-model card and the record for the registry of deployments quote it. An answer that is missing is said to be missing.
+model card quotes it. An answer that is missing is said to be missing.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import datetime as dt
 import json
 import math
 import re
@@ -15,19 +14,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from common.check import OneOf, nearest
+from common.check import nearest
 from common.config.fields import kebab
 from common.config.sections import Scalar
 from common.config.text import read_settings_file
-from common.docstrings import fields_said
 from common.errors import ConfigError, DataError
 from common.files import replace_file
 from common.words import visible
 
 NAME = "declared.toml"
-SECTORS = ("Technology", "Healthcare", "Education", "Government", "Energy", "Finance")
-CURATORS = ("Government", "Industry", "Nonprofit")
-"""Sectors, and kinds of publishers, that the registry of deployments knows."""
 ADDRESS = re.compile(r"https://[^\s<>\"'()\[\]]+")
 
 
@@ -36,8 +31,7 @@ class Declared:
     """Each field answers one question; empty: nobody has answered it.
 
     Raises:
-        ConfigError: a sector or a kind of publisher that the registry does not know, or a date, a number or an address
-            that is none.
+        ConfigError: a number or an address that is none.
     """
 
     name: str = ""
@@ -52,24 +46,8 @@ class Declared:
     """What is the model, in a sentence?"""
     intended_use: str = ""
     """What is the model for?"""
-    curators: str = ""
-    """Who publishes the model? Several are separated by semicolons."""
-    curator_type: str = ""
-    """What kind of publisher is that? Government, Industry or Nonprofit; the registry takes no record without it."""
-    region: str = ""
-    """Which region do the records describe, and whose law applies?"""
-    sector: str = ""
-    """Which sector do the records come from?"""
-    published: str = ""
-    """When was the model published? YYYY-MM-DD."""
-    tuning: str = ""
-    """How were records prepared and settings chosen, and was that paid for from the budget?"""
-    justification: str = ""
-    """Why this ε, this unit and these settings, and who has checked them?"""
     report_url: str = ""
     """Where can everybody read the run's signed report? An address that begins with https://."""
-    authors: str = ""
-    """Who fills in the record for the registry? Several are separated by semicolons."""
 
     def __post_init__(self) -> None:
         if self.base_training_flop:
@@ -85,22 +63,6 @@ class Declared:
             raise ConfigError(
                 f"report-url is {self.report_url!r}: write an address, such as 'https://example.org/run-7'"
             )
-        if self.curator_type:
-            OneOf(CURATORS).check("curator-type", self.curator_type)
-        if self.sector:
-            OneOf(SECTORS).check("sector", self.sector)
-        if self.published:
-            try:
-                if not re.fullmatch(r"\d{4}-\d{2}-\d{2}", self.published):
-                    raise ValueError(self.published)
-                dt.date.fromisoformat(self.published)
-            except ValueError as error:
-                raise ConfigError(f"published is {self.published!r}: write a date as YYYY-MM-DD") from error
-
-    def open(self) -> dict[str, str]:
-        """Return the questions that nobody has answered, by key."""
-        said = fields_said(Declared)
-        return {kebab(item.name): said[item.name] for item in fields(self) if not getattr(self, item.name)}
 
 
 def read_declared(folder: Path) -> Declared:
@@ -150,12 +112,3 @@ def declare(folder: Path, values: Mapping[str, Scalar]) -> Declared:
     except OSError as error:
         raise DataError(f"{folder / NAME} cannot be written ({error.strerror}): check rights and space") from error
     return declared
-
-
-def several(text: str) -> list[str]:
-    """Return the parts of an answer that are separated by semicolons.
-
-    >>> several("North Clinic; South Ward")
-    ['North Clinic', 'South Ward']
-    """
-    return [part.strip() for part in text.split(";") if part.strip()]

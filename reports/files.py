@@ -17,8 +17,6 @@ from reports.declared import read_declared
 from reports.fact_sheet import NAME as FACTS
 from reports.markdown import to_markdown
 from reports.page import to_fact_sheet, to_html
-from reports.registry import NAME as REGISTRY
-from reports.registry import registry_record
 from reports.signature import ADAPTER, SIGNATURE, STATEMENT, Run, covers, evidence, members, sign, statement
 
 REPORT_JSON = "report.json"
@@ -38,18 +36,16 @@ def markdown_report(folder: Path) -> str:
     return to_markdown(report_of(folder))
 
 
-def write_reports(folder: Path, key: Path | None = None, *, registry: bool = False) -> list[Path]:
+def write_reports(folder: Path, key: Path | None = None) -> list[Path]:
     """Write ``report.md``, ``report.html``, ``report.json`` and the fact sheet into a run's folder; return their paths.
 
-    A saved adapter gets its model card anew. With ``registry`` the record for the registry of deployments is written
-    too.
+    A saved adapter gets its model card anew.
 
     With ``key``, also the signed statement on everything in the folder that is given to others, and its signature.
     Without one, those that are there stay if they are still of the same bytes, and go if they are not.
 
     Raises:
-        DataError: ``folder`` is not the folder of a run, cannot be written, or the key is no key; or the run has no
-            record for the registry.
+        DataError: ``folder`` is not the folder of a run, cannot be written, or the key is no key.
         ConfigError: what is declared about the run cannot be read.
     """
     try:
@@ -67,8 +63,6 @@ def write_reports(folder: Path, key: Path | None = None, *, registry: bool = Fal
     }
     if data.origin is not None:
         contents[card] = card_of(data, read_declared(folder), adapter_form(data), contents[REPORT_JSON]).encode()
-    if registry:
-        contents[REGISTRY] = registry_record(data, read_declared(folder)).encode()
     try:
         others = {name: (folder / name).read_bytes() for name in members(folder) if name not in contents}
         signable = contents | others

@@ -4,13 +4,12 @@ The statement (``report.signed.json``) is one JSON object in canonical form. It 
 (``CONTEXT``), so that no signature of anything else by the same key passes for one; it says of which run it is, how
 that ended and after how many rounds, its ε and when it was signed; and it holds the SHA-256 of everything in the folder
 that is given to others (``members``): the report in all its forms, the adapter with its model card, the same cut to
-lower ranks where a strategy exports it, the record for the registry, and every audit. One that is changed, missing or
-added is found.
+lower ranks where a strategy exports it, and every audit. One that is changed, missing or added is found.
 
 It also hashes what the server wrote of the run and the report's figures of it are computed from (``EVIDENCE``), which
 need not be given to others: where one is there it must be what was signed, and where it is not, whoever verifies is
 told so. A run that goes on writes to them, so it is signed again at its end. Not among them is what people laid beside
-the run, ``beside.json`` and the declarations: what they say is signed as the report, the card and the records have it.
+the run, ``beside.json`` and the declarations: what they say is signed as the report and the card have it.
 Nor is what may tell when a trusted server asked whom: its log and its ledger.
 
 The signature file holds the 64 raw bytes, so that other tools can check it as well::
@@ -55,7 +54,6 @@ from common.run_lines import (
     TuningFile,
 )
 from reports.fact_sheet import NAME as FACTS
-from reports.registry import NAME as REGISTRY
 
 CONTEXT = "FedVeil signed run, 2"
 STATEMENT, SIGNATURE = "report.signed.json", "report.signed.json.sig"
@@ -120,7 +118,7 @@ def members(folder: Path) -> list[str]:
 
     In ``adapter/`` and ``ranks/`` that is everything, because whoever loads an adapter may be given any file of it.
     """
-    found = [path for path in map(folder.joinpath, (*FORMS, REGISTRY)) if path.is_file()]
+    found = [path for path in map(folder.joinpath, FORMS) if path.is_file()]
     found += [path for path in _given(folder) if path.is_symlink() or path.is_file()]
     return sorted(path.relative_to(folder).as_posix() for path in [*found, *_audits(folder)])
 

@@ -1,4 +1,4 @@
-"""Parties and what each is trusted with, and quantities that nothing protects: of the report and the registry's record.
+"""Parties and what each is trusted with, and quantities that nothing protects: in a report.
 
 The words are those of NIST SP 800-226, "Guidelines for evaluating differential privacy guarantees" (2025): a curator
 holds records as they are and adds the noise (central model); where the noise is there before anything reaches the

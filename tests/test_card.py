@@ -31,7 +31,6 @@ from reports.data import NO_BOUND
 from reports.declared import Declared, declare, read_declared
 from reports.fact_sheet import facts_of
 from reports.markdown import plain
-from reports.registry import TUNING, registry_record
 
 
 def fedveil(*words: Any) -> tuple[int, str]:
@@ -101,25 +100,21 @@ def test_the_card_states_each_part_of_the_claim_under_its_own_name(made: MadeRun
     assert "The classification head lies beside it" not in text
 
 
-def test_the_price_of_all_trials_stands_in_card_registry_and_fact_sheet(made: MadeRun) -> None:
+def test_the_price_of_all_trials_stands_in_card_and_fact_sheet(made: MadeRun) -> None:
     data = replace(report_of(made.folder), tuning=TuningFile(3, True, 5.2, 1e-6))
     private = ModelCard(card_of(data, Declared(), adapter_form(data), b"")).data.to_dict()["differential_privacy"]
     assert (private["trials"], private["epsilon_all_trials"], private["delta_all_trials"]) == (3, 5.2, 1e-6)
-    told = yaml.safe_load(registry_record(data, Declared()))["deployment"]
-    all_trials = "all 3 trials together: ε 5.200 at δ 1e-06"
-    assert all_trials in told["privacy_loss"]["privacy_parameters_details"]
-    assert "The run is one of 3 trials" in told["implementation"][TUNING]
     (fact,) = (fact for fact in facts_of(data) if "promised to the people" in fact.question)
     assert "chosen among 3 trials" in fact.answers[1]
     assert "over all, the limit is 5.200 (δ = 1e-06)" in fact.answers[1]
 
 
-def test_what_stands_against_a_claim_is_in_card_registry_and_fact_sheet(made: MadeRun) -> None:
+def test_what_stands_against_a_claim_is_in_card_and_fact_sheet(made: MadeRun) -> None:
     data = report_of(made.folder)
     against = ("a problem of the files", "a gap of the claim")
     told = replace(data, problems=[against[0]], claim=replace(data.claim, gaps=[against[1]]), meaning=None)
     facts = " ".join(answer for fact in facts_of(told) for answer in fact.answers)
-    for text in (card_of(told, Declared(), adapter_form(told), b""), registry_record(told, Declared()), facts):
+    for text in (card_of(told, Declared(), adapter_form(told), b""), facts):
         assert [words for words in against if words not in text] == []
     assert NO_BOUND in card_of(told, Declared(), adapter_form(told), b"")
 
@@ -164,8 +159,10 @@ def test_a_declaration_is_quoted_kept_and_checked(made: MadeRun) -> None:
     for wrong, words in (
         ('licence="mit"', "did you mean 'license'?"),
         ("license=3", "must be text in quotes"),
-        ('sector="Mining"', "choose one of Technology"),
-        ('published="today"', "write a date as YYYY-MM-DD"),
+        ('report-url="ftp://x"', "write an address"),
+        ('report-url="http://clinic.example/run-7"', "write an address"),
+        ('report-url="https://x (y)"', "write an address"),
+        ('report-url="https://x> <script>"', "write an address"),
     ):
         code, said = fedveil("report", made.folder, "--declare", wrong)
         assert (code, words in said) == (1, True), said
@@ -176,7 +173,7 @@ def test_every_answer_comes_back_from_the_file_as_it_was_given(tmp_path: Path) -
     for text in ('say "this" \\ that', "ünï ☃ 🙂", "# no comment", "a; b"):
         assert declare(tmp_path, {"description": text}).description == text
         assert read_declared(tmp_path).description == text
-    assert declare(tmp_path, {"description": ""}).open() == Declared().open()
+    assert declare(tmp_path, {"description": ""}) == Declared()
     with pytest.raises(ConfigError, match="nobody asks for 'epsilon'"):
         declare(tmp_path, {"epsilon": "0.1"})
 

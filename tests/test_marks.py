@@ -70,7 +70,7 @@ def told_run(settings: dict[str, Any], names: Mapping[int, str] | None, run: str
     """Return the folder of a run with absences, a second attempt and a refusal, and all that is made from it."""
     kind = type("Kind", (Numbered,), {"names": names})
     folder = run_in_process({**settings, "min-sites": 2, "rounds": 3}, 3, run, kind)
-    write_reports(folder, registry=True)
+    write_reports(folder)
     (folder / "tracked.txt").write_text(str(rounds_of(folder)))
     return folder
 

@@ -29,7 +29,6 @@ from reports.folder import read_run
 from reports.markdown import to_markdown
 from reports.page import to_fact_sheet, to_html
 from reports.picture import picture_of, to_svg
-from reports.registry import registry_record
 from reports.sharing import sharing_of
 from reports.signature import make_key
 from reports.sites import fewest_summed, site_reports
@@ -118,13 +117,6 @@ def of_card(data: ReportData) -> list[str]:
     return [*lines_and_tables(body), private.replace("honest_sites: ", "h = ")]
 
 
-def of_registry(data: ReportData) -> list[str]:
-    told = yaml.safe_load(registry_record(data, Declared()))["deployment"]
-    loss = told.pop("privacy_loss")
-    lines = loss["privacy_parameters_details"].splitlines()
-    return [f"{loss['privacy_parameters']} {lines[1]}", *lines, *yaml.safe_dump(told).splitlines()]
-
-
 def pieces(page: str) -> list[str]:
     """Return the words of a page's tables, figures, boxes, paragraphs and items, and what is left of it."""
     found = []
@@ -153,7 +145,6 @@ FORMS: dict[str, Callable[[ReportData], list[str]]] = {
     "page": of_page,
     "fact sheet": of_fact_sheet,
     "model card": of_card,
-    "registry": of_registry,
     "picture": of_picture,
 }
 

@@ -38,8 +38,7 @@ def signed(made: MadeRun, tmp_path: Path) -> Callable[..., tuple[int, str]]:
     """Sign the run's report with a new key and return what says whether a folder's report is genuine."""
     made.audited("audit.json", audit_file(found("kills")))
     assert fedveil("keygen", tmp_path / "server.pem")[0] == 0
-    curators = ("--registry", "--declare", 'curators="North Clinic"')
-    assert fedveil("report", made.folder, "--sign", tmp_path / "server.pem", *curators)[0] == 0
+    assert fedveil("report", made.folder, "--sign", tmp_path / "server.pem")[0] == 0
     return lambda folder=made.folder, key="server": fedveil("verify", folder, "--key", tmp_path / f"{key}.pub.pem")
 
 
@@ -58,7 +57,7 @@ def test_a_signed_report_is_valid_until_a_byte_of_any_form_changes(
     assert fedveil("report", made.folder)[0] == 0
     assert signed()[0] == 0, "the same report needs no new key"
     adapter = ("README.md", "adapter_config.json", "adapter_model.safetensors", "fedveil.json", "head.safetensors")
-    forms = ("report.json", "report.md", "report.html", "facts.html", "deployment.yaml", "audit.json")
+    forms = ("report.json", "report.md", "report.html", "facts.html", "audit.json")
     assert members(made.folder) == sorted([*forms, *(f"adapter/{name}" for name in adapter)])
     for name in (*members(made.folder), "report.signed.json"):
         content = (made.folder / name).read_bytes()

@@ -239,7 +239,7 @@ def first_is_best(tuning: Tuning, folder: Path, monkeypatch: pytest.MonkeyPatch)
     return best.folder
 
 
-FORMS = ("report.md", "report.html", "facts.html", "adapter/README.md", "deployment.yaml")
+FORMS = ("report.md", "report.html", "facts.html", "adapter/README.md")
 
 
 @pytest.mark.parametrize("ledger_holds_more", [False, True])
@@ -258,7 +258,7 @@ def test_every_form_of_the_chosen_trials_report_has_the_price_of_all(
     assert epsilon_text(own) != told
     key = tmp_path / "server.pem"
     assert fedveil("keygen", key)[0] == 0
-    code, summary = fedveil("report", folder, "--sign", key, "--registry")
+    code, summary = fedveil("report", folder, "--sign", key)
     code, verified = fedveil("verify", folder, "--key", key.with_suffix(".pub.pem"))
     assert (code, verified.startswith("valid: ")) == (0, True)
     for name in FORMS:
