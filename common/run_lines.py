@@ -188,11 +188,6 @@ class AdapterFile(RunFile):
     """SHA-256 of what the base model computes (``common.model.base.model_fingerprint``)."""
     base_files: str
     """SHA-256 of the base model's files (``common.model.files``), which is compared before one of them is opened."""
-    base_parameters: int
-    """Weights of the base model."""
-    adapter_parameters: int
-    """Numbers that sites train below the head."""
-    head_parameters: int
     bundle: str
     """SHA-256 of the server's code."""
     task: str

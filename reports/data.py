@@ -15,14 +15,12 @@ from common.accountant import TRAINING
 from common.config.sections import Scalar, method_of
 from common.data.packaged import sha256_of
 from common.data.sources import unprotected_test
-from common.errors import ConfigError, DataError
+from common.errors import DataError
 from common.run_lines import Absence, AdapterFile, BesideRow, PrivacyLine, RoundLine, TuningFile, read_file
 from common.words import natural
 from reports.audits import AuditReport, audit_alarms, audit_cares, audit_reports
 from reports.claim import Claim, claim_of, server_is_trusted
-from reports.compute import ComputeReport, Sizes, compute_report
 from reports.connection import ConnectionReport, connection_cares, connection_reports
-from reports.declared import Declared, read_declared
 from reports.folder import RunFiles, read_run
 from reports.meaning import NO_BOUND, MeaningReport, meaning_report
 from reports.scores import LabelReport, label_reports
@@ -47,7 +45,7 @@ ADAPTER_FILES = tuple(
     for name in ("adapter_config.json", "adapter_model.safetensors", "head.safetensors", "fedveil.json")
 )
 """All of a saved adapter but its model card, which quotes this report."""
-SCHEMA = "fedveil-report/2"
+SCHEMA = "fedveil-report/3"
 """Version of the report's JSON; the number rises when a field changes its meaning or goes away."""
 
 
@@ -126,12 +124,6 @@ class Origin:
     """Of the server's code."""
     files: dict[str, str]
     """Of each file in the run's folder that the adapter consists of, by its path there."""
-    parameters: int
-    """Weights of the base model."""
-    adapter_parameters: int
-    """Numbers that sites train below the head."""
-    head_parameters: int
-    labels: int
     local: bool
     """The base model is a folder of the server's machine: ``base_model`` is the folder's name, and no model's."""
 
@@ -175,8 +167,6 @@ class ReportData:
     versions: dict[str, str]
     origin: Origin | None
     """Of the final adapter; None while none is saved."""
-    compute: ComputeReport | None
-    """What the sites computed; None where that does not follow from the files."""
     actors: list[Actor]
     """Who is trusted with what."""
     connections: list[ConnectionReport]
@@ -208,7 +198,7 @@ def report_of(folder: Path) -> ReportData:
     settings, versions, sites = files.config.settings, files.config.versions, site_reports(files)
     problems, connections = list(files.problems), connection_reports(files.server)
     audits = audit_reports(files.findings, problems)
-    origin, declared = _origin(folder, problems), _declared(folder, problems)
+    origin = _origin(folder, problems)
     claim, headline = claim_of(files, sites), _headline(files, sites)
     return ReportData(
         schema=SCHEMA,
@@ -235,7 +225,6 @@ def report_of(folder: Path) -> ReportData:
         settings=_settings(settings, files.config.chosen),
         versions=versions,
         origin=origin,
-        compute=_compute(files, sites, origin, declared),
         actors=actors_of(claim, headline.epsilon),
         connections=connections,
         unprotected=unprotected_of(sites, _cut_test(settings), claim),
@@ -258,32 +247,9 @@ def _origin(folder: Path, problems: list[str]) -> Origin | None:
             f"{ADAPTER} cannot be read ({type(error).__name__}): what the adapter is made of is missing here"
         )
         return None
-    sizes = told.base_parameters, told.adapter_parameters, told.head_parameters, len(told.label_names)
     local = told.base_model.startswith(("/", "~"))
     base_model = PurePath(told.base_model).name if local else told.base_model
-    return Origin(base_model, told.base_fingerprint, told.bundle, files, *sizes, local)
-
-
-def _declared(folder: Path, problems: list[str]) -> Declared:
-    try:
-        return read_declared(folder)
-    except ConfigError as error:
-        problems.append(f"{error}; what is declared is left out")
-        return Declared()
-
-
-def _compute(
-    files: RunFiles, sites: Sequence[SiteReport], origin: Origin | None, declared: Declared
-) -> ComputeReport | None:
-    if origin is None:
-        return None
-    joined: dict[str, set[int]] = {}
-    for line in files.rounds:
-        for site in line.participants if line.round_number else ():
-            joined.setdefault(site, set()).add(line.round_number)
-    sizes = Sizes(origin.parameters, origin.adapter_parameters, origin.head_parameters, origin.labels)
-    flop = float(declared.base_training_flop) if declared.base_training_flop else None
-    return compute_report(files.config.settings, sizes, sites, joined, other_releases(files), flop)
+    return Origin(base_model, told.base_fingerprint, told.bundle, files, local)
 
 
 def setting_of(data: ReportData, key: str) -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -31,7 +30,7 @@ class Declared:
     """Each field answers one question; empty: nobody has answered it.
 
     Raises:
-        ConfigError: a number or an address that is none.
+        ConfigError: the report's address is none.
     """
 
     name: str = ""
@@ -40,8 +39,6 @@ class Declared:
     """Under which licence is the adapter given away? An identifier of the hub, such as apache-2.0."""
     base_license: str = ""
     """Under which licence does the base model stand?"""
-    base_training_flop: str = ""
-    """How many floating-point operations did training the base model take? A number, such as 1.6e21."""
     description: str = ""
     """What is the model, in a sentence?"""
     intended_use: str = ""
@@ -50,15 +47,6 @@ class Declared:
     """Where can everybody read the run's signed report? An address that begins with https://."""
 
     def __post_init__(self) -> None:
-        if self.base_training_flop:
-            try:
-                flop = float(self.base_training_flop)
-            except ValueError:
-                flop = 0.0
-            if not 0 < flop < math.inf:
-                raise ConfigError(
-                    f"base-training-flop is {self.base_training_flop!r}: write a number above 0, such as '1.6e21'"
-                )
         if self.report_url and not ADDRESS.fullmatch(self.report_url):
             raise ConfigError(
                 f"report-url is {self.report_url!r}: write an address, such as 'https://example.org/run-7'"

@@ -23,7 +23,6 @@ from common.words import (
 from reports.alike import Alike, alike_absences, alike_releases, alike_sites, participants_text
 from reports.audits import NONE_RUN, WHOSE, audit_words, bound_sentences
 from reports.claim import UNTOLD, none_refused, server_is_trusted
-from reports.compute import compute_words
 from reports.connection import NOT_KNOWN, NOT_RECORDED, SITES_OWN
 from reports.data import ReportData, setting_of
 from reports.meaning import attack_sentence, several_sentence, whose_sentence
@@ -304,14 +303,8 @@ def _origin(data: ReportData) -> list[str]:
         "## Versions",
         "",
         *(f"- {plain(name)} {plain(number)}" for name, number in data.versions.items()),
-        *_compute(data),
         *_hashes(data),
     ]
-
-
-def _compute(data: ReportData) -> list[str]:
-    said = compute_words(data.compute)
-    return ["", "## Training compute", "", *(plain(text) for text in said)] if said else []
 
 
 def _hashes(data: ReportData) -> list[str]:

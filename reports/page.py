@@ -13,7 +13,6 @@ from common.privacy import figures
 from reports.alike import alike_absences, alike_releases, alike_sites, participants_text
 from reports.audits import NONE_RUN, WHOSE, audit_words, bound_note, bound_sentences
 from reports.claim import UNTOLD, none_refused, server_is_trusted
-from reports.compute import compute_words
 from reports.connection import NOT_KNOWN, NOT_RECORDED, SITES_OWN
 from reports.data import ReportData, setting_of
 from reports.fact_sheet import facts_of
@@ -79,7 +78,6 @@ def to_html(data: ReportData) -> str:
         bounds=bound_sentences(data.audit_results),
         bound_note=bound_note(data.audit_results),
         whose=WHOSE,
-        compute=compute_words(data.compute),
         style=Markup(STYLE),
         epsilon_chart=epsilon_chart(data, courses),
         courses=courses,

@@ -103,7 +103,6 @@ PAGE = """\
 {% if epsilon_chart or accuracy_chart %}<a href="#course">course of the run</a>{% endif %}
 <a href="#rounds">rounds</a></p>
 <p><strong>To check it:</strong> <a href="#settings">settings</a> <a href="#versions">versions</a>
-{% if compute %}<a href="#compute">training compute</a>{% endif %}
 {% if data.origin %}<a href="#origin">what the adapter is made of</a>{% endif %}</p>
 </nav>
 
@@ -434,13 +433,6 @@ and the {{ "rounds that the server wrote down" if central else "steps that each 
 <tr><th scope="row">{{ name }}</th><td>{{ number }}</td></tr>
 {% endfor %}</tbody>
 {% endcall %}
-
-{% if compute %}
-<h2 id="compute">Training compute</h2>
-{% for text in compute %}
-<p>{{ text }}</p>
-{% endfor %}
-{% endif %}
 
 {% if data.origin %}
 <h2 id="origin">What the adapter is made of</h2>

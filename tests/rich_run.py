@@ -99,7 +99,7 @@ def rich(folder: Path) -> MadeRun:
     run.audited("audit.json", AuditFile(True, "2026-11-25T08:00:00+00:00", versions, findings))
     adapter = folder / "adapter"
     adapter.mkdir()
-    made_of = adapter_told(base_model="all-MiniLM-L6-v2", bundle="cd" * 32, base_parameters=22_713_216)
+    made_of = adapter_told(base_model="all-MiniLM-L6-v2", bundle="cd" * 32)
     (adapter / "fedveil.json").write_text(json.dumps(made_of))
     for name in ("adapter_config.json", "adapter_model.safetensors", "head.safetensors"):
         (adapter / name).write_bytes(name.encode())

@@ -336,7 +336,7 @@ def test_the_json_is_canonical_and_repeatable(made: MadeRun) -> None:
     assert text == to_json(report_of(made.folder)), "two reports of the same files differ"
     value = json.loads(text)
     assert text == json.dumps(value, sort_keys=True, separators=(",", ":")).encode() + b"\n"
-    assert value["schema"] == "fedveil-report/2"
+    assert value["schema"] == "fedveil-report/3"
     endless = replace(data, headline=replace(data.headline, epsilon=float("inf")))
     assert json.loads(to_json(endless))["headline"]["epsilon"] == "inf"
 

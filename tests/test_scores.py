@@ -39,11 +39,6 @@ def test_a_run_counts_right_answers_by_label_and_what_it_trained(toy_settings: d
         assert all(0 <= row.right <= row.records for row in rows)
     assert [row.right for row in line.labels] == list(score.right)
     assert len({row.right / row.records for row in (*before.labels, *line.labels)}) > 1, "both labels look alike"
-    # What it trained, by which a report counts operations: B of rank 3 in the query, the value and three dense layers
-    # of each of two layers; the head of two labels.
-    told = json.loads((folder / "adapter" / "fedveil.json").read_text(encoding="utf-8"))
-    assert (told["adapter_parameters"], told["head_parameters"]) == (2 * 3 * (16 + 16 + 16 + 24 + 16), 34)
-    assert report_of(folder).compute is not None
 
 
 def test_a_run_without_labels_has_no_intervals(toy_generation: dict[str, Any]) -> None:

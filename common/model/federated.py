@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.adapters import Adapter
-from common.adapters.low_bits import LowBits
 from common.adapters.split import split_columns
 from common.config.sections import HeadConfig, ModelConfig
 from common.errors import ConfigError, ModelError, ProtocolError
@@ -92,11 +91,6 @@ class FederatedModel:
         checkpointing: bool = False,
     ) -> None:
         self.base, self.adapter = base, adapter
-        self.base_parameters = sum(
-            child.in_features * child.out_features if isinstance(child, LowBits) else 0
-            for child in base.module.modules()
-        ) + sum(p.numel() for p in base.module.parameters())
-        """Weights of the base model, counted once where they are shared."""
         self.max_length = task.limit(base, max_length)
         self.classes = len(label_names)
         self.device = choose_device(device)
