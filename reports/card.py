@@ -85,15 +85,12 @@ def card_of(data: ReportData, declared: Declared, form: Form, report: bytes) -> 
     """
     head = yaml.safe_dump(_metadata(data, declared, form), sort_keys=False, allow_unicode=True, width=100)
     task = TASKS[str(setting_of(data, "model.task"))]
-    title = declared.name or f"{_shown_base(data)}, fine-tuned by {data.method}"
     sites = f"{'at most ' * server_is_trusted(data.claim.privacy_mode)}{counted(data.headline.sites, 'site')}"
     trained = f"A FedVeil run fine-tuned {plain(_shown_base(data))} on the records of {sites}"
     parts = [
         f"---\n{head}---",
-        f"# {plain(title)}",
-        f"{plain(declared.description)}\n\n"
-        * bool(declared.description)
-        + f"{trained}, which no record left. Trained: {_trained(data)}, task {task.name}; the run "
+        f"# {plain(_shown_base(data))}, fine-tuned by {plain(data.method)}",
+        f"{trained}, which no record left. Trained: {_trained(data)}, task {task.name}; the run "
         f"{plain(data.status)} after {counted(data.headline.rounds_done, 'round')}.",
         f"Intended use: {plain(declared.intended_use)}" if declared.intended_use else "",
         f"## Load it\n\n```python\n{form.code}```",
@@ -161,7 +158,7 @@ def _metadata(data: ReportData, declared: Declared, form: Form) -> dict[str, Any
         metric = {"type": "accuracy", "value": round(head.accuracy_after, 4)}
         data_set = {"name": "the run's public test part", "type": "public-test-part"}
         result = {"task": {"type": task.hub_task}, "dataset": data_set, "metrics": [metric]}
-        meta["model-index"] = [{"name": declared.name or f"run {visible(data.run)}", "results": [result]}]
+        meta["model-index"] = [{"name": f"run {visible(data.run)}", "results": [result]}]
     return meta
 
 

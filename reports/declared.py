@@ -33,14 +33,10 @@ class Declared:
         ConfigError: the report's address is none.
     """
 
-    name: str = ""
-    """What is the model called?"""
     license: str = ""
     """Under which licence is the adapter given away? An identifier of the hub, such as apache-2.0."""
     base_license: str = ""
     """Under which licence does the base model stand?"""
-    description: str = ""
-    """What is the model, in a sentence?"""
     intended_use: str = ""
     """What is the model for?"""
     report_url: str = ""

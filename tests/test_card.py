@@ -148,13 +148,13 @@ def test_a_run_without_privacy_and_one_after_an_exposure_claim_nothing(tmp_path:
 
 
 def test_a_declaration_is_quoted_kept_and_checked(made: MadeRun) -> None:
-    code, said = fedveil("report", made.folder, "--declare", 'license="apache-2.0" name="Reviews, judged"')
+    code, said = fedveil("report", made.folder, "--declare", 'license="apache-2.0" base-license="mit"')
     assert code == 0, said
     text = (made.folder / "adapter" / "README.md").read_text(encoding="utf-8")
     assert ModelCard(text).data.to_dict()["license"] == "apache-2.0"
-    assert "# Reviews, judged" in text
+    assert "The base model: mit." in text
     assert fedveil("report", made.folder, "--declare", "intended-use='To judge \"reviews\"; ☃'")[0] == 0
-    wanted = Declared(name="Reviews, judged", license="apache-2.0", intended_use='To judge "reviews"; ☃')
+    wanted = Declared(license="apache-2.0", base_license="mit", intended_use='To judge "reviews"; ☃')
     assert read_declared(made.folder) == wanted
     for wrong, words in (
         ('licence="mit"', "did you mean 'license'?"),
@@ -171,9 +171,9 @@ def test_a_declaration_is_quoted_kept_and_checked(made: MadeRun) -> None:
 
 def test_every_answer_comes_back_from_the_file_as_it_was_given(tmp_path: Path) -> None:
     for text in ('say "this" \\ that', "ünï ☃ 🙂", "# no comment", "a; b"):
-        assert declare(tmp_path, {"description": text}).description == text
-        assert read_declared(tmp_path).description == text
-    assert declare(tmp_path, {"description": ""}) == Declared()
+        assert declare(tmp_path, {"intended-use": text}).intended_use == text
+        assert read_declared(tmp_path).intended_use == text
+    assert declare(tmp_path, {"intended-use": ""}) == Declared()
     with pytest.raises(ConfigError, match="nobody asks for 'epsilon'"):
         declare(tmp_path, {"epsilon": "0.1"})
 
