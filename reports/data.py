@@ -17,7 +17,8 @@ from common.data.packaged import sha256_of
 from common.data.sources import unprotected_test
 from common.errors import DataError
 from common.run_lines import Absence, AdapterFile, BesideRow, PrivacyLine, RoundLine, TuningFile, read_file
-from common.words import natural
+from common.words import counted, names_text, natural, number_text
+from reports.alike import spread
 from reports.audits import AuditReport, audit_alarms, audit_cares, audit_reports
 from reports.claim import Claim, claim_of, server_is_trusted
 from reports.connection import ConnectionReport, connection_cares, connection_reports
@@ -25,7 +26,6 @@ from reports.folder import RunFiles, read_run
 from reports.meaning import NO_BOUND, MeaningReport, meaning_report
 from reports.scores import LabelReport, label_reports
 from reports.sharing import Sharing, sharing_of
-from reports.shortened import ShortenedReport, shortened_reports
 from reports.sites import (
     ReleaseReport,
     SiteReport,
@@ -161,8 +161,8 @@ class ReportData:
     other_releases: list[ReleaseReport]
     refusals: list[Absence]
     """Of every attempt at every round."""
-    shortened: list[ShortenedReport]
-    """Updates that were longer than is likely; empty: none was."""
+    shortened: str
+    """Which updates the server shortened before it averaged them, in one sentence; empty: none."""
     settings: list[Setting]
     versions: dict[str, str]
     origin: Origin | None
@@ -221,7 +221,7 @@ def report_of(folder: Path) -> ReportData:
         spent=_spent(files.privacy),
         other_releases=other_releases(files),
         refusals=[absence for line in files.rounds for absence in line.failures],
-        shortened=shortened_reports(files.rounds),
+        shortened=_shortened(files.rounds),
         settings=_settings(settings, files.config.chosen),
         versions=versions,
         origin=origin,
@@ -360,6 +360,18 @@ def _spent(lines: Sequence[PrivacyLine]) -> list[Spent]:
     for site in sorted(points, key=natural):
         groups.setdefault((budgets[site], tuple(sorted(points[site].items()))), []).append(site)
     return [Spent(sites, budget, list(course)) for (budget, course), sites in groups.items()]
+
+
+def _shortened(rounds: Sequence[RoundLine]) -> str:
+    lines = [one for line in rounds for one in line.shortened]
+    if not lines:
+        return ""
+    sites = names_text(sorted({one.site for one in lines}, key=natural))
+    return (
+        f"The server shortened {counted(len(lines), 'update')} that {'was' if len(lines) == 1 else 'were'} longer than "
+        f"is likely, to {spread([one.factor for one in lines], number_text)} of the length: of {sites}. A site with "
+        "unusual records has longer updates. rounds.jsonl has each."
+    )
 
 
 def _settings(values: Mapping[str, Scalar], chosen: Collection[str]) -> list[Setting]:

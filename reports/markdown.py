@@ -28,7 +28,6 @@ from reports.data import ReportData, setting_of
 from reports.meaning import attack_sentence, several_sentence, whose_sentence
 from reports.scores import BESIDE, beside_cells, share_text
 from reports.sharing import Sharing, at_h, beside
-from reports.shortened import SHORTENED, SHORTENED_COLUMNS, shortened_cells
 from reports.sites import distinct
 from reports.trials import trials_figure
 
@@ -273,8 +272,7 @@ def _others(data: ReportData) -> list[str]:
     none = none_refused(central=server_is_trusted(data.claim.privacy_mode))
     lines += _table(("round", "attempt", "site", "kind", "reason"), refusals) if refusals else [none]
     if data.shortened:
-        lines += ["", "## Updates made shorter", "", plain(SHORTENED), ""]
-        lines += _table(SHORTENED_COLUMNS, shortened_cells(data.shortened))
+        lines += ["", plain(data.shortened)]
     lines += ["", "## Releases other than training", ""]
     releases = [
         (str(r.round_number), r.names, r.purpose, r.count, r.noises, r.rates, r.clips, r.added, r.value)

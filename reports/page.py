@@ -31,7 +31,6 @@ from reports.page_style import FACTS_STYLE, STYLE
 from reports.page_template import FACTS, PAGE
 from reports.scores import BESIDE, beside_cells, share_text
 from reports.sharing import THIS_RUN, at_h, others_of, rests_on
-from reports.shortened import SHORTENED, SHORTENED_COLUMNS, shortened_cells
 from reports.sites import distinct
 from reports.trials import trials_figure
 
@@ -89,9 +88,6 @@ def to_html(data: ReportData) -> str:
         beside_figure=beside_figure(data),
         site_rows=alike_sites(data.sites),
         refusal_rows=alike_absences(data.refusals, len(data.sites)),
-        shortened=SHORTENED,
-        shortened_columns=SHORTENED_COLUMNS,
-        shortened_rows=shortened_cells(data.shortened),
         release_rows=alike_releases(data.other_releases, len(data.sites)),
     )
 

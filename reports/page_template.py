@@ -279,15 +279,7 @@ and the {{ "rounds that the server wrote down" if central else "steps that each 
 {% endif %}
 
 {% if data.shortened %}
-<h2 id="shortened">Updates made shorter</h2>
-<p>{{ shortened }}</p>
-{% call table("Updates that were longer than is likely, by site") %}
-<thead><tr><th scope="col">{{ shortened_columns[0] }}</th>
-{% for column in shortened_columns[1:] %}<th scope="col" class="n">{{ column }}</th>{% endfor %}</tr></thead>
-<tbody>{% for name, count, factors in shortened_rows %}
-<tr><th scope="row" class="name">{{ name }}</th><td class="n">{{ count }}</td><td class="n">{{ factors }}</td></tr>
-{% endfor %}</tbody>
-{% endcall %}
+<p>{{ data.shortened }}</p>
 {% endif %}
 
 <h2 id="releases">Releases other than training</h2>

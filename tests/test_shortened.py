@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pytest
 from made_run import MadeRun
 
 from common.messages.round import Task, TrainResult, TrainTask
@@ -18,7 +16,6 @@ from experiments.in_process import InProcessTransport, run_in_process
 from reports import report_of
 from reports.markdown import to_markdown
 from reports.page import to_html
-from reports.shortened import SHORTENED, ShortenedReport, shortened_cells
 from server.sites import Exchange
 
 
@@ -41,32 +38,19 @@ def test_a_round_counts_the_updates_that_it_made_shorter_and_by_how_much(toy_set
     assert [one.site for one in second] == ["site-1"]
     assert 0 < second[0].factor < 1
     assert first == third == []
-    data = report_of(folder)
-    assert data.shortened == [ShortenedReport("site-1", [2], [second[0].factor])]
+    assert report_of(folder).shortened.startswith("The server shortened 1 update that was longer than is likely")
 
 
 def test_every_form_of_the_report_tells_them_and_says_nothing_where_there_are_none(tmp_path: Path) -> None:
     made = MadeRun(tmp_path / "run").start().round(1, 0.7)
-    assert "made shorter" not in to_markdown(report_of(made.folder)) + to_html(report_of(made.folder))
+    assert "shortened" not in to_markdown(report_of(made.folder)) + to_html(report_of(made.folder))
     (line,) = read_lines(RoundLine, made.folder)
     for number, factors in ((2, {"site-1": 0.25, "site-10": 0.125}), (3, {"site-1": 0.5})):
         shorter = [to_json(ShortenedLine(site, factor)) for site, factor in factors.items()]
         made.append(RoundLine.NAME, {**to_json(line), "round": number, "shortened": shorter})
     data = report_of(made.folder)
-    assert json.loads(json.dumps(to_json(data)))["shortened"] == [
-        {"site": "site-1", "rounds": [2, 3], "factors": [0.25, 0.5]},
-        {"site": "site-10", "rounds": [2], "factors": [0.125]},
-    ]
-    text, page = to_markdown(data), to_html(data)
-    assert SHORTENED in text
-    assert "| site-1 | 2 | 0.25 to 0.5 |" in text
-    assert "| site-10 | 1 | 0.125 |" in text
-    assert '<th scope="row" class="name">site-1</th><td class="n">2</td><td class="n">0.25 to 0.5</td>' in page
-
-
-@pytest.mark.parametrize(("sites", "rows"), [(12, 12), (13, 1)])
-def test_of_many_sites_the_table_has_one_row(sites: int, rows: int) -> None:
-    cells = shortened_cells([ShortenedReport(f"site-{i}", list(range(1 + i)), [0.5] * (1 + i)) for i in range(sites)])
-    assert len(cells) == rows
-    if rows == 1:
-        assert cells == [("site-0 … site-12 (13 sites)", "1 to 13", "0.5")]
+    assert "3 updates that were longer than is likely, to 0.125 to 0.5 of the length: of site-1, site-10." in (
+        data.shortened
+    )
+    for form in (to_markdown(data), to_html(data)):
+        assert data.shortened in form
