@@ -19,13 +19,8 @@ from reports.fact_sheet import facts_of
 from reports.meaning import attack_sentence, several_sentence, whose_sentence
 from reports.page_charts import (
     accuracy_chart,
-    attack_figure,
-    beside_figure,
     courses_of,
     epsilon_chart,
-    label_figure,
-    several_figure,
-    slice_figure,
 )
 from reports.page_style import FACTS_STYLE, STYLE
 from reports.page_template import FACTS, PAGE
@@ -81,11 +76,6 @@ def to_html(data: ReportData) -> str:
         epsilon_chart=epsilon_chart(data, courses),
         courses=courses,
         accuracy_chart=accuracy_chart(data),
-        attack_figure=attack_figure(data.meaning),
-        several_figure=several_figure(data.meaning),
-        label_figure=label_figure(data),
-        slice_figure=slice_figure(data),
-        beside_figure=beside_figure(data),
         site_rows=alike_sites(data.sites),
         refusal_rows=alike_absences(data.refusals, len(data.sites)),
         release_rows=alike_releases(data.other_releases, len(data.sites)),

@@ -84,10 +84,6 @@ figcaption strong { color: var(--ink); font-weight: 600; }
 .s0 { stroke: var(--c0); fill: var(--c0); } .s1 { stroke: var(--c1); fill: var(--c1); }
 .s2 { stroke: var(--c2); fill: var(--c2); } .s3 { stroke: var(--c3); fill: var(--c3); }
 .s4 { stroke: var(--c4); fill: var(--c4); } .s5 { stroke: var(--c5); fill: var(--c5); }
-.chart .row-name { fill: var(--ink); font-weight: 600; }
-.chart .row-text { fill: var(--ink); }
-.whisker { fill: none; stroke-width: 1.8; } .dot circle, .dot polygon { stroke-width: 1.8; }
-.hollow circle, .hollow polygon { fill: var(--paper); }
 .legend { list-style: none; padding: 0; margin: .3rem 0 0; font-size: .88rem;
   display: flex; flex-wrap: wrap; gap: .1rem 1.1rem; }
 .legend svg { vertical-align: -1px; margin-right: .4em; }

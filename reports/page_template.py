@@ -23,7 +23,6 @@ PAGE = """\
 </figure>
 {% endif %}
 {% endmacro %}
-{% macro shown(one) %}{% if one %}{{ figure(one.chart, one.title, one.text) }}{% endif %}{% endmacro %}
 <!doctype html>
 <html lang="en">
 <head>
@@ -140,10 +139,6 @@ PAGE = """\
 {% if meaning.caution %}
 <p class="care">{{ meaning.caution }}</p>
 {% endif %}
-<div class="pair">
-{{ shown(attack_figure) }}
-{{ shown(several_figure) }}
-</div>
 <div class="pair">
 {% call table("Bounds on every attack that asks whether one " ~ meaning.per ~ " was trained on") %}
 <thead><tr><th scope="col" class="n">false positives</th>
@@ -320,10 +315,6 @@ and the {{ "rounds that the server wrote down" if central else "steps that each 
 
 {% if data.accuracy %}
 <h2 id="accuracy">Accuracy on public data</h2>
-<div class="pair">
-{{ shown(label_figure) }}
-{{ shown(slice_figure) }}
-</div>
 {% call table("Of all records and by label, with Wilson's 95 % interval in percent") %}
 <thead><tr><th scope="col">label</th><th scope="col" class="n">records</th><th scope="col" class="n">before</th>
 <th scope="col" class="n">after</th></tr></thead>
@@ -347,7 +338,6 @@ and the {{ "rounds that the server wrote down" if central else "steps that each 
 {% if data.beside %}
 <h2 id="beside">Beside other runs</h2>
 <p>{{ beside }}</p>
-{{ shown(beside_figure) }}
 {% call table("Accuracy on public data of other runs on the same base model and data") %}
 <thead><tr><th scope="col">variant</th><th scope="col">arm</th><th scope="col" class="n">ε</th>
 <th scope="col" class="n">runs</th><th scope="col" class="n">before</th>
