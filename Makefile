@@ -145,7 +145,7 @@ $(VISION): $(READY) requirements/vision.txt
 browser: environment
 	cd reports/browser && npm ci --ignore-scripts --no-audit --no-fund
 	$(if $(RUN),,rm -rf build/report && PYTHONPATH=. $(BIN)/python tests/report_pages.py build/report)
-	node reports/browser/check.mjs build/browser $(foreach run,$(or $(RUN),build/report/rich build/report/thousand),$(run)/report.html $(run)/facts.html)
+	node reports/browser/check.mjs build/browser $(foreach run,$(or $(RUN),build/report/rich build/report/thousand),$(run)/report.html)
 
 clean:
 	rm -rf $(VENV) .flwr .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cli.errors import for_people
-from common.errors import ConfigError, DataError
+from common.errors import DataError
 from common.privacy.figures import epsilon_text
 from common.words import counted
 
@@ -36,10 +36,6 @@ def report(
         Path | None,
         typer.Option(help="Table of a sweep (.jsonl), whose runs on the same base model and data are shown beside."),
     ] = None,
-    picture: Annotated[
-        Path | None,
-        typer.Option(help="Write one picture of the run (SVG) to this file, its figures beside it, and no report."),
-    ] = None,
 ) -> None:
     """Write a run's report as a page, Markdown and JSON, and its adapter's model card, from the files in its folder."""
     from common.config.text import parse_settings
@@ -50,9 +46,6 @@ def report(
         declare(folder, parse_settings(declared))
     if beside is not None:
         _keep_beside(folder, beside)
-    if picture is not None:
-        _write_picture(folder, picture, sign)
-        return
     written = write_reports(folder, sign)
     print_summary(folder)
     console.print("\n".join(str(path) for path in written))
@@ -69,34 +62,6 @@ def _keep_beside(folder: Path, table: Path) -> None:
         raise DataError(f"there is no table {table}: name the .jsonl file of a sweep's results")
     found = summary.beside(read_rows(table), read_file(ConfigFile, folder).settings)
     replace_file(folder / BesideFile.NAME, (json.dumps(to_json(found), indent=1) + "\n").encode())
-
-
-def _write_picture(folder: Path, picture: Path, sign: Path | None) -> None:
-    from common.files import finite, write_output
-    from common.run_lines import BesideFile, ProgressFile
-    from common.strict_json import to_json
-    from reports import report_of
-    from reports.picture import picture_of, read_picture, to_svg
-    from reports.signature import EVIDENCE, FORMS
-
-    if picture.suffix != ".svg":
-        raise ConfigError(f"--picture is {str(picture)!r}: name a file that ends in .svg")
-    if sign is not None:
-        raise ConfigError("--picture writes no report that could be signed: give --sign without it")
-    figures, beside = picture_of(report_of(folder)), picture.with_suffix(".json")
-    if beside.is_file():
-        try:
-            read_picture(beside)
-        except (DataError, ValueError):
-            raise DataError(f"{beside} is there and is no picture's: name another --picture") from None
-    elif (
-        beside.name in (*FORMS, *EVIDENCE, ProgressFile.NAME, BesideFile.NAME)
-        and folder.resolve() == beside.parent.resolve()
-    ):
-        raise DataError(f"{beside} is a name of the run's own files: name another --picture")
-    told = (json.dumps(finite(to_json(figures)), indent=1, allow_nan=False) + "\n").encode()
-    write_output({beside: told, picture: to_svg(figures).encode()})
-    console.print(f"picture: {picture}")
 
 
 @for_people

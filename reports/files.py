@@ -1,4 +1,4 @@
-"""The three forms of a report and its fact sheet, written beside the run that they are about."""
+"""The three forms of a report, written beside the run that they are about."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from reports.card import NAME as CARD
 from reports.card import adapter_form, card_of
 from reports.data import ReportData, report_of
 from reports.declared import read_declared
-from reports.fact_sheet import NAME as FACTS
 from reports.markdown import to_markdown
-from reports.page import to_fact_sheet, to_html
+from reports.page import to_html
 from reports.signature import ADAPTER, SIGNATURE, STATEMENT, Run, covers, evidence, members, sign, statement
 
 REPORT_JSON = "report.json"
@@ -37,7 +36,7 @@ def markdown_report(folder: Path) -> str:
 
 
 def write_reports(folder: Path, key: Path | None = None) -> list[Path]:
-    """Write ``report.md``, ``report.html``, ``report.json`` and the fact sheet into a run's folder; return their paths.
+    """Write ``report.md``, ``report.html`` and ``report.json`` into a run's folder; return their paths.
 
     A saved adapter gets its model card anew.
 
@@ -59,7 +58,6 @@ def write_reports(folder: Path, key: Path | None = None) -> list[Path]:
         "report.md": to_markdown(data).encode(),
         "report.html": to_html(data).encode(),
         REPORT_JSON: to_json(data),
-        FACTS: to_fact_sheet(data).encode(),
     }
     if data.origin is not None:
         contents[card] = card_of(data, read_declared(folder), adapter_form(data), contents[REPORT_JSON]).encode()

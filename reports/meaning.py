@@ -24,6 +24,10 @@ from reports.trials import TRIAL_ALONE
 RECORD = "record"
 THIS_RUN = "These figures are of this run's releases alone. {} ledger holds more, which an attacker may use as well."
 LEFT_OUT = "They leave out what could not be computed again: {}."
+SCALE = (
+    "At ε = 0 the records of one unit would change nothing, and each further 1 allows nearly three times the odds. "
+    "Chances below δ are left out of ε."
+)
 NO_BOUND = (
     "No bound on attacks is known for this ε: it is infinite, or too large for one, or could not be computed again."
 )
@@ -146,7 +150,8 @@ def _within(own: Sequence[Release], other: Sequence[Release]) -> bool:
 
 def whose_sentence(*, central: bool) -> str:
     """Return of which sites the figures are; ``central``: whether a trusted server noised the sum of all."""
-    return "Of every site of the cohort." if central else "Of every site: each figure is the largest of theirs."
+    whose = "Of every site of the cohort." if central else "Of every site: each figure is the largest of theirs."
+    return f"{whose} {SCALE}"
 
 
 def condition(meaning: MeaningReport) -> str:

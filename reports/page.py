@@ -15,15 +15,14 @@ from reports.audits import NONE_RUN, WHOSE, audit_words, bound_note, bound_sente
 from reports.claim import UNTOLD, none_refused, server_is_trusted
 from reports.connection import NOT_KNOWN, NOT_RECORDED, SITES_OWN
 from reports.data import ReportData, setting_of
-from reports.fact_sheet import facts_of
 from reports.meaning import attack_sentence, several_sentence, whose_sentence
 from reports.page_charts import (
     accuracy_chart,
     courses_of,
     epsilon_chart,
 )
-from reports.page_style import FACTS_STYLE, STYLE
-from reports.page_template import FACTS, PAGE
+from reports.page_style import STYLE
+from reports.page_template import PAGE
 from reports.scores import BESIDE, beside_cells, share_text
 from reports.sharing import THIS_RUN, at_h, others_of, rests_on
 from reports.sites import distinct
@@ -63,7 +62,7 @@ def to_html(data: ReportData) -> str:
         sites_own=SITES_OWN,
         none_refused=none_refused(central=central),
         whose_meaning=whose_sentence(central=central) if data.meaning else "",
-        made=facts_of(data)[0].answers[0],
+        made=_made(data),
         head=data.headline,
         claim=data.claim,
         none_run=NONE_RUN,
@@ -82,10 +81,17 @@ def to_html(data: ReportData) -> str:
     )
 
 
-def to_fact_sheet(data: ReportData) -> str:
-    """Return the fact sheet as one self-contained page."""
-    return _template(FACTS).render(
-        data=data, claim=data.claim, facts=facts_of(data), style=Markup(STYLE), own_style=Markup(FACTS_STYLE)
+def _made(data: ReportData) -> str:
+    """Return in plain words what was trained, by how many sites, and how the run ended."""
+    head, base = data.headline, str(setting_of(data, "model.name")).rstrip("/").rpartition("/")[2]
+    ended = {"completed": "It came to its planned end.", "unfinished": "It still goes on, or was cut off."}
+    most = "at most " if server_is_trusted(data.claim.privacy_mode) else ""
+    last = f"The last was of {words.counted(head.last_sites, 'site')} alone. " if head.last_sites else ""
+    return (
+        f"A computer model, {base}, was trained further by {most}{words.counted(head.sites, 'site')} together, in "
+        f"{words.counted(head.rounds_done, 'round')} of {head.rounds_planned} planned. "
+        + last * (head.last_sites < head.sites)
+        + ended.get(data.status, f"It ended early ({data.status}).")
     )
 
 

@@ -154,16 +154,3 @@ footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--rule);
   thead { display: table-header-group; }
 }
 """
-
-FACTS_STYLE = """
-.facts { max-width: 46rem; padding-top: 1.5rem; }
-.facts h2 { font-size: 1.05rem; margin: 1rem 0 .2rem; padding-top: .5rem; border-top: 1px solid var(--rule); }
-.facts p { margin: 0 0 .4rem; }
-@media print {
-  @page { size: A4; margin: 14mm 16mm; }
-  .facts { padding: 0; max-width: none; font-size: 9.5pt; line-height: 1.3; }
-  .facts h1 { font-size: 16pt; } .facts h2 { font-size: 10.5pt; margin-top: .4rem; }
-  .facts p { margin-bottom: .25rem; } .facts footer { margin-top: .8rem; padding-top: .4rem; font-size: 8pt; }
-}
-"""
-"""What a fact sheet has besides: one column, and on paper one page of A4."""

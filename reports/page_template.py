@@ -41,7 +41,7 @@ PAGE = """\
 {% if data.reason %}<br>{{ data.reason }}{% endif %}
 {% if data.status == "unfinished" %}<br>The run goes on, or was killed: its folder holds no result yet.{% endif %}</p>
 
-<p class="lead">{{ made }} The same in plain words, on one sheet: <code>facts.html</code>.</p>
+<p class="lead">{{ made }}</p>
 
 {% if claim.off %}
 <p class="alarm"><strong>{{ claim.sentence }}</strong></p>
@@ -432,40 +432,6 @@ and the {{ "rounds that the server wrote down" if central else "steps that each 
 <footer>Made by FedVeil from the files in the run's folder alone. The same content as data: <code>report.json</code>
 ({{ data.schema }}); if <code>report.signed.json</code> lies beside it, <code>fedveil verify RUN_FOLDER --key
 PUBLIC.pem</code> says who vouches for it.</footer>
-</main>
-</body>
-</html>
-"""
-
-FACTS = """\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>Fact sheet: {{ data.method }}, run {{ data.run }}</title>
-<style>{{ style }}{{ own_style }}</style>
-</head>
-<body>
-<main class="facts">
-<h1>Fact sheet</h1>
-<p class="meta">{{ data.method }} · run {{ data.run }}
-{% if data.started %} · started {{ data.started }}{% endif %}</p>
-{% if claim.off %}
-<p class="alarm"><strong>{{ claim.sentence }}</strong></p>
-{% endif %}
-{% for text in data.alarms %}
-<p class="alarm"><strong>AUDIT FAILED:</strong> {{ text }}</p>
-{% endfor %}
-{% for fact in facts %}
-<h2>{{ fact.question }}</h2>
-{% for answer in fact.answers %}
-<p>{{ answer }}</p>
-{% endfor %}
-{% endfor %}
-<footer>Made by FedVeil from the files in the run's folder. All figures are those of <code>report.json</code>.</footer>
 </main>
 </body>
 </html>

@@ -53,11 +53,10 @@ from common.run_lines import (
     ServerFile,
     TuningFile,
 )
-from reports.fact_sheet import NAME as FACTS
 
 CONTEXT = "FedVeil signed run, 2"
 STATEMENT, SIGNATURE = "report.signed.json", "report.signed.json.sig"
-FORMS = ("report.md", "report.html", "report.json", FACTS)
+FORMS = ("report.md", "report.html", "report.json")
 EVIDENCE = tuple(
     kind.NAME for kind in (ConfigFile, ServerFile, BaselineFile, RoundLine, PrivacyLine, ResultFile, TuningFile)
 )

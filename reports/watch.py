@@ -24,10 +24,9 @@ from common.run_lines import ProgressFile, read_if_there
 from common.words import visible
 from reports.claim import server_is_trusted
 from reports.data import ReportData, report_of
-from reports.fact_sheet import NAME as FACTS
 from reports.files import REPORT_JSON, to_json
 from reports.markdown import to_markdown
-from reports.page import to_fact_sheet, to_html
+from reports.page import to_html
 
 LOOPBACK = "127.0.0.1"
 REFRESH_SECONDS = 5
@@ -39,7 +38,6 @@ TO_NOBODY = (
 )
 FORMS: Mapping[str, tuple[str, Callable[[ReportData], bytes]]] = {
     "/": ("text/html; charset=utf-8", lambda data: to_html(data).encode()),
-    f"/{FACTS}": ("text/html; charset=utf-8", lambda data: to_fact_sheet(data).encode()),
     "/report.md": ("text/plain; charset=utf-8", lambda data: to_markdown(data).encode()),
     f"/{REPORT_JSON}": ("application/json", to_json),
 }

@@ -29,7 +29,6 @@ from reports.card import Form, adapter_form, card_of
 from reports.claim import COVERED, NOT_COVERED
 from reports.data import NO_BOUND
 from reports.declared import Declared, declare, read_declared
-from reports.fact_sheet import facts_of
 from reports.markdown import plain
 
 
@@ -100,23 +99,18 @@ def test_the_card_states_each_part_of_the_claim_under_its_own_name(made: MadeRun
     assert "The classification head lies beside it" not in text
 
 
-def test_the_price_of_all_trials_stands_in_card_and_fact_sheet(made: MadeRun) -> None:
+def test_the_price_of_all_trials_stands_in_the_card(made: MadeRun) -> None:
     data = replace(report_of(made.folder), tuning=TuningFile(3, True, 5.2, 1e-6))
     private = ModelCard(card_of(data, Declared(), adapter_form(data), b"")).data.to_dict()["differential_privacy"]
     assert (private["trials"], private["epsilon_all_trials"], private["delta_all_trials"]) == (3, 5.2, 1e-6)
-    (fact,) = (fact for fact in facts_of(data) if "promised to the people" in fact.question)
-    assert "chosen among 3 trials" in fact.answers[1]
-    assert "over all, the limit is 5.200 (δ = 1e-06)" in fact.answers[1]
 
 
-def test_what_stands_against_a_claim_is_in_card_and_fact_sheet(made: MadeRun) -> None:
+def test_what_stands_against_a_claim_is_in_the_card(made: MadeRun) -> None:
     data = report_of(made.folder)
     against = ("a problem of the files", "a gap of the claim")
     told = replace(data, problems=[against[0]], claim=replace(data.claim, gaps=[against[1]]), meaning=None)
-    facts = " ".join(answer for fact in facts_of(told) for answer in fact.answers)
-    for text in (card_of(told, Declared(), adapter_form(told), b""), facts):
-        assert [words for words in against if words not in text] == []
-    assert NO_BOUND in card_of(told, Declared(), adapter_form(told), b"")
+    text = card_of(told, Declared(), adapter_form(told), b"")
+    assert [words for words in (*against, NO_BOUND) if words not in text] == []
 
 
 def test_the_cards_hashes_are_those_of_the_files(made: MadeRun) -> None:

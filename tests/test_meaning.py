@@ -23,7 +23,7 @@ from common.privacy.meaning import FALSE_POSITIVES, UNITS, meaning_of
 from reports import markdown_report, report_of
 from reports import meaning as told
 from reports.meaning import NO_BOUND, THIS_RUN
-from reports.page import to_fact_sheet, to_html
+from reports.page import to_html
 
 CASES = [
     *((1.0, 2.0, 1), (1.0, 5.0, 10), (1.0, 20.0, 100)),
@@ -219,7 +219,6 @@ def test_where_no_bound_is_known_every_form_and_the_terminal_say_so(
     assert (data.meaning, data.headline.epsilon is None) == (None, False)
     print_summary(loud.folder)
     texts = {"Markdown": markdown_report(loud.folder), "page": to_html(data), "terminal": capsys.readouterr().out}
-    texts["facts"] = to_fact_sheet(data)
     assert {name for name, text in texts.items() if NO_BOUND not in text} == set()
     assert "nan" not in texts["page"]
 

@@ -35,7 +35,6 @@ from experiments.site_count import recorded_sites
 from reports import report_of, write_reports
 from reports.audits import audit_reports
 from reports.folder import read_run
-from reports.picture import read_picture
 
 FILES: tuple[type[RunFile], ...] = (ConfigFile, BaselineFile, ProgressFile, ResultFile)
 LINES: tuple[type[RunFile], ...] = (RoundLine, PrivacyLine)
@@ -84,7 +83,6 @@ def test_a_damaged_file_is_one_line_to_every_reader(content: bytes, tmp_path: Pa
         lambda: read_file(ResultFile, made.folder),
         lambda: read_lines(RoundLine, made.folder),
         lambda: read_file(AdapterFile, made.folder / "adapter"),
-        lambda: read_picture(made.folder / "result.json"),
         lambda: recorded_sites(made.folder),
     ):
         with pytest.raises((DataError, ValueError)) as caught:

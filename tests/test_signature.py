@@ -57,7 +57,7 @@ def test_a_signed_report_is_valid_until_a_byte_of_any_form_changes(
     assert fedveil("report", made.folder)[0] == 0
     assert signed()[0] == 0, "the same report needs no new key"
     adapter = ("README.md", "adapter_config.json", "adapter_model.safetensors", "fedveil.json", "head.safetensors")
-    forms = ("report.json", "report.md", "report.html", "facts.html", "audit.json")
+    forms = ("report.json", "report.md", "report.html", "audit.json")
     assert members(made.folder) == sorted([*forms, *(f"adapter/{name}" for name in adapter)])
     for name in (*members(made.folder), "report.signed.json"):
         content = (made.folder / name).read_bytes()

@@ -81,7 +81,6 @@ def test_every_form_is_served_and_nothing_else_and_nothing_is_written(going: Mad
     with watched(going.folder) as server:
         assert json.loads(ask(server, "/report.json")[2]) == json.loads(to_json(report_of(going.folder)))
         assert "# Run 7" in ask(server, "/report.md")[2]
-        assert "Fact sheet" in ask(server, "/facts.html")[2]
         for path in ("/secret.txt", "/../run/secret.txt", "/config.json", "/%2e%2e/", "/?x"):
             status, _, text = ask(server, path)
             assert (status, "secret" in text) == (404, False), path

@@ -157,7 +157,7 @@ def run_folder_page() -> str:
         "The folder of a run",
         "A file that ends in `.jsonl` grows by a line for each round (and site). `run.log` is what the terminal "
         "showed, `log.jsonl` the server's log, `adapter/` the result in PEFT's format with the head and a model card "
-        "beside it, `report.*` the report, `facts.html` its fact sheet. In a simulation `ledgers/` holds the sites' "
+        "beside it, `report.*` the report. In a simulation `ledgers/` holds the sites' "
         "ledgers, and until the run is complete `replies/` their last noised replies, for a resumed run; "
         "`process.json` names the process of a `fedveil run` that is under way. Of a run whose server is trusted, "
         "`log.jsonl` and `ledgers/` have the times of rounds and are not to be published. A figure of type `Endless` "

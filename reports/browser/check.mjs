@@ -2,7 +2,7 @@
 //
 // Each page is opened wide and narrow, in light and in dark, walked through with the Tab key, read as a screen reader gets it, and
 // printed on A4. What ends it with 1: a finding that is serious or critical; a page wider than its window or its paper; a place that
-// the key does not reach, or reaches without a mark; a heading that skips a level; a table without a name; a fact sheet of two pages.
+// the key does not reach, or reaches without a mark; a heading that skips a level; a table without a name.
 // FOLDER gets pictures of each page, width and scheme from top to bottom, and the PDF. At the end of each a fault is planted: a check that does not
 // find it fails.
 import { mkdir } from "node:fs/promises";
@@ -17,8 +17,8 @@ const WIDTHS = { 1280: 900, 390: 844 };
 const SCHEMES = ["light", "dark"];
 const BAD = new Set(["serious", "critical"]);
 const AXE = createRequire(import.meta.url).resolve("axe-core/axe.min.js");
-// Of A4 with the margins of the page's own style: 210 mm less 14 on each side, and 16 of a fact sheet.
-const PAPER = { facts: 672, other: 688 };
+// Of A4 with the margins of the page's own style: 210 mm less 14 on each side.
+const PAPER = 688;
 
 // Pixels of a picture from top to bottom.
 const PART = 2400;
@@ -134,17 +134,15 @@ async function look(browser, file, width, height, scheme) {
 
 async function print(browser, file) {
   const page = await opened(browser, file, 1280, 900, "light");
-  const name = basename(file, ".html");
-  const paper = PAPER[name] ?? PAPER.other;
-  const wide = await printed(page, paper);
-  if (wide > paper) fail(`${file} on A4: the content is ${wide} pixels wide, the paper has ${paper}`);
+  const wide = await printed(page, PAPER);
+  if (wide > PAPER) fail(`${file} on A4: the content is ${wide} pixels wide, the paper has ${PAPER}`);
   const path = join(folder, `${called(file)}.pdf`);
   const content = await page.pdf({ path, format: "A4", preferCSSPageSize: true, printBackground: true });
   const sheets = (Buffer.from(content).toString("latin1").match(/\/Type\s*\/Page\b/g) ?? []).length;
-  if (!sheets || (name === "facts" && sheets > 1)) fail(`${file} on A4: ${sheets} pages`);
-  else console.log(`${file} on A4: ${sheets} pages, ${wide} of ${paper} pixels wide; ${path}`);
+  if (!sheets) fail(`${file} on A4: ${sheets} pages`);
+  else console.log(`${file} on A4: ${sheets} pages, ${wide} of ${PAPER} pixels wide; ${path}`);
   await page.evaluate(() => document.querySelector("main, body").insertAdjacentHTML("beforeend", "<pre>" + "x".repeat(400) + "</pre>"));
-  if ((await printed(page, paper)) <= paper) fail(`${file} on A4: a line that is too wide was planted and not found`);
+  if ((await printed(page, PAPER)) <= PAPER) fail(`${file} on A4: a line that is too wide was planted and not found`);
   await page.close();
 }
 
