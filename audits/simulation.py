@@ -34,7 +34,7 @@ from experiments.simulate import simulate
 CANARIES = 4000
 RANK = 8
 FAULTS = (HALVED, RESET)
-PACKAGES = ("audits", "client", "common", "contrib", "deploy", "experiments", "reports", "server", "strategies")
+PACKAGES = ("audits", "client", "common", "contrib", "demo", "deploy", "experiments", "reports", "server", "strategies")
 
 
 def bundle(folder: Path, fault: Fault) -> Path:

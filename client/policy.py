@@ -19,7 +19,7 @@ from common.check import at_least, below, in_range, not_negative, one_of, positi
 from common.config.sections import HEAD_POLICIES, Columns, Scalar, from_section
 from common.errors import ConfigError, ModelNotLoaded, PolicyRefusal
 from common.labels import labels_text
-from common.model.files import NAMED_MODELS
+from common.model.named import NAMED_MODELS
 from common.privacy import MECHANISMS, UNITS
 from common.privacy.accounting import LEAST_DELTA
 from common.privacy.events import MOST_NOISE

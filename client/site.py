@@ -36,8 +36,8 @@ from client.pins import pin_command
 from client.policy import Policy, load_policy
 from common.check import nearest
 from common.config.sections import Columns, DataConfig, RunConfig, Scalar
+from common.data.named import DATASETS
 from common.data.partition import check_division, public_size_of_part, site_part
-from common.data.sets import DATASETS
 from common.data.sources import (
     Reading,
     is_public,

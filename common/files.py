@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -38,6 +39,12 @@ def expanded(path: str | Path) -> Path:
         raise ConfigError(
             f"{str(path)!r} begins with the folder of a user whom this machine does not know: write the whole path"
         ) from error
+
+
+def sha256_of(path: Path) -> str:
+    """Return a file's SHA-256 in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def replace_file(path: Path, data: bytes, mode: int = 0o666) -> None:

@@ -145,7 +145,7 @@ def models_of(name: str, fingerprint: str) -> list[str]:
     Raises:
         ConfigError: it is another model, and its fingerprint is not given.
     """
-    from common.model.files import NAMED_MODELS  # imports torch
+    from common.model.named import NAMED_MODELS
 
     if not fingerprint and name not in NAMED_MODELS:
         raise ConfigError(

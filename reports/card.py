@@ -16,9 +16,9 @@ from typing import Any
 import yaml
 
 from common.config.sections import NO_ADAPTER
-from common.data.packaged import PUBLISHED, Published
-from common.data.sets import DATASETS
+from common.data.named import DATASETS
 from common.errors import DataError
+from common.model.named import NAMED_MODELS, Published
 from common.privacy.figures import epsilon_text
 from common.privacy.units import PERSON
 from common.starts.public_text import OF_NO_ONE, SHIPPED
@@ -118,7 +118,9 @@ def _base(data: ReportData) -> str:
 
 def _published(data: ReportData) -> Published | None:
     """Return what is known of a packaged base model; None of any other, and of a folder that is called like one."""
-    return PUBLISHED.get(data.origin.base_model) if data.origin and not data.origin.local else None
+    origin = data.origin
+    named = origin is not None and not origin.local and origin.base_model in NAMED_MODELS
+    return NAMED_MODELS[origin.base_model].published if origin and named else None
 
 
 def _shown_base(data: ReportData) -> str:

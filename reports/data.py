@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 from common.accountant import TRAINING
 from common.config.sections import Scalar, method_of
-from common.data.packaged import sha256_of
 from common.data.sources import unprotected_test
 from common.errors import DataError
+from common.files import sha256_of
 from common.run_lines import Absence, AdapterFile, BesideRow, PrivacyLine, RoundLine, TuningFile, read_file
 from common.words import counted, names_text, natural, number_text
 from reports.alike import spread

@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,8 @@ class Page:
     """Files whose tests go over the table."""
     least: int
     """How many of them are about a row, at least."""
+    folder: str = ""
+    """Where the row's file lies; empty: in the package of the table."""
 
     @property
     def text(self) -> str:
@@ -57,12 +59,12 @@ class Page:
     @property
     def module(self) -> str:
         """The file's name, as the page gives it."""
-        (path,) = re.findall(rf"^`{self.home.replace('.', '/')}/(\w+)\.py`:$", self.text, flags=re.M)
+        (path,) = re.findall(rf"^`{self.folder or self.home.replace('.', '/')}/(\w+)\.py`:$", self.text, flags=re.M)
         return str(path)
 
     @property
-    def rows(self) -> dict[str, Any]:
-        table: dict[str, Any] = getattr(importlib.import_module(self.home), self.table)
+    def rows(self) -> MutableMapping[str, Any]:
+        table: MutableMapping[str, Any] = getattr(importlib.import_module(self.home), self.table)
         return table
 
 
@@ -87,9 +89,10 @@ TASK = Page(
     least=1,
 )
 DATASET = Page(
-    *("add-a-data-set", "PRIVACY_QUESTIONS", "common.data.sets", "DATASETS", "privacy-questions"),
+    *("add-a-data-set", "PRIVACY_QUESTIONS", "common.data.named", "DATASETS", "privacy-questions"),
     tests=("tests/test_data.py", "tests/test_packaged.py"),
     least=2,
+    folder="demo/sets",
 )
 MECHANISM = Page(
     *("add-a-mechanism", "FullBatch", "common.privacy", "MECHANISMS", "full-batch"),

@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 
 from cli.main import app
 from common.bundle import own_digest
-from common.data.packaged import PUBLISHED
 from common.errors import ConfigError
-from common.model.base import NAMED_MODELS, load_base_model
+from common.model.base import load_base_model
+from common.model.named import NAMED_MODELS
 from common.privacy import MECHANISMS
 from common.run_lines import TuningFile
 from experiments.in_process import run_in_process
@@ -197,7 +197,9 @@ def test_foreign_names_and_paths_stay_out_of_the_card(model: str, tmp_path: Path
     assert "<script>" not in text
     assert str(tmp_path) not in text, "the card tells where the coordinator's files lie"
     assert model in text
-    assert PUBLISHED["all-MiniLM-L6-v2"].hub not in text, "a folder is taken for the model that it is called like"
+    assert NAMED_MODELS["all-MiniLM-L6-v2"].published.hub not in text, (
+        "a folder is taken for the model that it is called like"
+    )
     assert "base_model" not in ModelCard(text).data.to_dict()
 
 
@@ -210,8 +212,8 @@ def test_the_code_of_a_card_takes_a_bases_name_for_a_name(tmp_path: Path) -> Non
 
 
 def test_a_model_of_a_package_is_named_with_its_owner_and_its_licence(tmp_path: Path) -> None:
-    assert PUBLISHED.keys() == NAMED_MODELS.keys()
-    for name, known in PUBLISHED.items():
+    for name, model in NAMED_MODELS.items():
+        known = model.published
         run = with_adapter(MadeRun(tmp_path / name, {"rounds": 1}).start().round(1, 0.7).end(), base=name)
         text = card(run)
         assert ModelCard(text).data.to_dict()["base_model"] == known.hub

@@ -431,6 +431,7 @@ def test_the_image_runs_as_nobody_in_particular_and_holds_no_history() -> None:
         "client",
         "server",
         "reports",
+        "demo",
         "deploy",
         "experiments",
         "cli",

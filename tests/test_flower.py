@@ -194,15 +194,16 @@ def test_settings_are_not_checked_in_other_commands() -> None:
 
 def test_a_bundle_holds_what_server_and_sites_execute_and_no_more() -> None:
     files = {path.relative_to(ROOT).as_posix(): path for path in ROOT.glob("[a-z]*/**/*.py")}
-    content, _ = build_fab_from_files({"pyproject.toml": ROOT / "pyproject.toml", **files})
+    more = {name: ROOT / name for name in ("pyproject.toml", "demo/prose.md")}
+    content, _ = build_fab_from_files({**more, **files})
     with app_folder() as folder:
         assert build_fab_from_disk(folder) == content, "what we hand to Flower is not what it would bundle itself"
     assert not folder.exists()
-    packages = ("common", "strategies", "client", "reports", "server", "contrib")
+    packages = ("common", "demo", "strategies", "client", "reports", "server", "contrib")
     found = zipfile.ZipFile(BytesIO(content)).namelist()
     wanted = {name for name in files if name.startswith(tuple(f"{package}/" for package in packages))}
     wanted -= {name for name in wanted if name.startswith(("contrib/tests/", "contrib/experiments/"))}
-    assert set(found) == wanted | {"pyproject.toml", ".info/CONTENT"}
+    assert set(found) == wanted | {"pyproject.toml", "demo/prose.md", ".info/CONTENT"}
     assert {"server/app.py", "client/app.py"} <= wanted
 
 

@@ -29,7 +29,6 @@ from common.config.sections import DataConfig, HeadConfig
 from common.data.sources import load_dataset
 from common.errors import ConfigError, DataError, ModelError, ModelNotLoaded
 from common.messages.round import TrainResult
-from common.model import dinov2
 from common.model.base import load_base_model
 from common.model.federated import FederatedModel
 from common.privacy.dpsgd import PrivateSteps
@@ -43,6 +42,7 @@ from common.tasks.image_classification import CHANCE, ImageExample
 from common.tasks.image_processor import ImageProcessor
 from common.tasks.images import Picture, read_image
 from common.tasks.textures import made_up_image
+from demo import dinov2
 from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process
 from experiments.serving.ask import ask_run

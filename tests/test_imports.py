@@ -17,13 +17,20 @@ from common.privacy import MECHANISMS
 from common.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("common", "strategies", "client", "reports", "server", "deploy", "experiments", "cli", "audits", "faults")
+ROOMS = (
+    *("common", "demo", "strategies", "client", "reports", "server", "deploy", "experiments", "cli"),
+    *("audits", "faults"),
+)
 """From the lowest floor to the highest: a room imports itself and what is below it, except as said in NEVER."""
 BESIDE = "contrib"
 """The room of rows that no run needs: it imports the others, and none of the product imports it (``common.rows``)."""
 EVIDENCE, NOT_BESIDE = {"audits", "faults"}, {"audits", "faults"}
 """What may import it, and what it may not import."""
-NEVER = {("reports", "client"), ("server", "client"), ("audits", "cli"), ("faults", "cli")}
+NEVER = {
+    *{("reports", "client"), ("server", "client"), ("audits", "cli"), ("faults", "cli")},
+    # What a run needs of the demonstrations it asks the tables of ``common`` for, by name.
+    *((room, "demo") for room in ("strategies", "client", "reports", "server", "deploy")),
+}
 WINGS = ("tasks", "privacy", "trackers", "config", "data", "secure_sum", "messages", "adapters", "model", "starts")
 """The folders of ``common``, lowest first: one imports itself, the files beside them, and the wings below it."""
 NAMED = {"tasks": set[str](), "privacy": {"dpsgd.py"}}
@@ -77,7 +84,7 @@ DOORS = {
     "mlflow": {"contrib/trackers/mlflow.py"},
     "trackio": {"contrib/trackers/trackio.py"},
     "wandb": {"contrib/trackers/wandb.py"},
-    "onnx": {"common/model/dinov2.py"},
+    "onnx": {"demo/dinov2.py"},
     "gguf": {"experiments/serving/gguf.py"},
     "bitsandbytes": {"common/adapters/low_bits.py"},
     "ray": set(),
@@ -302,7 +309,7 @@ def test_code_that_knows_a_kind_of_task_is_found(fault: str) -> None:
 
 
 OTHERWISE_PRIVATE = {
-    *("common/data/packaged.py", "common/model/unpacked.py"),  # folders of the user alone
+    *("demo/packaged.py", "demo/unpacked.py"),  # folders of the user alone
     *("client/pins.py", "client/policy.py", "client/site.py", "deploy/container.py"),  # records that are anybody's
     *(
         f"deploy/{name}.py"

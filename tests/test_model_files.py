@@ -15,12 +15,13 @@ from typer.testing import CliRunner
 
 from audits.tiny_site import tiny_site
 from cli.main import app
-from common.data.packaged import MINILM, packaged_folder
 from common.errors import ModelNotLoaded
 from common.messages.round import Refusal, TrainResult
 from common.model import files
 from common.model.base import load_base_model
 from common.model.files import files_digest, files_of
+from demo.models import MINILM
+from demo.packaged import packaged_folder
 from experiments.in_process import run_in_process
 
 

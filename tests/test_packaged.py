@@ -9,17 +9,21 @@ import json
 import re
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
 
 from audits.tiny_models import save_tiny_model, tiny_model
-from common.data.packaged import (
-    DINOV2_SMALL,
+from common.data.named import DATASETS
+from common.errors import DataError
+from common.model import base as base_model
+from common.model.named import NAMED_MODELS
+from demo.dinov2 import DINOV2_SMALL
+from demo.models import MINILM
+from demo.packaged import (
     HASH_BLOCK_BYTES,
-    MINILM,
-    SMOLLM2,
     PackagedFile,
     PackagedFolder,
     PackagedTree,
@@ -27,12 +31,10 @@ from common.data.packaged import (
     packaged_folder,
     packaged_tree,
 )
-from common.data.sets import DATASETS
-from common.errors import DataError
-from common.model import base as base_model
-from common.model import files as model_files
+from demo.sets.movie_reviews import FILE as REVIEWS
+from demo.sets.textile_images import FILES as IMAGES
+from demo.smollm2 import SMOLLM2
 
-MOVIE_REVIEWS, TEXTILE_IMAGES = (DATASETS[name].file for name in ("rotten-tomatoes", "textile-images"))
 CONTENT = b"text,label\ngood,1\n" * (HASH_BLOCK_BYTES // 16)  # more than one block
 CARRIED = PackagedFile("veil-demo", "1.2.3", "veil_demo/data.csv", hashlib.sha256(CONTENT).hexdigest(), "demo")
 SAVED_MODEL = PackagedFolder(
@@ -98,7 +100,9 @@ def test_a_file_planted_beside_the_hashed_ones_does_not_change_the_model(
     save_tiny_model("bert", folder)
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files_in(folder).items()}
     saved = PackagedFolder("veil-demo", "1.2.3", "veil_demo/model", hashes)
-    monkeypatch.setattr(model_files, "MINILM", saved)
+    named = NAMED_MODELS["all-MiniLM-L6-v2"]
+    model = replace(named, files=hashes, folder=lambda: packaged_folder(saved))
+    monkeypatch.setitem(NAMED_MODELS, named.name, model)
 
     def fingerprint() -> str:
         return base_model.load_base_model("all-MiniLM-L6-v2", "classification").fingerprint
@@ -112,7 +116,7 @@ def test_a_file_planted_beside_the_hashed_ones_does_not_change_the_model(
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(folder)}))
     assert fingerprint() == honest
-    monkeypatch.setattr(model_files, "packaged_folder", lambda _: nullcontext(folder))
+    monkeypatch.setitem(NAMED_MODELS, named.name, replace(model, folder=lambda: nullcontext(folder)))
     assert fingerprint() != honest, "the fault is not found: the planted adapter changes nothing"
 
 
@@ -216,24 +220,24 @@ def test_a_tree_with_a_file_more_or_less_or_another_is_refused(site_packages: Pa
 
 def test_the_images_pin_follows_from_what_the_package_index_recorded() -> None:
     try:
-        files = distribution(TEXTILE_IMAGES.distribution).files or ()
+        files = distribution(IMAGES.distribution).files or ()
     except PackageNotFoundError:
-        pytest.fail(f"{TEXTILE_IMAGES.distribution} is not installed: run make vision")
+        pytest.fail(f"{IMAGES.distribution} is not installed: run make vision")
     lines = []
-    for file in sorted(str(file) for file in files if str(file).startswith(f"{TEXTILE_IMAGES.path}/")):
+    for file in sorted(str(file) for file in files if str(file).startswith(f"{IMAGES.path}/")):
         (entry,) = (f.hash for f in files if str(f) == file)
         assert entry is not None
         digest = base64.urlsafe_b64decode(entry.value + "=" * (-len(entry.value) % 4)).hex()
-        lines.append(f"{digest}  {file.removeprefix(TEXTILE_IMAGES.path + '/')}\n")
+        lines.append(f"{digest}  {file.removeprefix(IMAGES.path + '/')}\n")
     assert len(lines) == 2000
-    assert hashlib.sha256("".join(lines).encode()).hexdigest() == TEXTILE_IMAGES.sha256
+    assert hashlib.sha256("".join(lines).encode()).hexdigest() == IMAGES.sha256
 
 
 def test_the_installed_demo_model_and_data_pass_their_checks() -> None:
-    for name in (MOVIE_REVIEWS.distribution, MINILM.distribution):
+    for name in (REVIEWS.distribution, MINILM.distribution):
         try:
             distribution(name)
         except PackageNotFoundError:
             pytest.fail(f"{name} is not installed: run make environment generative")
-    assert packaged_file(MOVIE_REVIEWS).name == "combined_movie_reviews.csv", "not the reviews' file"
+    assert packaged_file(REVIEWS).name == "combined_movie_reviews.csv", "not the reviews' file"
     assert set(read_folder(MINILM)) == set(MINILM.files)

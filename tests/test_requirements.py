@@ -12,8 +12,11 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from common.data.packaged import DINOV2_SMALL, MINILM, SMOLLM2
-from common.data.sets import DATASETS, UserFile
+from common.data.named import DATASETS
+from demo.dinov2 import DINOV2_SMALL
+from demo.models import MINILM
+from demo.packaged import PackagedFile, PackagedTree
+from demo.smollm2 import SMOLLM2
 from deploy import shared_checks
 from deploy.advisories import safe_versions
 
@@ -47,8 +50,9 @@ def test_the_wheels_are_pinned_by_version_and_hash() -> None:
         SMOLLM2,
         MINILM,
         DINOV2_SMALL,
-        *(dataset.file for dataset in DATASETS.values() if not isinstance(dataset.file, UserFile)),
+        *(dataset.file for dataset in DATASETS.values() if isinstance(dataset.file, PackagedFile | PackagedTree)),
     )
+    assert len(items) == 3 + sum(dataset.public for dataset in DATASETS.values())
     carried = {f"{item.distribution}=={item.version}" for item in items}
     assert carried <= set(pinned)
     for requirement, hashes in pinned.items():
@@ -199,7 +203,7 @@ def test_nobody_uses_the_parts_of_cryptography_that_docs_security_calls_unreache
     unreached = re.compile(r"pkcs7|x509\.verification|x509 import .*verification|\brsa\b")
     own = [
         path
-        for name in ("common", "strategies", "client", "server", "reports", "deploy", "experiments", "cli", "contrib")
+        for name in ("common", "demo", "strategies", "client", "server", "reports", "deploy", "experiments", "cli", "contrib")
         for path in (ROOT / name).rglob("*.py")
     ]
     flower = list(Path(str(distribution("flwr").locate_file("flwr"))).rglob("*.py"))

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from common.data.packaged import SMOLLM2
-from common.model import unpacked
-from common.model.unpacked import Unpacked
+from demo import unpacked
+from demo.smollm2 import SMOLLM2
+from demo.unpacked import Unpacked
 
 FILES = {"config.json": b"{}", "model.safetensors": b"weights" * 1000}
 

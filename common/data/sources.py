@@ -1,6 +1,6 @@
 """The sources of records.
 
-A source is a name in ``common.data.sets.DATASETS``, ``hub:NAME`` or ``hub:NAME:SPLIT``, or a CSV, TSV,
+A source is a name in ``common.data.named.DATASETS``, ``hub:NAME`` or ``hub:NAME:SPLIT``, or a CSV, TSV,
 JSONL or Parquet file (UTF-8), or a folder of such files. A TSV is read without quoting, as GLUE's are
 written: a quote is a quote. Row numbers in messages count records from 1, without the header.
 """
@@ -8,7 +8,8 @@ written: a quote is a quote. Row numbers in messages count records from 1, witho
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -16,10 +17,9 @@ from string import Formatter
 
 from common.check import OneOf, nearest
 from common.config.sections import DataConfig
-from common.data.packaged import PackagedFile, PackagedTree, packaged_file, packaged_tree
+from common.data.named import DATASETS, KnownPlace, NamedDataset, UserFile
 from common.data.partition import public_size_of_part
 from common.data.rows import read_rows
-from common.data.sets import DATASETS, NamedDataset, UserFile
 from common.data.split import public_split
 from common.errors import ConfigError, DataError, UnreadableFile
 from common.files import FileState, expanded
@@ -234,8 +234,8 @@ def _load_named(name: str, key: str, person: str) -> Dataset:
     """Load a named data set; kept, because a simulation asks for it again every round."""
     named = DATASETS[name]
     kind = TASKS[named.task]
-    if isinstance(named.file, PackagedTree):
-        with packaged_tree(named.file) as folder:
+    if named.is_folder:
+        with _located(name, named.file) as folder:
             table = dataclasses.replace(kind.read_source(folder), origin=name, folder=None)
         read = [Column(role, role.column) for role in kind.roles]
     else:
@@ -251,9 +251,10 @@ def _load_named(name: str, key: str, person: str) -> Dataset:
 
 def _table_of(origin: str, named: NamedDataset) -> Table:
     """Return a named data set's table: the columns of its file, and one for each field."""
-    if isinstance(named.file, PackagedTree):
+    if named.is_folder:
         raise DataError(f"the data set {named.name!r} is a folder, and no table of texts")
-    file = named.read(_place_of(named.name, named.file))
+    with _located(named.name, named.file) as place:
+        file = named.read(place)
     _check_columns(named, file)
     rows = [dict(zip(file.columns, row, strict=True)) for row in zip(*file.columns.values(), strict=True)]
     if named.only:
@@ -268,16 +269,19 @@ def _table_of(origin: str, named: NamedDataset) -> Table:
     return Table(origin, columns)
 
 
-def _place_of(name: str, file: PackagedFile | UserFile) -> Path:
-    """Return where a named data set's file lies; DataError if it is not there, saying how to get it."""
-    if isinstance(file, PackagedFile):
-        return packaged_file(file)
+@contextmanager
+def _located(name: str, file: KnownPlace | UserFile) -> Iterator[Path]:
+    """Yield where a named data set lies; DataError if it is not there, saying how to get it."""
+    if not isinstance(file, UserFile):
+        with file.located() as place:
+            yield place
+        return
     path = Path(file.path)
     if not path.exists():
         raise DataError(
             f"the data set {name!r} is read from {path.absolute()}, which is not there and which {file.how}"
         )
-    return path
+    yield path
 
 
 def _check_columns(named: NamedDataset, file: Table) -> None:

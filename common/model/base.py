@@ -21,7 +21,8 @@ from torch import nn
 from common.adapters.low_bits import quantise
 from common.errors import ModelNotLoaded
 from common.files import expanded
-from common.model.files import NAMED_MODELS, files_of, model_folder
+from common.model.files import files_of, model_folder
+from common.model.named import NAMED_MODELS
 from common.tasks import TASKS, Task
 from common.tasks.loading import UNCOUNTED
 

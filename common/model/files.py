@@ -11,35 +11,15 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
-from common.data.packaged import DINOV2_SMALL, MINILM, SMOLLM2, PackagedFolder, packaged_folder, sha256_of
 from common.errors import ModelNotLoaded
-from common.files import expanded
-from common.model.dinov2 import PLAIN_DINOV2_SMALL
-from common.model.smollm2 import PLAIN_SMOLLM2
+from common.files import expanded, sha256_of
+from common.model.named import NAMED_MODELS
 
-
-@dataclass(frozen=True)
-class NamedModel:
-    """A model inside a PyPI package."""
-
-    package: PackagedFolder
-    """Its files, each known by its hash."""
-    folder: Callable[[], AbstractContextManager[Path]]
-    """Yields a folder with the plain model and its processor, made of those files and nothing else."""
-
-
-NAMED_MODELS: dict[str, NamedModel] = {
-    # Packages are looked up at the call: nothing is read before a model is asked for.
-    "all-MiniLM-L6-v2": NamedModel(MINILM, lambda: packaged_folder(MINILM)),
-    "SmolLM2-135M-Instruct": NamedModel(SMOLLM2, PLAIN_SMOLLM2.folder),
-    "dinov2-small": NamedModel(DINOV2_SMALL, PLAIN_DINOV2_SMALL.folder),
-}
 SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 """What is fetched of a model of the hub beside its weights."""
 _repositories: dict[str, Path] = {}
@@ -55,8 +35,9 @@ def files_of(name: str, *, fetch: bool = True) -> str:
     Raises:
         ModelNotLoaded: there is no such model, or not all in its folder are files that can be read.
     """
-    named = NAMED_MODELS.get(name)
-    return listing_digest(named.package.files) if named else files_digest(_place_of(name, fetch))
+    if name in NAMED_MODELS:
+        return listing_digest(NAMED_MODELS[name].files)
+    return files_digest(_place_of(name, fetch))
 
 
 def check_files(name: str, files: str, *, fetch: bool = True) -> None:

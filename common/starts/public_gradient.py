@@ -15,7 +15,7 @@ from common.adapters import Adapter, Place
 from common.check import POSITIVE
 from common.config.fields import RATIO, Unit
 from common.config.sections import RunConfig
-from common.data.sets import share_sentences
+from common.data.named import share_sentences
 from common.data.sources import load_dataset
 from common.errors import ConfigError
 from common.messages.state import AdapterState, Factors

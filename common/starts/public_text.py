@@ -15,11 +15,10 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from common.config.sections import DataConfig
-from common.data.packaged import PackagedTree
+from common.data import prose
+from common.data.named import DATASETS, share_sentences
 from common.data.phrases import SENTIMENT
-from common.data.prose import PROSE
 from common.data.sentences import FEWEST_WORDS, likeness, sentences_of, traces
-from common.data.sets import DATASETS, share_sentences
 from common.data.sources import load_texts, public_test, train_and_test
 from common.errors import ConfigError, DataError
 from common.files import expanded
@@ -29,7 +28,7 @@ PACKAGED = "phrases"
 """What ``start.text`` calls the phrases that come with FedVeil."""
 OWN_PROSE = "prose"
 """What it calls the sentences of FedVeil's own documents."""
-SHIPPED = {PACKAGED: tuple(phrase for phrases in SENTIMENT for phrase in phrases), OWN_PROSE: PROSE}
+SHIPPED = (PACKAGED, OWN_PROSE)
 """The texts that come with FedVeil."""
 MADE_UP = "made-up"
 """What it calls words drawn from the base model's vocabulary, or textures where records are images: nobody's."""
@@ -37,10 +36,17 @@ OF_NO_ONE = (*SHIPPED, MADE_UP)
 """Texts that are in no source of records."""
 
 
+def shipped(source: str) -> tuple[str, ...]:
+    """Return a text of ``SHIPPED``; DataError where its file is missing or altered."""
+    return prose.prose() if source == OWN_PROSE else tuple(phrase for phrases in SENTIMENT for phrase in phrases)
+
+
 def known_sha256(source: str) -> str:
     """Return the SHA-256 of a text that FedVeil knows, in hexadecimal; empty: whoever names it has to say it."""
-    if source in SHIPPED:
-        return hashlib.sha256(as_file(SHIPPED[source])).hexdigest()
+    if source == OWN_PROSE:
+        return prose.SHA256
+    if source == PACKAGED:
+        return hashlib.sha256(as_file(shipped(source))).hexdigest()
     return DATASETS[source].sentences_sha256 if source in DATASETS else ""
 
 
@@ -63,13 +69,13 @@ def check_named(source: str, sha256: str, data: DataConfig) -> None:
                 f"start.text {source!r} shares sentences with {key} {name!r}, so it is no public text for it: name "
                 "another, or leave start.text at 'auto'"
             )
-    if source in DATASETS and isinstance(DATASETS[source].file, PackagedTree):
+    if source in DATASETS and DATASETS[source].is_folder:
         raise ConfigError(f"start.text {source!r} holds no words: name another text, or leave it at 'auto'")
     if source not in OF_NO_ONE and not sha256:
         if source in DATASETS:
             raise ConfigError(
                 f"start.text {source!r} is a data set whose sentences have no known hash: set start.text-sha256 to "
-                f"what `python -m experiments.convert sentences {source} FILE` prints"
+                f"what `python -m demo.convert sentences {source} FILE` prints"
             )
         raise ConfigError(
             f"start.text {source!r} is a file of the server's: set start.text-sha256 to what sha256sum prints "
@@ -107,7 +113,7 @@ def read_text(source: str, sha256: str) -> list[str]:
         if source in DATASETS:
             content = as_file(data_set_sentences(source))
         else:
-            content = as_file(SHIPPED[source]) if source in SHIPPED else expanded(source).read_bytes()
+            content = as_file(shipped(source)) if source in SHIPPED else expanded(source).read_bytes()
         texts = [line.strip() for line in content.decode("utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
@@ -157,7 +163,7 @@ def check_apart(source: str, texts: Sequence[str], data: DataConfig, task: str, 
     """
     named = f"{setting} {source!r}"
     if setting == "start.text" and source in DATASETS:
-        out = f"take them out of a file that `python -m experiments.convert sentences {source} FILE` writes and name it"
+        out = f"take them out of a file that `python -m demo.convert sentences {source} FILE` writes and name it"
     else:
         out = "take them out"
     _refuse(named, out, texts, public_test(data, task).examples, "the public test part")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from common.adapters import ADAPTERS, Adapter
 from common.config.sections import defaults
-from common.data.sets import DATASETS, UserFile
+from common.data.named import DATASETS, UserFile
 from common.docstrings import said_of
 from common.errors import ConfigError
 from common.starts import STARTS, Start

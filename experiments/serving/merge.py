@@ -10,9 +10,8 @@ from typing import Any
 
 from common.adapters.low_bits import in_full
 from common.check import OneOf
-from common.data.packaged import sha256_of
 from common.errors import DataError, ModelError
-from common.files import with_usual_mode
+from common.files import sha256_of, with_usual_mode
 from common.paths import check_vacant
 from common.tasks import Finished
 from experiments.evaluate import load_result

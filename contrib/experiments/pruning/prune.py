@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from common.data.prose import PROSE
+from common.data.prose import prose
 from common.errors import ConfigError, DataError, ModelError, ModelNotLoaded
 from common.files import with_usual_mode
 from common.messages.state import AdapterState
@@ -75,7 +75,7 @@ def prune_model(
 
 def _by_prose(base: BaseModel, groups: int, neurons: int) -> Kept:
     device, tokens = choose_device("auto"), str(base.module.main_input_name)
-    texts = (base.processor(sentence, return_tensors="pt")[tokens].to(device) for sentence in PROSE[:SENTENCES])
+    texts = (base.processor(sentence, return_tensors="pt")[tokens].to(device) for sentence in prose()[:SENTENCES])
     try:
         return by_text(base.module.to(device), texts, groups, neurons)
     finally:

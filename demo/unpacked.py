@@ -16,7 +16,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.data.packaged import PackagedFolder, packaged_folder, sha256_of
+from common.files import sha256_of
+from demo.packaged import PackagedFolder, packaged_folder
 
 
 @dataclass(frozen=True)

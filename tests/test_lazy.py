@@ -1,0 +1,51 @@
+"""A table of rows in modules of their own: its names are known before one is imported, and each row has its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common.data.named import DATASETS, NamedDataset
+from common.data.prose import prose
+from common.errors import DataError
+from common.lazy import LazyTable
+from common.model.named import NAMED_MODELS, NamedModel
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_core_knows_all_names_before_a_row_is_imported() -> None:
+    code = (
+        "import json, sys\n"
+        "from common.data.named import DATASETS\n"
+        "from common.model.named import NAMED_MODELS\n"
+        "names = [*DATASETS, *NAMED_MODELS]\n"
+        "assert 'imdb' in DATASETS and 'nobody' not in DATASETS and len(names) == len(DATASETS) + len(NAMED_MODELS)\n"
+        "print(json.dumps([names, [name for name in sys.modules if name.partition('.')[0] == 'demo']]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == [[*DATASETS, *NAMED_MODELS], []]
+
+
+@pytest.mark.parametrize("table", [DATASETS, NAMED_MODELS], ids=["data sets", "models"])
+def test_every_place_has_the_row_of_its_name(table: LazyTable[NamedDataset | NamedModel]) -> None:
+    assert all(row.name == name for name, row in table.items())
+
+
+def test_the_row_of_another_name_is_found_out() -> None:
+    table = LazyTable[NamedDataset]({"mnist": "demo.sets.asdiv:ASDIV"}, lambda row: row.name)
+    with pytest.raises(ValueError, match="is the row of 'asdiv' and not of 'mnist'"):
+        table["mnist"]
+
+
+def test_a_text_that_comes_with_fedveil_and_was_altered_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(prose()) == 600
+    monkeypatch.setattr("common.data.prose.SHA256", "00" * 32)
+    prose.cache_clear()
+    with pytest.raises(DataError, match="is not the text that FedVeil knows"):
+        prose()
+    prose.cache_clear()
