@@ -100,14 +100,15 @@ def verify(
     claim = "no privacy claim" if epsilon is None else f"ε {epsilon_text(float(epsilon))} at δ {delta:g}"
     if epsilon is not None:
         claim += _signed_condition(folder if folder.is_dir() else folder.parent)
-    if signed.get("trials"):
+    if signed["trials"]:
         told = TuningFile(signed["trials"], None, float(signed["epsilon_trials"]), signed["delta_trials"])
         claim += f" ({trials_figure(told)})"
-    rounds = f" after {signed['rounds_done']} of {counted(signed['rounds_planned'], 'round')}"
-    files = ", ".join(sorted(signed["files"]))
-    files += _evidence_words(folder if folder.is_dir() else folder.parent, signed["evidence"])
+    rounds = f"after {signed['rounds_done']} of {counted(signed['rounds_planned'], 'round')}"
+    files = ", ".join(sorted(signed["files"])) + _evidence_words(
+        folder if folder.is_dir() else folder.parent, signed["evidence"]
+    )
     console.print(
-        f"valid: run {visible(signed['run'])} ({visible(signed['strategy'])}), {visible(signed['status'])}{rounds}, "
+        f"valid: run {visible(signed['run'])} ({visible(signed['strategy'])}), {visible(signed['status'])} {rounds}, "
         f"{claim}; signed {signed['signed']} by the owner of {key}; {files}",
     )
 

@@ -105,7 +105,7 @@ def line_chart(
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-labelledby="{name}-title {name}-text" class="chart">'
         f'<title id="{name}-title">{escape(title)}</title>'
         f'<desc id="{name}-text">{escape(y.label)} against {escape(x.label)}. Last values: {escape(ends)}. '
-        f"The figures are in the tables of this page.</desc>{''.join(parts)}</svg>"
+        f"report.json has the figures.</desc>{''.join(parts)}</svg>"
     )
     return Chart(name, Markup(svg), [(_swatch(index), curve.label) for index, curve in enumerate(drawn)])
 

@@ -1,15 +1,15 @@
-"""The charts of the page: what each shows, and which rows of a long table it leaves to the table."""
+"""The charts of the page: the courses of ε and of accuracy."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-from common.words import EACH, counted, number_text
-from reports.alike import groups_of_sites
-from reports.charts import STYLES, Axis, Chart, Curve, Mark, line_chart
+from common.words import EACH, number_text
+from reports.charts import Axis, Chart, Curve, Mark, line_chart
 from reports.claim import server_is_trusted
-from reports.data import ReportData, Spent
+from reports.data import ReportData
+from reports.document import Drawing, Section
 from reports.sharing import at_h
 
 NAMED_SITES = 4
@@ -23,55 +23,43 @@ def group_text(sites: list[str]) -> str:
     return f"{sites[0]} … {sites[-1]} ({number_text(len(sites))} sites)"
 
 
-@dataclass(frozen=True)
-class Courses:
-    """Courses of ε that chart and table show, each with its name."""
+def course_of(data: ReportData, group: str) -> list[Section]:
+    """Return the section of the run's course; no section where there is nothing to draw.
 
-    shown: list[tuple[str, Spent]]
-    of: int
-    """How many there are in all."""
-    odd: int
-    """How many of those that are shown are there because their sites are odd."""
-
-    @property
-    def text(self) -> str:
-        """What is left out, in words; empty: nothing."""
-        if self.of == len(self.shown):
-            return ""
-        odd = f", and {counted(self.odd, 'odd one')}" if self.odd else ""
-        return (
-            f" Of {number_text(self.of)} different courses the ones that ended lowest, in the middle and "
-            f"highest{odd}; report.json has all."
-        )
-
-    def rows(self) -> list[tuple[int, list[float | None]]]:
-        """Return the chart as a table: by round, the ε of each course."""
-        numbers = sorted({number for _, spent in self.shown for number, _ in spent.points})
-        courses = [dict(spent.points) for _, spent in self.shown]
-        return [(number, [course.get(number) for course in courses]) for number in numbers]
-
-
-def courses_of(data: ReportData) -> Courses:
-    """Return all courses of ε; of more than ``EACH`` the lowest, the middle, the highest, and some of odd sites.
-
-    A site is odd whose row of the table of sites stands for ``EACH`` sites or fewer, and not for the most.
+    Args:
+        data: the report.
+        group: where the contents name it.
     """
+    central, at = server_is_trusted(data.claim.privacy_mode), at_h(data.sharing)
+    curves, left_out = courses_of(data)
+    ledger = "the server's ledger" if central else "the sites' own ledgers"
+    spent = f"ε by {ledger}{at}; the dashed line is the budget.{left_out}"
+    drawn = [(epsilon_chart(data, curves), "Privacy spent over rounds.", spent)]
+    if data.headline.epsilon is not None and math.isfinite(data.headline.epsilon):
+        text = f"One point a round{at}; right is dearer, up is better."
+        drawn.append((accuracy_chart(data), "Accuracy against privacy.", text))
+    else:
+        text = "On public test data; round 0 is before round 1."
+        drawn.append((accuracy_chart(data), "Accuracy over rounds.", text))
+    blocks = [Drawing(chart, title, text) for chart, title, text in drawn if chart]
+    return [Section("course", "Course of the run", group, blocks)] if blocks else []
+
+
+def courses_of(data: ReportData) -> tuple[list[Curve], str]:
+    """Return the courses of ε and which are left out, in words: of more than ``EACH`` three are drawn."""
     spent = data.spent
     if len(spent) <= EACH:
-        return Courses([(group_text(one.sites), one) for one in spent], len(spent), 0)
+        return [Curve(group_text(one.sites), one.points) for one in spent], ""
     ended = sorted(spent, key=lambda one: one.points[-1][1])
     ends = {"lowest": ended[0], "middle": ended[len(ended) // 2], "highest": ended[-1]}
-    groups = groups_of_sites(data.sites)
-    usual = max(groups, key=len, default=[])
-    few = {site.site for group in groups if len(group) <= EACH and group is not usual for site in group}
-    kept = list(ends.values())
-    odd = [one for one in spent if not few.isdisjoint(one.sites) and one not in kept][: STYLES - len(ends)]
-    shown = [(f"{word}: {group_text(one.sites)}", one) for word, one in ends.items()]
-    shown += [(f"odd: {group_text([site for site in one.sites if site in few])}", one) for one in odd]
-    return Courses(shown, len(spent), len(odd))
+    text = (
+        f" Of {number_text(len(spent))} different courses the ones that ended lowest, in the middle and highest; "
+        "report.json has all."
+    )
+    return [Curve(f"{word}: {group_text(one.sites)}", one.points) for word, one in ends.items()], text
 
 
-def epsilon_chart(data: ReportData, courses: Courses) -> Chart | None:
+def epsilon_chart(data: ReportData, curves: Sequence[Curve]) -> Chart | None:
     """Return ε over rounds, one line for all sites that have spent alike, and the budgets; None without a claim."""
     budgets = sorted({spent.budget for spent in data.spent})
     marks = [Mark(budget, f"budget {budget:g}") for budget in budgets]
@@ -83,7 +71,7 @@ def epsilon_chart(data: ReportData, courses: Courses) -> Chart | None:
         "Privacy spent over rounds, by site, with the budget",
         Axis("round", whole=True),
         Axis(f"ε spent, by the {whose}'s ledger{at_h(data.sharing)}", from_zero=True),
-        [Curve(name, spent.points) for name, spent in courses.shown],
+        curves,
         marks,
     )
 

@@ -35,7 +35,7 @@ h3 { font-size: 1.02rem; margin: 1.6rem 0 .5rem; }
 p, ul, dl { margin: 0 0 .9rem; max-width: 46rem; }
 p, li { overflow-wrap: anywhere; }
 li { margin: .15rem 0; }
-.soft, figcaption { color: var(--soft); }
+figcaption { color: var(--soft); }
 .meta { color: var(--soft); margin-bottom: 1.6rem; max-width: none; overflow-wrap: anywhere; }
 .lead { font-size: 1.05rem; }
 nav { margin: 0 0 1.5rem; font-size: .92rem; }
@@ -57,8 +57,6 @@ a { color: var(--accent); }
   font-size: 1.5rem; line-height: 1.3; font-weight: 600; letter-spacing: -.02em;
   font-variant-numeric: tabular-nums;
 }
-.figures .big span { white-space: nowrap; }
-.figures .big small { font-size: .58em; font-weight: 400; color: var(--soft); letter-spacing: 0; white-space: nowrap; }
 .figures .note { color: var(--soft); font-size: .86rem; }
 .alarm, .care { padding: .8rem 1.1rem; border-left: 4px solid; border-radius: 4px; margin: 0 0 1rem; max-width: none; }
 .alarm { background: var(--alarm-paper); border-color: var(--alarm); }
@@ -69,7 +67,6 @@ a { color: var(--accent); }
 dl.words { display: grid; grid-template-columns: 17rem 1fr; gap: .3rem 1rem; }
 dl.words dt { color: var(--soft); }
 dl.words dd { margin: 0; overflow-wrap: anywhere; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); gap: 1rem 2.2rem; }
 figure { margin: 0 0 1rem; min-width: 0; }
 figcaption { font-size: .9rem; margin-bottom: .4rem; }
 figcaption strong { color: var(--ink); font-weight: 600; }
@@ -100,13 +97,7 @@ tbody th { font-weight: 600; }
 tbody th[scope=row] { position: sticky; left: 0; background: var(--card); }
 tbody th[scope=row]:not(.n), td.name { min-width: 8.5rem; max-width: 14rem; overflow-wrap: anywhere; }
 th.n, td.n { text-align: right; white-space: nowrap; }
-th.course { white-space: normal; overflow-wrap: anywhere; }
 td.wide { min-width: 11rem; overflow-wrap: anywhere; }
-.settings td, .settings th { font-family: ui-monospace, "Cascadia Mono", Menlo, Consolas, monospace; font-size: .82rem;
-  overflow-wrap: anywhere; }
-.settings thead th { font-family: inherit; }
-.settings .changed th, .settings .changed td { background: var(--care-paper); }
-.tag { font-size: .78rem; font-weight: 600; color: var(--care); white-space: nowrap; }
 .ok { color: var(--c2); font-weight: 600; } .bad { color: var(--alarm); font-weight: 600; }
 code { font-size: .88em; overflow-wrap: anywhere; }
 footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--rule); color: var(--soft);
@@ -133,7 +124,7 @@ footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--rule);
   nav { display: none; }
   h2, h3, figcaption, caption { break-after: avoid; }
   h2 { margin-top: 1.6rem; }
-  .pair, .figures { grid-template-columns: 1fr 1fr; }
+  .figures { grid-template-columns: 1fr 1fr; }
   .scroll { overflow: visible; border: 0; }
   table, thead th, caption { font-size: 7.5pt; }
   caption span { max-width: none; }
@@ -142,14 +133,11 @@ footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--rule);
   tbody th[scope=row] { position: static; }
   tbody th[scope=row]:not(.n), td.name { min-width: 4.5rem; max-width: none; }
   td.wide { min-width: 0; max-width: none; }
-  main > .scroll, .pair > .scroll { break-inside: avoid; }
+  main > .scroll { break-inside: avoid; }
   .chart { max-width: 24rem; }
   figcaption { font-size: 8.5pt; }
   .legend { font-size: 7.5pt; }
-  #settings { break-before: page; }
   h2 + p { break-after: avoid; }
-  .tag { font-size: 7pt; }
-  .settings td, .settings th { font-size: 7pt; padding: .1rem .3rem; }
   figure, .figures, tr, .alarm, .care { break-inside: avoid; }
   thead { display: table-header-group; }
 }

@@ -64,8 +64,6 @@ EVIDENCE = tuple(
 ADAPTER = "adapter"
 RANKS = "ranks"
 """The adapter cut to lower ranks, in a folder each."""
-CARD = f"{ADAPTER}/README.md"
-"""The model card."""
 
 
 class NotGenuine(DataError):

@@ -131,7 +131,7 @@ def test_what_is_not_well_stands_first_in_every_form(check: OwnCheck, words: str
     assert [text for text in report_of(tmp_path).problems if words in text]
     for name, text in found.items():
         assert words in text, name
-    assert found["report.md"].index(words) < found["report.md"].index("## The claim")
+    assert found["report.md"].index(words) < found["report.md"].index("## What is promised")
 
 
 def test_starts_that_found_the_same_are_told_together(tmp_path: Path) -> None:

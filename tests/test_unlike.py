@@ -70,38 +70,20 @@ def test_rows_that_hide_an_odd_site_are_found_out(
         check_rows(data)
 
 
-def test_curves_and_columns_are_the_lowest_the_middle_the_highest_and_the_odd(data: ReportData) -> None:
-    courses = courses_of(data)
+def test_curves_are_the_lowest_the_middle_and_the_highest(data: ReportData) -> None:
+    curves, left_out = courses_of(data)
     ends = sorted(one.points[-1][1] for one in data.spent)
-    shown = {name.split(":")[0]: one for name, one in courses.shown}
+    shown = {curve.label.split(":")[0]: curve for curve in curves}
     assert [shown[word].points[-1][1] for word in ("lowest", "middle", "highest")] == [
         ends[0],
         ends[len(ends) // 2],
         ends[-1],
     ]
-    assert ODD_NOISE in shown["highest"].sites, "the site that is short of noise has spent most"
+    assert ODD_NOISE in shown["highest"].label, "the site that is short of noise has spent most"
+    assert "Of 999 different courses" in left_out
     page = to_html(data)
-    assert page.count("<polyline") <= 2 * len(courses.shown) + 2
-    assert "Of 999 different courses" in page
-
-
-def test_an_odd_site_between_the_lowest_and_the_highest_has_a_curve(data: ReportData) -> None:
-    """As if a site in the middle had spent at another δ."""
-    odd = data.spent[len(data.spent) // 3].sites[0]
-    sites = [replace(site, delta=1e-6) if site.site == odd else site for site in data.sites]
-    courses = courses_of(replace(data, sites=sites))
-    assert f"odd: {odd}" in [name for name, _ in courses.shown]
-    assert courses.odd == 1
-    assert "and 1 odd one" in courses.text
-
-
-def test_sites_that_differ_in_their_budgets_alone_are_not_odd(data: ReportData) -> None:
-    """One site more than have rows of their own: the most of them are the usual ones, however few they are."""
-    usual = [site for site in data.sites if site.agreement == "agrees" and not site.rounds_refused][: EACH + 1]
-    names = {site.site for site in usual}
-    spent = [one for one in data.spent if names.issuperset(one.sites)]
-    assert len(spent) > EACH
-    assert courses_of(replace(data, sites=usual, spent=spent)).odd == 0
+    assert page.count("<polyline") <= 2 * len(curves) + 2
+    assert left_out in page
 
 
 def test_page_markdown_and_terminal_are_short_and_name_the_odd_in_natural_order(

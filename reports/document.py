@@ -1,0 +1,106 @@
+"""The blocks of a report, which page and Markdown show each in its own way."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from reports.charts import Chart
+
+
+class Good(str):
+    """A cell that says that all is well."""
+
+    __slots__ = ()
+
+
+class Bad(str):
+    """A cell that says that something is wrong."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph."""
+
+    kind: ClassVar[str] = "text"
+    text: str
+    style: str = ""
+    """``alarm``, ``care`` or ``claim``; empty: as all text."""
+    label: str = ""
+    """What stands in bold before it."""
+
+
+@dataclass(frozen=True)
+class Items:
+    """A list, with what stands before it."""
+
+    kind: ClassVar[str] = "items"
+    title: str
+    rows: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Names, each with what it stands for."""
+
+    kind: ClassVar[str] = "terms"
+    rows: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; each row begins with its name."""
+
+    kind: ClassVar[str] = "table"
+    caption: str
+    """What it is of, for the page and those to whom it is read."""
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    figures: Collection[int] = ()
+    """Columns that hold figures."""
+
+    def style_of(self, column: int) -> str:
+        """Return the class of a column's cells: ``n`` figures, ``wide`` sentences."""
+        if column in self.figures:
+            return "n"
+        return "wide" if any(len(row[column]) > LONG for row in self.rows) else "name"
+
+
+LONG = 40
+"""Characters from which on a cell is a sentence."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A chart with its caption, for the page alone: a table or ``report.json`` has its figures."""
+
+    kind: ClassVar[str] = "drawing"
+    chart: Chart
+    title: str
+    text: str
+
+
+Block = Text | Items | Terms | Table | Drawing
+
+
+@dataclass(frozen=True)
+class Section:
+    """Blocks below one heading."""
+
+    anchor: str
+    title: str
+    group: str
+    """Where the page's contents name it."""
+    blocks: Sequence[Block]
+
+
+@dataclass(frozen=True)
+class Box:
+    """A figure of the result, with what must stand beside it."""
+
+    label: str
+    figure: str
+    notes: Sequence[str]

@@ -1,0 +1,78 @@
+"""The result of a run in figures, and what every form of its report says first."""
+
+from __future__ import annotations
+
+from common.privacy.figures import epsilon_text
+from common.words import UNKNOWN, bytes_text, counted, number_text, percent_text, seconds_text
+from reports.audits import bound_note
+from reports.claim import server_is_trusted
+from reports.data import ReportData, setting_of
+from reports.document import Box, Text
+from reports.scores import share_text
+from reports.sharing import THIS_RUN, others_of, rests_on
+from reports.trials import trials_figure
+
+
+def made_of(data: ReportData) -> str:
+    """Return in plain words what was trained, by how many sites, and how the run ended."""
+    head, base = data.headline, str(setting_of(data, "model.name")).rstrip("/").rpartition("/")[2]
+    ended = {"completed": "It came to its planned end.", "unfinished": "It still goes on, or was cut off."}
+    last = f"The last was of {counted(head.last_sites, 'site')} alone. " if head.last_sites else ""
+    return (
+        f"A computer model, {base}, was trained further by {_most(data)}{counted(head.sites, 'site')} together, in "
+        f"{counted(head.rounds_done, 'round')} of {head.rounds_planned} planned. "
+        + last * (head.last_sites < head.sites)
+        + ended.get(data.status, f"It ended early ({data.status}).")
+    )
+
+
+def notices_of(data: ReportData) -> list[Text]:
+    """Return what every form says first and loudly."""
+    off = [Text(data.claim.sentence, "alarm")] if data.claim.off else []
+    alarms = [Text(text, "alarm", "AUDIT FAILED:") for text in data.alarms]
+    return off + alarms + [Text(text, "care", "Take care:") for text in [*data.problems, *data.claim.gaps]]
+
+
+def boxes_of(data: ReportData) -> list[Box]:
+    """Return the result in figures."""
+    head, central = data.headline, _central(data)
+    scored = data.accuracy[0].after if data.accuracy else None
+    whole = [f"after training with its 95 % interval {share_text(scored)}"] if scored else []
+    in_last = "" if central or not head.rounds_done else f", {head.last_sites} in the last round"
+    rounds = [f"{_most(data)}{counted(head.sites, 'site')}{in_last}"] + [seconds_text(head.seconds)] * (not central)
+    return [
+        Box("Privacy spent, ε", *_spent_in_all(data)),
+        Box(
+            "Accuracy on public test data",
+            f"{percent_text(head.accuracy_before)} → {percent_text(head.accuracy_after)}",
+            ["before and after training", *whole],
+        ),
+        Box("Rounds", f"{head.rounds_done} of {head.rounds_planned}", rounds),
+        Box(
+            "Traffic, adapter payload",
+            f"{bytes_text(head.bytes_down)} down, {bytes_text(head.bytes_up)} up",
+            ["of the usual draw" if central else "all sites and rounds"],
+        ),
+    ]
+
+
+def _central(data: ReportData) -> bool:
+    return server_is_trusted(data.claim.privacy_mode)
+
+
+def _most(data: ReportData) -> str:
+    return "at most " * _central(data)
+
+
+def _spent_in_all(data: ReportData) -> tuple[str, list[str]]:
+    head = data.headline
+    if head.epsilon is None or head.delta is None:
+        off = data.claim.off
+        return ("no claim", ["privacy was OFF"]) if off else (UNKNOWN, ["no site has reported a release yet"])
+    basis = "by the server's ledger" if _central(data) else f"worst site: {head.worst_site}"
+    on = rests_on(data.sharing)
+    notes = [f"at δ {head.delta:g}, {basis}{on and f', {on}'}"]
+    notes += [f"{THIS_RUN}, {other}" for other in (others_of(data.sharing) if data.sharing else ())]
+    notes += [trials_figure(data.tuning)] if data.tuning else []
+    notes += [bound_note(data.audit_results)] if bound_note(data.audit_results) else []
+    return f"{epsilon_text(head.epsilon)} of {number_text(head.epsilon_budget)}", notes

@@ -1,0 +1,250 @@
+"""What a report says, section by section, as blocks: every figure comes from the data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from common.privacy.events import Event
+from common.privacy.figures import NO_CLAIM, bound_text, epsilon_text
+from common.words import (
+    UNKNOWN,
+    decimal_text,
+    number_text,
+    numbers_text,
+    percent_text,
+    seconds_text,
+    value_text,
+)
+from reports.alike import Alike, alike_absences, alike_releases, alike_sites, participants_text
+from reports.audits import NONE_RUN, WHOSE, audit_words, bound_sentences
+from reports.claim import UNTOLD, none_refused, server_is_trusted
+from reports.connection import NOT_KNOWN, NOT_RECORDED, SITES_OWN
+from reports.data import ReportData, setting_of
+from reports.document import Bad, Block, Good, Items, Section, Table, Terms, Text
+from reports.meaning import attack_sentence, several_sentence, whose_sentence
+from reports.scores import BESIDE, LabelReport, beside_cells, share_text
+from reports.sharing import at_h
+from reports.sites import distinct
+
+FIGURES = ("sample rate", "noise multiplier", "clip")
+PRIVACY, MODEL, CHECKS = "Privacy", "The model", "To check it"
+"""Groups of the contents."""
+COUNTS = (
+    "The figure that counts is the ledger's total, by PLD (privacy loss distributions). RDP (Rényi differential "
+    "privacy) is an upper bound of its own and nearly always the larger one. Both are computed here from σ (the noise "
+    "over the clip), the sample rate and what {}, without a ledger."
+)
+
+
+def sections_of(data: ReportData) -> list[Section]:
+    """Return the sections of a report that have anything to say, in order."""
+    found = [
+        Section("promise", "What is promised", PRIVACY, _claim(data)),
+        Section("meaning", "What ε means", PRIVACY, _meaning(data)),
+        Section("trust", "Who is trusted with what", PRIVACY, _trust(data)),
+        Section("audit", "Audit", PRIVACY, _audit(data)),
+        Section("sites", "The cohort" if _central(data) else "Sites", PRIVACY, _sites(data)),
+        Section("refusals", "Refusals and failures", PRIVACY, _refusals(data)),
+        Section("releases", "Releases other than training", PRIVACY, _releases(data)),
+        Section("server", "The server and its connections", PRIVACY, _connection(data)),
+        Section("accuracy", "Accuracy on public data", MODEL, _accuracy(data)),
+        Section("beside", "Beside other runs", MODEL, _beside(data)),
+        Section("rounds", "Rounds", MODEL, _rounds(data)),
+        Section("settings", "Settings", CHECKS, _settings(data)),
+        Section("versions", "Versions", CHECKS, [Items("", [f"{k} {v}" for k, v in data.versions.items()])]),
+        Section("origin", "What the adapter is made of", CHECKS, _origin(data)),
+    ]
+    return [section for section in found if section.blocks]
+
+
+def _central(data: ReportData) -> bool:
+    return server_is_trusted(data.claim.privacy_mode)
+
+
+def _claim(data: ReportData) -> list[Block]:
+    claim = data.claim
+    terms = [
+        ("who is protected (unit)", claim.unit),
+        ("what may differ (neighbours)", claim.neighbours),
+        ("from whom (adversary)", claim.adversary),
+        ("how records are drawn (sampler)", claim.sampler),
+        ("how ε is counted (accountant)", claim.accountant),
+    ]
+    words = [("the last layer (head)", claim.head)]
+    words += [("public text of the start", claim.public_text)] if claim.public_text else []
+    blocks: list[Block] = [Text(claim.sentence, "claim"), Terms([*(terms if claim.made else []), *words])]
+    lists = [Items("Covered:", claim.covered), Items("Not covered:", claim.not_covered)]
+    return blocks + (lists if claim.made else [])
+
+
+def _meaning(data: ReportData) -> list[Block]:
+    meaning = data.meaning
+    if meaning is None:
+        return [Text(data.unbounded)] if data.unbounded else []
+    said = (whose_sentence(central=_central(data)), attack_sentence(meaning), several_sentence(meaning))
+    blocks: list[Block] = [Text(text) for text in said if text]
+    blocks += [Text(meaning.caution, "care")] if meaning.caution else []
+    at = at_h(data.sharing)
+    columns = ["false positives", f"true positives, at most{at}"]
+    attacks = [[f"{100 * a.false_positives:g} %", bound_text(a.true_positives)] for a in meaning.bounds.attacks]
+    if meaning.alone:
+        columns.append("the same, alone")
+        for row, bare in zip(attacks, meaning.alone.attacks, strict=True):
+            row.append(bound_text(bare.true_positives))
+    caption = f"Bounds on every attack that asks whether one {meaning.per} was trained on"
+    blocks.append(Table(caption, columns, attacks, range(3)))
+    if several := meaning.bounds.several:
+        people = [("1", epsilon_text(meaning.epsilon)), *((str(s.units), epsilon_text(s.epsilon)) for s in several)]
+        columns = [f"{meaning.counted} of one person", f"ε at δ {meaning.delta:g}{at}"]
+        blocks.append(Table(f"ε of a person with several {meaning.counted}", columns, people, range(2)))
+    return blocks
+
+
+def _trust(data: ReportData) -> list[Block]:
+    rows = [(actor.who, actor.sees, actor.trusted) for actor in data.actors]
+    caption = "Each party of the run, in the words of NIST SP 800-226"
+    return [Table(caption, ("who", "sees", "is trusted"), rows), Items("No noise protects:", data.unprotected)]
+
+
+def _audit(data: ReportData) -> list[Block]:
+    columns = ("audit", "outcome", "the code as it is", "faults built in", "with", "when", "file")
+    rows = []
+    for result in data.audit_results:
+        outcome, *more = audit_words(result)
+        rows.append((result.audit, Good(outcome) if result.passed else Bad(outcome), *more, result.date, result.file))
+    caption = "Attacks on the code, and faults built in to see whether an attack would find them"
+    blocks: list[Block] = [Table(caption, columns, rows)] if rows else [Text(NONE_RUN)]
+    blocks += [Items("", bounds)] if (bounds := bound_sentences(data.audit_results)) else []
+    files = [f"{name} (SHA-256 {digest})" for name, digest in data.audits.items()]
+    return blocks + ([Items(WHOSE, files)] if files else [])
+
+
+def _sites(data: ReportData) -> list[Block]:
+    if not data.sites:
+        return [Text("No round was charged yet." if _central(data) else "No site has answered yet.")]
+    rows = alike_sites(data.sites)
+    if _central(data):
+        columns: tuple[str, ...] = ("whose", "sites", "rounds charged", "chance to be drawn", *FIGURES[1:])
+        cohort = [(s.site, number_text(s.public_size), str(s.rounds_joined), *_figures(s.events)) for s in data.sites]
+        caption = "What the server charged for all sites together"
+        blocks: list[Block] = [Text(UNTOLD), Table(caption, columns, cohort, range(1, 6))]
+    else:
+        columns = ("site", "public size", "rounds joined", "refused", "steps", *FIGURES)
+        cells = [(r.names, r.sizes, r.joined, r.refused, r.steps, r.rates, r.noises, r.clips) for r in rows]
+        blocks = [Table("What each site did in this run", columns, cells, range(1, 8))]
+    blocks.append(_spent(data, rows))
+    whence = "rounds the server wrote down" if _central(data) else "steps each site reported"
+    return blocks + ([Text(COUNTS.format(whence))] if data.claim.made else [])
+
+
+def _spent(data: ReportData, rows: Sequence[Alike]) -> Table:
+    bare = bool(data.sharing and data.sharing.on_others)
+    at, more = at_h(data.sharing), ("ε alone, this run",) if bare else ()
+    again = (f"this run again, PLD{at}", f"this run, RDP{at}", *more)
+    who = "whose" if _central(data) else "site"
+    columns = (who, f"ε spent{at}", "at δ", "ε budget", f"ε left{at}", *again, "agreement")
+    cells = []
+    for row in rows:
+        note = Good(row.note) if row.agreement == "agrees" else row.note
+        note = Bad(note) if row.agreement in ("smaller", "unknown") else note
+        figures = (row.spent, row.deltas, row.budgets, row.left, row.again, row.rdp)
+        cells.append((row.names, *figures, *((row.alone,) if bare else ()), note))
+    whose = "the cohort has spent, by the server's" if _central(data) else "each site has spent, by its own"
+    caption = f"What {whose} ledger, and this run's releases computed again here"
+    return Table(caption, columns, cells, range(1, len(columns) - 1))
+
+
+def _figures(events: Sequence[Event]) -> list[str]:
+    return [numbers_text(distinct(events, name)) for name in ("sample_rate", "noise_multiplier", "clip_norm")]
+
+
+def _refusals(data: ReportData) -> list[Block]:
+    rows = [
+        (str(absence.round_number), str(absence.attempt), names, absence.kind, absence.reason)
+        for names, absence in alike_absences(data.refusals, len(data.sites))
+    ]
+    columns = ("round", "attempt", "site", "kind", "reason")
+    table = Table("Sites that did not take part in a round, and why", columns, rows, range(2))
+    blocks: list[Block] = [table] if rows else [Text(none_refused(central=_central(data)))]
+    return blocks + ([Text(data.shortened)] if data.shortened else [])
+
+
+def _releases(data: ReportData) -> list[Block]:
+    rows = [
+        (str(r.round_number), r.names, r.purpose, r.count, r.noises, r.rates, r.clips, r.added, r.value)
+        for r in alike_releases(data.other_releases, len(data.sites))
+    ]
+    columns = ("round", "site", "kind", "releases", "noise multiplier", "sample rate", "clip", "ε added", "value")
+    table = Table("Each was paid for from the same budget", columns, rows, (0, *range(3, 9)))
+    return [table if rows else Text("None.")]
+
+
+def _connection(data: ReportData) -> list[Block]:
+    blocks: list[Block] = []
+    for report in data.connections:
+        said = [*report.said, *(f"{NOT_KNOWN} {text}." for text in report.unknown)]
+        began = ", ".join(report.began)
+        said.append(f"Bundle, the server's code: SHA-256 {report.bundle}.")
+        blocks.append(Items(f"When the server began ({began}):", said))
+        rows = [(check.what, Good("ok") if check.ok else Bad("FAILED"), check.found) for check in report.checks]
+        if rows:
+            blocks.append(Table(f"The server's own check, begun {began}", ("of", "outcome", "found"), rows))
+    return [*blocks, Text(SITES_OWN if data.connections else NOT_RECORDED)]
+
+
+def _accuracy(data: ReportData) -> list[Block]:
+    caption = "Of all records and by label, with Wilson's 95 % interval in percent"
+    blocks: list[Block] = [_scores(caption, "label", data.accuracy)] if data.accuracy else []
+    name = str(setting_of(data, "data.slice"))
+    return blocks + ([_scores(f"By {name}, as the public test file has it", name, data.slices)] if data.slices else [])
+
+
+def _scores(caption: str, name: str, reports: Sequence[LabelReport]) -> Table:
+    rows = [(r.label, number_text(r.records), share_text(r.before), share_text(r.after)) for r in reports]
+    columns = (name, "records", "before (95 % interval)", "after (95 % interval)")
+    return Table(caption, columns, rows, range(1, 4))
+
+
+def _beside(data: ReportData) -> list[Block]:
+    columns = ("variant", "arm", "ε", "runs", "before", "after")
+    caption = "Accuracy on public data of other runs on the same base model and data"
+    table = Table(caption, columns, [beside_cells(row) for row in data.beside], range(2, 6))
+    return [Text(BESIDE), table] if data.beside else []
+
+
+def _rounds(data: ReportData) -> list[Block]:
+    central = _central(data)
+    spent = "ε" if central else f"ε worst site{at_h(data.sharing)}"
+    columns = ["round", "accuracy", "loss", spent, "participants", "bytes down", "bytes up", "seconds"]
+    rows = [
+        [
+            str(r.round_number),
+            percent_text(r.accuracy),
+            decimal_text(r.loss, 4),
+            epsilon_text(r.epsilon_worst, NO_CLAIM if r.round_number or not data.claim.made else UNKNOWN),
+            participants_text(r.participants, data.sites) if r.counted else Bad("did not count"),
+            number_text(r.bytes_down),
+            number_text(r.bytes_up),
+            seconds_text(r.seconds),
+        ]
+        for r in data.rounds
+    ]
+    if central:  # how long a round took tells who was drawn
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
+    caption = "Scores on public test data; bytes are adapter payload of all messages of the round"
+    table = Table(caption, columns, rows, {0, 1, 2, 3, 5, 6, 7})
+    return [table if rows else Text("No round has finished yet.")]
+
+
+def _settings(data: ReportData) -> list[Block]:
+    rows = [(s.key, value_text(s.value), value_text(s.default) if s.changed else "") for s in data.settings]
+    return [Table("Every setting", ("setting", "value", "default, where it differs"), rows)]
+
+
+def _origin(data: ReportData) -> list[Block]:
+    if data.origin is None:
+        return []
+    rows = [(data.origin.base_model, data.origin.base), *data.origin.files.items()]
+    rows[1:1] = [("the server's code", data.origin.bundle)] if data.origin.bundle else []
+    caption = "SHA-256 of the base model, of the server's code and of each file of the adapter"
+    return [Table(caption, ("what", "SHA-256"), rows)]
