@@ -1,7 +1,7 @@
 """The privacy report as people read it: a line a round, and at the end a page, Markdown and signed JSON.
 
 ``folder``, ``sites``, ``claim`` and ``data`` read a run's folder and compute every figure;
-``markdown``, ``page`` (with ``charts``) and ``files`` only write them down.
+``result`` and ``sections`` say them, ``markdown``, ``page`` and ``files`` only write them down.
 """
 
 from __future__ import annotations

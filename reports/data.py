@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
-from common.accountant import TRAINING
 from common.config.sections import Scalar, method_of
 from common.data.sources import unprotected_test
 from common.errors import DataError
 from common.files import sha256_of
-from common.run_lines import Absence, AdapterFile, BesideRow, PrivacyLine, RoundLine, TuningFile, read_file
+from common.run_lines import Absence, AdapterFile, BesideRow, RoundLine, TuningFile, read_file
 from common.words import counted, names_text, natural, number_text
 from reports.alike import spread
 from reports.audits import AuditReport, audit_alarms, audit_cares, audit_reports
@@ -67,15 +66,6 @@ class RoundReport:
     """Wall time; None with a trusted server, which tells nobody who was drawn."""
     epsilon_worst: float | None
     """Largest total that a site had reported by then; None without a claim."""
-
-
-@dataclass(frozen=True)
-class Spent:
-    """ε after each round of sites that have spent alike: ``points`` are (round, ε)."""
-
-    sites: list[str]
-    budget: float
-    points: list[tuple[int, float]]
 
 
 @dataclass(frozen=True)
@@ -157,7 +147,6 @@ class ReportData:
     beside: list[BesideRow]
     """What other runs on the same base model and data came to; empty: nobody has said."""
     rounds: list[RoundReport]
-    spent: list[Spent]
     other_releases: list[ReleaseReport]
     refusals: list[Absence]
     """Of every attempt at every round."""
@@ -218,7 +207,6 @@ def report_of(folder: Path) -> ReportData:
         slices=_accuracy(files, "slices")[1:],
         beside=files.beside,
         rounds=_rounds(files),
-        spent=_spent(files.privacy),
         other_releases=other_releases(files),
         refusals=[absence for line in files.rounds for absence in line.failures],
         shortened=_shortened(files.rounds),
@@ -343,23 +331,6 @@ def _rounds(files: RunFiles) -> list[RoundReport]:
 
 def _is_start(line: RoundLine) -> bool:
     return not line.round_number and line.complete
-
-
-def _spent(lines: Sequence[PrivacyLine]) -> list[Spent]:
-    """Group sites whose ε runs alike, so that a chart of many equal sites has one line."""
-    points: dict[str, dict[int, float]] = {}
-    budgets: dict[str, float] = {}
-    for line in lines:
-        if line.spent is None:
-            continue
-        first = line.round_number if line.spent.purpose != TRAINING else line.round_number - 1
-        own = points.setdefault(line.site, {first: line.spent.epsilon_total - line.spent.epsilon_round})
-        own[line.round_number] = line.spent.epsilon_total
-        budgets[line.site] = line.spent.epsilon_budget
-    groups: dict[tuple[Any, ...], list[str]] = {}
-    for site in sorted(points, key=natural):
-        groups.setdefault((budgets[site], tuple(sorted(points[site].items()))), []).append(site)
-    return [Spent(sites, budget, list(course)) for (budget, course), sites in groups.items()]
 
 
 def _shortened(rounds: Sequence[RoundLine]) -> str:

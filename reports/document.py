@@ -6,8 +6,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from reports.charts import Chart
-
 
 class Good(str):
     """A cell that says that all is well."""
@@ -73,17 +71,7 @@ LONG = 40
 """Characters from which on a cell is a sentence."""
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """A chart with its caption, for the page alone: a table or ``report.json`` has its figures."""
-
-    kind: ClassVar[str] = "drawing"
-    chart: Chart
-    title: str
-    text: str
-
-
-Block = Text | Items | Terms | Table | Drawing
+Block = Text | Items | Terms | Table
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import re
 
 from common.words import visible
 from reports.data import ReportData
-from reports.document import Block, Drawing, Items, Table, Terms, Text
+from reports.document import Block, Items, Table, Terms, Text
 from reports.result import boxes_of, made_of, notices_of
 from reports.sections import sections_of
 
@@ -51,8 +51,6 @@ def _block(block: Block) -> str:
             return _table(Table("", ("", ""), block.rows))
         case Table():
             return _table(block)
-        case Drawing():
-            return ""
 
 
 def _text(text: Text) -> str:

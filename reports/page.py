@@ -11,11 +11,10 @@ from markupsafe import Markup
 from common.words import visible
 from reports.data import ReportData
 from reports.document import Bad, Good
-from reports.page_charts import course_of
 from reports.page_style import STYLE
 from reports.page_template import PAGE
 from reports.result import boxes_of, made_of, notices_of
-from reports.sections import MODEL, sections_of
+from reports.sections import sections_of
 
 
 @lru_cache(maxsize=1)
@@ -31,8 +30,6 @@ def _template() -> Template:
 def to_html(data: ReportData) -> str:
     """Return the whole report as one self-contained page."""
     sections = sections_of(data)
-    at = next(number for number, section in enumerate(sections) if section.group != sections[0].group)
-    sections[at:at] = course_of(data, MODEL)
     groups: dict[str, list[tuple[str, str]]] = {}
     for section in sections:
         groups.setdefault(section.group, []).append((section.anchor, section.title))

@@ -1,6 +1,5 @@
-"""The page's style: light and dark, print, phone width; colours that the colour-blind can tell apart.
+"""The page's style: light and dark, print, phone width.
 
-The palette is Okabe and Ito's (2008, "Color Universal Design"), lightened where the page is dark.
 Kept in a module because a Flower bundle carries no ``.css`` file.
 """
 
@@ -11,13 +10,13 @@ STYLE = """
   color-scheme: light dark;
   --paper: #fcfcfa; --card: #ffffff; --ink: #1c2126; --soft: #59636e; --rule: #dfe2e5; --hair: #eceef0;
   --accent: #0b5a8f; --alarm: #a61b1b; --alarm-paper: #fdf1f0; --care: #7a4b00; --care-paper: #fdf6e7;
-  --c0: #0072b2; --c1: #d55e00; --c2: #00805f; --c3: #b35a8e; --c4: #a67600; --c5: #5a6b7b;
+  --good: #00805f;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --paper: #14181c; --card: #1a1f25; --ink: #e7eaed; --soft: #a0abb6; --rule: #343c45; --hair: #262d34;
     --accent: #6cb8ee; --alarm: #ff9d95; --alarm-paper: #331b1c; --care: #f0c36a; --care-paper: #2f2818;
-    --c0: #56b4e9; --c1: #ff9350; --c2: #35c8a0; --c3: #e59cc8; --c4: #eebb33; --c5: #b4c0cc;
+    --good: #35c8a0;
   }
 }
 * { box-sizing: border-box; }
@@ -35,7 +34,6 @@ h3 { font-size: 1.02rem; margin: 1.6rem 0 .5rem; }
 p, ul, dl { margin: 0 0 .9rem; max-width: 46rem; }
 p, li { overflow-wrap: anywhere; }
 li { margin: .15rem 0; }
-figcaption { color: var(--soft); }
 .meta { color: var(--soft); margin-bottom: 1.6rem; max-width: none; overflow-wrap: anywhere; }
 .lead { font-size: 1.05rem; }
 nav { margin: 0 0 1.5rem; font-size: .92rem; }
@@ -63,27 +61,12 @@ a { color: var(--accent); }
 .alarm strong { color: var(--alarm); }
 .care { background: var(--care-paper); border-color: var(--care); }
 .care strong { color: var(--care); }
+figure { margin: 0 0 1rem; min-width: 0; }
+figcaption { font-size: .9rem; margin-bottom: .4rem; color: var(--soft); }
 .claim { font-size: 1.12rem; max-width: 46rem; }
 dl.words { display: grid; grid-template-columns: 17rem 1fr; gap: .3rem 1rem; }
 dl.words dt { color: var(--soft); }
 dl.words dd { margin: 0; overflow-wrap: anywhere; }
-figure { margin: 0 0 1rem; min-width: 0; }
-figcaption { font-size: .9rem; margin-bottom: .4rem; }
-figcaption strong { color: var(--ink); font-weight: 600; }
-.chart { width: 100%; max-width: 34rem; height: auto; display: block; }
-.chart text { font-family: inherit; font-size: 13px; fill: var(--soft); font-variant-numeric: tabular-nums; }
-.chart .point-label { fill: var(--ink); font-weight: 600;
-  paint-order: stroke; stroke: var(--paper); stroke-width: 4px; stroke-linejoin: round; }
-.chart .limit-label { fill: var(--alarm); paint-order: stroke; stroke: var(--paper); stroke-width: 4px; }
-.grid { stroke: var(--hair); } .axis { stroke: var(--soft); }
-.limit { stroke: var(--alarm); stroke-width: 1.5; stroke-dasharray: 6 4; }
-.curve polyline { fill: none; stroke-width: 2.2; stroke-linejoin: round; }
-.s0 { stroke: var(--c0); fill: var(--c0); } .s1 { stroke: var(--c1); fill: var(--c1); }
-.s2 { stroke: var(--c2); fill: var(--c2); } .s3 { stroke: var(--c3); fill: var(--c3); }
-.s4 { stroke: var(--c4); fill: var(--c4); } .s5 { stroke: var(--c5); fill: var(--c5); }
-.legend { list-style: none; padding: 0; margin: .3rem 0 0; font-size: .88rem;
-  display: flex; flex-wrap: wrap; gap: .1rem 1.1rem; }
-.legend svg { vertical-align: -1px; margin-right: .4em; }
 .scroll { overflow-x: auto; margin: 0 0 1.2rem; border: 1px solid var(--rule); border-radius: 6px;
   background: var(--card); }
 .scroll:focus-visible { outline: 2px solid var(--accent); }
@@ -98,7 +81,7 @@ tbody th[scope=row] { position: sticky; left: 0; background: var(--card); }
 tbody th[scope=row]:not(.n), td.name { min-width: 8.5rem; max-width: 14rem; overflow-wrap: anywhere; }
 th.n, td.n { text-align: right; white-space: nowrap; }
 td.wide { min-width: 11rem; overflow-wrap: anywhere; }
-.ok { color: var(--c2); font-weight: 600; } .bad { color: var(--alarm); font-weight: 600; }
+.ok { color: var(--good); font-weight: 600; } .bad { color: var(--alarm); font-weight: 600; }
 code { font-size: .88em; overflow-wrap: anywhere; }
 footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--rule); color: var(--soft);
   font-size: .88rem; }
@@ -112,12 +95,10 @@ footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--rule);
   dl.words { grid-template-columns: 1fr; gap: 0; }
   dl.words dd { margin-bottom: .6rem; }
   th, td { padding: .38rem .6rem; }
-  .chart text { font-size: 15px; }
 }
 @media print {
   :root { --paper: #fff; --card: #fff; --ink: #000; --soft: #444; --rule: #bbb; --hair: #ddd; --accent: #004a7c;
-    --alarm: #8b0000; --alarm-paper: #fff; --care: #5c3900; --care-paper: #f6f1e4;
-    --c0: #0072b2; --c1: #d55e00; --c2: #00805f; --c3: #b35a8e; --c4: #a67600; --c5: #5a6b7b; }
+    --alarm: #8b0000; --alarm-paper: #fff; --care: #5c3900; --care-paper: #f6f1e4; --good: #00805f; }
   @page { margin: 16mm 14mm; }
   body { font-size: 10pt; }
   main { max-width: none; padding: 0; }
@@ -134,9 +115,6 @@ footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--rule);
   tbody th[scope=row]:not(.n), td.name { min-width: 4.5rem; max-width: none; }
   td.wide { min-width: 0; max-width: none; }
   main > .scroll { break-inside: avoid; }
-  .chart { max-width: 24rem; }
-  figcaption { font-size: 8.5pt; }
-  .legend { font-size: 7.5pt; }
   h2 + p { break-after: avoid; }
   figure, .figures, tr, .alarm, .care { break-inside: avoid; }
   thead { display: table-header-group; }

@@ -32,15 +32,6 @@ PAGE = """\
 {% endfor %}</tbody>
 </table></div>
 {% endmacro %}
-{% macro drawing(block) %}
-<figure aria-labelledby="{{ block.chart.name }}-caption">
-<figcaption id="{{ block.chart.name }}-caption"><strong>{{ block.title }}</strong> {{ block.text }}</figcaption>
-{{ block.chart.svg }}
-{% if block.chart.legend %}
-<ul class="legend">{% for swatch, label in block.chart.legend %}<li>{{ swatch }}{{ label }}</li>{% endfor %}</ul>
-{% endif %}
-</figure>
-{% endmacro %}
 <!doctype html>
 <html lang="en">
 <head>
@@ -76,8 +67,7 @@ PAGE = """\
 <h2 id="{{ section.anchor }}">{{ section.title }}</h2>
 {% for block in section.blocks %}
 {% if block.kind == "text" %}{{ text(block) }}{% elif block.kind == "items" %}{{ items(block) }}
-{% elif block.kind == "terms" %}{{ terms(block) }}{% elif block.kind == "table" %}{{ table(block) }}
-{% else %}{{ drawing(block) }}{% endif %}
+{% elif block.kind == "terms" %}{{ terms(block) }}{% else %}{{ table(block) }}{% endif %}
 {% endfor %}
 {% endfor %}
 <footer>Made by FedVeil from the files in the run's folder alone. The same content as data: <code>report.json</code>

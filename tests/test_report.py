@@ -201,16 +201,12 @@ def test_privacy_off_is_said_in_every_form(tmp_path: Path) -> None:
         assert "Privacy was OFF. This run promises nothing about any record" in text, f"report.{form} is silent"
         assert "differentially private in" not in text, f"report.{form} makes a claim"
     assert federation_epsilon(run.folder) is None
-    assert "Accuracy over rounds" in (run.folder / "report.html").read_text()
 
 
 def test_the_page_loads_nothing_and_runs_nothing(made: MadeRun) -> None:
     page = forms(made.folder)["html"]
     for pattern in (r"https?://", r"<script", r"<link", r"<img", r"@import", r"url\(", r"\son\w+="):
         assert not re.search(pattern, page), f"the page holds {pattern}"
-    charts = re.findall(r'<svg [^>]*role="img" aria-labelledby="(\w+)-title', page)
-    assert charts == ["epsilon", "accuracy"]
-    assert page.count("<title") == 1 + len(charts), "each chart has a title, and so has the page"
     assert page.count("<table>") == page.count("<caption>")
 
 
