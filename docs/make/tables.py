@@ -11,6 +11,7 @@ from common.docstrings import said_of
 from common.errors import ConfigError
 from common.starts import STARTS, Start
 from common.tasks import TASKS
+from demo.packaged import PackagedFile, PackagedTree
 from strategies import STRATEGIES, Strategy
 from strategies.payload import payload, preset_adapter
 from strategies.rules import RULES
@@ -120,7 +121,9 @@ def dataset_table() -> str:
     rows = []
     for dataset in DATASETS.values():
         file, labels = dataset.file, dataset.label_names
-        place = f"`{file.path}`" if isinstance(file, UserFile) else f"`{file.distribution}` {file.version}"
+        place = f"`{file.path}`" if isinstance(file, UserFile) else ""
+        if isinstance(file, PackagedFile | PackagedTree):
+            place = f"`{file.distribution}` {file.version}"
         named = ", ".join(labels[:SHOWN_LABELS]) + (f", … ({len(labels)})" if len(labels) > SHOWN_LABELS else "")
         rows.append([f"`{dataset.name}`", f"`{dataset.task}`", named or "none", place])
     return markdown(header, rows)
