@@ -1,4 +1,4 @@
-"""What a report says, section by section, as blocks: every figure comes from the data."""
+"""The sections of a report as blocks; every figure comes from the data."""
 
 from __future__ import annotations
 
