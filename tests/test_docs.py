@@ -345,7 +345,6 @@ def test_the_researchers_guide_ends_in_a_result(
                 answer = CliRunner().invoke(app, words[1:])
                 assert answer.exit_code == 0, f"{line}\n{answer.output}"
             done.append(name)
-    assert Path("run.svg").read_text(encoding="utf-8").startswith("<svg ")
     assert {"plan", "settings", "run", "evaluate", "report", "ledger", "python", "sweep", "pictures"} <= set(done)
     rows = read_rows(Path("runs/sweeps/sweep/sweep.jsonl"))
     assert {(row.variant, row.arm) for row in rows} == {
