@@ -60,7 +60,18 @@ def test_a_bundle_that_was_unpacked_knows_its_own_hash(tmp_path: Path) -> None:
 
 def test_an_installed_wheel_has_the_same_hash(tmp_path: Path) -> None:
     source, site_packages = tmp_path / "source", tmp_path / "site-packages"
-    for package in ("common", "demo", "strategies", "client", "server", "reports", "deploy", "experiments", "cli", "contrib"):
+    for package in (
+        "common",
+        "demo",
+        "strategies",
+        "client",
+        "server",
+        "reports",
+        "deploy",
+        "experiments",
+        "cli",
+        "contrib",
+    ):
         shutil.copytree(ROOT / package, source / package, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in (SETTINGS, "README.md"):
         shutil.copy(ROOT / name, source)

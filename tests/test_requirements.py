@@ -203,7 +203,18 @@ def test_nobody_uses_the_parts_of_cryptography_that_docs_security_calls_unreache
     unreached = re.compile(r"pkcs7|x509\.verification|x509 import .*verification|\brsa\b")
     own = [
         path
-        for name in ("common", "demo", "strategies", "client", "server", "reports", "deploy", "experiments", "cli", "contrib")
+        for name in (
+            "common",
+            "demo",
+            "strategies",
+            "client",
+            "server",
+            "reports",
+            "deploy",
+            "experiments",
+            "cli",
+            "contrib",
+        )
         for path in (ROOT / name).rglob("*.py")
     ]
     flower = list(Path(str(distribution("flwr").locate_file("flwr"))).rglob("*.py"))
