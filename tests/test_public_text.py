@@ -274,7 +274,7 @@ def test_a_run_from_a_data_sets_sentences_says_which_they_were(
 
 def test_a_run_from_no_ones_text_says_so(toy_settings: dict[str, Any]) -> None:
     folder = run_in_process({**toy_settings, "adapter.start": "eva", "start.text": "made-up", "rounds": 1}, 2)
-    assert "Public text of the start: none: made-up records, of words" in (folder / "report.md").read_text()
+    assert "public text of the start | none: made-up records, of words" in (folder / "report.md").read_text()
     assert "coordinator's word" not in (folder / "run.log").read_text()
 
 
