@@ -1,4 +1,4 @@
-"""Tables of rows that a setting names: the core's, and those of ``contrib``, each loaded when it is asked for."""
+"""Tables of rows that a setting names: the core's, and those of another package, each loaded when it is asked for."""
 
 from __future__ import annotations
 
@@ -16,21 +16,26 @@ CONTRIB = "contrib"
 class Table(MutableMapping[str, T]):
     """The rows of one axis by name, the core's first.
 
-    Names are listed without loading a row of ``contrib``. Asking for a row, or for all of them, loads what is named.
+    Names are listed without loading a row of the other package. Asking for a row, or for all, loads what is named.
 
     Args:
         axis: what ``contrib.ROWS`` calls the axis.
         core: the core's rows, each with a ``name``.
+        places: module and attribute of each other row, in ``home``; None: those of ``contrib.ROWS``.
+        home: the other package.
 
     Raises:
-        ConfigError: two rows have one name, or a row of ``contrib`` has another name than its table says.
+        ConfigError: two rows have one name, or a row of the other package has another name than its table says.
     """
 
-    def __init__(self, axis: str, core: Iterable[T]) -> None:
+    def __init__(
+        self, axis: str, core: Iterable[T], places: Mapping[str, str] | None = None, home: str = CONTRIB
+    ) -> None:
         self._rows: dict[str, T | None] = {}  # None: not loaded yet
         for row in core:
             self[_name(row)] = row
-        self._places: Mapping[str, str] = import_module(CONTRIB).ROWS.get(axis, {})
+        self._home = home
+        self._places: Mapping[str, str] = import_module(CONTRIB).ROWS.get(axis, {}) if places is None else places
         for name in self._places:
             self._check_free(name)
             self._rows[name] = None
@@ -38,7 +43,7 @@ class Table(MutableMapping[str, T]):
     def __getitem__(self, name: str) -> T:
         row = self._rows[name]
         if row is None:
-            row = self._rows[name] = _load(name, self._places[name])
+            row = self._rows[name] = _load(name, self._places[name], self._home)
         return row
 
     def __setitem__(self, name: str, row: T) -> None:
@@ -59,7 +64,7 @@ class Table(MutableMapping[str, T]):
 
     @property
     def core(self) -> dict[str, T]:
-        """The rows that are none of ``contrib``."""
+        """The rows that are none of the other package."""
         return {name: self[name] for name in self if name not in self._places}
 
     def _check_free(self, name: str) -> None:
@@ -71,9 +76,9 @@ def _name(row: Any) -> str:
     return str(row.name)
 
 
-def _load(name: str, place: str) -> Any:
+def _load(name: str, place: str, home: str) -> Any:
     module, _, attribute = place.partition(":")
-    row = getattr(import_module(f"{CONTRIB}.{module}"), attribute)
+    row = getattr(import_module(f"{home}.{module}"), attribute)
     if _name(row) != name:
-        raise ConfigError(f"{CONTRIB} has {place} as {name!r}, and its own name is {_name(row)!r}: write that in both")
+        raise ConfigError(f"{home} has {place} as {name!r}, and its own name is {_name(row)!r}: write that in both")
     return row

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from common.lazy import LazyTable
+from common.rows import Table as Rows
 from common.tasks.tables import Table, read_file
 
 
@@ -81,27 +81,28 @@ class NamedDataset:
         return not isinstance(self.file, UserFile) and self.file.is_folder
 
 
-SETS = "demo.sets"
-DATASETS: LazyTable[NamedDataset] = LazyTable(
+DATASETS: Rows[NamedDataset] = Rows(
+    "data sets",
+    (),
     {
-        "rotten-tomatoes": f"{SETS}.movie_reviews:ROTTEN_TOMATOES",
-        "imdb": f"{SETS}.movie_reviews:IMDB",
-        "imdb-endings": f"{SETS}.movie_reviews:IMDB_ENDINGS",
-        "sst2": f"{SETS}.sst2:SST2",
-        "sst2-dev": f"{SETS}.sst2:SST2_DEV",
-        "sst2-test": f"{SETS}.sst2:SST2_TEST",
-        "reuters": f"{SETS}.orange:REUTERS",
-        "reuters-test": f"{SETS}.orange:REUTERS_TEST",
-        "20-newsgroups": f"{SETS}.orange:NEWSGROUPS",
-        "20-newsgroups-test": f"{SETS}.orange:NEWSGROUPS_TEST",
-        "snli": f"{SETS}.sentence_pairs:SNLI",
-        "snli-dev": f"{SETS}.sentence_pairs:SNLI_DEV",
-        "qnli": f"{SETS}.sentence_pairs:QNLI",
-        "qnli-dev": f"{SETS}.sentence_pairs:QNLI_DEV",
-        "asdiv": f"{SETS}.asdiv:ASDIV",
-        "textile-images": f"{SETS}.textile_images:TEXTILE_IMAGES",
+        "rotten-tomatoes": "sets.movie_reviews:ROTTEN_TOMATOES",
+        "imdb": "sets.movie_reviews:IMDB",
+        "imdb-endings": "sets.movie_reviews:IMDB_ENDINGS",
+        "sst2": "sets.sst2:SST2",
+        "sst2-dev": "sets.sst2:SST2_DEV",
+        "sst2-test": "sets.sst2:SST2_TEST",
+        "reuters": "sets.orange:REUTERS",
+        "reuters-test": "sets.orange:REUTERS_TEST",
+        "20-newsgroups": "sets.orange:NEWSGROUPS",
+        "20-newsgroups-test": "sets.orange:NEWSGROUPS_TEST",
+        "snli": "sets.sentence_pairs:SNLI",
+        "snli-dev": "sets.sentence_pairs:SNLI_DEV",
+        "qnli": "sets.sentence_pairs:QNLI",
+        "qnli-dev": "sets.sentence_pairs:QNLI_DEV",
+        "asdiv": "sets.asdiv:ASDIV",
+        "textile-images": "sets.textile_images:TEXTILE_IMAGES",
     },
-    lambda row: row.name,
+    "demo",
 )
 """The data sets that ``data.name`` may name. No data set counts as public that is not in this table."""
 

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.lazy import LazyTable
+from common.rows import Table
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +35,14 @@ class NamedModel:
     published: Published
 
 
-NAMED_MODELS: LazyTable[NamedModel] = LazyTable(
+NAMED_MODELS: Table[NamedModel] = Table(
+    "models",
+    (),
     {
-        "all-MiniLM-L6-v2": "demo.models:MINILM_MODEL",
-        "SmolLM2-135M-Instruct": "demo.models:SMOLLM2_MODEL",
-        "dinov2-small": "demo.models:DINOV2_SMALL_MODEL",
+        "all-MiniLM-L6-v2": "models:MINILM_MODEL",
+        "SmolLM2-135M-Instruct": "models:SMOLLM2_MODEL",
+        "dinov2-small": "models:DINOV2_SMALL_MODEL",
     },
-    lambda row: row.name,
+    "demo",
 )
 """The models that a policy without ``models`` allows. No other model is known by its hash."""

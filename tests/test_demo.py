@@ -1,4 +1,4 @@
-"""A table of rows in modules of their own: its names are known before one is imported, and each row has its own."""
+"""Rows of the demonstrations: core knows their names before one is imported, and none has another name."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import pytest
 
 from common.data.named import DATASETS, NamedDataset
 from common.data.prose import prose
-from common.errors import DataError
-from common.lazy import LazyTable
+from common.errors import ConfigError, DataError
 from common.model.named import NAMED_MODELS, NamedModel
+from common.rows import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -32,13 +32,13 @@ def test_core_knows_all_names_before_a_row_is_imported() -> None:
 
 
 @pytest.mark.parametrize("table", [DATASETS, NAMED_MODELS], ids=["data sets", "models"])
-def test_every_place_has_the_row_of_its_name(table: LazyTable[NamedDataset | NamedModel]) -> None:
+def test_every_place_has_the_row_of_its_name(table: Table[NamedDataset | NamedModel]) -> None:
     assert all(row.name == name for name, row in table.items())
 
 
 def test_the_row_of_another_name_is_found_out() -> None:
-    table = LazyTable[NamedDataset]({"mnist": "demo.sets.asdiv:ASDIV"}, lambda row: row.name)
-    with pytest.raises(ValueError, match="is the row of 'asdiv' and not of 'mnist'"):
+    table = Table[NamedDataset]("data sets", (), {"mnist": "sets.asdiv:ASDIV"}, "demo")
+    with pytest.raises(ConfigError, match=r"demo has sets\.asdiv:ASDIV as 'mnist', and its own name is 'asdiv'"):
         table["mnist"]
 
 
