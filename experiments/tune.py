@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite, sqrt
 from pathlib import Path
+from typing import Any
 
 from common.config.sections import Scalar
 from common.errors import ConfigError, PrivacyError, RunFailed
@@ -167,7 +168,7 @@ def tune(tuning: Tuning, output: Path, conduct: Conduct, say: Callable[[str], No
         RunFailed: a trial failed.
     """
     place, asked = output / STATE, {name: dict(own) for name, own in tuning.trials.items()}
-    state = json_of(place.read_bytes()) if place.is_file() else {"trials": asked, "folders": {}}
+    state: dict[str, Any] = json_of(place.read_bytes()) if place.is_file() else {"trials": asked, "folders": {}}
     if state["trials"] != asked:
         raise ConfigError(f"{output} holds other trials, which have been paid for: name another folder with --output")
     output.mkdir(parents=True, exist_ok=True)

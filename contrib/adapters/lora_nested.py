@@ -104,7 +104,7 @@ class LoRANested(LoRAFrozenA):
     def factor_modules(self, layer: LoraLayer) -> dict[str, nn.Module]:
         """Return PEFT's A, and the B that may stand behind the records' ranks."""
         B = layer.lora_B[ADAPTER_NAME]
-        return {"A": layer.lora_A[ADAPTER_NAME], "B": cast(nn.Module, B[1]) if isinstance(B, nn.Sequential) else B}
+        return {"A": layer.lora_A[ADAPTER_NAME], "B": B[1] if isinstance(B, nn.Sequential) else B}
 
     def export(self, model: PeftModel, state: AdapterState, folder: Path, base_name: str) -> None:
         """Write the adapter as of ``Adapter.export``, and each smaller rank of it into ``ranks`` beside the folder."""
