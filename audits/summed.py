@@ -44,7 +44,7 @@ from common.randomness import add_private_noise, noise_grid
 from common.run_lines import Finding
 from common.secure_sum import attempt, rounding, total
 from common.secure_sum.masks import Words, add_mask, pair_seed
-from server.sums import longest_sum
+from server.collect.masked_sum import longest_sum
 from strategies.job import configure
 
 WIDTH, RANK = 64, 8
@@ -198,7 +198,7 @@ class Sum:
         self.site = SumSite(site, names=PEERS)
         self.site.rule(epsilon=1000.0, delta=DELTA, epsilon_alone=1000.0)
         self.job, self.model = configure(site.settings), site.model()
-        trained, canaries = self.job.summed(1, self.model.trained()), Dirac(self.model.module, LENGTH)
+        trained, canaries = self.job.sent(1, self.model.trained()), Dirac(self.model.module, LENGTH)
         places = dict(zip(map(id, canaries.parameters), _starts(canaries.parameters), strict=True))
         self.canaries = canaries.size
         tensors = [trained[layer][name] for layer in sorted(trained) for name in sorted(trained[layer])]

@@ -33,12 +33,14 @@ from common.messages.state import AdapterState
 from common.messages.tensors import apply, entries
 from common.randomness import add_private_noise
 from common.run_lines import Finding
-from server import ledger, trusted
+from server import ledger
 from server.admission import Admission
+from server.collect import trusted
+from server.collect.door import collector_of
+from server.collect.trusted import NoisedMean, TrustedCollector
 from server.ledger import ServerLedger
 from server.model import ServerModel
 from server.sites import Exchange
-from server.trusted import NoisedMean, TrustedSites
 from strategies.job import configure
 from strategies.state import ServerState
 
@@ -103,9 +105,12 @@ class Cohort:
         self.state = self.job.start(self.model.start)
         self.size = len(flat(self.job.strategy.downlink(self.state)))
 
-    def asking(self, transport: MadeUp) -> TrustedSites:
+    def asking(self, transport: MadeUp) -> TrustedCollector:
         """Return the server's side, over a transport."""
-        return TrustedSites(self.job, "audit", transport, self.model, Admission(self.job, {}))
+        collector = collector_of(self.job, "audit", transport, self.model, Admission(self.job, {}))
+        if not isinstance(collector, TrustedCollector):
+            raise TypeError("the run's server is not a trusted one")
+        return collector
 
     def released(self, sent: Callable[[int], Sent], rounds: int) -> tuple[Tensor, float]:
         """Return what each round moved the model by, times the public divisor, in clips, and the ε in the ledger.
@@ -119,10 +124,11 @@ class Cohort:
         sites = self.asking(transport)
         for number in range(1, rounds + 1):
             transport.sent, held = sent(number), flat(self.job.strategy.downlink(state))
-            got = sites.gather(number, state)
-            if got.released is None:
+            got = sites.collect(number, state)
+            if not got.counts:
                 raise RuntimeError("the server made no round")
-            state, claimed = self.job.strategy.server_update(state, got.summed), got.released.epsilon_total
+            state = self.job.strategy.server_update(state, got.averaged)
+            claimed = max(paid.spending.epsilon_total for paid in got.paid if paid.spending)
             moved.append((flat(self.job.strategy.downlink(state)) - held) * self.sites / CLIP)
         return torch.stack(moved), claimed
 
@@ -173,27 +179,27 @@ def not_clipped() -> AbstractContextManager[Any]:
 
 def by_replies() -> AbstractContextManager[Any]:
     """The server divides by the number of sites that have answered."""
-    whole = TrustedSites._mean
+    whole = TrustedCollector._mean
 
-    def mean(sites: TrustedSites, results: Any, number: int, state: ServerState) -> NoisedMean:
+    def mean(sites: TrustedCollector, results: Any, number: int, state: ServerState) -> NoisedMean:
         held = list(results)
         made = whole(sites, iter(held), number, state)
         factor = sites._plan.expected_batch_size / max(1, len(held))
         return replace(made, change=apply(lambda tensor: tensor * factor, made.change))
 
-    return patch.object(TrustedSites, "_mean", mean)
+    return patch.object(TrustedCollector, "_mean", mean)
 
 
 def noise_again() -> AbstractContextManager[Any]:
     """The server seeds its noise alike in every round."""
-    whole = TrustedSites._mean
+    whole = TrustedCollector._mean
 
     def mean(*own: Any) -> NoisedMean:
         draws = np.random.default_rng(5)
         with replaced_entropy(lambda count: draws.integers(0, 2**64, count, dtype=np.uint64)):
             return whole(*own)
 
-    return patch.object(TrustedSites, "_mean", mean)
+    return patch.object(TrustedCollector, "_mean", mean)
 
 
 def noise_of_one_site() -> AbstractContextManager[Any]:
@@ -278,7 +284,7 @@ def draws_of_sites(folder: Path, fault: Fault = SOUND, sites: int = DRAWN_FROM) 
     with fault.plant(), patch.object(ServerLedger, "charge", lambda *_: None), noise_of(zero_noise):
         for row in table:
             transport.asked.clear()
-            server.gather(1, cohort.state)
+            server.collect(1, cohort.state)
             row[[node for asked in transport.asked for node in asked]] = 1.0
     wrong = sampler_faults(table, server._plan.event.sample_rate)
     figures: dict[str, int | float | str] = {

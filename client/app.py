@@ -13,9 +13,10 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.budget import check_budget, evaluation_releases, note_failure
+from client.budget import check_budget, evaluation_releases, note_failure, shares_noise
 from client.deadline import Deadline, Timing
 from client.door import at_work
+from client.failures import HiddenFailures, failures_of
 from client.ledger.ledger import Ledger
 from client.leftovers import left_nothing, tensors_digest
 from client.linearised import Derivatives, check_memory, contrasts, forget_records
@@ -154,10 +155,10 @@ def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, ta
     if config.training.linearised:
         check_memory(model, config.privacy.rows_of_unit * site.public_size)
     if not job.mechanism.rehearsed:
-        if deadline.seconds and job.mechanism.conceals:
+        if failures_of(job, deadline).deadline.seconds:
             raise PolicyRefusal(
                 f"the site's policy has reply-after = {deadline.seconds:g}, and with privacy.mode = "
-                f"{job.mechanism.name!r} nobody knows how long a round takes"
+                f"{config.privacy.mode!r} nobody knows how long a round takes"
             )
         return
     later = [number for number in config.phases if number > task.round_number]
@@ -168,7 +169,7 @@ def _hold_to(deadline: Deadline, job: Job, site: Site, model: FederatedModel, ta
 
 def _say_if_more(deadline: Deadline, job: Job, site: Site) -> None:
     """Say in the site's own log that its public size is too small for what is claimed of the time of its answers."""
-    unit = job.mechanism.unit
+    unit = job.unit
     if deadline.seconds and job.mechanism.rehearsed and unit.count(site.data) > site.public_size:
         log.error("there are more %ss than public-size says: when it answers, is not covered by the claim", unit.name)
 
@@ -248,12 +249,7 @@ def _allow(deadline: Deadline, job: Job, site: Site, model: FederatedModel, numb
     if on_vectors or rests:
         timing = replace(timing, score=rehearsed[steps].score)  # records are scored as they are
     paid = start.release() if start else None
-    count, rate = (
-        (paid.count, paid.event.sample_rate) if paid else (config.training.local_steps, config.training.sample_rate)
-    )
-    if job.mechanism.charged and not paid:
-        # What the plan draws by, which need not be what the run asks for.
-        rate = job.mechanism.event(config.privacy, config.training).sample_rate
+    count, rate = (paid.count, paid.event.sample_rate) if paid else (config.training.local_steps, job.sample_rate)
     scored = site.public_size if number and evaluation_releases(job, site, 1) else 0
     each = config.privacy.rows_of_unit
     most = float(each * site.public_size)
@@ -268,7 +264,7 @@ def _allow(deadline: Deadline, job: Job, site: Site, model: FederatedModel, numb
 
 def _units_at_once(job: Job, model: FederatedModel, start: PaidStart | None) -> int:
     """Return how many units of several rows a step passes together at least, by what it trains."""
-    if not job.mechanism.unit.grouped:
+    if not job.unit.grouped:
         return sys.maxsize
     with start.opened(model) if start else nullcontext():
         return units_at_once(sum(p.numel() for p in model.module.parameters() if p.requires_grad))
@@ -295,7 +291,7 @@ def _records(
     Where features of them were dropped, what makes them once the round is paid for: a server that asks in the name of
     ever another run is to get nothing of a record computed for free.
     """
-    unit, most = job.mechanism.unit, job.config.privacy.rows_of_unit
+    unit, most = job.unit, job.config.privacy.rows_of_unit
 
     def make() -> Sequence[Record]:
         records = prepared(model, site.data.examples, unit, most)
@@ -388,8 +384,7 @@ def answer(
         if simulated and not site.rank:
             site = replace(site, rank=job.strategy.simulated_rank(int(node.get("partition-id", 0))))
         asked = kind_of_task(content)
-        summed = job.mechanism.summed
-        party = party_of(site.name, node, site.policy, run, simulated=simulated) if summed else None
+        party = party_of(site.name, node, site.policy, run, simulated=simulated) if shares_noise(job) else None
         if asked is not TrainTask:
             return _for_sum(decode_sum_task(content), job, site, party, run, memory, deadline)
         with deadline.extended():
@@ -401,7 +396,7 @@ def answer(
                 raise ProtocolError(f"the task is of run {task.run}, the message came in run {run}")
             # Of what no site noises by itself nothing is written: neither raw updates nor vectors of sums, of which a
             # resumed run asks for others, under new masks.
-            on_disk = simulated and job.mechanism.charged and not summed
+            on_disk = simulated and job.mechanism.noised == "at the site"
             kept = Memory(memory, reply_file(job.config, run, name) if on_disk else None)
             told = kept.recall(task)
             if told is not None:
@@ -428,7 +423,7 @@ def answer(
         finally:
             if number >= job.config.rounds:
                 _drop(name)  # whatever became of it: no later round of this run needs them
-        if site.unreadable and job.mechanism.conceals:
+        if site.unreadable and isinstance(failures_of(job, deadline), HiddenFailures):
             note_failure(site, task, site.unreadable, deadline)
         log.info("trained and answered", extra=about(run, number, name))
         return result

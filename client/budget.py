@@ -22,7 +22,7 @@ from common.errors import BudgetExhausted, LedgerError, ProtocolError
 from common.log import about
 from common.messages.round import KeyTask, Spending, TrainTask
 from common.privacy.accounting import Release, check_terms, gaussian_release
-from common.privacy.plan import PrivacyPlan
+from common.privacy.plan import Plan, PrivacyPlan
 from common.privacy.privacy_filter import FRESH, History, noise_after, price_after, promised_noise
 from common.secure_sum import check_headroom
 from common.starts import PaidStart
@@ -30,6 +30,18 @@ from common.tasks import TASKS
 from strategies.job import Job
 
 log = logging.getLogger("fedveil.site")
+
+
+def enter_round(site: Site, job: Job, task: TrainTask, deadline: Deadline) -> tuple[Plan, Spending | None]:
+    """Charge a round, or write it down where nothing is charged; return what to do to the records, and the price.
+
+    Raises:
+        BudgetExhausted, PolicyRefusal, ProtocolError: as of ``pay_round`` and ``note_exposure``.
+    """
+    if job.mechanism.charged:
+        return pay_round(site, job, task, deadline)
+    note_exposure(site, job, task)
+    return job.site_plan(job.config.training.local_steps, site.public_size), None
 
 
 def pay_round(site: Site, job: Job, task: TrainTask, deadline: Deadline) -> tuple[PrivacyPlan, Spending]:
@@ -91,11 +103,10 @@ def note_exposure(site: Site, job: Job, task: TrainTask) -> None:
     Raises:
         PolicyRefusal: the run has had all its rounds or steps here; nothing was written.
     """
-    if job.mechanism.central:
+    if warning := job.mechanism.exposes:
         if site.simulated:
             return
-        where = about(task.run, task.round_number, site.name)
-        log.warning("the server is sent an update without noise: no record is protected from it", extra=where)
+        log.warning("%s", warning, extra=about(task.run, task.round_number, site.name))
     steps = job.config.training.local_steps if task.round_number else 0
     with Ledger(site.ledger_path) as ledger:
         ledger.expose(
@@ -155,7 +166,7 @@ def plan_of(job: Job, site: Site, terms: Terms, history: History = FRESH) -> Pri
     """
     config = job.config
     epsilon, delta = terms.stricter(config.privacy.epsilon, config.privacy.delta)
-    if job.mechanism.summed:
+    if shares_noise(job):
         return _common_plan(job, site, epsilon, delta, history)
     rounds, steps = site.policy.most_of(job)
     paid = job.origin.release(_least_start_noise(job, site, epsilon, delta))
@@ -197,7 +208,7 @@ def _common_plan(job: Job, site: Site, epsilon: float, delta: float, history: Hi
         ConfigError: the site's own part does not fit a sum's words.
     """
     config, least = job.config, site.policy.min_noise_multiplier
-    plan = job.mechanism.plan(config.privacy, config.training, config.total_steps, site.public_size)
+    plan = job.plan(config.total_steps, site.public_size)
     # What the site itself adds to the sum must fit, before anybody pays.
     sites = config.privacy.honest_sites + config.privacy.colluders
     check_headroom(plan.expected_batch_size, plan.event.clip_norm, plan.noise_std, sites)
@@ -219,10 +230,15 @@ def _common_plan(job: Job, site: Site, epsilon: float, delta: float, history: Hi
     return replace(plan, delta=delta, max_epsilon=epsilon)
 
 
+def shares_noise(job: Job) -> bool:
+    """Return whether the run's sites share the noise of one sum, so that all must do the same."""
+    return job.mechanism.summed
+
+
 def _plan(ledger: Ledger, site: Site, job: Job, run: str, deadline: Deadline) -> PrivacyPlan:
     terms = ledger.lower_budget(site.dataset_id, site.policy.epsilon, site.policy.delta)
     # Whether a sum can end is asked before its first round; from then on the ledger says when it ends.
-    begun = job.mechanism.summed and ledger.trained(site.dataset_id, run) != (0, 0)
+    begun = shares_noise(job) and ledger.trained(site.dataset_id, run) != (0, 0)
     with deadline.extended():
         return plan_of(job, site, terms, FRESH if begun else ledger.history(site.dataset_id, run))
 
@@ -237,7 +253,7 @@ def _offered(
         releases: of the round.
         plan: of the run's steps.
     """
-    policy, unit = site.policy, job.mechanism.claim.per
+    policy, unit = site.policy, job.claim.per
     most, ceiling = policy.person_terms(unit)
     start = job.origin.release(_least_start_noise(job, site, plan.max_epsilon, plan.delta))
     rounds, steps = policy.most_of(job)

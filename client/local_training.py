@@ -16,9 +16,10 @@ from typing import cast
 import torch
 from torch import nn
 
-from client.budget import evaluation_releases, note_exposure, note_failure, pay_round
+from client.budget import enter_round, evaluation_releases, note_failure, shares_noise
 from client.deadline import Deadline
 from client.evaluation import noised_correct
+from client.failures import failures_of
 from client.linearised import Derivatives, Keeping, Linearisation, forget_records, linearised
 from client.optimizers import build_optimizer, set_learning_rate
 from client.outgoing import own_words
@@ -75,23 +76,15 @@ def train_round(
     check_task(task, job, model)
     rank = site.declared_rank(job)
     deadline = deadline or Deadline()
-    plan: Plan
     words: Words | None = None
-    spending, counted, failure = None, None, None
-    if job.mechanism.charged:
-        plan, spending = pay_round(site, job, task, deadline)
-    else:
-        note_exposure(site, job, task)
-        plan = job.mechanism.exposing_plan(job.config.privacy, job.config.training)
+    counted, failure, failures = None, None, failures_of(job, deadline)
+    plan, spending = enter_round(site, job, task, deadline)
     try:
         with model.many_passes(), denormals_flushed():
-            # Where nothing is concealed a late answer is better than none.
             prepared = records() if callable(records) else records
-            records = model.featurise(prepared, (deadline if job.mechanism.conceals else Deadline()).check)
+            records = model.featurise(prepared, failures.deadline.check)
     except Exception as error:
-        if not job.mechanism.conceals:
-            raise
-        records, failure = [], own_words(error)  # paid for already, as a step that fails
+        records, failure = [], failures.caught(error)  # paid for already, as a step that fails
     if not task.round_number:
         contribution, failed = _statistic(records, job, model, plan, deadline, site)
     else:
@@ -117,7 +110,7 @@ def train_round(
         contribution = plan.outgoing(trained, received) if words is None else {}
     failure = failure or failed
     result = TrainResult(
-        *(task.run, task.round_number, site.name, 1 if job.mechanism.central else site.public_size, contribution),
+        *(task.run, task.round_number, site.name, plan.told_size(site.public_size), contribution),
         *(spending, counted),
     )
     if task.round_number:
@@ -152,7 +145,7 @@ def _statistic(
 
 def check_task(task: TrainTask, job: Job, model: FederatedModel) -> None:
     """Raise ProtocolError unless the task fits this run, this base model and this adapter start."""
-    if bool(task.offers) != job.mechanism.summed:
+    if bool(task.offers) != shares_noise(job):
         raise ProtocolError("a task has the keys of a secure sum, or lacks them, against privacy.mode")
     if not task.round_number and job.origin.asked != "sites":
         raise ProtocolError(f"the server asks for round 0, in which the start {job.origin.name!r} asks no site")
@@ -197,13 +190,13 @@ def _local_steps(
     such as for memory that others took meanwhile, a refusal would show it, so noise is sent. That is no part of the
     claim: from a whole sum to none is further than one clip.
     """
-    if not job.mechanism.conceals:
-        return _take_steps(records, job, model, task, plan, site, Deadline(), kept), None
+    failures = failures_of(job, deadline)
     try:
-        return _take_steps(records, job, model, task, plan, site, deadline, kept), None
+        return _take_steps(records, job, model, task, plan, site, failures.deadline, kept), None
     except Exception as error:
+        why = failures.caught(error)
         model.write(received)
-        return _take_steps([], job, model, task, plan, site, Deadline(), kept), own_words(error)
+        return _take_steps([], job, model, task, plan, site, Deadline(), kept), why
 
 
 def _take_steps(

@@ -20,7 +20,7 @@ from common.config.sections import HEAD_POLICIES, Columns, Scalar, from_section
 from common.errors import ConfigError, ModelNotLoaded, PolicyRefusal
 from common.labels import labels_text
 from common.model.named import NAMED_MODELS
-from common.privacy import MECHANISMS, UNITS
+from common.privacy import MECHANISMS, UNITS, promising, sharing_noise
 from common.privacy.accounting import LEAST_DELTA
 from common.privacy.events import MOST_NOISE
 from common.privacy.figures import most_delta_text
@@ -191,14 +191,13 @@ class Policy:
                 )
         for name in _names(self.mechanisms):
             one_of(MECHANISMS, mechanisms=name)
-            if not MECHANISMS[name].claims:
+            if name not in promising():
                 raise ConfigError(
                     f"mechanisms names {name!r}, which promises nothing about any record: remove it, and set "
                     "allow-no-privacy = true if the site is to join such runs"
                 )
-        summed = [name for name in _names(self.mechanisms) if MECHANISMS[name].summed]
-        if self.honest_sites and not summed:
-            known = " or ".join(repr(name) for name, row in MECHANISMS.items() if row.summed)
+        if self.honest_sites and not sharing_noise(_names(self.mechanisms)):
+            known = " or ".join(map(repr, sharing_noise()))
             raise ConfigError(f"honest-sites is for secure sums, which mechanisms does not allow: add {known} to it")
         check_whole(self)
 
@@ -254,11 +253,13 @@ class Policy:
         config = job.config
         check_pins(self, config, private=private, place=place)
         self.check_mechanism(job.mechanism)
-        if private and self.lacks_budget and job.mechanism.claims and not job.mechanism.central:
-            raise PolicyRefusal(NO_BUDGET)
-        self._check_unit_of(job, private=private)
-        self._check_rate(job)
-        if job.mechanism.summed and config.privacy.honest_sites > self.honest_sites:
+        # Where the server is trusted, the site's budget, which is of its own unit, pays for nothing.
+        if job.mechanism.charged:
+            if private and self.lacks_budget:
+                raise PolicyRefusal(NO_BUDGET)
+            self._check_unit_of(job, private=private)
+            self._check_rate(job)
+        if config.privacy.honest_sites > self.honest_sites:
             raise refusal("honest-sites", self.honest_sites, f"privacy.honest-sites = {config.privacy.honest_sites}")
         _one_of("strategies", self.strategies, config.strategy)
         _one_of("head-policies", self.head_policies, config.head.policy)
@@ -269,10 +270,9 @@ class Policy:
 
     def _check_unit_of(self, job: Job, *, private: bool) -> None:
         """Raise PolicyRefusal unless the run protects whom the steward says, by the steward's own column."""
-        asked, unit = job.config.privacy, job.mechanism.unit
+        asked, unit = job.config.privacy, job.unit
         # A part of a public data set has the size that follows from its division, by either unit.
-        # Where the server is trusted, the site's budget, which is of its own unit, pays for nothing.
-        if not job.mechanism.claims or job.mechanism.central or not (private or UNITS[self.unit].grouped):
+        if not (private or UNITS[self.unit].grouped):
             return
         if unit.name != self.unit:
             raise refusal("unit", repr(self.unit), f"privacy.unit = {asked.unit!r}")
@@ -284,10 +284,10 @@ class Policy:
 
     def _check_rate(self, job: Job) -> None:
         """Raise PolicyRefusal unless steps, and what the start is made from, have the policy's sample rate."""
-        if not self.sample_rate or not job.mechanism.charged:
+        if not self.sample_rate:
             return
         paid = job.origin.release()
-        asked = {"training.sample-rate": job.mechanism.event(job.config.privacy, job.config.training).sample_rate}
+        asked = {"training.sample-rate": job.sample_rate}
         asked |= {"start.sample-rate": paid.event.sample_rate} if paid else {}
         for setting, rate in asked.items():
             if rate != self.sample_rate:
@@ -295,17 +295,11 @@ class Policy:
 
     def check_mechanism(self, mechanism: Mechanism) -> None:
         """Raise PolicyRefusal unless runs of this mechanism may be joined; one that nobody allowed may not."""
-        asked = f"privacy.mode = {mechanism.name!r}"
-        if not mechanism.claims:
-            if not self.allow_no_privacy:
-                raise refusal("allow-no-privacy", "false", asked)
-        elif mechanism.name not in self.allowed_mechanisms:
-            without = ", in which no record is protected from the server" if mechanism.central else ""
-            raise refusal("mechanisms", ", ".join(self.allowed_mechanisms), asked + without)
-        elif mechanism.central and self.min_noise_multiplier:
-            raise refusal(
-                "min-noise-multiplier", f"{self.min_noise_multiplier:g}", f"{asked}, in which a site adds none"
-            )
+        broken = mechanism.broken_rule(
+            self.allowed_mechanisms, without_privacy=self.allow_no_privacy, least_noise=self.min_noise_multiplier
+        )
+        if broken:
+            raise refusal(*broken)
 
     @property
     def lacks_budget(self) -> bool:

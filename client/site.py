@@ -52,7 +52,7 @@ from common.files import FileState, expanded
 from common.labels import labels_text
 from common.log import about
 from common.paths import run_folder
-from common.privacy import MECHANISMS
+from common.privacy import promising
 from common.tasks import TASKS
 from common.tasks.examples import Dataset
 from strategies.job import Job
@@ -123,7 +123,7 @@ def policy_of(node: Mapping[str, Scalar]) -> Policy:
                 "a node with 'data' needs a 'policy' that says what its records are for: write one with "
                 f"'{pin_command('policy.toml')}', and add policy=\"policy.toml\" to the node's settings"
             )
-        return Policy(allow_no_privacy=True, mechanisms=",".join(n for n, row in MECHANISMS.items() if row.claims))
+        return Policy(allow_no_privacy=True, mechanisms=",".join(promising()))
     policy = load_policy(expanded(str(node["policy"])))
     for key, value in (("dataset-id", policy.dataset_id), ("public-size", policy.public_size)):
         if key in node and value:

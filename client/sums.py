@@ -328,7 +328,7 @@ def _holder(task: SumTask, party: Party, memory: Mapping[str, bytes]) -> Holder:
 def terms_of(job: Job, public_size: int) -> Terms:
     """Return the figures that all sites of a run agree on; the public size decides none of them."""
     config = job.config
-    plan = job.mechanism.plan(config.privacy, config.training, config.total_steps, public_size)
+    plan = job.plan(config.total_steps, public_size)
     return Terms(
         noise_multiplier=plan.event.noise_multiplier,
         clip_norm=plan.event.clip_norm,
@@ -341,7 +341,7 @@ def terms_of(job: Job, public_size: int) -> Terms:
 
 def _hashes(task: TrainTask, job: Job, model: FederatedModel) -> Task:
     with model.factors_alone(job.strategy.turn(task.round_number)):
-        sent = job.summed(task.round_number, model.trained())
+        sent = job.sent(task.round_number, model.trained())
     trained = {layer: {name: p.detach() for name, p in factors.items()} for layer, factors in sent.items()}
     return Task(
         base=model.base.fingerprint,

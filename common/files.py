@@ -23,6 +23,8 @@ DATABASE = b"SQLite format 3\0"
 """What a file of SQLite, such as a ledger, begins with."""
 LONGEST_WRITE = 60.0
 """Seconds."""
+ABOUT_ADAPTER = "fedveil.json"
+"""What says of a saved adapter what it is."""
 BESIDE_DATABASE = ("-journal", "-wal", "-shm")
 """How the names of the files end that belong to a database."""
 

@@ -7,13 +7,10 @@ from pathlib import Path, PurePath
 from common.check import PLAIN_NAME
 from common.config.sections import RunConfig
 from common.errors import ConfigError, DataError
-from common.files import expanded
+from common.files import ABOUT_ADAPTER, expanded
 
 RUN_NAME = PLAIN_NAME
 """A server chooses it."""
-ABOUT_ADAPTER = "fedveil.json"
-"""What says of a saved adapter what it is."""
-
 REPLIES = "replies"
 """In a run's folder, what simulated sites answered last."""
 

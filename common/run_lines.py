@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
-from common.config.sections import Scalar
 from common.errors import DataError
+from common.files import ABOUT_ADAPTER
 from common.messages.round import SpendingFigures
-from common.paths import ABOUT_ADAPTER
 from common.strict_json import BESIDE, Endless, Measured, called, from_json, json_of
 
 AUDITS = "audit*"
@@ -45,7 +44,7 @@ class ConfigFile(RunFile):
     """What messages, records and ledgers call it."""
     started: str
     """UTC, ISO 8601."""
-    settings: dict[str, Scalar]
+    settings: dict[str, str | int | float | bool]
     versions: dict[str, str]
     """Of Python and of packages, by name."""
     chosen: list[str] = field(default_factory=list)
@@ -198,7 +197,7 @@ class AdapterFile(RunFile):
     feature_scale: float
     precision: str
     """Of the forward pass, as torch calls its dtype."""
-    settings: dict[str, Scalar]
+    settings: dict[str, str | int | float | bool]
 
 
 @dataclass(frozen=True)

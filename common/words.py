@@ -10,6 +10,9 @@ UNKNOWN = "–"
 EACH = 12
 """Sites up to which each is named, or has a row of its own."""
 
+LONGEST_REASON = 500
+"""Characters of a reason that reach the terminal and the records."""
+
 
 def visible(text: str) -> str:
     """Return ``text`` on one line, with every character that cannot be seen replaced.
@@ -30,6 +33,11 @@ def printable(text: str, instead: str = "\ufffd") -> str:
     'a?[2Kb'
     """
     return "".join(character if character.isprintable() else instead for character in text)
+
+
+def clean(text: str, longest: int = LONGEST_REASON) -> str:
+    """Return a site's words as one printable line of bounded length: no control codes, no line breaks."""
+    return printable(" ".join(text[: 2 * longest].split()), "?")[:longest]
 
 
 _ANY_PATH = re.compile(r"(?<![\w.:/<])(?:~[\w.-]*|[A-Za-z]:)?[/\\][^\s'\"`,;:()]+")

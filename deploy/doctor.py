@@ -16,7 +16,7 @@ from common.bundle import own_digest
 from common.errors import PolicyRefusal
 from common.files import expanded
 from common.ports import dialled
-from common.privacy import MECHANISMS
+from common.privacy import trusting_the_server
 from common.privacy.figures import epsilon_text, honest_text
 from common.privacy.units import RECORD
 from common.words import counted
@@ -230,7 +230,7 @@ def _pins(folder: SiteFolder) -> Iterator[CheckResult]:
 def _mechanisms(folder: SiteFolder) -> Iterator[CheckResult]:
     policy = policy_of_node(node_settings(folder))
     without = "; and runs without privacy" if policy.allow_no_privacy else ""
-    trusting = [name for name in policy.allowed_mechanisms if MECHANISMS[name].central]
+    trusting = trusting_the_server(policy.allowed_mechanisms)
     seen = f"; in those of {', '.join(trusting)} no record is protected from the server" if trusting else ""
     yield CheckResult(True, "mechanisms", f"runs of {', '.join(policy.allowed_mechanisms)}{seen}{without}")
 

@@ -8,7 +8,7 @@ from common.config.sections import DataConfig, ModelConfig, RunConfig, Scalar
 from common.config.text import to_toml
 from common.errors import ConfigError
 from common.labels import labels_of, labels_text
-from common.privacy import MECHANISMS
+from common.privacy import MECHANISMS, trusting_the_server
 from common.privacy.record_level import DPSGD
 from common.privacy.units import PERSON
 from common.tasks import TASKS
@@ -71,7 +71,7 @@ def policy_text(
         settings["public-size"] = public_size
     if models:
         settings["models"] = models
-    trusting = [name for name in mechanisms if name in MECHANISMS and MECHANISMS[name].central]
+    trusting = trusting_the_server(mechanisms)
     protection = MECHANISMS_HEAD + (TRUSTING.format(names=", ".join(trusting)) if trusting else "")
     protection += to_toml({"mechanisms": mechanisms, **(sums or {})})
     text = HEAD + to_toml(settings) + protection + (PINS_HEAD + to_toml(pins) if pins else "")

@@ -250,13 +250,13 @@ def check_pinned(folder: SiteFolder, settings: Mapping[str, Scalar]) -> Policy:
     """
     from client.pins import unpinned
     from client.policy import NO_BUDGET
-    from common.privacy import MECHANISMS
+    from common.privacy import trusting_the_server
 
     policy = policy_of_node(settings)
     if "data" in settings and not policy.task:
         place = folder.path if settings["policy"] == str(folder.path / "policy.toml") else settings["policy"]
         raise ConfigError(unpinned(str(place), folder.task))
-    charged = [name for name in policy.allowed_mechanisms if not MECHANISMS[name].central]
+    charged = set(policy.allowed_mechanisms) - set(trusting_the_server())
     if "data" in settings and policy.lacks_budget and charged and not policy.allow_no_privacy:
         raise ConfigError(NO_BUDGET)
     return policy

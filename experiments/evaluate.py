@@ -18,8 +18,9 @@ from common.data.sources import public_test
 from common.errors import DataError, ModelError
 from common.model.base import BaseModel, load_base_model
 from common.model.device import choose_attention, choose_device
-from common.model.federated import Score, score_records
+from common.model.federated import score_records
 from common.model.files import check_files
+from common.model.score import Score
 from common.paths import check_adapter
 from common.run_lines import AdapterFile, read_file, read_json
 from common.tasks import TASKS, Task
@@ -96,7 +97,7 @@ def base_of(about: AdapterFile, name: str, files: str) -> BaseModel:
 def result_of(about: AdapterFile, base: BaseModel, adapter: Path, tuned: Path | None) -> Result:
     """Return a base model with the adapter of ``tuned``, if any, and the head of ``adapter``."""
     peft_model = _with_adapter(base, tuned) if tuned else base.module
-    task = TASKS[about.task].pooled(str(about.settings.get("head.pool", "mean")))
+    task = TASKS[about.task].with_pool(str(about.settings.get("head.pool", "mean")))
     model = task.module(peft_model, base, len(about.label_names) if task.labelled else 0, about.feature_scale)
     if model.head is not None:
         head = adapter / "head.safetensors"

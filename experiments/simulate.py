@@ -85,7 +85,7 @@ def simulate(
     job = configure(settings)
     check_tracker(job.config.tracker)
     check_partition(job.config)
-    if job.mechanism.central and sites > job.config.privacy.cohort:
+    if 0 < job.config.privacy.cohort < sites:
         raise ConfigError(
             f"{sites} sites are more than privacy.cohort, which is {job.config.privacy.cohort}: raise it, or take fewer"
         )

@@ -24,7 +24,8 @@ from faults.fault_plan import SERVER, FaultPlan, open_plan
 from server import app as real
 from server import records
 from server.checkpoint import NAME, Checkpoint, save_checkpoint
-from server.sites import Exchange, Sites
+from server.collect.plain import PlainCollector
+from server.sites import Exchange
 from strategies import STRATEGIES
 from strategies.job import configure
 
@@ -143,7 +144,8 @@ def _mine(plan: FaultPlan, strategy: str) -> None:
 
         return dying
 
-    Sites.gather = before(Sites.gather, lambda _, number, state: number, BEFORE)  # type: ignore[method-assign]
+    collect = PlainCollector.collect
+    PlainCollector.collect = before(collect, lambda _, number, state: number, BEFORE)  # type: ignore[method-assign]
     kind = STRATEGIES[strategy]
     kind.server_update = before(  # type: ignore[method-assign]
         kind.server_update, lambda _, state, *got: state.round_number + 1, AGGREGATING

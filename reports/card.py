@@ -68,7 +68,7 @@ def adapter_form(data: ReportData) -> Form:
     task = TASKS[str(setting_of(data, "model.task"))]
     files = {name.rpartition("/")[2]: digest for name, digest in data.origin.files.items()}
     tuned, settings = "adapter_config.json" in files, {setting.key: setting.value for setting in data.settings}
-    code = task.pooled(settings["head.pool"]).adapter_code(_shown_base(data), settings, tuned=tuned)
+    code = task.with_pool(settings["head.pool"]).adapter_code(_shown_base(data), settings, tuned=tuned)
     if not tuned:
         return Form("finetune", OWN_LIBRARY, code, files)
     return Form("adapter", "peft", code, files, "" if task.labelled else task.hub_task)

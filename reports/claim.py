@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from common.config.sections import Scalar
 from common.data.sources import unprotected_test
-from common.privacy import MECHANISMS, mechanism_of
+from common.privacy import mechanism_of, promise_of, trusting_the_server
 from common.privacy.figures import epsilon_text
 from common.starts.public_text import words_of
 from common.words import EACH, names_text, natural
@@ -99,11 +99,12 @@ def claim_of(files: RunFiles, sites: Sequence[SiteReport]) -> Claim:
     worst, delta = worst_site(sites), federation_delta(sites)
     unpaid = sorted({line.site for line in files.privacy if line.spent is None}, key=natural)
     text = _public_text(files.config.settings)
-    mechanism = mechanism_of(files.config.settings)
-    if mechanism is None or not mechanism.claims:
-        sentence = OFF if mechanism else UNKNOWN.format(mode, files.config.settings.get("privacy.unit", "record"))
+    claim = promise_of(files.config.settings)
+    if claim is None:
+        unknown = UNKNOWN.format(mode, files.config.settings.get("privacy.unit", "record"))
+        sentence = OFF if mechanism_of(files.config.settings) else unknown
         return Claim(False, True, mode, sentence, *6 * ("",), head, [], [], [], text)
-    claim, gaps = mechanism.claim, _gaps(files, sites, unpaid)
+    gaps = _gaps(files, sites, unpaid)
     if worst is None or delta is None:
         return Claim(False, False, mode, NOTHING_YET, *6 * ("",), head, [], [], gaps, text)
     accountants = sorted({site.accountant for site in sites if site.epsilon_worst is not None})
@@ -146,7 +147,7 @@ def claim_of(files: RunFiles, sites: Sequence[SiteReport]) -> Claim:
 
 def server_is_trusted(mode: str) -> bool:
     """Return whether a privacy.mode has a trusted server, which sees what sites send as it is."""
-    return mode in MECHANISMS and MECHANISMS[mode].central
+    return bool(trusting_the_server([mode]))
 
 
 def none_refused(*, central: bool) -> str:

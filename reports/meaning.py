@@ -10,12 +10,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from common.privacy import mechanism_of
+from common.privacy import promise_of
 from common.privacy.accounting import Release, alone
 from common.privacy.events import Event
 from common.privacy.figures import bound_text, epsilon_text
 from common.privacy.meaning import Attack, Meaning, Several, meaning_of
 from common.words import names_text, natural
+from reports.claim import server_is_trusted
 from reports.folder import RunFiles
 from reports.sharing import NOT_ADDED, Sharing, rests_on, sharing_of
 from reports.sites import SiteReport, releases_of_site
@@ -72,8 +73,8 @@ class MeaningReport:
 
 def meaning_report(files: RunFiles, sites: Sequence[SiteReport]) -> MeaningReport | None:
     """Return what the run's ε means; None where nothing is promised or nothing was computed."""
-    mechanism = mechanism_of(files.config.settings)
-    if mechanism is None or not mechanism.claims or any(site.agreement == "exposed" for site in sites):
+    promise = promise_of(files.config.settings)
+    if promise is None or any(site.agreement == "exposed" for site in sites):
         return None
     known = [site for site in sites if site.epsilon_recomputed is not None and site.delta is not None]
     if not known:
@@ -84,20 +85,22 @@ def meaning_report(files: RunFiles, sites: Sequence[SiteReport]) -> MeaningRepor
     bounds = _largest(released, delta)
     if bounds is None:
         return None
-    sharing, per = sharing_of(files, sites), mechanism.claim.per
+    sharing, per = sharing_of(files, sites), promise.per
     honest = sharing.honest_sites if sharing else 0
     bare = _largest([alone(releases) for releases in released], delta) if honest > 1 else None
     if per != RECORD:
         # Of another unit a person may be one whole; in a sum it is one at each of its sites, alone each has its noise.
-        bounds = bounds if mechanism.summed else replace(bounds, several=[])
+        bounds = bounds if sharing else replace(bounds, several=[])
         bare = bare and replace(bare, several=[])
-    ledger = "The server's" if mechanism.central else "A site's"
+    central = server_is_trusted(str(files.config.settings.get("privacy.mode", "none")))
+    ledger = "The server's" if central else "A site's"
     cautions = [THIS_RUN.format(ledger)] * any(site.agreement == "larger" for site in sites)
     lost = [site.site for site in sites if site.epsilon_worst is not None and site not in known]
     cautions += [LEFT_OUT.format(names_text(sorted(lost, key=natural)))] * bool(lost)
     caution = " ".join([*cautions, *[TRIAL_ALONE] * (files.tuning is not None)])
-    seen = "all that the server gave away" if mechanism.central else "all that was sent"
-    return MeaningReport(worst.site, per, epsilon, delta, bounds, caution, seen, honest, bare, summed=mechanism.summed)
+    seen = "all that the server gave away" if central else "all that was sent"
+    summed = sharing is not None
+    return MeaningReport(worst.site, per, epsilon, delta, bounds, caution, seen, honest, bare, summed=summed)
 
 
 def _largest(released: Sequence[Sequence[Release]], delta: float) -> Meaning | None:

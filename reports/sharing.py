@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from common.privacy import mechanism_of
+from common.privacy import promise_of, sharing_noise
 from common.privacy.figures import epsilon_text
 from common.strict_json import Endless
 from reports.folder import RunFiles
@@ -50,8 +50,8 @@ def sharing_of(files: RunFiles, sites: Sequence[SiteReport]) -> Sharing | None:
 
     Where sites counted on different numbers, the largest stands: with fewer honest ones not all of their claims hold.
     """
-    mechanism, settings = mechanism_of(files.config.settings), files.config.settings
-    if mechanism is None or not mechanism.summed:
+    settings = files.config.settings
+    if not sharing_noise([str(settings.get("privacy.mode", "none"))]) or promise_of(settings) is None:
         return None
     counted = [figure for site in sites for figure in distinct(site.events, "honest_sites")]
     asked = settings.get("privacy.honest-sites", 1)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 
 from common.accountant import INITIALISATION, TRAINING
 from common.errors import FedVeilError
@@ -18,33 +17,17 @@ from common.privacy.events import LEAST_RATE, MOST_NOISE, EventKind
 from common.privacy.figures import epsilon_text, honest_text
 from common.privacy.plan import PrivacyPlan
 from server.marks import mark_of
+from server.members import Member
 from server.optimizer import usual_change
 from server.plausible import implausible, largest_norm, oversized, update_norm
 from server.registered import misnamed
-from server.terms import least_plan, paid_plan
+from server.terms import least_plan
 from strategies.job import Job
 from strategies.state import ServerState
 
 ROOM = 1e-3
 """Relative. Two versions of an accountant may differ by this in the least noise for a budget."""
 ROUNDING = 1e-9
-
-
-@dataclass(frozen=True)
-class Member:
-    """What the server remembers of a node whose result counted."""
-
-    site: str
-    """The name that it answered by."""
-    public_size: int
-    spending: Spending | None
-    """What it told last of its ledger; None where nothing is charged."""
-    rank: int = 0
-    """How many columns it declared that it trains; 0 where the strategy does not ask."""
-    round_number: int = 0
-    """The last in which it counted."""
-    repeated: int = 0
-    """Steps that its ledger was charged for since it first counted, beside those of rounds that count."""
 
 
 class Admission:
@@ -156,16 +139,16 @@ class Admission:
         # Round 0 trains no column.
         if before and before.rank and result.round_number and before.rank != result.rank:
             return f"the site declares rank {result.rank}, it was {before.rank} in this run"
-        if not self._job.mechanism.charged:
+        plan = least_plan(self._job, result)
+        if not isinstance(plan, PrivacyPlan):
             return "the reply states a privacy spending in a run without privacy" if spent else ""
-        plan = paid_plan(self._job, result)
         if spent is None:
             return "the reply states no privacy spending in a private run"
         past = before.spending if before else None
         if past and (spent.epsilon_total < past.epsilon_total * (1 - ROUNDING) or spent.steps_total < past.steps_total):
             before_it, now = (epsilon_text(s.epsilon_total, decimals=4) for s in (past, spent))
-            honest = self._job.config.privacy.honest_sites if self._job.mechanism.summed else 0
-            return f"the site's total went back from ε {before_it} to {now}{honest_text(honest)}"
+            honest = honest_text(self._job.config.privacy.honest_sites)
+            return f"the site's total went back from ε {before_it} to {now}{honest}"
         return self._wrong_spending(result, spent, plan)
 
     def _wrong_spending(self, result: TrainResult, spent: Spending, plan: PrivacyPlan) -> str:

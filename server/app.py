@@ -18,7 +18,7 @@ from common.messages.round import Reply, SumReply, Task
 from common.messages.signed import check_unsigned
 from common.messages.wire import Layout, encode_task, payload_bytes
 from common.paths import run_folder
-from common.run_lines import ProgressFile, Reach
+from common.run_lines import Reach
 from server.conduct import conduct
 from server.model import ServerModel
 from server.own_check import began, own_check
@@ -64,10 +64,9 @@ class FlowerTransport:
         while True:
             nodes = sorted(set(_patiently(self._grid.get_node_ids)) - set(besides))
             if len(nodes) >= wanted or time.monotonic() > deadline:
-                if self._job.mechanism.central:  # before anybody is drawn
-                    self._folder.progress(ProgressFile("training"))
+                self._folder.progress(self._folder.shown.ready())
                 return nodes
-            self._folder.progress(ProgressFile("waiting for sites", online=len(nodes), wanted=wanted))
+            self._folder.progress(self._folder.shown.waiting(len(nodes), wanted))
             time.sleep(POLL_SECONDS)
 
     def registered(self) -> Mapping[int, str] | None:
@@ -105,22 +104,14 @@ class FlowerTransport:
                     continue
                 replies[node], size = self._read(message, task, node, layout)
                 up += size
-            self._tell_progress(task.round_number, [reply.site for reply in replies.values()], len(tasks))
+            answered = [reply.site for reply in replies.values()]
+            self._folder.progress(self._folder.shown.answered(task.round_number, answered, len(tasks)))
             if waiting:
                 time.sleep(POLL_SECONDS)
         for message_id in waiting:
-            node = sent[message_id].node
-            what = "no whole answer" if message_id in pulls.under_way else "no answer"
-            trouble = f" (the SuperLink failed: {pulls.trouble})" if pulls.trouble else ""
-            replies[node] = refusal(task, node, "late", f"{what} in {timeout:g} s{trouble}")
+            node, why = sent[message_id].node, _late(message_id, pulls, timeout)
+            replies[node] = refusal(task, node, "late", why)
         return Exchange(replies, down, up)
-
-    def _tell_progress(self, round_number: int, answered: list[str], asked: int) -> None:
-        """Write who has answered; with a trusted server that is nobody's business, nor whether anybody was drawn."""
-        if not self._job.mechanism.central:
-            rounds = self._job.config.rounds
-            told = ProgressFile("training", round_number=round_number, rounds=rounds, answered=answered, asked=asked)
-            self._folder.progress(told)
 
     def _push(self, tasks: Mapping[int, Task], timeout: float) -> tuple[dict[str, _Sent], int]:
         """Return what the SuperLink took, by the message's id, and what it weighs in bytes."""
@@ -160,6 +151,12 @@ class FlowerTransport:
             return refusal(task, node, "failed", f"unsigned: {reason}" if self._signing else reason), 0
         expected = replies_to(task, self._job, layout)
         return read_reply(message.content, expected, task, node), payload_bytes(message.content)
+
+
+def _late(message_id: str, pulls: Pulls, timeout: float) -> str:
+    what = "no whole answer" if message_id in pulls.under_way else "no answer"
+    trouble = f" (the SuperLink failed: {pulls.trouble})" if pulls.trouble else ""
+    return f"{what} in {timeout:g} s{trouble}"
 
 
 def _patiently(call: Callable[[], Answer]) -> Answer:

@@ -26,10 +26,10 @@ from common.errors import ConfigError, DataError
 from common.files import length, replace_file
 from common.messages.state import AdapterState
 from common.messages.tensors import entries
-from common.model.federated import Score
+from common.model.score import Score
 from common.run_lines import ConfigFile, ResultFile, read_if_there
 from common.strict_json import from_json, to_json
-from server.admission import Member
+from server.members import Member
 from strategies.job import Job
 from strategies.state import Moments, ServerState
 

@@ -11,7 +11,7 @@ from common.data.sources import unprotected_test
 from common.errors import FedVeilError, RunFailed
 from common.files import full_disk
 from common.log import about, kept_in, place_of, set_up
-from common.model.federated import Score
+from common.model.score import Score
 from common.paths import REPLIES, run_folder, run_name
 from common.privacy.figures import epsilon_text
 from common.run_lines import ProgressFile, Reached, ResultFile, ServerStart, Status
@@ -19,55 +19,52 @@ from common.words import counted
 from reports import federation_epsilon, write_reports
 from reports.folder import read_run
 from reports.sites import epsilon_by
-from server.admission import Member
+from server.admission import Admission
+from server.begin import begin, resume
 from server.checkpoint import Checkpoint, load_checkpoint
+from server.collect.door import collector_of
 from server.lock import GLANCE_SECONDS, only_writer
+from server.members import Member
 from server.model import ServerModel
+from server.observers import Observer, Observers, RoundOutcome
 from server.own_check import began
 from server.records import RunFolder
-from server.rounds import RoundOutcome, run_rounds
+from server.rounds import run_rounds
 from server.sites import Transport
 from server.terminal import round_line, score_words
 from server.tracking import Tracking, check_tracker
+from server.update import ServerUpdate
 from strategies.job import Job
 from strategies.state import ServerState
 
 log = logging.getLogger("fedveil.server")
-SITES_LOG = "fedveil.site"
-NOT_PUBLISHED = (
-    "this log has the times of rounds, which may show who was drawn: it is the trusted server's own, and is not to be "
-    "published"
-)
 DYING_SECONDS = 90.0
 """How long a resumed run waits for the server that began it: one that lost its SuperLink takes a while to give up."""
 
 
-class _Observer:
-    """Writes a run's folder and says one line a round."""
+class Terminal(Observer):
+    """Says what it hears in lines for people."""
 
-    def __init__(self, job: Job, folder: RunFolder, server_model: ServerModel, tracking: Tracking) -> None:
-        self._job, self._folder, self._server_model, self._tracking = job, folder, server_model, tracking
+    def __init__(self, job: Job, folder: RunFolder, server_model: ServerModel) -> None:
+        self._job, self._folder, self._server_model = job, folder, server_model
         self.stop_reason = ""
 
     def started(
         self, baseline: Score, state: ServerState, members: Mapping[str, Member], begun: Score | None = None
     ) -> None:
-        self._folder.started(baseline, state, members, begun)
+        """Say the score before training, and after round 0."""
         self._folder.say(f"before training: accuracy {100 * baseline.accuracy:.1f} %")
         if found := self._server_model.found:
             self._folder.say(f"  {found}", 0)
         if begun is not None:
             self._folder.say(f"after round 0: accuracy {100 * begun.accuracy:.1f} %")
-        self._tracking.tell()
 
-    def resumed(self, checkpoint: Checkpoint) -> None:
-        self._folder.say(f"goes on after round {checkpoint.state.round_number}: {score_words(checkpoint.score)}")
-
-    def asks(self) -> None:
-        self._folder.asks()
+    def resumed(self, round_number: int, score: Score | None) -> None:
+        """Say after which round the run goes on."""
+        self._folder.say(f"goes on after round {round_number}: {score_words(score)}")
 
     def initialised(self, outcome: RoundOutcome) -> None:
-        self._folder.initialised(outcome)
+        """Say what the start was made of, and who took no part in it."""
         results = outcome.got.results.values()
         spent = self._epsilon(0) if any(result.spending for result in results) else None
         cost = (
@@ -82,27 +79,22 @@ class _Observer:
             self._folder.say(f"  {absence.site} did not take part ({absence.kind}): {absence.reason}", 0)
 
     def finished(self, outcome: RoundOutcome, state: ServerState, members: Mapping[str, Member]) -> None:
-        self._folder.finished(outcome, state, members)
-        own = None if self._job.mechanism.central else self._epsilon(outcome.round_number)
-        self._folder.say(round_line(self._job, outcome, members, own), outcome.round_number)
+        """Say the round's line."""
+        number, shown = outcome.round_number, self._folder.shown
+        own = shown.by_lines(lambda: self._epsilon(number))
+        self._folder.say(round_line(shown, outcome, members, own), number)
         told = self._job.strategy.told(state)
-        if told and outcome.round_number < self._job.config.rounds:
-            self._folder.say(f"  {told}", outcome.round_number)
-        self._tracking.tell()
+        if told and number < self._job.config.rounds:
+            self._folder.say(f"  {told}", number)
 
-    def renewed(self, state: ServerState, members: Mapping[str, Member]) -> None:
-        self._folder.renewed(state, members)
-
-    def missed(self, outcome: RoundOutcome) -> None:
-        self._folder.missed(outcome)
+    def stopped(self, reason: str) -> None:
+        """Say why the run ends early."""
+        self.stop_reason = reason
+        self._folder.say(f"run ends early: {reason}")
 
     def _epsilon(self, round_number: int) -> float | None:
         """Return the federation's ε by the end of a round, by what the folder's lines say and cost."""
         return epsilon_by(read_run(self._folder.path), round_number)
-
-    def stopped(self, reason: str) -> None:
-        self.stop_reason = reason
-        self._folder.say(f"run ends early: {reason}")
 
 
 def conduct(
@@ -137,24 +129,28 @@ def conduct(
         saved = load_checkpoint(path, job, run) if job.config.resume else None
         folder = RunFolder(path, job, run, saved)
         folder.begun(start or began("one process"))
-        # Of sites in this very process, an experiment's, the lines would tell who was drawn.
-        with kept_in(path / "log.jsonl", SITES_LOG if job.mechanism.central else ""):
-            if job.mechanism.central:
-                log.info(NOT_PUBLISHED, extra=about(run))
-            tracking = Tracking(job, path, run)
-            try:
-                _conduct(job, run, folder, connect, tracking)
-            except BaseException:
-                tracking.close()
-                try:
-                    write_reports(path)
-                except FedVeilError as second:
-                    # A full disk, say: what ends the run matters more than that no report could be written.
-                    log.error("the run has no report: %s", second, extra=about(run))
-                raise
-            tracking.close()
-            write_reports(path)
+        _logged(job, run, folder, connect)
     return path
+
+
+def _logged(job: Job, run: str, folder: RunFolder, connect: Callable[[ServerModel, RunFolder], Transport]) -> None:
+    """Conduct the run with its log and its tracker, and write its reports, also where it fails."""
+    with kept_in(folder.path / "log.jsonl", folder.shown.hidden_log):
+        if folder.shown.log_note:
+            log.info(folder.shown.log_note, extra=about(run))
+        tracking = Tracking(job, folder.path, run)
+        try:
+            _conduct(job, run, folder, connect, tracking)
+        except BaseException:
+            tracking.close()
+            try:
+                write_reports(folder.path)
+            except FedVeilError as second:
+                # A full disk, say: what ends the run matters more than that no report could be written.
+                log.error("the run has no report: %s", second, extra=about(run))
+            raise
+        tracking.close()
+        write_reports(folder.path)
 
 
 def _conduct(
@@ -170,10 +166,11 @@ def _conduct(
         if told := unprotected_test(job.config.data.name, job.config.data.test):
             folder.say(told)
         server_model = ServerModel(job)
-        observer = _Observer(job, folder, server_model, tracking)
+        terminal = Terminal(job, folder, server_model)
         folder.label_names, folder.slice_names = server_model.label_names, server_model.slice_names
-        run_rounds(job, run, connect(server_model, folder), server_model, observer, folder.saved)
-        _leave(folder, server_model, "stopped" if observer.stop_reason else "completed", observer.stop_reason)
+        observer = Observers(folder, terminal, tracking)
+        run_all(job, run, connect(server_model, folder), server_model, observer, folder.saved)
+        _leave(folder, server_model, "stopped" if terminal.stop_reason else "completed", terminal.stop_reason)
     except Exception as error:
         full = full_disk(error, folder.path)
         known = full or (error if isinstance(error, FedVeilError) else None)
@@ -191,6 +188,27 @@ def _conduct(
             reason = f"{reason}. {hint}; the adapter could not be saved ({type(second).__name__})"
             _say_failed(folder, reason, full)
         raise
+
+
+def run_all(
+    job: Job,
+    run: str,
+    transport: Transport,
+    server_model: ServerModel,
+    observer: Observer,
+    saved: Checkpoint | None = None,
+) -> ServerState:
+    """Begin or resume a run, run its rounds, and return the last state; errors as of ``run_rounds``."""
+    admission = Admission(job, saved.members if saved else {}, transport.registered, run)
+    collector = collector_of(job, run, transport, server_model, admission, saved.resumes if saved else 0)
+    start = resume(saved, observer) if saved else begin(job, collector, server_model, observer)
+    server = ServerUpdate(
+        job,
+        server_model,
+        lambda state: observer.renewed(state, collector.members),
+        renewed=bool(saved and saved.renewed),
+    )
+    return run_rounds(job.config.rounds, start, collector, server, observer)
 
 
 def _say_failed(folder: RunFolder, reason: str, full: RunFailed | None) -> None:
@@ -213,7 +231,7 @@ def _leave(folder: RunFolder, server_model: ServerModel, status: Status, reason:
         accuracy=(saved.score or server_model.score(saved.state.adapter)).accuracy,
         epsilon=federation_epsilon(folder.path),
         rounds=saved.state.round_number,
-        honest_sites=job.config.privacy.honest_sites if job.mechanism.summed else 0,
+        honest_sites=job.config.privacy.honest_sites,
     )
     folder.ended(ResultFile(status, reason, reached))
     if status == "completed":  # of any other end the run may go on

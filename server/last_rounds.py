@@ -15,14 +15,38 @@ from common.messages.round import Spending
 from common.privacy.accounting import Release
 from common.privacy.privacy_filter import promised
 from common.starts import PaidStart
-from common.words import counted, names_text
-from server.admission import Admission, Member
-from server.replies import clean
-from server.sites import Gathering
+from common.words import clean, counted, names_text
+from server.admission import Admission
+from server.collect.base import Collected
+from server.members import Member
 from strategies.job import Job
 
 AGREES = 1e-6
 """In ε, relative: the site's ledger holds what is known here and nothing else."""
+
+
+class LastRounds:
+    """Ends a run before a round that some sites cannot pay for, because an earlier one was repeated.
+
+    Args:
+        job: the run.
+        admission: of its sites.
+        resumes: how often the run was resumed, each time with a round that may be paid for again.
+    """
+
+    def __init__(self, job: Job, admission: Admission, resumes: int) -> None:
+        self._job, self._admission, self._resumes = job, admission, resumes
+
+    def before(self, round_number: int) -> str:
+        """Return why the run ends before a round is asked for; empty: it is asked for."""
+        return self._reason(cannot_pay(self._job, self._admission, round_number, self._resumes), round_number)
+
+    def after(self, got: Collected, round_number: int) -> str:
+        """Return why the run ends although a round has results; empty: it does not."""
+        return self._reason(refused(self._job, self._admission, got, round_number, self._resumes), round_number)
+
+    def _reason(self, lacking: list[Member], round_number: int) -> str:
+        return not_alone(self._job, self._admission, lacking, round_number) if lacking else ""
 
 
 def cannot_pay(job: Job, admission: Admission, number: int, resumes: int) -> list[Member]:
@@ -43,7 +67,7 @@ def cannot_pay(job: Job, admission: Admission, number: int, resumes: int) -> lis
     ]
 
 
-def refused(job: Job, admission: Admission, got: Gathering, number: int, resumes: int) -> list[Member]:
+def refused(job: Job, admission: Admission, got: Collected, number: int, resumes: int) -> list[Member]:
     """Return the sites that refused a round for their budget, of which a repeated one took it; as ``cannot_pay``."""
     nodes = [node for node, absence in got.refusals.items() if absence.kind == "budget"]
     found = [admission.members.get(admission.mark(node)) for node in nodes]

@@ -31,7 +31,7 @@ from common.config.sections import Scalar
 from common.errors import BudgetExhausted, ConfigError, DataError, LedgerError
 from common.files import expanded, replace_file
 from common.messages.round import Spending
-from common.privacy import MECHANISMS
+from common.privacy import trusting_the_server
 from common.privacy.accounting import Release
 from common.privacy.events import Event
 from common.privacy.figures import epsilon_text
@@ -101,7 +101,7 @@ def with_ledger(settings: Mapping[str, Scalar], folder: Path | None = None) -> d
     if named:
         return {**settings, "privacy.ledger": str(expanded(named).absolute())}
     mode = str(settings.get("privacy.mode", ""))
-    if folder is None or mode not in MECHANISMS or not MECHANISMS[mode].central:
+    if folder is None or not trusting_the_server([mode]):
         return dict(settings)
     return {**settings, "privacy.ledger": str(folder / NAME)}
 

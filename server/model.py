@@ -13,7 +13,8 @@ from common.errors import ModelError
 from common.messages.state import AdapterState
 from common.messages.tensors import merge
 from common.messages.wire import Layout, layout_of
-from common.model.federated import FederatedModel, Score, phrases_of
+from common.model.federated import FederatedModel, phrases_of
+from common.model.score import Score
 from common.starts import Labels
 from common.tasks import Record
 from common.tasks.examples import Example
@@ -62,7 +63,7 @@ class ServerModel:
             return self.job.origin.layout(self.model)
         strategy = self.job.strategy
         sent = of_turn(self.trained_start(), strategy.turn(round_number))
-        return layout_of(self.job.summed(round_number, sent))
+        return layout_of(self.job.sent(round_number, sent))
 
     def public_statistic(self) -> AdapterState:
         """Return the statistic that the run's start asks the server for, of public records.

@@ -10,23 +10,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from common.messages.round import TrainResult
+from server.collect.noise import NO_NOISE, Noise
 from server.terms import paid_plan, usual_noise
 from strategies.job import Job
 from strategies.state import Contribution
 
 
-def known(job: Job) -> bool:
-    """Return whether a site's change is its gradient with Gaussian noise of a known size: one plain step, no rule."""
+def plain_step(job: Job) -> bool:
+    """Return whether a site's change is its gradient times a rate: one plain step, no rule."""
     training = job.config.training
-    return (
-        job.mechanism.charged
-        and training.local_steps == 1
-        and training.optimizer == "sgd"
-        and not training.weight_decay
-    )
+    return training.local_steps == 1 and training.optimizer == "sgd" and not training.weight_decay
 
 
 def site_noise(job: Job, result: TrainResult, *, most: float = math.inf) -> float:
@@ -77,43 +73,69 @@ def of_average(shares: Sequence[float], noises: Sequence[float]) -> float:
     return math.hypot(*(share * noise for share, noise in zip(shares, noises, strict=True)))
 
 
-def averaged_noise(
-    job: Job, results: Sequence[TrainResult], averaged: Sequence[Contribution], *, usual: bool = False
-) -> float:
-    """Return the standard deviation of the noise on one number of a round's averaged change; 0 if nothing is charged.
+@dataclass(frozen=True)
+class SitesNoise:
+    """The noise of an average to which each site adds its own."""
 
-    Args:
-        job: the run.
-        results: those that count, all of one round.
-        averaged: what is averaged, in the order of ``results``, or the one sum.
-        usual: count no site above the run's own noise, times as many as all of them state: sites with earlier runs
-            add more, and a lie about noise moves nothing. Else what a site is known by counts
-            (``Contribution.noise``), that is with the factor that its change was shortened by.
-    """
-    most = _stated_by_all(job, results) if usual and job.mechanism.charged else math.inf
-    if job.mechanism.central:
-        return averaged[0].noise or 0.0  # which the server drew itself
-    if not job.mechanism.charged:
-        return 0.0
-    if job.mechanism.summed:
-        return sum_noise(job, results, most=most)
-    whole = math.fsum(one.weight for one in averaged)
-    noises = [
-        site_noise(job, result, most=most) if usual or one.noise is None else one.noise
-        for one, result in zip(averaged, results, strict=True)
-    ]
-    return of_average([one.weight / whole for one in averaged], noises)
+    job: Job
+    results: Sequence[TrainResult]
+    averaged: Sequence[Contribution]
+    """In the order of ``results``."""
+
+    def usual(self) -> float:
+        """Return the noise with no site above the run's own, times as many as all state."""
+        most = _stated_by_all(self.job, self.results)
+        return self._mean([site_noise(self.job, result, most=most) for result in self.results])
+
+    def stated(self) -> float:
+        """Return the noise as the sites state it, each with the factor that its change was shortened by."""
+        pairs = zip(self.averaged, self.results, strict=True)
+        return self._mean([site_noise(self.job, r) if one.noise is None else one.noise for one, r in pairs])
+
+    def exact(self) -> float | None:
+        """Return ``stated`` where every site took one plain step."""
+        return self.stated() if _stepped(self.job, self.results) else None
+
+    def _mean(self, noises: Sequence[float]) -> float:
+        whole = math.fsum(one.weight for one in self.averaged)
+        return of_average([one.weight / whole for one in self.averaged], noises)
 
 
-def exact_noise(job: Job, results: Sequence[TrainResult], averaged: Sequence[Contribution]) -> float | None:
-    """Return ``averaged_noise`` where the averaged change is a gradient with Gaussian noise of that size; else None."""
-    if job.mechanism.central:
-        return averaged[0].noise
-    if not job.mechanism.charged:
-        return 0.0
-    if not known(job) or any(noised_whole(job, result) for result in results):
-        return None
-    return averaged_noise(job, results, averaged)
+@dataclass(frozen=True)
+class SumNoise:
+    """The noise of a sum of which every site draws a part."""
+
+    job: Job
+    results: Sequence[TrainResult]
+
+    def usual(self) -> float:
+        """Return the noise with no site above the run's own, times as many as all state."""
+        return sum_noise(self.job, self.results, most=_stated_by_all(self.job, self.results))
+
+    def exact(self) -> float | None:
+        """Return the noise where every site took one plain step."""
+        return sum_noise(self.job, self.results) if _stepped(self.job, self.results) else None
+
+
+@dataclass(frozen=True)
+class StatisticNoise:
+    """The noise of the mean of what sites released for a paid start."""
+
+    job: Job
+    results: Sequence[TrainResult]
+    averaged: Sequence[Contribution]
+    """In the order of ``results``."""
+
+    def usual(self) -> float:
+        """Return the noise as the sites state it."""
+        return self.exact()
+
+    def exact(self) -> float:
+        """Return the noise as the sites state it."""
+        whole = math.fsum(one.weight for one in self.averaged)
+        pairs = zip(self.results, self.averaged, strict=True)
+        noises = [release_noise(self.job, result) * one.factor for result, one in pairs]
+        return of_average([one.weight / whole for one in self.averaged], noises)
 
 
 def step_noise(job: Job, result: TrainResult) -> float | None:
@@ -122,32 +144,51 @@ def step_noise(job: Job, result: TrainResult) -> float | None:
     None where it does not follow from what is public: without privacy, after more than one step, or behind a rule or
     an optimiser that changes what a plain step does.
     """
-    if result.spending is None or not known(job) or noised_whole(job, result):
+    if result.spending is None or not _stepped(job, [result]):
         return None
     return site_noise(job, result)
 
 
-def with_noises(job: Job, averaged: Sequence[Contribution], results: Sequence[TrainResult]) -> list[Contribution]:
-    """Return what a strategy combines, each with its noise; 0 where the run promises nothing, so that there is none."""
-    if not job.mechanism.charged:
-        return [replace(one, noise=0.0) for one in averaged]
+def with_noises(job: Job, averaged: Sequence[Contribution], results: Sequence[TrainResult]) -> tuple[Contribution, ...]:
+    """Return what a strategy combines, each with the noise of its site as far as it is known."""
     own = [step_noise(job, result) for result in results]
-    return [
+    return tuple(
         replace(one, noise=None if noise is None else noise * one.factor)
         for one, noise in zip(averaged, own, strict=True)
-    ]
+    )
 
 
-def statistic_noise(job: Job, results: Sequence[TrainResult], averaged: Sequence[Contribution]) -> float:
-    """Return the standard deviation of the noise on one number of the mean of what sites released for a paid start."""
-    whole = math.fsum(one.weight for one in averaged)
-    noises = [release_noise(job, result) * one.factor for result, one in zip(results, averaged, strict=True)]
-    return of_average([one.weight / whole for one in averaged], noises)
+def _stepped(job: Job, results: Sequence[TrainResult]) -> bool:
+    return plain_step(job) and not any(noised_whole(job, result) for result in results)
 
 
 def noised_whole(job: Job, result: TrainResult) -> bool:
     """Return whether a site's plan noises what leaves it, and not the steps."""
     return paid_plan(job, result).noises_rounds
+
+
+def noised_at_sites(
+    job: Job, averaged: Sequence[Contribution], results: Sequence[TrainResult]
+) -> tuple[tuple[Contribution, ...], Noise]:
+    """Return what is averaged with the noise that each site added, and the average's; in round 0 of what is released.
+
+    Args:
+        job: the run, of which something is charged.
+        averaged: in the order of ``results``.
+        results: those that count, all of one round.
+    """
+    if not results[0].round_number:
+        return tuple(averaged), StatisticNoise(job, results, averaged)
+    parts = with_noises(job, averaged, results)
+    return parts, SitesNoise(job, results, parts)
+
+
+def without_noise(
+    job: Job, averaged: Sequence[Contribution], results: Sequence[TrainResult]
+) -> tuple[tuple[Contribution, ...], Noise]:
+    """Return what is averaged, of which no part has noise: the run promises nothing."""
+    del job, results
+    return tuple(replace(one, noise=0.0) for one in averaged), NO_NOISE
 
 
 def _rate(job: Job, result: TrainResult) -> float:

@@ -31,7 +31,7 @@ from statistics import median
 from common.messages.round import TrainResult
 from common.messages.state import HEAD, AdapterState
 from common.messages.tensors import count, l2_norm
-from common.privacy.plan import Plan
+from common.privacy.plan import Plan, PrivacyPlan
 from strategies.job import Job
 from strategies.state import ServerState
 
@@ -74,7 +74,7 @@ def honest_norm(job: Job, plan: Plan, result: TrainResult, state: ServerState) -
     if any(name not in state.adapter.get(layer, {}) for layer, f in result.contribution.items() for name in f):
         return math.inf
     config, training = job.config, job.config.training
-    if job.mechanism.charged and plan.noises_rounds:
+    if isinstance(plan, PrivacyPlan) and plan.noises_rounds:
         return plan.longest_gradient(count(result.contribution), told)
     rates = (config.site_rate(result.round_number, step) for step in range(training.local_steps))
     head = count({layer: f for layer, f in result.contribution.items() if layer == HEAD})

@@ -12,30 +12,24 @@ all sites state: where all have trained before they add more, and one that state
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 from common.config.sections import RunConfig
-from common.messages.round import TrainResult
-from server.noise import averaged_noise
-from strategies.job import Job
-from strategies.state import Contribution
+from server.collect.noise import Noise
 
 
-def within_noise(job: Job, results: Sequence[TrainResult], averaged: Sequence[Contribution]) -> RunConfig:
-    """Return the run's configuration, with the server's rates that its bound on noise leaves in this round.
+def within_noise(config: RunConfig, averaged: Noise, number: int) -> RunConfig:
+    """Return the run's configuration, with the server's rates that its bound on noise leaves in a round.
 
     Args:
-        job: the run.
-        results: those that count, all of one round.
-        averaged: what is averaged, in the order of ``results``, or the one sum.
+        config: the run's.
+        averaged: the noise on the round's average.
+        number: of the round.
     """
-    config = job.config
     most = config.server.most_noise
-    if not most or not job.mechanism.charged:
+    if not most:
         return config
-    noise = averaged_noise(job, results, averaged, usual=True)
-    number = results[0].round_number
+    noise = averaged.usual()
     first, rounds = config.phase(number)
     # In units of the rate's peak, which is what is lowered.
     shape = replace(config, server=replace(config.server, learning_rate=1.0))

@@ -43,12 +43,12 @@ from common.files import (
     with_usual_mode,
 )
 from common.log import about
-from common.messages.round import Spending, TrainResult
+from common.messages.round import TrainResult
 from common.messages.state import AdapterState
-from common.model.federated import FederatedModel, Score
+from common.model.federated import FederatedModel
+from common.model.score import Score
 from common.privacy.claim import NO_CLAIM, NOTHING
 from common.run_lines import (
-    COHORT,
     AdapterFile,
     BaselineFile,
     ConfigFile,
@@ -61,14 +61,16 @@ from common.run_lines import (
     RunFile,
     ServerFile,
     ServerStart,
+    ShortenedLine,
     read_file,
     read_if_there,
 )
 from common.strict_json import from_json, to_json
 from common.tasks import TASKS
-from server.admission import Member
 from server.checkpoint import NAME, Checkpoint, save_checkpoint
-from server.rounds import RoundOutcome
+from server.collect.door import shown_of
+from server.members import Member
+from server.observers import Observer, RoundOutcome
 from strategies.job import Job
 from strategies.state import ServerState
 
@@ -93,7 +95,7 @@ def head_words(job: Job) -> str:
 def privacy_line(job: Job, result: TrainResult) -> PrivacyLine:
     """Return the line of ``privacy.jsonl`` for one result."""
     spent = result.spending
-    said = job.mechanism.claim if spent else NOTHING
+    said = job.claim if spent else NOTHING
     return PrivacyLine(
         round_number=result.round_number,
         site=result.site,
@@ -107,12 +109,6 @@ def privacy_line(job: Job, result: TrainResult) -> PrivacyLine:
         head=head_words(job),
         rank=result.rank,
     )
-
-
-def cohort_line(job: Job, round_number: int, spent: Spending) -> PrivacyLine:
-    """Return the line of ``privacy.jsonl`` for a round of a trusted server: one for all sites together."""
-    cohort = job.config.privacy.cohort
-    return privacy_line(job, TrainResult("", round_number, COHORT, cohort, {}, spent))
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -137,8 +133,8 @@ def _is_charge(text: bytes) -> bool:
         return False
 
 
-class RunFolder:
-    """The folder of one run; implements the Observer that writes it.
+class RunFolder(Observer):
+    """The folder of one run: writes down what it hears.
 
     With ``saved`` it is the folder of a run that goes on: what was appended after the checkpoint is cut off, but for
     what sites had paid by then, which was released and stays released.
@@ -146,6 +142,8 @@ class RunFolder:
 
     def __init__(self, path: Path, job: Job, run: str, saved: Checkpoint | None = None) -> None:
         self.path, self.job, self.run = path, job, run
+        self.shown = shown_of(job)
+        """What may be written of a round."""
         self.saved = saved
         """The last checkpoint."""
         self.label_names: tuple[str, ...] = ()
@@ -216,10 +214,7 @@ class RunFolder:
         # First what came of attempts that were thrown away, or does not count: a site's last line has its total.
         beside = [line for line in (privacy_line(self.job, paid) for paid in got.paid) if line not in lines]
         self._append(*beside, *lines)
-        participants = [result.site for result in results if outcome.counts]
-        if got.released:
-            self._append(cohort_line(self.job, outcome.round_number, got.released))
-            participants = [COHORT]
+        participants = list(got.participants) if outcome.counts else []
         counts = [(result.site, result.noised_correct) for result in results]
         self._append(
             RoundLine(
@@ -231,7 +226,7 @@ class RunFolder:
                 loss=outcome.score.loss if outcome.score else None,
                 bytes_down=got.bytes_down,
                 bytes_up=got.bytes_up,
-                seconds=None if self.job.mechanism.central else round(outcome.seconds, 3),
+                seconds=self.shown.seconds(outcome.seconds),
                 privacy=self.job.config.privacy.mode,
                 head=head_words(self.job),
                 noised_correct=[CountLine(site, c.value, c.noise_std) for site, c in counts if c],
@@ -240,7 +235,7 @@ class RunFolder:
                 failures=got.failures,
                 labels=self._by_label(outcome.score) if outcome.score else [],
                 slices=self._by_slice(outcome.score) if outcome.score else [],
-                shortened=list(outcome.shortened),
+                shortened=[ShortenedLine(one.site, one.factor) for one in got.averaged if one.factor < 1],
             )
         )
 
@@ -271,9 +266,10 @@ class RunFolder:
         with (self.path / "run.log").open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
-    def progress(self, progress: ProgressFile) -> None:
-        """Say what goes on right now."""
-        self._write(progress)
+    def progress(self, progress: ProgressFile | None) -> None:
+        """Say what goes on right now; None: what was said last still does."""
+        if progress is not None:
+            self._write(progress)
 
     def ended(self, result: ResultFile) -> None:
         """Say how the run ended."""

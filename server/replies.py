@@ -10,17 +10,9 @@ from common.errors import ProtocolError
 from common.messages.columns import narrowed_layout
 from common.messages.round import Refusal, Reply, SumReply, Task, TrainResult, TrainTask
 from common.messages.wire import Layout, decode_reply, decode_sum_reply, round_of
-from common.words import printable
+from common.words import clean
 from server.marks import mark_of
 from strategies.job import Job
-
-LONGEST_REASON = 500
-"""Characters of a reason that reach the terminal and the records."""
-
-
-def clean(text: str, longest: int = LONGEST_REASON) -> str:
-    """Return a site's words as one printable line of bounded length: no control codes, no line breaks."""
-    return printable(" ".join(text[: 2 * longest].split()), "?")[:longest]
 
 
 def refusal(task: Task, node: int, kind: str, reason: str) -> Refusal:

@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
 from common.config.sections import RunConfig
-from common.messages.round import TrainResult
 from common.messages.state import OWN, AdapterState
 from common.messages.tensors import merge, subtract
-from server.noise import exact_noise
+from server.collect.noise import Noise
 from server.optimizer import server_step
 from server.rates import within_noise
 from strategies.job import Job
 from strategies.rules import NoRule
 from strategies.rules.base import Known
-from strategies.state import Contribution, ServerState, ServerStep
+from strategies.state import ServerState, ServerStep
 
 
-def round_step(
-    job: Job, measured: AdapterState, results: Sequence[TrainResult], averaged: Sequence[Contribution]
-) -> ServerStep:
+def round_step(job: Job, measured: AdapterState, noise: Noise, number: int) -> ServerStep:
     """Return the server's step of a round: the run's rule around its optimiser, at the rates of the round.
 
     Args:
         job: the run.
         measured: what the rule took from public text before round 1.
-        results: those that count, all of one round.
-        averaged: what is averaged, in the order of ``results``, or the one sum.
+        noise: on the round's average.
+        number: of the round.
     """
-    config, noise = within_noise(job, results, averaged), exact_noise(job, results, averaged)
-    return partial(ruled_step, job, config, measured, noise=noise)
+    return partial(ruled_step, job, within_noise(job.config, noise, number), measured, noise=noise.exact())
 
 
 def ruled_step(
@@ -53,9 +48,9 @@ def ruled_step(
         measured: what the rule took from public text before round 1.
         before: the state that sites started from.
         averaged: what the strategy's average makes of it.
-        noise: standard deviation of the noise on one number of the averaged change (``server.noise``); None: unknown.
+        noise: standard deviation of the noise on one number of the averaged change; 0: none; None: unknown.
     """
-    rule, noised = job.rule, job.mechanism.claims
+    rule, noised = job.rule, noise != 0
     if isinstance(rule, NoRule) or config.rests(before.round_number + 1):
         return server_step(config, before, averaged)
     held = _layers(before, before)

@@ -7,16 +7,16 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from common.privacy.figures import epsilon_text
-from common.words import counted, decimal_text, natural
+from common.words import decimal_text, natural
 from reports.alike import alike_absences
 from reports.sites import TOLERANCE
 
 if TYPE_CHECKING:  # a report is made from files alone, without loading what trains
     from common.messages.round import Spending
-    from common.model.federated import Score
-    from server.admission import Member
-    from server.rounds import RoundOutcome
-    from strategies.job import Job
+    from common.model.score import Score
+    from server.collect.shown import Shown
+    from server.members import Member
+    from server.observers import RoundOutcome
 
 
 def epsilon_words(
@@ -54,26 +54,17 @@ def score_words(score: Score | None) -> str:
     return f"accuracy {100 * score.accuracy:.1f} %  loss {decimal_text(score.loss, 3)}" if score else "not scored"
 
 
-def round_line(job: Job, outcome: RoundOutcome, members: Mapping[str, Member], own: float | None = None) -> str:
+def round_line(shown: Shown, outcome: RoundOutcome, members: Mapping[str, Member], own: float | None = None) -> str:
     """Return the terminal line of one round, with one more for every refusal; ``members`` are all that counted.
 
     Of many refusals those of one reason are one line. ``own`` as in ``epsilon_words``.
     """
-    got = outcome.got
-    per, seconds = job.mechanism.claim.per, f"  {outcome.seconds:.0f} s"
-    if job.mechanism.central:  # who took part, how many, and how long they took, it tells nobody
-        seconds = ""
-        sites, spent = f"cohort of {job.config.privacy.cohort}", epsilon_words([got.released], per, "trusted server")
-    else:
-        whose = f"worst site, h = {job.config.privacy.honest_sites}" if job.mechanism.summed else "worst site"
-        sites, spent = (
-            counted(len(got.results), "site"),
-            epsilon_words((m.spending for m in members.values()), per, whose, own),
-        )
+    got, seconds = outcome.got, shown.seconds(outcome.seconds)
+    spent = epsilon_words(shown.spent(got, members), shown.unit, shown.whose, own)
     payload = (got.bytes_down + got.bytes_up) / 1e6
     line = (
-        f"round {outcome.round_number}/{job.config.rounds}  {score_words(outcome.score)}  "
-        f"{spent}  {sites}  {payload:.2f} MB{seconds}"
+        f"round {outcome.round_number}/{shown.rounds}  {score_words(outcome.score)}  "
+        f"{spent}  {shown.sites(got)}  {payload:.2f} MB" + ("" if seconds is None else f"  {outcome.seconds:.0f} s")
     )
     refused = sorted(got.refusals.values(), key=lambda absence: natural(absence.site))
     rows = alike_absences(refused, len(refused))

@@ -15,9 +15,8 @@ def least_plan(job: Job, result: TrainResult) -> Plan:
     Raises:
         FedVeilError: no plan follows from the size that the site declares.
     """
-    if job.mechanism.charged:
-        return paid_plan(job, result)
-    return job.mechanism.exposing_plan(job.config.privacy, job.config.training)
+    plan = job.site_plan(job.config.training.local_steps, result.public_size)
+    return _of_round(job, result, plan) if isinstance(plan, PrivacyPlan) else plan
 
 
 def paid_plan(job: Job, result: TrainResult) -> PrivacyPlan:
@@ -30,8 +29,10 @@ def paid_plan(job: Job, result: TrainResult) -> PrivacyPlan:
         ConfigError: nothing is charged in this run.
         FedVeilError: as for least_plan.
     """
-    config = job.config
-    plan = job.mechanism.plan(config.privacy, config.training, config.training.local_steps, result.public_size)
+    return _of_round(job, result, job.plan(job.config.training.local_steps, result.public_size))
+
+
+def _of_round(job: Job, result: TrainResult, plan: PrivacyPlan) -> PrivacyPlan:
     if result.round_number or not isinstance(job.origin, PaidStart):
         return plan
     return job.origin.plan(plan, result.public_size)
@@ -50,10 +51,8 @@ def usual_noise(job: Job, result: TrainResult) -> float:
     config, paid = job.config, job.origin.release()
     if paid and not result.round_number:
         return paid.event.noise_multiplier
-    terms = (config.privacy, config.training)
-    before = [paid] if paid else []
     try:
-        plan = job.mechanism.plan(*terms, config.total_steps, result.public_size, before)
+        plan = job.plan(config.total_steps, result.public_size, [paid] if paid else [])
     except BudgetExhausted:
-        plan = job.mechanism.plan(*terms, config.training.local_steps, result.public_size)
+        plan = job.plan(config.training.local_steps, result.public_size)
     return plan.event.noise_multiplier

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from common.log import place_of
+from common.model.score import Score
 from common.run_lines import COHORT, BaselineFile, PrivacyLine, RoundLine, read_if_there, read_lines
 from common.trackers import NO_TRACKER, TRACKERS, Tracker
 from reports.folder import read_run
 from reports.sites import epsilon_course
+from server.members import Member
+from server.observers import Observer, RoundOutcome
 from strategies.job import Job
+from strategies.state import ServerState
 
 log = logging.getLogger("fedveil.server")
 
@@ -27,7 +31,7 @@ def check_tracker(name: str) -> None:
         TRACKERS[name].check()
 
 
-class Tracking:
+class Tracking(Observer):
     """Tells the tracker that a job names what the run's folder holds; with ``none`` it tells nobody."""
 
     def __init__(self, job: Job, folder: Path, run: str) -> None:
@@ -36,6 +40,18 @@ class Tracking:
         name = job.config.tracker
         if name != NO_TRACKER:
             self._try(lambda: self._open(TRACKERS[name], job, run))
+
+    def started(
+        self, baseline: Score, state: ServerState, members: Mapping[str, Member], begun: Score | None = None
+    ) -> None:
+        """Tell of the score before training."""
+        del baseline, state, members, begun
+        self.tell()
+
+    def finished(self, outcome: RoundOutcome, state: ServerState, members: Mapping[str, Member]) -> None:
+        """Tell of a round."""
+        del outcome, state, members
+        self.tell()
 
     def tell(self) -> None:
         """Tell every round that the folder holds and that was not told yet."""

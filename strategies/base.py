@@ -73,11 +73,10 @@ class Strategy(ABC):
 
     def check(self, mechanism: Mechanism) -> None:
         """Raise ConfigError, saying what to do, if the strategy or its options do not fit the run's mechanism."""
-        if mechanism.pooled and self.needs != "mean":
-            seen = "nobody sees" if mechanism.summed else "no strategy is given"
+        if (only_sum := mechanism.only_a_sum) and self.needs != "mean":
             raise ConfigError(
-                f"strategy {self.name!r} takes more of the sites than the mean of what they trained, and with "
-                f"privacy.mode {mechanism.name!r} {seen} more than a sum: choose another"
+                f"strategy {self.name!r} takes more of the sites than the mean of what they trained, and {only_sum} "
+                "more than a sum: choose another"
             )
 
     def check_run(self, config: RunConfig) -> None:

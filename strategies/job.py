@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -16,7 +16,11 @@ from common.messages.state import HEAD, METRIC, OWN, AdapterState, Factors, of_h
 from common.messages.tensors import merge, start_fingerprint
 from common.model.federated import FederatedModel, model_of
 from common.model.files import files_of
-from common.privacy import Mechanism
+from common.privacy import Mechanism, Unit
+from common.privacy.accounting import Release
+from common.privacy.claim import Claim
+from common.privacy.events import Event
+from common.privacy.plan import Plan, PrivacyPlan
 from common.starts import STARTS, Start, check_directions
 from common.tasks import TASKS
 from common.trackers import NO_TRACKER
@@ -93,13 +97,38 @@ class Job:
         given = {**of_seed, **self.origin.from_statistic(statistic, self.adapter.rank)}
         return self.adapter.fitted({**derived, **self.adapter.begin(given)})
 
-    def summed(self, round_number: int, trained: Mapping[str, T]) -> dict[str, T]:
-        """Return the layers of ``trained`` that a round sends: in a secure sum those alone that its steps are of.
+    def sent(self, round_number: int, trained: Mapping[str, T]) -> dict[str, T]:
+        """Return the layers of ``trained`` that a round sends."""
+        moves = self.config.moves
+        return self.mechanism.sent(trained, lambda layer: moves(round_number, head=layer == HEAD))
 
-        What rests would be noise in the vector. Elsewhere it is sent as it came.
-        """
-        config, every = self.config, not self.mechanism.summed
-        return {k: v for k, v in trained.items() if every or config.moves(round_number, head=k == HEAD)}
+    def plan(self, total_steps: int, public_size: int, before: Sequence[Release] = ()) -> PrivacyPlan:
+        """Return the plan of whoever is charged, of so many steps, as ``Mechanism.plan``."""
+        return self.mechanism.plan(self.config.privacy, self.config.training, total_steps, public_size, before)
+
+    def site_plan(self, total_steps: int, public_size: int) -> Plan:
+        """Return the plan of a site, as ``Mechanism.site_plan``."""
+        return self.mechanism.site_plan(self.config.privacy, self.config.training, total_steps, public_size)
+
+    @property
+    def event(self) -> Event:
+        """What one release costs, as ``Mechanism.event``."""
+        return self.mechanism.event(self.config.privacy, self.config.training)
+
+    @property
+    def sample_rate(self) -> float:
+        """At which rate a site's step draws, as ``Mechanism.sample_rate``."""
+        return self.mechanism.sample_rate(self.config.privacy, self.config.training)
+
+    @property
+    def claim(self) -> Claim:
+        """What the run promises, in words."""
+        return self.mechanism.claim
+
+    @property
+    def unit(self) -> Unit:
+        """Whom the run's claim speaks of."""
+        return self.mechanism.unit
 
     @property
     def mechanism(self) -> Mechanism:

@@ -25,9 +25,10 @@ from common.privacy.record_level import DPSGD
 from common.run_lines import Absence
 from common.tasks.examples import Dataset
 from server.admission import Admission
+from server.collect.base import Collected
+from server.collect.door import shown_of
+from server.observers import RoundOutcome
 from server.plausible import held_by, honest_norm, implausible, largest_norm, oversized
-from server.rounds import RoundOutcome
-from server.sites import Gathering
 from server.terminal import epsilon_words, round_line
 from server.terms import least_plan
 from strategies import ServerState
@@ -397,17 +398,18 @@ def test_the_round_line_tells_what_the_federation_has_spent_also_if_the_worst_si
     admission.enrol({1: ward, 2: clinic})
     later = replace(clinic, round_number=2, spending=replace(clinic.spending, epsilon_total=4.0))
     admission.enrol({2: later})
-    line = round_line(job, RoundOutcome(2, Gathering({1: later}), None, 1.0), admission.members)
+    line = round_line(shown_of(job), RoundOutcome(2, Collected({1: later}), None, 1.0), admission.members)
     assert "ε 7.500 of 8 (δ 1e-05, record-level, worst site)  1 site" in line
 
 
 def test_the_round_line_is_short_where_a_thousand_sites_refuse_each_in_its_own_words() -> None:
     job = configure(PLAIN)
     refused = {i: Absence(2, 1, f"site-{i}", "budget", f"data set 'site-{i}' has spent {i}") for i in range(1000)}
-    line = round_line(job, RoundOutcome(2, Gathering(refusals=refused), None, 1.0), {})
+    line = round_line(shown_of(job), RoundOutcome(2, Collected(refusals=refused), None, 1.0), {})
     assert len(line.splitlines()) == 2
     assert "\n  site-0 … site-999 (1,000 sites) did not take part (budget): data set 'site-0' has spent 0" in line
     assert line.endswith("(and 999 other reasons)")
-    few = Gathering(refusals={i: refused[i] for i in (9, 10, 1)})
-    names = [told.split()[0] for told in round_line(job, RoundOutcome(2, few, None, 1.0), {}).splitlines()[1:]]
+    few = Collected(refusals={i: refused[i] for i in (9, 10, 1)})
+    line = round_line(shown_of(job), RoundOutcome(2, few, None, 1.0), {})
+    names = [told.split()[0] for told in line.splitlines()[1:]]
     assert names == ["site-1", "site-9", "site-10"]

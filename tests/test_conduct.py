@@ -18,19 +18,22 @@ from safetensors.torch import load_file
 from common.errors import ConfigError, DataError, RunFailed
 from common.messages.round import Refusal, Task, TrainResult
 from common.messages.wire import decode_reply, encode_reply
-from common.model.federated import Score
+from common.model.score import Score
 from common.privacy.figures import epsilon_text
 from common.run_lines import BaselineFile, PrivacyLine, ResultFile, RoundLine, read_file, read_lines
 from experiments.in_process import InProcessTransport, run_in_process
 from reports import report_of
 from reports.folder import read_run
 from reports.sites import epsilon_by
-from server import conduct, rounds
-from server.conduct import NOT_PUBLISHED, _Observer
+from server import conduct
+from server.collect import plain
+from server.collect.base import Collected
+from server.collect.shown import ShownOfCohort
+from server.conduct import Terminal
 from server.lock import only_writer
+from server.observers import RoundOutcome
 from server.records import RunFolder
-from server.rounds import RoundOutcome
-from server.sites import Exchange, Gathering
+from server.sites import Exchange
 from server.tracking import Tracking
 from strategies import ServerState
 from strategies.job import configure
@@ -96,7 +99,7 @@ def test_an_unforeseen_error_ends_the_run_in_its_folder_and_its_words_stay_out_o
     log = (folder / "log.jsonl").read_text(encoding="utf-8")
     assert "the run fails: ValueError at test_conduct.py:" in log
     assert WORDS not in log
-    assert NOT_PUBLISHED not in log, "the log of a run without a trusted server is said to be one's"
+    assert ShownOfCohort.log_note not in log, "the log of a run without a trusted server is said to be one's"
     # Of a round that nobody scored the adapter that is left is scored once more.
     with pytest.raises(ValueError, match=WORDS):
         run_in_process({**settings, "evaluate-every": 2}, 1, "unscored", breaking(2, ValueError(WORDS)))
@@ -247,19 +250,19 @@ class Heard(SimpleNamespace):
         self.lines.append((line, round_number))
 
 
-def test_what_round_0_made_of_the_model_is_told_beside_what_was_there_before(tmp_path: Path) -> None:
+def test_what_round_0_made_of_the_model_is_told_beside_what_was_there_before() -> None:
     job, heard, model = (
         configure({"privacy.mode": "none"}),
         Heard(lines=[]),
         SimpleNamespace(found="found", told="told"),
     )
-    observer: Any = _Observer(job, cast(Any, heard), cast(Any, model), Tracking(job, tmp_path, "1"))
+    observer = Terminal(job, cast(Any, heard), cast(Any, model))
     state, before = ServerState(0, {}, ()), Score(accuracy=0.5, loss=1.0)
     observer.started(before, state, {}, Score(accuracy=0.75, loss=0.5))
     told = ["before training: accuracy 50.0 %", "  found", "after round 0: accuracy 75.0 %"]
     assert heard.lines == list(zip(told, (None, 0, None), strict=True))
     heard.lines.clear()
-    observer.initialised(RoundOutcome(0, Gathering(), None, 1.0))
+    observer.initialised(RoundOutcome(0, Collected(), None, 1.0))
     assert heard.lines[0] == (f"initialisation by {job.origin.name}: 0 sites, no record used", 0)
     assert heard.lines[1:] == [("told", 0)]
     heard.lines.clear()
@@ -299,6 +302,6 @@ def test_noise_that_a_held_down_site_costs_is_looked_for_once_a_run(
     toy_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked: list[int] = []
-    monkeypatch.setattr(rounds, "warn_of_noise", lambda _, results: looked.extend(r.round_number for r in results))
+    monkeypatch.setattr(plain, "warn_of_noise", lambda _, results: looked.extend(r.round_number for r in results))
     run_in_process({**toy_settings, "rounds": 2}, 1, "looked")
     assert looked == [1]

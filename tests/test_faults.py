@@ -35,13 +35,14 @@ from common.messages.wire import STYPE, decode_reply, encode_reply
 from common.privacy.events import sampled_gaussian
 from common.run_lines import Absence, ConfigFile, PrivacyLine, ResultFile, RoundLine, read_file, read_lines
 from common.secure_sum.attempt import KeyOffer
+from common.words import LONGEST_REASON, clean
 from experiments.in_process import InProcessTransport, run_in_process
 from reports import report_of
 from server.app import in_short
+from server.collect.base import Collected
 from server.marks import mark_of
-from server.replies import LONGEST_REASON, clean, read_reply, refusal
-from server.rounds import too_few
-from server.sites import Exchange, Gathering
+from server.replies import read_reply, refusal
+from server.sites import Exchange
 
 Tamper = Callable[[TrainResult], Any]
 
@@ -151,8 +152,8 @@ def test_a_reason_that_several_sites_have_is_told_once() -> None:
     )
     assert in_short("no answer") == "no answer"
     told = [("site-0", full), ("site-1", full), ("site-2", "no answer")]
-    got = Gathering(refusals={i: Absence(1, 2, site, "failed", why) for i, (site, why) in enumerate(told)})
-    assert str(too_few(got, 1, 1)) == (
+    got = Collected(refusals={i: Absence(1, 2, site, "failed", why) for i, (site, why) in enumerate(told)})
+    assert got.too_few(1) == (
         f"round 1: 0 sites succeeded, 1 needed. site-0, site-1 (failed): {full}; site-2 (failed): no answer"
     )
 

@@ -18,6 +18,7 @@ from common.messages.round import Refusal, TrainResult, TrainTask
 from common.messages.wire import encode_reply
 from faults.impostor import Impostor
 from server.app import FlowerTransport
+from server.collect.shown import Shown
 from server.pulls import HEADER_PARTS
 from server.sites import Exchange
 
@@ -25,7 +26,6 @@ TRIES = 150
 """Of microseconds each way; between two tasks of one push the finding counted 59 to 83."""
 LAYOUT = {"layer": {"B": (3,)}}
 STATE = {"layer": {"B": torch.ones(3)}}
-OPEN = SimpleNamespace(central=False)
 
 
 def task_of(number: int = 1) -> TrainTask:
@@ -41,8 +41,9 @@ class Run:
 
     def __init__(self, link: Link, timeout: float = 60.0) -> None:
         config = SimpleNamespace(rounds=1, round_timeout=timeout)
-        job = SimpleNamespace(config=config, mechanism=OPEN, strategy=SimpleNamespace(by_columns=False))
-        model, folder = SimpleNamespace(reply_layout=lambda _: LAYOUT), SimpleNamespace(progress=lambda _: None)
+        job = SimpleNamespace(config=config, strategy=SimpleNamespace(by_columns=False))
+        model = SimpleNamespace(reply_layout=lambda _: LAYOUT)
+        folder = SimpleNamespace(progress=lambda _: None, shown=Shown(1, "record", 0))
         self.transport = FlowerTransport(*cast(Any, (link.grid(), job, model, folder)))
         self.timeout = timeout
 

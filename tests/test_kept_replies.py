@@ -183,7 +183,7 @@ def test_a_refusal_that_nobody_foresaw_ends_the_run_before_the_round_too(
     whole_budget: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As of a ledger that holds what the server does not know; who answered has paid, and that stays in the report."""
-    monkeypatch.setattr("server.rounds.cannot_pay", lambda *_: [])
+    monkeypatch.setattr("server.last_rounds.cannot_pay", lambda *_: [])
     folder = cut(whole_budget)
     without_replies(folder, 1)
     run_in_process({**whole_budget, "resume": "cut"}, SITES)
@@ -199,7 +199,7 @@ def test_a_run_whose_last_round_anybody_may_train_is_found_out(
     whole_budget: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for planted in ("cannot_pay", "refused"):
-        monkeypatch.setattr(f"server.rounds.{planted}", lambda *_: [])
+        monkeypatch.setattr(f"server.last_rounds.{planted}", lambda *_: [])
     with pytest.raises(AssertionError):
         test_a_last_round_that_some_sites_cannot_pay_is_not_trained_by_the_others_alone(whole_budget)
     assert ended(Path(whole_budget["output"]) / "ffa-lora-cut")[2][-1] == ["site-1"]

@@ -62,8 +62,8 @@ from experiments.in_process import InProcessTransport, run_in_process
 from faults.faulty_server import lying
 from faults.sum_scenarios import SURVIVOR_LIES, wrong_after_a_lie
 from reports import report_of
-from server import drop_outs
-from server import sums as sums_at_server
+from server.collect import drop_outs
+from server.collect import masked as masked_rounds
 from strategies.job import configure
 from tests.test_sums import SUMMED, last_adapter, no_noise, spent, words_of
 
@@ -220,7 +220,7 @@ def test_a_site_that_is_offline_between_rounds_costs_no_time(
             return online
 
     if faulty:  # the planted fault: all sites of the last sum are waited for
-        monkeypatch.setattr(sums_at_server, "may_be_lost", lambda *own: 0)
+        monkeypatch.setattr(masked_rounds, "may_be_lost", lambda *own: 0)
     folder = run_in_process({**lossy, "rounds": 3}, SITES, kind=Offline)
     assert any(waits) == faulty
     assert [len(line.participants) for line in read_lines(RoundLine, folder)] == [6, 5, 5]

@@ -16,9 +16,10 @@ from common.messages.round import Refusal, Task
 from common.run_lines import ProgressFile, RoundLine, read_lines
 from experiments.in_process import run_in_process
 from reports import write_reports
-from server.admission import Admission, Member
+from server.admission import Admission
 from server.checkpoint import NAME
 from server.marks import mark_of
+from server.members import Member
 from server.replies import refusal
 from server.sites import Exchange
 from server.tracking import rounds_of

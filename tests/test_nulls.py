@@ -19,7 +19,8 @@ from common.nulls import Energy, cross_site_energy, least_score, noise_edge
 from common.privacy.plan import PrivacyPlan
 from common.privacy.record_level import DPSGD
 from server.aggregation import contributions
-from server.noise import averaged_noise, exact_noise, statistic_noise, step_noise, with_noises
+from server.collect.noise import ServerNoise
+from server.noise import SitesNoise, StatisticNoise, noised_at_sites, step_noise, with_noises, without_noise
 from server.terms import paid_plan
 from strategies import Contribution, ServerState
 from strategies.job import Job, configure
@@ -209,7 +210,7 @@ def test_the_noise_of_a_rounds_average_is_by_the_shares_noises_and_rates_of_its_
     assert all(one.state is result.contribution for one, result in zip(averaged, results, strict=True))
     assert [one.noise for one in averaged] == pytest.approx(noises, rel=1e-12)
     wanted = math.hypot(*(p * t for p, t in zip(shares, noises, strict=True)))
-    assert averaged_noise(job, results, averaged) == pytest.approx(wanted, rel=1e-12)
+    assert SitesNoise(job, results, averaged).stated() == pytest.approx(wanted, rel=1e-12)
 
 
 def test_a_change_that_is_shortened_has_its_noise_shortened_with_it() -> None:
@@ -224,7 +225,7 @@ def test_a_change_that_is_shortened_has_its_noise_shortened_with_it() -> None:
     assert [one.noise for one in averaged] == pytest.approx([noises[0], noises[1], factor * noises[2]], rel=1e-9)
     shares = [one.weight / math.fsum(one.weight for one in averaged) for one in averaged]
     wanted = math.hypot(shares[0] * noises[0], shares[1] * noises[1], shares[2] * factor * noises[2])
-    assert averaged_noise(job, results, averaged) == pytest.approx(wanted, rel=1e-9)
+    assert SitesNoise(job, results, averaged).stated() == pytest.approx(wanted, rel=1e-9)
 
 
 def test_the_noise_of_a_paid_starts_mean_is_that_of_its_sites_shares_and_of_what_was_shortened() -> None:
@@ -239,22 +240,23 @@ def test_the_noise_of_a_paid_starts_mean_is_that_of_its_sites_shares_and_of_what
         shares, factor = [0.5 * 100 / 108, 0.5, 0.5 * 8 / 108], parts[2] / parts[0]
         assert (factor < 0.9) == (lengths[2] > 1)
         wanted = math.hypot(shares[0] * own[0], shares[1] * own[1], shares[2] * factor * own[2])
-        assert statistic_noise(job, results, averaged) == pytest.approx(wanted, rel=1e-9)
+        assert StatisticNoise(job, results, averaged).exact() == pytest.approx(wanted, rel=1e-9)
 
 
 def test_a_trusted_servers_noise_is_what_it_drew_and_without_privacy_there_is_none() -> None:
-    central = {"privacy.mode": "client-level", "privacy.unit": "site", "privacy.cohort": 20, "privacy.delta": 1e-3}
-    job, drawn, unknown = job_of(**central), Contribution("all", 1.0, {}, noise=0.3), Contribution("all", 1.0, {})
-    for usual in (False, True):
-        assert averaged_noise(job, [], [drawn], usual=usual) == 0.3
-        assert averaged_noise(job, [], [unknown], usual=usual) == 0.0
-    assert (exact_noise(job, [], [drawn]), exact_noise(job, [], [unknown])) == (0.3, None)
-    results = answers(job_of(), alike(5), state_of())
-    free = job_of(**{"privacy.mode": "none"})
-    averaged = [Contribution(one.site, 1.0, one.contribution) for one in results]
-    for usual in (False, True):
-        assert averaged_noise(free, results, averaged, usual=usual) == 0.0
-    assert exact_noise(free, results, averaged) == 0.0
+    assert (ServerNoise(0.3).usual(), ServerNoise(0.3).exact()) == (0.3, 0.3)
+    results, free = answers(job_of(), alike(5), state_of()), job_of(**{"privacy.mode": "none"})
+    parts, noise = without_noise(free, [Contribution(one.site, 1.0, one.contribution) for one in results], results)
+    assert [one.noise for one in parts] == [0.0] * 3
+    assert (noise.usual(), noise.exact()) == (0.0, 0.0)
+
+
+def test_the_noise_of_round_0_is_that_of_what_it_released() -> None:
+    job, state = job_of(), state_of()
+    results = answers(job, alike(5), state)
+    assert isinstance(noised_at_sites(job, contributions(job, results, state), results)[1], SitesNoise)
+    released = [replace(result, round_number=0) for result in results]
+    assert isinstance(noised_at_sites(job, contributions(job, results, state), released)[1], StatisticNoise)
 
 
 class NoisedWhole(PrivacyPlan):
@@ -269,7 +271,7 @@ def test_of_a_site_that_noises_what_leaves_it_no_steps_noise_is_known(monkeypatc
     job, state = job_of(), state_of()
     results = answers(job, alike(5), state)
     assert [step_noise(job, result) for result in results] == [None] * 3
-    assert exact_noise(job, results, contributions(job, results, state)) is None
+    assert SitesNoise(job, results, contributions(job, results, state)).exact() is None
 
 
 def test_what_sites_add_beyond_the_runs_noise_counts_by_what_they_are_known_by_or_not_at_all() -> None:
@@ -278,11 +280,12 @@ def test_what_sites_add_beyond_the_runs_noise_counts_by_what_they_are_known_by_o
     results = answers(job, alike(5, (0.01, 0.01, 0.01)), state)
     parts = with_noises(job, contributions(job, results, state), results)
     halved = [replace(one, noise=0.5 * (one.noise or 0.0)) for one in parts]
-    assert averaged_noise(job, results, halved) == pytest.approx(0.5 * averaged_noise(job, results, parts), rel=1e-12)
+    whole = SitesNoise(job, results, parts).stated()
+    assert SitesNoise(job, results, halved).stated() == pytest.approx(0.5 * whole, rel=1e-12)
     shares = [one.weight / math.fsum(one.weight for one in parts) for one in parts]
     wanted = math.hypot(*(p * RATE * 2.0 / (SAMPLED * size) for p, size in zip(shares, SIZES, strict=True)))
     for known in (parts, halved):
-        assert averaged_noise(job, results, known, usual=True) == pytest.approx(wanted, rel=1e-12)
+        assert SitesNoise(job, results, known).usual() == pytest.approx(wanted, rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -297,4 +300,4 @@ def test_the_noise_of_a_change_is_known_of_a_plain_step(more: dict[str, Any]) ->
         results = answers(held, alike(5), state)
         averaged = contributions(held, results, state)
         assert all((step_noise(held, result) is not None) == is_known for result in results)
-        assert (exact_noise(held, results, averaged) is not None) == is_known
+        assert (SitesNoise(held, results, averaged).exact() is not None) == is_known

@@ -14,9 +14,10 @@ import torch
 from common.messages.round import Refusal, TrainTask
 from server import pulls
 from server.app import FlowerTransport
+from server.collect.shown import Shown
 from server.pulls import Pulls
 
-OPEN = SimpleNamespace(central=False)
+SHOWN = Shown(1, "record", 0)
 """Of a run whose folder tells who has answered."""
 
 
@@ -103,8 +104,11 @@ def test_an_exchange_ends_at_its_deadline_whoever_hangs(stuck: Event, monkeypatc
 
 
 def exchange(grid: Any, tasks: int, timeout: float = 1.0, progress: Callable[[Any], None] = lambda _: None) -> Any:
-    job = SimpleNamespace(config=SimpleNamespace(rounds=1, round_timeout=timeout), mechanism=OPEN)
-    server_model, folder = SimpleNamespace(reply_layout=lambda _: {}), SimpleNamespace(progress=progress)
+    job = SimpleNamespace(config=SimpleNamespace(rounds=1, round_timeout=timeout))
+    server_model, folder = (
+        SimpleNamespace(reply_layout=lambda _: {}),
+        SimpleNamespace(progress=progress, shown=SHOWN),
+    )
     transport = FlowerTransport(*cast(Any, (grid, job, server_model, folder)))
     task = TrainTask("1", 1, {"x": {"B": torch.zeros(2)}}, {}, "", "ab" * 16, "cd" * 16)
     return transport.exchange(dict.fromkeys(range(1, tasks + 1), task), timeout)
@@ -145,8 +149,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_superlink_that_fails_now_and_then_ends_no_run() -> None:
     busy = BusyGrid(2, a=answered("asked"))
     assert exchange(busy, 1).replies[1].reason == "asked"
-    job = SimpleNamespace(config=SimpleNamespace(round_timeout=5.0), mechanism=OPEN)
-    folder = SimpleNamespace(progress=lambda _: None)
+    job = SimpleNamespace(config=SimpleNamespace(round_timeout=5.0))
+    folder = SimpleNamespace(progress=lambda _: None, shown=SHOWN)
     transport = FlowerTransport(*cast(Any, (busy, job, SimpleNamespace(reply_layout=lambda _: {}), folder)))
     assert transport.nodes(1, {2}) == [1, 3]
 

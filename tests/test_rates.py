@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from common.accountant import TRAINING, Accountant
+from common.config.sections import RunConfig
 from common.errors import ConfigError
 from common.messages.round import Spending, TrainResult
 from common.messages.state import HEAD, AdapterState
 from common.privacy.events import sampled_gaussian
 from server.admission import Admission
-from server.noise import averaged_noise
+from server.noise import SitesNoise, SumNoise, noised_at_sites, without_noise
 from server.optimizer import server_step
 from server.rates import within_noise
 from server.terms import paid_plan
@@ -59,6 +60,11 @@ def round_of(number: int, state: AdapterState) -> tuple[list[TrainResult], list[
     return results, [Contribution(result.site, result.public_size, state) for result in results]
 
 
+def rates_of(job: Job, results: list[TrainResult], averaged: list[Contribution]) -> RunConfig:
+    noised = noised_at_sites if results[0].spending and job.config.privacy.mode != "none" else without_noise
+    return within_noise(job.config, noised(job, averaged, results)[1], results[0].round_number)
+
+
 def test_noise_alone_ends_within_the_bound_and_near_it() -> None:
     job, draw = job_of(**{"training.refit": 3}), torch.Generator().manual_seed(3)
     # σ C / (q n) of each site, weighed by size, times the sites' rate; none at more than the run's σ of 2.
@@ -68,12 +74,12 @@ def test_noise_alone_ends_within_the_bound_and_near_it() -> None:
     )
     for number in range(1, 13):
         results, averaged = round_of(number, state.adapter)
-        assert averaged_noise(job, results, averaged, usual=True) == pytest.approx(wanted)
+        assert SitesNoise(job, results, averaged).usual() == pytest.approx(wanted)
         changed = {
             layer: {n: t + wanted * torch.randn(t.shape, generator=draw) for n, t in fs.items()}
             for layer, fs in state.adapter.items()
         }
-        config = within_noise(job, results, averaged)
+        config = rates_of(job, results, averaged)
         state = replace(server_step(config, state, replace(state, adapter=changed)), round_number=number)
     assert 0.6 * BOUND < float(state.adapter["layer"]["A"].std()) < BOUND * 1.03
 
@@ -81,10 +87,10 @@ def test_noise_alone_ends_within_the_bound_and_near_it() -> None:
 def test_head_and_adapter_are_bounded_each_for_itself() -> None:
     job = job_of()
     results, averaged = round_of(1, {})
-    config = within_noise(job, results, averaged)
+    config = rates_of(job, results, averaged)
     assert config.server.learning_rate < 30.0
     assert config.server.head_rate == pytest.approx(1.0)
-    slow = within_noise(job_of(**{"head-rate": 1e-4}), results, averaged)
+    slow = rates_of(job_of(**{"head-rate": 1e-4}), results, averaged)
     assert slow.server.learning_rate == pytest.approx(config.server.learning_rate)
     assert slow.server.learning_rate * slow.server.head_rate == pytest.approx(30.0 * 1e-4)
 
@@ -96,7 +102,7 @@ def rate_where_all_state(times: float, **more: float) -> float:
     for result in results:
         event = sampled_gaussian(2.0 * more.get(result.site.replace("-", "_"), times), 0.5, 1.0)
         told.append(replace(result, spending=replace(spent_of(result), event=event)))
-    return within_noise(job_of(), told, averaged).server.learning_rate
+    return rates_of(job_of(), told, averaged).server.learning_rate
 
 
 def test_noise_that_all_sites_add_lowers_the_rate_and_no_single_site_does() -> None:
@@ -116,8 +122,8 @@ def test_a_site_that_states_a_lower_sample_rate_would_stop_the_run_and_does_not_
     job = job_of(**{"server.optimizer": "momentum"})
     results, averaged = round_of(1, {})
     lying = replace(results[1], spending=replace(spent_of(results[1]), event=sampled_gaussian(2.0, 2e-6, 1.0)))
-    taken = within_noise(job, [results[0], lying], averaged).server.learning_rate
-    assert taken < 1e-5 * within_noise(job, results, averaged).server.learning_rate, "the test shows nothing"
+    taken = rates_of(job, [results[0], lying], averaged).server.learning_rate
+    assert taken < 1e-5 * rates_of(job, results, averaged).server.learning_rate, "the test shows nothing"
     reasons = Admission(job, {}).judge({0: results[0], 1: lying}, ServerState(0, {}, ("B",)), [0, 1])
     assert reasons == {1: "the spending's sample rate 2e-06 is below 0.5, the run's least"}
 
@@ -128,36 +134,36 @@ def test_several_steps_of_a_round_add_their_noise_by_the_squares_of_their_own_ra
     results, averaged = round_of(4, {})
     rates = [0.7 * (1 - (9 + step) / 27) for step in range(3)]
     site = ((0.25 * 3 / 50) ** 2 + (0.75 * 2 / 150) ** 2) ** 0.5
-    assert averaged_noise(job, results, averaged) == pytest.approx(math.hypot(*rates) * site, rel=1e-12)
+    assert SitesNoise(job, results, averaged).stated() == pytest.approx(math.hypot(*rates) * site, rel=1e-12)
 
 
 def test_a_sum_carries_every_sites_part_of_the_noise_over_the_sizes_of_all() -> None:
     summed = {"privacy.mode": "secure-sum", "privacy.honest-sites": 2, "privacy.colluders": 1}
     job = job_of(**summed)
-    results, averaged = round_of(1, {})
+    results, _ = round_of(1, {})
     event = paid_plan(job, results[0]).event
     paid = [replace(one, spending=replace(spent_of(one), event=event)) for one in results]
     paid += [replace(paid[0], site="site-2", public_size=50)]
     wanted = 0.7 * 2.0 / math.sqrt(2) * math.sqrt(3) / (0.5 * 450)
-    assert averaged_noise(job, paid, averaged[:1]) == pytest.approx(wanted, rel=1e-12)
+    assert SumNoise(job, paid).exact() == pytest.approx(wanted, rel=1e-12)
     loud = [replace(paid[0], spending=replace(spent_of(paid[0]), event=event.having(noise_multiplier=1e5))), *paid[1:]]
-    assert averaged_noise(job, loud, averaged[:1]) > 1e4 * wanted
-    assert averaged_noise(job, loud, averaged[:1], usual=True) == pytest.approx(wanted, rel=1e-12)
+    assert SumNoise(job, loud).exact() > 1e4 * wanted
+    assert SumNoise(job, loud).usual() == pytest.approx(wanted, rel=1e-12)
 
 
 def test_the_rate_follows_from_the_rates_of_the_rounds_of_its_phase_alone() -> None:
     job = job_of(**{"schedule": "linear", "training.refit": 3})
     results, averaged = round_of(4, {})
     way = math.hypot(*(1 - done / 9 for done in range(9))) / 0.4
-    noise = averaged_noise(job, results, averaged, usual=True)
-    assert within_noise(job, results, averaged).server.learning_rate == pytest.approx(BOUND / (noise * way), rel=1e-12)
+    noise = SitesNoise(job, results, averaged).usual()
+    assert rates_of(job, results, averaged).server.learning_rate == pytest.approx(BOUND / (noise * way), rel=1e-12)
 
 
 @pytest.mark.parametrize("more", [{"server.most-noise": 0.0}, {"server.most-noise": 1e6}, {"privacy.mode": "none"}])
 def test_where_nothing_bounds_the_rate_is_as_set(more: dict[str, Any]) -> None:
     job = job_of(**more)
     results, averaged = round_of(1, {})
-    assert within_noise(job, results, averaged) == job.config
+    assert rates_of(job, results, averaged) == job.config
 
 
 @pytest.mark.parametrize(

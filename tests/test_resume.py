@@ -26,7 +26,7 @@ from common import files
 from common.entropy import Source
 from common.errors import ConfigError, DataError, RunFailed
 from common.messages.round import Refusal, TrainTask
-from common.model.federated import Score
+from common.model.score import Score
 from common.paths import REPLIES
 from common.run_lines import ConfigFile, PrivacyLine, RoundLine, read_file, read_lines
 from experiments.in_process import InProcessTransport, run_in_process

@@ -45,7 +45,7 @@ from experiments.planner.earlier import earlier_runs
 from experiments.planner.find import find
 from experiments.planner.forecast import forecast
 from experiments.planner.price import priced_rounds, simulated_sizes, site_plans
-from server import trusted
+from server.collect import trusted
 from server.ledger import ServerLedger
 from strategies.job import Job, configure
 

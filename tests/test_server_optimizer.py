@@ -15,7 +15,7 @@ from common.config.sections import RunConfig
 from common.errors import ConfigError
 from common.messages.state import HEAD, METRIC, AdapterState
 from common.messages.tensors import apply, entries, merge
-from common.model.federated import Score
+from common.model.score import Score
 from common.run_lines import RoundLine, read_lines
 from experiments.in_process import run_in_process
 from server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint

@@ -40,6 +40,7 @@ from deploy.server_folder import TASKS, ServerFolder, authority_beside, check_ta
 from deploy.site_folder import make_site
 from server import app as server_app
 from server.app import FlowerTransport
+from server.collect.shown import Shown
 from server.own_check import FOLDER
 from server.registered import NODES
 from server.signing import CERTIFICATE, read_tasks_key, signing_of
@@ -543,12 +544,11 @@ def transport(world: World, grid: Grid, monkeypatch: pytest.MonkeyPatch, *, sign
         monkeypatch.setattr(TaskIdentity, name, 1)
     monkeypatch.setenv(NODES, str(world.server.nodes))
     monkeypatch.setenv(FOLDER, str(world.server.path))
-    job = SimpleNamespace(
-        mechanism=SimpleNamespace(central=True), strategy=SimpleNamespace(by_columns=False), config=SimpleNamespace()
-    )
+    job = SimpleNamespace(strategy=SimpleNamespace(by_columns=False), config=SimpleNamespace())
+    folder = SimpleNamespace(progress=lambda _: None, shown=Shown(1, "record", 0))
     model = SimpleNamespace(reply_layout=lambda _: {"l": {"A": (2, 2)}})
     signing = signing_of("17", SETTINGS) if signs else None
-    return FlowerTransport(cast(Any, grid), cast(Any, job), cast(Any, model), cast(Any, None), signing)
+    return FlowerTransport(cast(Any, grid), cast(Any, job), cast(Any, model), cast(Any, folder), signing)
 
 
 def honest(world: World) -> Callable[[Message], list[Message]]:
@@ -654,10 +654,9 @@ def test_a_registered_site_that_knows_every_name_makes_nobody_pay_and_speaks_for
         installed.keep_lookout(None, signed=signs)
         return worker.reply_to(message, context, own_bundle(), site.node, world.keys if signs else None).content
 
-    job = SimpleNamespace(
-        mechanism=SimpleNamespace(central=True), strategy=SimpleNamespace(by_columns=False), config=SimpleNamespace()
-    )
-    parts = (link.grid(), job, SimpleNamespace(reply_layout=lambda _: layout), None)
+    job = SimpleNamespace(strategy=SimpleNamespace(by_columns=False), config=SimpleNamespace())
+    folder = SimpleNamespace(progress=lambda _: None, shown=Shown(1, "record", 0))
+    parts = (link.grid(), job, SimpleNamespace(reply_layout=lambda _: layout), folder)
     transport = FlowerTransport(*cast(Any, parts), signing_of(run, site.settings) if signs else None)
     assert own.push(own.message(encode_task(site.task(3, run=run)), 1, victim.own, like)), "no forgery, no case"
     with caplog.at_level(logging.WARNING), answering(victim, answer):

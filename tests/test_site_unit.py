@@ -31,7 +31,7 @@ from cli.report import print_summary
 from client.ledger.ledger import Ledger
 from client.policy import Policy
 from common.errors import BudgetExhausted, ConfigError, LedgerError, RunFailed
-from common.messages.round import Refusal, Task, TrainResult, TrainTask
+from common.messages.round import Refusal, Spending, Task, TrainResult, TrainTask
 from common.messages.state import HEAD, AdapterState
 from common.messages.tensors import apply, entries, l2_norm, subtract
 from common.privacy.accounting import Release
@@ -55,14 +55,16 @@ from reports.page import to_html
 from reports.watch import TO_NOBODY, Watched
 from server.admission import Admission
 from server.app import FlowerTransport
-from server.conduct import NOT_PUBLISHED
+from server.collect.base import Collected
+from server.collect.door import collector_of, shown_of
+from server.collect.shown import Shown, ShownOfCohort
+from server.collect.trusted import TrustedCollector
 from server.ledger import ServerLedger, with_ledger
 from server.model import ServerModel
 from server.records import RunFolder
-from server.sites import Exchange, Gathering
+from server.sites import Exchange, Sites
 from server.terminal import round_line
 from server.tracking import rounds_of
-from server.trusted import TrustedSites
 from strategies import STRATEGIES, ServerState
 from strategies.job import Job, configure
 
@@ -79,6 +81,12 @@ def settings(toy_settings: dict[str, Any]) -> dict[str, Any]:
 # --- a server whose sites are made up ---------------------------------------------------------------------------------
 
 
+def trusting(job: Job, transport: MadeUp, model: ServerModel, run: str = "1") -> TrustedCollector:
+    collector = collector_of(job, run, transport, model, Admission(job, {}, transport.registered))
+    assert isinstance(collector, TrustedCollector)
+    return collector
+
+
 @dataclass
 class World:
     """A server at its first round."""
@@ -88,9 +96,8 @@ class World:
     state: ServerState
     folder: Path
 
-    def sites(self, transport: MadeUp, run: str = "1") -> TrustedSites:
-        admission = Admission(self.job, {}, transport.registered)
-        return TrustedSites(self.job, run, transport, self.model, admission)  # type: ignore[arg-type]
+    def sites(self, transport: MadeUp, run: str = "1") -> TrustedCollector:
+        return trusting(self.job, transport, self.model, run)
 
     def mean(self, sent: Sent, count: int = COHORT_SIZE) -> AdapterState:
         """Return the mean change of a round, float64, as it is before the model takes it."""
@@ -121,9 +128,15 @@ def filled(received: AdapterState, value: float) -> TrainResult:
     return TrainResult("1", 1, "liar", 1, apply(lambda tensor: torch.full_like(tensor, value), received), None)
 
 
+def charged(got: Collected) -> Spending:
+    (paid,) = got.paid
+    assert paid.spending is not None
+    return paid.spending
+
+
 @contextmanager
 def without_noise() -> Iterator[None]:
-    with patch("server.trusted.add_private_noise", lambda total, std: total.double()):
+    with patch("server.collect.trusted.add_private_noise", lambda total, std: total.double()):
         yield
 
 
@@ -216,16 +229,16 @@ def test_one_site_moves_the_mean_by_at_most_its_clip(world: World, kind: str) ->
 
 def test_a_server_that_does_not_clip_again_or_divides_by_replies_is_found(world: World) -> None:
     long = ARBITRARY["honest and long"]
-    with patch("server.trusted.clipped", lambda change, clip: change):
+    with patch("server.collect.trusted.clipped", lambda change, clip: change):
         assert most_moved(world, long) > 2
-    real = TrustedSites._mean
+    real = TrustedCollector._mean
 
-    def by_replies(sites: TrustedSites, results: Any, number: int, state: ServerState) -> Any:
+    def by_replies(sites: TrustedCollector, results: Any, number: int, state: ServerState) -> Any:
         held = list(results)
         mean = real(sites, iter(held), number, state)
         return replace(mean, change=apply(lambda t: t * COHORT_SIZE / max(1, len(held)), mean.change))
 
-    with patch.object(TrustedSites, "_mean", by_replies):
+    with patch.object(TrustedCollector, "_mean", by_replies):
         assert most_moved(world, ARBITRARY["zeros"]) > 0.1
 
 
@@ -261,19 +274,19 @@ def test_at_a_rate_below_1_divisor_noise_and_bytes_are_those_of_the_usual_draw(
         whole, fewer = (flat(one.mean(update)) for one in (world, part))
     assert torch.allclose(fewer, 4 * whole, rtol=1e-12, atol=1e-18)
     of_all, of_some = (
-        one.sites(MadeUp(update, COHORT_SIZE), k).gather(1, one.state) for one, k in ((world, "1"), (part, "2"))
+        one.sites(MadeUp(update, COHORT_SIZE), k).collect(1, one.state) for one, k in ((world, "1"), (part, "2"))
     )
-    assert of_some.summed[0].noise == pytest.approx(2.0 * CLIP / (0.25 * COHORT_SIZE))
+    assert of_some.averaged[0].noise == pytest.approx(2.0 * CLIP / (0.25 * COHORT_SIZE))
     assert (4 * of_some.bytes_down, 4 * of_some.bytes_up) == (of_all.bytes_down, of_all.bytes_up)
 
 
 def test_what_goes_on_to_the_strategy_is_the_state_moved_by_the_mean(world: World) -> None:
     with without_noise():
         mean = world.mean(update)
-        got = world.sites(MadeUp(update, COHORT_SIZE)).gather(1, world.state)
+        got = world.sites(MadeUp(update, COHORT_SIZE)).collect(1, world.state)
     assert got.results == got.refusals == {}
     assert got.failures == []
-    (one,) = got.summed
+    (one,) = got.averaged
     after = world.job.strategy.server_update(world.state, [one])
     for layer, factors in mean.items():
         for name, moved in factors.items():
@@ -294,14 +307,13 @@ def noise_ratio(world: World, times: int = 40) -> float:
 
 def test_the_mean_carries_the_noise_that_is_priced_also_when_nobody_answers(world: World) -> None:
     assert noise_ratio(world) == pytest.approx(1, abs=0.03)
-    got = world.sites(MadeUp(update, COHORT_SIZE)).gather(1, world.state)
-    assert got.released is not None
-    assert got.released.event == sampled_gaussian(2.0, 1.0, CLIP)
-    assert got.summed[0].noise == pytest.approx(2.0 * CLIP / COHORT_SIZE)
+    got = world.sites(MadeUp(update, COHORT_SIZE)).collect(1, world.state)
+    assert charged(got).event == sampled_gaussian(2.0, 1.0, CLIP)
+    assert got.averaged[0].noise == pytest.approx(2.0 * CLIP / COHORT_SIZE)
 
 
 def test_halved_noise_is_found(world: World) -> None:
-    with patch("server.trusted.add_private_noise", lambda total, std: add_private_noise(total, std / 2)):
+    with patch("server.collect.trusted.add_private_noise", lambda total, std: add_private_noise(total, std / 2)):
         assert noise_ratio(world) == pytest.approx(0.5, abs=0.03)
 
 
@@ -309,7 +321,7 @@ def test_what_rests_in_a_round_gets_no_noise(settings: dict[str, Any], world: Wo
     resting = replace(world, job=configure({**settings, "rounds": 2, "training.refit": 1}))
     sites = resting.sites(MadeUp(update, COHORT_SIZE))
     for number, rests in ((1, False), (2, True)):
-        (one,) = sites.gather(number, replace(world.state, round_number=number - 1)).summed
+        (one,) = sites.collect(number, replace(world.state, round_number=number - 1)).averaged
         for layer, name, tensor in entries(one.state):
             same = torch.equal(tensor, world.state.adapter[layer][name])
             assert same == (rests and layer != HEAD), "noise on what rests, or none on what moves"
@@ -322,16 +334,16 @@ def drawn_at(settings: dict[str, Any], world: World, rate: float, rounds: int = 
     """Return what is wrong with who is asked, by the audit's tests on samplers."""
     job = configure({**settings, "privacy.site-rate": rate, "privacy.cohort": 60, "privacy.epsilon": 1e6})
     transport = MadeUp(lambda node, received: Refusal("1", 1, "x", "failed", "no"), 60)
-    sites = TrustedSites(job, "1", transport, world.model, Admission(job, {}))  # type: ignore[arg-type]
+    sites = trusting(job, transport, world.model)
     table = torch.zeros(rounds, 60, dtype=torch.float64)
     free = sampled_gaussian(2.0, rate, CLIP)
     with (
         patch.object(ServerLedger, "charge", lambda *_: None),
-        patch("server.trusted.add_private_noise", lambda total, std: total),
+        patch("server.collect.trusted.add_private_noise", lambda total, std: total),
     ):
         for row in table:
             before = len(transport.asked)
-            sites.gather(1, world.state)
+            sites.collect(1, world.state)
             row[[node for asked in transport.asked[before:] for node in asked]] = 1.0
     assert sites._plan.event == free.having(sample_rate=rate)
     return sampler_faults(table, rate)
@@ -342,23 +354,25 @@ def test_sites_are_drawn_by_poisson_at_the_rate_that_is_priced(settings: dict[st
 
 
 def test_a_draw_of_a_fixed_number_is_found(settings: dict[str, Any], world: World) -> None:
-    with patch("server.trusted.private_poisson_sample", lambda size, rate: torch.randperm(size)[: round(rate * size)]):
+    with patch(
+        "server.collect.trusted.private_poisson_sample", lambda size, rate: torch.randperm(size)[: round(rate * size)]
+    ):
         assert drawn_at(settings, world, 0.3) != set()
 
 
 def test_who_fails_is_not_asked_again_and_the_divisor_stays(settings: dict[str, Any], world: World) -> None:
     """A second draw after the first one's replies would be no Poisson draw."""
     transport = MadeUp(lambda node, received: Refusal("1", 1, "x", "failed", "no"), COHORT_SIZE)
-    got = world.sites(transport).gather(1, world.state)
+    got = world.sites(transport).collect(1, world.state)
     assert transport.asked == [list(range(COHORT_SIZE))]
-    assert got.counts(5)
-    assert got.summed[0].noise == pytest.approx(2.0 * CLIP / COHORT_SIZE)
+    assert got.counts
+    assert got.averaged[0].noise == pytest.approx(2.0 * CLIP / COHORT_SIZE)
 
 
 def test_one_node_a_registered_name_is_asked_and_no_other(world: World) -> None:
     names = {0: "north", 1: "south", 3: "north"}
     transport = MadeUp(update, COHORT_SIZE, names)
-    world.sites(transport).gather(1, world.state)
+    world.sites(transport).collect(1, world.state)
     assert transport.asked == [[3, 1]]
 
 
@@ -368,8 +382,8 @@ def test_a_round_with_too_few_or_too_many_nodes_is_neither_charged_nor_sent(
 ) -> None:
     transport = MadeUp(update, count)
     sites = world.sites(transport)
-    got = sites.gather(1, world.state)
-    assert not got.counts(0 + 1)
+    got = sites.collect(1, world.state)
+    assert not got.counts
     assert words in got.failures[0].reason
     assert transport.asked == []
     assert sites._ledger.charges() == []
@@ -488,16 +502,16 @@ def test_a_ledger_that_cannot_be_read_as_it_was_written_is_refused(tmp_path: Pat
 
 def test_a_ledger_that_is_put_back_to_an_older_state_is_refused(world: World) -> None:
     sites = world.sites(MadeUp(update, COHORT_SIZE))
-    sites.gather(1, world.state)
+    sites.collect(1, world.state)
     older = sites._ledger.path.read_bytes()
     done = replace(world.state, round_number=1)
-    sites.gather(2, done)
+    sites.collect(2, done)
     sites._ledger.path.write_bytes(older)
     with pytest.raises(LedgerError, match="has 1 charges, and had 2"):
-        sites.gather(3, done)
+        sites.collect(3, done)
     sites._ledger.path.unlink()
     with pytest.raises(LedgerError, match="has 0 rounds of run '1', which has done 1"):
-        world.sites(MadeUp(update, COHORT_SIZE)).gather(2, done)
+        world.sites(MadeUp(update, COHORT_SIZE)).collect(2, done)
 
 
 class Killed(BaseException):
@@ -510,9 +524,9 @@ PLACES = ("before the charge", "after the charge", "after the noise", "before th
 def killed(settings: dict[str, Any], place: str) -> tuple[Path, ServerLedger, int]:
     """Return the folder of a run whose server died in round 2, its ledger, and how many sums were noised by then."""
     noised: list[int] = []
-    real_mean, real_charge, real_finished = TrustedSites._mean, ServerLedger.charge, RunFolder.finished
+    real_mean, real_charge, real_finished = TrustedCollector._mean, ServerLedger.charge, RunFolder.finished
 
-    def mean(sites: TrustedSites, results: Any, number: int, state: ServerState) -> Any:
+    def mean(sites: TrustedCollector, results: Any, number: int, state: ServerState) -> Any:
         if (place, number) == ("after the charge", 2):
             raise Killed
         made = real_mean(sites, results, number, state)
@@ -532,7 +546,7 @@ def killed(settings: dict[str, Any], place: str) -> tuple[Path, ServerLedger, in
         real_finished(folder, outcome, *rest)
 
     with ExitStack() as stack:
-        stack.enter_context(patch.object(TrustedSites, "_mean", mean))
+        stack.enter_context(patch.object(TrustedCollector, "_mean", mean))
         stack.enter_context(patch.object(ServerLedger, "charge", charge))
         stack.enter_context(patch.object(RunFolder, "finished", finished))
         stack.enter_context(pytest.raises(Killed))
@@ -673,7 +687,7 @@ def leaks(settings: dict[str, Any]) -> set[str]:
     Two runs have other draws, other failures and other records; their noised sums are made equal. So whatever differs
     came from a site by another way than through the noise.
     """
-    with patch("server.trusted.add_private_noise", lambda total, std: torch.full_like(total, 0.01)):
+    with patch("server.collect.trusted.add_private_noise", lambda total, std: torch.full_like(total, 0.01)):
         one = given_away(settings, Restless)
         with patch("server.records.datetime", Later):
             other = given_away(settings, Others)
@@ -687,11 +701,11 @@ def test_nothing_of_a_site_is_in_the_run_s_folder_but_through_the_noise(settings
     assert leaks(settings) == set()
 
 
-def of_the_exchange(got: Gathering, exchange: Exchange) -> None:
+def of_the_exchange(got: Collected, exchange: Exchange) -> None:
     got.bytes_up = exchange.bytes_up
 
 
-def naming(got: Gathering, exchange: Exchange) -> None:
+def naming(got: Collected, exchange: Exchange) -> None:
     got.refusals = {
         node: Absence(1, 1, reply.site, reply.kind, "no")
         for node, reply in exchange.replies.items()
@@ -701,21 +715,21 @@ def naming(got: Gathering, exchange: Exchange) -> None:
 
 @pytest.mark.parametrize("leak", [of_the_exchange, naming])
 def test_a_server_that_tells_of_replies_is_found(
-    settings: dict[str, Any], leak: Callable[[Gathering, Exchange], None]
+    settings: dict[str, Any], leak: Callable[[Collected, Exchange], None]
 ) -> None:
     seen: list[Exchange] = []
-    ask, gather = TrustedSites._ask, TrustedSites.gather
+    ask, collect = Sites.ask, TrustedCollector.collect
 
-    def watched(sites: TrustedSites, *rest: Any) -> Exchange:
+    def watched(sites: Sites, *rest: Any) -> Exchange:
         seen.append(ask(sites, *rest))
         return seen[-1]
 
-    def telling(sites: TrustedSites, *rest: Any) -> Gathering:
-        got = gather(sites, *rest)
+    def telling(sites: TrustedCollector, *rest: Any) -> Collected:
+        got = collect(sites, *rest)
         leak(got, seen[-1]) if seen else None
         return got
 
-    with patch.object(TrustedSites, "_ask", watched), patch.object(TrustedSites, "gather", telling):
+    with patch.object(Sites, "ask", watched), patch.object(TrustedCollector, "collect", telling):
         assert "rounds.jsonl" in leaks({**settings, "rounds": 6, "privacy.epsilon": 200.0})
 
 
@@ -739,8 +753,8 @@ def test_a_server_that_tells_how_long_a_round_took_is_found(settings: dict[str, 
 
 
 def test_a_line_that_tells_how_long_a_round_took_is_found(settings: dict[str, Any]) -> None:
-    def line(job: Job, outcome: Any, *others: Any) -> str:
-        return f"{round_line(job, outcome, *others)}  {outcome.seconds:.3f} s"
+    def line(shown: Shown, outcome: Any, *others: Any) -> str:
+        return f"{round_line(shown, outcome, *others)}  {outcome.seconds:.3f} s"
 
     with patch("server.conduct.round_line", line):
         assert "run.log" in leaks({**settings, "rounds": 3, "privacy.epsilon": 200.0})
@@ -748,8 +762,8 @@ def test_a_line_that_tells_how_long_a_round_took_is_found(settings: dict[str, An
 
 def test_the_log_says_that_it_is_not_to_be_published(settings: dict[str, Any]) -> None:
     folder = run_in_process(settings, 3)
-    assert NOT_PUBLISHED in (folder / "log.jsonl").read_text(encoding="utf-8")
-    assert "is not to be published" in NOT_PUBLISHED
+    assert ShownOfCohort.log_note in (folder / "log.jsonl").read_text(encoding="utf-8")
+    assert "is not to be published" in ShownOfCohort.log_note
 
 
 @pytest.mark.parametrize("tracker", TRACKERS)
@@ -811,8 +825,10 @@ class OneReply:
 def shown(mode: Mapping[str, Any], settings: dict[str, Any], drawn: Sequence[int]) -> list[ProgressFile]:
     """Return what a run's folder shows to whoever watches, in a round in which these nodes are asked."""
     told: list[ProgressFile] = []
-    parts = (OneReply(), configure({**settings, **mode}), SimpleNamespace(reply_layout=lambda _: {}))
-    transport = FlowerTransport(*cast(Any, (*parts, SimpleNamespace(progress=told.append))))
+    job = configure({**settings, **mode})
+    folder = SimpleNamespace(progress=lambda line: told.append(line) if line else None, shown=shown_of(job))
+    parts = (OneReply(), job, SimpleNamespace(reply_layout=lambda _: {}))
+    transport = FlowerTransport(*cast(Any, (*parts, folder)))
     with patch("server.app.Message", lambda *content, **terms: content):
         transport.nodes(1, ())
         if drawn:
@@ -829,16 +845,36 @@ def test_whoever_watches_sees_the_same_whoever_is_drawn(settings: dict[str, Any]
     assert shown(plain, settings, [1])[-1].asked == 1
 
 
+def test_a_progress_line_that_tells_of_those_who_were_drawn_is_found(settings: dict[str, Any]) -> None:
+    with patch.object(ShownOfCohort, "answered", Shown.answered):
+        found = [shown({}, settings, drawn) for drawn in ([], [1], [1, 2, 3])]
+    assert found != [[ProgressFile("training")]] * 3
+
+
+def test_a_log_line_about_who_was_drawn_is_found(settings: dict[str, Any]) -> None:
+    """A collector that notes what went wrong with a site, as the others do."""
+    ask = Sites.ask
+
+    def telling(sites: Sites, nodes: Any, round_number: int, state: ServerState) -> Exchange:
+        exchange = ask(sites, nodes, round_number, state)
+        told = {n: (r.site, r.kind, r.reason) for n, r in exchange.replies.items() if isinstance(r, Refusal)}
+        sites.absent(Collected(attempts=1), round_number, told, set(exchange.replies))
+        return exchange
+
+    with patch.object(Sites, "ask", telling):
+        assert "log.jsonl" in leaks({**settings, "rounds": 6, "privacy.epsilon": 200.0})
+
+
 def test_no_update_lies_in_the_run_s_folder(settings: dict[str, Any]) -> None:
     sent: list[TrainResult] = []
-    real = TrustedSites._mean
+    real = TrustedCollector._mean
 
-    def seen(sites: TrustedSites, results: Any, number: int, state: ServerState) -> Any:
+    def seen(sites: TrustedCollector, results: Any, number: int, state: ServerState) -> Any:
         held = list(results)
         sent.extend(held)
         return real(sites, iter(held), number, state)
 
-    with patch.object(TrustedSites, "_mean", seen):
+    with patch.object(TrustedCollector, "_mean", seen):
         folder = run_in_process(settings, 3)
     files = {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert len(sent) == 6

@@ -14,7 +14,7 @@ from audits.tiny_models import write_reviews
 from common.config.sections import DataConfig
 from common.data.sources import MOST_SLICES, load_dataset, load_protected, slices_of
 from common.errors import ConfigError, DataError
-from common.model.federated import Score
+from common.model.score import Score
 from common.run_lines import BaselineFile, RoundLine, read_file, read_lines
 from common.tasks.examples import Dataset
 from common.tasks.text import TextExample

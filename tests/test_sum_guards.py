@@ -23,7 +23,8 @@ from common.privacy.accounting import gaussian_release
 from common.run_lines import RoundLine, read_lines
 from common.secure_sum import rounding
 from experiments.in_process import InProcessTransport, run_in_process
-from server.sums import SummedSites, _others
+from server.collect.masked import MaskedCollector
+from server.collect.masked_sum import other_releases
 from strategies.job import configure
 
 
@@ -143,13 +144,13 @@ def test_a_site_that_refused_a_vector_is_asked_no_more_in_the_run(
     assert [(line.site, line.kind) for line in second.refusals] == [("site-3", "policy")], "nobody says why it is gone"
     assert charges(folder)[:3] == [3, 3, 3]
     # The planted fault: each round begins with all sites, and the others pay for each.
-    gather = SummedSites.gather
+    gather = MaskedCollector.collect
 
-    def forgetful(self: SummedSites, *given: Any) -> Any:
+    def forgetful(self: MaskedCollector, *given: Any) -> Any:
         self._unfit.clear()
         return gather(self, *given)
 
-    monkeypatch.setattr(SummedSites, "gather", forgetful)
+    monkeypatch.setattr(MaskedCollector, "collect", forgetful)
     assert charges(run_in_process(summed, 4, run="forgot", kind=next(kinds)))[:3] == [4, 4, 4]
 
 
@@ -193,7 +194,7 @@ def test_a_sum_that_does_not_fit_its_words_is_refused_before_anybody_pays(
         run_in_process(summed, 4, run="full")
     (full,) = Path(summed["output"]).glob("*full")
     assert charges(full) == [1, 1, 1, 1]
-    monkeypatch.setattr(SummedSites, "_overfull", lambda *own: "")
+    monkeypatch.setattr(MaskedCollector, "_overfull", lambda *own: "")
     with pytest.raises(RunFailed, match="does not fit"):
         run_in_process(summed, 4, run="blind")
     (blind,) = Path(summed["output"]).glob("*blind")
@@ -220,5 +221,5 @@ def test_a_majority_that_was_charged_for_another_release_than_the_runs_is_named(
         event.having(honest_sites=1.0),
     ):
         lying = replace(honest, spending=replace(honest.spending, event=other))
-        assert set(_others(job, {0: lying, 1: honest, 2: lying})) == {0, 2}
-    assert not _others(job, {0: honest, 1: honest})
+        assert set(other_releases(job, {0: lying, 1: honest, 2: lying})) == {0, 2}
+    assert not other_releases(job, {0: honest, 1: honest})

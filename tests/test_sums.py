@@ -51,9 +51,8 @@ from faults.faulty_server import lying
 from faults.sum_scenarios import SERVER_LIES, wrong_after_a_lie
 from reports import federation_epsilon, markdown_report, report_of
 from server import checkpoint
-from server import sums as sums_at_server
-from server.rounds import too_few
-from server.sites import Gathering
+from server.collect import masked_sum
+from server.collect.base import Collected
 from strategies.job import configure
 
 SUMMED: dict[str, Any] = {
@@ -188,14 +187,14 @@ def test_a_round_0_that_sums_nothing_is_no_sum_of_no_sites(summed: dict[str, Any
 
 
 def test_a_sum_has_no_noise_of_what_rests(summed: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, read = list[tuple[int, int]](), sums_at_server.total
+    seen, read = list[tuple[int, int]](), masked_sum.total
 
     def spy(vectors: Any, std: float) -> torch.Tensor:
         found = read(vectors, std)
         seen.append((len(seen) + 1, found.numel()))
         return found
 
-    monkeypatch.setattr(sums_at_server, "total", spy)
+    monkeypatch.setattr(masked_sum, "total", spy)
     folder = run_in_process({**summed, **PHASES, "rounds": 4, "training.head-first": 1}, 4)
     state = checkpoint._read(folder / checkpoint.NAME)[1]
     trained = {k: sum(t.numel() for n, t in fs.items() if state.trains(k, n)) for k, fs in state.adapter.items()}
@@ -377,8 +376,8 @@ def test_budgets_that_are_spent_one_after_the_other_end_the_run_well(summed: dic
 
 
 def test_a_round_of_carried_refusals_alone_is_told_without_a_failure() -> None:
-    got = Gathering(refusals={0: Absence(3, 1, "site-0", "budget", "it is spent")})
-    assert "site-0 (budget): it is spent" in str(too_few(got, 3, 2))
+    got = Collected(refusals={0: Absence(3, 1, "site-0", "budget", "it is spent")}, needed=2)
+    assert "site-0 (budget): it is spent" in got.too_few(3)
 
 
 def test_who_refused_before_the_last_sum_is_not_missed_from_it_twice(summed: dict[str, Any]) -> None:

@@ -25,9 +25,10 @@ from experiments.in_process import run_in_process
 from reports import report_of
 from reports.folder import read_run
 from reports.sites import epsilon_by, epsilon_course
-from server.admission import Member
-from server.rounds import RoundOutcome
-from server.sites import Gathering
+from server.collect.base import Collected
+from server.collect.door import shown_of
+from server.members import Member
+from server.observers import RoundOutcome
 from server.terminal import round_line
 from server.tracking import Tracking, check_tracker, rounds_of
 from strategies.job import configure
@@ -95,8 +96,8 @@ def test_a_site_that_tells_too_little_is_told_by_what_its_lines_cost(tmp_path: P
         assert row.epsilon_worst == epsilon_by(files, row.round_number) == pytest.approx(least)
         assert rounds_of(run.folder)[row.round_number]["epsilon"] == row.epsilon_worst
     spent = Spending(**vars(files.privacy[0].spent), accountant=Accountant("pld", "0.6.0"))
-    outcome = RoundOutcome(2, Gathering(), None, 1.0)
-    words = round_line(job, outcome, {1: Member("north", 2000, spent)}, epsilon_by(files, 2))
+    outcome = RoundOutcome(2, Collected(), None, 1.0)
+    words = round_line(shown_of(job), outcome, {1: Member("north", 2000, spent)}, epsilon_by(files, 2))
     assert f"ε {epsilon_text(honest[2]['epsilon'])} of 8" in words
     assert "by the lines in privacy.jsonl: who counts told 0.000" in words
 

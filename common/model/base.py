@@ -127,7 +127,7 @@ def load_base_model(name: str, task: str, pool: str = "mean", bits: str = "none"
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # a bar for each model and file would stand between the lines that people read
-    kind, files = TASKS[task].pooled(pool), files or files_of(name)
+    kind, files = TASKS[task].with_pool(pool), files or files_of(name)
     with model_folder(name, files) as folder:
         module, processor = _load(name, folder, kind)
     if name not in NAMED_MODELS and folder == expanded(name):

@@ -10,7 +10,6 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -36,6 +35,7 @@ from common.model.device import (
 )
 from common.model.lowered import lowered
 from common.model.recomputed import computed_once, recompute_layers
+from common.model.score import Score
 from common.model.shapes import FixedBatch, Shapes
 from common.randomness import stream
 from common.tasks import TASKS, Batch, Record, Task
@@ -46,29 +46,6 @@ from common.tasks.module import Metric
 from common.tasks.tangent import Tangent
 
 log = logging.getLogger("fedveil.site")
-
-
-@dataclass(frozen=True)
-class Score:
-    """How the model does on public data."""
-
-    accuracy: float
-    """Share of right labels, or of right next tokens of the completion."""
-    loss: float
-    """Mean cross-entropy per record, or per token of the completion; in nats."""
-    right: tuple[int, ...] = ()
-    """Records that the model gets right, by label; empty where a record has no label."""
-    records: tuple[int, ...] = ()
-    """Records of each label."""
-    slice_right: tuple[int, ...] = ()
-    """Records that the model gets right, by slice of the test data; empty where there is none."""
-    slice_records: tuple[int, ...] = ()
-    """Records of each slice."""
-
-    def __post_init__(self) -> None:
-        # A checkpoint's JSON has lists.
-        for counts in ("right", "records", "slice_right", "slice_records"):
-            object.__setattr__(self, counts, tuple(getattr(self, counts)))
 
 
 class FederatedModel:
@@ -542,7 +519,7 @@ def model_of(
     return FederatedModel(
         load_base_model(config.name, config.task, head.pool, config.quantise, files),
         adapter,
-        TASKS[config.task].pooled(head.pool),
+        TASKS[config.task].with_pool(head.pool),
         head,
         seed=seed,
         label_names=label_names,

@@ -14,6 +14,7 @@ and the ledger that is charged is the server's.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -39,6 +40,11 @@ class ClippedPlan(ExposingPlan):
 
     clip_norm: float
     """L2 bound of the whole change, over all that is sent."""
+
+    def told_size(self, public_size: int) -> int:
+        """Return 1: every site counts alike, and how many records it has is none of the server's business."""
+        del public_size
+        return 1
 
     def outgoing(self, contribution: AdapterState, received: AdapterState) -> AdapterState:
         """Return what was received plus the change, clipped once; as it was received if the change is not finite."""
@@ -103,6 +109,7 @@ class ClientLevel(Mechanism):
     rehearsed: ClassVar[bool] = False
     # A site that fails says so to the server, which counts it as zero and tells nobody.
     conceals: ClassVar[bool] = False
+    exposes: ClassVar[str] = "the server is sent an update without noise: no record is protected from it"
     # A site's steps are free, as without privacy; what is paid for is one update a round.
     pace: ClassVar[Pace] = Pace(server_optimizer="none", local_steps=16, sample_rate=0.018, head_rate=5.0)
     head: ClassVar[str] = ", inside the clip"
@@ -134,6 +141,18 @@ class ClientLevel(Mechanism):
                     f"{key} is for noise that sites add, and with privacy.mode 'client-level' the server "
                     f"does: leave it out"
                 )
+
+    def broken_rule(
+        self, allowed: Collection[str], *, without_privacy: bool, least_noise: float
+    ) -> tuple[str, str, str] | None:
+        """Return the rule as elsewhere, and one that asks for noise of the site's own, which adds none."""
+        broken = super().broken_rule(allowed, without_privacy=without_privacy, least_noise=least_noise)
+        asked = f"privacy.mode = {self.name!r}"
+        if broken:
+            return *broken[:2], f"{asked}, in which no record is protected from the server"
+        if least_noise:
+            return "min-noise-multiplier", f"{least_noise:g}", f"{asked}, in which a site adds none"
+        return None
 
     def exposing_plan(self, privacy: PrivacyConfig, training: TrainingConfig) -> ClippedPlan:
         """Return the run's rate, pass and clip."""

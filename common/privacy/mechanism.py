@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
 from common.errors import ConfigError, MechanismError
 from common.privacy.accounting import Release
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from common.config.sections import PrivacyConfig, RunConfig, TrainingConfig
     from common.privacy.events import Event
     from common.privacy.plan import Plan, PrivacyPlan
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ class Mechanism(ABC):
     """What a report adds to a head that is trained."""
     longest: ClassVar[float]
     """How many times the round's middle update an honest one may be long."""
+    exposes: ClassVar[str] = ""
+    """What a site's log says of a round that is an exposure although something is promised; empty: nothing."""
     needs: ClassVar[str] = ""
     """A setting without which no run has it, because only people know its value; empty: every setting has a default."""
     plans: ClassVar[type[PrivacyPlan] | None] = None
@@ -105,6 +109,14 @@ class Mechanism(ABC):
     def pooled(self) -> bool:
         """Whether a strategy is given what all sites make together, and no site's part of it."""
         return self.summed or self.central
+
+    @property
+    def only_a_sum(self) -> str:
+        """Who takes no more of the sites than a sum, in words; empty: a strategy is given what each site sends."""
+        if not self.pooled:
+            return ""
+        seen = "nobody sees" if self.summed else "no strategy is given"
+        return f"with privacy.mode {self.name!r} {seen}"
 
     def check_run(self, config: RunConfig) -> None:
         """Raise ConfigError, saying what to do, unless the run's settings fit the mechanism."""
@@ -160,6 +172,47 @@ class Mechanism(ABC):
             PrivacyError: as there.
         """
         return self._planned().for_run(privacy, training, total_steps, public_size, before)
+
+    def site_plan(self, privacy: PrivacyConfig, training: TrainingConfig, total_steps: int, public_size: int) -> Plan:
+        """Return what an honest site does at least: a plan that pays, as ``plan``, or else the exposing one.
+
+        Raises:
+            ConfigError, PrivacyError: as of ``plan``.
+        """
+        if self.charged:
+            return self.plan(privacy, training, total_steps, public_size)
+        return self.exposing_plan(privacy, training)
+
+    def sample_rate(self, privacy: PrivacyConfig, training: TrainingConfig) -> float:
+        """Return at which rate a site's step draws, which need not be what the run asks for."""
+        return self.event(privacy, training).sample_rate if self.charged else training.sample_rate
+
+    def broken_rule(
+        self, allowed: Collection[str], *, without_privacy: bool, least_noise: float
+    ) -> tuple[str, str, str] | None:
+        """Return the rule of a site's policy that forbids runs of this row, its value and what was asked; None: none.
+
+        Args:
+            allowed: the rows that the policy allows, of those that promise something.
+            without_privacy: whether it allows runs that promise nothing.
+            least_noise: the least noise multiplier that it asks of the site's own noise; 0: it asks for none.
+        """
+        del without_privacy, least_noise
+        if self.name in allowed:
+            return None
+        return "mechanisms", ", ".join(allowed), f"privacy.mode = {self.name!r}"
+
+    def unfit_start(self, needs: str, unfit: str) -> str:
+        """Return why a start that is made from what it ``needs`` cannot be had, as it says itself; empty: it can."""
+        return "" if needs in self.starts else unfit
+
+    def sent(self, trained: Mapping[str, T], moves: Callable[[str], bool]) -> dict[str, T]:
+        """Return the layers of ``trained`` that a round sends; ``moves`` says whether a layer is trained in the round.
+
+        What rests is sent as it came.
+        """
+        del moves
+        return dict(trained)
 
     def event(self, privacy: PrivacyConfig, training: TrainingConfig) -> Event:
         """Return what one step releases at the noise that the run sets; 1 where it leaves it open.

@@ -6,7 +6,7 @@ the new model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf
@@ -82,6 +82,13 @@ class NoPrivacy(Mechanism):
     def exposing_plan(self, privacy: PrivacyConfig, training: TrainingConfig) -> ExposingPlan:
         """Return the run's rate and pass."""
         return ExposingPlan(training.sample_rate, training.batch_tokens)
+
+    def broken_rule(
+        self, allowed: Collection[str], *, without_privacy: bool, least_noise: float
+    ) -> tuple[str, str, str] | None:
+        """Return the rule against runs that promise nothing, unless the policy allows them."""
+        del allowed, least_noise
+        return None if without_privacy else ("allow-no-privacy", "false", f"privacy.mode = {self.name!r}")
 
     def promise(self, privacy: PrivacyConfig) -> str:
         """Say that there is none."""

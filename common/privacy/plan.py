@@ -77,6 +77,10 @@ class Plan(ABC):
         del received
         return contribution
 
+    def told_size(self, public_size: int) -> int:
+        """Return the size that the server is told of a site whose public size this is."""
+        return public_size
+
     @property
     def noises_rounds(self) -> bool:
         """Whether what a round changed is noised as it leaves the site (``outgoing``), and no step of it."""

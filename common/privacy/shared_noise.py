@@ -8,7 +8,8 @@ noise alone.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
 from common.errors import ConfigError
 from common.privacy.claim import Claim
@@ -20,6 +21,8 @@ from common.privacy.units import RECORD
 if TYPE_CHECKING:
     from common.config.sections import PrivacyConfig, RunConfig, TrainingConfig
     from common.privacy.dpsgd import PrivateSteps
+
+T = TypeVar("T")
 
 
 class SecureSumPlan(PrivacyPlan):
@@ -103,6 +106,20 @@ class SecureSum(Mechanism):
                 "with privacy.mode 'secure-sum' the server steps, from the sum of all sites: set training.optimizer "
                 "to 'sgd' and training.weight-decay to 0"
             )
+
+    def unfit_start(self, needs: str, unfit: str) -> str:
+        """Return why a start cannot be had; no site's own release is seen."""
+        reason = super().unfit_start(needs, unfit)
+        if not reason or needs != "paid release":
+            return reason
+        return (
+            f"asks each site for a release of its own, and with privacy.mode {self.name!r} nobody sees "
+            "more than a sum: choose another, such as 'public-metric'"
+        )
+
+    def sent(self, trained: Mapping[str, T], moves: Callable[[str], bool]) -> dict[str, T]:
+        """Return the layers that move in the round alone: what rests would be noise in the vector."""
+        return {layer: held for layer, held in trained.items() if moves(layer)}
 
     def promise(self, privacy: PrivacyConfig) -> str:
         """Return the budget of a site, and on whom it rests."""

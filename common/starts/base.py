@@ -93,14 +93,7 @@ class Start(ABC):
                 f"adapter.start {self.name!r} asks the {self.asked} where factors begin, and the adapter "
                 f"{adapter.name!r} has no factors: leave adapter.start at 'orthonormal'"
             )
-        mechanism = config.privacy.mechanism
-        if self.needs not in mechanism.starts:
-            unfit = self.unfit
-            if mechanism.summed and self.needs == "paid release":
-                unfit = (
-                    f"asks each site for a release of its own, and with privacy.mode {mechanism.name!r} nobody sees "
-                    "more than a sum: choose another, such as 'public-metric'"
-                )
+        if unfit := config.privacy.mechanism.unfit_start(self.needs, self.unfit):
             raise ConfigError(f"adapter.start {self.name!r} {unfit}")
 
     def resolved(self) -> Self:

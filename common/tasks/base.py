@@ -159,7 +159,7 @@ class Task(ABC):
                 f"set head.start to {others}, or head.policy to 'trained'"
             )
 
-    def pooled(self, pool: str) -> Task:
+    def with_pool(self, pool: str) -> Task:
         """Return the task as its head reads features by ``head.pool``.
 
         Raises:

@@ -57,10 +57,10 @@ class Classification(TextTask):
                 "head.pool is 'stock', and the stock head takes features as they are: set model.feature-scale to 0"
             )
 
-    def pooled(self, pool: str) -> Task:
+    def with_pool(self, pool: str) -> Task:
         """Return the reading of the pooler for ``stock``."""
         reading = self.readings.get(pool)
-        return reading() if reading else super().pooled(pool)
+        return reading() if reading else super().with_pool(pool)
 
     def load(self, name: str) -> tuple[nn.Module, Any]:
         """Return the encoder; a pooler is never used, and an unused layer is only weight to carry."""

@@ -14,7 +14,7 @@ from cli.errors import Commands, for_people
 from common.words import UNKNOWN, counted, decimal_text, visible
 
 if TYPE_CHECKING:
-    from common.model.federated import Score
+    from common.model.score import Score
 
 app = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)

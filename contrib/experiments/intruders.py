@@ -34,8 +34,9 @@ from contrib.experiments.spectra import Top, count_above, spectrum_of, top_of
 from experiments.evaluate import base_of
 from server.aggregation import contributions
 from server.checkpoint import saved_state
+from server.collect.noise import Noise, ServerNoise
 from server.model import rule_statistic
-from server.noise import cohort_noise, site_noise, step_noise, sum_noise, with_noises
+from server.noise import SumNoise, cohort_noise, noised_at_sites, site_noise, step_noise, sum_noise
 from server.ruled import round_step
 from strategies import of_turn
 from strategies.job import Job, configure
@@ -142,8 +143,9 @@ def noise_alone(job: Job, run: Path, start: AdapterState, ended: ServerState) ->
     except FedVeilError as error:
         return str(error)
     for results in by_round.values():
-        noised, averaged = _noised(job, state, results, draw)
-        state = job.strategy.server_update(state, averaged, round_step(job, measured, noised, averaged))
+        averaged, noise = _noised(job, state, results, draw)
+        step = round_step(job, measured, noise, results[0].round_number)
+        state = job.strategy.server_update(state, averaged, step)
     return state.adapter
 
 
@@ -191,19 +193,20 @@ def _measured(job: Job, run: Path, state: ServerState) -> AdapterState:
 
 def _noised(
     job: Job, state: ServerState, results: Sequence[TrainResult], draw: torch.Generator
-) -> tuple[list[TrainResult], list[Contribution]]:
-    """Return the results of sites without any record, of which all that they send is noise, and what is averaged."""
+) -> tuple[Sequence[Contribution], Noise]:
+    """Return what is averaged of sites without any record, of which all that they send is noise, and the noise."""
     if job.mechanism.central:
         (cohort,) = results
         noise = cohort_noise(job, cohort)
-        return [cohort], [Contribution(cohort.site, 1.0, _sent(job, state, 0, noise, draw), noise=noise)]
+        return [Contribution(cohort.site, 1.0, _sent(job, state, 0, noise, draw), noise=noise)], ServerNoise(noise)
     if job.mechanism.summed:
-        return list(results), [Contribution("all", 1.0, _sent(job, state, 0, sum_noise(job, results), draw))]
+        sent = _sent(job, state, 0, sum_noise(job, results), draw)
+        return [Contribution("all", 1.0, sent)], SumNoise(job, results)
     noised = [
         replace(result, contribution=_sent(job, state, result.rank, site_noise(job, result), draw))
         for result in results
     ]
-    return noised, with_noises(job, contributions(job, noised, state), noised)
+    return noised_at_sites(job, contributions(job, noised, state), noised)
 
 
 def _sent(job: Job, state: ServerState, rank: int, noise: float, draw: torch.Generator) -> AdapterState:

@@ -306,7 +306,7 @@ def of_noise_alone(
         node["public-size"] = size
     with patch.context() as inside:
         inside.setattr("common.privacy.dpsgd.add_private_noise", noised)
-        inside.setattr("server.trusted.add_private_noise", noised)
+        inside.setattr("server.collect.trusted.add_private_noise", noised)
         folder = run_in_process(settings, nodes)
     state, job = saved_state(folder), configure(swept_settings(folder))
     # What sites send is a step against the noised gradient, and a trusted server's mean is a change.
@@ -347,7 +347,7 @@ def test_q5_the_noise_alone_goes_through_all_that_the_server_does(
     elif name in RULES:
         monkeypatch.setattr(
             "contrib.experiments.intruders.round_step",
-            lambda job, _, results, averaged: partial(server_step, within_noise(job, results, averaged)),
+            lambda job, _, noise, number: partial(server_step, within_noise(job.config, noise, number)),
         )
     else:
         assert [line.rank for line in read_lines(PrivacyLine, folder)] == [1, 3, 1] * 2

@@ -118,7 +118,7 @@ def calibrate(server_model: ServerModel, config: RunConfig, workers: int) -> Cal
         score_seconds=scoring,
         peak_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10),
         accelerator_mib=torch.cuda.max_memory_allocated(model.device) / 2**20 if cuda else 0.0,
-        alignment=alignment_of([mean for _, mean in steps]) if config.privacy.mechanism.charged else None,
+        alignment=alignment_of([mean for _, mean in steps]) if _clips(config) else None,
         feature_seconds=featuring,
         scored_seconds=scoring / len(server_model.records),
     )
@@ -208,6 +208,11 @@ def _steps(
     return short, [_step(model, chunk, trained, config) for chunk in chunks]
 
 
+def _clips(config: RunConfig) -> bool:
+    """Return whether a site's steps clip each record."""
+    return config.privacy.mechanism.charged
+
+
 def _step(
     model: FederatedModel, records: Sequence[Record], trained: Trained, config: RunConfig
 ) -> tuple[float, Tensor]:
@@ -215,7 +220,7 @@ def _step(
     optimizer = build_optimizer(trained, config.training)
     model.module.train()
     began = time.perf_counter()
-    if not config.privacy.mechanism.charged:
+    if not _clips(config):
         open_plan = config.privacy.mechanism.exposing_plan(config.privacy, config.training)
         with open_plan.steps(model, optimizer) as steps:
             steps.step(open_plan.parts(model, records), model.losses)

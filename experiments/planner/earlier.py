@@ -45,7 +45,7 @@ def earlier_runs(folders: Sequence[Path], job: Job) -> Earlier:
     """
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise ConfigError("--after: a folder is named twice, and would count twice: name each once")
-    runs = [_read(folder, job.mechanism.claim.per) for folder in folders]
+    runs = [_read(folder, job.claim.per) for folder in folders]
     if not runs:
         return Earlier(FRESH)
     names = {line.site for files in runs for line in files.privacy if line.spent}
@@ -81,14 +81,14 @@ def _read(folder: Path, unit: str) -> RunFiles:
     if files.problems:
         raise ConfigError(f"--after: {folder} is damaged, so what it spent is not known: {files.problems[0]}")
     try:
-        mechanism = configure(files.config.settings).mechanism
+        claim = configure(files.config.settings).claim
     except ConfigError as error:
         raise ConfigError(f"--after: the run in {folder} is none of this version: {error}") from error
-    if not mechanism.claims:
+    if not claim.per:
         raise ConfigError(f"--after: the run in {folder} was without privacy, so no ε holds for its records any more")
-    if unit and mechanism.claim.per != unit:
+    if unit and claim.per != unit:
         raise ConfigError(
-            f"--after: the run in {folder} protects a {mechanism.claim.per} and this one a {unit}: no ε holds for both"
+            f"--after: the run in {folder} protects a {claim.per} and this one a {unit}: no ε holds for both"
         )
     if not any(line.spent for line in files.privacy):
         raise ConfigError(f"--after: the run in {folder} tells of no release: leave it out")

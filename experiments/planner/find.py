@@ -14,6 +14,7 @@ from common.errors import BudgetExhausted, ConfigError, PrivacyError
 from common.privacy.accounting import Release
 from common.privacy.events import LEAST_NOISE, Event
 from common.privacy.privacy_filter import FRESH, History, price_after
+from experiments.planner.payers import payer_of
 from experiments.planner.price import MOST_ROUNDS, last_within, noise_for_all, paid_before, releases_of_round
 from strategies.job import Job
 
@@ -48,8 +49,10 @@ def find(job: Job, quantity: str, history: History = FRESH) -> Found:
         BudgetExhausted: the budget allows not even the smallest step.
     """
     one_of(QUANTITIES, find=quantity)
-    if not job.mechanism.claims:
-        raise ConfigError(f"privacy.mode is {job.mechanism.name!r}: there is no budget to plan for; set it to 'dp-sgd'")
+    if not job.claim.per:
+        raise ConfigError(
+            f"privacy.mode is {job.config.privacy.mode!r}: there is no budget to plan for; set it to 'dp-sgd'"
+        )
     if quantity != "noise" and not job.config.privacy.noise_multiplier:
         raise ConfigError(
             f"--find {quantity} needs a noise multiplier: set privacy.noise-multiplier (0 lets the run choose it)"
@@ -104,8 +107,7 @@ def sample_rate_for(job: Job, history: History) -> Found:
         raise _nothing(job, f"a sample rate of {RATES[0]:g}")
     rate = max([*RATES[:count][-1:], *rates])
     following = next((other for other in RATES if other > rate), None)
-    setting = "privacy.site-rate" if job.mechanism.central else "training.sample-rate"
-    return _found(job, history, setting, rate, following, release)
+    return _found(job, history, payer_of(job).rate_setting, rate, following, release)
 
 
 QUANTITIES: dict[str, Callable[[Job, History], Found]] = {
@@ -116,7 +118,7 @@ QUANTITIES: dict[str, Callable[[Job, History], Found]] = {
 
 
 def _event(job: Job) -> Event:
-    return job.mechanism.event(job.config.privacy, job.config.training)
+    return job.event
 
 
 def _price(job: Job, history: History, release: Release) -> float:

@@ -16,6 +16,7 @@ from common.privacy.dpsgd import rounding_margin
 from common.privacy.plan import PrivacyPlan
 from common.privacy.privacy_filter import FRESH, History, price_after
 from experiments.planner.calibration import Calibration, calibrate, feature_seconds, round_seconds
+from experiments.planner.payers import payer_of
 from experiments.planner.price import (
     LEAST_SIGNAL,
     MOST_ROUNDS,
@@ -29,7 +30,7 @@ from experiments.planner.price import (
     thrown_away,
 )
 from experiments.planner.traffic import Traffic, payload_by_strategy, traffic
-from server.aggregation import WORTH_TELLING, capped, held_down, most_of, noise_grown
+from server.aggregation import WORTH_TELLING, held_down
 from server.model import ServerModel
 from strategies import of_turn
 from strategies.job import Job
@@ -66,7 +67,7 @@ class Forecast:
     @property
     def epsilon_alone(self) -> float | None:
         """What the run costs a site if no other one adds its noise to a sum; None where none is counted on."""
-        if not self.job.mechanism.summed or self.job.config.privacy.honest_sites == 1:
+        if self.job.config.privacy.honest_sites < 2:
             return None
         plan = self.plans[0]
         own = alone([plan.release(self.job.config.total_steps)])
@@ -78,7 +79,7 @@ class Forecast:
 
         By their number, if all of the forecast's sites are in each sum; empty where no noise is shared.
         """
-        if not self.job.mechanism.summed:
+        if not self.job.config.privacy.honest_sites:
             return {}
         plan, privacy, sites = self.plans[0], self.job.config.privacy, len(self.sizes)
         release = plan.release(self.job.config.total_steps)
@@ -98,9 +99,7 @@ class Forecast:
     @property
     def noises(self) -> list[float | None]:
         """Each site's noise multiplier; None where nothing is charged, or a trusted server adds it."""
-        if self.job.mechanism.central:
-            return [None] * len(self.sizes)
-        return [plan.event.noise_multiplier for plan in self.plans] or [None] * len(self.sizes)
+        return payer_of(self.job).noises(self.plans, len(self.sizes))
 
     @property
     def expected_batches(self) -> list[float]:
@@ -130,16 +129,13 @@ class Forecast:
     @property
     def noise_of_shares(self) -> float:
         """How many times the noise of the average is what it would be by size alone; 1 where no site adds its own."""
-        if not self.job.mechanism.charged or self.job.mechanism.summed:
-            return 1.0
-        noises = [plan.gradient_noise_std for plan in self.plans]
-        return noise_grown(shares_of_sizes(self.job, self.sizes), self.sizes, noises)
+        return payer_of(self.job).noise_of_shares(self.job, self.sizes, self.plans)
 
     @property
     def warnings(self) -> list[str]:
         """What a person should know before starting, in plain words."""
         found, rounds = [], self.job.config.rounds
-        if not self.job.mechanism.claims:
+        if not self.job.claim.per:
             return [f"claim: {NO_CLAIM}"]
         if self.rounds_within is not None and self.rounds_within < rounds:
             found.append(
@@ -154,20 +150,12 @@ class Forecast:
             )
         if self.noise_of_shares >= WORTH_TELLING:
             found.append(held_down(self.job.config.max_share, self.sizes, self.noise_of_shares))
-        if self.job.mechanism.unit.grouped and self.calibration is not None:
+        if self.job.unit.grouped and self.calibration is not None:
             found.append(
                 f"times and signal are of persons with one record each: with up to "
                 f"{self.job.config.privacy.records_per_person}, a step takes up to so many times as long"
             )
-        privacy = self.job.config.privacy
-        if self.job.mechanism.central and len(self.sizes) > privacy.cohort:
-            found.append(
-                f"{len(self.sizes)} sites are more than privacy.cohort, which is {privacy.cohort}: no round will begin"
-            )
-        if min(self.expected_batches) < 1 and not self.job.mechanism.central:
-            unit = self.job.mechanism.unit.name
-            found.append(f"a site's expected batch is below one {unit}: most of its steps are noise alone")
-        return found
+        return [*found, *payer_of(self.job).warnings(self.job, self.sizes)]
 
     def as_json(self) -> dict[str, Any]:
         """Return the forecast as plain values."""
@@ -176,7 +164,7 @@ class Forecast:
         down, up = self.traffic.run(config.rounds, len(self.sizes))
         return {
             "settings": self.job.settings(),
-            "private": self.job.mechanism.claims,
+            "private": bool(self.job.claim.per),
             "sites": [
                 {
                     "public_size": size,
@@ -267,19 +255,12 @@ def _signal(
     margin: float,
 ) -> SignalToNoise | None:
     """Return the run's signal-to-noise; of a trusted server, of updates as long as the clip; None without noise."""
-    if job.mechanism.central:
-        plan = plans[0]
-        noise = math.sqrt(trained) * plan.gradient_noise_std / plan.event.clip_norm
-        return SignalToNoise(trained, job.config.rounds, noise, None)
-    if not job.mechanism.charged:
+    if not job.claim.per:
         return None
+    payer = payer_of(job)
+    if (noise := payer.bare_signal(trained, plans)) is not None:
+        return SignalToNoise(trained, job.config.rounds, noise, None)
     alignment = calibration.alignment if calibration else None
     return signal_to_noise(
-        plans, shares_of_sizes(job, sizes), job.config.total_steps, trained, margin=margin, alignment=alignment
+        plans, payer.weights(job, sizes), job.config.total_steps, trained, margin=margin, alignment=alignment
     )
-
-
-def shares_of_sizes(job: Job, sizes: Sequence[int]) -> list[float]:
-    """Return the weights of sites of these sizes in an average, all with the run's noise; only ratios matter."""
-    weights = [float(size) for size in sizes]
-    return weights if job.mechanism.summed else capped(weights, most_of(len(weights), job.config.max_share))

@@ -10,11 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from client.budget import plan_of
-from client.ledger.rows import Terms
-from client.site import Site
 from common.accountant import Accountant
 from common.data.partition import public_size_of_part, site_part
 from common.data.sources import train_and_test
@@ -32,8 +28,7 @@ from common.privacy.privacy_filter import (
     promised,
     promised_noise,
 )
-from common.tasks.examples import Dataset
-from server.trusted import sums_plan
+from experiments.planner.payers import payer_of, planned_site
 from strategies.job import Job
 
 MOST_ROUNDS = 100_000
@@ -130,14 +125,14 @@ def simulated_sizes(job: Job, sites: int) -> tuple[int, ...]:
     """
     if sites < 1:
         raise ConfigError(f"a federation needs at least 1 site, not {sites}")
-    train, unit = train_and_test(job.config.data, job.config.model.task)[0], job.mechanism.unit
+    train, unit = train_and_test(job.config.data, job.config.model.task)[0], job.unit
     parts = [site_part(train, job.config.data, k, sites) for k in range(sites)]
     return tuple(public_size_of_part(unit.count(part)) for part in parts)
 
 
 def paid_before(job: Job) -> list[Release]:
     """Return the releases that a site makes ahead of its first step: a paid initialisation, or nothing."""
-    paid = job.origin.release(_planned_site(1).policy.min_noise_multiplier)
+    paid = job.origin.release(planned_site(1).policy.min_noise_multiplier)
     return [paid] if paid else []
 
 
@@ -154,21 +149,12 @@ def site_plans(job: Job, sizes: Sequence[int], history: History = FRESH) -> list
     Raises:
         PrivacyError: delta does not fit a size, or the budget is spent by earlier runs or the initialisation.
     """
-    if job.mechanism.central:
-        return [sums_plan(job, history)] * len(sizes)
-    if not job.mechanism.charged:
-        return []
-    return [plan_of(job, _planned_site(size), Terms(math.inf, history.delta), history) for size in sizes]
+    return payer_of(job).plans(job, sizes, history)
 
 
 def releases_of_round(job: Job) -> int:
     """Return how many releases a plan counts a round as: its steps, or the one sum of a trusted server."""
-    return 1 if job.mechanism.central else job.config.training.local_steps
-
-
-def _planned_site(size: int) -> Site:
-    """Return a site of which nothing is known but its public size: no record, no ledger, no policy."""
-    return Site("planned", Dataset("planned", (), ()), "planned", size, Path())
+    return payer_of(job).releases_of_round(job)
 
 
 def priced_rounds(job: Job, plan: PrivacyPlan, history: History = FRESH) -> list[PricedRound]:
@@ -207,7 +193,7 @@ def thrown_away(job: Job, plan: PrivacyPlan, history: History = FRESH) -> list[T
         PrivacyError: no noise keeps so many rounds within the budget.
     """
     most = job.config.rounds * job.config.round_retries
-    if not job.mechanism.summed or not most:
+    if not job.config.privacy.honest_sites or not most:
         return []
     priced = []
     for attempts in sorted({1, most}):

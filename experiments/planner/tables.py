@@ -14,6 +14,7 @@ from common.secure_sum import least_sites
 from common.words import counted
 from experiments.planner.find import Found
 from experiments.planner.forecast import Forecast
+from experiments.planner.payers import payer_of
 from experiments.planner.price import LEAST_SIGNAL, MOST_ROUNDS, spread
 from strategies.job import Job
 
@@ -47,7 +48,8 @@ def print_forecast(console: Console, forecast: Forecast) -> None:
 def print_found(console: Console, job: Job, sizes: Sequence[int], found: Found) -> None:
     """Print the answer of ``--find``, its check, and how to use it."""
     console.print(f"{found.setting} = {found.value}", style="bold")
-    rests = f", {_on(job.config.privacy.honest_sites)}" if job.mechanism.summed else ""
+    honest = job.config.privacy.honest_sites
+    rests = f", {_on(honest)}" if honest else ""
     spent = epsilon_text(found.epsilon)
     console.print(f"  costs ε {spent} of {found.budget:g} at δ {job.config.privacy.delta:g}{rests}")
     if found.next_value is None or found.next_epsilon is None:
@@ -76,15 +78,13 @@ def _print_sites(console: Console, forecast: Forecast) -> None:
 
 
 def _print_rounds(console: Console, forecast: Forecast) -> None:
-    if not forecast.job.mechanism.claims:
+    if not forecast.job.claim.per:
         return
     budget, delta = forecast.plans[0].max_epsilon, forecast.plans[0].delta
-    central, whose, count = forecast.job.mechanism.central, "of each site", "steps"
-    if central:
-        whose, count = "of every site, by the server's ledger", "sums"
-    at = f", h = {forecast.job.config.privacy.honest_sites}" if forecast.job.mechanism.summed else ""
-    table = Table(title=f"ε {whose}{at}, budget {budget:g} at δ {delta:g}")
-    for column in ("after round", count, "ε (PLD)", "ε (RDP)", "left"):
+    payer, honest = payer_of(forecast.job), forecast.job.config.privacy.honest_sites
+    at = f", h = {honest}" if honest else ""
+    table = Table(title=f"ε {payer.whose}{at}, budget {budget:g} at δ {delta:g}")
+    for column in ("after round", payer.counts, "ε (PLD)", "ε (RDP)", "left"):
         table.add_column(column, justify="right")
     for i in spread(len(forecast.rounds), MOST_LINES):
         priced = forecast.rounds[i - 1]
@@ -96,14 +96,10 @@ def _print_rounds(console: Console, forecast: Forecast) -> None:
     others = sorted({str(p.accountant) for p in forecast.rounds if p.accountant.method != "pld"})
     for accountant in others:
         console.print(f"* {accountant}")
-    if forecast.job.mechanism.summed:
+    if honest:
         console.print(_rests(forecast))
-    if central:
-        event, privacy = forecast.plans[0].event, forecast.job.config.privacy
-        console.print(
-            f"The server noises the sum with σ {event.noise_multiplier:.5g} clips, and divides it by "
-            f"{forecast.plans[0].expected_batch_size:g}: {privacy.cohort} sites, drawn at {event.sample_rate:g}."
-        )
+    if note := payer.note(forecast.job, forecast.plans):
+        console.print(note)
     _print_lost(console, forecast)
     _print_thrown_away(console, forecast)
     lasts = forecast.rounds_within

@@ -15,6 +15,7 @@ from common.messages.tensors import fingerprint
 from common.messages.wire import encode_reply, encode_task, message_bytes, payload_bytes
 from common.privacy.plan import PrivacyPlan
 from common.secure_sum import KeyOffer
+from experiments.planner.payers import payer_of
 from server.model import ServerModel
 from strategies import STRATEGIES, of_turn
 from strategies.job import Job
@@ -67,9 +68,9 @@ def traffic(job: Job, server_model: ServerModel, plans: Sequence[PrivacyPlan]) -
     )
     first = 1 + job.config.training.head_first
     trained = _trained(job, server_model, first, task.state)
-    spending = None if job.mechanism.central else _spending(plans)
+    spending = _spending(payer_of(job).stated(plans))
     result = TrainResult(RUN, job.config.rounds, "site-0", 1800, trained, spending)
-    if job.mechanism.summed:
+    if job.config.privacy.honest_sites:
         task = replace(task, offers=tuple(KeyOffer(f"site-{k}", bytes(32), bytes(64)) for k in range(len(plans))))
         words = bytes(_payload(trained))
         result = replace(result, contribution={}, words=words, offer=task.offers[0])
@@ -89,7 +90,7 @@ def traffic(job: Job, server_model: ServerModel, plans: Sequence[PrivacyPlan]) -
 def _trained(job: Job, server_model: ServerModel, round_number: int, state: AdapterState) -> AdapterState:
     """Return the factors that a site sends after a round in which it received ``state``, as they begin."""
     turn = job.strategy.turn(round_number)
-    trained = job.summed(round_number, of_turn(server_model.trained_start(), turn))
+    trained = job.sent(round_number, of_turn(server_model.trained_start(), turn))
     chosen = job.strategy.columns(state, job.config.adapter.rank)
     return trained if chosen is None else narrowed(trained, chosen)
 

@@ -34,7 +34,7 @@ from common.config.text import flatten, read_settings_file
 from common.data.partition import check_partition
 from common.errors import ConfigError
 from common.paths import RUN_NAME
-from common.privacy import MECHANISMS
+from common.privacy import MECHANISMS, promising
 from common.toml import read_toml
 from experiments.recipes import check_recipes, names_recipe
 from experiments.site_count import USUAL
@@ -142,8 +142,7 @@ def _single(content: Mapping[str, Any]) -> Cell:
     """Return the run of a run's own settings, at the usual number of sites, with its own seed and ε."""
     given = {**known_settings(), **(own := flatten(content))}
     mode, seed, epsilon = (given[key] for key in ("privacy.mode", "seed", "privacy.epsilon"))
-    claims = str(mode) not in MECHANISMS or MECHANISMS[str(mode)].claims
-    asked = _epsilon(epsilon) if claims else None
+    asked = _epsilon(epsilon) if mode not in MECHANISMS or mode in promising() else None
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise ConfigError(f"seed must be a whole number, not {seed!r}")
     cell = Cell(BASE, FEDERATED, None, asked, seed, USUAL, _with_recipe(own, {}, USUAL))
@@ -255,9 +254,9 @@ def _epsilon(value: Any) -> float | None:
 def _protection(settings: Mapping[str, Scalar], epsilon: float | None, variant: str) -> dict[str, Scalar]:
     """Return the settings of privacy for one ε of the axis."""
     if epsilon is None:
-        return {"privacy.mode": next(name for name, row in MECHANISMS.items() if not row.claims)}
+        return {"privacy.mode": next(name for name in MECHANISMS if name not in promising())}
     mode = str(settings.get("privacy.mode", known_settings()["privacy.mode"]))
-    if mode in MECHANISMS and not MECHANISMS[mode].claims:
+    if mode in MECHANISMS and mode not in promising():
         raise ConfigError(
             f"variant {variant!r} has privacy.mode {mode!r}, which promises nothing, and ε {epsilon:g}: "
             f'leave the mode out, or give the variant epsilons = ["{NONE}"]'

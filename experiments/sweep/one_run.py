@@ -137,6 +137,7 @@ def _through_flower(work: Work) -> Path:
 def _row(work: Work, run: Path, seconds: float, processor_seconds: float) -> Row:
     from common.data.sources import public_test
     from common.model.device import choose_device, choose_precision
+    from server.collect.door import shown_of
 
     cell, job = work.cell, work.cell.job(work.folder)
     result, baseline, config = read_file(ResultFile, run), read_file(BaselineFile, run), read_file(ConfigFile, run)
@@ -146,7 +147,8 @@ def _row(work: Work, run: Path, seconds: float, processor_seconds: float) -> Row
         raise RunFailed(result.reason or "the run ended without a result")
     reached, travels = result.reached, not ARMS[cell.arm].baseline
     device = choose_device(job.config.device)
-    untold = job.mechanism.central or work.through == "flower"
+    shown = shown_of(job)
+    measured = work.through != "flower" and shown.seconds(processor_seconds) is not None
     return Row(
         sweep=work.sweep,
         variant=cell.variant,
@@ -166,8 +168,8 @@ def _row(work: Work, run: Path, seconds: float, processor_seconds: float) -> Row
         sites=cell.sites,
         bytes_down=sum(line.bytes_down for line in lines) if travels else None,
         bytes_up=sum(line.bytes_up for line in lines) if travels else None,
-        seconds=None if job.mechanism.central else round(sum(line.seconds or 0.0 for line in lines), 3),
-        seconds_in_all=None if job.mechanism.central else round(seconds, 3),
+        seconds=shown.seconds(sum(line.seconds or 0.0 for line in lines)),
+        seconds_in_all=shown.seconds(seconds),
         through=work.through,
         device=str(device),
         precision=str(choose_precision(job.config.precision, device)).removeprefix("torch."),
@@ -178,8 +180,8 @@ def _row(work: Work, run: Path, seconds: float, processor_seconds: float) -> Row
         commit=work.commit,
         versions=config.versions,
         settings={key: value for key, value in config.settings.items() if key != "output"},
-        sent=None if job.mechanism.central else most_sent(lines),
-        processor_seconds=None if untold else round(processor_seconds, 3),
+        sent=shown.of_a_site(most_sent(lines)),
+        processor_seconds=shown.seconds(processor_seconds) if measured else None,
     )
 
 

@@ -315,7 +315,7 @@ def notes(rows: Sequence[Row], shown: Sequence[str]) -> tuple[list[str], list[st
     divided = len({row.settings["data.seed"] for row in rows}) > 1
     cut = divided and not any(row.settings["data.test"] for row in rows)
     paying = [mechanism_of(row.settings) for row in rows if row.epsilon is not None]
-    units = sorted({mechanism.claim.per for mechanism in paying if mechanism is not None})
+    units = sorted({row.claim.per for row in paying if row is not None})
     sizes = sorted({row.test_records for row in rows})
     mean = statistics.mean(row.accuracy for row in rows)
     error = 100 * math.sqrt(mean * (1 - mean) / sizes[0])

@@ -12,8 +12,8 @@ from common.adapters.base import PEFT_PREFIX
 from common.errors import DataError, ModelError
 from common.files import with_usual_mode
 from common.model.base import load_base_model
-from common.model.federated import Score
 from common.model.files import check_files
+from common.model.score import Score
 from common.run_lines import AdapterFile, read_file, read_json
 from common.strict_json import to_json
 from common.tensor_file import read_tensors

@@ -1,4 +1,4 @@
-"""The round of a secure sum that sites may be lost from: shares, vectors, one signed list, and shares that are told.
+"""Collect one sum that sites may be lost from: shares, vectors, one signed list, and shares that are told.
 
 As long as no more than ``privacy.drop-outs`` are lost, the others have their sum and pay once. A site may be lost
 before its shares, before its vector, or after it; then it is in the sum. What it was charged by then stays. Where sites
@@ -28,19 +28,20 @@ from common.messages.round import (
 )
 from common.run_lines import Absence
 from common.secure_sum import KeyOffer, are_shares, may_be_lost, threshold, unmasked
-from server.sites import Gathering
-from server.sums import SummedSites, in_order, words_of
+from server.collect.base import Collected
+from server.collect.masked import MaskedCollector, in_order
+from server.collect.masked_sum import words_of
 from strategies.state import ServerState
 
 log = logging.getLogger("fedveil.server")
 Told = TypeVar("Told", bound=SumReply)
 
 
-class RecoveringSites(SummedSites):
+class RecoveringCollector(MaskedCollector):
     """Asks sites for one sum, of which some may be missing."""
 
     def _vectors(
-        self, got: Gathering, offers: Mapping[int, KeyOffer], round_number: int, state: ServerState
+        self, got: Collected, offers: Mapping[int, KeyOffer], round_number: int, state: ServerState
     ) -> dict[int, TrainResult]:
         """Return the results of those in an attempt's sum, with what they make in ``got``; none if there is no sum.
 
@@ -51,11 +52,8 @@ class RecoveringSites(SummedSites):
             state: what the sites start from.
         """
         config, privacy = self._job.config, self._job.config.privacy
-        where, holders = (self._run, round_number, got.attempts - 1), [offer.site for offer in offers.values()]
-        terms = privacy.honest_sites, privacy.colluders, privacy.drop_outs
-        if (few := may_be_lost(len(holders), *terms, config.min_sites)) < privacy.drop_outs:
-            line = "%d sites are left, of which %d may be lost, and privacy.drop-outs is %d"
-            log.warning(line, len(holders), few, privacy.drop_outs, extra=about(self._run, round_number))
+        where, holders = (self._sites.run, round_number, got.attempts - 1), [offer.site for offer in offers.values()]
+        self._warn_of_fewer(len(holders), round_number)
         needed = threshold(len(holders), privacy.colluders)
         least = max(config.min_sites, privacy.honest_sites + privacy.colluders, needed)
         shared = self._told(got, ShareTask(*where, tuple(offers.values())), offers, ShareReply)
@@ -70,12 +68,7 @@ class RecoveringSites(SummedSites):
         results = self._masked(got, masks, round_number, state, sealed)
         if not self._enough(got, round_number, results, least, "have sent a vector that counts"):
             return {}
-        survivors = tuple(sorted(result.site for result in results.values()))
-        signed = self._told(got, SurvivorTask(*where, survivors), results, SurvivorReply)
-        digests = Counter(reply.agreement.digest for reply in signed.values())
-        usual = max(digests, key=lambda digest: digests[digest], default=b"")
-        agreed = {node: reply for node, reply in signed.items() if reply.agreement.digest == usual}
-        agreed = {node: reply for node, reply in agreed.items() if reply.site == results[node].site}
+        usual, agreed = self._agreed(got, where, results)
         if not self._enough(got, round_number, agreed, needed, "have signed for one sum of the survivors"):
             return {}
         signatures = tuple((reply.site, reply.agreement.signature) for reply in agreed.values())
@@ -88,13 +81,32 @@ class RecoveringSites(SummedSites):
             shares = {results[node].site: reply.shares for node, reply in told.items()}
             total = unmasked(vectors, keys, holders, privacy.colluders, usual, shares)
         except ProtocolError as error:
-            self._note(got, Absence(round_number, got.attempts, "", "quorum", str(error)))
+            self._sites.note(got, Absence(round_number, got.attempts, "", "quorum", str(error)))
             return {}
         return self._summed(got, results, [total], round_number, state)
 
-    def _told(self, got: Gathering, task: SumTask, nodes: Collection[int], kind: type[Told]) -> dict[int, Told]:
+    def _agreed(
+        self, got: Collected, where: tuple[str, int, int], results: Mapping[int, TrainResult]
+    ) -> tuple[bytes, dict[int, SurvivorReply]]:
+        """Return the digest of survivors that most sites signed for, and the replies of those."""
+        survivors = tuple(sorted(result.site for result in results.values()))
+        signed = self._told(got, SurvivorTask(*where, survivors), results, SurvivorReply)
+        digests = Counter(reply.agreement.digest for reply in signed.values())
+        usual = max(digests, key=lambda digest: digests[digest], default=b"")
+        agreed = {node: reply for node, reply in signed.items() if reply.agreement.digest == usual}
+        return usual, {node: reply for node, reply in agreed.items() if reply.site == results[node].site}
+
+    def _warn_of_fewer(self, sites: int, round_number: int) -> None:
+        """Log that fewer sites may be lost than the run was set up for."""
+        config, privacy = self._job.config, self._job.config.privacy
+        terms = privacy.honest_sites, privacy.colluders, privacy.drop_outs
+        if (few := may_be_lost(sites, *terms, config.min_sites)) < privacy.drop_outs:
+            line = "%d sites are left, of which %d may be lost, and privacy.drop-outs is %d"
+            log.warning(line, sites, few, privacy.drop_outs, extra=about(self._sites.run, round_number))
+
+    def _told(self, got: Collected, task: SumTask, nodes: Collection[int], kind: type[Told]) -> dict[int, Told]:
         """Return what nodes answer to one task, in the order of the nodes; who does not is written down."""
-        exchange = self._transport.exchange(dict.fromkeys(nodes, task), self._job.config.round_timeout)
+        exchange = self._sites.transport.exchange(dict.fromkeys(nodes, task), self._job.config.round_timeout)
         told: dict[int, Told] = {}
         for node in nodes:
             reply = exchange.replies[node]
@@ -104,7 +116,7 @@ class RecoveringSites(SummedSites):
                 self._absent(got, task.round_number, node, (reply.site, reply.kind, reply.reason), nodes)
         return told
 
-    def _telling(self, got: Gathering, task: UnmaskTask, nodes: Collection[int], sites: int) -> dict[int, UnmaskReply]:
+    def _telling(self, got: Collected, task: UnmaskTask, nodes: Collection[int], sites: int) -> dict[int, UnmaskReply]:
         """Return the answers that have a share of each of the sum's ``sites``; the others are written down."""
         telling = {}
         for node, reply in self._told(got, task, nodes, UnmaskReply).items():
@@ -117,7 +129,7 @@ class RecoveringSites(SummedSites):
 
     def _whole(
         self,
-        got: Gathering,
+        got: Collected,
         shared: Mapping[int, ShareReply],
         holders: int,
         offers: Mapping[int, KeyOffer],
@@ -133,10 +145,10 @@ class RecoveringSites(SummedSites):
                 self._absent(got, round_number, node, (reply.site, "reply", reason), offers)
         return whole
 
-    def _enough(self, got: Gathering, round_number: int, sites: Collection[int], least: int, what: str) -> bool:
+    def _enough(self, got: Collected, round_number: int, sites: Collection[int], least: int, what: str) -> bool:
         if len(sites) >= least:
             return True
         message = f"{len(sites)} sites {what}, {least} are needed"
-        self._note(got, Absence(round_number, got.attempts, "", "quorum", message))
+        self._sites.note(got, Absence(round_number, got.attempts, "", "quorum", message))
         self._throw_away(got, round_number, message)
         return False

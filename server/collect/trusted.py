@@ -1,6 +1,6 @@
 """Rounds of a trusted server, which draws sites, clips and sums what they send, and noises the sum.
 
-What single sites sent lives in ``gather`` alone, in memory. From there goes on one noised mean, and beside it nothing
+What single sites sent lives in ``collect`` alone, in memory. From there goes on one noised mean, and beside it nothing
 that follows from a reply: not who was drawn or answered, how many did, what went wrong, or how many bytes came. The
 round counts whatever came, since whether it counts would tell of the replies. So no rule here compares sites, and none
 looks at a name, a size or a length that a site could use to push another one out of the sum.
@@ -12,19 +12,20 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
 from common.errors import BudgetExhausted, LedgerError
 from common.files import expanded
 from common.log import about
-from common.messages.round import TrainResult, TrainTask
+from common.messages.round import Spending, TrainResult, TrainTask
 from common.messages.state import HEAD, AdapterState
 from common.messages.tensors import fingerprint
-from common.messages.wire import encode_task, payload_bytes
+from common.messages.wire import Layout, encode_task, payload_bytes
 from common.paths import run_folder
 from common.privacy.client_level import clipped
 from common.privacy.events import Event
@@ -33,9 +34,11 @@ from common.privacy.privacy_filter import History, noise_after
 from common.randomness import add_private_noise, private_poisson_sample
 from common.run_lines import COHORT, Absence
 from server.admission import Admission
+from server.collect.base import Collected
+from server.collect.noise import ServerNoise
 from server.ledger import ServerLedger
-from server.model import ServerModel
-from server.sites import Gathering, Sites, Transport
+from server.members import Member
+from server.sites import Sites
 from strategies.job import Job
 from strategies.state import Contribution, ServerState
 
@@ -52,53 +55,63 @@ class NoisedMean:
     """Standard deviation of the noise on one of its numbers."""
 
 
-class TrustedSites(Sites):
-    """Asks drawn sites once a round, and hands on their noised mean."""
+class TrustedCollector:
+    """Asks drawn sites once a round, and hands on their noised mean.
 
-    def __init__(
-        self, job: Job, run: str, transport: Transport, server_model: ServerModel, admission: Admission
-    ) -> None:
-        super().__init__(job, run, transport, server_model, admission)
-        self._ledger = ServerLedger(ledger_path(job, run), job.mechanism.claim.per)
-        self._plan = sums_plan(job, self._ledger.history(run), self._ledger.first_event(run))
+    Args:
+        job: the run.
+        sites: to ask.
+        admission: knows the names under which keys are registered.
+        layout: returns names and shapes of what a site sends in a round.
+    """
 
-    def gather(self, round_number: int, state: ServerState) -> Gathering:
-        """Charge the round, ask the sites that are drawn, and return the noised mean; ``released`` says what it cost.
+    members: Mapping[str, Member] = MappingProxyType({})
+    """None: what a site sent is remembered by nobody."""
 
-        Without ``released`` the round was neither charged nor sent: too few or too many nodes are connected, or the
-        budget is spent (``spent``).
+    def __init__(self, job: Job, sites: Sites, admission: Admission, layout: Callable[[int], Layout]) -> None:
+        self._job, self._sites, self._admission, self._layout = job, sites, admission, layout
+        self._ledger = ServerLedger(ledger_path(job, sites.run), job.claim.per)
+        self._plan = sums_plan(job, self._ledger.history(sites.run), self._ledger.first_event(sites.run))
+
+    def ends_before(self, round_number: int) -> str:
+        """Return nothing: the ledger says whether a round can be paid for when it is charged."""
+        del round_number
+        return ""
+
+    def collect(self, round_number: int, state: ServerState) -> Collected:
+        """Charge the round, ask the sites that are drawn, and return the noised mean.
+
+        A round that does not count was neither charged nor sent: too few or too many nodes are connected, or the budget
+        is spent (``ending``).
 
         Raises:
             LedgerError: it cannot be written, or lacks rounds that the run has done.
         """
         self._check_ledger(state)
-        got, nodes = Gathering(), self._online(round_number)
-        got.attempts = 1
+        got, nodes = Collected(needed=self._job.config.min_sites, attempts=1), self._online(round_number)
         if isinstance(nodes, str):
-            self._note(got, Absence(round_number, 1, "", "quorum", nodes))
+            self._sites.note(got, Absence(round_number, 1, "", "quorum", nodes))
             return got
-        plan = self._plan
         try:
-            got.released = self._ledger.charge(
-                self._run,
-                round_number,
-                plan.event,
-                plan.delta,
-                plan.max_epsilon,
-                [plan.release(self._job.config.rounds)],
-            )
+            spent = self._charge(round_number)
         except BudgetExhausted as error:
-            got.spent = str(error)
-            self._note(got, Absence(round_number, 1, "", "budget", got.spent))
+            got.ending = str(error) if round_number > 1 else ""
+            self._sites.note(got, Absence(round_number, 1, "", "budget", str(error)))
             return got
-        drawn = [nodes[i] for i in private_poisson_sample(len(nodes), plan.event.sample_rate).tolist()]
-        replies = self._ask(drawn, round_number, state).replies.values() if drawn else ()
+        cohort = self._job.config.privacy.cohort
+        got.pay([TrainResult(self._sites.run, round_number, COHORT, cohort, {}, spent)])
+        drawn = [nodes[i] for i in private_poisson_sample(len(nodes), self._plan.event.sample_rate).tolist()]
+        replies = self._sites.ask(drawn, round_number, state).replies.values() if drawn else ()
         mean = self._mean((reply for reply in replies if isinstance(reply, TrainResult)), round_number, state)
-        got.summed = (
-            Contribution(COHORT, self._job.config.privacy.cohort, _moved(state, mean.change), noise=mean.noise),
-        )
+        got.averaged = (Contribution(COHORT, cohort, _moved(state, mean.change), noise=mean.noise),)
+        got.noise, got.participants = ServerNoise(mean.noise), (COHORT,)
         got.bytes_down, got.bytes_up = self._usual_bytes(round_number, state)
         return got
+
+    def _charge(self, round_number: int) -> Spending:
+        plan = self._plan
+        whole = [plan.release(self._job.config.rounds)]
+        return self._ledger.charge(self._sites.run, round_number, plan.event, plan.delta, plan.max_epsilon, whole)
 
     def _mean(self, results: Iterable[TrainResult], round_number: int, state: ServerState) -> NoisedMean:
         """Return the noised mean of what sites sent; one that sent nothing, or no update, is zero in it."""
@@ -132,12 +145,12 @@ class TrustedSites(Sites):
         config, names = self._job.config, self._admission.registered()
         nodes: list[int] = []
         for _ in range(config.round_retries + 1):
-            nodes = self._transport.nodes(config.min_sites, ())
+            nodes = self._sites.transport.nodes(config.min_sites, ())
             if names is not None:
                 nodes = list({names[node]: node for node in sorted(nodes) if node in names}.values())
             if len(nodes) >= config.min_sites:
                 break
-            log.warning("%d sites are connected", len(nodes), extra=about(self._run, round_number))
+            log.warning("%d sites are connected", len(nodes), extra=about(self._sites.run, round_number))
         cohort = config.privacy.cohort
         if len(nodes) < config.min_sites:
             return f"{len(nodes)} sites are connected, {config.min_sites} are needed for min-sites"
@@ -146,10 +159,10 @@ class TrustedSites(Sites):
         return nodes
 
     def _check_ledger(self, state: ServerState) -> None:
-        held = self._ledger.rounds_of(self._run)
+        held = self._ledger.rounds_of(self._sites.run)
         if held < state.round_number:
             raise LedgerError(
-                f"the ledger {self._ledger.path} has {held} rounds of run {self._run!r}, which has done "
+                f"the ledger {self._ledger.path} has {held} rounds of run {self._sites.run!r}, which has done "
                 f"{state.round_number}: put back the one that it was charged to"
             )
 
@@ -157,9 +170,8 @@ class TrustedSites(Sites):
         """Return payload bytes down and up of as many sites as are drawn on average: how many were is private."""
         basis = self._job.basis(state)
         down = self._job.strategy.downlink(state)
-        task = TrainTask(
-            self._run, round_number, down, {}, fingerprint(basis) if basis else "", self._base, self._start
-        )
+        mark = fingerprint(basis) if basis else ""
+        task = TrainTask(self._sites.run, round_number, down, {}, mark, self._sites.base, self._sites.start)
         up = sum(4 * math.prod(shape) for factors in self._layout(round_number).values() for shape in factors.values())
         sites = self._plan.expected_batch_size
         return round(sites * payload_bytes(encode_task(task))), round(sites * up)

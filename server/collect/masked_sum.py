@@ -1,0 +1,125 @@
+"""What the masked vectors of all sites add up to: one contribution, checked as a whole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.config.sections import RunConfig
+from common.errors import ConfigError
+from common.messages.round import TrainResult
+from common.messages.state import HEAD, AdapterState
+from common.messages.wire import Layout
+from common.privacy.events import Event
+from common.privacy.plan import PrivacyPlan
+from common.secure_sum import check_headroom, total
+from common.secure_sum.masks import Words
+from server.admission import ROOM
+from server.plausible import SLACK
+from server.terms import paid_plan
+from strategies.job import Job
+from strategies.state import Contribution, ServerState
+
+ALL = "the sum of all sites"
+"""What the contribution of a sum is called."""
+
+
+def words_of(results: Mapping[int, TrainResult]) -> Iterable[Words]:
+    """Yield the vectors of results."""
+    return (np.frombuffer(result.words, dtype="<u4").astype(np.uint32) for result in results.values())
+
+
+def other_releases(job: Job, results: Mapping[int, TrainResult]) -> dict[int, str]:
+    """Return the nodes that were charged for another release than the run's, or the others: masks would not cancel."""
+    told = {node: result.spending.event for node, result in results.items() if result.spending}
+    fitting = [event for node, event in told.items() if _is_run_s(job, event, results[node].public_size)]
+    usual = max(fitting, key=fitting.count) if fitting else None
+    return {
+        node: "the spending's release is another than the run's, and all sites of a sum pay for the same"
+        for node in results
+        if usual is None or told.get(node) != usual
+    }
+
+
+def _is_run_s(job: Job, told: Event, public_size: int) -> bool:
+    """Return whether an event is the run's, up to what two versions of an accountant make of the noise."""
+    own = job.plan(job.config.total_steps, public_size).event
+    noise = own.noise_multiplier
+    return abs(told.noise_multiplier - noise) <= ROOM * noise and told.having(noise_multiplier=noise) == own
+
+
+def summed_contribution(
+    job: Job,
+    results: Mapping[int, TrainResult],
+    vectors: Iterable[Words],
+    layout: Layout,
+    state: ServerState,
+    round_number: int,
+) -> Contribution | str:
+    """Return what all sites of an attempt make of the model, as one site with all records would; or why nothing.
+
+    Args:
+        job: the run.
+        results: of all sites of the sum.
+        vectors: what they have sent, or what that adds up to.
+        layout: names and shapes of what is summed.
+        state: what the sites started from.
+        round_number: of the round.
+    """
+    sizes = sum(result.public_size for result in results.values())
+    plan = paid_plan(job, next(iter(results.values())))
+    event = next(result.spending.event for result in results.values() if result.spending)
+    own = type(plan)(event, event.sample_rate * sizes, plan.delta, plan.max_epsilon)
+    try:
+        check_headroom(own.expected_batch_size, event.clip_norm, own.noise_std, len(results))
+    except ConfigError as error:
+        return str(error)
+    summed = total(vectors, own.noise_std)
+    longest = longest_sum(own, len(results), summed.numel())
+    if not float(summed.norm()) <= longest:
+        return (
+            f"the sum's length {float(summed.norm()):.3g} is above {longest:.3g}, the most that the settings allow: a "
+            "site sent what is no vector of it, or the sites were told different things"
+        )
+    gradient = _shaped(summed / own.expected_batch_size, layout)
+    return Contribution(ALL, sizes, _stepped(job.config, state, gradient, round_number))
+
+
+def _stepped(config: RunConfig, state: ServerState, gradient: AdapterState, round_number: int) -> AdapterState:
+    """Return all that sites train after one plain step; what rests in this round is no part of the sum, and stays."""
+    rate = config.site_rate(round_number, 0)
+    moved = {
+        layer: {name: held for name, held in factors.items() if state.trains(layer, name)}
+        for layer, factors in state.adapter.items()
+    }
+    moved = {layer: factors for layer, factors in moved.items() if factors}
+    for layer, factors in gradient.items():
+        own_rate = rate * (config.training.head_rate if layer == HEAD else 1.0)
+        held = state.adapter[layer]
+        moved[layer] = {name: (held[name].double() - own_rate * tensor).float() for name, tensor in factors.items()}
+    return moved
+
+
+def longest_sum(plan: PrivacyPlan, sites: int, numbers: int) -> float:
+    """Return how long a sum may be, before the divisor: all clips in one direction, and all sites' noise, with slack.
+
+    Args:
+        plan: of one site with the records of all.
+        sites: of the sum.
+        numbers: that are summed.
+    """
+    return SLACK * (plan.event.clip_norm * plan.expected_batch_size + plan.noise_std * math.sqrt(sites * numbers))
+
+
+def _shaped(numbers: Tensor, layout: Layout) -> AdapterState:
+    """Return a vector as tensors, in the canonical order of layers and factors."""
+    places = [(layer, name, layout[layer][name]) for layer in sorted(layout) for name in sorted(layout[layer])]
+    sizes = [math.prod(shape) for _, _, shape in places]
+    state: AdapterState = {}
+    for (layer, name, shape), part in zip(places, torch.split(numbers, sizes), strict=True):
+        state.setdefault(layer, {})[name] = part.view(shape)
+    return state

@@ -1,0 +1,60 @@
+"""The server's part of a round: the strategy's average, the optimiser's step, the score, and what comes between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from common.messages.state import AdapterState
+from common.model.score import Score
+from server.collect.base import Collected
+from server.model import ServerModel
+from server.ruled import round_step
+from server.watched import watched
+from strategies.job import Job
+from strategies.state import ServerState
+
+
+class ServerUpdate:
+    """Averages, steps and evaluates by a job's settings.
+
+    Args:
+        job: the run.
+        server_model: the run's model at the server.
+        save: saves a state that was made after a round which is saved already, before any site is sent it.
+        renewed: whether the state that the run goes on from was made so.
+    """
+
+    def __init__(
+        self, job: Job, server_model: ServerModel, save: Callable[[ServerState], None], *, renewed: bool = False
+    ) -> None:
+        self._job, self._model, self._save, self._renewed = job, server_model, save, renewed
+        self._measured: AdapterState | None = None
+        """What the server's rule took from public text."""
+
+    def prepare(self, state: ServerState) -> ServerState:
+        """Return the state with what the start has of the head, after the head's own rounds.
+
+        The paid round is saved before it, so that a text that cannot be read costs nobody that round again. It is saved
+        before it is sent: another machine would make it anew to the last bit but one, and sites would pay again.
+        """
+        if self._job.renews_after(state.round_number) and not self._renewed:
+            state = self._model.around_head(state)
+            self._save(state)
+            self._renewed, self._measured = True, None
+        if self._measured is None:
+            self._measured = self._model.rule_statistic(state)
+        return state
+
+    def update(self, state: ServerState, got: Collected) -> ServerState:
+        """Return the state one round on."""
+        job, round_number = self._job, state.round_number + 1
+        step = round_step(job, self._measured or {}, got.noise, round_number)
+        if job.config.server.scores:
+            step = watched(job, step, self._model.base_weight, got.noise.usual())
+        return job.strategy.server_update(state, got.averaged, step)
+
+    def evaluate(self, state: ServerState) -> Score | None:
+        """Return the score of every ``evaluate-every``-th round and of the last one."""
+        config, number = self._job.config, state.round_number
+        due = number % config.evaluate_every == 0 or number == config.rounds
+        return self._model.score(state.adapter) if due else None
