@@ -27,6 +27,7 @@ from audits.kills import kills_of_all
 from audits.noise_law import audit_noise
 from audits.persons import audit_persons, probe_persons_all
 from audits.sensitivity import audit_sensitivity
+from audits.shown_rounds import audit_shown_rounds
 from audits.simulation import probe_runs
 from audits.site_rounds import audit_sites
 from audits.step_canaries import audit_steps, audited
@@ -99,6 +100,7 @@ def every_audit(folder: Path, kills: int, bouts: int) -> Iterator[list[Finding]]
         probe_persons_all,
         audit_vectors,
         audit_whole_sites,
+        audit_shown_rounds,
         probe_runs,
     )
     for number, audit in enumerate(parts):

@@ -16,7 +16,7 @@ import torch
 from made_run import MadeRun
 from rich.console import Console
 
-from audits import vectors, whole_sites
+from audits import shown_rounds, vectors, whole_sites
 from audits.__main__ import FAMILIES, world_of
 from audits.bounds import free_bound, gaussian_bound, gaussian_epsilon
 from audits.canary import probe
@@ -148,6 +148,12 @@ def test_rounds_of_a_trusted_server_tell_of_a_site_what_was_charged_or_it_is_fou
     audit: Callable[[Path, Fault], Finding], fault: Fault, tmp_path: Path
 ) -> None:
     found = audit(tmp_path, fault)
+    assert found.passed, found.figures
+
+
+@pytest.mark.parametrize("fault", [SOUND, *shown_rounds.FAULTS], ids=name_of)
+def test_a_trusted_server_shows_nothing_of_who_was_drawn_or_the_line_is_found(fault: Fault, tmp_path: Path) -> None:
+    found = shown_rounds.draws_stay_hidden(tmp_path, fault)
     assert found.passed, found.figures
 
 
