@@ -32,8 +32,8 @@ import seconds
 import torch
 
 from audits.tiny_models import TARGETS, save_tiny_model, toy_run, write_questions
-from common.entropy import Source, replaced_entropy, system_integers
-from common.privacy import accounting, meaning
+from privacy import accounting, meaning
+from privacy.entropy import Source, replaced_entropy, system_integers
 
 LONGEST = (
     *("test_flower", "test_sweep", "test_image_classification", "test_add_pages", "test_audit"),
@@ -161,7 +161,7 @@ class NamedDraws:
             seed(int.from_bytes(digest[:4], "big"))
 
     def entropy(self, count: int) -> np.ndarray:
-        """Return uniform 64-bit integers as ``common.entropy.Source`` does."""
+        """Return uniform 64-bit integers as ``privacy.entropy.Source`` does."""
         with self.lock:  # sites of a test may be threads, and a generator serves one at a time
             if self.draw is None:
                 return system_integers(count)

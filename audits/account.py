@@ -21,10 +21,9 @@ from audits.tiny_site import OneSite, tiny_site
 from client.deadline import Timing
 from client.ledger.ledger import Ledger
 from client.rehearsal import _Rehearsal
-from common import randomness
-from common.privacy import dpsgd
-from common.randomness import private_poisson_sample
 from common.run_lines import Finding
+from privacy import dpsgd, randomness
+from privacy.randomness import private_poisson_sample
 
 STEPS, RATE, PUBLIC, RECORDS = 3, 0.25, 50, 40
 WITHIN = 0.25

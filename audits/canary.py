@@ -27,10 +27,10 @@ from audits.finding import judged
 from audits.shell import run_alone, with_each
 from client.ledger.ledger import Ledger
 from client.ledger.rows import Charge
-from common.privacy.dpsgd import PrivateSteps
-from common.privacy.plan import PrivacyPlan, gaussian_plan
-from common.randomness import private_poisson_sample
 from common.run_lines import Finding
+from privacy.dpsgd import PrivateSteps
+from privacy.plan import PrivacyPlan, gaussian_plan
+from privacy.randomness import private_poisson_sample
 from reports.audits import CLAIMED, HONEST
 
 CANARIES = 9000

@@ -12,12 +12,12 @@ from audits.sensitivity import MOST
 from audits.worlds import minus, norm
 from common.messages.state import HEAD
 from common.model.federated import FederatedModel
-from common.privacy import dpsgd
-from common.privacy.plan import gaussian_plan
 from common.run_lines import Finding
 from common.starts import class_means
 from common.starts.class_means import ClassMeans
 from common.tasks import Record
+from privacy import dpsgd
+from privacy.plan import gaussian_plan
 
 MADE = 16
 """Made-up records of the map: the claim holds for any map."""

@@ -23,9 +23,9 @@ from audits.shell import run_alone
 from client.ledger.ledger import Ledger
 from client.ledger.rows import Charge
 from common.errors import BudgetExhausted
-from common.privacy.accounting import Release, gaussian_release
-from common.privacy.privacy_filter import promised
 from common.run_lines import Finding
+from privacy.accounting import Release, gaussian_release
+from privacy.privacy_filter import promised
 
 ROUND = gaussian_release(2.0, 0.25, 2)
 DELTA = 1e-3

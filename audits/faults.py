@@ -21,16 +21,15 @@ from torch import Tensor, nn
 
 from client import budget
 from client.ledger.ledger import Ledger
-from common import randomness
-from common.entropy import replaced_entropy, system_integers
-from common.privacy import MECHANISMS, dpsgd
-from common.privacy import plan as planning
-from common.privacy.accounting import Release
-from common.privacy.plan import PrivacyPlan
-from common.privacy.record_level import DPSGD
-from common.privacy.together import together
-from common.randomness import add_private_noise
 from common.tasks import Batch, Task
+from privacy import MECHANISMS, dpsgd, randomness
+from privacy import plan as planning
+from privacy.accounting import Release
+from privacy.entropy import replaced_entropy, system_integers
+from privacy.plan import PrivacyPlan
+from privacy.randomness import add_private_noise
+from privacy.record_level import DPSGD
+from privacy.together import together
 
 Plant = Callable[[], AbstractContextManager[Any]]
 

@@ -21,9 +21,9 @@ from client.ledger.ledger import Ledger
 from common.data.partition import division_of
 from common.data.sources import Reading, load_dataset
 from common.messages.round import Refusal, TrainResult, TrainTask
-from common.privacy.accounting import Release
-from common.privacy.privacy_filter import promised
 from common.run_lines import Finding
+from privacy.accounting import Release
+from privacy.privacy_filter import promised
 from strategies.job import configure
 
 ODD = (

@@ -23,9 +23,9 @@ from common.data.sources import train_and_test
 from common.model.base import load_base_model
 from common.model.batching import length_batches
 from common.model.federated import FederatedModel
-from common.privacy.dpsgd import PrivateSteps
 from common.run_lines import Finding
 from common.tasks import TASKS, Record
+from privacy.dpsgd import PrivateSteps
 from strategies.job import configure
 
 CLIP = 1e-3

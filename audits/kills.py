@@ -44,10 +44,10 @@ from client.ledger.sums import Sums
 from common.errors import LedgerError
 from common.messages.round import Refusal, TrainTask
 from common.messages.wire import encode_reply
-from common.privacy.accounting import gaussian_release
-from common.privacy.events import Event
-from common.privacy.privacy_filter import promised
 from common.run_lines import Finding
+from privacy.accounting import gaussian_release
+from privacy.events import Event
+from privacy.privacy_filter import promised
 
 DELTA = 1e-3
 BUDGET_ROUNDS = 6

@@ -25,12 +25,12 @@ from audits.shell import run_alone, with_each
 from audits.worlds import Gradient, Recorder, World, alone, minus, norm, plan
 from client.ledger.ledger import Ledger
 from client.ledger.rows import Charge
-from common.privacy.dpsgd import PrivateSteps
-from common.privacy.plan import PrivacyPlan, gaussian_plan
-from common.privacy.units import PERSON
 from common.run_lines import Finding
 from common.tasks import Record
 from common.tasks.base import OWNER
+from privacy.dpsgd import PrivateSteps
+from privacy.plan import PrivacyPlan, gaussian_plan
+from privacy.units import PERSON
 
 CANARIES, RECORDS = 3000, 3
 """Persons, and the records of each."""

@@ -34,7 +34,19 @@ from experiments.simulate import simulate
 CANARIES = 4000
 RANK = 8
 FAULTS = (HALVED, RESET)
-PACKAGES = ("audits", "client", "common", "contrib", "demo", "deploy", "experiments", "reports", "server", "strategies")
+PACKAGES = (
+    "audits",
+    "client",
+    "common",
+    "contrib",
+    "demo",
+    "deploy",
+    "experiments",
+    "privacy",
+    "reports",
+    "server",
+    "strategies",
+)
 
 
 def bundle(folder: Path, fault: Fault) -> Path:

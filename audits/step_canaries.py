@@ -19,10 +19,10 @@ from audits.worlds import Recorder, flat
 from common.adapters import ADAPTERS
 from common.adapters.low_rank import LowRank
 from common.model.federated import FederatedModel
-from common.privacy.accounting import epsilon, gaussian_release
-from common.privacy.dpsgd import PrivateSteps
-from common.privacy.plan import gaussian_plan
 from common.run_lines import Finding
+from privacy.accounting import epsilon, gaussian_release
+from privacy.dpsgd import PrivateSteps
+from privacy.plan import gaussian_plan
 from strategies import STRATEGIES
 from strategies.job import configure
 

@@ -9,7 +9,7 @@ from audits.tiny_site import OneSite
 from client.app import answer
 from common.messages.round import KeyReply, KeyTask, Refusal, TrainResult, TrainTask
 from common.messages.wire import encode_task
-from common.secure_sum import AttemptName, Identity, Roster, SiteAttempt
+from privacy.secure_sum import AttemptName, Identity, Roster, SiteAttempt
 
 JOINING: dict[str, Any] = {
     "mechanisms": ["dp-sgd", "secure-sum"],

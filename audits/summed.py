@@ -35,15 +35,15 @@ from client import app, sums
 from client.deadline import Timing
 from client.ledger.ledger import Ledger
 from common.messages.round import TrainResult
-from common.privacy import dpsgd
-from common.privacy.accounting import Release
-from common.privacy.events import Event, SummedGaussian, sampled_gaussian
-from common.privacy.plan import PrivacyPlan
-from common.privacy.shared_noise import SecureSumPlan
-from common.randomness import add_private_noise, noise_grid
 from common.run_lines import Finding
-from common.secure_sum import attempt, rounding, total
-from common.secure_sum.masks import Words, add_mask, pair_seed
+from privacy import dpsgd
+from privacy.accounting import Release
+from privacy.events import Event, SummedGaussian, sampled_gaussian
+from privacy.plan import PrivacyPlan
+from privacy.randomness import add_private_noise, noise_grid
+from privacy.secure_sum import attempt, rounding, total
+from privacy.secure_sum.masks import Words, add_mask, pair_seed
+from privacy.shared_noise import SecureSumPlan
 from server.collect.masked_sum import longest_sum
 from strategies.job import configure
 

@@ -28,13 +28,13 @@ from client.linearised import Derivatives, Keeping, Linearisation, below_head, l
 from client.refit import refit
 from common.messages.state import HEAD
 from common.model.federated import FederatedModel
-from common.privacy.accounting import epsilon
-from common.privacy.plan import gaussian_plan
 from common.run_lines import Finding
 from common.tasks import Record
 from common.tasks.examples import Dataset
 from common.tasks.featured import FEATURES, SCALES, TANGENTS
 from contrib.starts.probe import Probe
+from privacy.accounting import epsilon
+from privacy.plan import gaussian_plan
 from strategies.job import configure
 
 LABELS = 64

@@ -27,12 +27,12 @@ from audits.finding import judged
 from audits.shell import each_of
 from audits.site_rounds import sampler_faults
 from audits.tiny_site import tiny_run
-from common.entropy import replaced_entropy
 from common.messages.round import Refusal, Reply, Task, TrainResult
 from common.messages.state import AdapterState
 from common.messages.tensors import apply, entries
-from common.randomness import add_private_noise
 from common.run_lines import Finding
+from privacy.entropy import replaced_entropy
+from privacy.randomness import add_private_noise
 from server import ledger
 from server.admission import Admission
 from server.collect import trusted

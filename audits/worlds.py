@@ -16,11 +16,11 @@ from common.adapters import ADAPTERS
 from common.config.sections import HeadConfig
 from common.model.base import load_base_model
 from common.model.federated import FederatedModel
-from common.privacy.dpsgd import PrivateSteps
-from common.privacy.plan import PrivacyPlan, gaussian_plan
 from common.starts import STARTS
 from common.tasks import TASKS, Batch, Record
 from common.tasks.text import TextExample, tokens_of
+from privacy.dpsgd import PrivateSteps
+from privacy.plan import PrivacyPlan, gaussian_plan
 
 Gradient = list[Tensor]
 Losses = Callable[[Batch], Tensor]

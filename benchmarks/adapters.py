@@ -28,10 +28,10 @@ from common.data.sources import train_and_test
 from common.model.base import BaseModel, load_base_model
 from common.model.federated import FederatedModel
 from common.model.plain import plain_step
-from common.privacy.plan import gaussian_plan
 from common.starts import STARTS
 from common.tasks import TASKS
 from common.tasks.examples import Dataset
+from privacy.plan import gaussian_plan
 from strategies.job import Job, configure
 
 RANK = 8

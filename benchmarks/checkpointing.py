@@ -40,10 +40,10 @@ def measured(case: str, again: bool) -> tuple[float, float]:
     from common.config.sections import HeadConfig
     from common.model.base import load_base_model
     from common.model.federated import FederatedModel
-    from common.privacy.dpsgd import PrivateSteps
-    from common.privacy.plan import gaussian_plan
     from common.starts import STARTS
     from common.tasks import TASKS
+    from privacy.dpsgd import PrivateSteps
+    from privacy.plan import gaussian_plan
 
     torch.set_num_threads(1)
     name, task, targets, length, rows = CASES[case]

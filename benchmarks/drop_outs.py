@@ -32,7 +32,7 @@ from common.messages.round import (
     UnmaskTask,
 )
 from common.messages.wire import encode_reply, encode_task, message_bytes
-from common.secure_sum import (
+from privacy.secure_sum import (
     AttemptName,
     Holder,
     Identity,
@@ -44,7 +44,7 @@ from common.secure_sum import (
     threshold,
     unmasked,
 )
-from common.secure_sum import (
+from privacy.secure_sum import (
     Task as Given,
 )
 

@@ -37,9 +37,9 @@ from common.model.batching import length_batches
 from common.model.device import choose_batch_tokens, own_cores
 from common.model.federated import FederatedModel
 from common.model.plain import plain_step
-from common.privacy.dpsgd import PrivateSteps
-from common.privacy.plan import gaussian_plan
 from common.tasks import TASKS, Batch
+from privacy.dpsgd import PrivateSteps
+from privacy.plan import gaussian_plan
 from strategies.job import Job, configure
 
 PLAIN_BATCH = 64

@@ -14,11 +14,11 @@ from collections.abc import Mapping
 
 import torch
 
-from common.accountant import TRAINING, Accountant
 from common.messages.round import Spending, TrainResult, TrainTask
 from common.messages.state import AdapterState
 from common.messages.wire import encode_reply, encode_task, message_bytes
-from common.privacy.events import sampled_gaussian
+from privacy.accountant import TRAINING, Accountant
+from privacy.events import sampled_gaussian
 from strategies import STRATEGIES
 from strategies.payload import payload, preset_adapter
 

@@ -18,15 +18,15 @@ from rich.console import Console
 from cli.errors import Commands, for_people
 from common.check import in_range, nearest, one_of, positive
 from common.errors import ConfigError, LedgerError
-from common.privacy.figures import epsilon_text, honest_text, remaining_text
-from common.privacy.meaning import MOST_UNITS
-from common.privacy.units import RECORD
 from common.words import counted
+from privacy.figures import epsilon_text, honest_text, remaining_text
+from privacy.meaning import MOST_UNITS
+from privacy.units import RECORD
 
 if TYPE_CHECKING:
     from client.ledger.ledger import Ledger
     from client.ledger.rows import Budget, Entry, Exposure, Failure, FirstPlan, Reservation, Withdrawal
-    from common.privacy.events import Event
+    from privacy.events import Event
 
 ledger_app = typer.Typer(cls=Commands, no_args_is_help=True, help="Look into a site's privacy ledger, and set budgets.")
 console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)

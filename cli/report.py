@@ -14,8 +14,8 @@ from rich.text import Text
 
 from cli.errors import for_people
 from common.errors import DataError
-from common.privacy.figures import epsilon_text
 from common.words import counted
+from privacy.figures import epsilon_text
 
 MOST_NAME = 20
 """Columns that a narrow terminal keeps for the name of a site."""

@@ -10,7 +10,7 @@ import typer
 
 from cli.errors import for_people
 from common.ends import end_as_by_ctrl_c
-from common.privacy.figures import epsilon_text
+from privacy.figures import epsilon_text
 
 if TYPE_CHECKING:
     from experiments.tune import Conduct

@@ -46,12 +46,12 @@ from common.model.device import denormals_flushed, make_threads, own_cores
 from common.model.federated import FederatedModel
 from common.model.files import files_of
 from common.paths import reply_file, run_name
-from common.privacy.together import units_at_once
-from common.secure_sum import KeyOffer
 from common.starts import PaidStart
 from common.tasks import Record
 from common.tasks.examples import Dataset
 from common.tasks.featured import FEATURES
+from privacy.secure_sum import KeyOffer
+from privacy.together import units_at_once
 from strategies.job import Job, configure
 
 log = logging.getLogger("fedveil.site")

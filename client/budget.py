@@ -17,16 +17,16 @@ from client.ledger.record_hashes import record_hashes
 from client.ledger.rows import Charge, Terms
 from client.pins import refusal
 from client.site import Site
-from common.accountant import EVALUATION
 from common.errors import BudgetExhausted, LedgerError, ProtocolError
 from common.log import about
 from common.messages.round import KeyTask, Spending, TrainTask
-from common.privacy.accounting import Release, check_terms, gaussian_release
-from common.privacy.plan import Plan, PrivacyPlan
-from common.privacy.privacy_filter import FRESH, History, noise_after, price_after, promised_noise
-from common.secure_sum import check_headroom
 from common.starts import PaidStart
 from common.tasks import TASKS
+from privacy.accountant import EVALUATION
+from privacy.accounting import Release, check_terms, gaussian_release
+from privacy.plan import Plan, PrivacyPlan
+from privacy.privacy_filter import FRESH, History, noise_after, price_after, promised_noise
+from privacy.secure_sum import check_headroom
 from strategies.job import Job
 
 log = logging.getLogger("fedveil.site")

@@ -10,8 +10,8 @@ import torch
 from common.log import place_of
 from common.model.device import autocast
 from common.model.federated import FederatedModel
-from common.randomness import add_private_noise
 from common.tasks import Record
+from privacy.randomness import add_private_noise
 
 log = logging.getLogger("fedveil.site")
 

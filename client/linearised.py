@@ -29,12 +29,12 @@ from common.messages.state import AdapterState
 from common.model.device import autocast
 from common.model.federated import FederatedModel
 from common.model.shapes import FixedBatch
-from common.privacy.dpsgd import PrivateSteps
-from common.privacy.plan import gaussian_plan
 from common.tasks import Record
 from common.tasks.base import owner_of
 from common.tasks.examples import Dataset
 from common.tasks.featured import FEATURES, SCALES, TANGENTS
+from privacy.dpsgd import PrivateSteps
+from privacy.plan import gaussian_plan
 
 log = logging.getLogger("fedveil.site")
 BYTES = 2

@@ -33,13 +33,13 @@ from common.messages.state import AdapterState
 from common.messages.tensors import fingerprint, merge
 from common.model.device import denormals_flushed
 from common.model.federated import FederatedModel
-from common.privacy.plan import Plan, PrivacyPlan
-from common.privacy.steps import Around
-from common.randomness import stream
-from common.secure_sum.masks import Words
 from common.starts import PaidStart, UnpaidStart
 from common.starts.gradient import BATCH_TOKENS
 from common.tasks import Record
+from privacy.plan import Plan, PrivacyPlan
+from privacy.randomness import stream
+from privacy.secure_sum.masks import Words
+from privacy.steps import Around
 from strategies import of_turn
 from strategies.job import Job
 

@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from common.errors import MechanismError
 from common.log import place_of
 from common.model.federated import FederatedModel
-from common.privacy import Unit
-from common.privacy.units import RECORD
 from common.tasks import Record
 from common.tasks.base import OWNER
 from common.tasks.examples import Example
+from privacy import Unit
+from privacy.units import RECORD
 
 log = logging.getLogger("fedveil.site")
 STOPS = (KeyboardInterrupt, SystemExit, GeneratorExit)

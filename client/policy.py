@@ -20,15 +20,15 @@ from common.config.sections import HEAD_POLICIES, Columns, Scalar, from_section
 from common.errors import ConfigError, ModelNotLoaded, PolicyRefusal
 from common.labels import labels_text
 from common.model.named import NAMED_MODELS
-from common.privacy import MECHANISMS, UNITS, promising, sharing_noise
-from common.privacy.accounting import LEAST_DELTA
-from common.privacy.events import MOST_NOISE
-from common.privacy.figures import most_delta_text
-from common.privacy.meaning import MOST_UNITS
-from common.privacy.mechanism import Mechanism
-from common.privacy.record_level import DPSGD
-from common.privacy.units import PERSON, RECORD
 from common.toml import toml_of
+from privacy import MECHANISMS, UNITS, promising, sharing_noise
+from privacy.accounting import LEAST_DELTA
+from privacy.events import MOST_NOISE
+from privacy.figures import most_delta_text
+from privacy.meaning import MOST_UNITS
+from privacy.mechanism import Mechanism
+from privacy.record_level import DPSGD
+from privacy.units import PERSON, RECORD
 from strategies import STRATEGIES
 from strategies.job import Job
 

@@ -31,18 +31,18 @@ from torch import Tensor, nn
 
 from client.deadline import Timing
 from client.inner_shapes import follow_from_records
-from common.entropy import rehearsal_entropy
 from common.errors import MechanismError, ModelError
 from common.messages.columns import Chosen
 from common.messages.state import METRIC, AdapterState
 from common.model.federated import FederatedModel
 from common.model.shapes import FixedBatch, Shapes
-from common.privacy.dpsgd import PrivateSteps
-from common.privacy.plan import gaussian_plan
-from common.randomness import stream
 from common.starts import PaidStart
 from common.starts.gradient import initial_shapes
 from common.tasks import Record, Task
+from privacy.dpsgd import PrivateSteps
+from privacy.entropy import rehearsal_entropy
+from privacy.plan import gaussian_plan
+from privacy.randomness import stream
 
 MIXED = 1e-4
 """Deviation of a record's gradient, over its norm, above which records are mixed. Honest models: 1e-6; float32."""

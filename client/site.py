@@ -52,9 +52,9 @@ from common.files import FileState, expanded
 from common.labels import labels_text
 from common.log import about
 from common.paths import run_folder
-from common.privacy import promising
 from common.tasks import TASKS
 from common.tasks.examples import Dataset
+from privacy import promising
 from strategies.job import Job
 
 NODE_KEYS = (

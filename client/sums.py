@@ -36,7 +36,7 @@ from common.messages.round import (
 )
 from common.messages.wire import encode_state, layout_digest, layout_of
 from common.model.federated import FederatedModel
-from common.secure_sum import (
+from privacy.secure_sum import (
     AttemptName,
     Holder,
     Identity,
@@ -48,8 +48,8 @@ from common.secure_sum import (
     Terms,
     may_be_lost,
 )
-from common.secure_sum.masks import Words
-from common.secure_sum.roster import load_roster
+from privacy.secure_sum.masks import Words
+from privacy.secure_sum.roster import load_roster
 from strategies.job import Job
 
 KEPT, HELD = "mask-key", "mask-shares"

@@ -28,13 +28,13 @@ from client.runtime import LostMessage, Node, failed
 from client.site import name_of, policy_of
 from common.bundle import bundle_digest, own_digest
 from common.config.sections import Scalar
-from common.entropy import require_system_entropy
 from common.errors import ConfigError, DataError
 from common.log import about, place_of, set_up
 from common.messages.signed import Asked, SiteKeys, check_task, digest, sign_answer
 from common.messages.wire import encode_reply, round_of
 from common.paths import run_name
 from common.runtime import ANEW, NODE_TOO, NotOurNode, TaskLost
+from privacy.entropy import require_system_entropy
 from strategies.job import configure
 
 log = logging.getLogger("fedveil.site")

@@ -67,12 +67,12 @@ def make_keys(
     from common.config.text import parse_settings
     from common.data.partition import division_of
     from common.errors import ConfigError
-    from common.privacy.units import PERSON
     from deploy.peers import ENTRY, PEERS, make_roster
     from deploy.pin import pin_roster
     from deploy.policy_file import mechanisms_of_job, models_of, pins_of_job, policy_text
     from deploy.server_folder import make_server
     from deploy.site_folder import make_site, open_site_folder
+    from privacy.units import PERSON
     from strategies.job import configure
 
     if alone and not honest:

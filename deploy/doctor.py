@@ -16,9 +16,6 @@ from common.bundle import own_digest
 from common.errors import PolicyRefusal
 from common.files import expanded
 from common.ports import dialled
-from common.privacy import trusting_the_server
-from common.privacy.figures import epsilon_text, honest_text
-from common.privacy.units import RECORD
 from common.words import counted
 from deploy import shared_checks as shared
 from deploy.certificates import belongs_to, is_issued_by, names_of, read_certificate
@@ -32,6 +29,9 @@ from deploy.registry import online_words
 from deploy.server_folder import RENEWAL, ServerFolder, check_tasks
 from deploy.site_folder import ANY_PORT, SiteFolder, check_name, check_pinned, node_settings, policy_of_node
 from deploy.start import check_own_port, is_running, secret_file
+from privacy import trusting_the_server
+from privacy.figures import epsilon_text, honest_text
+from privacy.units import RECORD
 from server.registered import names_in
 from server.signing import TASKS
 
@@ -256,7 +256,7 @@ def _base_model(folder: SiteFolder) -> Iterator[CheckResult]:
 
 def _peers_of(folder: SiteFolder) -> Iterator[CheckResult]:
     from client.sums import party_of, roster_file
-    from common.secure_sum.roster import load_roster
+    from privacy.secure_sum.roster import load_roster
 
     settings = node_settings(folder)
     policy, what = policy_of_node(settings), "secure sums"

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.files import expanded, replace_file
-from common.secure_sum import Roster
-from common.secure_sum.roster import joined
 from deploy.files import PRIVATE_MODE, read_bytes
 from deploy.site_folder import SiteFolder
+from privacy.secure_sum import Roster
+from privacy.secure_sum.roster import joined
 
 KEY, ENTRY, PEERS = "identity.key", "identity.toml", "peers.toml"
 

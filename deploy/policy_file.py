@@ -8,10 +8,10 @@ from common.config.sections import DataConfig, ModelConfig, RunConfig, Scalar
 from common.config.text import to_toml
 from common.errors import ConfigError
 from common.labels import labels_of, labels_text
-from common.privacy import MECHANISMS, trusting_the_server
-from common.privacy.record_level import DPSGD
-from common.privacy.units import PERSON
 from common.tasks import TASKS
+from privacy import MECHANISMS, trusting_the_server
+from privacy.record_level import DPSGD
+from privacy.units import PERSON
 
 BUDGET_HEAD = """\
 # The budget counts all runs on these records, whoever asks for them.

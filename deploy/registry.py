@@ -11,11 +11,11 @@ from pathlib import Path
 
 from common.errors import ConfigError, DataError
 from common.files import replace_file, sync_folder
-from common.secure_sum.roster import SITE_NAME
 from deploy.control import control_of
 from deploy.files import read_bytes
 from deploy.node_keys import public_pem
 from deploy.server_folder import ServerFolder
+from privacy.secure_sum.roster import SITE_NAME
 
 
 class ShutOut(ConfigError):

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 from common.config.sections import Columns, DataConfig
 from common.errors import ConfigError, DataError, UnreadableFile
 from common.labels import labels_text
-from common.privacy import UNITS
 from common.tasks import TASKS
 from common.tasks.examples import Dataset
 from common.tasks.tables import Unfit
 from common.words import counted
 from deploy.site_folder import SiteFolder, check_pinned, node_settings
+from privacy import UNITS
 
 if TYPE_CHECKING:
     from client.policy import Policy

@@ -27,12 +27,12 @@ from common.config.text import parse_settings, to_toml
 from common.errors import ConfigError
 from common.files import expanded
 from common.ports import check_port
-from common.secure_sum import Identity
-from common.secure_sum.roster import SITE_NAME, entry
 from deploy.certificates import read_certificate
 from deploy.files import make_folder, read_bytes
 from deploy.node_keys import is_pair, new_node_key
 from deploy.server_folder import FLEET_PORT, is_number, open_folder
+from privacy.secure_sum import Identity
+from privacy.secure_sum.roster import SITE_NAME, entry
 
 if TYPE_CHECKING:
     from client.policy import Policy
@@ -250,7 +250,7 @@ def check_pinned(folder: SiteFolder, settings: Mapping[str, Scalar]) -> Policy:
     """
     from client.pins import unpinned
     from client.policy import NO_BUDGET
-    from common.privacy import trusting_the_server
+    from privacy import trusting_the_server
 
     policy = policy_of_node(settings)
     if "data" in settings and not policy.task:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from common.entropy import require_system_entropy
 from common.errors import DataError
 from common.ports import free_ports
 from deploy.certificates import belongs_to, days_left, is_issued_by, read_certificate
@@ -30,6 +29,7 @@ from deploy.refusal import why_refused
 from deploy.server_folder import ServerFolder, check_tasks, finish_renewal
 from deploy.site_check import check_site
 from deploy.site_folder import ANY_PORT, SiteFolder, check_name, node_settings
+from privacy.entropy import require_system_entropy
 
 RETRY_SECONDS = 5.0
 SAY_AGAIN_SECONDS = 300.0

@@ -20,9 +20,6 @@ from typing import Any
 from common.config.sections import Scalar
 from common.errors import ConfigError, PrivacyError, RunFailed
 from common.files import finite, replace_file
-from common.privacy.accounting import Release
-from common.privacy.events import LEAST_NOISE, MOST_NOISE
-from common.privacy.privacy_filter import commitment_to, price, promised
 from common.run_lines import BaselineFile, ResultFile, RoundLine, TuningFile, read_file, read_if_there, read_lines
 from common.strict_json import json_of, to_json
 from common.tasks import TASKS
@@ -30,6 +27,9 @@ from common.words import decimal_text, percent_text
 from experiments.in_process import run_in_process, simulated_nodes
 from experiments.planner.price import paid_before, site_plans
 from experiments.sweep.file import read_sweep
+from privacy.accounting import Release
+from privacy.events import LEAST_NOISE, MOST_NOISE
+from privacy.privacy_filter import commitment_to, price, promised
 from reports import write_reports
 from server.checkpoint import NAME as CHECKPOINT
 from strategies.job import Job, configure

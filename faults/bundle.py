@@ -9,7 +9,7 @@ from pathlib import Path
 from common.bundle import OWN_SETTINGS, SETTINGS
 
 PROJECT = Path(__file__).resolve().parent.parent
-PACKAGES = ("common", "strategies", "client", "reports", "server", "contrib", "demo")
+PACKAGES = ("common", "privacy", "strategies", "client", "reports", "server", "contrib", "demo")
 APPS = ("__init__", "fault_plan", "faulty_site", "faulty_server")
 
 

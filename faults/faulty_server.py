@@ -19,8 +19,8 @@ from flwr.serverapp import Grid, ServerApp
 from common.errors import RunFailed
 from common.messages.round import Refusal, SurvivorTask, Task, TrainTask
 from common.messages.tensors import apply
-from common.secure_sum import AttemptName, Identity, SiteAttempt
 from faults.fault_plan import SERVER, FaultPlan, open_plan
+from privacy.secure_sum import AttemptName, Identity, SiteAttempt
 from server import app as real
 from server import records
 from server.checkpoint import NAME, Checkpoint, save_checkpoint

@@ -37,7 +37,7 @@ PROGRAMS = {
     "stuttering-node": "faults.stuttering_node:main",
 }
 PROJECT = str(Path(__file__).resolve().parent.parent)
-OWN = ("common", "demo", "client", "server", "strategies", "contrib", "faults")
+OWN = ("common", "privacy", "demo", "client", "server", "strategies", "contrib", "faults")
 POLL_SECONDS = 0.05
 SHIM = """#!{python} -SI
 import json, os, socket, sys

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
-from common.privacy.figures import NO_CLAIM, epsilon_text, remaining_text
 from common.run_lines import Absence
 from common.words import EACH, UNKNOWN, counted, names_text, natural, number_text, numbers_text
+from privacy.figures import NO_CLAIM, epsilon_text, remaining_text
 from reports.sites import MORE, ReleaseReport, SiteReport, distinct, worst_site
 
 T = TypeVar("T")

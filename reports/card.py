@@ -19,11 +19,11 @@ from common.config.sections import NO_ADAPTER
 from common.data.named import DATASETS
 from common.errors import DataError
 from common.model.named import NAMED_MODELS, Published
-from common.privacy.figures import epsilon_text
-from common.privacy.units import PERSON
 from common.starts.public_text import OF_NO_ONE, SHIPPED
 from common.tasks import TASKS
 from common.words import UNKNOWN, counted, number_text, percent_text, visible
+from privacy.figures import epsilon_text
+from privacy.units import PERSON
 from reports.claim import server_is_trusted
 from reports.data import ReportData, cares_of, cut_test, setting_of
 from reports.declared import Declared

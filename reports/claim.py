@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from common.config.sections import Scalar
 from common.data.sources import unprotected_test
-from common.privacy import mechanism_of, promise_of, trusting_the_server
-from common.privacy.figures import epsilon_text
 from common.starts.public_text import words_of
 from common.words import EACH, names_text, natural
+from privacy import mechanism_of, promise_of, trusting_the_server
+from privacy.figures import epsilon_text
 from reports.folder import RunFiles
 from reports.sharing import Sharing, at_h, others_of, rests_on, sharing_of
 from reports.sites import SiteReport, federation_delta, worst_site

@@ -10,12 +10,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from common.privacy import promise_of
-from common.privacy.accounting import Release, alone
-from common.privacy.events import Event
-from common.privacy.figures import bound_text, epsilon_text
-from common.privacy.meaning import Attack, Meaning, Several, meaning_of
 from common.words import names_text, natural
+from privacy import promise_of
+from privacy.accounting import Release, alone
+from privacy.events import Event
+from privacy.figures import bound_text, epsilon_text
+from privacy.meaning import Attack, Meaning, Several, meaning_of
 from reports.claim import server_is_trusted
 from reports.folder import RunFiles
 from reports.sharing import NOT_ADDED, Sharing, rests_on, sharing_of

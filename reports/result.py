@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from common.privacy.figures import epsilon_text
 from common.words import UNKNOWN, bytes_text, counted, number_text, percent_text, seconds_text
+from privacy.figures import epsilon_text
 from reports.audits import bound_note
 from reports.claim import server_is_trusted
 from reports.data import ReportData, setting_of

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from common.privacy.events import Event
-from common.privacy.figures import NO_CLAIM, bound_text, epsilon_text
 from common.words import (
     UNKNOWN,
     decimal_text,
@@ -15,6 +13,8 @@ from common.words import (
     seconds_text,
     value_text,
 )
+from privacy.events import Event
+from privacy.figures import NO_CLAIM, bound_text, epsilon_text
 from reports.alike import Alike, alike_absences, alike_releases, alike_sites, participants_text
 from reports.audits import NONE_RUN, WHOSE, audit_words, bound_sentences
 from reports.claim import UNTOLD, none_refused, server_is_trusted

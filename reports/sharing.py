@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from common.privacy import promise_of, sharing_noise
-from common.privacy.figures import epsilon_text
 from common.strict_json import Endless
+from privacy import promise_of, sharing_noise
+from privacy.figures import epsilon_text
 from reports.folder import RunFiles
 from reports.sites import SiteReport, colluders_of, distinct, fewest_summed
 

@@ -11,13 +11,13 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from common.accountant import EVALUATION, INITIALISATION, TRAINING
 from common.errors import ConfigError
 from common.messages.round import SpendingFigures
-from common.privacy.accounting import Release, alone, gaussian_release
-from common.privacy.events import Event, sampled_gaussian
-from common.privacy.privacy_filter import departed, promised
 from common.words import natural
+from privacy.accountant import EVALUATION, INITIALISATION, TRAINING
+from privacy.accounting import Release, alone, gaussian_release
+from privacy.events import Event, sampled_gaussian
+from privacy.privacy_filter import departed, promised
 from reports.folder import RunFiles
 from strategies.job import configure
 

@@ -11,8 +11,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from common.privacy import MECHANISMS
 from common.words import number_text
+from privacy import MECHANISMS
 from reports.claim import Claim, server_is_trusted
 from reports.sites import SiteReport
 

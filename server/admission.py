@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 
-from common.accountant import INITIALISATION, TRAINING
 from common.errors import FedVeilError
 from common.messages.round import Spending, TrainResult
-from common.privacy.accounting import LEAST_DELTA, noise_multiplier_for
-from common.privacy.events import LEAST_RATE, MOST_NOISE, EventKind
-from common.privacy.figures import epsilon_text, honest_text
-from common.privacy.plan import PrivacyPlan
+from privacy.accountant import INITIALISATION, TRAINING
+from privacy.accounting import LEAST_DELTA, noise_multiplier_for
+from privacy.events import LEAST_RATE, MOST_NOISE, EventKind
+from privacy.figures import epsilon_text, honest_text
+from privacy.plan import PrivacyPlan
 from server.marks import mark_of
 from server.members import Member
 from server.optimizer import usual_change

@@ -6,7 +6,7 @@ last checkpoint is cut off again, so at most the round in flight is lost. What s
 stays charged to their ledgers, and in ``privacy.jsonl`` as far as it was written there.
 
 No random stream is stored, because none runs on from round to round: every public stream is named
-by seed, site and round (``common.randomness``), and noise and sampling are the sites' own entropy.
+by seed, site and round (``privacy.randomness``), and noise and sampling are the sites' own entropy.
 """
 
 from __future__ import annotations

@@ -13,9 +13,9 @@ from common.files import full_disk
 from common.log import about, kept_in, place_of, set_up
 from common.model.score import Score
 from common.paths import REPLIES, run_folder, run_name
-from common.privacy.figures import epsilon_text
 from common.run_lines import ProgressFile, Reached, ResultFile, ServerStart, Status
 from common.words import counted
+from privacy.figures import epsilon_text
 from reports import federation_epsilon, write_reports
 from reports.folder import read_run
 from reports.sites import epsilon_by

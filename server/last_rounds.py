@@ -12,10 +12,10 @@ import math
 from collections.abc import Iterable
 
 from common.messages.round import Spending
-from common.privacy.accounting import Release
-from common.privacy.privacy_filter import promised
 from common.starts import PaidStart
 from common.words import clean, counted, names_text
+from privacy.accounting import Release
+from privacy.privacy_filter import promised
 from server.admission import Admission
 from server.collect.base import Collected
 from server.members import Member

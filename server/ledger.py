@@ -6,7 +6,7 @@ that share it never spend the same remainder. Charges are only ever added. A rou
 a resumed run, releases anew and is charged anew.
 
 Whoever starts a run may choose its noise, rate and rounds by what runs before it have shown. So with the first charge
-its run's whole plan is written down, and all charges are priced by it (``common.privacy.privacy_filter``).
+its run's whole plan is written down, and all charges are priced by it (``privacy.privacy_filter``).
 
 What no file can know: one that is restored from an old copy, or deleted, forgets. A run that goes on refuses a ledger
 that lacks the rounds which it has done. A ledger in the run's own folder is copied and restored along with it, and then
@@ -26,17 +26,17 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from common.accountant import AT_RATE_1, DEPARTED, TRAINING
 from common.config.sections import Scalar
 from common.errors import BudgetExhausted, ConfigError, DataError, LedgerError
 from common.files import expanded, replace_file
 from common.messages.round import Spending
-from common.privacy import trusting_the_server
-from common.privacy.accounting import Release
-from common.privacy.events import Event
-from common.privacy.figures import epsilon_text
-from common.privacy.privacy_filter import FRESH, Commitment, History, commitment_to, price
 from common.strict_json import from_json, to_json
+from privacy import trusting_the_server
+from privacy.accountant import AT_RATE_1, DEPARTED, TRAINING
+from privacy.accounting import Release
+from privacy.events import Event
+from privacy.figures import epsilon_text
+from privacy.privacy_filter import FRESH, Commitment, History, commitment_to, price
 from server.lock import locked
 
 FORMAT = 2

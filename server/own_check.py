@@ -17,11 +17,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from common.bundle import own_digest
-from common.entropy import entropy_is_replaced
 from common.errors import DataError
 from common.log import place_of
 from common.run_lines import CheckLine, OwnCheck, Reach, ServerStart
 from common.strict_json import from_json
+from privacy.entropy import entropy_is_replaced
 
 FOLDER = "FEDVEIL_SERVER"
 """Environment variable of the SuperLink that names the folder which it was started from."""

@@ -31,7 +31,7 @@ from statistics import median
 from common.messages.round import TrainResult
 from common.messages.state import HEAD, AdapterState
 from common.messages.tensors import count, l2_norm
-from common.privacy.plan import Plan, PrivacyPlan
+from privacy.plan import Plan, PrivacyPlan
 from strategies.job import Job
 from strategies.state import ServerState
 

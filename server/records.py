@@ -47,7 +47,6 @@ from common.messages.round import TrainResult
 from common.messages.state import AdapterState
 from common.model.federated import FederatedModel
 from common.model.score import Score
-from common.privacy.claim import NO_CLAIM, NOTHING
 from common.run_lines import (
     AdapterFile,
     BaselineFile,
@@ -67,6 +66,7 @@ from common.run_lines import (
 )
 from common.strict_json import from_json, to_json
 from common.tasks import TASKS
+from privacy.claim import NO_CLAIM, NOTHING
 from server.checkpoint import NAME, Checkpoint, save_checkpoint
 from server.collect.door import shown_of
 from server.members import Member

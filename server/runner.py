@@ -36,11 +36,11 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
 from common.bundle import bundle_digest, own_digest
-from common.entropy import require_system_entropy
 from common.errors import FedVeilError, RunFailed
 from common.log import about, place_of, set_up
 from common.parent import die_with_parent
 from common.runtime import NODE_TOO, HeldTask, NotOurNode, Runtime, TaskLost
+from privacy.entropy import require_system_entropy
 
 log = logging.getLogger("fedveil.server")
 POLL_SECONDS = 0.5

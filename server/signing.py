@@ -15,7 +15,7 @@ from flwr.app import RecordDict
 from common.config.sections import Scalar
 from common.errors import DataError
 from common.messages.signed import Asked, certificate_der, is_answer, sign_task
-from common.secure_sum.identity import Identity
+from privacy.secure_sum.identity import Identity
 from server.own_check import FOLDER
 from server.registered import key_of
 

@@ -12,7 +12,7 @@ from common.messages.round import Refusal, Reply, SumReply, Task, TrainResult, T
 from common.messages.state import below_head, of_head
 from common.messages.tensors import fingerprint
 from common.run_lines import Absence
-from common.secure_sum import KeyOffer
+from privacy.secure_sum import KeyOffer
 from server.admission import Admission
 from server.collect.base import Collected
 from server.model import ServerModel

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from common.privacy.figures import epsilon_text
 from common.words import decimal_text, natural
+from privacy.figures import epsilon_text
 from reports.alike import alike_absences
 from reports.sites import TOLERANCE
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from common.errors import BudgetExhausted
 from common.messages.round import TrainResult
-from common.privacy.plan import Plan, PrivacyPlan
 from common.starts import PaidStart
+from privacy.plan import Plan, PrivacyPlan
 from strategies.job import Job
 
 

@@ -19,7 +19,7 @@ from common.errors import ConfigError, ProtocolError
 from common.messages.columns import Chosen
 from common.messages.state import HEAD, AdapterState
 from common.messages.tensors import merge, select, weighted_sum
-from common.privacy import Mechanism
+from privacy import Mechanism
 from strategies.state import Contribution, ServerState, ServerStep
 
 

@@ -16,14 +16,14 @@ from common.messages.state import HEAD, METRIC, OWN, AdapterState, Factors, of_h
 from common.messages.tensors import merge, start_fingerprint
 from common.model.federated import FederatedModel, model_of
 from common.model.files import files_of
-from common.privacy import Mechanism, Unit
-from common.privacy.accounting import Release
-from common.privacy.claim import Claim
-from common.privacy.events import Event
-from common.privacy.plan import Plan, PrivacyPlan
 from common.starts import STARTS, Start, check_directions
 from common.tasks import TASKS
 from common.trackers import NO_TRACKER
+from privacy import Mechanism, Unit
+from privacy.accounting import Release
+from privacy.claim import Claim
+from privacy.events import Event
+from privacy.plan import Plan, PrivacyPlan
 from strategies import ROWS
 from strategies.base import Strategy
 from strategies.options import START, declared_settings, known_settings, tables, unnamed, with_options

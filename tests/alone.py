@@ -10,9 +10,9 @@ from torch import Tensor
 from common.messages.tensors import entries
 from common.model.federated import FederatedModel
 from common.model.shapes import FixedBatch
-from common.privacy.dpsgd import PrivateSteps
-from common.privacy.plan import gaussian_plan
 from common.tasks import Record
+from privacy.dpsgd import PrivateSteps
+from privacy.plan import gaussian_plan
 
 SIZES = (7, 3, 6)
 STEP = gaussian_plan(1.0, 1.0, 1.0, 1.0, 1e-5, 1.0)

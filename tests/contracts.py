@@ -29,12 +29,12 @@ from common.adapters import ADAPTERS
 from common.config.sections import defaults
 from common.errors import ConfigError
 from common.messages.state import OWN, AdapterState
-from common.privacy import MECHANISMS
 from common.run_lines import RoundLine, read_lines
 from common.starts import STARTS, check_directions, class_means
 from common.tasks import TASKS
 from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process
+from privacy import MECHANISMS
 from server import conduct
 from server.model import ServerModel
 from strategies import ROWS, STRATEGIES

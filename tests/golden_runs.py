@@ -1,6 +1,6 @@
 """The small runs whose results are stored in ``tests/golden``, and what is kept of each.
 
-Private randomness follows from a seed through ``common.entropy``, so sampler, grid and law of the noise are the
+Private randomness follows from a seed through ``privacy.entropy``, so sampler, grid and law of the noise are the
 product's own. A run leaves its final tensors, its ledger rows, the bytes of its messages and its report.
 """
 
@@ -23,11 +23,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from audits.tiny_models import TARGETS, save_tiny_model, toy_run, write_questions, write_reviews
-from common.entropy import replaced_entropy
 from common.messages.round import Refusal, Task, TrainTask
 from common.messages.wire import encode_reply
 from common.run_lines import RoundLine, read_lines
 from experiments.in_process import InProcessTransport, run_in_process
+from privacy.entropy import replaced_entropy
 
 Settings = dict[str, Any]
 PRODUCTS = 3

@@ -7,13 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from common.accountant import TRAINING
 from common.messages.round import Spending, SpendingFigures
-from common.privacy import MECHANISMS
-from common.privacy.accounting import Release, gaussian_release
-from common.privacy.claim import NO_CLAIM
-from common.privacy.events import Event, SummedGaussian, sampled_gaussian
-from common.privacy.privacy_filter import promised
 from common.run_lines import (
     Absence,
     AuditFile,
@@ -27,6 +21,12 @@ from common.run_lines import (
     Status,
 )
 from common.strict_json import to_json
+from privacy import MECHANISMS
+from privacy.accountant import TRAINING
+from privacy.accounting import Release, gaussian_release
+from privacy.claim import NO_CLAIM
+from privacy.events import Event, SummedGaussian, sampled_gaussian
+from privacy.privacy_filter import promised
 from strategies.job import configure
 
 DELTA = 1e-5

@@ -10,8 +10,6 @@ from typing import Any
 
 from made_run import DELTA, MadeRun, adapter_told, spent
 
-from common.privacy.accounting import gaussian_release
-from common.privacy.privacy_filter import promised
 from common.run_lines import (
     Absence,
     AuditFile,
@@ -29,6 +27,8 @@ from common.run_lines import (
     read_lines,
 )
 from common.strict_json import to_json
+from privacy.accounting import gaussian_release
+from privacy.privacy_filter import promised
 
 LABELS = [f"topic {number:02} of the clinic's own list of reasons to call" for number in range(20)]
 REGIONS = ["east", "north", "south", "west", "abroad"]

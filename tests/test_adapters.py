@@ -33,13 +33,13 @@ from common.adapters.mapped import Mapped
 from common.errors import FedVeilError, ModelError, ProtocolError
 from common.messages.state import AdapterState
 from common.messages.tensors import entries
-from common.privacy.dpsgd import PrivateSteps
-from common.privacy.plan import gaussian_plan
-from common.randomness import stream
 from common.starts import STARTS
 from common.starts.directions import orthonormal_rows
 from common.starts.kaiming import uniform_rows
 from contrib.adapters.dora import DoRA
+from privacy.dpsgd import PrivateSteps
+from privacy.plan import gaussian_plan
+from privacy.randomness import stream
 
 RANK, ALPHA = 3, 12.0
 FAMILIES = ("bert", "gpt2", "llama")

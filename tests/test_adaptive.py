@@ -23,11 +23,11 @@ from client.ledger.ledger import Ledger
 from client.ledger.rows import Charge, Receipt
 from client.ledger.schema import FORMAT
 from common.errors import BudgetExhausted, LedgerError
-from common.privacy import privacy_filter
-from common.privacy.accounting import Release, epsilon, gaussian_release
-from common.privacy.events import Event, SampledGaussian, SummedGaussian, sampled_gaussian
-from common.privacy.meaning import epsilon_of_several
-from common.privacy.privacy_filter import (
+from privacy import privacy_filter
+from privacy.accounting import Release, epsilon, gaussian_release
+from privacy.events import Event, SampledGaussian, SummedGaussian, sampled_gaussian
+from privacy.meaning import epsilon_of_several
+from privacy.privacy_filter import (
     ORDER_SHARES,
     PLANNED_SHARE,
     Commitment,

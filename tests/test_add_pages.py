@@ -95,7 +95,7 @@ DATASET = Page(
     folder="demo/sets",
 )
 MECHANISM = Page(
-    *("add-a-mechanism", "FullBatch", "common.privacy", "MECHANISMS", "full-batch"),
+    *("add-a-mechanism", "FullBatch", "privacy", "MECHANISMS", "full-batch"),
     tests=("tests/test_mechanisms.py",),
     least=7,
 )

@@ -15,15 +15,15 @@ from client.budget import plan_of
 from client.ledger.rows import Terms
 from client.policy import Policy
 from client.site import Site
-from common.accountant import INITIALISATION, TRAINING, Accountant
 from common.config.sections import PrivacyConfig, TrainingConfig
 from common.messages.round import NoisedCount, Spending, TrainResult
 from common.messages.state import HEAD
-from common.privacy.events import EVENTS, Event, SampledGaussian
-from common.privacy.plan import PrivacyPlan
-from common.privacy.record_level import DPSGD
 from common.run_lines import Absence
 from common.tasks.examples import Dataset
+from privacy.accountant import INITIALISATION, TRAINING, Accountant
+from privacy.events import EVENTS, Event, SampledGaussian
+from privacy.plan import PrivacyPlan
+from privacy.record_level import DPSGD
 from server.admission import Admission
 from server.collect.base import Collected
 from server.collect.door import shown_of

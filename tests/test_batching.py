@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from common.errors import DataError
 from common.model.batching import WINDOW, epoch_batches, length_batches
-from common.randomness import stream
+from privacy.randomness import stream
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=200)
 

@@ -62,6 +62,7 @@ def test_an_installed_wheel_has_the_same_hash(tmp_path: Path) -> None:
     source, site_packages = tmp_path / "source", tmp_path / "site-packages"
     for package in (
         "common",
+        "privacy",
         "demo",
         "strategies",
         "client",

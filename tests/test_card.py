@@ -20,10 +20,10 @@ from common.bundle import own_digest
 from common.errors import ConfigError
 from common.model.base import load_base_model
 from common.model.named import NAMED_MODELS
-from common.privacy import MECHANISMS
 from common.run_lines import TuningFile
 from experiments.in_process import run_in_process
 from experiments.serving.merge import merge_run
+from privacy import MECHANISMS
 from reports import report_of, write_reports
 from reports.card import Form, adapter_form, card_of
 from reports.claim import COVERED, NOT_COVERED

@@ -23,8 +23,8 @@ from common.messages.tensors import clone, entries, start_fingerprint
 from common.model.base import load_base_model
 from common.model.batching import epoch_batches
 from common.model.federated import FederatedModel
-from common.randomness import stream
 from common.tasks import TASKS, Record
+from privacy.randomness import stream
 from strategies import STRATEGIES
 from strategies.job import Job, configure
 from strategies.state import Contribution

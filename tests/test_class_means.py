@@ -20,9 +20,6 @@ from common.messages.state import HEAD, METRIC, AdapterState
 from common.messages.tensors import weighted_sum
 from common.model.base import load_base_model
 from common.model.federated import FederatedModel
-from common.privacy import dpsgd
-from common.privacy.accounting import epsilon
-from common.privacy.plan import PrivacyPlan, gaussian_plan
 from common.run_lines import PrivacyLine, RoundLine, read_lines
 from common.starts import class_means
 from common.starts.base import Labels
@@ -31,6 +28,9 @@ from common.tasks import TASKS, Record
 from common.tasks.text import TextExample
 from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process
+from privacy import dpsgd
+from privacy.accounting import epsilon
+from privacy.plan import PrivacyPlan, gaussian_plan
 from strategies.job import configure
 
 Folder = Callable[[str], str]

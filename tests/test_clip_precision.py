@@ -15,10 +15,10 @@ from audits.worlds import plan
 from common.check import CLIP_NORMS, Interval
 from common.config.sections import PrivacyConfig
 from common.errors import ConfigError
-from common.privacy import dpsgd
-from common.privacy.dpsgd import PrivateSteps
-from common.privacy.plan import gaussian_plan
 from common.starts.dp_gradient import DPGradient
+from privacy import dpsgd
+from privacy.dpsgd import PrivateSteps
+from privacy.plan import gaussian_plan
 
 
 def noiseless_sum(layer: nn.Linear, records: Tensor, part: int, monkeypatch: pytest.MonkeyPatch) -> Tensor:

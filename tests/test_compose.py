@@ -20,12 +20,12 @@ from client.site import open_site
 from client.sums import party_of
 from common.config.text import parse_settings
 from common.errors import ConfigError, PolicyRefusal
-from common.secure_sum.roster import load_roster
 from deploy import container
 from deploy.commands import node_config
 from deploy.server_folder import CONTROL_PORT, FLEET_PORT
 from deploy.site_folder import node_settings, open_site_folder
 from deploy.start import start_site
+from privacy.secure_sum.roster import load_roster
 from server.registered import NODES
 from strategies.job import configure
 
@@ -426,6 +426,7 @@ def test_the_image_runs_as_nobody_in_particular_and_holds_no_history() -> None:
         "LICENSE",
         "requirements",
         "common",
+        "privacy",
         "strategies",
         "contrib",
         "client",

@@ -19,9 +19,9 @@ from common.errors import ConfigError, DataError, RunFailed
 from common.messages.round import Refusal, Task, TrainResult
 from common.messages.wire import decode_reply, encode_reply
 from common.model.score import Score
-from common.privacy.figures import epsilon_text
 from common.run_lines import BaselineFile, PrivacyLine, ResultFile, RoundLine, read_file, read_lines
 from experiments.in_process import InProcessTransport, run_in_process
+from privacy.figures import epsilon_text
 from reports import report_of
 from reports.folder import read_run
 from reports.sites import epsilon_by

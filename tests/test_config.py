@@ -18,8 +18,8 @@ from common.config.asked import RunSettings, as_asked, from_mapping, resolve
 from common.config.sections import Scalar, defaults, to_mapping
 from common.config.text import flatten, parse_settings, read_settings_file, to_toml
 from common.errors import ConfigError
-from common.privacy import MECHANISMS
 from common.starts import STARTS, Start
+from privacy import MECHANISMS
 from strategies import CONTROLS, ROWS, STRATEGIES
 from strategies.job import configure
 from strategies.options import OPTIONS, declared_settings, known_settings

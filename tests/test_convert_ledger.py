@@ -27,9 +27,9 @@ from client.ledger.ledger import Ledger
 from client.ledger.rows import Charge, Receipt, Terms
 from client.ledger.schema import APPLICATION_ID, FORMAT, is_laid_out
 from common.errors import LedgerError
-from common.privacy.accounting import Release, gaussian_release
-from common.privacy.events import sampled_gaussian
-from common.privacy.privacy_filter import Commitment, commitment_to, price, promised
+from privacy.accounting import Release, gaussian_release
+from privacy.events import sampled_gaussian
+from privacy.privacy_filter import Commitment, commitment_to, price, promised
 from server.ledger import FORMAT as SERVER_FORMAT
 from server.ledger import ServerLedger
 from tools import convert_ledger, ledger_formats

@@ -31,15 +31,14 @@ from client.ledger.ledger import Ledger
 from client.ledger.rows import price
 from client.rehearsal import rehearse
 from client.site import open_site
-from common import randomness
 from common.config.sections import RunConfig
 from common.errors import PolicyRefusal
 from common.messages.round import Refusal, Reply, TrainResult
 from common.messages.tensors import entries
 from common.messages.wire import encode_task
 from common.model.federated import FederatedModel
-from common.privacy import dpsgd
-from common.privacy.dpsgd import PrivateSteps
+from privacy import dpsgd, randomness
+from privacy.dpsgd import PrivateSteps
 from strategies.job import configure
 
 TIMING = Timing(passes={8: 0.1, 24: 0.3}, rows={8: 40, 24: 10}, empty=0.5, score=0.01)

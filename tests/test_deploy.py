@@ -42,7 +42,6 @@ from common.errors import ConfigError, DataError, LedgerError, RunFailed, Unread
 from common.model.base import load_base_model
 from common.paths import run_folder
 from common.ports import free_ports
-from common.privacy.accounting import Release, epsilon
 from common.run_lines import ConfigFile, ResultFile, Status, read_file, read_json
 from common.strict_json import to_json
 from common.tasks import TASKS
@@ -60,6 +59,7 @@ from deploy.site_folder import SiteFolder, make_site, node_settings, open_site_f
 from deploy.start import start_server, start_site
 from deploy.units import server_steps
 from deploy.withdraw import withdraw_site
+from privacy.accounting import Release, epsilon
 from reports import report_of
 from server.checkpoint import NAME as CHECKPOINT
 from server.lock import only_writer

@@ -28,7 +28,7 @@ def test_the_examples_of_a_module_run(name: str) -> None:
 
 
 def test_examples_are_found_in_every_package_and_a_wrong_one_fails(capsys: pytest.CaptureFixture[str]) -> None:
-    assert {"common", "client", "server", "strategies"} <= {name.split(".")[0] for name in with_examples()}
+    assert {"common", "privacy", "client", "server", "strategies"} <= {name.split(".")[0] for name in with_examples()}
     wrong = ModuleType("wrong", f"{EXAMPLE}1 + 1\n3")
     assert doctest.testmod(wrong).failed == 1
     assert "Expected:\n    3\nGot:\n    2" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""DP-SGD at a site: each promise of ``common.privacy.dpsgd``, and for each a planted fault that the same check finds.
+"""DP-SGD at a site: each promise of ``privacy.dpsgd``, and for each a planted fault that the same check finds.
 
 Statistical checks raise a false alarm about once in a million runs; every band says so.
 """
@@ -48,10 +48,10 @@ from audits.worlds import (
 from common.errors import MechanismError
 from common.model.batching import length_batches
 from common.model.shapes import FixedBatch
-from common.privacy import dpsgd
-from common.privacy.dpsgd import PrivateSteps
-from common.randomness import add_private_noise
 from common.tasks import Batch
+from privacy import dpsgd
+from privacy.dpsgd import PrivateSteps
+from privacy.randomness import add_private_noise
 
 CASES = [
     ("bert", "lora", "trained"),

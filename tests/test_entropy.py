@@ -10,17 +10,29 @@ import numpy as np
 import pytest
 
 from client import worker
-from common.entropy import entropy_is_replaced, private_words, rehearsal_entropy, replaced_entropy
 from common.errors import MechanismError
 from deploy.server_folder import make_server
 from deploy.start import start_server
 from experiments.in_process import run_in_process
+from privacy.entropy import entropy_is_replaced, private_words, rehearsal_entropy, replaced_entropy
 from reports import markdown_report
 from reports.claim import SEEDED
 from reports.folder import read_run
 
 ROOT = Path(__file__).resolve().parent.parent
-PRODUCT = ("common", "demo", "strategies", "client", "server", "reports", "deploy", "experiments", "cli", "contrib")
+PRODUCT = (
+    "common",
+    "privacy",
+    "demo",
+    "strategies",
+    "client",
+    "server",
+    "reports",
+    "deploy",
+    "experiments",
+    "cli",
+    "contrib",
+)
 
 
 def zeros(count: int) -> np.ndarray:
@@ -41,7 +53,7 @@ def test_no_file_of_the_product_replaces_the_source() -> None:
     assert len(files) > 300
     naming = [path.relative_to(ROOT).as_posix() for path in files if "replace" in path.read_text(encoding="utf-8")]
     naming = [name for name in naming if re.search(r"\breplaced_entropy\b|\b_replacement\b", (ROOT / name).read_text())]
-    assert naming == ["common/entropy.py"]
+    assert naming == ["privacy/entropy.py"]
 
 
 def test_deployed_programs_refuse_a_replaced_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

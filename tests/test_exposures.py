@@ -25,13 +25,13 @@ from common.config.text import to_toml
 from common.errors import ConfigError, PolicyRefusal
 from common.messages.round import Refusal, Spending
 from common.messages.wire import decode_reply, encode_reply, layout_of
-from common.privacy.accounting import Release, gaussian_release
-from common.privacy.events import EVENTS, Event, SampledGaussian
-from common.privacy.figures import epsilon_text
 from common.run_lines import ResultFile, RoundLine, read_file, read_lines
 from common.tasks.examples import Dataset
 from common.tasks.text import TextExample
 from experiments.in_process import run_in_process, simulated_nodes
+from privacy.accounting import Release, gaussian_release
+from privacy.events import EVENTS, Event, SampledGaussian
+from privacy.figures import epsilon_text
 from reports import federation_epsilon, report_of, write_reports
 from server.admission import Admission
 from strategies.job import configure
@@ -159,7 +159,7 @@ def test_a_start_from_a_raw_gradient_is_an_exposure_and_no_round(site: OneSite) 
 
 
 def test_it_is_on_disk_before_a_record_is_used(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("common.privacy.no_privacy.ExposingPlan.batches", lambda *_: 1 / 0)
+    monkeypatch.setattr("privacy.no_privacy.ExposingPlan.batches", lambda *_: 1 / 0)
     one = openly(site)
     assert isinstance(one.ask(one.task(1)), Refusal)
     assert len(exposures(site)) == 1, "a round that failed may have looked at records all the same"

@@ -14,7 +14,6 @@ from made_run import told as stating
 from safetensors.torch import load_file
 
 from audits.tiny_models import toy_run
-from common.accountant import TRAINING, Accountant
 from common.errors import ConfigError, RunFailed
 from common.files import length
 from common.messages.round import (
@@ -32,11 +31,12 @@ from common.messages.round import (
 from common.messages.state import AdapterState
 from common.messages.tensors import apply
 from common.messages.wire import STYPE, decode_reply, encode_reply
-from common.privacy.events import sampled_gaussian
 from common.run_lines import Absence, ConfigFile, PrivacyLine, ResultFile, RoundLine, read_file, read_lines
-from common.secure_sum.attempt import KeyOffer
 from common.words import LONGEST_REASON, clean
 from experiments.in_process import InProcessTransport, run_in_process
+from privacy.accountant import TRAINING, Accountant
+from privacy.events import sampled_gaussian
+from privacy.secure_sum.attempt import KeyOffer
 from reports import report_of
 from server.app import in_short
 from server.collect.base import Collected

@@ -17,12 +17,12 @@ from common.config.sections import Scalar
 from common.config.text import to_toml
 from common.errors import ConfigError, RunFailed
 from common.messages.wire import round_of
-from common.privacy.accounting import gaussian_release
-from common.privacy.privacy_filter import promised
 from common.run_lines import BaselineFile, ConfigFile, PrivacyLine, ResultFile, RoundLine, read_file, read_lines
 from common.strict_json import to_json
 from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process, simulated_nodes
+from privacy.accounting import gaussian_release
+from privacy.privacy_filter import promised
 from reports import markdown_report
 from strategies import STRATEGIES
 from strategies.job import configure

@@ -17,12 +17,12 @@ from common.config.sections import HeadConfig
 from common.messages.tensors import start_fingerprint
 from common.model.base import load_base_model
 from common.model.federated import FederatedModel
-from common.privacy import dpsgd
-from common.privacy.dpsgd import PrivateSteps
-from common.privacy.plan import gaussian_plan
-from common.randomness import stream
 from common.starts import STARTS
 from common.tasks import TASKS
+from privacy import dpsgd
+from privacy.dpsgd import PrivateSteps
+from privacy.plan import gaussian_plan
+from privacy.randomness import stream
 from strategies.ffa_lora import FFALoRA
 from strategies.state import Contribution
 

@@ -22,7 +22,6 @@ from common.messages.round import Refusal, TrainResult
 from common.messages.state import HEAD, METRIC
 from common.model.base import load_base_model
 from common.model.federated import FederatedModel
-from common.privacy.dpsgd import PrivateSteps
 from common.run_lines import BaselineFile, PrivacyLine, RoundLine, read_file, read_lines
 from common.tasks import TASKS, Record
 from common.tasks.featured import FEATURES
@@ -30,6 +29,7 @@ from common.tasks.module import Metric
 from common.tasks.text import TextExample
 from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process
+from privacy.dpsgd import PrivateSteps
 from server.model import ServerModel
 from strategies.job import configure
 
@@ -159,7 +159,7 @@ def test_features_that_are_no_numbers_contribute_zero(model_folder: Folder, monk
 
 def noiseless(model: FederatedModel, records: Sequence[Record], monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Return the clipped sum of the records' gradients, in the order of the head's tensors."""
-    monkeypatch.setattr("common.privacy.dpsgd.add_private_noise", lambda total, _: total)
+    monkeypatch.setattr("privacy.dpsgd.add_private_noise", lambda total, _: total)
     with PrivateSteps(model.module, torch.optim.SGD(list(model.head.values()), lr=0.0), _PLAN) as steps:
         return [tensor.double() for tensor in steps.release(model.fixed_batches(records), model.losses)]
 

@@ -20,15 +20,15 @@ from client.ledger.file import withdrawn_in
 from client.ledger.holds import Holds, moment
 from client.ledger.ledger import Ledger
 from client.ledger.receipts import receipt_of
-from common.accountant import INITIALISATION
 from common.config.text import to_toml
 from common.errors import BudgetExhausted, ConfigError, LedgerError, PolicyRefusal
-from common.privacy.accounting import Release, gaussian_release
-from common.privacy.events import Event
-from common.privacy.figures import epsilon_text
-from common.privacy.privacy_filter import promised
 from deploy.site_folder import make_site, open_site_folder
 from deploy.withdraw import withdraw_site
+from privacy.accountant import INITIALISATION
+from privacy.accounting import Release, gaussian_release
+from privacy.events import Event
+from privacy.figures import epsilon_text
+from privacy.privacy_filter import promised
 from tools.convert_ledger import convert
 
 LATER = "2999-12-31T23:59:59+00:00"

@@ -31,9 +31,6 @@ from common.errors import ConfigError, DataError, ModelError, ModelNotLoaded
 from common.messages.round import TrainResult
 from common.model.base import load_base_model
 from common.model.federated import FederatedModel
-from common.privacy.dpsgd import PrivateSteps
-from common.privacy.plan import gaussian_plan
-from common.privacy.together import together
 from common.run_lines import PrivacyLine, RoundLine, read_lines
 from common.starts import STARTS, Labels, class_means
 from common.tasks import TASKS, Record, images
@@ -47,6 +44,9 @@ from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process
 from experiments.serving.ask import ask_run
 from experiments.serving.merge import merge_run
+from privacy.dpsgd import PrivateSteps
+from privacy.plan import gaussian_plan
+from privacy.together import together
 from strategies.job import configure
 
 NAME = "image-classification"

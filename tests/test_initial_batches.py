@@ -17,10 +17,10 @@ from common.messages.state import AdapterState
 from common.messages.tensors import l2_norm, subtract
 from common.model.federated import FederatedModel
 from common.model.shapes import FixedBatch
-from common.privacy.plan import PrivacyPlan
 from common.starts import dp_gradient
 from common.starts import gradient as initial_gradient
 from common.starts.gradient import private_gradient, record_bytes
+from privacy.plan import PrivacyPlan
 
 RECORDS = 40
 

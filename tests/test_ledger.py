@@ -22,9 +22,9 @@ from ledgers import DELTA, ROUND, WHISPER, charge, charge_for, cost_of, epsilon,
 
 from client.ledger.ledger import Ledger
 from client.ledger.rows import Charge, Receipt, of_all
-from common.accountant import EVALUATION, Accountant
 from common.errors import BudgetExhausted, ConfigError, LedgerError, PolicyRefusal
-from common.privacy.accounting import Release, gaussian_release
+from privacy.accountant import EVALUATION, Accountant
+from privacy.accounting import Release, gaussian_release
 
 # fork: a child that has to import the libraries again takes seconds to make its first charge.
 processes = multiprocessing.get_context("fork")

@@ -18,7 +18,7 @@ from client.ledger.rows import Charge, Receipt
 from client.site import open_site, user_folder
 from common.config.sections import Scalar
 from common.errors import LedgerError
-from common.privacy.accounting import Release, gaussian_release
+from privacy.accounting import Release, gaussian_release
 from strategies.job import configure
 
 WHISPER = gaussian_release(noise_multiplier=20.0, sample_rate=0.01, count=1)

@@ -18,12 +18,12 @@ from client.ledger.ledger import Ledger
 from client.ledger.record_hashes import record_hashes
 from client.ledger.rows import Charge, Receipt
 from common.errors import BudgetExhausted, PolicyRefusal
-from common.privacy.accounting import gaussian_release
 from common.tasks.chat import Conversation
 from common.tasks.examples import Dataset
 from common.tasks.image_classification import ImageExample
 from common.tasks.images import Picture
 from common.tasks.text import TextExample
+from privacy.accounting import gaussian_release
 
 
 @pytest.fixture

@@ -25,8 +25,6 @@ from common.errors import ConfigError, ModelError
 from common.messages.state import HEAD
 from common.model.base import load_base_model
 from common.model.federated import FederatedModel
-from common.privacy import dpsgd
-from common.privacy.plan import gaussian_plan
 from common.run_lines import PrivacyLine, RoundLine, read_lines
 from common.starts import STARTS
 from common.tasks import TASKS, Record
@@ -36,6 +34,8 @@ from common.tasks.tangent import Tangent
 from common.tasks.text import TextExample
 from experiments.in_process import run_in_process
 from experiments.planner.forecast import forecast
+from privacy import dpsgd
+from privacy.plan import gaussian_plan
 from strategies.job import configure
 
 Folder = Callable[[str], str]

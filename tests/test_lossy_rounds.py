@@ -38,9 +38,12 @@ from common.messages.round import (
     UnmaskTask,
 )
 from common.messages.wire import decode_sum_reply, decode_sum_task, encode_reply, encode_task, kind_of_task
-from common.privacy import dpsgd
 from common.run_lines import RoundLine, read_lines
-from common.secure_sum import (
+from experiments.in_process import InProcessTransport, run_in_process
+from faults.faulty_server import lying
+from faults.sum_scenarios import SURVIVOR_LIES, wrong_after_a_lie
+from privacy import dpsgd
+from privacy.secure_sum import (
     Agreement,
     AttemptName,
     Holder,
@@ -56,11 +59,8 @@ from common.secure_sum import (
     total,
     unmasked,
 )
-from common.secure_sum.masks import Words
-from common.secure_sum.shares import SHARE_BYTES
-from experiments.in_process import InProcessTransport, run_in_process
-from faults.faulty_server import lying
-from faults.sum_scenarios import SURVIVOR_LIES, wrong_after_a_lie
+from privacy.secure_sum.masks import Words
+from privacy.secure_sum.shares import SHARE_BYTES
 from reports import report_of
 from server.collect import drop_outs
 from server.collect import masked as masked_rounds

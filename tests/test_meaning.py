@@ -15,11 +15,11 @@ from scipy.stats import norm
 
 from cli.report import print_summary
 from common.errors import ConfigError
-from common.privacy import meaning
-from common.privacy.accounting import Release, epsilon, gaussian_release
-from common.privacy.events import Event, SampledGaussian
-from common.privacy.figures import epsilon_text
-from common.privacy.meaning import FALSE_POSITIVES, UNITS, meaning_of
+from privacy import meaning
+from privacy.accounting import Release, epsilon, gaussian_release
+from privacy.events import Event, SampledGaussian
+from privacy.figures import epsilon_text
+from privacy.meaning import FALSE_POSITIVES, UNITS, meaning_of
 from reports import markdown_report, report_of
 from reports import meaning as told
 from reports.meaning import NO_BOUND, THIS_RUN

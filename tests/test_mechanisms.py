@@ -32,7 +32,6 @@ from client.deadline import Deadline
 from client.ledger.ledger import Ledger
 from client.policy import Policy
 from client.site import check_job
-from common.accountant import TRAINING
 from common.config.sections import PrivacyConfig, Scalar, TrainingConfig
 from common.errors import ConfigError, MechanismError, PolicyRefusal
 from common.messages.round import Refusal
@@ -40,20 +39,21 @@ from common.messages.state import AdapterState
 from common.messages.tensors import apply, entries, subtract
 from common.model import plain
 from common.model.federated import FederatedModel
-from common.privacy import MECHANISMS, Mechanism, dpsgd
-from common.privacy.accounting import Release, epsilon
-from common.privacy.claim import Claim
-from common.privacy.events import Event
-from common.privacy.no_privacy import NoPrivacy
-from common.privacy.plan import PrivacyPlan
-from common.privacy.record_level import DPSGD
-from common.privacy.steps import JUST_STEPS, Around
-from common.randomness import add_private_noise, noise_grid
 from common.run_lines import PrivacyLine, read_lines
-from common.secure_sum import rounding
 from common.starts import STARTS, PaidStart
 from common.tasks import Record
 from experiments.in_process import run_in_process
+from privacy import MECHANISMS, Mechanism, dpsgd
+from privacy.accountant import TRAINING
+from privacy.accounting import Release, epsilon
+from privacy.claim import Claim
+from privacy.events import Event
+from privacy.no_privacy import NoPrivacy
+from privacy.plan import PrivacyPlan
+from privacy.randomness import add_private_noise, noise_grid
+from privacy.record_level import DPSGD
+from privacy.secure_sum import rounding
+from privacy.steps import JUST_STEPS, Around
 from reports import markdown_report, report_of
 from server.terms import least_plan
 from strategies.job import configure

@@ -21,10 +21,10 @@ from scipy.stats import norm
 
 from client.ledger.ledger import Ledger
 from client.ledger.rows import Charge, Receipt
-from common.accountant import PLD_INTERVAL
-from common.privacy import accounting
-from common.privacy.accounting import Release, epsilon, epsilon_with_method, gaussian_release
-from common.privacy.privacy_filter import planned_delta
+from privacy import accounting
+from privacy.accountant import PLD_INTERVAL
+from privacy.accounting import Release, epsilon, epsilon_with_method, gaussian_release
+from privacy.privacy_filter import planned_delta
 
 FINE = PLD_INTERVAL / 4
 DELTA = 1e-5

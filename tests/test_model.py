@@ -27,11 +27,11 @@ from common.model.base import BaseModel, load_base_model, model_fingerprint, wei
 from common.model.federated import FederatedModel, model_of, score_records
 from common.model.files import files_of
 from common.model.plain import plain_step
-from common.privacy.dpsgd import PrivateSteps
 from common.starts import STARTS
 from common.starts.kaiming import Kaiming
 from common.tasks import TASKS, Classification, Record
 from common.tasks.text import TextExample, pad_id
+from privacy.dpsgd import PrivateSteps
 
 ModelFor = Callable[..., FederatedModel]
 

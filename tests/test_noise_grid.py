@@ -23,11 +23,10 @@ from torch import Tensor, nn
 
 from audits.faults import float_noise
 from audits.worlds import plan
-from common import randomness
-from common.entropy import replaced_entropy
-from common.privacy import dpsgd
-from common.privacy.dpsgd import PrivateSteps
-from common.randomness import add_private_noise, noise_grid
+from privacy import dpsgd, randomness
+from privacy.dpsgd import PrivateSteps
+from privacy.entropy import replaced_entropy
+from privacy.randomness import add_private_noise, noise_grid
 
 EXACT = MPContext()
 EXACT.prec = 400

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 import common.nulls
-from common.accountant import INITIALISATION, TRAINING, Accountant
 from common.messages.round import Spending, TrainResult
 from common.messages.state import HEAD, AdapterState
 from common.nulls import Energy, cross_site_energy, least_score, noise_edge
-from common.privacy.plan import PrivacyPlan
-from common.privacy.record_level import DPSGD
+from privacy.accountant import INITIALISATION, TRAINING, Accountant
+from privacy.plan import PrivacyPlan
+from privacy.record_level import DPSGD
 from server.aggregation import contributions
 from server.collect.noise import ServerNoise
 from server.noise import SitesNoise, StatisticNoise, noised_at_sites, step_noise, with_noises, without_noise

@@ -24,12 +24,12 @@ from client.ledger.sums import Sums
 from common.errors import BudgetExhausted, ConfigError, PolicyRefusal, ProtocolError
 from common.messages.round import KeyReply, KeyTask, Refusal, TrainResult
 from common.messages.wire import encode_task
-from common.privacy import MECHANISMS
-from common.privacy.accounting import Release, composable, epsilon, gaussian_release
-from common.privacy.claim import Claim
-from common.privacy.events import Event
-from common.privacy.meaning import _of_several, meaning_of
-from common.privacy.units import PERSON, RECORD
+from privacy import MECHANISMS
+from privacy.accounting import Release, composable, epsilon, gaussian_release
+from privacy.claim import Claim
+from privacy.events import Event
+from privacy.meaning import _of_several, meaning_of
+from privacy.units import PERSON, RECORD
 from tools.convert_ledger import convert
 from tools.ledger_formats import STEPS
 

@@ -25,11 +25,11 @@ from client.optimizers import build_optimizer, set_learning_rate
 from common.config.asked import from_mapping, resolve
 from common.config.schedule import learning_rate
 from common.config.sections import OPTIMIZERS, SCHEDULES, TrainingConfig
-from common.entropy import Source
 from common.messages.state import HEAD
 from common.messages.tensors import entries
 from common.run_lines import BaselineFile, PrivacyLine, RoundLine, read_file, read_lines
 from experiments.in_process import run_in_process
+from privacy.entropy import Source
 from strategies import STRATEGIES
 from strategies.job import configure
 

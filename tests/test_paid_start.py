@@ -17,10 +17,10 @@ from client.policy import Policy
 from client.site import Site
 from common.errors import ProtocolError
 from common.messages.round import Refusal, Spending, TrainResult, TrainTask
-from common.privacy.plan import PrivacyPlan
-from common.privacy.privacy_filter import promised, promised_noise
 from common.run_lines import BaselineFile, read_file
 from experiments.in_process import run_in_process
+from privacy.plan import PrivacyPlan
+from privacy.privacy_filter import promised, promised_noise
 from reports import report_of
 from strategies.job import Job, configure
 

@@ -11,13 +11,13 @@ from cli.main import app
 from client import sums
 from client.sums import party_of
 from common.errors import ConfigError
-from common.secure_sum import Identity, Roster
-from common.secure_sum.roster import load_roster
 from deploy import doctor
 from deploy.peers import make_roster
 from deploy.pin import pin_roster
 from deploy.policy_file import policy_text
 from deploy.site_folder import SiteFolder, make_site, node_settings, policy_of_node
+from privacy.secure_sum import Identity, Roster
+from privacy.secure_sum.roster import load_roster
 
 NAMES = ("north", "south", "west")
 

@@ -15,13 +15,13 @@ from client.ledger import ledger as ledgers
 from client.ledger.ledger import Ledger
 from client.ledger.rows import Charge
 from common.errors import ConfigError
-from common.privacy.accounting import Release, epsilon, gaussian_release
-from common.privacy.events import Event, SummedGaussian
-from common.privacy.figures import epsilon_text
-from common.privacy.meaning import MOST_UNITS, epsilon_of_several
-from common.privacy.privacy_filter import commitment_to, price_of_several
 from deploy import doctor
 from deploy.site_folder import make_site, node_settings
+from privacy.accounting import Release, epsilon, gaussian_release
+from privacy.events import Event, SummedGaussian
+from privacy.figures import epsilon_text
+from privacy.meaning import MOST_UNITS, epsilon_of_several
+from privacy.privacy_filter import commitment_to, price_of_several
 
 DELTA = 1e-3
 

@@ -31,7 +31,6 @@ from client.linearised import Keeping, Linearisation, linearised
 from client.own_records import bounded, prepared
 from client.policy import Policy
 from client.site import Site, open_site, own_settings
-from common import randomness
 from common.config.sections import DataConfig
 from common.data import split
 from common.data.partition import site_part
@@ -41,12 +40,6 @@ from common.errors import ConfigError, DataError, MechanismError, PolicyRefusal,
 from common.messages import wire
 from common.messages.wire import encode_reply
 from common.model.shapes import Shapes
-from common.privacy import MECHANISMS, together
-from common.privacy.accounting import Release
-from common.privacy.dpsgd import ClipAndNoise, PrivateSteps
-from common.privacy.plan import gaussian_plan
-from common.privacy.privacy_filter import promised
-from common.privacy.units import PERSON, RECORD
 from common.run_lines import PrivacyLine, read_lines
 from common.starts import STARTS, PaidStart
 from common.tasks import Record
@@ -57,6 +50,12 @@ from common.tasks.text import TextExample, tokens_of
 from deploy.site_check import check_site
 from deploy.site_folder import SiteFolder
 from experiments.in_process import run_in_process
+from privacy import MECHANISMS, randomness, together
+from privacy.accounting import Release
+from privacy.dpsgd import ClipAndNoise, PrivateSteps
+from privacy.plan import gaussian_plan
+from privacy.privacy_filter import promised
+from privacy.units import PERSON, RECORD
 from reports import markdown_report
 from strategies.job import configure
 
@@ -368,7 +367,7 @@ def drawn_of_persons(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> Counter[
 
     with monkeypatch.context() as patched:
         patched.setattr(randomness, "private_poisson_sample", lambda size, rate: torch.arange(size))
-        patched.setattr("common.privacy.plan.together", spy)
+        patched.setattr("privacy.plan.together", spy)
         site.train()
     return seen
 
@@ -447,7 +446,7 @@ def test_records_say_whose_they_are_and_no_batch_does(world: World) -> None:
 
 def test_a_blank_person_contributes_zero_and_changes_no_byte(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wire.secrets, "token_bytes", bytes)
-    noise = patch("common.privacy.dpsgd.add_private_noise", lambda total, std: total.double())
+    noise = patch("privacy.dpsgd.add_private_noise", lambda total, std: total.double())
     own = Path(str(site.node["data"]))
     text = own.read_text()
     sent = []

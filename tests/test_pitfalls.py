@@ -30,8 +30,8 @@ from audits.faults import (
 from audits.tiny_site import tiny_site
 from client.ledger.ledger import Ledger
 from common.messages.round import TrainResult
-from common.privacy import dpsgd
-from common.privacy.dpsgd import PrivateSteps, rounding_margin
+from privacy import dpsgd
+from privacy.dpsgd import PrivateSteps, rounding_margin
 
 GPU = torch.device("cuda")
 

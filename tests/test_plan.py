@@ -9,10 +9,10 @@ import pytest
 from common.config.asked import RunSettings, TrainingSettings, resolve
 from common.config.sections import PrivacyConfig
 from common.errors import ConfigError, MechanismError, PrivacyError
-from common.privacy import MECHANISMS
-from common.privacy.accounting import Release, epsilon
-from common.privacy.events import Event, sampled_gaussian
-from common.privacy.plan import PrivacyPlan, gaussian_plan
+from privacy import MECHANISMS
+from privacy.accounting import Release, epsilon
+from privacy.events import Event, sampled_gaussian
+from privacy.plan import PrivacyPlan, gaussian_plan
 
 TRAINING = resolve(RunSettings(training=TrainingSettings(local_steps=5, sample_rate=0.1))).training
 

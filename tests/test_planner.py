@@ -22,10 +22,6 @@ from audits.tiny_models import write_reviews
 from cli.main import app
 from common.config.text import to_toml
 from common.errors import BudgetExhausted, ConfigError, PrivacyError
-from common.privacy.accounting import gaussian_release
-from common.privacy.figures import epsilon_text
-from common.privacy.plan import gaussian_plan
-from common.privacy.privacy_filter import promised
 from common.run_lines import PrivacyLine, RoundLine, read_lines
 from experiments.in_process import run_in_process
 from experiments.planner import find as plan_find
@@ -35,6 +31,10 @@ from experiments.planner.find import RATES, Found, find
 from experiments.planner.forecast import Forecast, forecast
 from experiments.planner.price import last_within, signal_to_noise, simulated_sizes
 from experiments.planner.tables import print_forecast, print_found
+from privacy.accounting import gaussian_release
+from privacy.figures import epsilon_text
+from privacy.plan import gaussian_plan
+from privacy.privacy_filter import promised
 from strategies import STRATEGIES
 from strategies.job import configure
 

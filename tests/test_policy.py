@@ -26,7 +26,6 @@ from client.ledger.ledger import Ledger
 from client.ledger.rows import Terms
 from client.policy import Policy, load_policy
 from client.site import Site, check_job, open_site
-from common.accountant import EVALUATION
 from common.config.sections import Scalar, to_mapping
 from common.config.text import to_toml
 from common.data.partition import division_of
@@ -34,11 +33,12 @@ from common.data.sources import load_dataset, train_and_test
 from common.errors import ConfigError, PolicyRefusal
 from common.messages.round import Spending
 from common.model.federated import FederatedModel
-from common.privacy.accounting import gaussian_release
-from common.privacy.privacy_filter import promised
 from common.run_lines import RoundLine, read_lines
 from common.tasks.examples import Dataset
 from experiments.in_process import run_in_process, simulated_nodes
+from privacy.accountant import EVALUATION
+from privacy.accounting import gaussian_release
+from privacy.privacy_filter import promised
 from strategies.job import configure
 
 DIGITS = "0123456789abcdef0123456789abcdef"

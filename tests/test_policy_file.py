@@ -20,8 +20,6 @@ from client.site import check_job
 from common.config.sections import Scalar
 from common.config.text import parse_settings
 from common.errors import ConfigError, DataError, ModelNotLoaded, PolicyRefusal
-from common.privacy import MECHANISMS
-from common.privacy.record_level import DPSGD
 from deploy import container
 from deploy import pin as pinning
 from deploy.check_results import CheckResult
@@ -30,6 +28,8 @@ from deploy.pin import pin
 from deploy.policy_file import PINS_HEAD, mechanisms_of_job, pins_of, policy_text
 from deploy.site_folder import SiteFolder, make_site, node_settings, open_site_folder
 from deploy.start import start_site
+from privacy import MECHANISMS
+from privacy.record_level import DPSGD
 from strategies.job import configure
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -19,10 +19,10 @@ from client.ledger.rows import Charge, Receipt, price
 from common.config.asked import RunSettings, TrainingSettings, resolve
 from common.config.sections import PrivacyConfig
 from common.errors import BudgetExhausted, ConfigError, LedgerError
-from common.privacy import accounting
-from common.privacy.accounting import MOST_WORK, Release, epsilon, epsilon_with_method, gaussian_release
-from common.privacy.plan import PrivacyPlan
-from common.privacy.privacy_filter import promised
+from privacy import accounting
+from privacy.accounting import MOST_WORK, Release, epsilon, epsilon_with_method, gaussian_release
+from privacy.plan import PrivacyPlan
+from privacy.privacy_filter import promised
 
 DELTA = 1e-5
 ROUND = gaussian_release(noise_multiplier=1.0, sample_rate=0.1, count=5)
@@ -179,7 +179,7 @@ def test_a_charge_refuses_them_in_what_its_run_is_to_release(figure: dict[str, A
 def test_a_plan_refuses_them_before_it_looks_for_a_noise(
     monkeypatch: pytest.MonkeyPatch, figure: dict[str, Any], words: str
 ) -> None:
-    monkeypatch.setattr("common.privacy.plan.promised_noise", lambda *_: pytest.fail("a price was made"))
+    monkeypatch.setattr("privacy.plan.promised_noise", lambda *_: pytest.fail("a price was made"))
     before = gaussian_release(**{"noise_multiplier": 1.0, "sample_rate": 0.1, "count": 5, **figure})
     training = resolve(RunSettings(training=TrainingSettings(sample_rate=0.1))).training
     with pytest.raises(ConfigError, match=words):

@@ -16,7 +16,6 @@ from audits.tiny_models import TARGETS, write_reviews
 from common.adapters import ADAPTERS
 from common.adapters.lora_metric import SHRUNK, in_weights, shrunk
 from common.config.sections import HeadConfig
-from common.entropy import Source
 from common.errors import ConfigError, ModelError
 from common.messages.round import TrainTask
 from common.messages.state import HEAD, METRIC, AdapterState
@@ -31,6 +30,7 @@ from common.tasks import TASKS
 from common.tasks.text import TextExample
 from experiments.evaluate import evaluate_run
 from experiments.in_process import InProcessTransport, run_in_process
+from privacy.entropy import Source
 from server.model import ServerModel
 from server.sites import Exchange
 from strategies.job import configure

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from common.accountant import TRAINING, Accountant
 from common.config.sections import RunConfig
 from common.errors import ConfigError
 from common.messages.round import Spending, TrainResult
 from common.messages.state import HEAD, AdapterState
-from common.privacy.events import sampled_gaussian
+from privacy.accountant import TRAINING, Accountant
+from privacy.events import sampled_gaussian
 from server.admission import Admission
 from server.noise import SitesNoise, SumNoise, noised_at_sites, without_noise
 from server.optimizer import server_step

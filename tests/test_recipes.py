@@ -21,9 +21,9 @@ from common.config.asked import RunSettings
 from common.config.sections import PrivacyConfig, typed
 from common.config.text import flatten
 from common.errors import ConfigError, ModelError, RunFailed
-from common.privacy import MECHANISMS
 from common.run_lines import ConfigFile, RoundLine, read_file, read_lines
 from experiments.in_process import run_in_process
+from privacy import MECHANISMS
 from strategies import ROWS
 from strategies.job import configure, with_recipe
 from strategies.options import declared_settings, known_settings

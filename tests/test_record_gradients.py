@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from audits.tiny_models import with_biases
 from common.adapters import ADAPTERS, Adapter
 from common.adapters.split import SplitColumns, split_columns
-from common.privacy.dpsgd import PrivateSteps
-from common.privacy.plan import gaussian_plan
-from common.randomness import stream
 from common.starts import STARTS
+from privacy.dpsgd import PrivateSteps
+from privacy.plan import gaussian_plan
+from privacy.randomness import stream
 
 RECORDS = 4
 each_family = pytest.mark.parametrize("family", [*FAMILIES, "vit"])

@@ -24,8 +24,6 @@ from common.messages.state import HEAD, METRIC, OWN, AdapterState
 from common.model.base import load_base_model
 from common.model.federated import FederatedModel
 from common.paths import run_folder
-from common.privacy import dpsgd
-from common.privacy.plan import gaussian_plan
 from common.run_lines import PrivacyLine, RoundLine, read_lines
 from common.starts import STARTS
 from common.starts.base import Labels
@@ -37,6 +35,8 @@ from common.tasks.text import TextExample
 from contrib.starts.probe import Probe
 from experiments.evaluate import evaluate_run
 from experiments.in_process import InProcessTransport, run_in_process
+from privacy import dpsgd
+from privacy.plan import gaussian_plan
 from server.checkpoint import load_checkpoint, save_checkpoint, saved_state
 from server.model import ServerModel
 from server.optimizer import server_step

@@ -34,13 +34,13 @@ from common.messages.state import HEAD
 from common.messages.tensors import entries
 from common.model.base import BaseModel, load_base_model
 from common.model.federated import FederatedModel, model_of
-from common.privacy.dpsgd import PrivateSteps
 from common.starts import Start, dp_gradient
 from common.starts.kaiming import Kaiming
 from common.starts.orthonormal import Orthonormal
 from common.tasks import TASKS
 from common.tasks.text import TextExample
 from contrib.adapters.dora import DoRA
+from privacy.dpsgd import PrivateSteps
 from strategies.job import configure
 
 SIZE = len(VOCABULARY)

@@ -18,11 +18,11 @@ from cli.main import app
 from client.ledger.ledger import Ledger
 from client.ledger.rows import Charge
 from common.errors import BudgetExhausted, DataError
-from common.privacy.accounting import gaussian_release
-from common.privacy.figures import epsilon_text
-from common.privacy.privacy_filter import promised
 from common.run_lines import AuditFile, Finding, Reached
 from common.words import names_text
+from privacy.accounting import gaussian_release
+from privacy.figures import epsilon_text
+from privacy.privacy_filter import promised
 from reports import federation_epsilon, markdown_report, report_of, to_json, write_reports
 from reports.audits import WHOSE
 from reports.claim import claim_of

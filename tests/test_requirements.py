@@ -205,6 +205,7 @@ def test_nobody_uses_the_parts_of_cryptography_that_docs_security_calls_unreache
         path
         for name in (
             "common",
+            "privacy",
             "demo",
             "strategies",
             "client",

@@ -23,13 +23,13 @@ from safetensors.torch import load_file, save
 
 from audits.tiny_models import PLAIN_STEP
 from common import files
-from common.entropy import Source
 from common.errors import ConfigError, DataError, RunFailed
 from common.messages.round import Refusal, TrainTask
 from common.model.score import Score
 from common.paths import REPLIES
 from common.run_lines import ConfigFile, PrivacyLine, RoundLine, read_file, read_lines
 from experiments.in_process import InProcessTransport, run_in_process
+from privacy.entropy import Source
 from reports import federation_epsilon, report_of
 from server.checkpoint import FORMAT, NAME, Checkpoint
 from server.lock import GLANCE_SECONDS, is_written, only_writer

@@ -18,9 +18,9 @@ from client.ledger.sums import Sums
 from common.errors import RunFailed
 from common.messages.round import SurvivorTask, Task, TrainTask
 from common.run_lines import RoundLine, read_lines
-from common.secure_sum import AttemptName, Identity, SiteAttempt
-from common.secure_sum.masks import Words
 from experiments.in_process import InProcessTransport, run_in_process
+from privacy.secure_sum import AttemptName, Identity, SiteAttempt
+from privacy.secure_sum.masks import Words
 from server.sites import Exchange
 
 SITES = {0: 3, 1: 4}

@@ -19,17 +19,16 @@ from audits.tiny_site import OneSite, clinic
 from client.ledger.ledger import Ledger
 from client.outgoing import UNTOLD
 from client.site import open_site
-from common import randomness
 from common.config.sections import Columns, DataConfig
 from common.data.sources import Reading, load_dataset, load_protected
 from common.errors import DataError, LedgerError, UnreadableFile
 from common.messages import wire
 from common.messages.round import Refusal, Reply, TrainResult
 from common.messages.wire import encode_reply
-from common.privacy import dpsgd
 from common.tasks import tables
 from common.tasks.cells import CELL_CHARACTERS
 from common.tasks.tables import Unfit
+from privacy import dpsgd, randomness
 from strategies.job import configure
 
 ODD = {

@@ -20,12 +20,12 @@ from common.adapters import LoRA, LoRAFrozenA
 from common.config.sections import SCALES
 from common.config.text import parse_settings
 from common.errors import ConfigError
-from common.randomness import stream
 from common.run_lines import RoundLine, read_lines
 from common.starts import STARTS
 from common.starts.directions import orthonormal_rows
 from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process
+from privacy.randomness import stream
 from strategies.job import configure
 
 RSLORA = {"adapter.scale": "sqrt-rank"}

@@ -20,14 +20,22 @@ from client.ledger.ledger import Ledger
 from client.ledger.rows import Terms
 from client.policy import Policy
 from client.site import Site
-from common.accountant import EVALUATION, TRAINING
 from common.config.text import to_toml
 from common.errors import BudgetExhausted, ConfigError, PolicyRefusal
 from common.messages.round import TrainTask
-from common.privacy.accounting import Release, alone, gaussian_release
-from common.privacy.events import Event, SummedGaussian, sampled_gaussian
-from common.privacy.figures import epsilon_text
-from common.privacy.privacy_filter import (
+from common.run_lines import PrivacyLine, read_lines
+from common.starts import PaidStart
+from common.tasks.examples import Dataset
+from experiments.in_process import run_in_process, simulated_nodes
+from experiments.planner.earlier import earlier_runs
+from experiments.planner.find import find
+from experiments.planner.forecast import forecast
+from experiments.planner.price import priced_rounds, simulated_sizes, site_plans
+from privacy.accountant import EVALUATION, TRAINING
+from privacy.accounting import Release, alone, gaussian_release
+from privacy.events import Event, SummedGaussian, sampled_gaussian
+from privacy.figures import epsilon_text
+from privacy.privacy_filter import (
     FRESH,
     History,
     commitment_to,
@@ -37,14 +45,6 @@ from common.privacy.privacy_filter import (
     promised,
     promised_noise,
 )
-from common.run_lines import PrivacyLine, read_lines
-from common.starts import PaidStart
-from common.tasks.examples import Dataset
-from experiments.in_process import run_in_process, simulated_nodes
-from experiments.planner.earlier import earlier_runs
-from experiments.planner.find import find
-from experiments.planner.forecast import forecast
-from experiments.planner.price import priced_rounds, simulated_sizes, site_plans
 from server.collect import trusted
 from server.ledger import ServerLedger
 from strategies.job import Job, configure

@@ -24,9 +24,9 @@ from scipy import stats
 
 from audits.bands import out_of_band, related
 from common.errors import ConfigError, DataError, MechanismError, ProtocolError
-from common.privacy.accounting import epsilon, gaussian_release, noise_multiplier_for
-from common.randomness import noise_grid
-from common.secure_sum import (
+from privacy.accounting import epsilon, gaussian_release, noise_multiplier_for
+from privacy.randomness import noise_grid
+from privacy.secure_sum import (
     AttemptName,
     Context,
     Identity,
@@ -43,11 +43,11 @@ from common.secure_sum import (
     rounding,
     total,
 )
-from common.secure_sum import context as context_module
-from common.secure_sum.canonical import canonical
-from common.secure_sum.identity import is_signed
-from common.secure_sum.masks import Words, add_mask, mask_of, pair_seed
-from common.secure_sum.roster import load_roster, parse_roster
+from privacy.secure_sum import context as context_module
+from privacy.secure_sum.canonical import canonical
+from privacy.secure_sum.identity import is_signed
+from privacy.secure_sum.masks import Words, add_mask, mask_of, pair_seed
+from privacy.secure_sum.roster import load_roster, parse_roster
 
 TERMS = Terms(noise_multiplier=4.8, clip_norm=0.5, sample_rate=0.33, rounds=12, honest_sites=2, colluders=1)
 TASK = Task(base="b" * 64, start="c" * 64, basis="", state=bytes(32), layout=bytes(8))

@@ -197,7 +197,7 @@ def test_a_dense_layer_that_is_a_thousandth_off_is_found(served: Served) -> None
 
 def test_the_bare_environment_has_the_libraries_and_a_copy_of_fedveil_would_be_found(bare: Path) -> None:
     """Else the other process could import what it is said to do without."""
-    assert {"client", "common", "reports", "server", "strategies"} <= set(OURS)
+    assert {"client", "common", "privacy", "reports", "server", "strategies"} <= set(OURS)
     assert in_bare(bare, GUARD, json.dumps(OURS)).returncode == 0
     assert in_bare(bare, GUARD, json.dumps(["transformers"])).returncode == 1, "the libraries are not there"
     with_ours = f"import sys; sys.path.append({str(ROOT)!r})\n{GUARD}"

@@ -19,7 +19,7 @@ from common.errors import BudgetExhausted, ConfigError
 from common.messages.round import TrainResult
 from common.messages.state import HEAD
 from common.messages.tensors import l2_norm
-from common.privacy import MECHANISMS
+from privacy import MECHANISMS
 from server import aggregation
 from server.admission import Admission
 from server.aggregation import capped, contributions, warn_of_noise

@@ -15,10 +15,10 @@ from made_run import DELTA, MadeRun
 from test_card import with_adapter
 
 from cli import report as summary
-from common.privacy.accounting import Release, alone, gaussian_release
-from common.privacy.figures import bound_text, epsilon_text, remaining_text
-from common.privacy.privacy_filter import promised
 from common.run_lines import AuditFile, BesideRow, Finding
+from privacy.accounting import Release, alone, gaussian_release
+from privacy.figures import bound_text, epsilon_text, remaining_text
+from privacy.privacy_filter import promised
 from reports import ReportData, report_of, write_reports
 from reports.audits import AT_LEAST, CLAIMED, HONEST, audit_reports, bound_note, bound_sentences
 from reports.card import adapter_form, card_of

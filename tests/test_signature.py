@@ -20,7 +20,7 @@ from test_report import audit_file, fedveil, found
 
 from common.errors import DataError
 from common.files import replace_file
-from common.privacy.figures import epsilon_text
+from privacy.figures import epsilon_text
 from reports import ReportData, report_of, write_reports
 from reports.declared import declare
 from reports.signature import EVIDENCE, SIGNATURE, STATEMENT, members, sign

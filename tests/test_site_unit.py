@@ -34,12 +34,6 @@ from common.errors import BudgetExhausted, ConfigError, LedgerError, RunFailed
 from common.messages.round import Refusal, Spending, Task, TrainResult, TrainTask
 from common.messages.state import HEAD, AdapterState
 from common.messages.tensors import apply, entries, l2_norm, subtract
-from common.privacy.accounting import Release
-from common.privacy.client_level import ClippedPlan
-from common.privacy.events import sampled_gaussian
-from common.privacy.figures import bound_text
-from common.privacy.privacy_filter import promised
-from common.randomness import add_private_noise
 from common.run_lines import COHORT, Absence, PrivacyLine, ProgressFile, ResultFile, RoundLine, read_file, read_lines
 from common.trackers import TRACKERS
 from deploy.doctor import _mechanisms
@@ -49,6 +43,12 @@ from experiments.in_process import InProcessTransport, run_in_process
 from experiments.planner.find import find
 from experiments.planner.price import priced_rounds, rounds_within, site_plans
 from experiments.simulate import simulate
+from privacy.accounting import Release
+from privacy.client_level import ClippedPlan
+from privacy.events import sampled_gaussian
+from privacy.figures import bound_text
+from privacy.privacy_filter import promised
+from privacy.randomness import add_private_noise
 from reports import markdown_report, report_of
 from reports.claim import UNTOLD
 from reports.page import to_html

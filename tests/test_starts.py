@@ -8,8 +8,8 @@ import pytest
 
 from common.config.sections import Scalar, defaults
 from common.errors import ConfigError
-from common.privacy import MECHANISMS
 from common.starts import STARTS, PaidStart, Start, UnpaidStart
+from privacy import MECHANISMS
 from strategies.job import configure
 from strategies.options import declared_settings
 

@@ -19,10 +19,10 @@ from client.outgoing import without_paths
 from common.errors import PolicyRefusal, RunFailed
 from common.messages.round import KeyReply, KeyTask, Refusal, Task, TrainTask
 from common.messages.wire import encode_reply
-from common.privacy.accounting import gaussian_release
 from common.run_lines import RoundLine, read_lines
-from common.secure_sum import rounding
 from experiments.in_process import InProcessTransport, run_in_process
+from privacy.accounting import gaussian_release
+from privacy.secure_sum import rounding
 from server.collect.masked import MaskedCollector
 from server.collect.masked_sum import other_releases
 from strategies.job import configure

@@ -28,7 +28,6 @@ from client import app as client_app
 from client import sums
 from client.ledger.ledger import Ledger
 from client.ledger.sums import Sums
-from common import randomness
 from common.config.sections import Scalar
 from common.errors import ConfigError, MechanismError, ProtocolError, RunFailed
 from common.messages.round import KeyReply, KeyTask, Refusal, Task, TrainResult, TrainTask
@@ -36,19 +35,19 @@ from common.messages.state import HEAD
 from common.messages.tensors import entries
 from common.messages.wire import WORDS_STYPE, block_data, decode_reply, encode_reply, encode_task
 from common.model.federated import FederatedModel
-from common.privacy import dpsgd
-from common.privacy.accounting import Release, alone
-from common.privacy.events import Event, sampled_gaussian
-from common.privacy.figures import epsilon_text
-from common.privacy.plan import PrivacyPlan
-from common.privacy.privacy_filter import promised
-from common.privacy.shared_noise import SecureSumPlan
-from common.randomness import noise_grid
 from common.run_lines import Absence, PrivacyLine, ResultFile, RoundLine, read_file, read_lines
-from common.secure_sum import AttemptName, Identity, Roster, SiteAttempt, noise_share, rounding, total
 from experiments.in_process import InProcessTransport, run_in_process
 from faults.faulty_server import lying
 from faults.sum_scenarios import SERVER_LIES, wrong_after_a_lie
+from privacy import dpsgd, randomness
+from privacy.accounting import Release, alone
+from privacy.events import Event, sampled_gaussian
+from privacy.figures import epsilon_text
+from privacy.plan import PrivacyPlan
+from privacy.privacy_filter import promised
+from privacy.randomness import noise_grid
+from privacy.secure_sum import AttemptName, Identity, Roster, SiteAttempt, noise_share, rounding, total
+from privacy.shared_noise import SecureSumPlan
 from reports import federation_epsilon, markdown_report, report_of
 from server import checkpoint
 from server.collect import masked_sum
@@ -387,7 +386,7 @@ def test_who_refused_before_the_last_sum_is_not_missed_from_it_twice(summed: dic
 
 
 def alone_of(count: int) -> Any:
-    from common.privacy.accounting import Release
+    from privacy.accounting import Release
 
     return Release(Event("summed-gaussian", {**sampled_gaussian(2.0, 0.25).figures, "honest_sites": 2}), count)
 

@@ -326,7 +326,7 @@ def test_only_the_runs_that_are_called_so_are_started_and_other_rows_stay(sweepi
 @pytest.mark.parametrize("changed", ["server/rounds.py", "experiments/fitted_head.py", "experiments/sweep/arms.py"])
 def test_the_code_version_is_of_all_that_a_row_comes_from(tmp_path: Path, changed: str) -> None:
     root = one_run.PROJECT
-    for path in (root / "pyproject.toml", root / "common" / "bundle.toml", *root.glob("[ces]*/**/*.py")):
+    for path in (root / "pyproject.toml", root / "common" / "bundle.toml", *root.glob("[ceps]*/**/*.py")):
         copy = tmp_path / path.relative_to(root)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(path.read_bytes())

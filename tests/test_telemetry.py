@@ -24,8 +24,6 @@ from audits.tiny_site import OneSite, clinic
 from client import local_training
 from client.app import train
 from client.outgoing import TOLD, UNTOLD, own_words, public_reason, without_paths
-from common import randomness
-from common.accountant import Accountant, Detour
 from common.errors import ConfigError, DataError, FedVeilError, MechanismError, ModelError
 from common.messages import wire
 from common.messages.round import (
@@ -40,10 +38,11 @@ from common.messages.round import (
     UnmaskReply,
 )
 from common.messages.wire import decode_reply, encode_reply, encode_task, layout_of
-from common.privacy import dpsgd
-from common.privacy.events import Event
-from common.secure_sum import Agreement, KeyOffer, Sharing
 from experiments.in_process import run_in_process
+from privacy import dpsgd, randomness
+from privacy.accountant import Accountant, Detour
+from privacy.events import Event
+from privacy.secure_sum import Agreement, KeyOffer, Sharing
 
 FIELDS: dict[type, dict[str, str]] = {
     TrainResult: {

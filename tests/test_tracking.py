@@ -15,13 +15,13 @@ from typing import Any, ClassVar
 import pytest
 from made_run import MadeRun
 
-from common.accountant import Accountant
 from common.errors import ConfigError
 from common.messages.round import Spending
-from common.privacy.figures import epsilon_text
 from common.run_lines import RoundLine, read_lines
 from common.trackers import TRACKERS, Tracker
 from experiments.in_process import run_in_process
+from privacy.accountant import Accountant
+from privacy.figures import epsilon_text
 from reports import report_of
 from reports.folder import read_run
 from reports.sites import epsilon_by, epsilon_course

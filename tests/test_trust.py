@@ -12,8 +12,8 @@ import pytest
 from made_run import MadeRun
 from test_report import audit_file, fedveil, forms
 
-from common.privacy import MECHANISMS
 from common.run_lines import Finding
+from privacy import MECHANISMS
 from reports import report_of
 from reports.audits import bound_note, bound_sentences
 from reports.trust import SERVER

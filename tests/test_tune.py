@@ -19,13 +19,13 @@ from audits.tiny_models import write_reviews
 from client.ledger.ledger import Ledger
 from common.config.text import to_toml
 from common.errors import ConfigError, PrivacyError, RunFailed
-from common.privacy.accounting import Release, gaussian_release
-from common.privacy.events import sampled_gaussian
-from common.privacy.figures import epsilon_text
 from common.run_lines import Reached, ResultFile, TuningFile, read_file
 from deploy.server_folder import ServerFolder, make_server
 from experiments import tune
 from experiments.tune import BUDGET, Tuning, read_tuning
+from privacy.accounting import Release, gaussian_release
+from privacy.events import sampled_gaussian
+from privacy.figures import epsilon_text
 from reports import report_of
 from reports.trials import TRIAL_ALONE
 from server import checkpoint

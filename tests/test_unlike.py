@@ -12,9 +12,9 @@ from made_run import MadeRun
 from rich_run import MANY, ODD_NOISE, REFUSED, unlike
 from test_report import fedveil
 
-from common.privacy.figures import epsilon_text
 from common.run_lines import Absence
 from common.words import EACH, natural
+from privacy.figures import epsilon_text
 from reports import ReportData, report_of
 from reports.alike import alike_absences, alike_releases, alike_sites, spread
 from reports.markdown import to_markdown

@@ -24,12 +24,12 @@ from common.messages.round import TrainTask
 from common.messages.state import HEAD
 from common.messages.tensors import fingerprint, merge, start_fingerprint
 from common.nulls import LEVEL
-from common.privacy import dpsgd
 from common.tasks.examples import Dataset
 from contrib.adapters.lora_frozen_b import LoRAFrozenB
 from contrib.adapters.lora_increments import LoRAIncrements
 from contrib.adapters.lora_merged import LoRAMerged
 from contrib.rules.align_guard import guarded
+from privacy import dpsgd
 from strategies import STRATEGIES, Contribution
 from strategies.ffa_lora import FFALoRA
 from strategies.job import configure

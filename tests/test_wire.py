@@ -20,7 +20,6 @@ from flwr.supercore.inflatable.inflatable_object import InflatableObject, get_al
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.accountant import ERRORS, METHODS, MOST_GRID, REASONS, Accountant, Detour
 from common.errors import ProtocolError
 from common.messages import wire
 from common.messages.round import (
@@ -64,8 +63,9 @@ from common.messages.wire import (
     round_of,
 )
 from common.packed import Form
-from common.privacy.events import EVENTS, Event, SampledGaussian, sampled_gaussian
-from common.secure_sum import Agreement, KeyOffer, Sharing
+from privacy.accountant import ERRORS, METHODS, MOST_GRID, REASONS, Accountant, Detour
+from privacy.events import EVENTS, Event, SampledGaussian, sampled_gaussian
+from privacy.secure_sum import Agreement, KeyOffer, Sharing
 
 fast = settings(max_examples=25, deadline=None)
 words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)

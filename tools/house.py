@@ -140,7 +140,7 @@ def figures(root: Path) -> dict[str, Figure]:
     tests = [house.lines(path) for path in house.trees if path.parts[0] == "tests"]
     spans = [(node.end_lineno or node.lineno) - node.lineno + 1 for node in house.functions]
     words, rounds = house.docstring_words(), Path("server/rounds.py")
-    inside = ("common/privacy/", "privacy/")
+    inside = ("privacy/", "privacy/")
     outside = [p for p in house.product if not p.as_posix().startswith(inside) and "collect" not in p.as_posix()]
     settings = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["flwr"]["app"]["config"]
     commands = root / "docs" / "reference" / "commands.md"

@@ -9,7 +9,7 @@ from client.ledger.file import LedgerFile, now
 from client.ledger.rows import Budget, Terms
 from common.check import at_least, below, in_range, positive
 from common.errors import ConfigError
-from common.privacy.accounting import LEAST_DELTA
+from privacy.accounting import LEAST_DELTA
 
 
 class BudgetHistory:

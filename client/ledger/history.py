@@ -15,12 +15,12 @@ from client.ledger.holds import Holds
 from client.ledger.plans import Plans
 from client.ledger.rows import Budget, Entry, Exposure, Failure, Terms
 from client.ledger.sums import Sums
-from common.accountant import TRAINING
 from common.errors import ConfigError, LedgerError
-from common.privacy import privacy_filter
-from common.privacy.accounting import Release, alone, honest_sites
-from common.privacy.events import event_from
-from common.privacy.privacy_filter import FRESH, Commitment, History
+from privacy import privacy_filter
+from privacy.accountant import TRAINING
+from privacy.accounting import Release, alone, honest_sites
+from privacy.events import event_from
+from privacy.privacy_filter import FRESH, Commitment, History
 
 ENTRY = ("id", "dataset", "run", "round_number", "purpose", "unit", "count", "delta", "charged_at", "caused_by")
 """Fields of an entry that are columns."""

@@ -33,8 +33,8 @@ from client.ledger.limits import hold_closed, hold_to_budgets, hold_to_unit
 from client.ledger.rows import Charge, Receipt, Terms, of_all, price
 from common.check import not_negative
 from common.errors import ConfigError, PolicyRefusal
-from common.privacy import privacy_filter
-from common.privacy.privacy_filter import Commitment, commitment_to
+from privacy import privacy_filter
+from privacy.privacy_filter import Commitment, commitment_to
 
 PRICES = 4
 """How often a charge is priced anew because others wrote meanwhile, before it is priced under the lock."""

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from client.ledger.history import LedgerHistory
 from client.ledger.rows import Charge, Receipt
-from common.accountant import AT_RATE_1, DEPARTED
 from common.errors import BudgetExhausted, PolicyRefusal
-from common.privacy.accounting import Release, honest_sites
-from common.privacy.figures import epsilon_text, honest_text, remaining_text
+from privacy.accountant import AT_RATE_1, DEPARTED
+from privacy.accounting import Release, honest_sites
+from privacy.figures import epsilon_text, honest_text, remaining_text
 
 DEARER = {
     DEPARTED: ", more because the data set's first run planned something else",

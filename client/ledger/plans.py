@@ -1,4 +1,4 @@
-"""First plans: by what a data set's first run planned its charges are priced, see ``common.privacy.privacy_filter``.
+"""First plans: by what a data set's first run planned its charges are priced, see ``privacy.privacy_filter``.
 
 It is written with the first charge and never again: a price that holds whoever chooses needs it fixed
 before anything was released.
@@ -13,9 +13,9 @@ from typing import Any
 from client.ledger.file import LedgerFile, now
 from client.ledger.rows import FirstPlan
 from common.errors import ConfigError, LedgerError
-from common.privacy.accounting import Release
-from common.privacy.events import event_from
-from common.privacy.privacy_filter import Commitment, commitment_to
+from privacy.accounting import Release
+from privacy.events import event_from
+from privacy.privacy_filter import Commitment, commitment_to
 
 
 class Plans:

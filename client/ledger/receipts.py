@@ -15,11 +15,11 @@ from typing import Any
 from client.ledger.file import now
 from client.ledger.ledger import Ledger
 from client.ledger.rows import Entry, Exposure
-from common.accountant import TRAINING
 from common.check import nearest
 from common.errors import LedgerError
-from common.privacy.accounting import Release, alone, honest_sites
-from common.privacy.privacy_filter import promised
+from privacy.accountant import TRAINING
+from privacy.accounting import Release, alone, honest_sites
+from privacy.privacy_filter import promised
 
 CONTEXT = "FedVeil receipt, 2"
 """What the file is, and the number of its form."""

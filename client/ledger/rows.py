@@ -6,13 +6,13 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from common.accountant import TRAINING, Accountant
 from common.check import in_range, not_negative, positive
 from common.errors import ConfigError
-from common.privacy import privacy_filter
-from common.privacy.accounting import Release, alone, check_terms
-from common.privacy.events import Event
-from common.privacy.privacy_filter import Commitment
+from privacy import privacy_filter
+from privacy.accountant import TRAINING, Accountant
+from privacy.accounting import Release, alone, check_terms
+from privacy.events import Event
+from privacy.privacy_filter import Commitment
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from common.check import CLIP_NORM, NOT_NEGATIVE, POSITIVE, Interval, OneOf, nea
 from common.config.fields import RATIO, TARGET_KINDS, Section, Unit, kebab, kinds_of
 from common.config.schedule import learning_rate
 from common.errors import ConfigError
-from common.privacy import MECHANISMS, UNITS, Mechanism
 from common.tasks import TASKS, roles_of_all
 from common.tasks.roles import Role
 from common.trackers import NO_TRACKER, TRACKERS
+from privacy import MECHANISMS, UNITS, Mechanism
 
 Scalar = str | int | float | bool
 S = TypeVar("S")
@@ -213,7 +213,7 @@ class PrivacyConfig(Section):
     prefix: ClassVar[str] = "privacy."
 
     mode: Annotated[str, OneOf(MECHANISMS)] = "dp-sgd"
-    """A row of ``common.privacy.MECHANISMS``: ``dp-sgd``, ``secure-sum`` (the sites share the noise of a sum of which
+    """A row of ``privacy.MECHANISMS``: ``dp-sgd``, ``secure-sum`` (the sites share the noise of a sum of which
     nobody sees the parts), ``client-level`` (a trusted server noises the sum; the unit is a whole site) or ``none``,
     which makes no privacy claim and says so everywhere."""
     unit: Annotated[str, OneOf(UNITS)] = "record"

@@ -16,9 +16,9 @@ import torch
 from common.check import nearest, positive
 from common.config.sections import DataConfig, ModelConfig, RunConfig, Scalar, to_mapping
 from common.errors import ConfigError, DataError, PolicyRefusal
-from common.randomness import stream
 from common.tasks import TASKS
 from common.tasks.examples import Dataset
+from privacy.randomness import stream
 
 NO_LABEL = (
     "data.partition is 'dirichlet', but the records have no label: set it to 'iid', or to 'natural' with data.key"

@@ -7,7 +7,7 @@ The server signs each task with a key (Ed25519) whose certificate is of the fede
 neither is a TLS certificate one that signs tasks, nor the reverse. It signs the run, as Flower numbers it, the hash of
 the settings that the site is given with the message, the node that is asked, and the message, which says round and
 attempt. A site signs each answer with its node's key (ECDSA P-384), over the hash of the signed task and the message.
-What is signed is in canonical form, opened by its purpose (``common.secure_sum.canonical``), and holds the message's
+What is signed is in canonical form, opened by its purpose (``privacy.secure_sum.canonical``), and holds the message's
 random bytes: no signature is of two messages.
 
 Both stand in the message's header beside what they are of: ``signature`` and, in a task, ``certificate`` (DER).
@@ -31,8 +31,8 @@ from flwr.app import RecordDict
 
 from common.config.sections import RunConfig, Scalar
 from common.errors import DataError, PolicyRefusal, ProtocolError
-from common.secure_sum.canonical import Value, canonical
-from common.secure_sum.identity import Identity
+from privacy.secure_sum.canonical import Value, canonical
+from privacy.secure_sum.identity import Identity
 
 TASK, ANSWER = "fedveil/task/1", "fedveil/answer/1"
 SIGNS_TASKS = x509.ObjectIdentifier("2.25.317053887983115253946698418666240259836")

@@ -37,13 +37,13 @@ from common.model.lowered import lowered
 from common.model.recomputed import computed_once, recompute_layers
 from common.model.score import Score
 from common.model.shapes import FixedBatch, Shapes
-from common.randomness import stream
 from common.tasks import TASKS, Batch, Record, Task
 from common.tasks.base import OWNER
 from common.tasks.examples import Example
 from common.tasks.featured import FEATURES, TANGENTS, Featured, put_features
 from common.tasks.module import Metric
 from common.tasks.tangent import Tangent
+from privacy.randomness import stream
 
 log = logging.getLogger("fedveil.site")
 

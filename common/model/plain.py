@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 
 if TYPE_CHECKING:
     from common.model.federated import FederatedModel
-    from common.secure_sum.masks import Words
     from common.tasks import Batch
+    from privacy.secure_sum.masks import Words
 
 
 class PlainSteps:
@@ -24,7 +24,7 @@ class PlainSteps:
     """
 
     words: Words | None = None
-    """See ``common.privacy.steps.Steps``."""
+    """See ``privacy.steps.Steps``."""
 
     def __init__(self, model: FederatedModel, optimizer: Optimizer) -> None:
         self._model, self._optimizer = model, optimizer

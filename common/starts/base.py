@@ -18,7 +18,6 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from torch import Tensor
 
-from common.accountant import INITIALISATION
 from common.adapters import Adapter, Place
 from common.check import CLIP_NORM, POSITIVE, Interval
 from common.config.fields import RATIO, Unit, check_fields
@@ -27,14 +26,15 @@ from common.errors import ConfigError
 from common.messages.state import METRIC, AdapterState, Factors
 from common.messages.wire import Layout
 from common.model.federated import FederatedModel
-from common.privacy.accounting import Release, check_terms
-from common.privacy.events import sampled_gaussian
-from common.privacy.plan import PrivacyPlan
-from common.privacy.privacy_filter import promised_noise
-from common.randomness import stream
 from common.starts.directions import orthonormal_rows
 from common.starts.gradient import open_weights
 from common.tasks import Batch, Record
+from privacy.accountant import INITIALISATION
+from privacy.accounting import Release, check_terms
+from privacy.events import sampled_gaussian
+from privacy.plan import PrivacyPlan
+from privacy.privacy_filter import promised_noise
+from privacy.randomness import stream
 
 Needs = Literal["nothing", "weights", "public records", "paid release", "records, without privacy"]
 Asked = Literal["nobody", "server", "sites"]

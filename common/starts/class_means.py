@@ -35,13 +35,13 @@ from common.messages.state import HEAD, METRIC, AdapterState, Factors
 from common.messages.wire import Layout
 from common.model.federated import FederatedModel
 from common.model.shapes import FixedBatch
-from common.privacy.plan import PrivacyPlan
-from common.privacy.steps import Around
 from common.starts.base import Labels, PaidByShare, seeded
 from common.starts.public_metric import MADE, PublicMetric
 from common.starts.public_text import MADE_UP
 from common.tasks import TASKS, Batch, Record
 from common.tasks.featured import FEATURES
+from privacy.plan import PrivacyPlan
+from privacy.steps import Around
 
 COUNT = 0.25
 """What a record adds to its label's count, over the clip norm: little, so that it uses up little of that."""

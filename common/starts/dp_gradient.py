@@ -13,10 +13,10 @@ from typing import ClassVar
 from common.messages.state import AdapterState, Factors
 from common.messages.wire import Layout
 from common.model.federated import FederatedModel
-from common.privacy.plan import PrivacyPlan
 from common.starts.base import PaidGradient
 from common.starts.gradient import drawn, gradient_basis, gradient_layout, private_gradient
 from common.tasks import Record
+from privacy.plan import PrivacyPlan
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,11 @@ from common.messages.state import AdapterState
 from common.messages.wire import Layout
 from common.model.federated import FederatedModel
 from common.model.shapes import Shapes
-from common.privacy.plan import PrivacyPlan
-from common.privacy.steps import Around
-from common.privacy.together import Together
 from common.starts.directions import leading_singular_triple
 from common.tasks import Batch, Record
+from privacy.plan import PrivacyPlan
+from privacy.steps import Around
+from privacy.together import Together
 
 BATCH_TOKENS = 1024
 """Tokens of one forward pass, which is one batch of the run: small parts cost it little time."""

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from common.adapters import Place
 from common.messages.state import Factors
-from common.randomness import stream
 from common.starts.base import Needs, Start
+from privacy.randomness import stream
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,13 @@ from common.messages.state import AdapterState, Factors
 from common.messages.wire import Layout
 from common.model.device import choose_batch_tokens
 from common.model.federated import FederatedModel
-from common.randomness import stream
 from common.starts.base import Labels, Needs, Start, seeded
 from common.starts.gradient import gradient_basis, gradient_layout, mean_gradient
 from common.starts.public_text import check_apart
 from common.tasks import Batch
 from common.tasks.examples import Dataset, Example
 from common.words import counted
+from privacy.randomness import stream
 
 
 @dataclass(frozen=True)

@@ -32,13 +32,13 @@ from common.data.sources import is_paired
 from common.errors import ConfigError, ModelError
 from common.messages.state import HEAD, METRIC, AdapterState, Factors
 from common.model.federated import FederatedModel
-from common.randomness import stream
 from common.starts.base import Labels, seeded
 from common.starts.directions import leading_rows, with_fixed_signs
 from common.starts.from_text import FromText
 from common.starts.gradient import gradients_in, open_weights
 from common.starts.public_text import MADE_UP
 from common.tasks import TASKS, Record
+from privacy.randomness import stream
 
 Gradients = Iterator[dict[str, Tensor]]
 """Of one record after another: the gradient of each adapted layer's weight, shape (out, in), float64, CPU."""

@@ -122,7 +122,7 @@ class Featured(Task):
         import torch
         import torch.nn.functional as F
 
-        from common.randomness import stream
+        from privacy.randomness import stream
 
         def invent(size: int, number: int, label: int) -> Record:
             drawn = torch.randn(self.width, generator=stream(number, "features", str(size)))

@@ -28,7 +28,7 @@ from torch import Tensor
 from common.adapters.base import layer_shape
 from common.adapters.mapped import Mapped, position_sums
 from common.messages.state import AdapterState, Factors
-from common.randomness import stream
+from privacy.randomness import stream
 
 if TYPE_CHECKING:
     from peft import PeftConfig

@@ -29,7 +29,7 @@ from common.adapters.base import layer_shape
 from common.adapters.mapped import Mapped, outer_sums, position_sums
 from common.errors import ConfigError
 from common.messages.state import Factors
-from common.randomness import stream
+from privacy.randomness import stream
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 
-from common.accountant import Accountant
 from common.adapters import Adapter
 from common.adapters.base import base_weight
 from common.adapters.low_rank import LowRank
@@ -32,6 +31,7 @@ from common.run_lines import AdapterFile, PrivacyLine, RoundLine, read_file, rea
 from contrib.adapters.lora_merged import pair_of
 from contrib.experiments.spectra import Top, count_above, spectrum_of, top_of
 from experiments.evaluate import base_of
+from privacy.accountant import Accountant
 from server.aggregation import contributions
 from server.checkpoint import saved_state
 from server.collect.noise import Noise, ServerNoise

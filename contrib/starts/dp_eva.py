@@ -24,11 +24,11 @@ import torch
 from common.messages.state import AdapterState
 from common.model.federated import FederatedModel
 from common.nulls import without_lift
-from common.privacy.plan import PrivacyPlan
 from common.starts.base import PaidStart
 from common.starts.gradient import drawn, released
 from common.tasks import Record
 from contrib.starts.inputs import OfInputs, open_moments, packed, unpacked
+from privacy.plan import PrivacyPlan
 
 SHOWN = 6
 """Inputs that a line names."""

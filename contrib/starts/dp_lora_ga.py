@@ -24,12 +24,12 @@ from common.config.fields import Unit
 from common.messages.state import AdapterState, Factors
 from common.messages.wire import Layout
 from common.model.federated import FederatedModel
-from common.privacy.plan import PrivacyPlan
-from common.randomness import stream
 from common.starts.base import PaidGradient
 from common.starts.directions import leading_singular_triple, orthonormal_rows
 from common.starts.gradient import drawn, released
 from common.tasks import Record
+from privacy.plan import PrivacyPlan
+from privacy.randomness import stream
 
 
 @dataclass(frozen=True)

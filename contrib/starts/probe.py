@@ -25,13 +25,13 @@ from common.errors import ConfigError
 from common.messages.state import HEAD, METRIC, AdapterState, Factors
 from common.messages.wire import Layout
 from common.model.federated import FederatedModel
-from common.privacy.accounting import Release
-from common.privacy.plan import PrivacyPlan
-from common.privacy.steps import Around
 from common.starts.base import Labels, Needs, PaidByShare
 from common.starts.public_metric import PublicMetric
 from common.tasks import TASKS, Record
 from common.tasks.module import Metric
+from privacy.accounting import Release
+from privacy.plan import PrivacyPlan
+from privacy.steps import Around
 
 
 @dataclass(frozen=True)

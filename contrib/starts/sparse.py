@@ -18,8 +18,8 @@ from common.adapters import Place
 from common.check import Interval
 from common.config.fields import Unit
 from common.messages.state import Factors
-from common.randomness import stream
 from common.starts.base import Needs, Start
+from privacy.randomness import stream
 
 
 @dataclass(frozen=True)

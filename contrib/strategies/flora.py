@@ -21,8 +21,8 @@ import torch
 
 from common.messages.state import OWN, AdapterState
 from common.messages.tensors import merge
-from common.randomness import stream
 from contrib.strategies.merging import Merging
+from privacy.randomness import stream
 from strategies.state import ServerState
 
 

@@ -26,8 +26,8 @@ from common.errors import ConfigError
 from common.messages.columns import FACTOR, widened
 from common.messages.state import OWN, AdapterState
 from common.messages.tensors import apply, merge
-from common.privacy import Mechanism
 from contrib.strategies.heterogeneous_ranks import HeterogeneousRanks
+from privacy import Mechanism
 from strategies.base import mean
 from strategies.state import Contribution, ServerState
 

@@ -32,9 +32,6 @@ from common.messages.round import TrainResult
 from common.messages.state import AdapterState
 from common.model.base import load_base_model
 from common.model.federated import FederatedModel
-from common.privacy import dpsgd
-from common.privacy.accounting import gaussian_release
-from common.privacy.privacy_filter import promised
 from common.run_lines import PrivacyLine, RoundLine, read_lines
 from common.starts import STARTS
 from common.tasks import TASKS
@@ -48,6 +45,9 @@ from contrib.strategies.switchlora import SwitchLoRA
 from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process, simulated_nodes
 from experiments.serving.merge import merge_run
+from privacy import dpsgd
+from privacy.accounting import gaussian_release
+from privacy.privacy_filter import promised
 from server.checkpoint import memory_of, saved_state
 from strategies import Contribution, ServerState
 from strategies.job import configure

@@ -35,14 +35,14 @@ from common.messages.round import KeyTask, TrainResult, TrainTask
 from common.messages.state import HEAD, AdapterState
 from common.messages.tensors import merge
 from common.messages.wire import decode_reply, encode_task, layout_of
-from common.privacy.dpsgd import PrivateSteps
-from common.privacy.plan import gaussian_plan
-from common.privacy.record_level import DPSGD
 from common.run_lines import PrivacyLine, RoundLine, read_lines
 from contrib.strategies.columns import MASK
 from contrib.strategies.flexlora import FlexLoRA
 from contrib.strategies.heterogeneous_ranks import HeterogeneousRanks
 from experiments.in_process import InProcessTransport, run_in_process, simulated_nodes
+from privacy.dpsgd import PrivateSteps
+from privacy.plan import gaussian_plan
+from privacy.record_level import DPSGD
 from server.aggregation import factors_of
 from server.app import FlowerTransport
 from server.conduct import conduct

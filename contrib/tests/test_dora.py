@@ -22,14 +22,14 @@ from common.adapters.layer import AdaptedLinear
 from common.config.text import parse_settings
 from common.errors import ConfigError, MechanismError, ModelError, ProtocolError
 from common.messages.tensors import start_fingerprint
-from common.privacy.dpsgd import PrivateSteps
-from common.privacy.plan import gaussian_plan
-from common.randomness import stream
 from common.run_lines import BaselineFile, PrivacyLine, RoundLine, read_file, read_lines
 from common.starts import STARTS
 from contrib.adapters.dora import DoRA, row_norms
 from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process
+from privacy.dpsgd import PrivateSteps
+from privacy.plan import gaussian_plan
+from privacy.randomness import stream
 from strategies.job import configure
 
 OUT, INTO, RANK, ALPHA = 7, 5, 3, 6.0

@@ -38,8 +38,6 @@ from torch import Tensor, nn
 from audits.tiny_models import with_biases
 from common.adapters import ADAPTERS, Adapter, LoRAFrozenA, LoRASB
 from common.errors import ModelError
-from common.privacy.dpsgd import PrivateSteps
-from common.privacy.plan import gaussian_plan
 from common.starts import STARTS
 from common.starts.directions import leading_singular_triple
 from contrib.adapters.dora import row_norms
@@ -47,6 +45,8 @@ from contrib.adapters.dora_frozen_norm import DoRAFrozenNorm
 from contrib.adapters.dora_magnitude import DoRAMagnitude
 from contrib.adapters.lora_increments import LoRAIncrements
 from contrib.rules.lora_pro import tangent_step
+from privacy.dpsgd import PrivateSteps
+from privacy.plan import gaussian_plan
 
 # --- what every row must keep -----------------------------------------------------------------------------------------
 

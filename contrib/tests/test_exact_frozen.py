@@ -34,15 +34,15 @@ from common.adapters import ADAPTERS, LoRA
 from common.config.text import parse_settings
 from common.errors import ConfigError, ModelError
 from common.messages.state import Factors
-from common.privacy.dpsgd import PrivateSteps
-from common.privacy.plan import gaussian_plan
-from common.randomness import stream
 from common.starts import STARTS
 from common.starts.directions import orthonormal_rows
 from contrib.adapters.lora_diagonal import Diagonal, LoRADiagonal
 from contrib.adapters.randlora import RandLoRA
 from contrib.adapters.salt import SALT
 from contrib.starts.lu_of_weights import lu_triple
+from privacy.dpsgd import PrivateSteps
+from privacy.plan import gaussian_plan
+from privacy.randomness import stream
 from strategies.job import configure
 from strategies.systems import SYSTEMS
 

@@ -20,13 +20,13 @@ from audits.tiny_models import with_biases
 from audits.tiny_site import clinic
 from common.errors import ConfigError
 from common.messages.state import AdapterState
-from common.privacy.dpsgd import PrivateSteps
-from common.privacy.plan import gaussian_plan
 from common.run_lines import PrivacyLine, read_lines
 from common.starts import STARTS
 from contrib.adapters import lora_routed
 from contrib.adapters.lora_routed import LoRARouted, Routes
 from experiments.in_process import run_in_process
+from privacy.dpsgd import PrivateSteps
+from privacy.plan import gaussian_plan
 from server.checkpoint import saved_state
 from strategies import STRATEGIES, Contribution
 from strategies.job import configure

@@ -305,7 +305,7 @@ def of_noise_alone(
     for node, size in zip(nodes, (60, 40, 50), strict=True):
         node["public-size"] = size
     with patch.context() as inside:
-        inside.setattr("common.privacy.dpsgd.add_private_noise", noised)
+        inside.setattr("privacy.dpsgd.add_private_noise", noised)
         inside.setattr("server.collect.trusted.add_private_noise", noised)
         folder = run_in_process(settings, nodes)
     state, job = saved_state(folder), configure(swept_settings(folder))

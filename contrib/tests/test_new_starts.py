@@ -28,9 +28,6 @@ from common.messages.state import HEAD, AdapterState
 from common.messages.tensors import fingerprint, merge
 from common.model.base import BaseModel, load_base_model
 from common.model.federated import FederatedModel
-from common.privacy import dpsgd
-from common.privacy.dpsgd import PrivateSteps
-from common.privacy.plan import gaussian_plan
 from common.run_lines import PrivacyLine, RoundLine, read_lines
 from common.starts import STARTS, Start
 from common.starts.calibration import calibrated
@@ -42,6 +39,9 @@ from common.tasks.text import TextExample
 from contrib.starts.eva import EVA, input_moments
 from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process
+from privacy import dpsgd
+from privacy.dpsgd import PrivateSteps
+from privacy.plan import gaussian_plan
 from server.model import ServerModel
 from strategies.job import configure
 

@@ -27,10 +27,6 @@ from common.messages.tensors import weighted_sum
 from common.model.base import load_base_model
 from common.model.federated import FederatedModel
 from common.nulls import without_lift
-from common.privacy import dpsgd
-from common.privacy.dpsgd import PrivateSteps
-from common.privacy.plan import PrivacyPlan, gaussian_plan
-from common.privacy.privacy_filter import promised
 from common.run_lines import PrivacyLine, RoundLine, read_lines
 from common.starts import STARTS, PaidStart, Start
 from common.starts.calibration import calibrated
@@ -45,6 +41,10 @@ from contrib.starts.inputs import mean_moments, open_moments, packed, shared_inp
 from contrib.starts.lora_ga import LoRAGA
 from contrib.starts.nonprivate_eva import NonprivateEVA
 from experiments.in_process import run_in_process
+from privacy import dpsgd
+from privacy.dpsgd import PrivateSteps
+from privacy.plan import PrivacyPlan, gaussian_plan
+from privacy.privacy_filter import promised
 from server.model import ServerModel
 from strategies.job import configure
 

@@ -20,11 +20,6 @@ from common.messages.state import HEAD
 from common.messages.tensors import merge
 from common.model.base import load_base_model
 from common.model.federated import FederatedModel
-from common.privacy import dpsgd
-from common.privacy.accounting import gaussian_release
-from common.privacy.dpsgd import PrivateSteps
-from common.privacy.plan import gaussian_plan
-from common.privacy.privacy_filter import promised
 from common.run_lines import PrivacyLine, RoundLine, read_lines
 from common.starts import public_metric
 from common.starts.base import Labels
@@ -34,6 +29,11 @@ from common.tasks.text import TextExample
 from contrib.starts.probe import Probe
 from experiments.evaluate import evaluate_run
 from experiments.in_process import run_in_process
+from privacy import dpsgd
+from privacy.accounting import gaussian_release
+from privacy.dpsgd import PrivateSteps
+from privacy.plan import gaussian_plan
+from privacy.privacy_filter import promised
 from reports import report_of
 from strategies.job import configure
 

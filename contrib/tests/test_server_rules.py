@@ -22,9 +22,6 @@ from common.errors import ConfigError, DataError, ModelError
 from common.messages.state import HEAD, AdapterState
 from common.model.base import load_base_model
 from common.nulls import LEVEL, edge_behind, noise_edge
-from common.privacy import dpsgd
-from common.privacy.dpsgd import PrivateSteps
-from common.privacy.plan import gaussian_plan
 from common.run_lines import RoundLine, read_lines
 from common.starts import STARTS
 from contrib.rules.align_guard import AlignGuard, guarded
@@ -32,6 +29,9 @@ from contrib.rules.allora import row_factors
 from contrib.rules.lora_pro import LoRAPro, tangent_step
 from contrib.rules.soft_threshold import entries_shrunk, product_shrunk
 from experiments.in_process import run_in_process
+from privacy import dpsgd
+from privacy.dpsgd import PrivateSteps
+from privacy.plan import gaussian_plan
 from server.model import ServerModel
 from server.optimizer import server_step
 from server.ruled import ruled_step

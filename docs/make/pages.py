@@ -12,7 +12,6 @@ import click
 import typer
 
 from client.policy import UNLIMITED, Policy
-from common.accountant import Accountant
 from common.config.fields import kebab
 from common.docstrings import fields_said, said_of
 from common.messages import wire
@@ -33,7 +32,6 @@ from common.messages.round import (
     UnmaskReply,
     UnmaskTask,
 )
-from common.privacy.events import Event
 from common.run_lines import (
     AUDITS,
     Absence,
@@ -57,7 +55,6 @@ from common.run_lines import (
     ServerStart,
     TuningFile,
 )
-from common.secure_sum import Agreement, KeyOffer, Sharing
 from common.tasks import roles_of_all
 from deploy.advisories import ADVISORIES
 from docs.make import settings
@@ -75,6 +72,9 @@ from docs.make.tables import (
 )
 from experiments.sweep.arms import ARMS
 from experiments.sweep.rows import Row
+from privacy.accountant import Accountant
+from privacy.events import Event
+from privacy.secure_sum import Agreement, KeyOffer, Sharing
 
 
 def tables_page() -> str:

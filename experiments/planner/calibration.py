@@ -25,12 +25,12 @@ from common.config.sections import RunConfig, TrainingConfig
 from common.data.sources import public_test
 from common.model.device import own_cores
 from common.model.federated import FederatedModel
-from common.privacy.dpsgd import PrivateSteps
-from common.privacy.plan import gaussian_plan
-from common.privacy.steps import nothing
-from common.randomness import stream
 from common.tasks import Record
 from common.tasks.examples import Dataset
+from privacy.dpsgd import PrivateSteps
+from privacy.plan import gaussian_plan
+from privacy.randomness import stream
+from privacy.steps import nothing
 from server.model import ServerModel
 
 Trained: TypeAlias = Mapping[str, Mapping[str, nn.Parameter]]

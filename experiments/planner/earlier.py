@@ -13,10 +13,10 @@ from pathlib import Path
 
 from common.errors import ConfigError
 from common.messages.round import SpendingFigures
-from common.privacy.accounting import Release
-from common.privacy.figures import epsilon_text
-from common.privacy.privacy_filter import FRESH, History, commitment_to, price_after
 from common.words import natural
+from privacy.accounting import Release
+from privacy.figures import epsilon_text
+from privacy.privacy_filter import FRESH, History, commitment_to, price_after
 from reports.folder import RunFiles, read_run
 from reports.sites import TOLERANCE, releases_of_site
 from strategies.job import Job, configure

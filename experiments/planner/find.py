@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 from common.check import one_of
 from common.errors import BudgetExhausted, ConfigError, PrivacyError
-from common.privacy.accounting import Release
-from common.privacy.events import LEAST_NOISE, Event
-from common.privacy.privacy_filter import FRESH, History, price_after
 from experiments.planner.payers import payer_of
 from experiments.planner.price import MOST_ROUNDS, last_within, noise_for_all, paid_before, releases_of_round
+from privacy.accounting import Release
+from privacy.events import LEAST_NOISE, Event
+from privacy.privacy_filter import FRESH, History, price_after
 from strategies.job import Job
 
 RATES = (*(float(f"{digits}e{power}") for power in range(-7, -2) for digits in range(100, 1000)), 1.0)

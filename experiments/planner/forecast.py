@@ -10,11 +10,6 @@ from typing import Any
 
 from common.messages.state import HEAD
 from common.model.device import worker_count
-from common.privacy.accounting import Release, alone
-from common.privacy.claim import NO_CLAIM
-from common.privacy.dpsgd import rounding_margin
-from common.privacy.plan import PrivacyPlan
-from common.privacy.privacy_filter import FRESH, History, price_after
 from experiments.planner.calibration import Calibration, calibrate, feature_seconds, round_seconds
 from experiments.planner.payers import payer_of
 from experiments.planner.price import (
@@ -30,6 +25,11 @@ from experiments.planner.price import (
     thrown_away,
 )
 from experiments.planner.traffic import Traffic, payload_by_strategy, traffic
+from privacy.accounting import Release, alone
+from privacy.claim import NO_CLAIM
+from privacy.dpsgd import rounding_margin
+from privacy.plan import PrivacyPlan
+from privacy.privacy_filter import FRESH, History, price_after
 from server.aggregation import WORTH_TELLING, held_down
 from server.model import ServerModel
 from strategies import of_turn

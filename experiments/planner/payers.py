@@ -10,9 +10,9 @@ from typing import ClassVar
 from client.budget import plan_of
 from client.ledger.rows import Terms
 from client.site import Site
-from common.privacy.plan import PrivacyPlan
-from common.privacy.privacy_filter import History
 from common.tasks.examples import Dataset
+from privacy.plan import PrivacyPlan
+from privacy.privacy_filter import History
 from server.aggregation import capped, most_of, noise_grown
 from server.collect.trusted import sums_plan
 from strategies.job import Job

@@ -11,14 +11,15 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from common.accountant import Accountant
 from common.data.partition import public_size_of_part, site_part
 from common.data.sources import train_and_test
 from common.errors import BudgetExhausted, ConfigError
-from common.privacy.accounting import Release, alone
-from common.privacy.events import Event
-from common.privacy.plan import PrivacyPlan
-from common.privacy.privacy_filter import (
+from experiments.planner.payers import payer_of, planned_site
+from privacy.accountant import Accountant
+from privacy.accounting import Release, alone
+from privacy.events import Event
+from privacy.plan import PrivacyPlan
+from privacy.privacy_filter import (
     FRESH,
     History,
     commitment_to,
@@ -28,7 +29,6 @@ from common.privacy.privacy_filter import (
     promised,
     promised_noise,
 )
-from experiments.planner.payers import payer_of, planned_site
 from strategies.job import Job
 
 MOST_ROUNDS = 100_000

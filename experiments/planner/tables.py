@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from common.accountant import INITIALISATION
-from common.privacy.figures import epsilon_text, remaining_text
-from common.secure_sum import least_sites
 from common.words import counted
 from experiments.planner.find import Found
 from experiments.planner.forecast import Forecast
 from experiments.planner.payers import payer_of
 from experiments.planner.price import LEAST_SIGNAL, MOST_ROUNDS, spread
+from privacy.accountant import INITIALISATION
+from privacy.figures import epsilon_text, remaining_text
+from privacy.secure_sum import least_sites
 from strategies.job import Job
 
 MOST_LINES = 10

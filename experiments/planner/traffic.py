@@ -6,16 +6,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from common.accountant import TRAINING, Accountant
 from common.adapters.base import layer_shape, target_shapes
 from common.messages.columns import narrowed
 from common.messages.round import Spending, TrainResult, TrainTask
 from common.messages.state import HEAD, AdapterState
 from common.messages.tensors import fingerprint
 from common.messages.wire import encode_reply, encode_task, message_bytes, payload_bytes
-from common.privacy.plan import PrivacyPlan
-from common.secure_sum import KeyOffer
 from experiments.planner.payers import payer_of
+from privacy.accountant import TRAINING, Accountant
+from privacy.plan import PrivacyPlan
+from privacy.secure_sum import KeyOffer
 from server.model import ServerModel
 from strategies import STRATEGIES, of_turn
 from strategies.job import Job

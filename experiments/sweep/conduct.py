@@ -11,7 +11,6 @@ from pathlib import Path
 
 from common.errors import ConfigError, DataError
 from common.files import append_lines
-from common.privacy.figures import epsilon_text, honest_text
 from common.strict_json import to_json
 from common.words import percent_text
 from experiments.recipes import recipes_said
@@ -28,6 +27,7 @@ from experiments.sweep.one_run import (
 )
 from experiments.sweep.processes import LAST_SECONDS, Failure, each_in_a_process
 from experiments.sweep.rows import Key, Row, read_rows, results_file, row_of, write_rows
+from privacy.figures import epsilon_text, honest_text
 from server.lock import only_writer
 
 ASIDE = "set-aside"

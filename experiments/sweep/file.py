@@ -34,11 +34,11 @@ from common.config.text import flatten, read_settings_file
 from common.data.partition import check_partition
 from common.errors import ConfigError
 from common.paths import RUN_NAME
-from common.privacy import MECHANISMS, promising
 from common.toml import read_toml
 from experiments.recipes import check_recipes, names_recipe
 from experiments.site_count import USUAL
 from experiments.sweep.arms import ARMS, BASELINES, FEDERATED
+from privacy import MECHANISMS, promising
 from strategies import ROWS
 from strategies.job import Job, configure, with_recipe
 from strategies.options import known_settings

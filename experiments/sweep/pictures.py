@@ -17,13 +17,13 @@ from markupsafe import Markup, escape
 
 from common.errors import ConfigError, DataError
 from common.files import replace_file
-from common.privacy.figures import NO_CLAIM
 from common.words import bytes_text, percent_text, visible
 from experiments.sweep.arms import ARMS, FEDERATED
 from experiments.sweep.file import epsilon_name
 from experiments.sweep.published import Published
 from experiments.sweep.rows import Row
 from experiments.sweep.summary import Group, Interval, filled, groups, markdown_of, notes
+from privacy.figures import NO_CLAIM
 from reports.page_style import STYLE
 
 if TYPE_CHECKING:

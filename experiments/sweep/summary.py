@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from common.adapters import ADAPTERS
 from common.config.sections import Scalar
 from common.errors import DataError
-from common.privacy import mechanism_of
-from common.privacy.figures import NO_CLAIM, epsilon_text
 from common.run_lines import BesideFile, BesideRow
 from common.tasks import TASKS
 from common.words import UNKNOWN, bytes_text, counted, decimal_text, seconds_text
 from experiments.sweep.arms import ARMS
 from experiments.sweep.file import epsilon_name
 from experiments.sweep.rows import Row
+from privacy import mechanism_of
+from privacy.figures import NO_CLAIM, epsilon_text
 from strategies import ROWS
 
 CONFIDENCE = 0.95

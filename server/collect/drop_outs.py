@@ -27,7 +27,7 @@ from common.messages.round import (
     UnmaskTask,
 )
 from common.run_lines import Absence
-from common.secure_sum import KeyOffer, are_shares, may_be_lost, threshold, unmasked
+from privacy.secure_sum import KeyOffer, are_shares, may_be_lost, threshold, unmasked
 from server.collect.base import Collected
 from server.collect.masked import MaskedCollector, in_order
 from server.collect.masked_sum import words_of

@@ -22,8 +22,8 @@ from common.log import about
 from common.messages.round import KeyReply, KeyTask, Refusal, TrainResult
 from common.messages.wire import Layout
 from common.run_lines import Absence
-from common.secure_sum import KeyOffer, check_headroom, least_sites, may_be_lost
-from common.secure_sum.masks import Words
+from privacy.secure_sum import KeyOffer, check_headroom, least_sites, may_be_lost
+from privacy.secure_sum.masks import Words
 from server.admission import Admission
 from server.collect.base import Collected
 from server.collect.masked_sum import other_releases, summed_contribution, words_of

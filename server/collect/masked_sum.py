@@ -14,10 +14,10 @@ from common.errors import ConfigError
 from common.messages.round import TrainResult
 from common.messages.state import HEAD, AdapterState
 from common.messages.wire import Layout
-from common.privacy.events import Event
-from common.privacy.plan import PrivacyPlan
-from common.secure_sum import check_headroom, total
-from common.secure_sum.masks import Words
+from privacy.events import Event
+from privacy.plan import PrivacyPlan
+from privacy.secure_sum import check_headroom, total
+from privacy.secure_sum.masks import Words
 from server.admission import ROOM
 from server.plausible import SLACK
 from server.terms import paid_plan

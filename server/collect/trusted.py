@@ -27,12 +27,12 @@ from common.messages.state import HEAD, AdapterState
 from common.messages.tensors import fingerprint
 from common.messages.wire import Layout, encode_task, payload_bytes
 from common.paths import run_folder
-from common.privacy.client_level import clipped
-from common.privacy.events import Event
-from common.privacy.plan import PrivacyPlan
-from common.privacy.privacy_filter import History, noise_after
-from common.randomness import add_private_noise, private_poisson_sample
 from common.run_lines import COHORT, Absence
+from privacy.client_level import clipped
+from privacy.events import Event
+from privacy.plan import PrivacyPlan
+from privacy.privacy_filter import History, noise_after
+from privacy.randomness import add_private_noise, private_poisson_sample
 from server.admission import Admission
 from server.collect.base import Collected
 from server.collect.noise import ServerNoise

@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from common.errors import ConfigError
-from common.privacy.claim import Claim
-from common.privacy.events import Event
-from common.privacy.figures import most_delta_text
-from common.privacy.mechanism import Mechanism, Pace
-from common.privacy.no_privacy import ExposingPlan
-from common.privacy.plan import PrivacyPlan
-from common.privacy.units import SITE, Unit
+from privacy.claim import Claim
+from privacy.events import Event
+from privacy.figures import most_delta_text
+from privacy.mechanism import Mechanism, Pace
+from privacy.no_privacy import ExposingPlan
+from privacy.plan import PrivacyPlan
+from privacy.units import SITE, Unit
 
 if TYPE_CHECKING:
     from torch import Tensor

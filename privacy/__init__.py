@@ -1,20 +1,20 @@
 """The privacy room: mechanisms, accounting and plans. All claims rest on what is in here.
 
 A mechanism is an axis of its own, chosen by ``privacy.mode``: one file and one row of ``MECHANISMS``. What a release
-costs is a row of ``common.privacy.events.EVENTS``.
+costs is a row of ``privacy.events.EVENTS``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from common.privacy.claim import Claim
-from common.privacy.client_level import ClientLevel
-from common.privacy.mechanism import Mechanism
-from common.privacy.no_privacy import NoPrivacy
-from common.privacy.record_level import DPSGD
-from common.privacy.shared_noise import SecureSum
-from common.privacy.units import RECORD, UNITS, Unit
+from privacy.claim import Claim
+from privacy.client_level import ClientLevel
+from privacy.mechanism import Mechanism
+from privacy.no_privacy import NoPrivacy
+from privacy.record_level import DPSGD
+from privacy.shared_noise import SecureSum
+from privacy.units import RECORD, UNITS, Unit
 
 MECHANISMS: dict[str, Mechanism] = {row.name: row for row in (DPSGD(), SecureSum(), ClientLevel(), NoPrivacy())}
 

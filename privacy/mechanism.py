@@ -15,14 +15,14 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
 from common.errors import ConfigError, MechanismError
-from common.privacy.accounting import Release
-from common.privacy.claim import NOTHING, Claim
-from common.privacy.units import PERSON, RECORD, UNITS, Unit
+from privacy.accounting import Release
+from privacy.claim import NOTHING, Claim
+from privacy.units import PERSON, RECORD, UNITS, Unit
 
 if TYPE_CHECKING:
     from common.config.sections import PrivacyConfig, RunConfig, TrainingConfig
-    from common.privacy.events import Event
-    from common.privacy.plan import Plan, PrivacyPlan
+    from privacy.events import Event
+    from privacy.plan import Plan, PrivacyPlan
 
 T = TypeVar("T")
 

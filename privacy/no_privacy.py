@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from common.privacy.claim import NOTHING, Claim
-from common.privacy.events import Event
-from common.privacy.mechanism import Mechanism, Pace
-from common.privacy.plan import Plan
-from common.privacy.steps import JUST_STEPS, Around, Steps
+from privacy.claim import NOTHING, Claim
+from privacy.events import Event
+from privacy.mechanism import Mechanism, Pace
+from privacy.plan import Plan
+from privacy.steps import JUST_STEPS, Around, Steps
 
 if TYPE_CHECKING:
     import torch

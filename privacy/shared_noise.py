@@ -1,6 +1,6 @@
 """Record-level DP-SGD on a sum of all sites, of which nobody sees the parts: the sites share its noise.
 
-A round is one step: every site sends the noised sum of its clipped gradients, masked (``common.secure_sum``), and the
+A round is one step: every site sends the noised sum of its clipped gradients, masked (``privacy.secure_sum``), and the
 server divides the sum of all and steps. What a site draws is a part of the noise that is priced; the parts of
 ``privacy.honest-sites`` make the whole. So the price rests on them, and a ledger holds a second one: of the site's own
 noise alone.
@@ -12,15 +12,15 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
 from common.errors import ConfigError
-from common.privacy.claim import Claim
-from common.privacy.events import Event, SummedGaussian
-from common.privacy.mechanism import Mechanism, Pace
-from common.privacy.plan import PrivacyPlan
-from common.privacy.units import RECORD
+from privacy.claim import Claim
+from privacy.events import Event, SummedGaussian
+from privacy.mechanism import Mechanism, Pace
+from privacy.plan import PrivacyPlan
+from privacy.units import RECORD
 
 if TYPE_CHECKING:
     from common.config.sections import PrivacyConfig, RunConfig, TrainingConfig
-    from common.privacy.dpsgd import PrivateSteps
+    from privacy.dpsgd import PrivateSteps
 
 T = TypeVar("T")
 
@@ -39,14 +39,14 @@ class SecureSumPlan(PrivacyPlan):
     @property
     def noise_std(self) -> float:
         """Standard deviation of this site's part: ``honest_sites`` of them are no less than what is priced."""
-        from common.secure_sum.rounding import noise_share
+        from privacy.secure_sum.rounding import noise_share
 
         event = self.event
         return noise_share(event.noise_multiplier, event.clip_norm, int(event.figures["honest_sites"]))
 
     def stepping(self) -> type[PrivateSteps]:
         """Return the step whose sum is sent."""
-        from common.privacy import dpsgd
+        from privacy import dpsgd
 
         return dpsgd.SummedSteps
 
@@ -83,7 +83,7 @@ class SecureSum(Mechanism):
 
     def check(self, config: RunConfig) -> None:
         """Refuse what is no sum of clipped gradients, and too few sites."""
-        from common.secure_sum.roster import LEAST_SITES
+        from privacy.secure_sum.roster import LEAST_SITES
 
         privacy, training = config.privacy, config.training
         if not privacy.honest_sites:

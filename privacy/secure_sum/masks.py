@@ -15,8 +15,8 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from numpy.typing import NDArray
 
 from common.errors import ProtocolError
-from common.secure_sum.canonical import canonical
-from common.secure_sum.context import PROTOCOL
+from privacy.secure_sum.canonical import canonical
+from privacy.secure_sum.context import PROTOCOL
 
 Words = NDArray[np.uint32]
 SEED_BYTES = 32

@@ -12,9 +12,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from common.check import clip_norm, in_range, positive
-from common.randomness import noise_grid
-from common.secure_sum.canonical import Value, canonical
-from common.secure_sum.rounding import WORD_BITS, noise_share
+from privacy.randomness import noise_grid
+from privacy.secure_sum.canonical import Value, canonical
+from privacy.secure_sum.rounding import WORD_BITS, noise_share
 
 PROTOCOL = "fedveil/secure-sum/1"
 

@@ -20,9 +20,9 @@ from pathlib import Path
 
 from common.check import PLAIN_NAME, nearest
 from common.errors import ConfigError
-from common.secure_sum.canonical import canonical
-from common.secure_sum.identity import KEY_BYTES
 from common.toml import toml_of
+from privacy.secure_sum.canonical import canonical
+from privacy.secure_sum.identity import KEY_BYTES
 
 LEAST_SITES = 3
 """Of a roster: of a sum of two, each knows the other's part."""

@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from common.accountant import PLD_INTERVAL
 from common.check import in_range
-from common.privacy.accounting import Merged, Release, composable, epsilon
-from common.privacy.events import Event, kind_of
+from privacy.accountant import PLD_INTERVAL
+from privacy.accounting import Merged, Release, composable, epsilon
+from privacy.events import Event, kind_of
 
 if TYPE_CHECKING:
     from dp_accounting.pld import PLDAccountant

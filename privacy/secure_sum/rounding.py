@@ -1,7 +1,7 @@
 """Noised sums as whole steps of a public grid, in words modulo 2³², and their sum.
 
 A site's noise is ``noise_share``, a part of what the price counts on; the parts of ``honest_sites`` make the whole.
-``common.randomness`` draws it: exactly the law of a rounded sum of a vector and a real Gaussian. The sum of vectors
+``privacy.randomness`` draws it: exactly the law of a rounded sum of a vector and a real Gaussian. The sum of vectors
 that were so rounded is a rounding of the sum of the vectors plus one real Gaussian, up to a total variation that is nil
 on this grid (the theorem of ``docs/concepts/secure-aggregation.md``). So the price of a Gaussian holds for it as it is.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from common.check import positive
 from common.errors import ConfigError, MechanismError, ProtocolError
-from common.randomness import add_private_noise, noise_grid
+from privacy.randomness import add_private_noise, noise_grid
 
 WORD_BITS = 32
 _RANGE = 2**WORD_BITS

@@ -33,7 +33,9 @@ from functools import lru_cache
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from common.accountant import (
+from common.check import at_least, in_range, positive
+from common.errors import BudgetExhausted, ConfigError
+from privacy.accountant import (
     BELOW_FLOOR,
     DEPARTED,
     ERRORS,
@@ -47,10 +49,8 @@ from common.accountant import (
     Detour,
     Method,
 )
-from common.check import at_least, in_range, positive
-from common.errors import BudgetExhausted, ConfigError
-from common.privacy.events import LEAST_NOISE, MOST_NOISE, Event, kind_of, sampled_gaussian
-from common.privacy.figures import epsilon_text
+from privacy.events import LEAST_NOISE, MOST_NOISE, Event, kind_of, sampled_gaussian
+from privacy.figures import epsilon_text
 
 if TYPE_CHECKING:
     from dp_accounting import PrivacyAccountant
@@ -78,7 +78,7 @@ class Release:
     event: Event
     count: int
     purpose: str = TRAINING
-    """One of ``common.accountant.PURPOSES``, for the reader of a report; it does not change the price."""
+    """One of ``privacy.accountant.PURPOSES``, for the reader of a report; it does not change the price."""
 
     def __post_init__(self) -> None:
         self.event.check()

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from common.errors import MechanismError
-from common.privacy.claim import Claim
 from common.tasks.base import OWNER
+from privacy.claim import Claim
 
 if TYPE_CHECKING:
     from common.tasks import Record

@@ -12,7 +12,7 @@ what a federation needs and Opacus leaves open:
 
 Guarantee: with per-record losses, adding or removing one record changes the noiseless sum by at
 most ``clip_norm`` in L2 over all trained tensors together. Where several rows belong to one unit
-(``common.privacy.together``), their gradients are summed first, and that holds for adding or removing the
+(``privacy.together``), their gradients are summed first, and that holds for adding or removing the
 unit with all of them. It needs every record's gradient to be its
 own to the last bit, whoever is beside it: the batches have shapes that follow from each record alone
 (``common.model.shapes``), and a model that mixes records, or keeps something from one pass to the next, is
@@ -42,13 +42,13 @@ from common.errors import MechanismError
 from common.log import place_of
 from common.model.shapes import FixedBatch
 from common.own_gradients import OwnGradients
-from common.privacy.together import Together
-from common.randomness import add_private_noise
-from common.secure_sum.masks import Words
-from common.secure_sum.rounding import rounded, total
+from privacy.randomness import add_private_noise
+from privacy.secure_sum.masks import Words
+from privacy.secure_sum.rounding import rounded, total
+from privacy.together import Together
 
 if TYPE_CHECKING:
-    from common.privacy.plan import PrivacyPlan
+    from privacy.plan import PrivacyPlan
 
 log = logging.getLogger("fedveil.site")
 PASSING = ("activations", "max_batch_len", "_current_grad_sample")
@@ -145,7 +145,7 @@ class PrivateSteps:
     clipping: ClassVar[type[ClipAndNoise]] = ClipAndNoise
     """What clips each record, sums, and noises the sum."""
     words: Words | None = None
-    """See ``common.privacy.steps.Steps``."""
+    """See ``privacy.steps.Steps``."""
     order: tuple[nn.Parameter, ...] = ()
     """The trained parameters in the canonical order of what is sent."""
 

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from common.privacy.claim import Claim
-from common.privacy.mechanism import Mechanism, Pace
-from common.privacy.plan import PrivacyPlan
-from common.privacy.units import RECORD
+from privacy.claim import Claim
+from privacy.mechanism import Mechanism, Pace
+from privacy.plan import PrivacyPlan
+from privacy.units import RECORD
 
 if TYPE_CHECKING:
     from common.config.sections import PrivacyConfig
 
 
 class DPSGD(Mechanism):
-    """The unit is one record; see ``PrivacyPlan`` for what a site does, and ``common.privacy.dpsgd`` for how."""
+    """The unit is one record; see ``PrivacyPlan`` for what a site does, and ``privacy.dpsgd`` for how."""
 
     name: ClassVar[str] = "dp-sgd"
     claim: ClassVar[Claim] = Claim(

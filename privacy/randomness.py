@@ -5,7 +5,7 @@ Two kinds that must never be mixed up:
 * **Named streams** (adapter start, partitions, non-private batch order) follow from the run's
   public seed, so that server and sites can derive the same values.
 * **Private randomness** (Poisson sampling, Gaussian noise) comes from the operating system's
-  entropy (``common.entropy``). No function here takes a seed for it; whoever knows every seed of a run
+  entropy (``privacy.entropy``). No function here takes a seed for it; whoever knows every seed of a run
   learns nothing about it (pitfall 11 in ``docs/concepts/evidence.md``).
 
 Floating-point noise betrays what it is added to by the values that it cannot take (Mironov 2012,
@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from common.check import in_range
-from common.entropy import private_words
+from privacy.entropy import private_words
 
 GRID_BITS = 10
 """A grid step is the noise's standard deviation over 2 to this power, or up to half of that."""
