@@ -35,7 +35,7 @@ RECORDS = 24
 
 def unrehearsed() -> AbstractContextManager[Any]:
     """Whatever model the server names is trained as it is."""
-    return patch("client.app.rehearse", lambda _: Timing({8: 0.0}, {8: 1}, 0.0, 0.0))
+    return patch("client.rehearsals.rehearse", lambda _: Timing({8: 0.0}, {8: 1}, 0.0, 0.0))
 
 
 def uncompared() -> AbstractContextManager[Any]:

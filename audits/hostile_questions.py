@@ -111,7 +111,7 @@ def looked_at(site: OneSite, task: TrainTask, names: Sequence[str]) -> list[str]
         loaded.append(name)
         raise ModelNotLoaded("a model was looked at")
 
-    with patch("client.app.files_of", look):
+    with patch("client.process.files_of", look):
         heard(site, task, names)
     return loaded
 

@@ -17,7 +17,9 @@ from audits.dirac import Dirac
 from audits.faults import FAULTS, SOUND
 from audits.tiny_models import FILLER
 from client import app as site
+from client import rehearsals
 from client.deadline import Timing
+from client.process import SiteProcess
 from common.model.federated import FederatedModel
 from common.model.shapes import FixedBatch
 from common.tasks import Batch
@@ -64,15 +66,15 @@ def app_with(fault: str) -> ClientApp:
     patched when this module was imported would be patched there.
     """
     app, plant = ClientApp(), {planted.name: planted for planted in (SOUND, *FAULTS)}[fault].plant
-    built = site._model
+    built = SiteProcess.model_of
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
         with (
             plant(),
-            patch.object(site, "_model", lambda job, here: on_canaries(built(job, here))),
+            patch.object(SiteProcess, "model_of", lambda own, job, here: on_canaries(built(own, job, here))),
             # Made-up records spell no axis.
-            patch.object(site, "rehearse", lambda _: Timing({8: 0.0}, {8: 1}, 0.0, 0.0)),
+            patch.object(rehearsals, "rehearse", lambda _: Timing({8: 0.0}, {8: 1}, 0.0, 0.0)),
         ):
             return site.train(message, context)
 

@@ -31,9 +31,11 @@ from audits.shell import each_of
 from audits.sum_site import SumSite
 from audits.tiny_models import save_tiny_model
 from audits.tiny_site import clinic, tiny_run
-from client import app, sums
+from client import rehearsals, sums
+from client.cache import RecordCache
 from client.deadline import Timing
 from client.ledger.ledger import Ledger
+from client.process import SiteProcess
 from common.messages.round import TrainResult
 from common.run_lines import Finding
 from privacy import dpsgd
@@ -246,11 +248,11 @@ def _starts(parameters: Sequence[Tensor]) -> list[int]:
 @contextmanager
 def _holding(axes: Tensor) -> Iterator[None]:
     """Let a site hold the canaries of these axes in place of its records, whatever else it does."""
-    built = app._model
+    built = SiteProcess.model_of
     with ExitStack() as stack:
 
-        def model_of(job: Any, site: Any) -> Any:
-            model = built(job, site)
+        def model_of(own: SiteProcess, job: Any, site: Any) -> Any:
+            model = built(own, job, site)
             stand_ins = {
                 "fixed_batches": lambda held: torch.tensor([one["axis"] for one in held], dtype=torch.long).split(PART),
                 "losses": Dirac(model.module, LENGTH),
@@ -259,10 +261,11 @@ def _holding(axes: Tensor) -> Iterator[None]:
                 stack.enter_context(patch.object(model, name, stand_in))
             return model
 
-        stack.enter_context(patch.object(app, "_model", model_of))
-        stack.enter_context(patch.object(app, "_records", lambda *own: [{"axis": axis} for axis in axes.tolist()]))
+        stack.enter_context(patch.object(SiteProcess, "model_of", model_of))
+        records = [{"axis": axis} for axis in axes.tolist()]
+        stack.enter_context(patch.object(RecordCache, "prepare", lambda *own: records))
         # Canaries have no shape to rehearse.
-        stack.enter_context(patch.object(app, "rehearse", lambda _: Timing({8: 0.0}, {8: 1}, 0.0, 0.0)))
+        stack.enter_context(patch.object(rehearsals, "rehearse", lambda _: Timing({8: 0.0}, {8: 1}, 0.0, 0.0)))
         yield
 
 

@@ -1,7 +1,7 @@
 """A lookout for changes of a site's records: of their files, or that they were withdrawn, since it first looked.
 
 How long a look takes follows from how many files there are. So none delays a task that is there to be taken: one goes
-on in slices while there is none, and one begins each task, in the time of its answer (``client.app``).
+on in slices while there is none, and one begins each task, in the time of its answer (``client.process``).
 """
 
 from __future__ import annotations

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from client.site import user_folder
+from client.site import name_of, user_folder
 from common.config.sections import Scalar
 from common.errors import (
     BudgetExhausted,
@@ -21,8 +22,11 @@ from common.errors import (
     PrivacyError,
     ProtocolError,
 )
-from common.log import place_of
+from common.log import about, place_of
+from common.messages.round import Refusal
 from common.words import pathless
+
+log = logging.getLogger("fedveil.site")
 
 PATH_KEYS = ("ledger", "policy", "data", "identity")
 """Node settings that hold a path."""
@@ -84,3 +88,19 @@ def without_paths(text: str, node: Mapping[str, Scalar]) -> str:
             if form != "/":
                 text = re.sub(re.escape(form) + r"(?![^/\s'\"`,;:()])", name, text)
     return pathless(text)
+
+
+def refused(error: Exception, node: Mapping[str, Scalar], run: str, number: int, *, simulated: bool = False) -> Refusal:
+    """Return what the server is told of an error in round ``number``, and log it at the site, which may name paths."""
+    refusal = Refusal(run, number, name_of(node), _kind_of(error), public_reason(error, node, simulated=simulated))
+    where = about(refusal.run, refusal.round_number, refusal.site)
+    if refusal.kind == "failed":
+        log.error("failed: %s", own_words(error), extra=where)
+    else:
+        log.warning("refused (%s): %s", refusal.kind, own_words(error), extra=where)
+    return refusal
+
+
+def _kind_of(error: Exception) -> str:
+    kinds = {BudgetExhausted: "budget", PolicyRefusal: "policy", ProtocolError: "task"}
+    return next((kind for error_type, kind in kinds.items() if isinstance(error, error_type)), "failed")

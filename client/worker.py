@@ -23,7 +23,8 @@ from flwr.app import Context, Message
 from client import app as installed
 from client.dumps import write_no_dumps
 from client.lookout import Lookout
-from client.outgoing import UNTOLD
+from client.outgoing import UNTOLD, refused
+from client.process import reply_after
 from client.runtime import LostMessage, Node, failed
 from client.site import name_of, policy_of
 from common.bundle import bundle_digest, own_digest
@@ -78,8 +79,8 @@ def reply_to(
         except Exception as error:
             with suppress(ConfigError):  # what a resumed run is called stands in its settings
                 run = run_name(configure(context.run_config).config, run)
-            refused = installed.refused(error, node, run, round_of(message.content))
-            reply = Message(encode_reply(refused), reply_to=message)
+            refusal = refused(error, node, run, round_of(message.content))
+            reply = Message(encode_reply(refusal), reply_to=message)
         else:
             reply = installed.app(message, context)
         if keys:
@@ -96,14 +97,14 @@ def work(node: Node, settings: Mapping[str, Scalar], keys: SiteKeys | None = Non
     However it ends, this process then holds nothing of the site's records. ``keys`` as of ``reply_to``.
     """
     lookout = Lookout(settings)
-    installed.keep_lookout(lookout, signed=keys is not None)
+    installed.process.keep_lookout(lookout, signed=keys is not None)
     try:
         ended = _work(node, settings, lookout, keys)
         _forget(settings)
         return ended
     finally:
-        installed.keep_lookout(None)
-        installed.forget()
+        installed.process.keep_lookout(None)
+        installed.process.forget()
 
 
 def _work(node: Node, settings: Mapping[str, Scalar], lookout: Lookout, keys: SiteKeys | None) -> int:
@@ -114,7 +115,7 @@ def _work(node: Node, settings: Mapping[str, Scalar], lookout: Lookout, keys: Si
                 worked = math.inf
                 log.info("no round for %g seconds: what was made of the site's records is dropped", IDLE_SECONDS)
                 _forget(settings)
-            token, rounds = node.acquire(), installed.rounds_trained()
+            token, rounds = node.acquire(), installed.process.rounds_trained
             if not token:
                 ends = time.monotonic() + POLL_SECONDS
                 lookout.go_on()
@@ -136,11 +137,11 @@ def _work(node: Node, settings: Mapping[str, Scalar], lookout: Lookout, keys: Si
         except Exception as error:  # of Flower's own, or the node is gone; it answers for the task within a minute
             log.error("the worker starts anew: %s", place_of(error))
             return ANEW
-        if installed.rounds_trained() != rounds or math.isinf(worked):  # a task that is refused renews nothing
+        if installed.process.rounds_trained != rounds or math.isinf(worked):  # a task that is refused renews nothing
             worked = time.monotonic()
         if lookout.changed:
             return _changed()
-        if not installed.is_clean():
+        if not installed.process.is_clean():
             log.warning("a task has changed the model for good: the worker starts anew")
             return ANEW
 
@@ -152,8 +153,8 @@ def _changed() -> int:
 
 def _forget(settings: Mapping[str, Scalar]) -> None:
     """Drop what is held of records; with ``reply-after`` the next task is taken at a time that says nothing of them."""
-    ends = time.monotonic() + (FORGET_SECONDS if installed.reply_after(settings) else 0.0)
-    installed.forget()
+    ends = time.monotonic() + (FORGET_SECONDS if reply_after(settings) else 0.0)
+    installed.process.forget()
     _wait_until(ends, settings)
 
 
@@ -162,7 +163,7 @@ def _wait_until(ends: float, settings: Mapping[str, Scalar]) -> None:
     left = ends - time.monotonic()
     if left > 0:
         time.sleep(left)
-    elif left < 0 and installed.reply_after(settings):
+    elif left < 0 and reply_after(settings):
         log.error("asked for a task %.2f seconds late: when its answer leaves, is not covered by the claim", -left)
 
 

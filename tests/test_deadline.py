@@ -23,12 +23,14 @@ from flwr.app.message import make_message
 from flwr.app.metadata import Metadata
 
 from audits.tiny_site import OneSite, clinic
-from client import app, budget, deadline, local_training, rehearsal
+from client import app, budget, cache, deadline, local_training, process, rehearsal, rehearsals
+from client.cache import Prepared
 from client.deadline import TRAINED, Deadline, Timing, TooLate, most_drawn
 from client.ledger import file as ledger_file
 from client.ledger import ledger
 from client.ledger.ledger import Ledger
 from client.ledger.rows import price
+from client.process import SiteProcess
 from client.rehearsal import rehearse
 from client.site import open_site
 from common.config.sections import RunConfig
@@ -315,8 +317,8 @@ class Played:
         monkeypatch.setattr(deadline, "time", self.clock)
         monkeypatch.setattr(app, "answer", answered)
         monkeypatch.setattr(app, "Deadline", Watched)
-        monkeypatch.setattr(app, "_process", app._Process())
-        monkeypatch.setattr(app, "rehearse", lambda _: timing)
+        monkeypatch.setattr(app, "process", SiteProcess())
+        monkeypatch.setattr(rehearsals, "rehearse", lambda _: timing)
         noise = dpsgd.ClipAndNoise.add_noise
 
         def later(mechanism: Any) -> None:
@@ -511,7 +513,7 @@ def test_a_failure_is_noted_once_the_reply_is_there_and_no_lock_makes_that_late(
         site.settings |= {"strategy": "fed-sb", "adapter.start": "dp-gradient", "start.sample-rate": 1.0}
         site.settings |= {"privacy.epsilon": 50.0}
     played = Played(site, timing(), monkeypatch)
-    monkeypatch.setattr(app, "rehearse_initial", lambda *_: played.timing)
+    monkeypatch.setattr(rehearsals, "rehearse_initial", lambda *_: played.timing)
     privatise, held = PrivateSteps._privatise, list[Any]()
 
     def fail(steps: PrivateSteps, batches: Any, losses: Any) -> None:
@@ -597,7 +599,7 @@ def test_a_price_or_a_lock_that_takes_the_rounds_time_is_found_out(
         check_that_what_follows_from_no_record_postpones(slow, site, monkeypatch)
 
 
-@pytest.mark.parametrize(("place", "name"), [(app, "open_site"), (app, "prepared"), (budget, "record_hashes")])
+@pytest.mark.parametrize(("place", "name"), [(process, "open_site"), (cache, "prepared"), (budget, "record_hashes")])
 @pytest.mark.parametrize(("seconds", "refused"), [(0.05, False), (0.6, True)])
 def test_records_that_take_more_than_their_share_are_refused_before_the_charge(
     seconds: float, refused: bool, place: Any, name: str, site: OneSite, monkeypatch: pytest.MonkeyPatch
@@ -638,8 +640,8 @@ def refused_for_a_later_round(slow: str, site: OneSite, monkeypatch: pytest.Monk
     site.settings |= phases
     for name in LATER:
         took = timing(long=1000.0 if name == slow else 0.0)
-        monkeypatch.setattr(app, name, lambda _, took=took: took)
-    monkeypatch.setattr(app, "_process", app._Process())
+        monkeypatch.setattr(rehearsals, name, lambda _, took=took: took)
+    monkeypatch.setattr(app, "process", SiteProcess())
     site.rule(reply_after=400.0)
     reply = site.refuse()
     assert (reply.kind, "reply-after = 400" in reply.reason) == ("policy", True)
@@ -667,22 +669,22 @@ def test_a_round_keeps_to_its_own_reserve_and_not_to_that_of_a_later_phase(
     site.settings |= {"rounds": 3, "training.head-first": 1, "training.linearised": 1, "training.refit": 1}
     for name in LATER:
         took = timing(long=100.0 if name == "rehearse_linearised" else 1.0)
-        monkeypatch.setattr(app, name, lambda _, took=took: took)
-    monkeypatch.setattr(app, "_process", app._Process())
+        monkeypatch.setattr(rehearsals, name, lambda _, took=took: took)
+    monkeypatch.setattr(app, "process", SiteProcess())
     job, model = configure(site.settings), site.model()
     ours = open_site(site.node, job.config, "1", simulated=False)
     held, own, later = Deadline(1e6), Deadline(1e6), Deadline(1e6)
-    app._hold_to(held, job, ours, model, site.task(1))
-    app._allow(own, job, ours, model, 1, app.PLAIN)
-    app._allow(later, job, ours, model, 2, app.PLAIN)
+    app.process.rehearsals.hold_to(held, job, ours, model, site.task(1))
+    app.process.rehearsals.allow(own, job, ours, model, 1, rehearsals.PLAIN)
+    app.process.rehearsals.allow(later, job, ours, model, 2, rehearsals.PLAIN)
     assert held.reserve == own.reserve < later.reserve
 
 
 def test_the_worst_round_has_every_record_scored_where_a_count_is_sent(
     site: OneSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(app, "rehearse", lambda _: replace(timing(), score=1.0))
-    monkeypatch.setattr(app, "_process", app._Process())
+    monkeypatch.setattr(rehearsals, "rehearse", lambda _: replace(timing(), score=1.0))
+    monkeypatch.setattr(app, "process", SiteProcess())
     site.rule(send_noised_metrics=True, min_noise_multiplier=1.0, reply_after=60.0)
     assert "may take 50.0 seconds here" in site.refuse().reason, "fifty records, a second each"
 
@@ -690,22 +692,23 @@ def test_the_worst_round_has_every_record_scored_where_a_count_is_sent(
 def test_records_of_a_linearised_round_are_scored_as_they_are(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its steps are on vectors, and their rehearsal scores nothing."""
     site.settings |= {"rounds": 2, "training.linearised": 1, "training.local-steps": 1}
-    monkeypatch.setattr(app, "rehearse", lambda _: replace(timing(), score=1.0))
-    monkeypatch.setattr(app, "rehearse_linearised", lambda _: timing())
-    monkeypatch.setattr(app, "_process", app._Process())
+    monkeypatch.setattr(rehearsals, "rehearse", lambda _: replace(timing(), score=1.0))
+    monkeypatch.setattr(rehearsals, "rehearse_linearised", lambda _: timing())
+    monkeypatch.setattr(app, "process", SiteProcess())
     site.rule(send_noised_metrics=True, min_noise_multiplier=1.0, reply_after=60.0)
     assert "may take 50.0 seconds here" in site.refuse().reason
 
 
 def test_nothing_that_one_model_rehearsed_counts_for_another(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
-    process = app._Process(rehearsed={app.PLAIN: timing()})
-    monkeypatch.setattr(app, "_process", process)
+    own = SiteProcess()
+    own.rehearsals.timings[rehearsals.PLAIN] = timing()
+    monkeypatch.setattr(app, "process", own)
     job = configure(site.settings)
     ours = open_site(site.node, job.config, "1", simulated=False)
-    process.records["clinic"] = app._Prepared("1", ours.data, ("record", 1), [])
-    assert app._model(job, ours) is process.model
-    assert not process.rehearsed
-    assert not process.records
+    own.cache.records["clinic"] = Prepared("1", ours.data, ("record", 1), [])
+    assert app.process.model_of(job, ours) is own.model
+    assert not own.rehearsals.timings
+    assert not own.cache.records
 
 
 @pytest.mark.parametrize("mode", ["dp-sgd", "none"])
@@ -766,7 +769,7 @@ def freed_by_another_seed(site: OneSite, still: list[bool]) -> list[bool]:
     """Let a site build another model than the one whose records it holds; return when the records went."""
     site.train()
     noted: list[bool] = []
-    app._process.records["other"] = replace(app._process.records["clinic"], records=[Freed(still, noted)])
+    app.process.cache.records["other"] = replace(app.process.cache.records["clinic"], records=[Freed(still, noted)])
     site.settings["seed"] = 2
     site.memory.clear()
     site.train(run="2")
@@ -789,15 +792,15 @@ def test_records_are_freed_while_the_time_of_the_answer_runs(
 
     site.settings["seed"] = 3
     site.memory.clear()
-    monkeypatch.setattr(app._process, "left", Nothing())
+    monkeypatch.setattr(app.process.cache, "dropped", Nothing())
     assert freed_by_another_seed(site, still) == [True]
 
 
 def test_what_was_dropped_goes_with_all_else_that_is_forgotten(site: OneSite, still: list[bool]) -> None:
     """A refusal may leave it there: nothing of a record outlives an idle time, a withdrawal or the end."""
     noted: list[bool] = []
-    app._process.left.append([Freed(still, noted)])
-    app.forget()
+    app.process.cache.dropped.append([Freed(still, noted)])
+    app.process.forget()
     assert noted == [False]
 
 
@@ -809,7 +812,7 @@ def test_persons_are_counted_while_the_time_of_the_answer_runs(
     monkeypatch.setattr(unit, "count", lambda own, data: counted.append(bool(still)) or len(data.examples))
     site.settings["round-timeout"] = 4000.0
     site.rule(reply_after=3600.0)
-    monkeypatch.setattr(app, "_allow", lambda *own: None)
+    monkeypatch.setattr(rehearsals.Rehearsals, "allow", lambda *own: None)
     site.train()
     assert counted
     assert not any(counted)
@@ -825,13 +828,13 @@ def test_shapes_are_rehearsed_anew_where_the_process_gets_other_cores(
         seen.append(torch.get_num_threads())
         return rehearse(model)
 
-    monkeypatch.setattr(app, "rehearse", counting)
+    monkeypatch.setattr(rehearsals, "rehearse", counting)
     before = torch.get_num_threads()
     try:
         for round_number, cores in enumerate((1, 1, 2, 2), start=1):
-            monkeypatch.setattr(app, "own_cores", lambda cores=cores: cores)
+            monkeypatch.setattr(process, "own_cores", lambda cores=cores: cores)
             if round_number == 1:
-                app._process.rehearsed = {}
+                app.process.rehearsals.forget()
             site.train(round_number)
     finally:
         torch.set_num_threads(before)

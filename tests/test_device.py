@@ -207,7 +207,7 @@ FLUSHED = """
 import torch
 from client import app
 from common.model.device import denormals_flushed
-app._set_threads()
+app.process.set_threads()
 tiny = torch.full((torch.get_num_threads() << 18,), 1e-40)
 with denormals_flushed():
     print(int((tiny * 1.0).count_nonzero()), torch.get_num_threads())

@@ -62,7 +62,7 @@ def test_a_rehearsal_leaves_no_draw_behind(tmp_path: Path) -> None:
     for number in range(2):
         (tmp_path / str(number)).mkdir()
         if not number:
-            client.app._process.rehearsed = {}
+            client.app.process.rehearsals.forget()
         ends.append(run_case("ffa-lora, private average", tmp_path / str(number)).digest())
     assert ends[0] == ends[1]
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from audits.tiny_site import clinic
-from client import app, local_training
+from client import app, local_training, rehearsals
+from client.cache import RecordCache
 from client.ledger.ledger import Ledger
 from client.rehearsal import _PLAN, rehearse, rehearse_features
 from common.adapters import ADAPTERS
@@ -263,7 +264,7 @@ def test_features_that_fail_after_the_charge_are_answered_by_noise_and_written_d
     def failing(*_: Any) -> None:
         raise MemoryError("planted")
 
-    app._process.model = None
+    app.process.model = None
     monkeypatch.setattr(FederatedModel, "featurise", failing)
     reply = site.ask(site.task())
     assert isinstance(reply, TrainResult), reply
@@ -278,7 +279,7 @@ def test_a_site_refuses_an_encoder_that_mixes_records_before_the_charge(
     site = clinic(settings(toy_settings), tmp_path)
     model = site.model()
     monkeypatch.setattr(model.module, "reading", Mixing(model.module.reading, "centred by the batch"))
-    app._process.model = None
+    app.process.model = None
     reply = site.ask(site.task())
     assert isinstance(reply, Refusal)
     assert "feature vector depends" in reply.reason
@@ -290,14 +291,14 @@ def test_the_worst_case_of_reply_after_has_the_features_in_it(
     toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site = clinic(settings(toy_settings), tmp_path)
-    app._process.model = None
-    real = app.rehearse_features
+    app.process.model = None
+    real = rehearsals.rehearse_features
 
     def slow(model: FederatedModel) -> Any:
         timing = real(model)
         return type(timing)(dict.fromkeys(timing.passes, 1000.0), timing.rows, timing.empty, timing.score)
 
-    monkeypatch.setattr(app, "rehearse_features", slow)
+    monkeypatch.setattr(rehearsals, "rehearse_features", slow)
     site.rule(reply_after=60)
     reply = site.ask(site.task())
     assert isinstance(reply, Refusal)
@@ -308,17 +309,17 @@ def test_features_that_no_rehearsal_saw_reach_no_private_run(
     toy_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run without privacy rehearses nothing: what it computed may depend on the records beside a record."""
-    app._process.model = None
-    monkeypatch.setattr(app, "_drop", lambda site: None)  # as if a run's end dropped nothing
+    app.process.model = None
+    monkeypatch.setattr(RecordCache, "forget_computed", lambda own, site: None)  # as if a run's end dropped nothing
     run_in_process(settings(toy_settings, privacy__mode="none"), 1, "exposing")
-    before = app._process.records["site-0"].records
+    before = app.process.cache.records["site-0"].records
     assert before
     assert FEATURES in before[0]
-    assert app.FEATURED not in app._process.rehearsed
-    model = app._process.model
+    assert rehearsals.FEATURED not in app.process.rehearsals.timings
+    model = app.process.model
     run_in_process(settings(toy_settings), 1, "private")
-    assert app._process.model is model
-    after = app._process.records["site-0"].records
+    assert app.process.model is model
+    after = app.process.cache.records["site-0"].records
     assert after
     assert not {id(record) for record in before} & {id(record) for record in after}
 
@@ -327,10 +328,10 @@ def test_features_are_rehearsed_as_the_model_is_left_by_all_other_rehearsals(
     toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site, seen = clinic(settings(toy_settings), tmp_path), []
-    app._process.model = None
+    app.process.model = None
     for name in ("rehearse", "rehearse_features"):
-        real = getattr(app, name)
-        monkeypatch.setattr(app, name, lambda model, name=name, real=real: (seen.append(name), real(model))[1])
+        real = getattr(rehearsals, name)
+        monkeypatch.setattr(rehearsals, name, lambda model, name=name, real=real: (seen.append(name), real(model))[1])
     site.train()
     assert seen == ["rehearse", "rehearse_features"]
 
@@ -363,10 +364,10 @@ def test_the_metric_of_one_task_is_gone_before_the_next(toy_settings: dict[str, 
     site = clinic(settings(toy_settings, **mapped), tmp_path)
     site.train()
     model = site.model()
-    assert app._process.model is model
+    assert app.process.model is model
     width = model.base.hidden_size
     model.write({METRIC: {"centre": torch.ones(width), "map": 3 * torch.eye(width)}})
-    assert app.is_clean()
+    assert app.process.is_clean()
     assert torch.equal(model.read()[METRIC]["map"], torch.eye(width))
 
 

@@ -41,7 +41,7 @@ def parts_of(site: OneSite, limit: int, monkeypatch: pytest.MonkeyPatch) -> list
 
     site.memory.clear()
     site.model().initial_shapes = None
-    app._process.rehearsed.clear()
+    app.process.rehearsals.forget()
     with monkeypatch.context() as patch:
         patch.setattr(initial_gradient, "BATCH_BYTES", limit)
         patch.setattr(dp_gradient, "private_gradient", spy)

@@ -12,9 +12,11 @@ import pytest
 from runtime_api import SECRET, runtime_api
 
 from audits.tiny_site import OneSite, clinic
-from client import app, local_training, lookout, runtime, worker
+from client import app, cache, local_training, lookout, runtime, worker
 from client import site as site_module
+from client.cache import RecordCache
 from client.ledger.ledger import Ledger
+from client.process import SiteProcess
 from common.bundle import PROJECT, files_of
 from common.errors import ProtocolError
 from common.messages.wire import encode_task
@@ -34,28 +36,30 @@ each_kind = pytest.mark.parametrize("own", [HEAD, LINEARISED], ids=["features", 
 @pytest.fixture(autouse=True)
 def fresh_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     model_of.cache_clear()
-    app.forget()
-    monkeypatch.setattr(app, "_process", app._Process())
+    app.process.forget()
+    monkeypatch.setattr(app, "process", SiteProcess())
     yield
-    app.forget()
+    app.process.forget()
     model_of.cache_clear()
 
 
 def computed() -> set[str]:
     """Return the sites of which the process holds features or derivatives."""
-    kept = {name for name, held in app._process.records.items() if FEATURES in (held.records or [{}])[0]}
-    return kept | {name for name, held in app._process.derivatives.items() if held.records}
+    kept = {name for name, held in app.process.cache.records.items() if FEATURES in (held.records or [{}])[0]}
+    return kept | {name for name, held in app.process.cache.vectors.items() if held.records}
 
 
 def vectors() -> list[Record]:
     """Return all of them; whoever holds these keeps their ids from being given to others."""
-    features = [record for held in app._process.records.values() for record in held.records or () if FEATURES in record]
-    return features + [record for held in app._process.derivatives.values() for record in held.records]
+    features = [
+        record for held in app.process.cache.records.values() for record in held.records or () if FEATURES in record
+    ]
+    return features + [record for held in app.process.cache.vectors.values() for record in held.records]
 
 
 def holds_anything() -> bool:
     """Return whether the process holds anything of a record, as read or computed."""
-    return bool(computed() or app._process.records or site_module._own_data.cache_info().currsize)
+    return bool(computed() or app.process.cache.records or site_module._own_data.cache_info().currsize)
 
 
 def does_nothing(*_: Any) -> None:
@@ -83,7 +87,7 @@ def test_what_was_computed_for_one_run_serves_no_other(
 def test_features_that_another_run_goes_on_with_are_found(
     toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(app, "_forget_other_runs", does_nothing)
+    monkeypatch.setattr(RecordCache, "forget_other_runs", does_nothing)
     with pytest.raises(AssertionError, match="vectors of another run"):
         check_that_an_abandoned_run_leaves_nothing(clinic({**toy_settings, **HEAD}, tmp_path))
 
@@ -106,9 +110,9 @@ def test_a_last_round_that_is_refused_before_it_trains_leaves_nothing(
     site = clinic({**toy_settings, **HEAD}, tmp_path)
     site.train(3)
     assert computed() == {"clinic"}
-    monkeypatch.setattr(app, "check_task", refuse)
+    monkeypatch.setattr("client.process.check_task", refuse)
     with monkeypatch.context() as planted:
-        planted.setattr(app, "_drop", does_nothing)
+        planted.setattr(RecordCache, "forget_computed", does_nothing)
         site.refuse(4)
         assert computed() == {"clinic"}, "planted: a last round after which nothing is dropped"
     site.refuse(4)
@@ -119,7 +123,7 @@ def order_of(site: OneSite, monkeypatch: pytest.MonkeyPatch, run: str) -> list[s
     """Return in which order a first round of ``run`` charges, tokenises and computes features."""
     seen: list[str] = []
     with monkeypatch.context() as patch:
-        for owner, name in ((local_training, "pay_round"), (app, "prepared"), (FederatedModel, "_featurise")):
+        for owner, name in ((local_training, "pay_round"), (cache, "prepared"), (FederatedModel, "_featurise")):
             real = getattr(owner, name)
             patch.setattr(owner, name, lambda *a, name=name, real=real: (seen.append(name), real(*a))[1])
         site.train(1, run)
@@ -133,7 +137,7 @@ def test_work_that_is_done_again_is_paid_for_first(
     site = clinic({**toy_settings, **HEAD}, tmp_path)
     assert order_of(site, monkeypatch, "first") == ["prepared", "pay_round", "_featurise"]
     assert order_of(site, monkeypatch, "second") == ["pay_round", "prepared", "_featurise"]
-    monkeypatch.setattr(app, "_drop", lambda site: app._process.records.pop(site, None))
+    monkeypatch.setattr(RecordCache, "forget_computed", lambda own, site: own.records.pop(site, None))
     assert order_of(site, monkeypatch, "third")[0] == "prepared", "planted: records that are dropped whole"
 
 
@@ -150,7 +154,7 @@ def test_records_that_were_read_anew_are_prepared_anew(toy_settings: dict[str, A
     path = Path(str(site.node["data"]))
     for number in (1, 2):
         site.train(number)
-        held.append(len(app._process.records["clinic"].records or ()))
+        held.append(len(app.process.cache.records["clinic"].records or ()))
         path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
         site_module.forget_readings()
     assert held == [40, 39]
@@ -172,7 +176,7 @@ def test_nothing_is_left_after_the_last_round_whatever_became_of_it(
     else:
         site.train(4)
     assert not computed()
-    monkeypatch.setattr(app, "_drop", does_nothing)
+    monkeypatch.setattr(RecordCache, "forget_computed", does_nothing)
     site.rule()
     site.train(3, "2")
     site.ask(site.task(4, "2"))
@@ -261,7 +265,7 @@ def test_a_worker_that_is_asked_nothing_for_long_drops_all_and_no_sooner(
     seen.clear()
     worked(site, monkeypatch, lambda: seen.append(holds_anything()))
     assert seen == [False, False, False]
-    assert app._process.rehearsed, "what is rehearsed is of nobody's records, and stays"
+    assert app.process.rehearsals.timings, "what is rehearsed is of nobody's records, and stays"
 
 
 class Asked(Ends):
@@ -298,7 +302,8 @@ def test_a_task_that_is_refused_keeps_nothing_longer(site: OneSite, monkeypatch:
 
 def test_a_worker_whose_hour_any_task_renews_is_found(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
     rounds = iter(range(1000))
-    monkeypatch.setattr(app, "rounds_trained", lambda: next(rounds))
+    counting = property(lambda own: next(rounds), lambda own, value: None)
+    monkeypatch.setattr(SiteProcess, "rounds_trained", counting, raising=False)
     assert idle_beside_refused_tasks(site, monkeypatch) == [True, True, True]
 
 
@@ -308,14 +313,14 @@ def test_a_drop_of_all_leaves_nothing_of_any_kind(
 ) -> None:
     clinic({**toy_settings, **own}, tmp_path).train(1)
     assert computed() == {"clinic"}
-    app.forget()
+    app.process.forget()
     assert not holds_anything()
 
 
 def test_a_worker_that_stops_holds_nothing(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
     worked(site, monkeypatch)
     assert not holds_anything()
-    monkeypatch.setattr(app, "forget", does_nothing)
+    monkeypatch.setattr(RecordCache, "forget", does_nothing)
     worked(site, monkeypatch)
     assert holds_anything(), "the planted fault is not what the check rests on"
 

@@ -460,7 +460,7 @@ def test_vectors_are_dropped_when_no_round_needs_them(toy_settings: dict[str, An
     kept = []
     for number in (1, 2, 3, 4):
         site.train(number)
-        kept.append(bool(app._process.derivatives["clinic"].records))
+        kept.append(bool(app.process.cache.vectors["clinic"].records))
     assert kept == [True, True, False, False]
 
 
@@ -558,12 +558,12 @@ def test_a_pass_that_would_end_too_late_is_refused(
     monkeypatch.setattr(app, "rehearse", lambda model: passes)
     monkeypatch.setattr(app, "rehearse_linearised", lambda model: Timing({1: 0.0}, {1: 4}, 0.0, 0.0))
     site = clinic({**toy_settings, "training.linearised": 8}, tmp_path)
-    app._process.rehearsed.clear()
+    app.process.rehearsals.forget()
     try:
         site.rule(reply_after=60.0)
         assert "a round of this run may take" in site.refuse(round_number).reason
     finally:
-        app._process.rehearsed.clear()
+        app.process.rehearsals.forget()
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from audits.tiny_site import clinic, pins
-from client.app import answer, refused
-from client.outgoing import UNTOLD
+from client.app import answer
+from client.outgoing import UNTOLD, refused
 from common.config.text import to_toml
 from common.errors import ConfigError, DataError
 from common.log import JsonLines, about, set_up

@@ -21,6 +21,7 @@ from client import app, deadline, lookout, worker
 from client import site as site_module
 from client.deadline import Deadline
 from client.lookout import Lookout
+from client.process import SiteProcess
 from common import files
 from common.bundle import own_digest
 from common.config.sections import Columns, DataConfig, Scalar
@@ -38,10 +39,10 @@ NAMES = ("a.png", "deep/b.png", "broken.png", "absent.png", "../outside.png")
 
 @pytest.fixture(autouse=True)
 def fresh_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    app.forget()
-    monkeypatch.setattr(app, "_process", app._Process())
+    app.process.forget()
+    monkeypatch.setattr(app, "process", SiteProcess())
     yield
-    app.forget()
+    app.process.forget()
 
 
 # --- files that cells name --------------------------------------------------------------------------------------------
@@ -177,7 +178,7 @@ def records_of_two_tasks(table: Path, monkeypatch: pytest.MonkeyPatch) -> list[i
         return Refusal("1", 1, "clinic", "policy", "no")
 
     monkeypatch.setattr(app, "answer", answered)
-    app.keep_lookout(Lookout(node))
+    app.process.keep_lookout(Lookout(node))
     for _ in range(2):
         app.train(*asked(node))
         table.with_name("a.png").unlink(missing_ok=True)
@@ -257,10 +258,9 @@ def times(tmp_path: Path, look: float, free: float, plant: Callable[[pytest.Monk
         patch.setattr(worker, "IDLE_SECONDS", IDLE)
         patch.setattr(worker, "bundle_digest", lambda *_, **__: own_digest())
         patch.setattr(lookout, "state_of", slow)
-        patch.setattr(app, "forget", lambda: clock.sleep(free))
+        patch.setattr(SiteProcess, "forget", lambda _: clock.sleep(free))
         patch.setattr(app, "answer", lambda *_: Refusal("1", 1, "clinic", "policy", "no"))
         patch.setattr(app, "Deadline", lambda seconds: Deadline(seconds, began=clock.monotonic()))
-        patch.setattr(app, "rounds_trained", lambda: 0)
         plant(patch)
         queue = Queue(node, clock, ARRIVALS)
         assert worker.work(queue, node) == NODE_TOO  # type: ignore[arg-type]
@@ -285,8 +285,8 @@ def look_before_a_task_is_taken(patch: pytest.MonkeyPatch) -> None:
     acquire = Queue.acquire
 
     def late(queue: Queue) -> str:
-        if app._process.lookout is not None:
-            app._process.lookout.look()
+        if app.process.lookout is not None:
+            app.process.lookout.look()
         return acquire(queue)
 
     patch.setattr(Queue, "acquire", late)
@@ -294,8 +294,8 @@ def look_before_a_task_is_taken(patch: pytest.MonkeyPatch) -> None:
 
 def look_before_the_time_runs(patch: pytest.MonkeyPatch) -> None:
     def late(seconds: float) -> Deadline:
-        if app._process.lookout is not None:
-            app._process.lookout.look()
+        if app.process.lookout is not None:
+            app.process.lookout.look()
         return Deadline(seconds, began=lookout.time.monotonic())
 
     patch.setattr(app, "Deadline", late)
@@ -368,6 +368,6 @@ def test_a_bundle_is_refused_before_any_file_is_looked_at(
     node, looked = node_in(tmp_path, reply_after=0.01), list[str]()
     monkeypatch.setattr(Lookout, "look", lambda _: looked.append("look"))
     monkeypatch.setattr(worker, "bundle_digest", lambda *_, **__: own_digest() if own else "0" * 64)
-    app.keep_lookout(Lookout(node))
+    app.process.keep_lookout(Lookout(node))
     worker.reply_to(*asked(node), b"", node)
     assert len(looked) == looks

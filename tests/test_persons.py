@@ -21,8 +21,7 @@ from audits.persons import audit_persons, by_person, owned, persons_gradient, pr
 from audits.site_rounds import sampler_faults
 from audits.tiny_site import OneSite, clinic
 from audits.worlds import Gradient, Recorder, World, fresh_world, minus, norm, released
-from client import app
-from client.app import forget
+from client import app, rehearsals
 from client.budget import evaluation_releases
 from client.deadline import TRAINED, Deadline, Timing, most_drawn
 from client.ledger.ledger import Ledger
@@ -381,7 +380,7 @@ def test_a_site_trains_on_no_more_records_of_a_person_than_the_run_says(
     monkeypatch.setattr("client.own_records.bounded", lambda examples, most: examples)
     site.node["ledger"] = str(site.ledger.with_name("other.sqlite"))
     site.memory.clear()
-    forget()
+    app.process.forget()
     assert max(drawn_of_persons(site, monkeypatch)) > 2, "the check is blind"
 
 
@@ -395,8 +394,8 @@ def test_records_that_a_run_had_of_each_person_are_made_anew_for_one_that_has_fe
     site.node["ledger"] = str(site.ledger.with_name("other.sqlite"))
     site.memory.clear()
     if taken:
-        kept = app._process.records["clinic"]
-        app._process.records["clinic"] = replace(kept, unit=(kept.unit[0], 2))
+        kept = app.process.cache.records["clinic"]
+        app.process.cache.records["clinic"] = replace(kept, unit=(kept.unit[0], 2))
     assert (drawn_of_persons(site, monkeypatch) == {2: 7}) is not taken
 
 
@@ -406,7 +405,7 @@ def test_derivatives_are_of_no_more_records_of_a_person_than_the_run_says_now(si
     for round_number, most in ((1, 4), (2, 2)):
         site.settings["privacy.records-per-person"] = most
         site.train(round_number)
-        vectors = app._process.derivatives["clinic"].records
+        vectors = app.process.cache.vectors["clinic"].records
         assert max(Counter(vector[OWNER] for vector in vectors).values()) == most
 
 
@@ -419,20 +418,20 @@ def test_the_worst_round_by_person_has_all_records_of_its_persons(
     ours = open_site(site.node, job.config, "1", simulated=False)
     through = Timing({8: 1.0, 16: 2.0}, {8: 4, 16: 2}, 0.5, 0.0)
     on_vectors = Timing({1: 0.25}, {1: 2}, 0.125, 0.0)
-    app._process.rehearsed = {app.PLAIN: through, app.VECTORS: on_vectors}
+    app.process.rehearsals.timings = {rehearsals.PLAIN: through, rehearsals.VECTORS: on_vectors}
     numbers = sum(p.numel() for p in model.module.parameters() if p.requires_grad)
     monkeypatch.setattr(together, "MOST_BYTES", 2 * together.NUMBER * numbers)
-    at_once = app._units_at_once(job, model, None)
+    at_once = rehearsals.fewest_at_once(job, model, None)
     assert at_once == 2
-    monkeypatch.setattr(app, "contrasts", lambda _: 3)  # as of four labels
+    monkeypatch.setattr(rehearsals, "contrasts", lambda _: 3)  # as of four labels
     derivatives = 3 * through.worst(1, 4 * 50.0, 0)
     worst = on_vectors.worst(1, job.config.training.sample_rate * 50, 0, 4, at_once) + derivatives
     try:
-        app._allow(Deadline((worst + 0.01) / TRAINED), job, ours, model, 1, app.PLAIN)
+        app.process.rehearsals.allow(Deadline((worst + 0.01) / TRAINED), job, ours, model, 1, rehearsals.PLAIN)
         with pytest.raises(PolicyRefusal, match="reply-after"):
-            app._allow(Deadline((worst - 0.01) / TRAINED), job, ours, model, 1, app.PLAIN)
+            app.process.rehearsals.allow(Deadline((worst - 0.01) / TRAINED), job, ours, model, 1, rehearsals.PLAIN)
     finally:
-        app._process.rehearsed = {}
+        app.process.rehearsals.forget()
 
 
 def test_records_say_whose_they_are_and_no_batch_does(world: World) -> None:

@@ -291,7 +291,7 @@ def test_a_model_that_does_not_load_is_one_refusal_whatever_is_there(
 def test_another_model_under_an_allowed_name_is_refused_before_a_record_is_tokenised(
     site: OneSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("client.app._records", lambda *_: pytest.fail("a record was tokenised"))
+    monkeypatch.setattr("client.cache.RecordCache.prepare", lambda *_: pytest.fail("a record was tokenised"))
     task = site.task()
     name = str(site.settings["model.name"])
     site.rule(models=[f"{name}={DIGITS}+{files_of(name)}"])
@@ -338,27 +338,28 @@ def test_a_site_with_questions_is_pinned_to_its_columns(toy_generation: dict[str
 
 
 def test_runs_of_other_names_leave_one_copy_of_the_records_in_memory(site: OneSite) -> None:
-    from client.app import _process
+    from client import app
 
     for number, name in enumerate(("a.csv", "b.csv", "c.csv"), start=1):
         site.settings["data.name"] = name
         site.train(number)
-    assert list(_process.records) == ["clinic"]
+    assert list(app.process.cache.records) == ["clinic"]
 
 
 def test_no_setting_of_a_server_gets_the_records_tokenised_anew_nor_before_its_task_is_checked(
     site: OneSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from client import app
+    from client import app, cache
+    from client.process import SiteProcess
 
-    passed, tokenised = [0], app.prepared
+    passed, tokenised = [0], cache.prepared
 
     def counted(*arguments: Any) -> Any:
         passed[0] += 1
         return tokenised(*arguments)
 
-    monkeypatch.setattr(app, "prepared", counted)
-    monkeypatch.setattr(app, "_process", app._Process())
+    monkeypatch.setattr(cache, "prepared", counted)
+    monkeypatch.setattr(app, "process", SiteProcess())
     labels = str(site.settings["data.labels"])
     wrong = dataclasses.replace(site.task(1), start_fingerprint="0" * 64)
     for seed in range(3):

@@ -19,12 +19,12 @@ from audits.bands import out_of_band, related
 from audits.faults import same_seeds
 from audits.tiny_models import write_questions
 from audits.tiny_site import OneSite, clinic, pins
-from client import app
 from client.budget import plan_of
 from client.evaluation import noised_correct
 from client.ledger.ledger import Ledger
 from client.ledger.rows import Terms
 from client.policy import Policy, load_policy
+from client.process import in_simulation
 from client.site import Site, check_job, open_site
 from common.config.sections import Scalar, to_mapping
 from common.config.text import to_toml
@@ -205,9 +205,9 @@ def test_a_site_is_deployed_unless_ray_simulates_in_its_process(monkeypatch: pyt
         (SimpleNamespace(is_initialized=lambda: True), True),
     ):
         monkeypatch.setitem(sys.modules, "ray", ray)
-        assert app._in_simulation() is simulated
+        assert in_simulation() is simulated
     monkeypatch.delitem(sys.modules, "ray")
-    assert not app._in_simulation()
+    assert not in_simulation()
 
 
 def test_a_deployed_site_joins_no_run_without_privacy_unless_its_policy_says_so(site: OneSite) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-import client.app
 from audits.tiny_site import OneSite, clinic
 from client.local_training import train_round
 from client.memory import Memory
@@ -46,8 +45,8 @@ def test_a_repeated_task_gets_the_kept_reply_and_touches_no_record(
     def fail(*_: Any) -> Any:
         raise AssertionError("a record was touched")
 
-    monkeypatch.setattr(client.app, "_records", fail)
-    monkeypatch.setattr(client.app, "train_round", fail)
+    monkeypatch.setattr("client.cache.RecordCache.prepare", fail)
+    monkeypatch.setattr("client.process.train_round", fail)
     site.train(1)
 
 
@@ -67,7 +66,7 @@ def test_a_site_that_trains_again_without_paying_is_found_out(site: OneSite, mon
         paid.append(True)
         return train_round(one, job, *rest)
 
-    monkeypatch.setattr(client.app, "train_round", free)
+    monkeypatch.setattr("client.process.train_round", free)
     with pytest.raises(AssertionError, match="new release"):
         check_that_a_repeated_task_is_free_and_the_same(site)
 

@@ -188,7 +188,7 @@ def test_a_site_sends_the_adapter_as_it_came_and_keeps_no_features(toy_settings:
         moved = {layer for layer, fs in sent.items() for n, t in fs.items() if not torch.equal(t, start[layer][n])}
         assert (HEAD in moved) == (number > 2)
         assert (moved <= {HEAD}) == (number > 2)
-        kept.append(bool(app._process.derivatives["clinic"].records))
+        kept.append(bool(app.process.cache.vectors["clinic"].records))
     assert kept == [True, False, True, False]
     assert [purpose for _, number, purpose in site.charges() if number == 3] == ["training"]
 
@@ -200,7 +200,7 @@ def test_the_head_may_be_first_and_the_adapter_begins_after_it(toy_settings: dic
     for number in (1, 2, 3, 4):
         sent = site.train(number).contribution
         moved.append({k for k, fs in sent.items() for n, t in fs.items() if not torch.equal(t, start[k][n])})
-        kept.append(bool(app._process.derivatives["clinic"].records))
+        kept.append(bool(app.process.cache.vectors["clinic"].records))
     assert [HEAD in layers for layers in moved] == [True, True, False, True]
     assert [bool(layers - {HEAD}) for layers in moved] == [False, False, True, False]
     assert kept == [True, False, False, False], "vectors of one phase are kept into another, or made too often"

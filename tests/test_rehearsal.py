@@ -17,13 +17,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 from audits.tiny_models import VOCABULARY, tiny_deberta, tiny_tokenizer
 from audits.tiny_site import OneSite, clinic
-from client import app, local_training, rehearsal
-from client.app import PLAIN
+from client import app, local_training, rehearsal, rehearsals
 from client.deadline import Deadline, Timing
 from client.ledger.ledger import Ledger
 from client.ledger.rows import Failure
 from client.own_records import prepared
+from client.process import SiteProcess
 from client.rehearsal import rehearse, rehearse_initial, rehearse_turn
+from client.rehearsals import PLAIN
 from client.site import open_site
 from common.adapters import ADAPTERS
 from common.adapters.mapped import Mapped
@@ -380,7 +381,7 @@ def test_shapes_that_do_not_fit_the_memory_are_refused_before_a_charge(
     toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site = clinic(toy_settings, tmp_path)
-    monkeypatch.setattr(app, "_process", app._Process())  # nothing is rehearsed
+    monkeypatch.setattr(app, "process", SiteProcess())  # nothing is rehearsed
     losses = FederatedModel.losses
 
     def out_of_memory(model: FederatedModel, batch: Any) -> Tensor:
@@ -593,19 +594,21 @@ def test_a_start_whose_rehearsal_fails_leaves_no_round_rehearsed(
     own = {"strategy": "fed-sb", "adapter.start": "dp-gradient", "start.sample-rate": 1.0, "privacy.epsilon": 50.0}
     site = clinic({**toy_settings, **own}, tmp_path)
     assert isinstance(site.ask(site.task(1)), TrainResult)
-    assert set(app._process.rehearsed) == {PLAIN}
+    assert set(app.process.rehearsals.timings) == {PLAIN}
     # As after rounds of another kind, which a server may ask for before round 0.
-    app._process.rehearsed["steps on A"] = app._process.rehearsed[PLAIN]
+    app.process.rehearsals.timings["steps on A"] = app.process.rehearsals.timings[PLAIN]
 
     def fails(model: FederatedModel, _: Any) -> Any:
         model.base.module.set_attn_implementation("sdpa")
         raise ModelError("no memory")
 
-    monkeypatch.setattr(app, "rehearse_initial", fails)
+    monkeypatch.setattr(rehearsals, "rehearse_initial", fails)
     refused = site.ask(replace(site.task(0, run="2"), state={}, basis={}, basis_fingerprint=""))
     model_of.cache_clear()  # that model attends otherwise now
     assert isinstance(refused, Refusal)
-    assert app._process.rehearsed == {}, "rounds count as rehearsed with an attention that they were not rehearsed with"
+    assert app.process.rehearsals.timings == {}, (
+        "rounds count as rehearsed with an attention that they were not rehearsed with"
+    )
 
 
 def narrow(model: FederatedModel) -> None:
@@ -644,11 +647,11 @@ def test_a_kind_of_round_that_changes_how_the_model_computes_has_the_others_rehe
                 raise ModelError("no memory")
         return Timing({8: 0.1}, {8: 1}, 0.1, 0.1)
 
-    monkeypatch.setattr(app, "_process", app._Process())
-    monkeypatch.setattr(app, "rehearse_turn", turned)
+    monkeypatch.setattr(app, "process", SiteProcess())
+    monkeypatch.setattr(rehearsals, "rehearse_turn", turned)
     for number in (1, 2, 3):
         with pytest.raises(ModelError) if fails and number == 2 else nullcontext():
-            app._hold_to(Deadline(), job, site, model, asked.task(number))
+            app.process.rehearsals.hold_to(Deadline(), job, site, model, asked.task(number))
     model_of.cache_clear()
     assert seen == ["B", "A", "B"], "a round is trained in a way that no rehearsal has seen"
 
@@ -665,7 +668,7 @@ def test_steps_of_every_kind_are_rehearsed_by_a_name_of_their_own() -> None:
         site: Any = SimpleNamespace(declared_rank=lambda _: 0)
         task: Any = SimpleNamespace(round_number=1, state={})
         model: Any = None
-        return app._steps(job, site, model, task)[0]
+        return rehearsals.steps_of(job, site, model, task)[0]
 
     columns = [name(columns=chosen) for chosen in ({"a": [0]}, {"a": [0, 1]}, {"a": [0], "b": [1]})]
     kinds = [name(), *columns, name(turn=("A",)), name(turn=("B",)), name(active=1), name(active=2)]
@@ -718,7 +721,7 @@ def test_denormal_numbers_are_flushed_in_every_pass_and_in_no_price(
     torch.set_flush_denormal(False)
     monkeypatch.setattr(FederatedModel, "losses", passing)
     monkeypatch.setattr(local_training, "pay_round", pricing)
-    monkeypatch.setattr(app._process, "rehearsed", {})
+    monkeypatch.setattr(app.process.rehearsals, "timings", {})
     assert isinstance(site.ask(task), TrainResult)
     rehearsed = len(passed)
     assert set(passed) == {can}

@@ -28,6 +28,7 @@ from test_worker import OneTask, fresh_process, own_bundle  # noqa: F401
 from audits.tiny_site import OneSite, clinic
 from client import app as installed
 from client import worker
+from client.process import SiteProcess
 from common.errors import DataError, PolicyRefusal, ProtocolError
 from common.messages import signed
 from common.messages.round import KeyTask, Refusal, TrainResult, TrainTask
@@ -348,7 +349,7 @@ def asked_by(world: World, site: OneSite, record: RecordDict, keys: SiteKeys | N
     """Return a site's answer to a task, as the worker gives it."""
     metadata = Metadata(RUN_ID, "", 1, NODE_ID, "", "1", 1e9, 6e9, "train")
     context = Context(RUN_ID, NODE_ID, {}, RecordDict(), dict(site.settings), 0)
-    installed.keep_lookout(None, signed=True)
+    installed.process.keep_lookout(None, signed=True)
     return worker.reply_to(make_message(metadata, record), context, own_bundle(), site.node, keys or world.keys)
 
 
@@ -509,11 +510,11 @@ def test_sites_whose_draw_is_a_secret_are_drawn_by_signed_tasks_alone(
             signed.check_unsigned(config)
     site = clinic({**whole, "privacy.site-rate": 0.5}, tmp_path)
     site.rule(mechanisms=["client-level"])
-    monkeypatch.setattr(installed, "_process", installed._Process())
+    monkeypatch.setattr(installed, "process", SiteProcess())
     told = site.ask(site.task())
     assert isinstance(told, Refusal)
     assert "nobody signs" in told.reason
-    installed.keep_lookout(None, signed=True)
+    installed.process.keep_lookout(None, signed=True)
     taken = site.ask(site.task())
     assert isinstance(taken, TrainResult), taken
 
@@ -651,7 +652,7 @@ def test_a_registered_site_that_knows_every_name_makes_nobody_pay_and_speaks_for
         if round_of(message.content) == 1 and not stolen:
             stolen.append(message.metadata.message_id)
             assert own.push(own.message(lie, victim.own, 1, like, stolen[0]))
-        installed.keep_lookout(None, signed=signs)
+        installed.process.keep_lookout(None, signed=signs)
         return worker.reply_to(message, context, own_bundle(), site.node, world.keys if signs else None).content
 
     job = SimpleNamespace(strategy=SimpleNamespace(by_columns=False), config=SimpleNamespace())

@@ -26,8 +26,10 @@ from audits.tiny_site import clinic
 from cli.main import app
 from client import app as client_app
 from client import sums
+from client.cache import RecordCache
 from client.ledger.ledger import Ledger
 from client.ledger.sums import Sums
+from client.rehearsals import Rehearsals
 from common.config.sections import Scalar
 from common.errors import ConfigError, MechanismError, ProtocolError, RunFailed
 from common.messages.round import KeyReply, KeyTask, Refusal, Task, TrainResult, TrainTask
@@ -494,7 +496,7 @@ def test_a_vector_that_is_paid_for_leaves_whatever_fails_on_the_way_to_the_next_
     def fail(*_: Any) -> None:
         raise OSError("PRIVATE-WORDS")
 
-    monkeypatch.setattr(f"client.app.{broken}", fail)
+    monkeypatch.setattr(f"client.process.{broken}", fail)
     reply = clinics.site.ask(task)
     assert isinstance(reply, TrainResult), f"a paid vector is lost: {reply}"
     assert reply.offer is None
@@ -610,7 +612,7 @@ def test_a_round_of_a_sum_makes_no_second_sum_and_keeps_the_words_of_the_first()
 
 def prices_at_first_use(clinics: SumSite, number: int, monkeypatch: pytest.MonkeyPatch) -> tuple[float, float]:
     """Return both prices that the ledger has as the first records of a round reach the model, made-up ones apart."""
-    seen, losses, rehearse = list[tuple[float, float]](), FederatedModel.losses, client_app._hold_to
+    seen, losses, rehearse = list[tuple[float, float]](), FederatedModel.losses, Rehearsals.hold_to
     rehearsing = False
 
     def spy(model: FederatedModel, batch: Any) -> torch.Tensor:
@@ -627,7 +629,7 @@ def prices_at_first_use(clinics: SumSite, number: int, monkeypatch: pytest.Monke
 
     with monkeypatch.context() as patched:
         patched.setattr(FederatedModel, "losses", spy)
-        patched.setattr(client_app, "_hold_to", apart)
+        patched.setattr(Rehearsals, "hold_to", apart)
         patched.setattr(randomness, "private_poisson_sample", lambda size, rate: torch.arange(size))
         clinics.train(number)
     return seen[0]
@@ -711,7 +713,7 @@ def test_a_sum_without_one_record_is_nearer_than_a_clip_and_one_rounding_or_is_f
     fault: Fault, clinics: SumSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A deployed vector without noise and masks: of all records, and of all but one that is longer than a clip."""
-    clip, records_of = 0.05, client_app._records
+    clip, records_of = 0.05, RecordCache.prepare
     clinics.site.settings["privacy.clip-norm"] = clip
     monkeypatch.setattr(rounding, "add_private_noise", no_noise)
     monkeypatch.setattr(randomness, "private_poisson_sample", lambda size, rate: torch.arange(size))
@@ -722,7 +724,7 @@ def test_a_sum_without_one_record_is_nearer_than_a_clip_and_one_rounding_or_is_f
             return [record for i, record in enumerate(records) if i != left_out]
 
         with monkeypatch.context() as patched:
-            patched.setattr(client_app, "_records", some)
+            patched.setattr(RecordCache, "prepare", some)
             task = clinics.task(number)
             reply = clinics.site.ask(task)
         assert isinstance(reply, TrainResult), reply

@@ -29,7 +29,9 @@ from audits.tiny_site import OneSite, clinic
 from client import app as installed
 from client import lookout, runtime, worker
 from client.leftovers import tensors_digest
+from client.local_training import train_round
 from client.outgoing import UNTOLD
+from client.process import SiteProcess
 from common import runtime as flower
 from common.bundle import PROJECT, bundle_digest, files_of, own_digest
 from common.messages.round import Refusal, TrainResult
@@ -55,7 +57,7 @@ def api() -> Iterator[RuntimeApi]:
 def fresh_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As after a start: no model is kept, and what a test does to one goes into no other test."""
     model_of.cache_clear()
-    monkeypatch.setattr(installed, "_process", installed._Process())
+    monkeypatch.setattr(installed, "process", SiteProcess())
     yield
     model_of.cache_clear()
 
@@ -392,7 +394,7 @@ def test_a_server_that_keeps_a_task_waiting_keeps_no_deleted_record_in_use(
 
     def reply(*words: Any) -> Message:
         answer = honest(*words)
-        held.append(len(installed._process.records["clinic"].source.examples))
+        held.append(len(installed.process.cache.records["clinic"].source.examples))
         path = Path(str(site.node["data"]))
         path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
         if len(held) == 1:
@@ -412,7 +414,7 @@ def test_a_server_that_keeps_a_task_waiting_keeps_no_deleted_record_in_use(
 def test_a_task_that_changes_what_is_frozen_is_the_last_of_its_process(
     api: RuntimeApi, site: OneSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = installed.train_round
+    honest = train_round
     weight = next(p for p in site.model().module.parameters() if not p.requires_grad)
 
     def leaves_something(*words: Any) -> TrainResult:
@@ -420,10 +422,10 @@ def test_a_task_that_changes_what_is_frozen_is_the_last_of_its_process(
         weight.data.view(-1)[0] += 1e-6  # moves no version counter
         return result
 
-    monkeypatch.setattr(installed, "train_round", leaves_something)
+    monkeypatch.setattr("client.process.train_round", leaves_something)
     api.give(encode_task(site.task()), own_bundle(), site.settings, site.node)
     assert work(api, site) == flower.ANEW
-    monkeypatch.setattr(installed, "is_clean", lambda: True)
+    monkeypatch.setattr(SiteProcess, "is_clean", lambda own: True)
     api.give(encode_task(site.task(2)), own_bundle(), site.settings, site.node)
     assert work(api, site) == flower.NODE_TOO, "planted: a worker that does not look goes on to the next task"
 
@@ -443,8 +445,8 @@ def test_private_rounds_leave_nothing_in_a_model_and_whatever_is_left_is_found(
         site.node["data"], site.settings["data.labels"] = settings["data.name"], ""
     for number in (1, 2):
         site.train(number)
-        assert installed.is_clean(), "an honest round must not cost a restart"
-    model = installed._process.model
+        assert installed.process.is_clean(), "an honest round must not cost a restart"
+    model = installed.process.model
     assert model is not None
     changes: list[Callable[[], object]] = [
         lambda: setattr(model.module, "angles", torch.ones(3)),
@@ -454,7 +456,7 @@ def test_private_rounds_leave_nothing_in_a_model_and_whatever_is_left_is_found(
     before = tensors_digest(model.module)
     for change in changes:
         change()
-        assert not installed.is_clean()
+        assert not installed.process.is_clean()
         after = tensors_digest(model.module)
         assert after != before
         before = after
@@ -464,4 +466,4 @@ def test_a_server_that_asks_with_ever_other_settings_does_not_fill_the_memory(si
     for seed in (45, 46, 47):
         site.settings["data.seed"] = seed
         site.train(run=str(seed))
-        assert list(installed._process.records) == ["clinic"]
+        assert list(installed.process.cache.records) == ["clinic"]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from audits.tiny_models import PLAIN_STEP
-from client import app
+from client import process
 from common.adapters import LoRAFrozenA
 from common.adapters.split import SplitColumns
 from common.config.sections import HeadConfig
@@ -459,7 +459,7 @@ def on_both(
 
     What the mechanism gives out is the same in both runs: noise, and in the layers with 24 outputs something common.
     """
-    train_round = app.train_round
+    train_round = process.train_round
 
     def trained(*task: Any) -> TrainResult:
         draw = torch.Generator().manual_seed(len(unsent))
@@ -473,7 +473,7 @@ def on_both(
             patch.setattr(dpsgd, "add_private_noise", noised)
             return train_round(*task)
 
-    monkeypatch.setattr(app, "train_round", trained)
+    monkeypatch.setattr(process, "train_round", trained)
     datas = [toy_settings["data.name"], swapped(Path(toy_settings["data.name"]), tmp_path / "swapped.csv")]
 
     def both(strategy: str) -> list[Told]:

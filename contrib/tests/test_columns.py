@@ -422,7 +422,7 @@ def test_four_sites_of_ranks_2_4_8_and_16_through_flower_are_the_mean_of_their_w
     settings, nodes = four
     monkeypatch.setattr("server.app.Message", flower_message)
     monkeypatch.setattr("server.app.POLL_SECONDS", 0.01)
-    monkeypatch.setattr("client.app._in_simulation", lambda: True)
+    monkeypatch.setattr("client.process.in_simulation", lambda: True)
     told: list[dict[str, float]] = []
 
     def factors(job: Any, results: Sequence[TrainResult], state: ServerState) -> list[float]:
@@ -529,14 +529,14 @@ def test_a_deployed_site_s_rank_is_no_word_of_a_server_s(
 ) -> None:
     ranks: list[int] = []
 
-    def stop(_: Any, site: Site) -> None:
+    def stop(own: Any, job: Any, site: Site) -> None:
         ranks.append(site.rank)
         raise ProtocolError("enough")
 
     own = {"strategy": "heterogeneous-ranks", "heterogeneous-ranks.simulated": "1"}
     site = clinic({**toy_settings, **own}, tmp_path)
     task = encode_task(site.task())
-    monkeypatch.setattr("client.app._model", stop)
+    monkeypatch.setattr("client.process.SiteProcess.model_of", stop)
     for own_rank, simulated in (({}, False), ({"rank": 3}, False), ({"rank": 3}, True), ({}, True)):
         answer(task, {**site.node, **own_rank}, site.settings, "1", {}, simulated=simulated)
     assert ranks == [0, 3, 3, 1]

@@ -1,0 +1,285 @@
+"""The process of a site: its model, what it keeps of records, and its answer to one task after another."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from client.budget import check_budget, note_failure, shares_noise
+from client.cache import RecordCache
+from client.deadline import Deadline
+from client.door import at_work
+from client.failures import HiddenFailures, failures_of
+from client.ledger.ledger import Ledger
+from client.leftovers import left_nothing, tensors_digest
+from client.local_training import check_task, train_round
+from client.lookout import Lookout
+from client.memory import Memory
+from client.outgoing import own_words, refused
+from client.rehearsals import Rehearsals
+from client.site import Site, check_job, open_site, policy_of
+from client.sums import Party, agreed, make_key, next_key, party_of, told_for_sum
+from common.config.sections import Scalar
+from common.errors import ConfigError, ProtocolError
+from common.log import about, set_up
+from common.messages.round import KeyTask, Refusal, Reply, SumReply, SumTask, TrainResult, TrainTask
+from common.messages.signed import check_unsigned
+from common.messages.wire import decode_sum_task, decode_task, kind_of_task, layout_of, round_of
+from common.model.device import denormals_flushed, make_threads, own_cores
+from common.model.federated import FederatedModel
+from common.model.files import files_of
+from common.paths import reply_file, run_name
+from privacy.secure_sum import KeyOffer
+from strategies.job import Job, configure
+
+log = logging.getLogger("fedveil.site")
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """One task's circumstances, once the site is open."""
+
+    job: Job
+    site: Site
+    run: str
+    party: Party | None
+    """The site in a secure sum; None: the run has none."""
+    memory: MutableMapping[str, bytes]
+    deadline: Deadline
+    simulated: bool
+
+
+@dataclass
+class SiteProcess:
+    """What a process of a site has built and keeps from task to task.
+
+    Of records it keeps what ``cache`` holds and nothing else, no longer than ``RecordCache.forget`` allows.
+    """
+
+    cache: RecordCache = field(default_factory=RecordCache)
+    model: FederatedModel | None = None
+    rehearsals: Rehearsals = field(init=False)
+    rounds_trained: int = 0
+    """Rounds that were paid for and trained. A task for no more than these keeps nothing longer in memory."""
+    lookout: Lookout | None = None
+    """Looks, once the time of an answer runs, whether the site's records have changed. None: the process does not live
+    from task to task."""
+    signed: bool = False
+    """Whether the caller checks that tasks are the server's, and signs the answers (``client.worker``)."""
+    _built: str = ""
+    """Digest of the current model's tensors as it was built."""
+
+    def __post_init__(self) -> None:
+        self.rehearsals = Rehearsals(self.cache)
+
+    def forget(self) -> None:
+        """Drop all that this process holds of records; what was rehearsed is of made-up ones and stays."""
+        self.cache.forget()
+
+    def look(self) -> None:
+        """Drop what was read of records that have changed since they were read."""
+        if self.lookout is not None and self.lookout.look():
+            self.forget()
+
+    def keep_lookout(self, lookout: Lookout | None, *, signed: bool = False) -> None:
+        """Begin every task with a look of this lookout; None: with none. ``signed`` as of the field."""
+        self.lookout, self.signed = lookout, signed
+
+    def is_clean(self) -> bool:
+        """Bring the model back to its start, and return whether nothing that was trained here is left in it."""
+        return self.model is None or left_nothing(self.model, self._built)
+
+    def answer(
+        self,
+        content: Any,
+        node: Mapping[str, Scalar],
+        settings: Mapping[str, Scalar],
+        run: str,
+        memory: MutableMapping[str, bytes],
+        deadline: Deadline | None = None,
+        *,
+        simulated: bool | None = None,
+    ) -> Reply | SumReply:
+        """Return a site's reply to a train message; every failure is a Refusal that names the site.
+
+        Args:
+            content: the message, a RecordDict of Flower's.
+            node: the node's configuration.
+            settings: the run's configuration, flat.
+            run: the run's id as Flower knows it.
+            memory: what this node keeps from message to message (``client.memory``); may be lost.
+            deadline: when the reply is to leave; the caller waits for it.
+            simulated: whether site and server are one machine's own experiment; None: whether Flower's Ray simulates.
+        """
+        deadline = deadline or Deadline(reply_after(node))
+        simulated = in_simulation() if simulated is None else simulated
+        number = round_of(content)
+        try:
+            with deadline.extended():
+                set_up()
+                self.set_threads()
+                job = configure(settings)
+                run = run_name(job.config, run)
+                check_job(node, job, simulated=simulated)
+                if not (simulated or self.signed):
+                    check_unsigned(job.config)
+            self.cache.free()
+            self.cache.forget_other_runs(run)
+            site = open_site(node, job.config, run, simulated=simulated)
+            if simulated and not site.rank:
+                site = replace(site, rank=job.strategy.simulated_rank(int(node.get("partition-id", 0))))
+            kind = kind_of_task(content)
+            party = party_of(site.name, node, site.policy, run, simulated=simulated) if shares_noise(job) else None
+            asked = _Asked(job, site, run, party, memory, deadline, simulated)
+            if kind is not TrainTask:
+                return _for_sum(decode_sum_task(content), asked)
+            return self._answer_round(content, asked)
+        except Exception as error:
+            return refused(error, node, run, number, simulated=simulated)
+
+    def set_threads(self) -> None:
+        """Let torch use this process's cores.
+
+        How rows of a product round follows from how many there are. So what was rehearsed with another number says
+        nothing.
+        """
+        if (cores := own_cores()) != torch.get_num_threads():
+            torch.set_num_threads(cores)
+            self.rehearsals.forget()
+        make_threads()
+
+    def model_of(self, job: Job, site: Site) -> FederatedModel:
+        """Return the run's model; where it is another than before, drop what was made for that one."""
+        config, data = job.config, site.data
+        # Its name was allowed before. What its files say is read once they are known to be the steward's, and nothing
+        # of a record reaches a model that is not.
+        files = files_of(config.model.name)
+        site.policy.check_files(config.model.name, files)
+        model = job.model(data.label_names, data.label_phrases, files)
+        site.policy.check_model(config.model.name, model.base.fingerprint, files)
+        if self.model is not model:
+            self.cache.set_aside(vectors=True)
+            self.rehearsals.forget()
+            self.model, self._built = model, tensors_digest(model.module)
+        return model
+
+    def _answer_round(self, content: Any, asked: _Asked) -> Reply:
+        """Return the reply to a round's task: what was answered before, a refusal, or what is trained now."""
+        job, run, site, deadline = asked.job, asked.run, asked.site, asked.deadline
+        with deadline.extended():
+            model = self.model_of(job, site)
+            state = job.start(model.start)
+            basis_layout = layout_of(job.due(state, round_of(content)))
+            task = decode_task(content, layout_of(job.strategy.downlink(state)), basis_layout)
+            if task.run != run:
+                raise ProtocolError(f"the task is of run {task.run}, the message came in run {run}")
+            # Of what no site noises by itself nothing is written: neither raw updates nor vectors of sums, of which a
+            # resumed run asks for others, under new masks.
+            on_disk = asked.simulated and job.mechanism.noised == "at the site"
+            kept = Memory(asked.memory, reply_file(job.config, run, site.name) if on_disk else None)
+            answered = kept.recall(task)
+            if answered is not None:
+                return answered
+            whole = kept.with_basis(task, basis_layout)
+            if whole is None:
+                reason = "this site does not have the factors that are sent once"
+                return Refusal(run, task.round_number, site.name, "basis", reason)
+        self.cache.free()
+        try:
+            result = self._train(task, whole, asked, model, kept)
+        finally:
+            if task.round_number >= job.config.rounds:
+                self.cache.forget_computed(site.name)  # whatever became of it: no later round of this run needs them
+        if site.unreadable and isinstance(failures_of(job, deadline), HiddenFailures):
+            note_failure(site, task, site.unreadable, deadline)
+        log.info("trained and answered", extra=about(run, task.round_number, site.name))
+        return result
+
+    def _train(
+        self, task: TrainTask, whole: TrainTask, asked: _Asked, model: FederatedModel, kept: Memory
+    ) -> TrainResult:
+        """Check, rehearse, pay for and train a round, and return what is sent.
+
+        Args:
+            task: as received.
+            whole: with all that is sent once.
+            asked: the task's circumstances.
+            model: that is trained.
+            kept: gets the reply.
+        """
+        job, site, deadline = asked.job, asked.site, asked.deadline
+        with deadline.extended():
+            check_task(whole, job, model)
+            with denormals_flushed():
+                self.rehearsals.hold_to(deadline, job, site, model, whole)
+            masked = agreed(whole, job, model, site.public_size, asked.party, asked.memory) if asked.party else None
+        self.cache.free()
+        _log_if_more(asked)
+        records = self.cache.prepare(model, site, job, asked.run)
+        with at_work():
+            result = train_round(site, job, model, records, whole, deadline, self.cache.vectors, masked)
+            self.rounds_trained += 1
+            if asked.party is not None:
+                result = replace(result, offer=_next_key(task, asked, asked.party))
+            kept.keep(task, result, whole.basis)
+        return result
+
+
+def in_simulation() -> bool:
+    """Return whether this process is a worker of Flower's Ray simulation."""
+    ray = sys.modules.get("ray")
+    return bool(ray and ray.is_initialized())
+
+
+def reply_after(node: Mapping[str, Scalar]) -> float:
+    """Return the policy's ``reply-after``; 0 where the policy cannot be read: such a site refuses everything."""
+    try:
+        return policy_of(node).reply_after
+    except ConfigError:
+        return 0.0
+
+
+def _log_if_more(asked: _Asked) -> None:
+    """Say in the site's own log that its public size is too small for what is claimed of the time of its answers."""
+    job, site = asked.job, asked.site
+    if asked.deadline.seconds and job.mechanism.rehearsed and job.unit.count(site.data) > site.public_size:
+        log.error(
+            "there are more %ss than public-size says: when it answers, is not covered by the claim", job.unit.name
+        )
+
+
+def _for_sum(task: SumTask, asked: _Asked) -> SumReply:
+    """Return what is asked for a sum beside the vector: the key for an attempt, if the site could pay for it."""
+    party, site, deadline = asked.party, asked.site, asked.deadline
+    if task.run != asked.run or party is None:
+        raise ProtocolError("a key is asked for in a run whose vectors are not summed, or of another run")
+    if isinstance(task, KeyTask):
+        check_budget(site, asked.job, task, deadline)
+        return make_key(task, asked.job, party, asked.memory)
+
+    def write_down(context: bytes, survivors: Sequence[str]) -> None:
+        with Ledger(site.ledger_path, apart=deadline.extended) as ledger:
+            ledger.sums.sign(context, survivors)
+
+    return told_for_sum(task, asked.job, party, asked.memory, write_down)
+
+
+def _next_key(task: TrainTask, asked: _Asked, party: Party) -> KeyOffer | None:
+    """Return the site's key for the next round, which goes out with its vector; None where the server has to ask.
+
+    That is after the last round, and where the site could not pay, or anything fails: then it says so when it is asked.
+    The vector that the ledger has paid for leaves in any case.
+    """
+    if task.round_number >= asked.job.config.rounds:
+        return None
+    try:
+        check_budget(asked.site, asked.job, KeyTask(task.run, task.round_number + 1, 0), asked.deadline)
+        return next_key(task, asked.job, party, asked.memory)
+    except Exception as error:
+        log.warning("no key for the next round: %s", own_words(error), extra=about(task.run, task.round_number))
+        return None

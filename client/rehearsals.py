@@ -1,0 +1,185 @@
+"""The rehearsals of a process's model, and the time that every round of a run may take.
+
+Before the first charge of a run every kind of round that is still to come is rehearsed (``client.rehearsal``) and held
+against the time of the answer (``client.deadline``).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from client.budget import evaluation_releases
+from client.cache import RecordCache
+from client.deadline import Deadline, Timing
+from client.failures import failures_of
+from client.linearised import check_memory, contrasts
+from client.rehearsal import (
+    rehearse,
+    rehearse_columns,
+    rehearse_features,
+    rehearse_head,
+    rehearse_initial,
+    rehearse_linearised,
+    rehearse_turn,
+)
+from client.site import Site
+from common.errors import PolicyRefusal
+from common.messages.round import TrainTask
+from common.model.federated import FederatedModel
+from common.starts import PaidStart
+from privacy.together import units_at_once
+from strategies.job import Job
+
+PLAIN, INITIAL, FEATURED = "plain steps", "round 0", "features"
+VECTORS, REFIT = "steps on vectors", "the head's steps on features"
+"""What a model rehearses, in this order."""
+
+
+@dataclass
+class Rehearsals:
+    """What of private training the current model is known to do rightly, and how fast; all of made-up records."""
+
+    cache: RecordCache
+    """Drops features that were computed before features are rehearsed."""
+    timings: dict[str, Timing] = field(default_factory=dict)
+    """By the names above."""
+
+    def forget(self) -> None:
+        """Let everything be rehearsed again."""
+        self.timings = {}
+
+    def hold_to(self, deadline: Deadline, job: Job, site: Site, model: FederatedModel, task: TrainTask) -> None:
+        """Let the model rehearse the rest of the run, and hold its rounds to the time of the answer.
+
+        A later round that would be refused is refused now: the rounds before it would be paid for, and buy nothing.
+
+        The public size counts, since how many records there are must decide nothing that shows; ``fedveil site check``
+        and a start refuse fewer than there are.
+
+        Raises:
+            ModelError: it cannot be trained privately.
+            PolicyRefusal: a round may take longer than the policy's ``reply-after`` leaves it.
+        """
+        config = job.config
+        if config.training.linearised:
+            check_memory(model, config.privacy.rows_of_unit * site.public_size)
+        if not job.mechanism.rehearsed:
+            if failures_of(job, deadline).deadline.seconds:
+                raise PolicyRefusal(
+                    f"the site's policy has reply-after = {deadline.seconds:g}, and with privacy.mode = "
+                    f"{job.config.privacy.mode!r} nobody knows how long a round takes"
+                )
+            return
+        later = [number for number in config.phases if number > task.round_number]
+        steps = self._rehearse(job, site, model, task, later)
+        for number in (*later, task.round_number):  # its own last, to which the deadline keeps
+            self.allow(deadline, job, site, model, number, steps)
+
+    def allow(self, deadline: Deadline, job: Job, site: Site, model: FederatedModel, number: int, steps: str) -> None:
+        """Hold a round to the time of the answer, by how long what it does took as it was rehearsed.
+
+        Args:
+            deadline: of the answer.
+            job: what is run.
+            site: who answers.
+            model: as it was rehearsed.
+            number: the round's.
+            steps: what its steps through the model are called, if it makes any.
+        """
+        config = job.config
+        start, rests, on_vectors = paid_start(job, number), config.rests(number), on_jacobians(job, number)
+        timing = self.timings[INITIAL if start else REFIT if rests else VECTORS if on_vectors else steps]
+        if on_vectors or rests:
+            timing = replace(timing, score=self.timings[steps].score)  # records are scored as they are
+        paid = start.release() if start else None
+        count, rate = (paid.count, paid.event.sample_rate) if paid else (config.training.local_steps, job.sample_rate)
+        scored = site.public_size if number and evaluation_releases(job, site, 1) else 0
+        each = config.privacy.rows_of_unit
+        most = float(each * site.public_size)
+        # A process that began anew computes them in whatever round it is.
+        ahead = None
+        if on_vectors:
+            ahead = (self.timings[steps], contrasts(model), most)
+        elif on_features(job, model, number):
+            ahead = (self.timings[FEATURED], 1, most)
+        deadline.allow(timing, count, rate * site.public_size, scored, ahead, each, fewest_at_once(job, model, start))
+
+    def _rehearse(self, job: Job, site: Site, model: FederatedModel, task: TrainTask, later: Sequence[int]) -> str:
+        """Let the model rehearse what it has not, for a task and ``later`` rounds; return what its steps are called.
+
+        What changes how the model computes, such as how it attends or which shapes it takes, has all that passed
+        before it pass again: another kind of round is to be no question that makes a rehearsed one untrue.
+        """
+        rounds = [task.round_number, *later]
+        steps, rehearsal = steps_of(job, site, model, task)
+        wanted: dict[str, Callable[[], Timing]] = {steps: rehearsal}
+        if start := paid_start(job, task.round_number):
+            wanted[INITIAL] = partial(rehearse_initial, model, start)
+        if any(on_features(job, model, number) for number in rounds):
+            wanted[FEATURED] = partial(self._featured, model)
+        if any(on_jacobians(job, number) for number in rounds):
+            wanted[VECTORS] = partial(rehearse_linearised, model)
+        if any(map(job.config.rests, rounds)):
+            wanted[REFIT] = partial(rehearse_head, model)
+        while missing := next((name for name in wanted if name not in self.timings), ""):
+            before = _ways(model)
+            try:
+                timing = wanted[missing]()
+            finally:  # also where it fails: the next task may be for a round that has passed
+                now = _ways(model)
+                if any(now[way] != what for way, what in before.items()):
+                    self.forget()
+            self.timings[missing] = timing
+        return steps
+
+    def _featured(self, model: FederatedModel) -> Timing:
+        """Let features be rehearsed, and drop those that were computed before."""
+        self.cache.set_aside(vectors=False)
+        return rehearse_features(model)
+
+
+def steps_of(job: Job, site: Site, model: FederatedModel, task: TrainTask) -> tuple[str, Callable[[], Timing]]:
+    """Return what the steps of a task's round are called, and what rehearses them."""
+    number = task.round_number
+    chosen = job.strategy.columns(task.state, site.declared_rank(job)) if number else None
+    turn = job.strategy.turn(number) if number else None
+    if chosen is not None:
+        name = f"steps on columns: {[len(chosen[layer]) for layer in sorted(chosen)]}"
+        return name, partial(rehearse_columns, model, chosen)
+    if turn is not None:
+        return f"steps on {', '.join(turn)}", partial(rehearse_turn, model, turn)
+    return PLAIN, partial(rehearse, model)
+
+
+def paid_start(job: Job, number: int) -> PaidStart | None:
+    """Return what is paid for in a round, if that is number 0."""
+    return job.origin if not number and isinstance(job.origin, PaidStart) else None
+
+
+def on_features(job: Job, model: FederatedModel, number: int) -> bool:
+    """Whether the steps of a round are on features of the records."""
+    start = paid_start(job, number)
+    return model.head_only or job.config.rests(number) or bool(start and start.on_features)
+
+
+def on_jacobians(job: Job, number: int) -> bool:
+    """Whether the steps of a round are on Jacobians of the records."""
+    return number > 0 and bool(job.config.training.linearised) and not job.config.rests(number)
+
+
+def fewest_at_once(job: Job, model: FederatedModel, start: PaidStart | None) -> int:
+    """Return how many units of several rows a step passes together at least, by what it trains."""
+    if not job.unit.grouped:
+        return sys.maxsize
+    with start.opened(model) if start else nullcontext():
+        return units_at_once(sum(p.numel() for p in model.module.parameters() if p.requires_grad))
+
+
+def _ways(model: FederatedModel) -> dict[str, object]:
+    """Return what a rehearsal may change of how the model computes records of other rehearsals."""
+    of_vectors = {str(tangents): shapes for tangents, shapes in model.vector_shapes.items()}
+    return {"attention": model.attention, "lowers": model.lowers, "shapes": model.shapes, **of_vectors}
