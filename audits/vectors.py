@@ -24,8 +24,8 @@ from audits.canary import PART, compared
 from audits.faults import DOUBLED, EVERY_SECOND, HALVED, SOUND, UNCLIPPED, Fault, noise_on_steps
 from audits.shell import each_of
 from audits.tiny_site import tiny_run
-from client.linearised import Derivatives, Keeping, Linearisation, below_head, linearised
-from client.refit import refit
+from client.head_alone import head_on_features
+from client.linearised import Computation, Derivatives, Keeping, below_head, linearised
 from common.messages.state import HEAD
 from common.model.federated import FederatedModel
 from common.run_lines import Finding
@@ -43,7 +43,7 @@ STEPS, NOISE, LENGTH = 9, 1.5, 5.0
 DELTA = 1e-5
 ROUNDS = 4
 """Each is a canary's chance for each number that is trained, whose work grows with the square of their count."""
-_OF, _SOURCE = Linearisation("canaries", 1, 0, "", ""), Dataset("canaries", (), ())
+_OF, _SOURCE = Computation("canaries", 1, 0, "", ""), Dataset("canaries", (), ())
 
 
 def charged_once() -> AbstractContextManager[Any]:
@@ -118,7 +118,7 @@ def audit_head(folder: Path, fault: Fault = SOUND) -> Finding:
             begun = weight.detach().clone()
             with (
                 _canaries(model, row.nonzero().flatten(), LENGTH) as records,
-                refit(model, records, keeping) as (seen, trained),
+                head_on_features(model, records, keeping) as (seen, trained),
                 plan.steps(model, torch.optim.SGD(trained[HEAD].values(), lr=1.0)) as steps,
             ):
                 for _ in range(STEPS):

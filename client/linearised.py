@@ -1,11 +1,12 @@
 """Steps on the model in its first order around a point: one pass over the records, then many cheap rounds.
 
-A record's logits are replaced by their first order in the trained tensors (``common.tasks.tangent``). Its derivatives J
-and its features, with them all that a step asks of it, are computed once in ``training.linearised`` rounds, each record
-in its own fixed shape, and kept in the memory of the process. A step then clips the record's gradient Jᵀ e, which is
-the real model's at the point itself, and near it as far as the model is linear. Clip, noise and price are those of any
-step: J depends on the record alone and on what was received, so a record still moves a sum by one clip at most. The
-head stays as it was received: beside derivatives of the logits its gradient would only use up the clip.
+A record's logits are replaced by their first order in the trained tensors (``common.tasks.tangent``). Its Jacobian J
+and its features, with them all that a step asks of it, are computed once in a phase, or as often as the phase says
+(``common.config.phases``), each record in its own fixed shape, and kept in the memory of the process. A step then clips
+the record's gradient Jᵀ e, which is the real model's at the point itself, and near it as far as the model is linear.
+Clip, noise and price are those of any step: J depends on the record alone and on what was received, so a record still
+moves a sum by one clip at most. The head stays as it was received: beside Jacobians of the logits its gradient would
+only use up the clip.
 
 Where a small adapter hardly leaves the linear range, this buys many steps on all records for the time of one.
 Fine-tuning a linearised model without privacy: Maddox et al. 2021 (arXiv 2103.01439); its steps under DP, for images:
@@ -22,6 +23,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from common.config.phases import Schedule
 from common.errors import MechanismError, ModelError
 from common.log import place_of
 from common.messages.round import TrainTask
@@ -47,35 +49,31 @@ _PLAN = gaussian_plan(
 
 
 @dataclass(frozen=True)
-class Linearisation:
-    """Which linearisation it is: what is kept of another one serves none."""
+class Computation:
+    """Which computation of features or Jacobians it is: what is kept of another one serves none."""
 
     run: str
-    rounds: int
-    """That one serves."""
+    phase: int
+    """Index of the run's phase."""
     number: int
+    """In that phase."""
     start: str
     """Fingerprint of the adapter's start."""
     basis: str
     """Fingerprint of what travels once."""
 
     @classmethod
-    def of_task(cls, task: TrainTask, rounds: int, before: int = 0) -> Linearisation:
-        """Return that of a task's round, where each serves so many rounds, and ``before`` came before the first."""
-        number = (task.round_number - 1 - before) // rounds
-        return cls(task.run, rounds, number, task.start_fingerprint, task.basis_fingerprint)
-
-    @classmethod
-    def of_refit(cls, task: TrainTask) -> Linearisation:
-        """Return what stands for the features of rounds in which the adapter rests; where it does, tells them apart."""
-        return cls(task.run, 0, 0, task.start_fingerprint, task.basis_fingerprint)
+    def of_task(cls, task: TrainTask, schedule: Schedule) -> Computation:
+        """Return that of a task's round."""
+        phase, number = schedule.computation(task.round_number)
+        return cls(task.run, phase, number, task.start_fingerprint, task.basis_fingerprint)
 
 
 @dataclass(frozen=True)
 class Derivatives:
-    """The point of a site's linearisation, and its records as vectors there."""
+    """The adapter as it was when a site's features or Jacobians were computed, and the records as these vectors."""
 
-    of: Linearisation
+    of: Computation
     around: AdapterState
     """The adapter as it was: the trained tensors of every adapted layer."""
     source: Dataset | None = None
@@ -88,8 +86,8 @@ class Derivatives:
 class Keeping:
     """Where a process keeps what it makes of a site's records, and what that is made from."""
 
-    of: Linearisation
-    """Which linearisation it serves."""
+    of: Computation
+    """Which computation it serves."""
     kept: MutableMapping[str, Derivatives]
     """What the process keeps, by site; the latest alone."""
     site: str
@@ -167,7 +165,7 @@ def check_memory(model: FederatedModel, public_size: int) -> None:
     wanted = public_size * bytes_each(model)
     if wanted > MOST_BYTES:
         raise ModelError(
-            f"training.linearised keeps {contrasts(model)} × {numbers} derivatives of each record, for {public_size} "
+            f"a phase on Jacobians keeps {contrasts(model)} × {numbers} derivatives of each record, for {public_size} "
             f"records {wanted / 2**30:.1f} GiB, above {MOST_BYTES / 2**30:g}: lower adapter.rank, name fewer layers in "
             "adapter.targets, or set recipe to 'head-only'"
         )

@@ -20,10 +20,10 @@ from client.budget import enter_round, evaluation_releases, note_failure, shares
 from client.deadline import Deadline
 from client.evaluation import noised_correct
 from client.failures import failures_of
-from client.linearised import Derivatives, Keeping, Linearisation, forget_records, linearised
+from client.head_alone import head_on_features
+from client.linearised import Computation, Derivatives, Keeping, forget_records, linearised
 from client.optimizers import build_optimizer, set_learning_rate
 from client.outgoing import own_words
-from client.refit import refit
 from client.site import Site
 from common.errors import MechanismError, ProtocolError
 from common.log import about
@@ -149,8 +149,8 @@ def check_task(task: TrainTask, job: Job, model: FederatedModel) -> None:
         raise ProtocolError("a task has the keys of a secure sum, or lacks them, against privacy.mode")
     if not task.round_number and job.origin.asked != "sites":
         raise ProtocolError(f"the server asks for round 0, in which the start {job.origin.name!r} asks no site")
-    wanted = job.due(job.start(model.start), task.round_number)
-    # In round 0 nothing is due; what comes all the same would be kept for the rounds after it.
+    wanted = job.frozen_for(job.start(model.start), task.round_number)
+    # In round 0 nothing of it is needed; what comes all the same would be kept for the rounds after it.
     due = task.basis or (task.round_number and wanted)
     if due and not same_fingerprint(task.basis_fingerprint, fingerprint(task.basis)):
         raise ProtocolError("the factors that are sent once are not those that the server says it sent")
@@ -234,25 +234,17 @@ def _trainable(
     kept: MutableMapping[str, Derivatives],
 ) -> Iterator[tuple[Sequence[Record], Mapping[str, Mapping[str, nn.Parameter]]]]:
     """Yield the records that the steps take, and what they train, by layer and factor."""
-    rounds, before = job.config.training.linearised, job.config.training.head_first
-    last = task.round_number == job.config.rounds
-    if job.config.rests(task.round_number):
-        keeping = Keeping(Linearisation.of_refit(task), kept, site.name, site.data, deadline.check)
-        with refit(model, records, keeping) as both:
-            yield both
-        if last or task.round_number == before:
-            forget_records(kept, site.name)
-        return
-    if not rounds:
+    schedule, number = job.config.schedule, task.round_number
+    inputs = "examples" if model.head_only else schedule.at(number).inputs
+    if inputs == "examples":  # or the features that such a model's records have
         chosen = job.strategy.columns(task.state, site.declared_rank(job))
-        turn = model.factors_alone(job.strategy.turn(task.round_number))
-        with turn, model.columns_alone(chosen):
+        with model.factors_alone(job.strategy.turn(number)), model.columns_alone(chosen):
             yield records, model.trained()
         return
-    keeping = Keeping(Linearisation.of_task(task, rounds, before), kept, site.name, site.data, deadline.check)
-    with linearised(model, records, keeping) as both:
+    keeping = Keeping(Computation.of_task(task, schedule), kept, site.name, site.data, deadline.check)
+    with (head_on_features if inputs == "features" else linearised)(model, records, keeping) as both:
         yield both
-    if (task.round_number - before) % rounds == 0 or last:
+    if schedule.ends_computation(number):
         forget_records(kept, site.name)
 
 

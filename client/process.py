@@ -174,7 +174,7 @@ class SiteProcess:
         with deadline.extended():
             model = self.model_of(job, site)
             state = job.start(model.start)
-            basis_layout = layout_of(job.due(state, round_of(content)))
+            basis_layout = layout_of(job.frozen_for(state, round_of(content)))
             task = decode_task(content, layout_of(job.strategy.downlink(state)), basis_layout)
             if task.run != run:
                 raise ProtocolError(f"the task is of run {task.run}, the message came in run {run}")

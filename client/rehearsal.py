@@ -114,7 +114,7 @@ def rehearse_linearised(model: FederatedModel) -> Timing:
 
 
 def rehearse_head(model: FederatedModel) -> Timing:
-    """Check the steps on features (``client.refit``), which ``rehearse_features`` has seen; as ``rehearse``."""
+    """Check the steps on features (``client.head_alone``), which ``rehearse_features`` has seen; as ``rehearse``."""
     with model.head_alone():
         return _Rehearsal(model).run()
 

@@ -7,7 +7,7 @@ against the time of the answer (``client.deadline``).
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -27,6 +27,7 @@ from client.rehearsal import (
     rehearse_turn,
 )
 from client.site import Site
+from common.config.phases import Inputs
 from common.errors import PolicyRefusal
 from common.messages.round import TrainTask
 from common.model.federated import FederatedModel
@@ -35,8 +36,10 @@ from privacy.together import units_at_once
 from strategies.job import Job
 
 PLAIN, INITIAL, FEATURED = "plain steps", "round 0", "features"
-VECTORS, REFIT = "steps on vectors", "the head's steps on features"
+ON_JACOBIANS, ON_FEATURES = "steps on Jacobians", "the head's steps on features"
 """What a model rehearses, in this order."""
+STEPS: Mapping[Inputs, str] = {"jacobians": ON_JACOBIANS, "features": ON_FEATURES}
+"""Steps that pass no record through the model."""
 
 
 @dataclass
@@ -64,9 +67,9 @@ class Rehearsals:
             ModelError: it cannot be trained privately.
             PolicyRefusal: a round may take longer than the policy's ``reply-after`` leaves it.
         """
-        config = job.config
-        if config.training.linearised:
-            check_memory(model, config.privacy.rows_of_unit * site.public_size)
+        schedule = job.config.schedule
+        if schedule.with_inputs("jacobians"):
+            check_memory(model, job.config.privacy.rows_of_unit * site.public_size)
         if not job.mechanism.rehearsed:
             if failures_of(job, deadline).deadline.seconds:
                 raise PolicyRefusal(
@@ -74,7 +77,7 @@ class Rehearsals:
                     f"{job.config.privacy.mode!r} nobody knows how long a round takes"
                 )
             return
-        later = [number for number in config.phases if number > task.round_number]
+        later = [number for number in schedule.first_rounds if number > task.round_number]
         steps = self._rehearse(job, site, model, task, later)
         for number in (*later, task.round_number):  # its own last, to which the deadline keeps
             self.allow(deadline, job, site, model, number, steps)
@@ -90,10 +93,10 @@ class Rehearsals:
             number: the round's.
             steps: what its steps through the model are called, if it makes any.
         """
-        config = job.config
-        start, rests, on_vectors = paid_start(job, number), config.rests(number), on_jacobians(job, number)
-        timing = self.timings[INITIAL if start else REFIT if rests else VECTORS if on_vectors else steps]
-        if on_vectors or rests:
+        config, start, inputs = job.config, paid_start(job, number), inputs_of(job, model, number)
+        cheap = steps if start or model.head_only else STEPS.get(inputs, steps)
+        timing = self.timings[INITIAL if start else cheap]
+        if cheap != steps:
             timing = replace(timing, score=self.timings[steps].score)  # records are scored as they are
         paid = start.release() if start else None
         count, rate = (paid.count, paid.event.sample_rate) if paid else (config.training.local_steps, job.sample_rate)
@@ -102,9 +105,9 @@ class Rehearsals:
         most = float(each * site.public_size)
         # A process that began anew computes them in whatever round it is.
         ahead = None
-        if on_vectors:
+        if inputs == "jacobians":
             ahead = (self.timings[steps], contrasts(model), most)
-        elif on_features(job, model, number):
+        elif inputs == "features":
             ahead = (self.timings[FEATURED], 1, most)
         deadline.allow(timing, count, rate * site.public_size, scored, ahead, each, fewest_at_once(job, model, start))
 
@@ -114,17 +117,18 @@ class Rehearsals:
         What changes how the model computes, such as how it attends or which shapes it takes, has all that passed
         before it pass again: another kind of round is to be no question that makes a rehearsed one untrue.
         """
-        rounds = [task.round_number, *later]
+        rounds = (task.round_number, *later)
+        inputs = {inputs_of(job, model, number) for number in rounds}
         steps, rehearsal = steps_of(job, site, model, task)
         wanted: dict[str, Callable[[], Timing]] = {steps: rehearsal}
         if start := paid_start(job, task.round_number):
             wanted[INITIAL] = partial(rehearse_initial, model, start)
-        if any(on_features(job, model, number) for number in rounds):
+        if "features" in inputs:
             wanted[FEATURED] = partial(self._featured, model)
-        if any(on_jacobians(job, number) for number in rounds):
-            wanted[VECTORS] = partial(rehearse_linearised, model)
-        if any(map(job.config.rests, rounds)):
-            wanted[REFIT] = partial(rehearse_head, model)
+        if "jacobians" in inputs:
+            wanted[ON_JACOBIANS] = partial(rehearse_linearised, model)
+        if not model.head_only and any(job.config.schedule.at(n).inputs == "features" for n in rounds if n):
+            wanted[ON_FEATURES] = partial(rehearse_head, model)
         while missing := next((name for name in wanted if name not in self.timings), ""):
             before = _ways(model)
             try:
@@ -160,15 +164,12 @@ def paid_start(job: Job, number: int) -> PaidStart | None:
     return job.origin if not number and isinstance(job.origin, PaidStart) else None
 
 
-def on_features(job: Job, model: FederatedModel, number: int) -> bool:
-    """Whether the steps of a round are on features of the records."""
+def inputs_of(job: Job, model: FederatedModel, number: int) -> Inputs:
+    """Return what the steps of a round are on; round 0 is the start's own."""
+    if number:
+        return job.config.schedule.at(number).inputs
     start = paid_start(job, number)
-    return model.head_only or job.config.rests(number) or bool(start and start.on_features)
-
-
-def on_jacobians(job: Job, number: int) -> bool:
-    """Whether the steps of a round are on Jacobians of the records."""
-    return number > 0 and bool(job.config.training.linearised) and not job.config.rests(number)
+    return "features" if model.head_only or (start and start.on_features) else "examples"
 
 
 def fewest_at_once(job: Job, model: FederatedModel, start: PaidStart | None) -> int:

@@ -125,9 +125,7 @@ def _where(active: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
 
 def _rests(config: RunConfig, number: int, layer: str) -> bool:
     """Return whether a layer, or the head, stays as it is in a round."""
-    if layer == HEAD:
-        return bool(config.training.head_first) and not config.moves(number, head=True)
-    return config.rests(number)
+    return not (config.schedule.trains_head(number) if layer == HEAD else config.schedule.trains_adapter(number))
 
 
 def _changes(config: RunConfig, before: ServerState, averaged: ServerState) -> AdapterState:

@@ -143,9 +143,9 @@ class Sites:
         sealed: Mapping[int, tuple[bytes, ...]],
     ) -> Exchange:
         strategy = self._job.strategy
-        basis = self._job.due(state, round_number) if round_number else {}
+        basis = self._job.frozen_for(state, round_number) if round_number else {}
         mark = fingerprint(basis) if basis else ""
-        if mark != self._mark:  # as after ``training.head-first``
+        if mark != self._mark:  # as where the start is made again around the head
             head_mark = fingerprint(of_head(basis))
             self._partly = self._informed if head_mark == self._head_mark else set()
             self._informed, self._mark, self._head_mark = set(), mark, head_mark

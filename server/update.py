@@ -37,7 +37,7 @@ class ServerUpdate:
         The paid round is saved before it, so that a text that cannot be read costs nobody that round again. It is saved
         before it is sent: another machine would make it anew to the last bit but one, and sites would pay again.
         """
-        if self._job.renews_after(state.round_number) and not self._renewed:
+        if 0 < state.round_number == self._job.starts_after and not self._renewed:
             state = self._model.around_head(state)
             self._save(state)
             self._renewed, self._measured = True, None

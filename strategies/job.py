@@ -99,8 +99,9 @@ class Job:
 
     def sent(self, round_number: int, trained: Mapping[str, T]) -> dict[str, T]:
         """Return the layers of ``trained`` that a round sends."""
-        moves = self.config.moves
-        return self.mechanism.sent(trained, lambda layer: moves(round_number, head=layer == HEAD))
+        schedule = self.config.schedule
+        head, adapter = schedule.trains_head(round_number), schedule.trains_adapter(round_number)
+        return self.mechanism.sent(trained, lambda layer: head if layer == HEAD else adapter)
 
     def plan(self, total_steps: int, public_size: int, before: Sequence[Release] = ()) -> PrivacyPlan:
         """Return the plan of whoever is charged, of so many steps, as ``Mechanism.plan``."""
@@ -157,20 +158,17 @@ class Job:
         return {} if self.derived else self.strategy.basis(state)
 
     @property
-    def renews(self) -> bool:
-        """Whether the server makes frozen factors anew after the head's own rounds, before which nothing uses them."""
-        return bool(self.config.training.head_first) and type(self.origin).around_head is not Start.around_head
+    def starts_after(self) -> int:
+        """The round after which the server makes the adapter's start again, around the trained head; 0: none.
 
-    def renews_after(self, round_number: int) -> bool:
-        """Whether it does so between this round and the next."""
-        return self.renews and round_number == self.config.training.head_first < self.config.rounds
+        It is the last one before the adapter is first trained.
+        """
+        return self.config.schedule.adapter_waits if type(self.origin).around_head is not Start.around_head else 0
 
-    def due(self, state: ServerState, round_number: int) -> AdapterState:
-        """Return what of ``basis`` a site must have in a round: factors that are yet to be made anew are of no use."""
+    def frozen_for(self, state: ServerState, round_number: int) -> AdapterState:
+        """Return what of ``basis`` a site must have in a round: none that is still to be made again."""
         basis = self.basis(state)
-        if self.renews and round_number <= self.config.training.head_first:
-            return of_head(basis)
-        return basis
+        return of_head(basis) if round_number <= self.starts_after else basis
 
     def settings(self) -> dict[str, Scalar]:
         """Return every setting of the run with the value that it has, flat: they make the same job again."""

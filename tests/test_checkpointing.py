@@ -13,7 +13,7 @@ from digits import TOKENS, save_vit
 from torch import Tensor, nn
 
 from audits.tiny_models import TARGETS
-from client.linearised import Keeping, Linearisation, linearised
+from client.linearised import Computation, Keeping, linearised
 from client.rehearsal import rehearse, rehearse_linearised
 from common.adapters import ADAPTERS
 from common.config.sections import HeadConfig
@@ -198,7 +198,7 @@ def test_a_linearised_model_has_the_same_derivatives(folder: Folder) -> None:
     for again in (True, False):
         model = tiny(folder("bert"), "bert", again=again)
         records = records_of(model)
-        of = Linearisation("1", 4, 0, "", "")
+        of = Computation("1", 4, 0, "", "")
         keeping = Keeping(of, {}, "site", Dataset("made-up", (), ()), lambda: None)
         with linearised(model, records, keeping) as (vectors, _):
             made.append([vector[TANGENTS] for vector in vectors])

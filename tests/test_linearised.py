@@ -16,8 +16,8 @@ from audits.worlds import give_metric
 from client import app
 from client import linearised as wing
 from client.deadline import Timing
-from client.linearised import Derivatives, Keeping, Linearisation, linearised
-from client.refit import refit
+from client.head_alone import head_on_features
+from client.linearised import Computation, Derivatives, Keeping, linearised
 from client.rehearsal import rehearse, rehearse_linearised
 from common.adapters import build_adapter
 from common.config.sections import AdapterConfig, HeadConfig
@@ -40,7 +40,7 @@ from strategies.job import configure
 
 Folder = Callable[[str], str]
 DATA = Dataset("made-up", (), ())
-FIRST = Linearisation("1", 4, 0, "", "")
+FIRST = Computation("1", 4, 0, "", "")
 NAMES = ("bad", "fair", "good")
 TEXTS = ("the film", "a warm story and a lovely actor", "dull", "the scene was very cold and the film was awful")
 
@@ -302,7 +302,7 @@ def others_that_move(model: FederatedModel, records: Sequence[Record], made: Cal
 
 
 def features_of(model: FederatedModel, records: Sequence[Record]) -> list[Record]:
-    with refit(model, records, Keeping(FIRST, {}, "site", DATA, nothing)) as (features, _):
+    with head_on_features(model, records, Keeping(FIRST, {}, "site", DATA, nothing)) as (features, _):
         return features
 
 

@@ -26,7 +26,7 @@ from client.budget import evaluation_releases
 from client.deadline import TRAINED, Deadline, Timing, most_drawn
 from client.ledger.ledger import Ledger
 from client.ledger.record_hashes import record_hashes
-from client.linearised import Keeping, Linearisation, linearised
+from client.linearised import Computation, Keeping, linearised
 from client.own_records import bounded, prepared
 from client.policy import Policy
 from client.site import Site, open_site, own_settings
@@ -266,7 +266,7 @@ def test_every_paid_start_draws_and_clips_persons(
 
 def test_linearised_steps_clip_persons(model_folder: Folder) -> None:
     world = fresh_world(model_folder("bert"), "bert", "lora", "trained")
-    records, of, data = owned(world), Linearisation("1", 1, 0, "", ""), Dataset("", (), ())
+    records, of, data = owned(world), Computation("1", 1, 0, "", ""), Dataset("", (), ())
     clip, moved = 0.01, []
     for chosen in (records, [r for r in records if r[OWNER] != 1]):
         with linearised(world.model, chosen, Keeping(of, {}, "site", data, lambda: None)) as (vectors, trained):
@@ -418,7 +418,7 @@ def test_the_worst_round_by_person_has_all_records_of_its_persons(
     ours = open_site(site.node, job.config, "1", simulated=False)
     through = Timing({8: 1.0, 16: 2.0}, {8: 4, 16: 2}, 0.5, 0.0)
     on_vectors = Timing({1: 0.25}, {1: 2}, 0.125, 0.0)
-    app.process.rehearsals.timings = {rehearsals.PLAIN: through, rehearsals.VECTORS: on_vectors}
+    app.process.rehearsals.timings = {rehearsals.PLAIN: through, rehearsals.ON_JACOBIANS: on_vectors}
     numbers = sum(p.numel() for p in model.module.parameters() if p.requires_grad)
     monkeypatch.setattr(together, "MOST_BYTES", 2 * together.NUMBER * numbers)
     at_once = rehearsals.fewest_at_once(job, model, None)

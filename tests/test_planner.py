@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from audits.tiny_models import write_reviews
 from cli.main import app
+from common.config.phases import ADAPTER, HEAD, Phase, Schedule
 from common.config.text import to_toml
 from common.errors import BudgetExhausted, ConfigError, PrivacyError
 from common.run_lines import PrivacyLine, RoundLine, read_lines
@@ -261,15 +262,14 @@ def test_the_derivatives_of_a_linearised_run_are_in_its_time(toy_settings: dict[
 
 def test_the_time_of_a_run_has_its_features_once(toy_settings: dict[str, Any], tmp_path: Path) -> None:
     featured = dataclasses.replace(MEASURED, feature_seconds=0.5)
-    training = configure({"training.linearised": 3}).config.training
-    once = dataclasses.replace(training, linearised=0)
-    assert feature_seconds(featured, once, 9, [60, 90, 60], workers=2) == (60.0, 45.0)
+    once = Schedule((Phase(9, (HEAD,), "features"),))
+    assert feature_seconds(featured, once, [60, 90, 60], workers=2) == (60.0, 45.0)
     # Rounds 1 to 3, 4 to 6 and 7 have a linearisation each, and the last two the features of what came of them.
-    refitted = dataclasses.replace(training, refit=2)
+    moved, head = Phase(7, (ADAPTER,), "jacobians", 3), Phase(2, (HEAD,), "features")
     scored = dataclasses.replace(featured, scored_seconds=0.25)
-    assert feature_seconds(scored, refitted, 9, [60], workers=1) == (60 * (3 * 0.5 + 0.25),) * 2
-    both = dataclasses.replace(training, head_first=3, refit=2)
-    assert feature_seconds(scored, both, 9, [60], workers=1) == (60 * (2 * 0.5 + 2 * 0.25),) * 2
+    assert feature_seconds(scored, Schedule((moved, head)), [60], workers=1) == (60 * (3 * 0.5 + 0.25),) * 2
+    both = Schedule((Phase(3, (HEAD,), "features"), dataclasses.replace(moved, rounds=4), head))
+    assert feature_seconds(scored, both, [60], workers=1) == (60 * (2 * 0.5 + 2 * 0.25),) * 2
     before = dataclasses.replace(planned({**toy_settings, **HEAD_ALONE}), calibration=featured, workers=2)
     console = Console(width=80, record=True, file=io.StringIO())
     print_forecast(console, before)

@@ -13,8 +13,8 @@ from torch import Tensor
 from audits.tiny_models import TARGETS
 from audits.tiny_site import clinic
 from client import app
-from client.linearised import Derivatives, Keeping, Linearisation
-from client.refit import refit
+from client.head_alone import head_on_features
+from client.linearised import Computation, Derivatives, Keeping
 from client.rehearsal import rehearse, rehearse_features, rehearse_head
 from common.adapters import build_adapter
 from common.config.sections import AdapterConfig, HeadConfig
@@ -45,7 +45,7 @@ from strategies.job import configure, with_recipe
 
 Folder = Callable[[str], str]
 DATA = Dataset("made-up", (), ())
-LAST = Linearisation("1", 0, 0, "", "")
+LAST = Computation("1", 0, 0, "", "")
 TEXTS = ("the film", "a warm story and a lovely actor", "dull", "the scene was very cold and the film was awful")
 LABELS = Labels(("bad", "good"), (("dull film", "awful story", "cold"), ("warm film", "lovely story", "joyful")))
 
@@ -83,7 +83,7 @@ def nothing() -> None:
 
 def sums_of(model: FederatedModel, records: Sequence[Record], clip: float) -> Tensor:
     """Return the sum of the clipped gradients of the first step, weight and bias as one vector."""
-    with refit(model, records, Keeping(LAST, {}, "site", DATA, nothing)) as (seen, trained):
+    with head_on_features(model, records, Keeping(LAST, {}, "site", DATA, nothing)) as (seen, trained):
         optimizer = torch.optim.SGD(trained[HEAD].values(), lr=0.0)
         with gaussian_plan(clip, 1.0, 1.0, 1.0, 1e-5, 8.0).steps(model, optimizer) as steps:
             return torch.cat([g.flatten() for g in steps.release(model.fixed_batches(seen), model.losses)])
@@ -154,7 +154,8 @@ def test_features_are_computed_once_and_no_record_s_noise_sees_them(model_folder
     counts = list[int]()
     copies, before, shapes, task = [dict(r) for r in records], model.read(), model.shapes, model.task
     for number in range(3):
-        with refit(model, records, Keeping(LAST, kept, "site", DATA, lambda: passes.append(1))) as (seen, trained):
+        keeping = Keeping(LAST, kept, "site", DATA, lambda: passes.append(1))
+        with head_on_features(model, records, keeping) as (seen, trained):
             assert len(seen) == len(records)
             assert set(trained) == {HEAD}
             assert {id(p) for p in model.module.parameters() if p.requires_grad} == {id(p) for p in model.head.values()}
@@ -162,12 +163,12 @@ def test_features_are_computed_once_and_no_record_s_noise_sees_them(model_folder
         first = seen[0][FEATURES]
         counts.append(len(passes))
     assert counts == counts[:1] * 3
-    with refit(model, [], Keeping(LAST, kept, "site", DATA, nothing)) as (seen, _):
+    with head_on_features(model, [], Keeping(LAST, kept, "site", DATA, nothing)) as (seen, _):
         assert seen == []
     received = {place: p.detach().clone() for place, p in model.below_head().items()}
     with torch.no_grad():  # of another adapter they are others
         next(iter(model.below_head().values())).add_(0.5)
-    with refit(model, records, Keeping(LAST, kept, "site", DATA, lambda: passes.append(1))) as (moved, _):
+    with head_on_features(model, records, Keeping(LAST, kept, "site", DATA, lambda: passes.append(1))) as (moved, _):
         assert len(passes) == 2 * counts[0]
         assert not torch.equal(moved[0][FEATURES], first)
     with torch.no_grad():
@@ -264,9 +265,9 @@ def test_a_head_that_was_first_rests_beside_the_adapter_and_begins_anew(optimize
     # The last phase takes the steps of the first: neither schedule nor moments are the first's.
     assert [head[4] - head[3], head[5] - head[3]] == pytest.approx(head[:2], rel=1e-5)
     assert [job.config.server_rate(number) for number in range(1, 7)] == pytest.approx([0.5, 0.25] * 3)
-    assert [job.config.phase(number) for number in (1, 2, 3, 4, 5, 6)] == [(0, 2)] * 2 + [(2, 2)] * 2 + [(4, 2)] * 2
-    assert not job.config.rests(0), "a start that sites are asked for is no round of the head alone"
-    assert not configure({"training.refit": 2}).config.rests(0)
+    assert [job.config.schedule.span(number) for number in (1, 2, 3, 4, 5, 6)] == [(0, 2)] * 2 + [(2, 2)] * 2 + [
+        (4, 2)
+    ] * 2
 
 
 def test_a_schedule_without_a_refit_is_as_it_was() -> None:

@@ -662,8 +662,8 @@ def test_a_kind_of_round_that_changes_how_the_model_computes_has_the_others_rehe
 def test_steps_of_every_kind_are_rehearsed_by_a_name_of_their_own() -> None:
     """Steps that passed for others would train in shapes, or through factors, that nothing has looked at."""
 
-    def name(columns: Any = None, turn: Any = None, active: int = 0) -> str:
-        strategy = SimpleNamespace(columns=lambda *_: columns, turn=lambda _: turn, active=lambda *_: active)
+    def name(columns: Any = None, turn: Any = None) -> str:
+        strategy = SimpleNamespace(columns=lambda *_: columns, turn=lambda _: turn)
         job: Any = SimpleNamespace(strategy=strategy, config=SimpleNamespace(rounds=3))
         site: Any = SimpleNamespace(declared_rank=lambda _: 0)
         task: Any = SimpleNamespace(round_number=1, state={})
@@ -671,7 +671,7 @@ def test_steps_of_every_kind_are_rehearsed_by_a_name_of_their_own() -> None:
         return rehearsals.steps_of(job, site, model, task)[0]
 
     columns = [name(columns=chosen) for chosen in ({"a": [0]}, {"a": [0, 1]}, {"a": [0], "b": [1]})]
-    kinds = [name(), *columns, name(turn=("A",)), name(turn=("B",)), name(active=1), name(active=2)]
+    kinds = [name(), *columns, name(turn=("A",)), name(turn=("B",))]
     assert len(set(kinds)) == len(kinds)
 
 

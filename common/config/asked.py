@@ -54,11 +54,12 @@ class TrainingSettings(Section):
     (``client.linearised``). 0: none."""
     head_first: Annotated[int, NOT_NEGATIVE, Unit("rounds")] = 0
     """The first rounds of the run, in which the adapter rests and sites train the head alone, on features that each
-    record has once (``client.refit``): linear probing, and then fine-tuning (Kumar et al. 2022, arXiv 2202.10054). The
-    schedule begins anew after them. 0: none."""
+    record has once (``client.head_alone``): linear probing, and then fine-tuning (Kumar et al. 2022, arXiv 2202.10054).
+    The schedule begins anew after them. 0: none."""
     refit: Annotated[int, NOT_NEGATIVE, Unit("rounds")] = 0
     """The last rounds of the run, in which the adapter rests and sites train the head alone, on features that each
-    record has once under the adapter as it is then (``client.refit``). The schedule begins anew with them. 0: none."""
+    record has once under the adapter as it is then (``client.head_alone``). The schedule begins anew with them. 0:
+    none."""
     batch_tokens: Annotated[int, NOT_NEGATIVE, Unit("tokens")] = 0
     """The size of a forward pass without privacy, padding included. 0: what suits the device. It changes speed and
     memory, not the result. Under privacy shapes are fixed (``common.model.shapes``), and this has no say."""

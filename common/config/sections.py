@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, TypeVar, cast
 
 from common.check import CLIP_NORM, NOT_NEGATIVE, POSITIVE, Interval, OneOf, nearest
 from common.config.fields import RATIO, TARGET_KINDS, Section, Unit, kebab, kinds_of
-from common.config.schedule import learning_rate
+from common.config.phases import ADAPTER, HEAD, Phase, Schedule
 from common.errors import ConfigError
 from common.tasks import TASKS, roles_of_all
 from common.tasks.roles import Role
@@ -385,48 +385,35 @@ class RunConfig(RunTerms):
         return method_of(self.strategy, self.adapter.name)
 
     @property
-    def keeps(self) -> bool:
-        """Whether sites keep derivatives or features of their records from one round to the next."""
-        training = self.training
-        return bool(training.linearised or training.head_first or training.refit) or self.adapter.name == NO_ADAPTER
-
-    def rests(self, round_number: int) -> bool:
-        """Return whether the adapter rests in a round, and sites train the head alone; no such round is number 0."""
-        return 0 < round_number <= self.training.head_first or round_number > self.rounds - self.training.refit
-
-    def moves(self, round_number: int, *, head: bool) -> bool:
-        """Return whether the steps of a round are of the head, or of what is below it."""
-        return head if self.rests(round_number) else not (head and self.training.linearised)
+    def schedule(self) -> Schedule:
+        """The run's phases."""
+        return _schedule(
+            self.rounds, self.training, adapter=self.adapter.name != NO_ADAPTER, head=self.head.policy == "trained"
+        )
 
     def site_rate(self, round_number: int, step: int) -> float:
-        """Return a site's learning rate of a round's step; each phase of a run has the whole schedule.
-
-        Args:
-            round_number: from 1 on.
-            step: of the round, from 0 on.
-        """
-        first, rounds = self.phase(round_number)
-        steps = self.training.local_steps
-        done = (round_number - 1 - first) * steps + step
-        return learning_rate(self.training.schedule, self.training.learning_rate, done, rounds * steps)
+        """Return a site's learning rate of a round's step (from 0 on)."""
+        training = self.training
+        return self.schedule.rate(training.schedule, training.learning_rate, round_number, step, training.local_steps)
 
     def server_rate(self, round_number: int) -> float:
-        """Return the learning rate of the server's optimiser after a round, as ``site_rate``."""
-        first, rounds = self.phase(round_number)
-        return learning_rate(self.server.schedule, self.server.learning_rate, round_number - 1 - first, rounds)
+        """Return the learning rate of the server's optimiser after a round."""
+        return self.schedule.rate(self.server.schedule, self.server.learning_rate, round_number)
 
-    @property
-    def phases(self) -> tuple[int, ...]:
-        """The first round of each phase: of the head alone, of what is below it, of the head again."""
-        training = self.training
-        return tuple(sorted({1, training.head_first + 1, self.rounds - training.refit + 1} - {self.rounds + 1}))
 
-    def phase(self, round_number: int) -> tuple[int, int]:
-        """Return the rounds before the phase that a round belongs to, and those in it."""
-        first, last = self.training.head_first, self.rounds - self.training.refit
-        if 0 < round_number <= first:
-            return 0, first
-        return (first, last - first) if round_number <= last else (last, self.training.refit)
+@lru_cache(maxsize=256)
+def _schedule(rounds: int, training: TrainingConfig, *, adapter: bool, head: bool) -> Schedule:
+    """Return the phases that settings ask for: the head first, the adapter, the head again."""
+    if not adapter:
+        return Schedule((Phase(rounds, (HEAD,), "features"),))
+    moved, every = rounds - training.head_first - training.refit, training.linearised
+    if every:
+        middle = Phase(moved, (ADAPTER,), "jacobians", every if every < moved else 0)
+    else:
+        middle = Phase(moved, (ADAPTER, HEAD) if head else (ADAPTER,))
+    head_alone = (Phase(count, (HEAD,), "features") for count in (training.head_first, training.refit))
+    first, last = head_alone
+    return Schedule(tuple(phase for phase in (first, middle, last) if phase.rounds > 0))
 
 
 def method_of(strategy: str, adapter: str) -> str:

@@ -117,7 +117,7 @@ class PublicMetric(FromText):
         stands in for what it will be.
         """
         model.write(model.start)
-        if config.training.head_first and _silent(model):
+        if config.schedule.adapter_waits and _silent(model):
             weight = model.head["weight"]
             drawn = torch.randn(weight.shape, generator=stream(config.seed, self.name, "head"))
             model.write({HEAD: {"weight": drawn}})
@@ -128,7 +128,7 @@ class PublicMetric(FromText):
             state = self.around(model, config, labels)
         if model.module.metric is not None:
             # A head of its own rounds learns better behind made-up words (``experiments/log``).
-            told = self.of_made_up() if config.training.head_first else self
+            told = self.of_made_up() if config.schedule.adapter_waits else self
             texts = told._wording(model, config, labels)
             state.update(self.of_head(model, texts, config.privacy.clip_norm / self.clip_share))
         return state

@@ -19,9 +19,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from client.linearised import Keeping, Linearisation, linearised
+from client.linearised import Computation, Keeping, linearised
 from client.optimizers import build_optimizer
-from common.config.sections import RunConfig, TrainingConfig
+from common.config.phases import Schedule
+from common.config.sections import RunConfig
 from common.data.sources import public_test
 from common.model.device import own_cores
 from common.model.federated import FederatedModel
@@ -66,7 +67,7 @@ class Calibration:
     """Length of the mean clipped gradient over the clip norm at the start, and its upper end; see ``alignment_of``.
     None where nothing is clipped."""
     feature_seconds: float = 0.0
-    """Of computing one record's features, once in a run, or its derivatives, once in ``training.linearised`` rounds;
+    """Of computing one record's features, once in a run, or its Jacobian;
     0 where neither is kept."""
     scored_seconds: float = 0.0
     """Of scoring one public test record; a record's features for rounds of the head alone take about as long."""
@@ -93,7 +94,7 @@ def calibrate(server_model: ServerModel, config: RunConfig, workers: int) -> Cal
     torch.set_num_threads(worker_threads)
     try:
         model.write(server_model.start)
-        if config.training.linearised:
+        if config.schedule.with_inputs("jacobians"):
             featuring, short, steps = _linearised(model, few, chunks, config)
         else:
             featuring = _feature_seconds(server_model, config)
@@ -138,22 +139,21 @@ def round_seconds(
 
 
 def feature_seconds(
-    calibration: Calibration, training: TrainingConfig, rounds: int, sizes: Sequence[int], workers: int
+    calibration: Calibration, schedule: Schedule, sizes: Sequence[int], workers: int
 ) -> tuple[float, float]:
     """Return the time of all that is computed of records ahead of their steps in a run, as ``round_seconds``.
 
     Args:
         calibration: what a record takes.
-        training: how often it is computed: once, or once in ``linearised`` rounds, and once more for
-            ``head_first`` and for ``refit``.
-        rounds: of the run.
+        schedule: how often it is computed.
         sizes: the sites' numbers of records.
         workers: processes here.
     """
-    moved = rounds - training.head_first - training.refit
-    times = math.ceil(moved / training.linearised) if training.linearised else 1
-    heads = bool(training.head_first) + bool(training.refit)
-    each = times * calibration.feature_seconds + heads * calibration.scored_seconds
+    jacobians, features = (
+        sum(phase.computations() for phase in schedule.with_inputs(kind)) for kind in ("jacobians", "features")
+    )
+    under_adapter = calibration.scored_seconds if schedule.has_adapter else calibration.feature_seconds
+    each = jacobians * calibration.feature_seconds + features * under_adapter
     return _shared([each * size for size in sizes], workers)
 
 
@@ -185,11 +185,11 @@ def _linearised(
     """Return the seconds of one record's derivatives, and as ``_steps`` of steps on them."""
     sizes, joined = [len(chunk) for chunk in chunks], [record for chunk in chunks for record in chunk]
     public = Dataset("public", (), ())
-    first = Keeping(Linearisation("few", 1, 0, "", ""), {}, "", public, nothing)
+    first = Keeping(Computation("few", 1, 0, "", ""), {}, "", public, nothing)
     with linearised(model, few, first):
         pass  # the first passes pay for what later ones find ready
     began = time.perf_counter()
-    with linearised(model, joined, replace(first, of=Linearisation("all", 1, 0, "", ""))) as (vectors, trained):
+    with linearised(model, joined, replace(first, of=Computation("all", 1, 0, "", ""))) as (vectors, trained):
         each = (time.perf_counter() - began) / len(joined)
         left = iter(vectors)
         return each, *_steps(model, vectors[: len(few)], [list(islice(left, size)) for size in sizes], trained, config)

@@ -123,8 +123,7 @@ class Forecast:
         """
         if self.calibration is None:
             return None
-        config = self.job.config
-        return feature_seconds(self.calibration, config.training, config.rounds, self.sizes, self.workers)
+        return feature_seconds(self.calibration, self.job.config.schedule, self.sizes, self.workers)
 
     @property
     def noise_of_shares(self) -> float:
@@ -224,10 +223,10 @@ def forecast(
     """
     plans = site_plans(job, sizes, history)
     server_model = ServerModel(job)
-    workers = worker_count(len(sizes), workers, keeps=job.config.keeps)
+    workers = worker_count(len(sizes), workers, keeps=job.config.schedule.computes_ahead)
     calibration = calibrate(server_model, job.config, workers) if calibrated else None
     started = of_turn(server_model.trained_start(), job.strategy.turn(1))
-    still = {HEAD} if job.config.training.linearised else set[str]()
+    still = {HEAD} if job.config.schedule.with_inputs("jacobians") else set[str]()
     trained = sum(t.numel() for layer, factors in started.items() if layer not in still for t in factors.values())
     return Forecast(
         job=job,

@@ -217,11 +217,13 @@ def _print_machine(console: Console, forecast: Forecast) -> None:
         table.add_row(name, f"{each:.1f} s", f"{each * rounds + once:.0f} s")
     console.print(table)
     if any(features):
-        served = forecast.job.config.training.linearised
-        what = "derivatives" if served else "features"
-        when = f"once in {counted(served, 'round')}" if served else "once, in the first round"
-        heads = bool(forecast.job.config.training.head_first) + bool(forecast.job.config.training.refit)
-        when += ("", ", features once more for the head", ", features twice more for the head")[heads]
+        schedule = forecast.job.config.schedule
+        jacobians = schedule.with_inputs("jacobians")
+        what = "Jacobians" if jacobians else "features"
+        every = jacobians[0].every or jacobians[0].rounds if jacobians else 0
+        when = f"once in {counted(every, 'round')}" if every else "once, in the first round"
+        heads = len(schedule.with_inputs("features")) if schedule.has_adapter else 0
+        when += f", features {counted(heads, 'time')} more for the head" if heads else ""
         console.print(
             f"Of that, the {what} of all records are {features[0]:.1f} s here and {features[1]:.1f} s with a "
             f"machine for each site. They are computed {when}, and again by a new process."

@@ -133,11 +133,12 @@ class TrustedCollector:
     def _moving(self, round_number: int, state: ServerState) -> AdapterState:
         """Return, in float64, what is summed in a round: what sites send of layers that do not rest in it."""
         config, layout = self._job.config, self._layout(round_number)
+        head, adapter = (config.schedule.trains_head(round_number), config.schedule.trains_adapter(round_number))
         counterpart = self._job.strategy.counterpart(state, config.adapter.rank)
         return {
             layer: {name: counterpart[layer][name].double() for name in factors}
             for layer, factors in layout.items()
-            if config.moves(round_number, head=layer == HEAD)
+            if (head if layer == HEAD else adapter)
         }
 
     def _online(self, round_number: int) -> list[int] | str:

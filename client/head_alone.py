@@ -1,4 +1,4 @@
-"""Train the head alone on what the adapter is: the first rounds of a run, and its last.
+"""Train the head alone, on features of the records under the adapter as it is: phases before it is trained, and after.
 
 An adapter that moved far moved the logits of all records to one side: the model is not linear, and what is left of
 order two adds up over all that was noised. So the head is fitted to the features as they are now. They follow from the
@@ -21,12 +21,13 @@ from common.tasks import Record
 
 
 @contextmanager
-def refit(
+def head_on_features(
     model: FederatedModel, records: Sequence[Record], keeping: Keeping
 ) -> Iterator[tuple[list[Record], Mapping[str, Mapping[str, nn.Parameter]]]]:
     """Let the head alone take a gradient, on features of ``records``; arguments as of ``client.linearised.linearised``.
 
-    The adapter rests in these rounds, so features of the first of them serve all. Of another one they are made anew.
+    The adapter stays in these rounds, so features of the first of them serve all. Under another adapter they are
+    computed again.
 
     Yields:
         The records to train on, as features (none of no records), and what is trained, by layer and factor.

@@ -1,0 +1,140 @@
+"""The phases of a run: what each round trains, on which inputs, and at which rate.
+
+Server and sites make a run's ``Schedule`` from the run's settings alone, so no task can change what a round does. It
+says per round what is trained and sent, what sites compute ahead and keep, what a model has to rehearse, and what the
+planner counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from common.config.schedule import learning_rate
+from common.errors import ConfigError
+
+HEAD, ADAPTER = "head", "adapter"
+"""What a phase can train: the classification head, and all that the adapter trains."""
+Inputs = Literal["examples", "features", "jacobians"]
+"""What steps are on: the examples themselves, the features that the head sees of each, or each one's Jacobian of the
+logits by the adapter (``client.linearised``)."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Consecutive rounds that train the same tensors on the same inputs, in one course of the learning rate."""
+
+    rounds: int
+    trains: tuple[str, ...]
+    """``HEAD``, ``ADAPTER`` or both."""
+    inputs: Inputs = "examples"
+    every: int = 0
+    """Rounds after which sites compute their features or Jacobians again; 0: once in the phase."""
+
+    def computations(self) -> int:
+        """Return how often sites compute the phase's inputs ahead of its steps; 0 where these are the examples.
+
+        >>> Phase(20, (ADAPTER,), "jacobians", every=8).computations()
+        3
+        """
+        if self.inputs == "examples":
+            return 0
+        return -(-self.rounds // self.every) if self.every else 1
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A run's phases in their order; rounds are numbered from 1 on.
+
+    >>> run = Schedule((Phase(2, (HEAD,), "features"), Phase(3, (ADAPTER,), "jacobians")))
+    >>> run.rounds, run.trains_adapter(2), run.at(3).inputs, run.span(4), run.first_rounds
+    (5, False, 'jacobians', (2, 3), (1, 3))
+    """
+
+    phases: tuple[Phase, ...]
+
+    @property
+    def rounds(self) -> int:
+        """The length of the run."""
+        return sum(phase.rounds for phase in self.phases)
+
+    @property
+    def first_rounds(self) -> tuple[int, ...]:
+        """The first round of each phase."""
+        return tuple(before + 1 for before, _ in self._spans())
+
+    @property
+    def adapter_waits(self) -> int:
+        """Rounds of the head alone before the adapter is first trained; 0 where it is trained at once, or never."""
+        return next((before for before, phase in self._spans() if ADAPTER in phase.trains), 0)
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether some round trains an adapter."""
+        return any(ADAPTER in phase.trains for phase in self.phases)
+
+    @property
+    def computes_ahead(self) -> bool:
+        """Whether sites keep features or Jacobians of their records from one round to the next."""
+        return any(phase.inputs != "examples" for phase in self.phases)
+
+    def with_inputs(self, inputs: Inputs) -> tuple[Phase, ...]:
+        """Return the phases whose steps are on these inputs."""
+        return tuple(phase for phase in self.phases if phase.inputs == inputs)
+
+    def at(self, round_number: int) -> Phase:
+        """Return the phase of a round.
+
+        Raises:
+            ConfigError: the run has no such round.
+        """
+        return self.phases[self._index(round_number)]
+
+    def span(self, round_number: int) -> tuple[int, int]:
+        """Return the rounds before the phase of a round, and those in it."""
+        index = self._index(round_number)
+        return sum(phase.rounds for phase in self.phases[:index]), self.phases[index].rounds
+
+    def trains_adapter(self, round_number: int) -> bool:
+        """Return whether a round trains the adapter; if not, it stays as it is, to the bit."""
+        return ADAPTER in self.at(round_number).trains
+
+    def trains_head(self, round_number: int) -> bool:
+        """Return whether a round trains the head; if not, it stays as it is, to the bit."""
+        return HEAD in self.at(round_number).trains
+
+    def computation(self, round_number: int) -> tuple[int, int]:
+        """Return which computation of features or Jacobians serves a round: its phase, and its number in that."""
+        before, _ = self.span(round_number)
+        every = self.at(round_number).every
+        return self._index(round_number), (round_number - 1 - before) // every if every else 0
+
+    def ends_computation(self, round_number: int) -> bool:
+        """Return whether no later round needs the features or Jacobians of this one."""
+        return round_number >= self.rounds or self.computation(round_number) != self.computation(round_number + 1)
+
+    def rate(self, course: str, peak: float, round_number: int, step: int = 0, steps: int = 1) -> float:
+        """Return the learning rate of a step; each phase has the whole course.
+
+        Args:
+            course: a name of ``common.config.schedule``.
+            peak: the highest rate.
+            round_number: the round's.
+            step: of the round, from 0 on.
+            steps: of every round.
+        """
+        before, rounds = self.span(round_number)
+        return learning_rate(course, peak, (round_number - 1 - before) * steps + step, rounds * steps)
+
+    def _spans(self) -> Iterator[tuple[int, Phase]]:
+        before = 0
+        for phase in self.phases:
+            yield before, phase
+            before += phase.rounds
+
+    def _index(self, round_number: int) -> int:
+        for index, (before, phase) in enumerate(self._spans()):
+            if before < round_number <= before + phase.rounds:
+                return index
+        raise ConfigError(f"there is no round {round_number} in a run of {self.rounds}")
