@@ -131,7 +131,7 @@ def audit_head(folder: Path, fault: Fault = SOUND) -> Finding:
 
 def audit_linearised(folder: Path, fault: Fault = SOUND) -> Finding:
     """Let a site take rounds of steps on kept derivatives, with ``fault`` built in."""
-    job = configure({**tiny_run(folder), "strategy": "fedavg-lora", "training.linearised": 1})
+    job = configure({**tiny_run(folder), "strategy": "fedavg-lora", "phases": "2 adapter on jacobians"})
     model = job.model(("bad", "good"))
     size = sum(p.numel() for p in model.below_head().values())
     plan = gaussian_plan(1.0, NOISE, 1.0, float(size), DELTA, 100.0)

@@ -27,6 +27,7 @@ from privacy.plan import Plan, PrivacyPlan
 from strategies import ROWS
 from strategies.base import Strategy
 from strategies.options import START, declared_settings, known_settings, tables, unnamed, with_options
+from strategies.phases import check_phases
 from strategies.recipes import AUTO, RECIPES, Asked, Recipe, choose, is_open, own_method, without_open
 from strategies.refused import REFUSED, REFUSED_STRATEGIES
 from strategies.rules import RULES, ServerRule
@@ -321,13 +322,9 @@ def _compose(filled: _Filled, given: Mapping[str, Scalar]) -> Job:
             "head.metric is 'public', behind which the head begins elsewhere, and head.policy 'frozen' sends no head: "
             "set head.policy to 'trained', or head.metric to 'none'"
         )
-    if config.training.linearised:
-        _check_linearised(config, strategy, ADAPTERS[name])
+    check_phases(config, strategy, ADAPTERS[name])
     if config.server.most_noise:
         _check_most_noise(config)
-    for key, rounds in (("head-first", config.training.head_first), ("refit", config.training.refit)):
-        if rounds:
-            _check_head_alone(f"training.{key}", rounds, config, strategy, ADAPTERS[name])
     adapter, rule = build_adapter(name, config.adapter, origin), _rule(config.server.rule, settings, given)
     if not config.adapter.alpha:
         _check_calibration(config, strategy, origin)
@@ -408,62 +405,11 @@ def _check_cohort(config: RunConfig) -> None:
         )
 
 
-def _check_linearised(config: RunConfig, strategy: Strategy, adapter: type[Adapter]) -> None:
-    if not TASKS[config.model.task].labelled:
-        raise ConfigError(
-            f"training.linearised is for labels, and model.task {config.model.task!r} has none: set it to 0"
-        )
-    if not adapter.trained:
-        raise ConfigError(
-            f"training.linearised is for an adapter, and adapter.name {adapter.name!r} trains the head alone, which is "
-            "linear already: set it to 0"
-        )
-    if strategy.chooses():
-        raise ConfigError(
-            f"strategy {strategy.name!r} chooses what is trained in a round by a rule of its own, and derivatives of a "
-            "linearised model are of all of it: set training.linearised to 0"
-        )
-    if strategy.moves_frozen and config.training.linearised > 1:
-        raise ConfigError(
-            f"strategy {strategy.name!r} turns frozen factors between rounds, and derivatives are of those of one "
-            "round: set training.linearised to 1 or 0"
-        )
-    if config.training.weight_decay:
-        raise ConfigError(
-            "training.weight-decay would draw a linearised adapter to where each process began, and not to 0: set it "
-            "to 0, or training.linearised"
-        )
-
-
 def _check_most_noise(config: RunConfig) -> None:
     if config.server.optimizer != "momentum" or config.training.optimizer != "sgd" or config.training.weight_decay:
         raise ConfigError(
             "server.most-noise bounds what plain steps pass on: set server.optimizer to 'momentum', training.optimizer "
             "to 'sgd' and training.weight-decay to 0, or server.most-noise to 0"
-        )
-
-
-def _check_head_alone(key: str, rounds: int, config: RunConfig, strategy: Strategy, adapter: type[Adapter]) -> None:
-    if strategy.chooses():
-        raise ConfigError(
-            f"strategy {strategy.name!r} chooses what is trained in a round by a rule of its own, and {key} has the "
-            "head alone: set it to 0"
-        )
-    if not TASKS[config.model.task].labelled:
-        raise ConfigError(f"{key} is for a head, and model.task {config.model.task!r} has none: set it to 0")
-    if config.head.policy != "trained":
-        raise ConfigError(
-            f"{key} trains the head, and head.policy {config.head.policy!r} sends none: set head.policy to 'trained', "
-            f"or {key} to 0"
-        )
-    if not adapter.trained:
-        raise ConfigError(
-            f"{key} lets an adapter rest, and adapter.name {adapter.name!r} trains the head alone: set {key} to 0"
-        )
-    if config.training.head_first + config.training.refit >= config.rounds:
-        raise ConfigError(
-            f"{key} is {rounds} of {config.rounds} rounds, so the adapter would never move: raise rounds, or lower "
-            "training.head-first or training.refit"
         )
 
 

@@ -121,9 +121,7 @@ CASES: dict[str, Case] = {
             "strategy": "fedavg-lora",
             "recipe": "metric",
             "rounds": 5,
-            "training.linearised": 2,
-            "training.head-first": 1,
-            "training.refit": 1,
+            "phases": "1 head on features, 3 adapter on jacobians every 2, 1 head on features",
             "start.records": 32,
         }
     ),

@@ -631,13 +631,17 @@ def test_a_policy_whose_time_is_too_short_refuses_before_the_charge(site: OneSit
     assert len(site.charges()) == 1
 
 
-LATER = {"rehearse": 1, "rehearse_linearised": 1, "rehearse_head": 0}
-"""What times the derivatives of a round, its steps on them, and its steps on features; and ``training.head-first``."""
+HEAD_FIRST, HEAD_LAST = (
+    "1 head on features, 2 adapter on jacobians every 1",
+    "2 adapter on jacobians every 1, 1 head on features",
+)
+LATER = {"rehearse": HEAD_FIRST, "rehearse_linearised": HEAD_FIRST, "rehearse_head": HEAD_LAST}
+"""What times the Jacobians of a round, its steps on them, and its steps on features; with phases that begin otherwise.
+"""
 
 
 def refused_for_a_later_round(slow: str, site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
-    phases = {"rounds": 3, "training.head-first": LATER[slow], "training.linearised": 1, "training.refit": 1}
-    site.settings |= phases
+    site.settings |= {"rounds": 3, "phases": LATER[slow]}
     for name in LATER:
         took = timing(long=1000.0 if name == slow else 0.0)
         monkeypatch.setattr(rehearsals, name, lambda _, took=took: took)
@@ -666,7 +670,7 @@ def test_a_site_that_looks_at_the_present_round_alone_is_found_out(
 def test_a_round_keeps_to_its_own_reserve_and_not_to_that_of_a_later_phase(
     site: OneSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    site.settings |= {"rounds": 3, "training.head-first": 1, "training.linearised": 1, "training.refit": 1}
+    site.settings |= {"rounds": 3, "phases": "1 head on features, 1 adapter on jacobians, 1 head on features"}
     for name in LATER:
         took = timing(long=100.0 if name == "rehearse_linearised" else 1.0)
         monkeypatch.setattr(rehearsals, name, lambda _, took=took: took)
@@ -691,7 +695,7 @@ def test_the_worst_round_has_every_record_scored_where_a_count_is_sent(
 
 def test_records_of_a_linearised_round_are_scored_as_they_are(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its steps are on vectors, and their rehearsal scores nothing."""
-    site.settings |= {"rounds": 2, "training.linearised": 1, "training.local-steps": 1}
+    site.settings |= {"rounds": 2, "phases": "2 adapter on jacobians every 1", "training.local-steps": 1}
     monkeypatch.setattr(rehearsals, "rehearse", lambda _: replace(timing(), score=1.0))
     monkeypatch.setattr(rehearsals, "rehearse_linearised", lambda _: timing())
     monkeypatch.setattr(app, "process", SiteProcess())

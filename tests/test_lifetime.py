@@ -28,7 +28,7 @@ from experiments.in_process import run_in_process
 
 HEAD = {"strategy": "fedavg-lora", "adapter.name": "none", "training.sample-rate": 1.0}
 """Records become features."""
-LINEARISED = {"training.linearised": 4, "training.local-steps": 1, "training.sample-rate": 0.5}
+LINEARISED = {"phases": "4 adapter on jacobians", "training.local-steps": 1, "training.sample-rate": 0.5}
 """They get derivatives."""
 each_kind = pytest.mark.parametrize("own", [HEAD, LINEARISED], ids=["features", "derivatives"])
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from audits.tiny_models import TARGETS
 from audits.tiny_site import clinic
 from audits.worlds import give_metric
-from client import app
+from client import app, rehearsals
 from client import linearised as wing
 from client.deadline import Timing
 from client.head_alone import head_on_features
@@ -209,12 +209,12 @@ def test_the_first_step_of_a_round_is_the_real_models(
 ) -> None:
     monkeypatch.setattr(dpsgd, "add_private_noise", lambda total, std: total)
     found = []
-    for rounds in (0, 4):
-        more = {"training.sample-rate": 1.0, "training.local-steps": 1, "training.linearised": rounds}
+    for phases in ("", "4 adapter on jacobians"):
+        more = {"training.sample-rate": 1.0, "training.local-steps": 1, "phases": phases}
         more["privacy.clip-norm"] = 1e3
         more.update({"training.optimizer": "sgd", "server.optimizer": "none"})
-        (tmp_path / str(rounds)).mkdir()
-        site = clinic({**toy_settings, **more}, tmp_path / str(rounds))
+        (tmp_path / str(len(phases))).mkdir()
+        site = clinic({**toy_settings, **more}, tmp_path / str(len(phases)))
         found.append(site.train().contribution)
     start = clinic(toy_settings, tmp_path).model().start
     # The head's part of the clip is none's there; here nothing is clipped.
@@ -383,7 +383,12 @@ def test_all_is_as_it_was_but_for_the_step(model_folder: Folder) -> None:
 def test_derivatives_serve_as_many_rounds_as_are_set(
     toy_settings: dict[str, Any], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    more = {"training.linearised": 2, "rounds": 4, "training.local-steps": 1, "training.sample-rate": 0.5}
+    more = {
+        "phases": "4 adapter on jacobians every 2",
+        "rounds": 4,
+        "training.local-steps": 1,
+        "training.sample-rate": 0.5,
+    }
     settings = {**toy_settings, **more}
     made, compute = list[int](), wing._vectors
 
@@ -455,8 +460,7 @@ def test_the_point_is_the_same_whether_records_are_there_fail_or_not(
 
 
 def test_vectors_are_dropped_when_no_round_needs_them(toy_settings: dict[str, Any], tmp_path: Any) -> None:
-    site = clinic({**toy_settings, "training.linearised": 3, "training.local-steps": 1}, tmp_path)
-    assert configure(site.settings).config.rounds == 4
+    site = clinic({**toy_settings, "phases": "4 adapter on jacobians every 3", "training.local-steps": 1}, tmp_path)
     kept = []
     for number in (1, 2, 3, 4):
         site.train(number)
@@ -476,7 +480,7 @@ def test_the_head_stays_and_goes_on_afterwards(model_folder: Folder) -> None:
 
 
 def test_a_run_ends_within_its_budget(toy_settings: dict[str, Any]) -> None:
-    more = {"training.linearised": 2, "rounds": 2, "training.local-steps": 3, "training.sample-rate": 0.5}
+    more = {"phases": "2 adapter on jacobians", "rounds": 2, "training.local-steps": 3, "training.sample-rate": 0.5}
     folder = run_in_process({**toy_settings, **more, "privacy.epsilon": 5.0}, 2)
     spent = [line.spent for line in read_lines(PrivacyLine, folder) if line.round_number == 2]
     assert len(spent) == 2
@@ -484,7 +488,7 @@ def test_a_run_ends_within_its_budget(toy_settings: dict[str, Any]) -> None:
 
 
 def test_without_privacy_it_runs_as_well(toy_settings: dict[str, Any]) -> None:
-    more = {"training.linearised": 2, "rounds": 1, "training.local-steps": 2, "privacy.mode": "none"}
+    more = {"phases": "1 adapter on jacobians", "rounds": 1, "training.local-steps": 2, "privacy.mode": "none"}
     folder = run_in_process({**toy_settings, **more}, 2)
     assert len(list(read_lines(RoundLine, folder))) == 1
 
@@ -496,19 +500,19 @@ def test_without_privacy_it_runs_as_well(toy_settings: dict[str, Any]) -> None:
     ("more", "match"),
     [
         ({"adapter.name": "none"}, "trains the head alone"),
-        ({"model.task": "causal-lm", "head.policy": "frozen"}, "has none: set it to 0"),
+        ({"model.task": "causal-lm", "head.policy": "frozen"}, "has none: leave phases empty"),
     ],
 )
 def test_what_cannot_be_linearised_is_refused(more: dict[str, Any], match: str) -> None:
     with pytest.raises(ConfigError, match=match):
-        configure({"training.linearised": 1, **more})
+        configure({"phases": "6 adapter on jacobians", **more})
 
 
 def test_more_derivatives_than_fit_are_refused_before_the_charge(
     toy_settings: dict[str, Any], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(wing, "MOST_BYTES", 1000)
-    site = clinic({**toy_settings, "training.linearised": 1}, tmp_path)
+    site = clinic({**toy_settings, "phases": "4 adapter on jacobians"}, tmp_path)
     assert "lower adapter.rank" in site.refuse().reason
 
 
@@ -541,8 +545,8 @@ def test_a_process_of_many_sites_holds_no_more_than_one_site_may(
 def test_the_planner_counts_what_is_trained_and_not_the_head(toy_settings: dict[str, Any]) -> None:
     settings = {**toy_settings, "privacy.noise-multiplier": 2.0, "privacy.epsilon": 60.0}
     plain, other = (
-        forecast(configure({**settings, "training.linearised": rounds}), [100, 100], calibrated=False).signal
-        for rounds in (0, 2)
+        forecast(configure({**settings, "phases": phases}), [100, 100], calibrated=False).signal
+        for phases in ("", "2 adapter on jacobians")
     )
     assert plain is not None
     assert other is not None
@@ -555,9 +559,9 @@ def test_a_pass_that_would_end_too_late_is_refused(
 ) -> None:
     """Derivatives are counted in every round, since a process that begins anew computes them in any."""
     passes = Timing({8: 20.0, 16: 20.0, 24: 20.0}, {8: 4, 16: 4, 24: 4}, 0.0, 0.0)
-    monkeypatch.setattr(app, "rehearse", lambda model: passes)
-    monkeypatch.setattr(app, "rehearse_linearised", lambda model: Timing({1: 0.0}, {1: 4}, 0.0, 0.0))
-    site = clinic({**toy_settings, "training.linearised": 8}, tmp_path)
+    monkeypatch.setattr(rehearsals, "rehearse", lambda model: passes)
+    monkeypatch.setattr(rehearsals, "rehearse_linearised", lambda model: Timing({1: 0.0}, {1: 4}, 0.0, 0.0))
+    site = clinic({**toy_settings, "phases": "4 adapter on jacobians"}, tmp_path)
     app.process.rehearsals.forget()
     try:
         site.rule(reply_after=60.0)
@@ -572,4 +576,4 @@ def test_a_pass_that_would_end_too_late_is_refused(
 )
 def test_what_would_train_in_other_coordinates_is_refused(more: dict[str, Any], match: str) -> None:
     with pytest.raises(ConfigError, match=match):
-        configure({"training.linearised": 2, **more})
+        configure({"phases": "6 adapter on jacobians", **more})

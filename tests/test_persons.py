@@ -401,7 +401,7 @@ def test_records_that_a_run_had_of_each_person_are_made_anew_for_one_that_has_fe
 
 def test_derivatives_are_of_no_more_records_of_a_person_than_the_run_says_now(site: OneSite) -> None:
     """A server asks for a round with one bound and, in the same run, for the next with another."""
-    site.settings |= {"training.linearised": 4, "training.local-steps": 1, "privacy.records-per-person": 4}
+    site.settings |= {"phases": "4 adapter on jacobians", "training.local-steps": 1, "privacy.records-per-person": 4}
     for round_number, most in ((1, 4), (2, 2)):
         site.settings["privacy.records-per-person"] = most
         site.train(round_number)
@@ -413,7 +413,7 @@ def test_the_worst_round_by_person_has_all_records_of_its_persons(
     site: OneSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On vectors, whose derivatives are computed of every record first, three times; two persons' sums fit at once."""
-    site.settings |= {"training.linearised": 4, "training.local-steps": 1, "privacy.records-per-person": 4}
+    site.settings |= {"phases": "4 adapter on jacobians", "training.local-steps": 1, "privacy.records-per-person": 4}
     job, model = configure(site.settings), site.model()
     ours = open_site(site.node, job.config, "1", simulated=False)
     through = Timing({8: 1.0, 16: 2.0}, {8: 4, 16: 2}, 0.5, 0.0)

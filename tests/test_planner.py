@@ -96,9 +96,7 @@ PHASES = {
     "server.optimizer": "momentum",
     "server.learning-rate": 0.5,
     "training.sample-rate": 1.0,
-    "training.head-first": 1,
-    "training.linearised": 2,
-    "training.refit": 1,
+    "phases": "1 head on features, 2 adapter on jacobians, 1 head on features",
 }
 
 
@@ -107,7 +105,7 @@ def test_the_plan_of_a_sum_in_three_phases_is_what_the_run_does(toy_settings: di
     settings = {**toy_settings, **SUMMED, **PHASES}
     check_that_plan_is_run(settings, 3)
     before = planned(settings, (60, 60, 60))
-    head = planned({**settings, "adapter.name": "none", **dict.fromkeys(list(PHASES)[-3:], 0)}, (60, 60, 60)).traffic
+    head = planned({**settings, "adapter.name": "none", "phases": ""}, (60, 60, 60)).traffic
     assert before.traffic.up_run == 2 * before.traffic.up + 2 * head.up, "the adapter's rounds, and the head's"
     assert before.traffic.once_down > 0
     told = " ".join(run_plan(tmp_path, settings, "--sites", "3", "--no-calibration").stdout.split())
@@ -117,7 +115,13 @@ def test_the_plan_of_a_sum_in_three_phases_is_what_the_run_does(toy_settings: di
 
 @pytest.mark.usefixtures("rough_prices")
 def test_factors_that_are_not_made_anew_around_the_head_are_planned_once(toy_settings: dict[str, Any]) -> None:
-    own = {"strategy": "ffa-lora", "adapter.start": "eva", "start.records": 8, "rounds": 3, "training.head-first": 1}
+    own = {
+        "strategy": "ffa-lora",
+        "adapter.start": "eva",
+        "start.records": 8,
+        "rounds": 3,
+        "phases": "1 head on features, 2 adapter+head on examples",
+    }
     settings = {**toy_settings, **own, "training.optimizer": "sgd", "training.local-steps": 1}
     assert planned(settings).traffic.once_down > 0
     check_that_plan_is_run(settings)
@@ -249,7 +253,7 @@ def test_the_features_of_a_head_alone_are_in_the_time_of_the_run(toy_settings: d
 
 
 def test_the_derivatives_of_a_linearised_run_are_in_its_time(toy_settings: dict[str, Any]) -> None:
-    more = {"training.linearised": 2, "rounds": 3, "training.local-steps": 1}
+    more = {"phases": "3 adapter on jacobians every 2", "rounds": 3, "training.local-steps": 1}
     forecast = planned({**toy_settings, **more}, calibrated=True)
     measured, features = forecast.calibration, forecast.feature_seconds
     assert measured is not None

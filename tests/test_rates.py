@@ -66,7 +66,7 @@ def rates_of(job: Job, results: list[TrainResult], averaged: list[Contribution])
 
 
 def test_noise_alone_ends_within_the_bound_and_near_it() -> None:
-    job, draw = job_of(**{"training.refit": 3}), torch.Generator().manual_seed(3)
+    job, draw = job_of(phases="9 adapter+head on examples, 3 head on features"), torch.Generator().manual_seed(3)
     # σ C / (q n) of each site, weighed by size, times the sites' rate; none at more than the run's σ of 2.
     wanted = 0.7 * ((0.25 * 2 / 50) ** 2 + (0.75 * 2 / 150) ** 2) ** 0.5
     state = job.start(
@@ -130,7 +130,10 @@ def test_a_site_that_states_a_lower_sample_rate_would_stop_the_run_and_does_not_
 
 def test_several_steps_of_a_round_add_their_noise_by_the_squares_of_their_own_rates() -> None:
     plain = {"server.optimizer": "none", "server.most-noise": 0.0}
-    job = job_of(**plain, **{"training.local-steps": 3, "schedule": "linear", "training.refit": 3})
+    job = job_of(
+        **plain,
+        **{"training.local-steps": 3, "schedule": "linear", "phases": "9 adapter+head on examples, 3 head on features"},
+    )
     results, averaged = round_of(4, {})
     rates = [0.7 * (1 - (9 + step) / 27) for step in range(3)]
     site = ((0.25 * 3 / 50) ** 2 + (0.75 * 2 / 150) ** 2) ** 0.5
@@ -152,7 +155,7 @@ def test_a_sum_carries_every_sites_part_of_the_noise_over_the_sizes_of_all() -> 
 
 
 def test_the_rate_follows_from_the_rates_of_the_rounds_of_its_phase_alone() -> None:
-    job = job_of(**{"schedule": "linear", "training.refit": 3})
+    job = job_of(schedule="linear", phases="9 adapter+head on examples, 3 head on features")
     results, averaged = round_of(4, {})
     way = math.hypot(*(1 - done / 9 for done in range(9))) / 0.4
     noise = SitesNoise(job, results, averaged).usual()

@@ -229,13 +229,13 @@ def test_a_file_tells_its_labels_where_a_job_is_made_and_none_is_looked_at_elsew
 
 def test_what_is_set_stands_and_the_rest_is_the_recipes() -> None:
     job = configure({"rounds": 50, "adapter.rank": 8, "start.text": "phrases"})
-    training = job.config.training
-    assert (job.config.rounds, training.head_first, training.linearised, training.refit) == (50, 16, 27, 7)
+    phases = "16 head on features, 27 adapter on jacobians, 7 head on features"
+    assert (job.config.rounds, job.config.phases) == (50, phases)
     assert (job.config.adapter.rank, job.settings()["start.text"]) == (8, "phrases")
     assert (job.config.adapter.name, job.config.adapter.start) == ("lora-metric", "public-metric")
     assert sorted(job.chosen()) == ["adapter.rank", "rounds", "start.text"]
     plain = configure({"recipe": "plain", "rounds": 25})
-    assert (plain.config.rounds, plain.config.training.linearised) == (25, 0)
+    assert (plain.config.rounds, plain.config.phases) == (25, "")
     # A value that happens to be a field's own default is one all the same.
     assert configure({"recipe": "metric", "server.momentum": 0.5}).config.server.momentum == 0.5
 
@@ -256,10 +256,10 @@ def test_the_head_is_fitted_in_the_first_rounds_and_in_the_last(rounds: int | No
     asked = {"recipe": "metric", **({"rounds": rounds} if rounds else {})}
     for own in ({}, {"privacy.mode": "secure-sum", "privacy.honest-sites": 3}):
         config = configure({**asked, **own}).config
-        assert (config.training.head_first, config.training.linearised, config.training.refit) == phases
+        assert tuple(phase.rounds for phase in config.schedule.phases) == phases
         assert sum(phases) == config.rounds == (rounds or 37)
-    without = configure({**asked, "privacy.mode": "none"}).config.training
-    assert without.head_first == 0, "without a clip its steps are other ones"
+    without = configure({**asked, "privacy.mode": "none"}).config
+    assert without.schedule.adapter_waits == 0, "without a clip its steps are other ones"
 
 
 def test_a_run_without_privacy_trains_every_linear_layer_by_plain_steps_and_the_servers_adam() -> None:
@@ -317,7 +317,7 @@ def test_flowers_table_of_defaults_under_a_job_changes_nothing(settings: dict[st
         ),
         ({"recipe": "metric", "strategy": "fed-sb"}, "adapter"),
         ({"start.clip-share": 0.5}, "because start.clip-share is set: write recipe = 'metric' to keep that"),
-        ({"recipe": "metric", "rounds": 1}, "training.refit is 1 of 1 rounds"),
+        ({"recipe": "metric", "rounds": 1}, "phases never trains the adapter"),
     ],
     ids=str,
 )

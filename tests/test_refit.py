@@ -181,7 +181,11 @@ def test_features_are_computed_once_and_no_record_s_noise_sees_them(model_folder
 
 
 def test_a_site_sends_the_adapter_as_it_came_and_keeps_no_features(toy_settings: dict[str, Any], tmp_path: Any) -> None:
-    more = {"training.linearised": 2, "training.refit": 2, "training.local-steps": 1, "training.sample-rate": 0.5}
+    more = {
+        "phases": "2 adapter on jacobians, 2 head on features",
+        "training.local-steps": 1,
+        "training.sample-rate": 0.5,
+    }
     site = clinic({**toy_settings, **more}, tmp_path)
     start, kept = site.model().start, []
     for number in (1, 2, 3, 4):
@@ -195,7 +199,7 @@ def test_a_site_sends_the_adapter_as_it_came_and_keeps_no_features(toy_settings:
 
 
 def test_the_head_may_be_first_and_the_adapter_begins_after_it(toy_settings: dict[str, Any], tmp_path: Any) -> None:
-    more = {"training.head-first": 2, "training.linearised": 1, "training.refit": 1}
+    more = {"phases": "2 head on features, 1 adapter on jacobians, 1 head on features"}
     site = clinic({**toy_settings, **more, "training.local-steps": 1, "training.sample-rate": 0.5}, tmp_path)
     start, moved, kept = site.model().start, list[set[str]](), list[bool]()
     for number in (1, 2, 3, 4):
@@ -215,7 +219,7 @@ def test_the_adapter_rests_at_the_server_and_the_schedule_begins_anew(optimizer:
     job = configure(
         {
             "rounds": 5,
-            "training.refit": 2,
+            "phases": "3 adapter+head on examples, 2 head on features",
             "training.learning-rate": 0.5,
             "server.optimizer": optimizer,
             "server.learning-rate": 0.5,
@@ -244,7 +248,7 @@ def test_the_adapter_rests_at_the_server_and_the_schedule_begins_anew(optimizer:
 
 @pytest.mark.parametrize("optimizer", ["adam", "momentum"])
 def test_a_head_that_was_first_rests_beside_the_adapter_and_begins_anew(optimizer: str) -> None:
-    own = {"training.head-first": 2, "training.linearised": 2, "training.refit": 2, "rounds": 6, "head-rate": 1.0}
+    own = {"phases": "2 head on features, 2 adapter on jacobians, 2 head on features", "rounds": 6, "head-rate": 1.0}
     rates = {"server.optimizer": optimizer, "server.learning-rate": 0.5, "server.momentum": 0.9}
     job = configure({**own, **rates})
     state = job.start({"layer": {"A": torch.zeros(2, 3), "B": torch.zeros(4, 2)}, HEAD: {"weight": torch.zeros(2, 4)}})
@@ -333,8 +337,7 @@ def test_a_run_ends_within_its_budget_with_the_adapter_of_its_first_rounds(
         "training.optimizer": "sgd",
         "training.learning-rate": 1.0,
         "training.local-steps": 1,
-        "training.linearised": 2,
-        "training.refit": 1,
+        "phases": "2 adapter on jacobians, 1 head on features",
     }
     folder = run_in_process({**toy_settings, **more, "privacy.epsilon": 5.0}, 2)
     spent = [line.spent for line in read_lines(PrivacyLine, folder) if line.round_number == 3]
@@ -347,20 +350,19 @@ def test_a_run_ends_within_its_budget_with_the_adapter_of_its_first_rounds(
     ("more", "match"),
     [
         ({"adapter.name": "none"}, "trains the head alone"),
-        ({"model.task": "causal-lm", "head.policy": "frozen"}, "has none: set it to 0"),
+        ({"model.task": "causal-lm", "head.policy": "frozen"}, "sends none"),
         ({"head.policy": "frozen"}, "sends none"),
-        ({"rounds": 1}, "would never move"),
+        ({"phases": "6 head on features"}, "never trains the adapter"),
+        ({"rounds": 7}, "phases has 6 rounds, and rounds is 7: set rounds to 6"),
     ],
 )
-@pytest.mark.parametrize("key", ["training.refit", "training.head-first"])
-def test_what_has_no_head_to_fit_alone_is_refused(key: str, more: dict[str, Any], match: str) -> None:
-    with pytest.raises(ConfigError, match=f"{key}.*{match}"):
-        configure({key: 1, **more})
-
-
-def test_phases_of_the_head_leave_the_adapter_a_round() -> None:
-    with pytest.raises(ConfigError, match=r"training.head-first is 2 of 3 rounds.*lower training.head-first or"):
-        configure({"rounds": 3, "training.head-first": 2, "training.refit": 1})
+@pytest.mark.parametrize(
+    "phases",
+    ["5 adapter+head on examples, 1 head on features", "1 head on features, 5 adapter+head on examples"],
+)
+def test_what_has_no_head_to_fit_alone_is_refused(phases: str, more: dict[str, Any], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        configure({"phases": phases, **more})
 
 
 # --- the head first, and the metric around it ---
@@ -379,8 +381,7 @@ FIRST: dict[str, Any] = {
     "training.optimizer": "sgd",
     "training.learning-rate": 1.0,
     "training.local-steps": 1,
-    "training.head-first": 2,
-    "training.linearised": 1,
+    "phases": "2 head on features, 1 adapter on jacobians",
 }
 
 
@@ -538,7 +539,7 @@ def test_a_head_of_its_own_rounds_is_whitened_by_made_up_words_and_the_adapter_b
         return ServerModel(configure(settings)).public_statistic()
 
     text = {"start.text": "prose"}
-    later = {"training.head-first": 0, "training.linearised": 3}
+    later = {"phases": "3 adapter on jacobians"}
     first, usual = made(**text), made(**text, **later)
     by_words = made(**later, **{"start.text": "made-up", "start.records": 512})
     for name in ("centre", "map"):

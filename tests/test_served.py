@@ -137,8 +137,12 @@ def served(bare: Path, model_folder: Callable[[str], str], tmp_path_factory: pyt
         patch.setattr("common.starts.public_metric.MADE", 48)  # a map of 16 features needs no more made-up texts
         default = run_in_process(default_job(toy, PublicMetricRecipe()), 2)
     settings = read_file(ConfigFile, default).settings
-    made = ("adapter.name", "head.metric", "training.head-first", "training.linearised", "training.refit")
-    assert [settings[key] for key in made] == ["lora-metric", "public", 3, 6, 1]
+    made = ("adapter.name", "head.metric", "phases")
+    assert [settings[key] for key in made] == [
+        "lora-metric",
+        "public",
+        "3 head on features, 6 adapter on jacobians, 1 head on features",
+    ]
     assert FEWEST == 3 + 6 + 1
     stock = run_in_process(stock_job(toy, place / "stock"), 2)
     causal = run_in_process(causal_job(toy, place, model_folder("llama")), 2)

@@ -187,9 +187,7 @@ def test_a_configuration_leaves_nothing_open_that_one_value_holds_for() -> None:
     none |= {
         "data.slice",
         "data.person",
-        "training.linearised",
-        "training.head-first",
-        "training.refit",
+        "phases",
         "server.most-noise",
         "server.scores",
     }

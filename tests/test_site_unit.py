@@ -318,7 +318,9 @@ def test_halved_noise_is_found(world: World) -> None:
 
 
 def test_what_rests_in_a_round_gets_no_noise(settings: dict[str, Any], world: World) -> None:
-    resting = replace(world, job=configure({**settings, "rounds": 2, "training.refit": 1}))
+    resting = replace(
+        world, job=configure({**settings, "rounds": 2, "phases": "1 adapter+head on examples, 1 head on features"})
+    )
     sites = resting.sites(MadeUp(update, COHORT_SIZE))
     for number, rests in ((1, False), (2, True)):
         (one,) = sites.collect(number, replace(world.state, round_number=number - 1)).averaged

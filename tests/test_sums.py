@@ -92,7 +92,8 @@ def no_noise(sums: torch.Tensor, std: float, step: float = 0.0) -> torch.Tensor:
 # --- what the server gets ---------------------------------------------------------------------------------------------
 
 
-PHASES: dict[str, Any] = {"rounds": 3, "training.linearised": 2, "training.refit": 1}
+HEAD_LAST: dict[str, Any] = {"rounds": 3, "phases": "2 adapter on jacobians, 1 head on features"}
+HEAD_FIRST = "2 head on features, 2 adapter on jacobians, 1 head on features"
 
 
 def last_adapter(folder: Path) -> torch.Tensor:
@@ -100,7 +101,7 @@ def last_adapter(folder: Path) -> torch.Tensor:
     return torch.cat([tensor.double().flatten() for _, _, tensor in entries(state.adapter)])
 
 
-@pytest.mark.parametrize("phases", [{}, PHASES, {**PHASES, "rounds": 5, "training.head-first": 2}])
+@pytest.mark.parametrize("phases", [{}, HEAD_LAST, {"rounds": 5, "phases": HEAD_FIRST}])
 def test_without_noise_a_round_is_that_of_plain_uploads(
     summed: dict[str, Any], phases: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,7 +197,9 @@ def test_a_sum_has_no_noise_of_what_rests(summed: dict[str, Any], monkeypatch: p
         return found
 
     monkeypatch.setattr(masked_sum, "total", spy)
-    folder = run_in_process({**summed, **PHASES, "rounds": 4, "training.head-first": 1}, 4)
+    folder = run_in_process(
+        {**summed, "rounds": 4, "phases": "1 head on features, 2 adapter on jacobians, 1 head on features"}, 4
+    )
     state = checkpoint._read(folder / checkpoint.NAME)[1]
     trained = {k: sum(t.numel() for n, t in fs.items() if state.trains(k, n)) for k, fs in state.adapter.items()}
     head, below = trained.pop(HEAD), sum(trained.values())

@@ -48,18 +48,6 @@ class TrainingSettings(Section):
     """Adam's β₂, for ``adam`` and ``adamw``."""
     weight_decay: Annotated[float, NOT_NEGATIVE, RATIO] = 0.0
     """Of the site's optimiser: the part of a weight that a step of rate 1 takes off."""
-    linearised: Annotated[int, NOT_NEGATIVE, Unit("rounds")] = 0
-    """Rounds whose steps are those of the model to first order around where the first of them began: one pass over all
-    records, and then steps that cost next to nothing. The head stays. For labels and small adapters
-    (``client.linearised``). 0: none."""
-    head_first: Annotated[int, NOT_NEGATIVE, Unit("rounds")] = 0
-    """The first rounds of the run, in which the adapter rests and sites train the head alone, on features that each
-    record has once (``client.head_alone``): linear probing, and then fine-tuning (Kumar et al. 2022, arXiv 2202.10054).
-    The schedule begins anew after them. 0: none."""
-    refit: Annotated[int, NOT_NEGATIVE, Unit("rounds")] = 0
-    """The last rounds of the run, in which the adapter rests and sites train the head alone, on features that each
-    record has once under the adapter as it is then (``client.head_alone``). The schedule begins anew with them. 0:
-    none."""
     batch_tokens: Annotated[int, NOT_NEGATIVE, Unit("tokens")] = 0
     """The size of a forward pass without privacy, padding included. 0: what suits the device. It changes speed and
     memory, not the result. Under privacy shapes are fixed (``common.model.shapes``), and this has no say."""
@@ -144,9 +132,6 @@ def resolve(asked: RunSettings) -> RunConfig:
             momentum=training.momentum,
             beta2=training.beta2,
             weight_decay=training.weight_decay,
-            linearised=training.linearised,
-            head_first=training.head_first,
-            refit=training.refit,
             batch_tokens=training.batch_tokens,
         ),
         server=ServerConfig(

@@ -7,10 +7,12 @@ planner counts.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from common.check import nearest
 from common.config.schedule import learning_rate
 from common.errors import ConfigError
 
@@ -19,6 +21,14 @@ HEAD, ADAPTER = "head", "adapter"
 Inputs = Literal["examples", "features", "jacobians"]
 """What steps are on: the examples themselves, the features that the head sees of each, or each one's Jacobian of the
 logits by the adapter (``client.linearised``)."""
+KINDS: dict[str, tuple[tuple[str, ...], Inputs]] = {
+    "adapter+head on examples": ((ADAPTER, HEAD), "examples"),
+    "adapter on examples": ((ADAPTER,), "examples"),
+    "adapter on jacobians": ((ADAPTER,), "jacobians"),
+    "head on features": ((HEAD,), "features"),
+}
+"""What a phase may be, as the setting ``phases`` says it."""
+_WRITTEN = re.compile(r"([1-9]\d{0,8}) (\S+ on \S+)(?: every ([1-9]\d{0,8}))?")
 
 
 @dataclass(frozen=True)
@@ -138,3 +148,48 @@ class Schedule:
             if before < round_number <= before + phase.rounds:
                 return index
         raise ConfigError(f"there is no round {round_number} in a run of {self.rounds}")
+
+
+def parse_phases(text: str) -> tuple[Phase, ...]:
+    """Return the phases that the setting ``phases`` lists.
+
+    >>> parse_phases("2 head on features, 6 adapter on jacobians every 3")[1]
+    Phase(rounds=6, trains=('adapter',), inputs='jacobians', every=3)
+
+    Raises:
+        ConfigError: the text is not of the form that ``phases_text`` writes.
+    """
+    return tuple(_parse_phase(" ".join(part.split())) for part in text.split(","))
+
+
+def _parse_phase(text: str) -> Phase:
+    match = _WRITTEN.fullmatch(text)
+    if match is None:
+        raise ConfigError(
+            f"phases has {text!r}: write how many rounds, what they train and on what, as in '12 head on features' or "
+            "'20 adapter on jacobians every 10', with commas between phases"
+        )
+    rounds, kind, every = int(match[1]), match[2], int(match[3] or 0)
+    if kind not in KINDS:
+        raise ConfigError(
+            f"phases has {text!r}: there is no {kind!r}{nearest(kind, KINDS)}; there are {', '.join(KINDS)}"
+        )
+    trains, inputs = KINDS[kind]
+    if every and (inputs != "jacobians" or every >= rounds):
+        raise ConfigError(
+            f"phases has {text!r}: 'every' is for fewer rounds than the phase has, and for jacobians alone"
+        )
+    return Phase(rounds, trains, inputs, every)
+
+
+def phases_text(phases: tuple[Phase, ...]) -> str:
+    """Return phases as the setting ``phases`` lists them.
+
+    >>> phases_text((Phase(2, (HEAD,), "features"), Phase(6, (ADAPTER,), "jacobians", 3)))
+    '2 head on features, 6 adapter on jacobians every 3'
+    """
+    kinds = {kind: name for name, kind in KINDS.items()}
+    return ", ".join(
+        f"{phase.rounds} {kinds[phase.trains, phase.inputs]}{f' every {phase.every}' if phase.every else ''}"
+        for phase in phases
+    )

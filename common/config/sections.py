@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, TypeVar, cast
 
 from common.check import CLIP_NORM, NOT_NEGATIVE, POSITIVE, Interval, OneOf, nearest
 from common.config.fields import RATIO, TARGET_KINDS, Section, Unit, kebab, kinds_of
-from common.config.phases import ADAPTER, HEAD, Phase, Schedule
+from common.config.phases import ADAPTER, HEAD, Phase, Schedule, parse_phases
 from common.errors import ConfigError
 from common.tasks import TASKS, roles_of_all
 from common.tasks.roles import Role
@@ -282,9 +282,6 @@ class TrainingConfig:
     momentum: float = 0.9
     beta2: float = 0.999
     weight_decay: float = 0.0
-    linearised: int = 0
-    head_first: int = 0
-    refit: int = 0
     batch_tokens: int = 0
     """0: what suits the device, as each machine finds it."""
 
@@ -319,6 +316,14 @@ class RunTerms(Section):
     written out has its own adapter, unless ``adapter.name`` or ``recipe`` says otherwise."""
     rounds: Annotated[int, POSITIVE, Unit("rounds")] = 6
     """The length of the run."""
+    phases: str = ""
+    """What the rounds train, in their order: such as ``12 head on features, 20 adapter on jacobians, 5 head on
+    features``, whose rounds add up to ``rounds``. ``adapter+head on examples`` (``adapter on examples`` where
+    ``head.policy`` is frozen) trains the model as it is. ``head on features`` trains the head alone, on features that
+    each record has once (``client.head_alone``). ``adapter on jacobians`` trains the model to first order around where
+    the phase began, by one pass over all records and then steps that cost next to nothing; ``every 10`` makes that pass
+    again after ten rounds (``client.linearised``). Each phase has the whole ``schedule``. Empty: one phase of all
+    rounds, which trains all that is trained."""
     seed: Annotated[int, RATIO] = 1
     """Public seed of the adapter's and the head's start and of non-private batch order."""
     device: str = "auto"
@@ -388,7 +393,7 @@ class RunConfig(RunTerms):
     def schedule(self) -> Schedule:
         """The run's phases."""
         return _schedule(
-            self.rounds, self.training, adapter=self.adapter.name != NO_ADAPTER, head=self.head.policy == "trained"
+            self.phases, self.rounds, adapter=self.adapter.name != NO_ADAPTER, head=self.head.policy == "trained"
         )
 
     def site_rate(self, round_number: int, step: int) -> float:
@@ -402,18 +407,18 @@ class RunConfig(RunTerms):
 
 
 @lru_cache(maxsize=256)
-def _schedule(rounds: int, training: TrainingConfig, *, adapter: bool, head: bool) -> Schedule:
-    """Return the phases that settings ask for: the head first, the adapter, the head again."""
-    if not adapter:
-        return Schedule((Phase(rounds, (HEAD,), "features"),))
-    moved, every = rounds - training.head_first - training.refit, training.linearised
-    if every:
-        middle = Phase(moved, (ADAPTER,), "jacobians", every if every < moved else 0)
-    else:
-        middle = Phase(moved, (ADAPTER, HEAD) if head else (ADAPTER,))
-    head_alone = (Phase(count, (HEAD,), "features") for count in (training.head_first, training.refit))
-    first, last = head_alone
-    return Schedule(tuple(phase for phase in (first, middle, last) if phase.rounds > 0))
+def _schedule(phases: str, rounds: int, *, adapter: bool, head: bool) -> Schedule:
+    """Return the phases that settings ask for; one of all rounds where none are listed."""
+    if not phases:
+        if not adapter:
+            return Schedule((Phase(rounds, (HEAD,), "features"),))
+        return Schedule((Phase(rounds, (ADAPTER, HEAD) if head else (ADAPTER,)),))
+    schedule = Schedule(parse_phases(phases))
+    if schedule.rounds != rounds:
+        raise ConfigError(
+            f"phases has {schedule.rounds} rounds, and rounds is {rounds}: set rounds to {schedule.rounds}"
+        )
+    return schedule
 
 
 def method_of(strategy: str, adapter: str) -> str:

@@ -546,10 +546,10 @@ def test_a_secure_sum_and_a_linearised_model_are_refused() -> None:
     base = {"strategy": "heterogeneous-ranks"}
     with pytest.raises(ConfigError, match="nobody sees more than a sum"):
         configure({**base, "privacy.mode": "secure-sum", "privacy.honest-sites": 2})
-    with pytest.raises(ConfigError, match="derivatives of a linearised model are of all of it"):
-        configure({**base, "training.linearised": 1, "training.optimizer": "sgd"})
+    with pytest.raises(ConfigError, match="steps on features and jacobians have not"):
+        configure({**base, "phases": "6 adapter on jacobians", "training.optimizer": "sgd"})
     with pytest.raises(ConfigError, match="by a rule of its own"):
-        configure({**base, "training.refit": 1})
+        configure({**base, "phases": "5 adapter+head on examples, 1 head on features"})
     with pytest.raises(ConfigError, match="trains B, where it would be a rate alone"):
         configure({**base, "server.rule": "lora-pro"})
 

@@ -323,5 +323,5 @@ def test_what_cannot_be_run_says_why_and_what_to_do() -> None:
     for strategy in ("fedex-lora", "flora", "flexlora"):
         with pytest.raises(ConfigError, match="nobody sees more than a sum"):
             configure({"strategy": strategy, "privacy.mode": "secure-sum", "privacy.honest-sites": 3})
-    with pytest.raises(ConfigError, match="linearised"):
-        configure({"strategy": "rolora", "training.linearised": 1})
+    with pytest.raises(ConfigError, match="leave phases empty"):
+        configure({"strategy": "rolora", "phases": "6 adapter on jacobians"})

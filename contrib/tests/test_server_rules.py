@@ -587,7 +587,7 @@ def test_noise_alone_stays_at_zero_and_a_smaller_edge_lets_it_through() -> None:
 
 
 def test_no_rule_moves_an_adapter_in_the_rounds_in_which_it_rests() -> None:
-    job = configure({**PLAIN, "rounds": 3, "training.refit": 1})
+    job = configure({**PLAIN, "rounds": 3, "phases": "2 adapter+head on examples, 1 head on features"})
     held: AdapterState = {"layer": {"A": draw(RANK, INTO, seed=1), "B": draw(OUT, RANK, seed=2)}}
     mean: AdapterState = {"layer": {**held["layer"], "B": draw(OUT, RANK, seed=3)}}
     for done, rests in ((1, False), (2, True)):

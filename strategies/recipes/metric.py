@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+from common.config.phases import ADAPTER, HEAD, Phase, Schedule, parse_phases, phases_text
 from common.config.sections import Scalar
 from common.tasks import TASKS
 from common.words import counted
@@ -70,6 +71,18 @@ def sites_of(asked: Asked) -> int:
     return asked.sites or max(TRIED_SITES, asked.settings.min_sites)
 
 
+def phases_of(rounds: int, *, clips: bool) -> tuple[Phase, ...]:
+    """Return the phases of so many rounds; the head comes first where steps are clipped.
+
+    >>> phases_text(phases_of(37, clips=True))
+    '12 head on features, 20 adapter on jacobians, 5 head on features'
+    """
+    first, last = (rounds // 3, rounds // 7) if clips else (0, rounds // 5)
+    last = max(1, last)
+    whole = (Phase(first, (HEAD,), "features"), Phase(rounds - first - last, (ADAPTER,), "jacobians"))
+    return tuple(phase for phase in (*whole, Phase(last, (HEAD,), "features")) if phase.rounds > 0)
+
+
 @dataclass(frozen=True)
 class PublicMetricRecipe(Recipe):
     """The head, a LoRA of rank 2 in the public metric around it, and the head again."""
@@ -103,12 +116,12 @@ class PublicMetricRecipe(Recipe):
 
     def settings(self, asked: Asked) -> Mapping[str, Scalar]:
         """Return the whole method; of ``rounds`` the first and the last are for the head alone."""
-        training = asked.settings.training
         rounds = asked.settings.rounds if "rounds" in asked.given else ROUNDS if asked.clips else ROUNDS_FROM_WORDS
-        first = training.head_first if "training.head-first" in asked.given else rounds // 3 if asked.clips else 0
-        refit = training.refit if "training.refit" in asked.given else max(1, rounds // (7 if asked.clips else 5))
+        if "rounds" not in asked.given and "phases" in asked.given and asked.settings.phases:
+            rounds = Schedule(parse_phases(asked.settings.phases)).rounds
         return {
             "rounds": rounds,
+            "phases": phases_text(phases_of(rounds, clips=asked.clips)),
             "evaluate-every": 5,
             "head-rate": 0.4 if asked.clips else 0.2,
             "adapter.name": "lora-metric",
@@ -126,7 +139,4 @@ class PublicMetricRecipe(Recipe):
             "training.optimizer": "sgd",
             "training.learning-rate": 1.0,
             "training.sample-rate": 1.0,
-            "training.head-first": first,
-            "training.linearised": max(0, rounds - first - refit),
-            "training.refit": refit,
         }

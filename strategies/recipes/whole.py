@@ -7,7 +7,7 @@ from strategies.recipes.base import Asked
 
 STRATEGY = "strategy"
 """Whoever writes one out, be it the mean by which these recipes train, wants it with its own adapter."""
-DECIDED = ("adapter.", "head.", "server.", "training.", "start.", "schedule", "head-rate")
+DECIDED = ("adapter.", "head.", "server.", "training.", "start.", "schedule", "head-rate", "phases")
 """What they decide as a whole: whoever sets one of these has a method of their own."""
 FREE = (
     *("adapter.rank", "adapter.targets", "head.phrases", "head.margin", "training.batch-tokens"),
