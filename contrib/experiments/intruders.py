@@ -179,7 +179,7 @@ def _unknown(job: Job, by_round: Mapping[int, Sequence[TrainResult]]) -> str:
     if not job.derived and set(job.adapter.trained) & set(job.adapter.directions):
         return "its folder does not keep where round 0 let the trained factors begin"
     if job.strategy.ranked and not all(result.rank for result in every):
-        return "an earlier FedVeil wrote its folder, which does not say how many columns each site trained"
+        return "its folder does not say how many columns each site trained"
     return ""
 
 
