@@ -165,9 +165,6 @@ def adapter_told(**changes: Any) -> dict[str, Any]:
         "base_model": "m",
         "base_fingerprint": "ab" * 32,
         "base_files": "ac" * 32,
-        "base_parameters": 0,
-        "adapter_parameters": 0,
-        "head_parameters": 0,
         "bundle": "",
         "task": "classification",
     }

@@ -73,7 +73,7 @@ def test_a_ledger_that_does_not_look_or_knows_the_read_columns_alone_is_found_ou
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("test_ledger.record_hashes", content_alone)
+        patch.setattr("ledgers.record_hashes", content_alone)
         check_that_the_same_records_stay_on_one_budget(tmp_path / "one", READINGS["the same"])
         with pytest.raises(AssertionError, match="a name is a new start"):
             check_that_the_same_records_stay_on_one_budget(tmp_path / "two", READINGS["another column"])

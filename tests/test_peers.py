@@ -113,11 +113,8 @@ def test_a_hash_is_put_into_a_policy_and_nothing_else_of_it_changes(folders: lis
         pin_roster(path, "2")
 
 
-def test_a_folder_of_an_earlier_version_gets_a_signing_key(folders: list[SiteFolder]) -> None:
+def test_a_signing_key_and_a_roster_are_the_sites_own_to_read(folders: list[SiteFolder]) -> None:
     own = folders[0]
-    for name in ("identity.key", "identity.toml"):
-        (own.path / name).unlink()
-    assert "identity" not in node_settings(own)
     roster = make_roster(own, others(folders, own))
     assert Identity.from_pem((own.path / "identity.key").read_bytes()).public == roster.keys["north"]
     assert node_settings(own)["identity"] == str(own.path / "identity.key")
