@@ -1,4 +1,4 @@
-"""What a trusted server shows of who was drawn: nothing, in the run's folder, its progress, its log and the terminal.
+"""A trusted server's run folder, progress, log and terminal, which must not show who was drawn.
 
 Two rounds differ in who is drawn, in what those answer and in how long they take. Their noised sums are made equal, so
 whatever differs in what is shown came from the draw. Then lines that tell of it are planted, and must be found.

@@ -1,4 +1,4 @@
-"""What becomes of a round that fails after it was written down: a refusal, or an answer that hides the failure."""
+"""A round that fails after it was written down: a refusal, or an answer that hides the failure."""
 
 from __future__ import annotations
 

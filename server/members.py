@@ -1,4 +1,4 @@
-"""What the server remembers of the sites that counted."""
+"""The server's memory of the sites that counted."""
 
 from __future__ import annotations
 

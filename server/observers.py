@@ -1,4 +1,4 @@
-"""What a run tells while it goes on, and the interface of whatever hears it."""
+"""The events of a run, and the interface of its observers."""
 
 from __future__ import annotations
 

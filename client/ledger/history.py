@@ -1,4 +1,4 @@
-"""What a site's ledger holds, read: what every data set has spent, when, for which unit, and which records it knows."""
+"""The contents of a site's ledger: what each data set has spent, when, for which unit, and which records it knows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stops a charge: a release without privacy before it, another unit, and the budgets of all that it touches."""
+"""The limits of a charge: a release without privacy before it, another unit, and the budgets of all that it touches."""
 
 from __future__ import annotations
 

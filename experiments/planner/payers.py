@@ -1,4 +1,4 @@
-"""Who pays for the rounds of a run, as its plan says it: one row for each place where noise is added."""
+"""The payers of a run's rounds in its plan: one row for each place where noise is added."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""How a round's contributions come together: one collector for each way of collecting."""
+"""Collectors of a round's contributions: one for each way of collecting."""

@@ -1,4 +1,4 @@
-"""What a round brings, and the interface of what collects it."""
+"""The result of a round, and the interface of its collector."""
 
 from __future__ import annotations
 

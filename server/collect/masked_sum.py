@@ -1,4 +1,4 @@
-"""What the masked vectors of all sites add up to: one contribution, checked as a whole."""
+"""The sum of all sites' masked vectors: one contribution, checked as a whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run shows of a round while it is collected and afterwards: progress, log, times, sites and cost."""
+"""The lines that a run shows of a round during collection and afterwards: progress, log, times, sites and cost."""
 
 from __future__ import annotations
 
