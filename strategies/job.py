@@ -325,7 +325,8 @@ def _compose(filled: _Filled, given: Mapping[str, Scalar]) -> Job:
     check_phases(config, strategy, ADAPTERS[name])
     if config.server.most_noise:
         _check_most_noise(config)
-    adapter, rule = build_adapter(name, config.adapter, origin), _rule(config.server.rule, settings, given)
+    adapter = build_adapter(name, config.adapter, origin)
+    rule = from_section(RULES[config.server.rule], settings, f"{config.server.rule}.")
     if not config.adapter.alpha:
         _check_calibration(config, strategy, origin)
     rule.check(config, strategy, adapter)
@@ -426,20 +427,6 @@ def _start(name: str, settings: Mapping[str, Scalar], given: Mapping[str, Scalar
             owners = [other for other, start in STARTS.core.items() if key in {START + k for k in defaults(start)}]
             raise ConfigError(f"{key} has no effect on adapter.start {name!r}: it is an option of {', '.join(owners)}")
     return from_section(STARTS[name], {key: value for key, value in settings.items() if key in own}, START)
-
-
-def _rule(name: str, settings: Mapping[str, Scalar], given: Mapping[str, Scalar]) -> ServerRule:
-    """Return the rule called ``name`` with its options.
-
-    Raises:
-        ConfigError: an option is out of range, or is ``given`` and another rule's.
-    """
-    known = known_settings(given)
-    for key, value in given.items():
-        owner = key.partition(".")[0]
-        if owner in RULES and owner != name and value != known.get(key):
-            raise ConfigError(f"{key} has no effect with server.rule {name!r}: set server.rule to {owner!r}")
-    return from_section(RULES[name], settings, f"{name}.")
 
 
 def _check_scores(config: RunConfig, strategy: Strategy, adapter: Adapter) -> None:

@@ -757,7 +757,7 @@ def test_a_bound_on_noise_and_a_rule_that_lengthens_it_do_not_go_together() -> N
 
 
 def test_options_of_another_rule_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"allora\.eta has no effect with server\.rule 'none': set server\.rule"):
+    with pytest.raises(ConfigError, match=r"allora\.eta cannot be set: .* set server\.rule to 'allora', or leave"):
         configure({"strategy": "ffa-lora", "allora.eta": 3.0})
     with pytest.raises(ConfigError, match=r"server\.rule is 'lora-por'; choose one of none, lora-pro"):
         configure({"server.rule": "lora-por"})
