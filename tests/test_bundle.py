@@ -43,7 +43,8 @@ def test_what_flower_builds_of_this_version_has_the_installed_version_s_hash(tmp
     with app_folder() as folder:
         assert bundle_digest(build_fab_from_disk(folder)) == own_digest()
     by_hand = {path.relative_to(ROOT).as_posix(): path for path in ROOT.glob("[a-z]*/**/*.py")}
-    content, _ = build_fab_from_files({SETTINGS: ROOT / SETTINGS, "README.md": ROOT / "README.md", **by_hand})
+    more = {name: ROOT / name for name in (SETTINGS, "README.md", "demo/prose.md")}
+    content, _ = build_fab_from_files({**more, **by_hand})
     assert bundle_digest(content) == own_digest(), "'flwr run .' sends another bundle than 'fedveil server submit'"
     (tmp_path / "built.fab").write_bytes(content)
     for words in (["bundle"], ["bundle", str(tmp_path / "built.fab")]):

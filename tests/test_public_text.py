@@ -159,6 +159,7 @@ def made_up_set(path: Path, monkeypatch: pytest.MonkeyPatch, rows: Sequence[tupl
         labels={"0": "bad", "1": "good"},
         **more,
     )
+    monkeypatch.delitem(DATASETS, "made", raising=False)
     monkeypatch.setitem(DATASETS, "made", row)
     data_set_sentences.cache_clear()
 
