@@ -239,7 +239,7 @@ def test_a_signature_of_something_else_by_the_same_key_is_none_of_a_report(
         (made.folder / STATEMENT).write_bytes(content)
         (made.folder / SIGNATURE).write_bytes(sign(content, tmp_path / "server.pem"))
         code, words = signed()
-        assert (code, "no statement on a run" in words) == (1, True)
+        assert (code, "no statement of this FedVeil on a run" in words) == (1, True)
 
 
 def test_what_a_report_was_computed_from_is_compared_where_it_is_there(
