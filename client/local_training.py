@@ -27,7 +27,7 @@ from client.outgoing import own_words
 from client.site import Site
 from common.errors import MechanismError, ProtocolError
 from common.log import about
-from common.messages.columns import narrowed
+from common.messages.columns import Chosen, check_chosen, narrowed
 from common.messages.round import NoisedCount, TrainResult, TrainTask, same_fingerprint
 from common.messages.state import AdapterState
 from common.messages.tensors import fingerprint, merge
@@ -40,7 +40,6 @@ from privacy.plan import Plan, PrivacyPlan
 from privacy.randomness import stream
 from privacy.secure_sum.masks import Words
 from privacy.steps import Around
-from strategies import of_turn
 from strategies.job import Job
 
 log = logging.getLogger("fedveil.site")
@@ -74,7 +73,7 @@ def train_round(
         PolicyRefusal: a rule of the site's steward forbids the round; nothing was charged or trained.
     """
     check_task(task, job, model)
-    rank = site.declared_rank(job)
+    chosen, rank = columns_of(site, job, task, model)
     deadline = deadline or Deadline()
     words: Words | None = None
     counted, failure, failures = None, None, failures_of(job, deadline)
@@ -103,10 +102,7 @@ def train_round(
         if masked is not None and words is None:
             # Its noise is a part of what the sum needs: it must not leave as it is.
             raise MechanismError("a round of a secure sum has no vector: nothing is sent")
-        chosen = job.strategy.columns(task.state, rank)
-        if chosen is not None:
-            trained, received = narrowed(trained, chosen), narrowed(received, chosen)
-        trained = of_turn(trained, job.strategy.turn(task.round_number))
+        trained, received = narrowed(trained, chosen), narrowed(received, chosen)
         contribution = plan.outgoing(trained, received) if words is None else {}
     failure = failure or failed
     result = TrainResult(
@@ -168,6 +164,21 @@ def check_task(task: TrainTask, job: Job, model: FederatedModel) -> None:
         raise ProtocolError(
             "the adapter's start differs from the server's: seed, rank, targets, public text or versions differ"
         )
+
+
+def columns_of(site: Site, job: Job, task: TrainTask, model: FederatedModel) -> tuple[Chosen | None, int]:
+    """Return the columns that the site trains in a task's round, checked to be the adapter's, and its declared rank.
+
+    Raises:
+        ProtocolError: what was received chooses none that the adapter has.
+        PolicyRefusal: the site does not train so many.
+    """
+    if not task.round_number:
+        return None, 0
+    chosen, rank = site.trained_columns(job, task.state, task.round_number)
+    if chosen is not None:
+        check_chosen(chosen, model.start)
+    return chosen, rank
 
 
 @denormals_flushed()
@@ -237,8 +248,8 @@ def _trainable(
     schedule, number = job.config.schedule, task.round_number
     inputs = "examples" if model.head_only else schedule.at(number).inputs
     if inputs == "examples":  # or the features that such a model's records have
-        chosen = job.strategy.columns(task.state, site.declared_rank(job))
-        with model.factors_alone(job.strategy.turn(number)), model.columns_alone(chosen):
+        chosen, _ = columns_of(site, job, task, model)
+        with model.columns_alone(chosen):
             yield records, model.trained()
         return
     keeping = Keeping(Computation.of_task(task, schedule), kept, site.name, site.data, deadline.check)

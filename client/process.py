@@ -132,7 +132,7 @@ class SiteProcess:
             self.cache.forget_other_runs(run)
             site = open_site(node, job.config, run, simulated=simulated)
             if simulated and not site.rank:
-                site = replace(site, rank=job.strategy.simulated_rank(int(node.get("partition-id", 0))))
+                site = replace(site, rank=job.config.adapter.rank_of_site(int(node.get("partition-id", 0))))
             kind = kind_of_task(content)
             party = party_of(site.name, node, site.policy, run, simulated=simulated) if shares_noise(job) else None
             asked = _Asked(job, site, run, party, memory, deadline, simulated)

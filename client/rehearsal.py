@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, Protocol
 
@@ -78,14 +78,8 @@ def rehearse(model: FederatedModel) -> Timing:
 
 
 def rehearse_columns(model: FederatedModel, chosen: Chosen) -> Timing:
-    """Check the steps on chosen columns, in layers of their shapes; as ``rehearse``."""
+    """Check the steps on chosen columns, in layers of their shapes, the others staying; as ``rehearse``."""
     with _away_from_zero(model), model.columns_alone(chosen):
-        return _Rehearsal(model).run()
-
-
-def rehearse_turn(model: FederatedModel, names: Collection[str]) -> Timing:
-    """Check the steps on factors of these names, the others resting; as ``rehearse``."""
-    with model.factors_alone(names):
         return _Rehearsal(model).run()
 
 

@@ -7,7 +7,7 @@ against the time of the answer (``client.deadline``).
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,6 +17,7 @@ from client.cache import RecordCache
 from client.deadline import Deadline, Timing
 from client.failures import failures_of
 from client.linearised import check_memory, contrasts
+from client.local_training import columns_of
 from client.rehearsal import (
     rehearse,
     rehearse_columns,
@@ -24,7 +25,6 @@ from client.rehearsal import (
     rehearse_head,
     rehearse_initial,
     rehearse_linearised,
-    rehearse_turn,
 )
 from client.site import Site
 from common.config.phases import Inputs
@@ -77,10 +77,10 @@ class Rehearsals:
                     f"{job.config.privacy.mode!r} nobody knows how long a round takes"
                 )
             return
-        later = [number for number in schedule.first_rounds if number > task.round_number]
-        steps = self._rehearse(job, site, model, task, later)
-        for number in (*later, task.round_number):  # its own last, to which the deadline keeps
-            self.allow(deadline, job, site, model, number, steps)
+        kinds = kinds_of_rounds(job, site, model, task)
+        self._rehearse(job, model, kinds)
+        for number, steps in reversed(kinds.items()):  # its own last, to which the deadline keeps
+            self.allow(deadline, job, site, model, number, steps.name)
 
     def allow(self, deadline: Deadline, job: Job, site: Site, model: FederatedModel, number: int, steps: str) -> None:
         """Hold a round to the time of the answer, by how long what it does took as it was rehearsed.
@@ -111,23 +111,21 @@ class Rehearsals:
             ahead = (self.timings[FEATURED], 1, most)
         deadline.allow(timing, count, rate * site.public_size, scored, ahead, each, fewest_at_once(job, model, start))
 
-    def _rehearse(self, job: Job, site: Site, model: FederatedModel, task: TrainTask, later: Sequence[int]) -> str:
-        """Let the model rehearse what it has not, for a task and ``later`` rounds; return what its steps are called.
+    def _rehearse(self, job: Job, model: FederatedModel, kinds: Mapping[int, Steps]) -> None:
+        """Let the model rehearse what it has not, for these rounds.
 
         What changes how the model computes, such as how it attends or which shapes it takes, has all that passed
         before it pass again: another kind of round is to be no question that makes a rehearsed one untrue.
         """
-        rounds = (task.round_number, *later)
-        inputs = {inputs_of(job, model, number) for number in rounds}
-        steps, rehearsal = steps_of(job, site, model, task)
-        wanted: dict[str, Callable[[], Timing]] = {steps: rehearsal}
-        if start := paid_start(job, task.round_number):
+        inputs = {inputs_of(job, model, number) for number in kinds}
+        wanted: dict[str, Callable[[], Timing]] = {steps.name: steps.rehearse for steps in kinds.values()}
+        if start := paid_start(job, min(kinds)):
             wanted[INITIAL] = partial(rehearse_initial, model, start)
         if "features" in inputs:
             wanted[FEATURED] = partial(self._featured, model)
         if "jacobians" in inputs:
             wanted[ON_JACOBIANS] = partial(rehearse_linearised, model)
-        if not model.head_only and any(job.config.schedule.at(n).inputs == "features" for n in rounds if n):
+        if not model.head_only and any(job.config.schedule.at(n).inputs == "features" for n in kinds if n):
             wanted[ON_FEATURES] = partial(rehearse_head, model)
         while missing := next((name for name in wanted if name not in self.timings), ""):
             before = _ways(model)
@@ -138,7 +136,6 @@ class Rehearsals:
                 if any(now[way] != what for way, what in before.items()):
                     self.forget()
             self.timings[missing] = timing
-        return steps
 
     def _featured(self, model: FederatedModel) -> Timing:
         """Let features be rehearsed, and drop those that were computed before."""
@@ -146,17 +143,42 @@ class Rehearsals:
         return rehearse_features(model)
 
 
-def steps_of(job: Job, site: Site, model: FederatedModel, task: TrainTask) -> tuple[str, Callable[[], Timing]]:
-    """Return what the steps of a task's round are called, and what rehearses them."""
-    number = task.round_number
-    chosen = job.strategy.columns(task.state, site.declared_rank(job)) if number else None
-    turn = job.strategy.turn(number) if number else None
+@dataclass(frozen=True)
+class Steps:
+    """Steps through the model of one kind."""
+
+    name: str
+    """Of their own: what passed for others would train in shapes, or through factors, that nothing has looked at."""
+    rehearse: Callable[[], Timing]
+
+
+def kinds_of_rounds(job: Job, site: Site, model: FederatedModel, task: TrainTask) -> dict[int, Steps]:
+    """Return a task's round, and of the rounds after it the first of each phase and of each kind of steps.
+
+    Before round 1 nothing says which columns a strategy chooses: then the steps are those of the whole adapter.
+
+    Raises:
+        ProtocolError, PolicyRefusal: as of ``columns_of``, of any of these rounds.
+    """
+    first, schedule = task.round_number, job.config.schedule
+    found = {first: steps_of(job, site, model, task)}
+    seen = {(found[first].name, schedule.computation(first)[0] if first else -1)}
+    for number in range(first + 1, schedule.rounds + 1):
+        steps = steps_of(job, site, model, replace(task, round_number=number)) if first else found[first]
+        kind = steps.name, schedule.computation(number)[0]
+        if kind not in seen:
+            seen.add(kind)
+            found[number] = steps
+    return found
+
+
+def steps_of(job: Job, site: Site, model: FederatedModel, task: TrainTask) -> Steps:
+    """Return the steps of a task's round through the model."""
+    chosen, _ = columns_of(site, job, task, model)
     if chosen is not None:
-        name = f"steps on columns: {[len(chosen[layer]) for layer in sorted(chosen)]}"
-        return name, partial(rehearse_columns, model, chosen)
-    if turn is not None:
-        return f"steps on {', '.join(turn)}", partial(rehearse_turn, model, turn)
-    return PLAIN, partial(rehearse, model)
+        widths = {layer: {name: len(columns) for name, columns in chosen[layer].items()} for layer in sorted(chosen)}
+        return Steps(f"steps on columns: {widths}", partial(rehearse_columns, model, chosen))
+    return Steps(PLAIN, partial(rehearse, model))
 
 
 def paid_start(job: Job, number: int) -> PaidStart | None:

@@ -51,6 +51,8 @@ from common.errors import ConfigError, PolicyRefusal
 from common.files import FileState, expanded
 from common.labels import labels_text
 from common.log import about
+from common.messages.columns import FACTOR, Chosen
+from common.messages.state import AdapterState
 from common.paths import run_folder
 from common.tasks import TASKS
 from common.tasks.examples import Dataset
@@ -84,22 +86,27 @@ class Site:
     simulated: bool = False
     """Whether site and server are one machine's own experiment."""
 
-    def declared_rank(self, job: Job) -> int:
-        """Return how many columns the site says that it trains in a run; 0 where the strategy does not ask.
+    def trained_columns(self, job: Job, received: AdapterState, round_number: int) -> tuple[Chosen | None, int]:
+        """Return the columns that the site trains in a round, and the rank that it declares; 0: none.
 
         Raises:
-            PolicyRefusal: the site trains fewer than the run has, and all sites are to train alike.
+            ProtocolError: what was received has a mask that is none.
+            PolicyRefusal: the run has the site train more columns than it says that it trains.
         """
-        rank = job.config.adapter.rank
-        if job.strategy.ranked:
-            return min(self.rank or rank, rank)
-        if self.rank and self.rank < rank:
+        whole = job.config.adapter.rank
+        rank = min(self.rank, whole)
+        chosen = job.strategy.trained_columns(received, round_number, rank)
+        widest = whole
+        if chosen is not None:
+            widths = [(name, len(columns)) for factors in chosen.values() for name, columns in factors.items()]
+            widest = max((width if name == FACTOR else whole for name, width in widths if width), default=0)
+        if self.rank and rank < widest:
             raise PolicyRefusal(
                 f"this site trains at most {self.rank} columns (its setting 'rank'), and strategy "
-                f"{job.config.strategy!r} has every site train {rank}: lower adapter.rank, or choose "
+                f"{job.config.strategy!r} has every site train {widest}: lower adapter.rank, or choose "
                 "'heterogeneous-ranks'"
             )
-        return 0
+        return chosen, 0 if chosen is None else rank
 
 
 def name_of(node: Mapping[str, Scalar]) -> str:

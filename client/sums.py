@@ -340,7 +340,7 @@ def terms_of(job: Job, public_size: int) -> Terms:
 
 
 def _hashes(task: TrainTask, job: Job, model: FederatedModel) -> Task:
-    with model.factors_alone(job.strategy.turn(task.round_number)):
+    with model.columns_alone(job.strategy.trained_columns(task.state, task.round_number, 0)):
         sent = job.sent(task.round_number, model.trained())
     trained = {layer: {name: p.detach() for name, p in factors.items()} for layer, factors in sent.items()}
     return Task(

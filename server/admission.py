@@ -137,7 +137,7 @@ class Admission:
         if before and before.public_size != result.public_size:
             return f"the site declares the public size {result.public_size}, it was {before.public_size} in this run"
         # Round 0 trains no column.
-        if before and before.rank and result.round_number and before.rank != result.rank:
+        if before and before.round_number and result.round_number and before.rank != result.rank:
             return f"the site declares rank {result.rank}, it was {before.rank} in this run"
         plan = least_plan(self._job, result)
         if not isinstance(plan, PrivacyPlan):

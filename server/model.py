@@ -10,6 +10,7 @@ from torch import Tensor
 from common.adapters.base import base_weight
 from common.data.sources import public_test, slices_of
 from common.errors import ModelError
+from common.messages.columns import chosen_factors
 from common.messages.state import AdapterState
 from common.messages.tensors import merge
 from common.messages.wire import Layout, layout_of
@@ -18,7 +19,6 @@ from common.model.score import Score
 from common.starts import Labels
 from common.tasks import Record
 from common.tasks.examples import Example
-from strategies import of_turn
 from strategies.job import Job
 from strategies.state import ServerState
 
@@ -62,7 +62,9 @@ class ServerModel:
         if round_number == 0:
             return self.job.origin.layout(self.model)
         strategy = self.job.strategy
-        sent = of_turn(self.trained_start(), strategy.turn(round_number))
+        began = strategy.downlink(self.job.start(self.start))
+        chosen = strategy.trained_columns(began, round_number, 0)
+        sent = chosen_factors(self.trained_start(), chosen)
         return layout_of(self.job.sent(round_number, sent))
 
     def public_statistic(self) -> AdapterState:

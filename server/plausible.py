@@ -28,6 +28,7 @@ import math
 from collections.abc import Mapping
 from statistics import median
 
+from common.messages.columns import narrowed
 from common.messages.round import TrainResult
 from common.messages.state import HEAD, AdapterState
 from common.messages.tensors import count, l2_norm
@@ -55,7 +56,7 @@ def held_by(job: Job, result: TrainResult, state: ServerState) -> AdapterState:
 
     Nothing in round 0, which brings a gradient.
     """
-    return job.strategy.counterpart(state, result.rank) if result.round_number else {}
+    return narrowed(state.adapter, job.trained_columns(state, result.rank)) if result.round_number else {}
 
 
 def honest_norm(job: Job, plan: Plan, result: TrainResult, state: ServerState) -> float:

@@ -24,17 +24,18 @@ def refusal(task: Task, node: int, kind: str, reason: str) -> Refusal:
 
 
 def replies_to(task: Task, job: Job, layout: Layout) -> Layout | Callable[[int], Layout]:
-    """Return what a site may send in answer to a task, by its rank where sites declare one, from the whole layout."""
+    """Return what a site may send in answer to a task, from the whole layout: by its rank where it declares one."""
     strategy = job.strategy
-    if not isinstance(task, TrainTask) or not (strategy.by_columns and task.round_number):
+    if not isinstance(task, TrainTask) or not (strategy.chooses() and task.round_number):
         return layout
 
     def of_rank(rank: int) -> Layout:
-        if bool(rank) != strategy.ranked:
-            raise ProtocolError("the reply declares a rank, or lacks one, against what the strategy asks for")
         if rank > job.config.adapter.rank:
             raise ProtocolError(f"the reply declares rank {rank}, the run has {job.config.adapter.rank}")
-        return narrowed_layout(layout, strategy.columns(task.state, rank) or {})
+        chosen = strategy.trained_columns(task.state, task.round_number, rank)
+        if rank and chosen is None:
+            raise ProtocolError("the reply declares a rank, which the strategy does not ask for")
+        return narrowed_layout(layout, chosen)
 
     return of_rank
 

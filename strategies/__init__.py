@@ -11,7 +11,7 @@ from collections import ChainMap
 
 from common.rows import Table
 from strategies.average import Average
-from strategies.base import Strategy, mean, of_turn
+from strategies.base import Strategy, mean
 from strategies.fed_sb import FedSB
 from strategies.fed_svd import FedSVD
 from strategies.fedavg import FedAvgLoRA
@@ -36,5 +36,4 @@ __all__ = [
     "ServerState",
     "Strategy",
     "mean",
-    "of_turn",
 ]

@@ -8,7 +8,7 @@ from public sizes and stated noise; everything it sees from a site has passed th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -63,10 +63,6 @@ class Strategy(ABC):
     """How a site's noise enters a layer's weights; empty: as the adapter says."""
     privacy: ClassVar[str] = "dp-sgd, none"
     """Privacy modes it may run in."""
-    by_columns: ClassVar[bool] = False
-    """Whether sites train chosen columns of a factor (``contrib.strategies.columns``)."""
-    ranked: ClassVar[bool] = False
-    """Whether each site declares how many columns it trains."""
 
     def __post_init__(self) -> None:
         check_fields(self, f"{self.name}.")
@@ -124,39 +120,27 @@ class Strategy(ABC):
 
     @classmethod
     def chooses(cls) -> bool:
-        """Return whether a part of the adapter rests in a round."""
-        return cls.by_columns or cls.turn is not Strategy.turn
+        """Return whether some round trains a part of the adapter alone."""
+        return cls.trained_columns is not Strategy.trained_columns
 
-    def columns(self, received: AdapterState, rank: int) -> Chosen | None:
-        """Return the columns that a site of this rank trains, from what came down; None: every tensor whole.
+    def trained_columns(self, received: AdapterState, round_number: int, rank: int) -> Chosen | None:
+        """Return the columns of every factor that a site trains in a round; None: every tensor whole.
 
-        Server and site both ask, so it follows from nothing else.
+        Server and site both ask, so it follows from nothing else. The server's own choice travels in ``received``, as
+        masks of 0 and 1, and follows from what was sent to it.
+
+        Args:
+            received: what came down.
+            round_number: the round's, from 1 on.
+            rank: how many columns the site trains at most, as it declares; 0: as many as the run has.
         """
-        del received, rank
-        return None
-
-    def turn(self, round_number: int) -> tuple[str, ...] | None:
-        """Return the factors that sites train in a round, where factors take turns; None: all that the adapter trains.
-
-        Server and site both ask, so it follows from the round's number alone.
-        """
-        del round_number
+        del received, round_number, rank
         return None
 
     def told(self, state: ServerState) -> str:
         """Server: return what there is to say of the next round, in words; empty: nothing."""
         del state
         return ""
-
-    def simulated_rank(self, part: int) -> int:
-        """Site: return how many columns a simulation's site trains that plays this part; 0: as many as the run has."""
-        del part
-        return 0
-
-    def counterpart(self, state: ServerState, rank: int) -> AdapterState:
-        """Server: return what a contribution of a site of this rank is a change of."""
-        del rank
-        return state.adapter
 
     @abstractmethod
     def combine(self, state: ServerState, contributions: Sequence[Contribution]) -> ServerState:
@@ -176,14 +160,6 @@ class Strategy(ABC):
         """Server: return the next state: combine, let the server's optimiser ``step`` (if any), settle."""
         combined = self.combine(state, contributions)
         return self.settle(step(state, combined) if step else combined)
-
-
-def of_turn(trained: AdapterState, turn: Collection[str] | None) -> AdapterState:
-    """Return the part of what sites train whose turn it is, and the head; ``turn`` as of ``Strategy.turn``."""
-    if turn is None:
-        return trained
-    head = {HEAD: trained[HEAD]} if HEAD in trained else {}
-    return {**select({layer: factors for layer, factors in trained.items() if layer != HEAD}, turn), **head}
 
 
 def mean(contributions: Sequence[Contribution]) -> AdapterState:

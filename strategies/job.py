@@ -12,6 +12,7 @@ from common.config.asked import RunSettings, as_asked, from_mapping, resolve
 from common.config.sections import RunConfig, Scalar, defaults, from_section, to_mapping, typed
 from common.data.sources import count_labels, count_records, known_labels
 from common.errors import ConfigError
+from common.messages.columns import Chosen
 from common.messages.state import HEAD, METRIC, OWN, AdapterState, Factors, of_head
 from common.messages.tensors import merge, start_fingerprint
 from common.model.federated import FederatedModel, model_of
@@ -97,6 +98,10 @@ class Job:
         of_seed = {name: derived[name] for name in self.origin.from_seed if name in self.adapter.directions}
         given = {**of_seed, **self.origin.from_statistic(statistic, self.adapter.rank)}
         return self.adapter.fitted({**derived, **self.adapter.begin(given)})
+
+    def trained_columns(self, state: ServerState, rank: int = 0) -> Chosen | None:
+        """Return the columns that a site of this rank trains in the round after ``state``; None: all."""
+        return self.strategy.trained_columns(self.strategy.downlink(state), state.round_number + 1, rank)
 
     def sent(self, round_number: int, trained: Mapping[str, T]) -> dict[str, T]:
         """Return the layers of ``trained`` that a round sends."""

@@ -10,7 +10,7 @@ import torch
 from common.adapters import ADAPTERS, Adapter
 from common.messages.columns import narrowed
 from common.messages.state import AdapterState
-from strategies import Strategy, of_turn
+from strategies import Strategy
 
 
 def travels(strategy: Strategy, adapter: Adapter, out: int, into: int) -> tuple[AdapterState, AdapterState]:
@@ -23,9 +23,7 @@ def travels(strategy: Strategy, adapter: Adapter, out: int, into: int) -> tuple[
     layer = {"layer": {factor: torch.randn(shape, generator=draw) for factor, shape in shapes}}
     trained = {"layer": {factor: layer["layer"][factor] for factor in adapter.trained}}
     down = strategy.downlink(strategy.start(layer, adapter.trained))
-    chosen = strategy.columns(down, 0)
-    trained = of_turn(trained, strategy.turn(1))
-    return down, trained if chosen is None else narrowed(trained, chosen)
+    return down, narrowed(trained, strategy.trained_columns(down, 1, 0))
 
 
 def payload(strategy: Strategy, adapter: Adapter, layers: Sequence[tuple[int, int]]) -> tuple[int, int]:

@@ -150,7 +150,7 @@ CASES: dict[str, Case] = {
             **PLAIN_STEP,
             "strategy": "heterogeneous-ranks",
             "adapter.rank": 6,
-            "heterogeneous-ranks.simulated": "6,3,2",
+            "adapter.site-ranks": "6,3,2",
         }
     ),
 }

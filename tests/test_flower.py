@@ -59,7 +59,7 @@ def test_a_secure_sum_runs_through_flower_and_ray(settings_file: Path, tmp_path:
 @pytest.mark.deployment
 def test_sites_of_ranks_2_4_8_and_16_run_through_flower_and_ray(settings_file: Path, tmp_path: Path) -> None:
     """``test_columns`` holds what they send against the mean of their weights."""
-    ranks = 'strategy="heterogeneous-ranks" adapter.rank=16 heterogeneous-ranks.simulated="2,4,8,16"'
+    ranks = 'strategy="heterogeneous-ranks" adapter.rank=16 adapter.site-ranks="2,4,8,16"'
     done = fedveil("run", "-c", str(settings_file), "-c", ranks, "--sites", "4", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     (folder,) = (tmp_path / "runs").iterdir()

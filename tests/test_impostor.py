@@ -41,7 +41,7 @@ class Run:
 
     def __init__(self, link: Link, timeout: float = 60.0) -> None:
         config = SimpleNamespace(rounds=1, round_timeout=timeout)
-        job = SimpleNamespace(config=config, strategy=SimpleNamespace(by_columns=False))
+        job = SimpleNamespace(config=config, strategy=SimpleNamespace(chooses=lambda: False))
         model = SimpleNamespace(reply_layout=lambda _: LAYOUT)
         folder = SimpleNamespace(progress=lambda _: None, shown=Shown(1, "record", 0))
         self.transport = FlowerTransport(*cast(Any, (link.grid(), job, model, folder)))

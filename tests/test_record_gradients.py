@@ -89,10 +89,9 @@ def furthest_of_columns(world: World) -> float:
     """Return the largest gap of a record's gradient of the chosen columns from that part of the whole B's."""
     wanted, layers = world.alone(), list(world.adapter.layers(world.model))
     # Another choice in each layer; the last one rests.
-    choices = [torch.tensor(columns) for columns in ([1], [0, 2], [0, 1, 2])]
-    chosen = {layer: choices[i % len(choices)] for i, layer in enumerate(layers)} | {
-        layers[-1]: torch.tensor([]).long()
-    }
+    choices = [torch.tensor(columns) for columns in ([1], [0, 2], [1, 2])]
+    chosen = {layer: {"B": choices[i % len(choices)]} for i, layer in enumerate(layers)}
+    chosen[layers[-1]] = {"B": torch.tensor([]).long()}
     with split_columns(world.adapter, world.model, chosen):
         moving = {
             id(module.weight): (layer, module.columns)

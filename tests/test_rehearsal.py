@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -23,13 +23,14 @@ from client.ledger.ledger import Ledger
 from client.ledger.rows import Failure
 from client.own_records import prepared
 from client.process import SiteProcess
-from client.rehearsal import rehearse, rehearse_initial, rehearse_turn
+from client.rehearsal import rehearse, rehearse_columns, rehearse_initial
 from client.rehearsals import PLAIN
 from client.site import open_site
 from common.adapters import ADAPTERS
 from common.adapters.mapped import Mapped
 from common.config.sections import HeadConfig
 from common.errors import ConfigError, LedgerError, ModelError
+from common.messages.columns import Chosen, whole_factors
 from common.messages.round import Refusal, TrainResult
 from common.messages.state import HEAD
 from common.messages.tensors import entries
@@ -370,7 +371,7 @@ def test_a_turn_rehearses_its_own_factors_alone(
     first, *others = sorted({name for _, name in model.below_head()})
     turns: list[set[int]] = []
     monkeypatch.setattr(rehearsal._Rehearsal, "run", lambda own: turns.append(set(map(id, own.trained))))
-    rehearse_turn(model, [first])
+    rehearse_columns(model, whole_factors(model.start, [first]))
     rehearse(model)
     resting = {id(p) for (_, name), p in model.below_head().items() if name in others}
     assert resting
@@ -639,8 +640,8 @@ def test_a_kind_of_round_that_changes_how_the_model_computes_has_the_others_rehe
     job, seen = configure(asked.settings), list[str]()
     site, model = open_site(asked.node, job.config, "1", simulated=False), asked.model()
 
-    def turned(model: FederatedModel, names: Sequence[str]) -> Timing:
-        seen.extend(names)
+    def turned(model: FederatedModel, chosen: Chosen) -> Timing:
+        seen.extend({name for factors in chosen.values() for name in factors})
         if len(seen) == 2:
             way(model)
             if fails:
@@ -648,12 +649,14 @@ def test_a_kind_of_round_that_changes_how_the_model_computes_has_the_others_rehe
         return Timing({8: 0.1}, {8: 1}, 0.1, 0.1)
 
     monkeypatch.setattr(app, "process", SiteProcess())
-    monkeypatch.setattr(rehearsals, "rehearse_turn", turned)
-    for number in (1, 2, 3):
-        with pytest.raises(ModelError) if fails and number == 2 else nullcontext():
+    monkeypatch.setattr(rehearsals, "rehearse_columns", turned)
+    for number in (1, 2):
+        with pytest.raises(ModelError) if fails and number == 1 else nullcontext():
             app.process.rehearsals.hold_to(Deadline(), job, site, model, asked.task(number))
     model_of.cache_clear()
-    assert seen == ["B", "A", "B"], "a round is trained in a way that no rehearsal has seen"
+    # All kinds of rounds are rehearsed before the first; the last in a way that both were seen in.
+    wanted = ["B", "A", "A", "B"] if fails else ["B", "A", "B"]
+    assert seen == wanted, "a round is trained in a way that no rehearsal has seen"
 
 
 # --- records ----------------------------------------------------------------------------------------------------------
@@ -662,16 +665,18 @@ def test_a_kind_of_round_that_changes_how_the_model_computes_has_the_others_rehe
 def test_steps_of_every_kind_are_rehearsed_by_a_name_of_their_own() -> None:
     """Steps that passed for others would train in shapes, or through factors, that nothing has looked at."""
 
-    def name(columns: Any = None, turn: Any = None) -> str:
-        strategy = SimpleNamespace(columns=lambda *_: columns, turn=lambda _: turn)
-        job: Any = SimpleNamespace(strategy=strategy, config=SimpleNamespace(rounds=3))
-        site: Any = SimpleNamespace(declared_rank=lambda _: 0)
+    def name(columns: Any = None) -> str:
+        job: Any = None
+        site: Any = SimpleNamespace(trained_columns=lambda *_: (columns, 0))
         task: Any = SimpleNamespace(round_number=1, state={})
-        model: Any = None
-        return rehearsals.steps_of(job, site, model, task)[0]
+        whole = {layer: {factor: torch.zeros(2, 3) for factor in "AB"} for layer in "ab"}
+        model: Any = SimpleNamespace(start=whole)
+        return rehearsals.steps_of(job, site, model, task).name
 
-    columns = [name(columns=chosen) for chosen in ({"a": [0]}, {"a": [0, 1]}, {"a": [0], "b": [1]})]
-    kinds = [name(), *columns, name(turn=("A",)), name(turn=("B",))]
+    none, first, two = torch.arange(0), torch.arange(1), torch.arange(2)
+    chosen = [{"a": {"B": first}}, {"a": {"B": two}}, {"a": {"B": first}, "b": {"B": first}}, {"a": {"B": none}}]
+    chosen += [{"a": {factor: torch.arange(3)}} for factor in "AB"]
+    kinds = [name(), *(name(columns=columns) for columns in chosen)]
     assert len(set(kinds)) == len(kinds)
 
 

@@ -93,7 +93,7 @@ def fixed_entropy(replace_entropy: Callable[[Source], None]) -> None:
         *(
             (name, {"server.optimizer": "none" if "server.optimizer" in kind.requires else "adam"})
             for name, kind in sorted(STRATEGIES.items())
-            if not kind.by_columns
+            if not (kind.chooses() and kind.trains == ("B",))
         ),
         # Of those by columns, one whose masks follow from the round and one whose follow from what was sent.
         ("switchlora", {"server.optimizer": "adam", "switchlora.window": 2}),

@@ -545,7 +545,7 @@ def transport(world: World, grid: Grid, monkeypatch: pytest.MonkeyPatch, *, sign
         monkeypatch.setattr(TaskIdentity, name, 1)
     monkeypatch.setenv(NODES, str(world.server.nodes))
     monkeypatch.setenv(FOLDER, str(world.server.path))
-    job = SimpleNamespace(strategy=SimpleNamespace(by_columns=False), config=SimpleNamespace())
+    job = SimpleNamespace(strategy=SimpleNamespace(chooses=lambda: False), config=SimpleNamespace())
     folder = SimpleNamespace(progress=lambda _: None, shown=Shown(1, "record", 0))
     model = SimpleNamespace(reply_layout=lambda _: {"l": {"A": (2, 2)}})
     signing = signing_of("17", SETTINGS) if signs else None
@@ -655,7 +655,7 @@ def test_a_registered_site_that_knows_every_name_makes_nobody_pay_and_speaks_for
         installed.process.keep_lookout(None, signed=signs)
         return worker.reply_to(message, context, own_bundle(), site.node, world.keys if signs else None).content
 
-    job = SimpleNamespace(strategy=SimpleNamespace(by_columns=False), config=SimpleNamespace())
+    job = SimpleNamespace(strategy=SimpleNamespace(chooses=lambda: False), config=SimpleNamespace())
     folder = SimpleNamespace(progress=lambda _: None, shown=Shown(1, "record", 0))
     parts = (link.grid(), job, SimpleNamespace(reply_layout=lambda _: layout), folder)
     transport = FlowerTransport(*cast(Any, parts), signing_of(run, site.settings) if signs else None)

@@ -24,7 +24,7 @@ from common.messages.tensors import apply, entries, merge, scale, select
 from common.messages.wire import decode_state, encode_state, layout_of
 from strategies import STRATEGIES, base
 from strategies.average import Average
-from strategies.base import Strategy, mean, of_turn
+from strategies.base import Strategy, mean
 from strategies.payload import travels
 from strategies.state import Contribution, ServerState
 
@@ -100,8 +100,7 @@ def trained_model(strategy: Strategy, state: ServerState, seed: int) -> AdapterS
     received = strategy.downlink(state)
     here = strategy.install(example_states(strategy, dtype), received)
     moved = random_state(adapter_of(strategy), adapter_of(strategy).trained, seed, dtype)
-    moved = of_turn(moved, strategy.turn(state.round_number + 1))
-    chosen = strategy.columns(received, 0)
+    chosen = strategy.trained_columns(received, state.round_number + 1, 0)
     return merge(here, moved if chosen is None else widened(narrowed(moved, chosen), here, chosen))
 
 
@@ -110,9 +109,8 @@ def contribution(
 ) -> Contribution:
     """Return what a site sends that received ``state`` and trained to ``model``."""
     trained = select(model, (*adapter_of(strategy).trained, *model[HEAD]))
-    trained = of_turn(trained, strategy.turn(state.round_number + 1))
-    chosen = strategy.columns(strategy.downlink(state), 0)
-    return Contribution(name, weight, trained if chosen is None else narrowed(trained, chosen))
+    chosen = strategy.trained_columns(strategy.downlink(state), state.round_number + 1, 0)
+    return Contribution(name, weight, narrowed(trained, chosen))
 
 
 def participants(strategy: Strategy, state: ServerState, seeds: Sequence[int]) -> list[Contribution]:
@@ -246,7 +244,7 @@ def test_a_planted_fault_breaks_the_invariant(
     try:
         gap = broken(strategy, fault(strategy))
     except ProtocolError:  # what rounds send is not alike, where factors take turns
-        assert strategy.turn(1) is not None
+        assert strategy.chooses()
         return
     assert gap > 1e-3, f"{broken.__name__} does not notice {fault.__name__}"
 
@@ -307,7 +305,8 @@ def test_a_lost_factor_is_noticed_by_the_comparison_of_site_and_server(strategy:
     state = started(strategy)
     state = strategy.server_update(state, participants(strategy, state, [2, 3]))
     received = strategy.downlink(state)
-    lost = (strategy.turn(1) or adapter_of(strategy).trained)[0]
+    chosen = strategy.trained_columns(received, 1, 0)
+    lost = next(iter(adapter_of(strategy).trained if chosen is None else next(iter(chosen.values()))))
     broken = select(received, {name for _, name, _ in entries(received)} - {lost})
     assert moved(state.adapter, strategy.install(example_states(strategy), broken))
 
@@ -316,13 +315,14 @@ def test_a_lost_factor_is_noticed_by_the_comparison_of_site_and_server(strategy:
 @pytest.mark.parametrize("head", [True, False], ids=["trained head", "frozen head"])
 def test_a_site_sends_what_it_trains_and_no_frozen_factor_travels(strategy: Strategy, head: bool) -> None:
     adapter, start = adapter_of(strategy), {k: v for k, v in example_states(strategy).items() if head or k != HEAD}
-    turn = strategy.turn(1)
     received = strategy.downlink(strategy.start(start, adapter.trained))
-    chosen, trained = strategy.columns(received, 0), of_turn(select(start, (*adapter.trained, "weight", "bias")), turn)
-    sent = trained if chosen is None else narrowed(trained, chosen)
+    chosen, trained = strategy.trained_columns(received, 1, 0), select(start, (*adapter.trained, "weight", "bias"))
+    sent = narrowed(trained, chosen)
     for layer, (out, into) in LAYERS.items():
         down, up = travels(strategy, adapter, out, into)
-        assert set(sent[layer]) == set(turn or adapter.trained), f"{strategy.name} does not send what is trained"
+        assert set(sent[layer]) == set(adapter.trained if chosen is None else chosen[layer]), (
+            f"{strategy.name} does not send what is trained"
+        )
         again = set(received[layer]) & set(adapter.frozen)
         assert again == ({"D"} if strategy.name in MERGING else set()), f"{strategy.name} sends {again} every round"
         assert layout_of({"layer": received[layer]}) == layout_of(down), "the tables count another message down"

@@ -131,7 +131,7 @@ def test_every_strategy_has_a_prediction() -> None:
     assert said == set(STRATEGIES), f"nobody says what noise does under {said ^ set(STRATEGIES)}"
     for name in ALIKE:
         kind = STRATEGIES[name]
-        assert kind.by_columns or kind.adapter in ("lora-nested", "lora-routed")
+        assert kind.chooses() or kind.adapter in ("lora-nested", "lora-routed")
         assert issubclass(ADAPTERS[kind.adapter], ADAPTERS[FFALoRA.adapter])
     for name in BOTH:
         kind = STRATEGIES[name]

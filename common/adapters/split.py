@@ -54,25 +54,32 @@ def _linear(weight: Tensor, *, trained: bool) -> nn.Linear:
 
 @contextmanager
 def split_columns(adapter: Adapter, model: nn.Module, chosen: Chosen) -> Iterator[None]:
-    """Let the chosen columns of every layer's B, and no other number of the adapter, take a gradient.
+    """Let the chosen columns of every layer, and no other number of the adapter, take a gradient.
 
     Afterwards B is whole again, with what was trained in its place.
     """
     wholes: list[tuple[LoraLayer, nn.Linear]] = []
+    resting: list[nn.Parameter] = []
+    layers = adapter.layers(model)
     try:
-        for name, layer in adapter.layers(model).items():
-            whole = cast(nn.Linear, layer.lora_B[ADAPTER_NAME])
-            wholes.append((layer, whole))
-            if len(chosen[name]):
-                layer.lora_B[ADAPTER_NAME] = SplitColumns(whole, chosen[name])
-            else:
-                whole.requires_grad_(False)
+        for layer, factors in adapter.parameters(model).items():
+            for name, parameter in factors.items():
+                if not parameter.requires_grad:
+                    continue
+                columns = chosen[layer].get(name, torch.zeros(0, dtype=torch.int64))
+                if not len(columns):
+                    parameter.requires_grad_(False)
+                    resting.append(parameter)
+                elif len(columns) < parameter.shape[-1]:
+                    whole = cast(nn.Linear, layers[layer].lora_B[ADAPTER_NAME])
+                    wholes.append((layers[layer], whole))
+                    layers[layer].lora_B[ADAPTER_NAME] = SplitColumns(whole, columns)
         yield
     finally:
-        for layer, whole in wholes:
-            split = layer.lora_B[ADAPTER_NAME]
-            if isinstance(split, SplitColumns):
-                with torch.no_grad():
-                    whole.weight[:, split.columns] = split.weight
-            layer.lora_B[ADAPTER_NAME] = whole
-            whole.requires_grad_(True)
+        for lora, whole in wholes:
+            split = cast(SplitColumns, lora.lora_B[ADAPTER_NAME])
+            with torch.no_grad():
+                whole.weight[:, split.columns] = split.weight
+            lora.lora_B[ADAPTER_NAME] = whole
+        for parameter in resting:
+            parameter.requires_grad_(True)

@@ -167,14 +167,33 @@ class AdapterConfig(Section):
     pooler are in none."""
     start: str = "orthonormal"
     """Where the factors begin: a row of ``common.starts.STARTS``, whose options are ``start.*``."""
+    site_ranks: str = ""
+    """Of a simulation: how many columns each site trains at most, separated by commas, from the first on again where
+    there are more sites; strategies go by it that let sites differ. A deployed site declares its own (node setting
+    ``rank``). Empty: ``adapter.rank``."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        ranks = self.site_ranks.split(",") if self.site_ranks else []
+        if not all(part.strip().isdecimal() and int(part) > 0 for part in ranks):
+            raise ConfigError(
+                f"adapter.site-ranks is {self.site_ranks!r}: write ranks of at least 1, separated by commas, such as "
+                "'2,4,8'"
+            )
         if not self.target_modules:
             raise ConfigError("adapter.targets is empty: name the layers to adapt, such as 'query,value', or 'auto'")
         kind = next((name for name in self.target_modules if name in TARGET_KINDS), "")
         if kind and len(self.target_modules) > 1:
             raise ConfigError(f"adapter.targets is {self.targets!r}: write {kind!r} alone, or the layers' own names")
+
+    def rank_of_site(self, part: int) -> int:
+        """Return how many columns a simulation's site trains at most that plays this part; 0: as many as the run has.
+
+        >>> AdapterConfig(site_ranks="2,4").rank_of_site(3)
+        4
+        """
+        ranks = self.site_ranks.split(",")
+        return int(ranks[part % len(ranks)]) if self.site_ranks else 0
 
     @property
     def target_modules(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Chosen columns of a trained factor: the part of each layer that a site trains and sends, and the whole around it.
+"""The columns of an adapter that a round trains: the part of each layer that a site trains and sends, and the whole.
 
 One frozen A and one scale for all: a column of B then means the same at every site, whichever others are trained
 beside it. So a column that a site did not train stands, in the mean of the sites' weights, at what all received.
@@ -13,20 +13,74 @@ import torch
 from torch import Tensor
 
 from common.errors import ProtocolError
-from common.messages.state import AdapterState
+from common.messages.state import OWN, AdapterState
 
 FACTOR = "B"
-"""The factor whose columns are chosen, shape (out, rank)."""
-Chosen = Mapping[str, Tensor]
-"""By layer, the positions of the columns that are trained: int64, ascending, on the CPU; perhaps none."""
+"""The factor of which a part of the columns may be trained, shape (out, rank); of others all are, or none."""
+Chosen = Mapping[str, Mapping[str, Tensor]]
+"""By layer and factor, the positions of the columns that are trained: int64, ascending, on the CPU. A factor that is
+left out, or has none, stays as it is. The head is in no choice: it is trained where the run's phase trains it."""
 
 
-def narrowed(state: AdapterState, chosen: Chosen) -> AdapterState:
-    """Return ``state`` with the chosen columns of ``FACTOR`` alone; a layer of which none is chosen is left out."""
-    kept = {layer: factors for layer, factors in state.items() if layer not in chosen or len(chosen[layer])}
+def check_chosen(chosen: Chosen, whole: AdapterState) -> None:
+    """Raise ProtocolError unless a choice is of this adapter's factors, and of columns that they have.
+
+    Args:
+        chosen: the choice.
+        whole: every factor of every layer.
+    """
+    for layer, factors in chosen.items():
+        for name, columns in factors.items():
+            tensor = whole.get(layer, {}).get(name)
+            if tensor is None or layer in OWN:
+                raise ProtocolError(f"columns of {name} are chosen in the layer {layer!r}, which has none")
+            width = tensor.shape[-1]
+            if columns.dtype != torch.int64 or columns.dim() != 1 or not torch.equal(columns, columns.unique()):
+                raise ProtocolError(f"the chosen columns of {name} in the layer {layer!r} are no ascending list")
+            if len(columns) and not (int(columns[0]) >= 0 and int(columns[-1]) < width):
+                raise ProtocolError(f"columns of {name} are chosen beyond the {width} of the layer {layer!r}")
+            if 0 < len(columns) < width and name != FACTOR:
+                raise ProtocolError(f"a part of {name} is chosen in the layer {layer!r}, which is trained whole or not")
+
+
+def positions_of(mask: Tensor, what: str) -> Tensor:
+    """Return the columns whose number in a mask of shape (columns,) is 1, where all others are 0.
+
+    Raises:
+        ProtocolError: the mask of ``what`` has another shape, or another number than 0 and 1.
+    """
+    if mask.dim() != 1 or not bool(((mask == 0) | (mask == 1)).all()):
+        raise ProtocolError(f"the mask of trained columns of {what!r} has other numbers than 0 and 1")
+    return mask.nonzero()[:, 0]
+
+
+def whole_factors(state: AdapterState, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+    """Return the choice of all columns of factors of these names, and of nothing else, in every layer of ``state``."""
     return {
-        layer: {n: t[:, chosen[layer]] if layer in chosen and n == FACTOR else t for n, t in factors.items()}
-        for layer, factors in kept.items()
+        layer: {name: torch.arange(factors[name].shape[-1]) for name in names if name in factors}
+        for layer, factors in state.items()
+        if layer not in OWN
+    }
+
+
+def chosen_factors(state: AdapterState, chosen: Chosen | None) -> AdapterState:
+    """Return the tensors of ``state`` of which some column is chosen, whole; None: all."""
+    if chosen is None:
+        return state
+    kept = {
+        layer: {name: t for name, t in factors.items() if layer not in chosen or len(chosen[layer].get(name, ()))}
+        for layer, factors in state.items()
+    }
+    return {layer: factors for layer, factors in kept.items() if factors}
+
+
+def narrowed(state: AdapterState, chosen: Chosen | None) -> AdapterState:
+    """Return the chosen columns of ``state``; a layer of which none is chosen is left out. None: all."""
+    if chosen is None:
+        return state
+    return {
+        layer: {n: t[..., chosen[layer][n]] if layer in chosen else t for n, t in factors.items()}
+        for layer, factors in chosen_factors(state, chosen).items()
     }
 
 
@@ -37,47 +91,52 @@ def widened(part: AdapterState, whole: AdapterState, chosen: Chosen) -> AdapterS
         ProtocolError: ``part`` has not the columns that are chosen.
     """
     full: AdapterState = {layer: factors for layer, factors in part.items() if layer not in chosen}
-    for layer, columns in chosen.items():
-        sent, held = part.get(layer, {}), whole[layer][FACTOR]
-        if set(sent) != ({FACTOR} if len(columns) else set()):
+    for layer, factors in chosen.items():
+        sent = part.get(layer, {})
+        if set(sent) != {name for name, columns in factors.items() if len(columns)}:
             raise ProtocolError(f"a contribution has the factors {sorted(sent)} of the layer {layer!r}")
-        new = held.clone()
-        if len(columns):
-            if sent[FACTOR].shape != (len(held), len(columns)):
-                raise ProtocolError(
-                    f"a contribution has {FACTOR} of shape {tuple(sent[FACTOR].shape)} in the layer {layer!r}, "
-                    f"and {len(columns)} columns of it are trained"
-                )
-            new[:, columns] = sent[FACTOR]
-        full[layer] = {FACTOR: new}
+        full[layer] = {}
+        for name, columns in factors.items():
+            new = whole[layer][name].clone()
+            if len(columns):
+                if sent[name].shape != (*new.shape[:-1], len(columns)):
+                    raise ProtocolError(
+                        f"a contribution has {name} of shape {tuple(sent[name].shape)} in the layer {layer!r}, "
+                        f"and {len(columns)} columns of it are trained"
+                    )
+                new[..., columns] = sent[name]
+            full[layer][name] = new
     return full
 
 
 def narrowed_layout(
-    layout: Mapping[str, Mapping[str, tuple[int, ...]]], chosen: Chosen
+    layout: Mapping[str, Mapping[str, tuple[int, ...]]], chosen: Chosen | None
 ) -> dict[str, dict[str, tuple[int, ...]]]:
     """Return names and shapes of ``narrowed`` states, from those of whole ones."""
-    return {
-        layer: {
-            n: (shape[0], len(chosen[layer])) if layer in chosen and n == FACTOR else shape
-            for n, shape in factors.items()
-        }
-        for layer, factors in layout.items()
-        if layer not in chosen or len(chosen[layer])
-    }
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    for layer, factors in layout.items():
+        if chosen is None or layer not in chosen:
+            found[layer] = dict(factors)
+            continue
+        counts = {name: len(chosen[layer].get(name, ())) for name in factors}
+        kept = {name: (*shape[:-1], counts[name]) for name, shape in factors.items() if counts[name]}
+        if kept:
+            found[layer] = kept
+    return found
 
 
 def shares_of_columns(chosen: Sequence[Chosen], weights: Sequence[float], whole: AdapterState) -> AdapterState:
-    """Return, by layer, the part of all weight that the sites have which train a column: float64, shape (rank,).
+    """Return, by layer and factor, the part of all weight that the sites have which train a column, float64.
 
     0 where nobody does, and exactly 1 where all do.
     """
     total, found = math.fsum(weights), dict[str, dict[str, Tensor]]()
-    for layer in dict.fromkeys(layer for one in chosen for layer in one):
-        columns = [set(one[layer].tolist()) for one in chosen]
+    places = dict.fromkeys((place, name) for one in chosen for place, factors in one.items() for name in factors)
+    for layer, name in places:
+        columns = [set(one[layer][name].tolist()) for one in chosen]
         shares = [
             math.fsum(weight for weight, own in zip(weights, columns, strict=True) if i in own) / total
-            for i in range(whole[layer][FACTOR].shape[1])
+            for i in range(whole[layer][name].shape[-1])
         ]
-        found[layer] = {FACTOR: torch.tensor(shares, dtype=torch.float64)}
+        found.setdefault(layer, {})[name] = torch.tensor(shares, dtype=torch.float64)
     return found

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 
@@ -297,30 +297,15 @@ class FederatedModel:
                 parameter.add_(part.view_as(parameter))
 
     def columns_alone(self, chosen: Chosen | None) -> AbstractContextManager[None]:
-        """Let the chosen columns of every layer's B take a gradient in place of the adapter; the head stays.
+        """Let the chosen columns alone take a gradient in place of the adapter; the head stays as it is.
 
-        Inside it ``trained`` has these columns as B, and afterwards B is whole again, with what was trained in it.
+        Inside it ``trained`` has these columns alone, and afterwards every factor is whole again, with what was trained
+        in it.
 
         Args:
-            chosen: by layer; None: every trained tensor whole, so that nothing happens.
+            chosen: by layer and factor; None: every trained tensor whole, so that nothing happens.
         """
         return nullcontext() if chosen is None else split_columns(self.adapter, self.peft_model, chosen)
-
-    @contextmanager
-    def factors_alone(self, names: Collection[str] | None) -> Iterator[None]:
-        """Let factors of these names alone take a gradient in every layer; the head stays.
-
-        Args:
-            names: of trained factors; None: all of them, so that nothing happens.
-        """
-        resting = [] if names is None else [p for (_, name), p in self.below_head().items() if name not in names]
-        for parameter in resting:
-            parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter in resting:
-                parameter.requires_grad_(True)
 
     def below_head(self) -> dict[tuple[str, str], nn.Parameter]:
         """Return what sites train but for the head, by layer and factor, in the order of a tangent's numbers."""

@@ -23,6 +23,7 @@ from common.adapters.base import base_weight
 from common.adapters.low_rank import LowRank
 from common.check import in_range, positive
 from common.errors import FedVeilError, ModelError
+from common.messages.columns import narrowed
 from common.messages.round import Spending, SpendingFigures, TrainResult
 from common.messages.state import OWN, AdapterState
 from common.messages.tensors import apply, merge
@@ -38,7 +39,6 @@ from server.collect.noise import Noise, ServerNoise
 from server.model import rule_statistic
 from server.noise import SumNoise, cohort_noise, noised_at_sites, site_noise, step_noise, sum_noise
 from server.ruled import round_step
-from strategies import of_turn
 from strategies.job import Job, configure
 from strategies.rules import ServerRule
 from strategies.state import Contribution, ServerState
@@ -178,8 +178,6 @@ def _unknown(job: Job, by_round: Mapping[int, Sequence[TrainResult]]) -> str:
         return "its noise follows from public figures only where each site takes one plain step (SGD) a round"
     if not job.derived and set(job.adapter.trained) & set(job.adapter.directions):
         return "its folder does not keep where round 0 let the trained factors begin"
-    if job.strategy.ranked and not all(result.rank for result in every):
-        return "its folder does not say how many columns each site trained"
     return ""
 
 
@@ -213,11 +211,10 @@ def _sent(job: Job, state: ServerState, rank: int, noise: float, draw: torch.Gen
     """Return what sites train in the round, of so many columns where they declare a rank, with noise on it."""
     trained = {
         layer: {factor: tensor for factor, tensor in factors.items() if state.trains(layer, factor)}
-        for layer, factors in job.strategy.counterpart(state, rank).items()
+        for layer, factors in narrowed(state.adapter, job.trained_columns(state, rank)).items()
         if layer not in OWN
     }
-    turn = job.strategy.turn(state.round_number + 1)
-    return apply(partial(_with_noise, noise, draw), of_turn({k: f for k, f in trained.items() if f}, turn))
+    return apply(partial(_with_noise, noise, draw), {k: f for k, f in trained.items() if f})
 
 
 def _with_noise(std: float, draw: torch.Generator, tensor: torch.Tensor) -> torch.Tensor:

@@ -68,7 +68,7 @@ class AlignGuard(ServerRule):
                 f"server.rule {self.name!r} guards directions in the run's first coordinates, which strategy "
                 f"{strategy.name!r} turns: set strategy to 'ffa-lora'"
             )
-        if strategy.by_columns:
+        if strategy.chooses():
             raise ConfigError(
                 f"server.rule {self.name!r} pulls all of B in every round, and columns that strategy {strategy.name!r} "
                 "lets rest are to stay: set strategy to 'ffa-lora'"

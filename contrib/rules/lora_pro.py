@@ -69,7 +69,7 @@ class LoRAPro(ServerRule):
                 f"{' and '.join(adapter.trained) or 'none of them'}, where it would be a rate alone: set server.rule "
                 "to 'none', or strategy to 'fedavg-lora'"
             )
-        if type(strategy).turn is not Strategy.turn:
+        if strategy.chooses():
             raise ConfigError(
                 f"server.rule {self.name!r} joins the gradients of A and B, and strategy {strategy.name!r} trains them "
                 "in turns: set server.rule to 'none', or strategy to 'fedavg-lora'"

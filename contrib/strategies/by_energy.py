@@ -25,7 +25,7 @@ from torch import Tensor
 
 from common.config.sections import RunConfig
 from common.errors import ConfigError
-from common.messages.columns import FACTOR
+from common.messages.columns import FACTOR, narrowed
 from common.messages.state import OWN, AdapterState
 from common.messages.tensors import merge, select
 from common.nulls import cross_site_energy, evened, least_score
@@ -112,7 +112,7 @@ class ByEnergy(Columns):
             return {}
         total = sum(one.weight for one in contributions)
         shares = [one.weight / total for one in contributions]
-        held = self.counterpart(state, 0)
+        held = narrowed(state.adapter, self.trained_columns(self.downlink(state), state.round_number + 1, 0))
         scores, layers = {}, sorted(set(contributions[0].state) - set(OWN))
         for layer in layers:
             changes = [_change(one.state[layer][FACTOR], held[layer][FACTOR]) for one in contributions]

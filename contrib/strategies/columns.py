@@ -18,11 +18,10 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from common.adapters import Adapter
-from common.errors import ConfigError, ProtocolError
-from common.messages.columns import FACTOR, Chosen, narrowed, shares_of_columns, widened
+from common.errors import ConfigError
+from common.messages.columns import FACTOR, Chosen, positions_of, shares_of_columns, widened
 from common.messages.state import OWN, AdapterState
 from common.messages.tensors import merge, select
 from strategies.base import Strategy, mean
@@ -39,7 +38,6 @@ class Columns(Strategy):
     adapter: ClassVar[str] = "lora-frozen-a"
     trains: ClassVar[tuple[str, ...]] = (FACTOR,)
     freezes: ClassVar[tuple[str, ...]] = ("A",)
-    by_columns: ClassVar[bool] = True
 
     @classmethod
     def check_adapter(cls, adapter: type[Adapter]) -> None:
@@ -65,31 +63,24 @@ class Columns(Strategy):
         rest = {layer: {n: t for n, t in factors.items() if n != MASK} for layer, factors in received.items()}
         return merge(start, rest)
 
-    def columns(self, received: AdapterState, rank: int) -> Chosen:
-        """Return the columns that the masks have, all where there is no mask, below a site's own rank.
+    def trained_columns(self, received: AdapterState, round_number: int, rank: int) -> Chosen:
+        """Return the columns that the masks have, all where there is no mask.
 
         Raises:
             ProtocolError: a mask has another number than 0 and 1.
         """
-        chosen: dict[str, Tensor] = {}
-        for layer, factors in received.items():
-            if layer in OWN:
-                continue
-            mask = factors.get(MASK, torch.ones(factors[FACTOR].shape[1]))
-            if not bool(((mask == 0) | (mask == 1)).all()):
-                raise ProtocolError(f"the mask of trained columns of {layer!r} has other numbers than 0 and 1")
-            columns = mask.nonzero()[:, 0]
-            chosen[layer] = columns[columns < rank] if rank else columns
-        return chosen
-
-    def counterpart(self, state: ServerState, rank: int) -> AdapterState:
-        """Return the adapter with the columns alone that a site of this rank trains."""
-        return narrowed(state.adapter, self.columns(self.downlink(state), rank))
+        del round_number, rank
+        return {
+            layer: {FACTOR: positions_of(factors.get(MASK, torch.ones(factors[FACTOR].shape[1])), layer)}
+            for layer, factors in received.items()
+            if layer not in OWN
+        }
 
     def combine(self, state: ServerState, contributions: Sequence[Contribution]) -> ServerState:
         """Return B with the mean of the increments added; what nobody trains stays as it is, bit for bit."""
         received = self.downlink(state)
-        chosen = [self.columns(received, one.rank) for one in contributions]
+        number = state.round_number + 1
+        chosen = [self.trained_columns(received, number, one.rank) for one in contributions]
         whole = [
             replace(one, state=widened(one.state, state.adapter, columns))
             for one, columns in zip(contributions, chosen, strict=True)

@@ -18,7 +18,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from common.errors import ConfigError
+from common.messages.columns import Chosen
+from common.messages.state import AdapterState
 from contrib.strategies.columns import Columns
 
 
@@ -28,26 +29,12 @@ class HeterogeneousRanks(Columns):
 
     name: ClassVar[str] = "heterogeneous-ranks"
     paper: ClassVar[str] = "Cho et al. 2024, by increments"
-    ranked: ClassVar[bool] = True
     noise: ClassVar[str] = "s x_B A on r_k columns: norm s σC/b √m ‖A_k‖, with rows of length 1 √(m r_k)"
 
-    simulated: str = ""
-    """Ranks of a simulation's sites, separated by commas, from the first on again where there are more sites. Empty:
-    ``adapter.rank``. A deployed site declares its own (node setting ``rank``)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.simulated and not all(part.strip().isdecimal() and int(part) > 0 for part in self.simulated.split(",")):
-            raise ConfigError(
-                f"{self.name}.simulated is {self.simulated!r}: write ranks of at least 1, separated by commas, such as "
-                "'2,4,8'"
-            )
-
-    def simulated_rank(self, part: int) -> int:
-        """Return the rank of a simulation's site.
-
-        >>> HeterogeneousRanks(simulated="2,4").simulated_rank(3)
-        4
-        """
-        ranks = [int(rank) for rank in self.simulated.split(",")] if self.simulated else [0]
-        return ranks[part % len(ranks)]
+    def trained_columns(self, received: AdapterState, round_number: int, rank: int) -> Chosen:
+        """Return the columns below a site's own rank."""
+        chosen = super().trained_columns(received, round_number, rank)
+        return {
+            layer: {name: columns[columns < rank] if rank else columns for name, columns in factors.items()}
+            for layer, factors in chosen.items()
+        }

@@ -60,8 +60,11 @@ class HetLoRA(HeterogeneousRanks):
         """Return the average of padded states, weighed by their products' lengths; by sizes while all are 0."""
         nothing = apply(torch.zeros_like, state.adapter)
         received = self.downlink(state)
+        number = state.round_number + 1
+        chosen = [self.trained_columns(received, number, one.rank) for one in contributions]
         padded = [
-            replace(one, state=widened(one.state, nothing, self.columns(received, one.rank))) for one in contributions
+            replace(one, state=widened(one.state, nothing, columns))
+            for one, columns in zip(contributions, chosen, strict=True)
         ]
         lengths = [_length(one.state, state.adapter) for one in padded]
         if all(lengths):

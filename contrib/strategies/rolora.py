@@ -18,6 +18,7 @@ from typing import ClassVar
 import torch
 
 from common.adapters import Adapter
+from common.messages.columns import Chosen, whole_factors
 from common.messages.state import HEAD, AdapterState
 from strategies.average import Average
 from strategies.state import ServerState
@@ -42,13 +43,14 @@ class RoLoRA(Average):
         del adapter
         return True
 
-    def turn(self, round_number: int) -> tuple[str, ...]:
-        """Return B in odd rounds, A in even ones."""
-        return TURNS[(round_number + 1) % 2]
+    def trained_columns(self, received: AdapterState, round_number: int, rank: int) -> Chosen:
+        """Return all of B in odd rounds, all of A in even ones."""
+        del rank
+        return whole_factors(received, TURNS[(round_number + 1) % 2])
 
     def update(self, state: ServerState, mean: AdapterState) -> ServerState:
         """Return the state with the mean in place, and the factor that rests marked as resting."""
-        turn = self.turn(state.round_number + 1)
+        turn = TURNS[state.round_number % 2]
         active = {
             layer: {
                 name: torch.full((factors[name].shape[-1],), float(name in turn), dtype=torch.float64)

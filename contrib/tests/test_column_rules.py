@@ -132,11 +132,11 @@ def sites(
 ) -> list[Contribution]:
     """Contributions of noise and, in some layers, of a change of this norm that all sites have in common."""
     received = strategy.downlink(state)
-    chosen, made = strategy.columns(received, 0), []
+    chosen, made = strategy.trained_columns(received, state.round_number + 1, 0), []
     for k in range(count):
         sent: AdapterState = {}
         for i, (layer, (out, _)) in enumerate(LAYERS.items()):
-            columns = chosen[layer]
+            columns = chosen[layer]["B"]
             if len(columns):
                 signal = normal(99 + i, out, len(columns))
                 change = common.get(layer, 0.0) * signal / signal.norm() + noise * normal(
@@ -154,7 +154,7 @@ def test_w1_a_window_over_a_pool_is_the_form_that_merges_into_the_base() -> None
     weights = {layer: normal(7 + i, *shape) for i, (layer, shape) in enumerate(LAYERS.items())}
     base, slots = {layer: W0.clone() for layer, W0 in weights.items()}, set[int]()
     for number in range(1, 31):
-        window = set(strategy.columns(strategy.downlink(state), 0)["query"].tolist())
+        window = set(strategy.trained_columns(strategy.downlink(state), number, 0)["query"]["B"].tolist())
         held = {layer: state.adapter[layer]["B"].clone() for layer in LAYERS}
         state = strategy.server_update(state, sites(strategy, state, number, {}, 0.1))
         for layer, W0 in weights.items():
@@ -176,7 +176,7 @@ def test_w2_the_window_follows_from_the_round_alone_and_a_late_site_rebuilds_the
     for number in range(1, 7):
         first = (number - 1) // 2 * 4
         wanted = sorted((first + i) % RANK for i in range(4))
-        assert strategy.columns(strategy.downlink(state), 0)["query"].tolist() == wanted
+        assert strategy.trained_columns(strategy.downlink(state), number, 0)["query"]["B"].tolist() == wanted
         again = strategy.settle(replace(strategy.start(start(), ("B",)), round_number=number - 1))
         assert all(torch.equal(again.memory[x][MASK], state.memory[x][MASK]) for x in LAYERS)
         state = strategy.server_update(state, sites(strategy, state, number, {}, 0.1))

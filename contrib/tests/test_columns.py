@@ -90,7 +90,7 @@ def trained_at(state: ServerState, rank: int, seed: int) -> AdapterState:
 
 def sent(strategy: HeterogeneousRanks, state: ServerState, model: AdapterState, rank: int) -> AdapterState:
     whole = {**{layer: {"B": model[layer]["B"]} for layer in LAYERS}, HEAD: model[HEAD]}
-    return narrowed(whole, strategy.columns(strategy.downlink(state), rank))
+    return narrowed(whole, strategy.trained_columns(strategy.downlink(state), state.round_number + 1, rank))
 
 
 def round_of(ranks: Sequence[int], seed: int = 1) -> tuple[ServerState, list[AdapterState], list[Contribution]]:
@@ -338,7 +338,7 @@ def test_c9_sites_with_scales_of_their_own_are_right_only_by_the_ratio_of_scales
 
 def test_what_is_narrowed_is_widened_again_and_another_layout_is_refused() -> None:
     state: AdapterState = {layer: {"B": start()[layer]["B"]} for layer in LAYERS}
-    chosen: Chosen = {"query": torch.tensor([1, 3]), "dense": torch.tensor([], dtype=torch.int64)}
+    chosen: Chosen = {"query": {"B": torch.tensor([1, 3])}, "dense": {"B": torch.tensor([], dtype=torch.int64)}}
     part = narrowed({**state, HEAD: start()[HEAD]}, chosen)
     assert layout_of(part) == narrowed_layout(layout_of({**state, HEAD: start()[HEAD]}), chosen)
     assert {k: v["B"].shape for k, v in part.items() if k != HEAD} == {"query": (5, 2)}
@@ -356,7 +356,7 @@ def test_what_is_narrowed_is_widened_again_and_another_layout_is_refused() -> No
 def test_a_mask_of_other_numbers_is_refused() -> None:
     received: dict[str, Any] = {"query": {"B": torch.zeros(5, 2), MASK: torch.tensor([1.0, 0.5])}}
     with pytest.raises(ProtocolError, match="other numbers than 0 and 1"):
-        HeterogeneousRanks().columns(received, 1)
+        HeterogeneousRanks().trained_columns(received, 1, 1)
 
 
 # A federation: tiny BERT, four sites of ranks 2, 4, 8 and 16, private, over Flower's own messages and apps.
@@ -454,7 +454,7 @@ def test_four_sites_of_ranks_2_4_8_and_16_through_flower_are_the_mean_of_their_w
             layout = layout_of({k: {n: t for n, t in f.items() if n != "A"} for k, f in before.adapter.items()})
 
             def of_rank(rank: int, layout: Any = layout) -> Any:
-                every = {layer: torch.arange(rank) for layer in layout if layer != HEAD}
+                every = {layer: {"B": torch.arange(rank)} for layer in layout if layer != HEAD}
                 return narrowed_layout(layout, every)
 
             reply = decode_reply(record, of_rank, "1", number)
@@ -514,14 +514,14 @@ def test_a_rank_that_is_none_is_refused(four: tuple[dict[str, Any], list[dict[st
 
 
 def test_a_simulation_has_the_ranks_that_its_settings_say(toy_settings: dict[str, Any]) -> None:
-    own = {"strategy": "heterogeneous-ranks", "heterogeneous-ranks.simulated": "1, 3", "privacy.mode": "none"}
+    own = {"strategy": "heterogeneous-ranks", "adapter.site-ranks": "1, 3", "privacy.mode": "none"}
     folder = run_in_process({**toy_settings, **own, "rounds": 1, "head.policy": "frozen"}, 3)
     (line,) = read_lines(RoundLine, folder)
     numbers = 2 * (16 + 16 + 16 + 24 + 16)  # outputs of the five layers of each of two blocks
     assert line.bytes_up == 4 * numbers * (1 + 3 + 1)
     for wrong in ("0", "2,", "four", "1;2"):
         with pytest.raises(ConfigError, match="write ranks of at least 1"):
-            configure({**own, "heterogeneous-ranks.simulated": wrong})
+            configure({**own, "adapter.site-ranks": wrong})
 
 
 def test_a_deployed_site_s_rank_is_no_word_of_a_server_s(
@@ -533,7 +533,7 @@ def test_a_deployed_site_s_rank_is_no_word_of_a_server_s(
         ranks.append(site.rank)
         raise ProtocolError("enough")
 
-    own = {"strategy": "heterogeneous-ranks", "heterogeneous-ranks.simulated": "1"}
+    own = {"strategy": "heterogeneous-ranks", "adapter.site-ranks": "1"}
     site = clinic({**toy_settings, **own}, tmp_path)
     task = encode_task(site.task())
     monkeypatch.setattr("client.process.SiteProcess.model_of", stop)
@@ -563,14 +563,14 @@ def test_a_declared_rank_is_held_against_what_the_run_asks(
     expected = replies_to(task, job, layout)
     assert callable(expected)
     assert expected(4) == {"query": {"B": (16, 4)}}
-    for rank, words in ((0, "lacks one"), (17, "declares rank 17, the run has 16")):
-        with pytest.raises(ProtocolError, match=words):
-            expected(rank)
+    with pytest.raises(ProtocolError, match="declares rank 17, the run has 16"):
+        expected(17)
+    assert expected(0) == layout, "a site that declares none trains all"
     assert replies_to(task, configure({}), layout) == layout
     assert expected(16) == layout
     assert replies_to(replace(task, round_number=0), job, layout) == layout, "round 0 brings a whole gradient"
     assert replies_to(KeyTask("1", 1, 0), job, layout) == layout
     told = replies_to(task, configure({"strategy": "switchlora"}), layout)
     assert callable(told)
-    with pytest.raises(ProtocolError, match="declares a rank"):
-        told(4)
+    with pytest.raises(ProtocolError, match="declares rank 99"):
+        told(99)

@@ -271,8 +271,8 @@ PLAYED: dict[str, dict[str, Any]] = {
     "lora-pro": {"strategy": "fedavg-lora", "server.rule": "lora-pro", **HEAVY_BALL},
     "allora": {"strategy": "ffa-lora", "server.rule": "allora", "server.optimizer": "adam", "adapter.alpha": 3.0},
     "align-guard": {"strategy": "ffa-lora", "server.rule": "align-guard", "align-guard.records": 4, **HEAVY_BALL},
-    "heterogeneous-ranks": {"strategy": "heterogeneous-ranks", "heterogeneous-ranks.simulated": "1,3", **HEAVY_BALL},
-    "flexlora": {"strategy": "flexlora", "flexlora.simulated": "1,3", "server.optimizer": "adam"},
+    "heterogeneous-ranks": {"strategy": "heterogeneous-ranks", "adapter.site-ranks": "1,3", **HEAVY_BALL},
+    "flexlora": {"strategy": "flexlora", "adapter.site-ranks": "1,3", "server.optimizer": "adam"},
     "client-level": {
         "privacy.mode": "client-level",
         "privacy.unit": "site",
@@ -358,13 +358,12 @@ def test_q5_the_noise_alone_goes_through_all_that_the_server_does(
     assert off() > 1e-2
 
 
-def test_a_folder_that_does_not_tell_ranks_or_a_text_that_is_gone_leaves_one_line(
+def test_a_text_that_is_gone_leaves_one_line(
     toy_settings: dict[str, Any], toy_generation: dict[str, Any], tmp_path: Path
 ) -> None:
     ranked = run_in_process({**toy_settings, **NOISY, **PLAYED["flexlora"]}, 2)
     lines = [json.loads(line) for line in (ranked / PrivacyLine.NAME).read_text().splitlines()]
-    assert {line.pop("rank") for line in lines} == {1, 3}
-    (ranked / PrivacyLine.NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert {line["rank"] for line in lines} == {1, 3}
     text = tmp_path / "public.txt"
     text.write_text("the scene was quite a story\nan actor is very warm\n")
     digest = hashlib.sha256(text.read_bytes()).hexdigest()
@@ -379,9 +378,8 @@ def test_a_folder_that_does_not_tell_ranks_or_a_text_that_is_gone_leaves_one_lin
     assert noise_alone(job, ranked, state.adapter, state) == (
         "its folder does not keep where round 0 let the trained factors begin"
     )
-    for folder, why in ((ranked, "does not say how many columns each site trained"), (guarded, "public.txt")):
-        rows = intruders_of(folder)
-        assert {row.of_noise for row in rows} == {None}
-        done = CliRunner().invoke(app, ["intruders", str(folder)], env={"COLUMNS": "400"})
-        assert f"nothing stands beside it: {rows[0].unknown}\n" in done.output
-        assert why in rows[0].unknown
+    rows = intruders_of(guarded)
+    assert {row.of_noise for row in rows} == {None}
+    done = CliRunner().invoke(app, ["intruders", str(guarded)], env={"COLUMNS": "400"})
+    assert f"nothing stands beside it: {rows[0].unknown}\n" in done.output
+    assert "public.txt" in rows[0].unknown

@@ -26,7 +26,7 @@ from contrib.strategies.fedex_lora import FedExLoRA
 from contrib.strategies.flexlora import FlexLoRA
 from contrib.strategies.flora import FLoRA
 from contrib.strategies.hetlora import HetLoRA
-from contrib.strategies.rolora import RoLoRA
+from contrib.strategies.rolora import TURNS, RoLoRA
 from experiments.in_process import run_in_process
 from server.checkpoint import saved_state
 from server.optimizer import server_step
@@ -187,7 +187,7 @@ def test_x4_each_turn_is_exact_and_the_factor_that_rests_stays_bit_for_bit_under
     state = strategy.start({"layer": trained(1)}, ("A", "B"))
     moments: dict[str, Tensor] = {}
     for number in range(1, 7):
-        (turn,), (rest,) = strategy.turn(number), strategy.turn(number + 1)
+        (turn,), (rest,) = TURNS[(number + 1) % 2], TURNS[number % 2]
         sent = [{turn: trained(10 * number + k)[turn]} for k in range(3)]
         models = [LoRA(RANK, 3.0, ()).delta({**state.adapter["layer"], **own}) for own in sent]
         averaged = strategy.server_update(state, sites(sent))
@@ -211,7 +211,7 @@ def test_x4_a_resting_factor_that_is_not_marked_moves_and_is_found_out(monkeypat
     monkeypatch.setattr(RoLoRA, "update", Average.update)
     state = RoLoRA().start({"layer": trained(1)}, ("A", "B"))
     for number in (1, 2):
-        (turn,) = RoLoRA().turn(number)
+        (turn,) = TURNS[(number + 1) % 2]
         before = state.adapter["layer"]
         step = partial(server_step, config)
         state = RoLoRA().server_update(state, sites([{turn: trained(10 * number + k)[turn]} for k in range(3)]), step)
@@ -252,7 +252,7 @@ def test_x6_flexlora_by_increments_is_exact_and_the_published_form_forgets() -> 
         left = torch.linalg.svdvals(held["B"])
         assert torch.allclose(held["B"].norm(dim=0), left, atol=1e-10), "columns are not in descending order"
         for k, (rank, share) in enumerate(zip(ranks, shares, strict=True)):
-            columns = strategy.columns(received, rank)["layer"]
+            columns = strategy.trained_columns(received, 1, rank)["layer"]["B"]
             assert columns.tolist() == list(range(rank))
             moved = held["B"].clone()
             moved[:, columns] += normal(OUT, rank, seed=number + k)
@@ -279,7 +279,7 @@ def test_c3_padding_shrinks_what_few_sites_train_and_is_not_the_mean() -> None:
     received, before = strategy.downlink(state), state.adapter["layer"]["B"]
     contributions = []
     for k, rank in enumerate((1, 3, 4)):
-        columns = strategy.columns(received, rank)["layer"]
+        columns = strategy.trained_columns(received, 1, rank)["layer"]["B"]
         contributions.append(Contribution(f"{k}", 1.0, {"layer": {"B": before[:, columns]}}, rank))
     lengths = torch.tensor([float((before[:, :rank] @ A[:rank]).norm()) for rank in (1, 3, 4)])
     shares = lengths.double() / lengths.double().sum()

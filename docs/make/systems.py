@@ -77,15 +77,15 @@ SYSTEMS: tuple[System, ...] = (
     System("FedEx-LoRA", {"strategy": "fedex-lora"}),
     System("FLoRA", {"strategy": "flora"}),
     System("RoLoRA", {"strategy": "rolora"}),
-    System("FlexLoRA, by increments", {"strategy": "flexlora", "flexlora.simulated": RANKS}),
+    System("FlexLoRA, by increments", {"strategy": "flexlora", "adapter.site-ranks": RANKS}),
     System(
         "HetLoRA, padded states and weights by norm",
-        {"strategy": "hetlora", "hetlora.simulated": RANKS, "privacy.mode": "none"},
+        {"strategy": "hetlora", "adapter.site-ranks": RANKS, "privacy.mode": "none"},
         file="hetlora",
     ),
     System(
         "Heterogeneous ranks (HetLoRA, FLoRA), exact",
-        {"strategy": "heterogeneous-ranks", "heterogeneous-ranks.simulated": RANKS},
+        {"strategy": "heterogeneous-ranks", "adapter.site-ranks": RANKS},
     ),
     System("DyLoRA", {"strategy": "dylora"}),
     System("FlyLoRA", {"strategy": "flylora", "adapter.start": "sparse"}),

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from common.messages.columns import chosen_factors
 from common.messages.state import HEAD
 from common.model.device import worker_count
 from experiments.planner.calibration import Calibration, calibrate, feature_seconds, round_seconds
@@ -32,7 +33,6 @@ from privacy.plan import PrivacyPlan
 from privacy.privacy_filter import FRESH, History, price_after
 from server.aggregation import WORTH_TELLING, held_down
 from server.model import ServerModel
-from strategies import of_turn
 from strategies.job import Job
 
 
@@ -225,7 +225,7 @@ def forecast(
     server_model = ServerModel(job)
     workers = worker_count(len(sizes), workers, keeps=job.config.schedule.computes_ahead)
     calibration = calibrate(server_model, job.config, workers) if calibrated else None
-    started = of_turn(server_model.trained_start(), job.strategy.turn(1))
+    started = chosen_factors(server_model.trained_start(), job.trained_columns(job.start(server_model.start)))
     still = {HEAD} if job.config.schedule.with_inputs("jacobians") else set[str]()
     trained = sum(t.numel() for layer, factors in started.items() if layer not in still for t in factors.values())
     return Forecast(

@@ -17,7 +17,7 @@ from privacy.accountant import TRAINING, Accountant
 from privacy.plan import PrivacyPlan
 from privacy.secure_sum import KeyOffer
 from server.model import ServerModel
-from strategies import STRATEGIES, of_turn
+from strategies import STRATEGIES
 from strategies.job import Job
 from strategies.payload import payload, preset_adapter
 
@@ -89,10 +89,8 @@ def traffic(job: Job, server_model: ServerModel, plans: Sequence[PrivacyPlan]) -
 
 def _trained(job: Job, server_model: ServerModel, round_number: int, state: AdapterState) -> AdapterState:
     """Return the factors that a site sends after a round in which it received ``state``, as they begin."""
-    turn = job.strategy.turn(round_number)
-    trained = job.sent(round_number, of_turn(server_model.trained_start(), turn))
-    chosen = job.strategy.columns(state, job.config.adapter.rank)
-    return trained if chosen is None else narrowed(trained, chosen)
+    chosen = job.strategy.trained_columns(state, round_number, 0)
+    return job.sent(round_number, narrowed(server_model.trained_start(), chosen))
 
 
 def payload_by_strategy(server_model: ServerModel) -> dict[str, tuple[int, int]]:

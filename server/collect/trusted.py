@@ -134,9 +134,8 @@ class TrustedCollector:
         """Return, in float64, what is summed in a round: what sites send of layers that do not rest in it."""
         config, layout = self._job.config, self._layout(round_number)
         head, adapter = (config.schedule.trains_head(round_number), config.schedule.trains_adapter(round_number))
-        counterpart = self._job.strategy.counterpart(state, config.adapter.rank)
         return {
-            layer: {name: counterpart[layer][name].double() for name in factors}
+            layer: {name: state.adapter[layer][name].double() for name in factors}
             for layer, factors in layout.items()
             if (head if layer == HEAD else adapter)
         }
