@@ -1427,8 +1427,8 @@ def test_a_resumed_job_that_still_runs_is_followed_too(
     control, path = fake_control(), server.runs / "fedavg-lora-7"
     path.mkdir(parents=True)
     (path / CHECKPOINT).touch()
-    write_json(path / "config.json", to_json(ConfigFile("7", "", {"rounds": 9}, {})))
-    settings = {"rounds": 9, "output": str(server.runs), "resume": str(path)}
+    write_json(path / "config.json", to_json(ConfigFile("7", "", {"rounds": 9, "recipe": "plain"}, {})))
+    settings = {"rounds": 9, "recipe": "plain", "output": str(server.runs), "resume": str(path)}
     write_json(server.path / "last-job.json", {"run": "8", "folder": str(path), "settings": settings})
     with only_writer(path):
         threading.Timer(2.0, end, (path,)).start()

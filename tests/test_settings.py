@@ -187,6 +187,7 @@ def test_a_configuration_leaves_nothing_open_that_one_value_holds_for() -> None:
     none |= {
         "data.slice",
         "data.person",
+        "adapter.site-ranks",
         "phases",
         "server.most-noise",
         "server.scores",
