@@ -44,7 +44,7 @@ def nothing(*_: Any, **__: Any) -> None:
 
 def forgotten() -> AbstractContextManager[Any]:
     """A run without privacy leaves no trace."""
-    return patch("client.local_training.note_exposure", nothing)
+    return patch("client.budget.note_exposure", nothing)
 
 
 def unpaid() -> AbstractContextManager[Any]:

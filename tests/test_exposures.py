@@ -73,7 +73,7 @@ def test_a_private_run_after_one_without_privacy_is_refused(site: OneSite) -> No
 
 
 def test_an_open_round_that_leaves_no_trace_is_found_out(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("client.local_training.note_exposure", lambda *_: None)
+    monkeypatch.setattr("client.budget.note_exposure", lambda *_: None)
     with pytest.raises(AssertionError, match="took part"):
         check_that_an_open_round_is_on_record(site)
 
@@ -135,7 +135,7 @@ def test_a_count_by_the_servers_round_number_is_found_out(site: OneSite, monkeyp
     def by_its_number(one: Any, job: Any, task: Any) -> None:
         one.policy.check_round(task.round_number, task.round_number * job.config.training.local_steps)
 
-    monkeypatch.setattr("client.local_training.note_exposure", by_its_number)
+    monkeypatch.setattr("client.budget.note_exposure", by_its_number)
     with pytest.raises(AssertionError, match="trained again"):
         check_that_rounds_are_counted(site)
 
