@@ -27,6 +27,7 @@ from test_worker import OneTask, fresh_process, own_bundle  # noqa: F401
 
 from audits.tiny_site import OneSite, clinic
 from client import app as installed
+from client import process as site_process
 from client import worker
 from client.process import SiteProcess
 from common.errors import DataError, PolicyRefusal, ProtocolError
@@ -408,8 +409,8 @@ def test_a_forged_task_is_refused_before_anything_is_read_loaded_or_charged(
     for module, name in (
         (worker, "bundle_digest"),
         (worker, "policy_of"),
-        (installed, "open_site"),
-        (installed, "_model"),
+        (site_process, "open_site"),
+        (SiteProcess, "model_of"),
     ):
         honest = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *words, own=honest, **more: opened.append(own) or own(*words, **more))
