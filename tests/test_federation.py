@@ -301,7 +301,7 @@ def test_fed_sb_initialisations_cost_what_they_use(
     if init == "public-gradient":
         with pytest.raises(ConfigError, match="without a charge"):
             configure({**settings, "start.data": toy_settings["data.name"]})
-    settings["start.data"] = str(write_reviews(tmp_path / "public.csv", 60, seed=9))
+        settings["start.data"] = str(write_reviews(tmp_path / "public.csv", 60, seed=9))
     folder = run_in_process(settings, 2)
     lines = read_lines(PrivacyLine, folder)
     assert [spent(line).purpose for line in lines if line.round_number == 0 and line.spent] == releases * 2

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from audits.tiny_site import clinic
-from client import app, local_training, rehearsals
+from client import app, budget, rehearsals
 from client.cache import RecordCache
 from client.ledger.ledger import Ledger
 from client.rehearsal import _PLAN, rehearse, rehearse_features
@@ -240,7 +240,7 @@ def test_nothing_of_a_record_is_computed_before_it_is_paid_for(
     toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site, seen = clinic(settings(toy_settings), tmp_path), []
-    pay, featurise = local_training.pay_round, FederatedModel.featurise
+    pay, featurise = budget.pay_round, FederatedModel.featurise
 
     def paying(*given: Any) -> Any:
         seen.append("charge")
@@ -250,7 +250,7 @@ def test_nothing_of_a_record_is_computed_before_it_is_paid_for(
         seen.append("features")
         return featurise(self, records, *given)
 
-    monkeypatch.setattr(local_training, "pay_round", paying)
+    monkeypatch.setattr(budget, "pay_round", paying)
     monkeypatch.setattr(FederatedModel, "featurise", computing)
     assert isinstance(site.ask(site.task()), TrainResult)
     assert seen == ["charge", "features"]

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 from audits.tiny_models import VOCABULARY, tiny_deberta, tiny_tokenizer
 from audits.tiny_site import OneSite, clinic
-from client import app, local_training, rehearsal, rehearsals
+from client import app, budget, rehearsal, rehearsals
 from client.deadline import Deadline, Timing
 from client.ledger.ledger import Ledger
 from client.ledger.rows import Failure
@@ -709,7 +709,7 @@ def test_denormal_numbers_are_flushed_in_every_pass_and_in_no_price(
     """Else a state of them takes more than twice the processor time that was rehearsed."""
     site = clinic({**toy_settings, "training.sample-rate": 1.0}, tmp_path)
     task = site.task()
-    passed, priced, losses, pay = list[bool](), list[bool](), FederatedModel.losses, local_training.pay_round
+    passed, priced, losses, pay = list[bool](), list[bool](), FederatedModel.losses, budget.pay_round
 
     def flushes() -> bool:
         return not float(torch.tensor(1e-40) * 1.0)
@@ -725,7 +725,7 @@ def test_denormal_numbers_are_flushed_in_every_pass_and_in_no_price(
     can = torch.set_flush_denormal(True)
     torch.set_flush_denormal(False)
     monkeypatch.setattr(FederatedModel, "losses", passing)
-    monkeypatch.setattr(local_training, "pay_round", pricing)
+    monkeypatch.setattr(budget, "pay_round", pricing)
     monkeypatch.setattr(app.process.rehearsals, "timings", {})
     assert isinstance(site.ask(task), TrainResult)
     rehearsed = len(passed)
