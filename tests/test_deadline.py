@@ -33,7 +33,6 @@ from client.ledger.rows import price
 from client.process import SiteProcess
 from client.rehearsal import rehearse
 from client.site import open_site
-from common.config.phases import Schedule
 from common.errors import PolicyRefusal
 from common.messages.round import Refusal, Reply, TrainResult
 from common.messages.tensors import entries
@@ -662,7 +661,8 @@ def test_a_round_of_a_later_phase_that_would_be_late_is_refused_in_the_first(
 def test_a_site_that_looks_at_the_present_round_alone_is_found_out(
     site: OneSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Schedule, "first_rounds", (1,))
+    present = rehearsals.steps_of
+    monkeypatch.setattr(rehearsals, "kinds_of_rounds", lambda *words: {words[-1].round_number: present(*words)})
     with pytest.raises(AssertionError, match="the site took part"):
         refused_for_a_later_round("rehearse", site, monkeypatch)
 

@@ -58,8 +58,8 @@ class Schedule:
     """A run's phases in their order; rounds are numbered from 1 on.
 
     >>> run = Schedule((Phase(2, (HEAD,), "features"), Phase(3, (ADAPTER,), "jacobians")))
-    >>> run.rounds, run.trains_adapter(2), run.at(3).inputs, run.span(4), run.first_rounds
-    (5, False, 'jacobians', (2, 3), (1, 3))
+    >>> run.rounds, run.trains_adapter(2), run.at(3).inputs, run.span(4)
+    (5, False, 'jacobians', (2, 3))
     """
 
     phases: tuple[Phase, ...]
@@ -68,11 +68,6 @@ class Schedule:
     def rounds(self) -> int:
         """The length of the run."""
         return sum(phase.rounds for phase in self.phases)
-
-    @property
-    def first_rounds(self) -> tuple[int, ...]:
-        """The first round of each phase."""
-        return tuple(before + 1 for before, _ in self._spans())
 
     @property
     def adapter_waits(self) -> int:
