@@ -313,7 +313,7 @@ def test_an_exported_adapter_says_dora_and_rslora(model_folder: Folder, tmp_path
 
 
 def test_the_first_stage_of_gazal_r1_runs_on_another_model_and_exports(toy_generation: dict[str, Any]) -> None:
-    path = Path(__file__).parent.parent / "experiments" / "configs" / "gazal-r1-stage1.toml"
+    path = Path(__file__).parents[2] / "experiments" / "configs" / "gazal-r1-stage1.toml"
     shipped = parse_settings([str(path)])
     assert shipped["adapter.name"] == "dora", "the configuration trains something else"
     assert shipped["adapter.scale"] == "sqrt-rank", "the configuration has another scale"
