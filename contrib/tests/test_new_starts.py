@@ -227,7 +227,7 @@ def derived_elsewhere(model_folder: Folder) -> dict[str, str]:
     wanted = [*DERIVED_BY.values(), OF_A]
     there = subprocess.run(
         [sys.executable, "-c", PRINT_FINGERPRINTS, model_folder("bert"), *wanted],
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
         env={**os.environ, "PYTHONHASHSEED": "1"},
         capture_output=True,
         text=True,
