@@ -12,7 +12,7 @@ import pytest
 from runtime_api import SECRET, runtime_api
 
 from audits.tiny_site import OneSite, clinic
-from client import app, cache, local_training, lookout, runtime, worker
+from client import app, budget, cache, lookout, runtime, worker
 from client import site as site_module
 from client.cache import RecordCache
 from client.ledger.ledger import Ledger
@@ -123,7 +123,7 @@ def order_of(site: OneSite, monkeypatch: pytest.MonkeyPatch, run: str) -> list[s
     """Return in which order a first round of ``run`` charges, tokenises and computes features."""
     seen: list[str] = []
     with monkeypatch.context() as patch:
-        for owner, name in ((local_training, "pay_round"), (cache, "prepared"), (FederatedModel, "_featurise")):
+        for owner, name in ((budget, "pay_round"), (cache, "prepared"), (FederatedModel, "_featurise")):
             real = getattr(owner, name)
             patch.setattr(owner, name, lambda *a, name=name, real=real: (seen.append(name), real(*a))[1])
         site.train(1, run)

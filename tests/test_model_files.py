@@ -142,7 +142,7 @@ def test_a_folder_that_changes_while_a_site_goes_on_is_not_opened_either(tmp_pat
     assert site.charges() == charges
 
 
-@pytest.mark.parametrize("words", [("ask", "a film"), ("merge", "TARGET"), ("evaluate",), ("intruders",)])
+@pytest.mark.parametrize("words", [("ask", "a film"), ("merge", "TARGET"), ("evaluate",)])
 def test_a_runs_base_model_is_compared_before_a_command_opens_it(
     toy_settings: dict[str, Any], tmp_path: Path, words: tuple[str, ...]
 ) -> None:

@@ -107,8 +107,8 @@ def test_round_0_does_what_was_charged_for_it(
     precision: str, margin: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_margin(margin, monkeypatch)
-    own = {"init": "dp-gradient", "init-sample-rate": 0.3, "init-clip-norm": 2.5, "init-noise-multiplier": 5.0}
-    settings = {f"fed-sb.{key}": value for key, value in own.items()}
+    own = {"sample-rate": 0.3, "clip-norm": 2.5, "noise-multiplier": 5.0}
+    settings = {"adapter.start": "dp-gradient"} | {f"start.{key}": value for key, value in own.items()}
     site = tiny_site(tmp_path, RECORDS, strategy="fed-sb", precision=precision, **settings)
     site.rule(min_noise_multiplier=7.0)
     with spying() as spy:

@@ -121,7 +121,8 @@ def test_only_the_last_reply_is_kept(site: OneSite) -> None:
 
 def ask_for_fed_sb(site: OneSite, init: str) -> None:
     """Let the site's run start Fed-SB from a full gradient, so that B and A are sent once."""
-    site.settings |= {"strategy": "fed-sb", "adapter.start": init, "start.data": str(site.node["data"])}
+    public = {"start.data": str(site.node["data"])} if init == "public-gradient" else {}
+    site.settings |= {"strategy": "fed-sb", "adapter.start": init, **public}
 
 
 def refused(site: OneSite, task: TrainTask) -> str:
