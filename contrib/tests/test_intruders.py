@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -16,6 +17,7 @@ import torch
 from made_run import MadeRun
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.intruders import reduce_intruder_dimension
+from test_model_files import nothing_opened, spoil
 from test_sweep_summary import row as swept
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -208,6 +210,18 @@ def test_the_command_prints_both_counts_and_refuses_what_has_no_adapter(gpt2: Pa
         intruders_of(MadeRun(tmp_path / "run").start().folder)
     with pytest.raises(ConfigError, match="cosine must be"):
         intruders_of(gpt2, 5, 1.5)
+
+
+def test_a_runs_base_model_is_compared_before_the_command_opens_it(
+    toy_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    own = shutil.copytree(toy_settings["model.name"], tmp_path / "model")
+    run = run_in_process({**toy_settings, "rounds": 1, "model.name": str(own)}, 2)
+    spoil(own)
+    with nothing_opened():
+        done = CliRunner().invoke(app, ["intruders", str(run)])
+    assert done.exit_code == 1, done.output
+    assert f"the base model '{own}' here has other files" in " ".join(done.output.split())
 
 
 @pytest.mark.parametrize("name", [name for name, adapter in ADAPTERS.items() if adapter.trained])
