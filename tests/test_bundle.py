@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from flwr.cli.build import build_fab_from_disk, build_fab_from_files
+from test_entropy import PRODUCT
 from typer.testing import CliRunner
 
 from cli.main import app
@@ -61,19 +62,7 @@ def test_a_bundle_that_was_unpacked_knows_its_own_hash(tmp_path: Path) -> None:
 
 def test_an_installed_wheel_has_the_same_hash(tmp_path: Path) -> None:
     source, site_packages = tmp_path / "source", tmp_path / "site-packages"
-    for package in (
-        "common",
-        "privacy",
-        "demo",
-        "strategies",
-        "client",
-        "server",
-        "reports",
-        "deploy",
-        "experiments",
-        "cli",
-        "contrib",
-    ):
+    for package in PRODUCT:
         shutil.copytree(ROOT / package, source / package, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in (SETTINGS, "README.md"):
         shutil.copy(ROOT / name, source)

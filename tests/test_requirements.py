@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
+from test_entropy import PRODUCT
 
 from common.data.named import DATASETS
 from demo.dinov2 import DINOV2_SMALL
@@ -201,23 +202,7 @@ def test_the_doctor_fails_on_another_base_model_and_on_a_disk_that_is_full_or_cl
 
 def test_nobody_uses_the_parts_of_cryptography_that_docs_security_calls_unreached() -> None:
     unreached = re.compile(r"pkcs7|x509\.verification|x509 import .*verification|\brsa\b")
-    own = [
-        path
-        for name in (
-            "common",
-            "privacy",
-            "demo",
-            "strategies",
-            "client",
-            "server",
-            "reports",
-            "deploy",
-            "experiments",
-            "cli",
-            "contrib",
-        )
-        for path in (ROOT / name).rglob("*.py")
-    ]
+    own = [path for name in PRODUCT for path in (ROOT / name).rglob("*.py")]
     flower = list(Path(str(distribution("flwr").locate_file("flwr"))).rglob("*.py"))
     assert len(flower) > 100
     imports = re.compile(r"^\s*(?:from|import) cryptography[^\n(]*(?:\([^)]*\))?", re.M)
