@@ -32,8 +32,8 @@ import seconds
 import torch
 
 from audits.tiny_models import TARGETS, save_tiny_model, toy_run, write_questions
-from privacy import accounting, meaning
-from privacy.entropy import Source, replaced_entropy, system_integers
+from fedveil.privacy import accounting, meaning
+from fedveil.privacy.entropy import Source, replaced_entropy, system_integers
 
 LONGEST = (
     *("test_flower", "test_sweep", "test_image_classification", "test_add_pages", "test_audit"),
@@ -193,7 +193,7 @@ def replace_entropy() -> Iterator[Callable[[Source], None]]:
 @pytest.fixture
 def programs_may_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a test see what a program starts: in this process, whose draws are the test's, it would refuse."""
-    monkeypatch.setattr("deploy.start.require_system_entropy", lambda: None)
+    monkeypatch.setattr("fedveil.deploy.start.require_system_entropy", lambda: None)
 
 
 @pytest.hookimpl(tryfirst=True)

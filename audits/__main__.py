@@ -37,9 +37,9 @@ from audits.tiny_site import tiny_run
 from audits.vectors import audit_vectors
 from audits.whole_sites import audit_whole_sites
 from audits.worlds import World, fresh_world
-from common.run_lines import ConfigFile, Finding
-from common.strict_json import to_json
-from server.records import package_versions, write_json
+from fedveil.common.run_lines import ConfigFile, Finding
+from fedveil.common.strict_json import to_json
+from fedveil.server.records import package_versions, write_json
 
 FAMILIES = (("bert", "lora", "trained"), ("gpt2", "lora", "frozen"), ("llama", "lora-frozen-a", "frozen"))
 """Model family, adapter and head policy of the models that noise and sensitivity are looked at on."""

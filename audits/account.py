@@ -18,12 +18,12 @@ import torch
 from audits.faults import SOUND, Fault
 from audits.finding import judged
 from audits.tiny_site import OneSite, tiny_site
-from client.deadline import Timing
-from client.ledger.ledger import Ledger
-from client.rehearsal import _Rehearsal
-from common.run_lines import Finding
-from privacy import dpsgd, randomness
-from privacy.randomness import private_poisson_sample
+from fedveil.client.deadline import Timing
+from fedveil.client.ledger.ledger import Ledger
+from fedveil.client.rehearsal import _Rehearsal
+from fedveil.common.run_lines import Finding
+from fedveil.privacy import dpsgd, randomness
+from fedveil.privacy.randomness import private_poisson_sample
 
 STEPS, RATE, PUBLIC, RECORDS = 3, 0.25, 50, 40
 WITHIN = 0.25

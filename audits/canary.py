@@ -25,13 +25,13 @@ from audits.dirac import Dirac
 from audits.faults import DOUBLED, EVERY_SECOND, HALVED, RESET, SOUND, Fault
 from audits.finding import judged
 from audits.shell import run_alone, with_each
-from client.ledger.ledger import Ledger
-from client.ledger.rows import Charge
-from common.run_lines import Finding
-from privacy.dpsgd import PrivateSteps
-from privacy.plan import PrivacyPlan, gaussian_plan
-from privacy.randomness import private_poisson_sample
-from reports.audits import CLAIMED, HONEST
+from fedveil.client.ledger.ledger import Ledger
+from fedveil.client.ledger.rows import Charge
+from fedveil.common.run_lines import Finding
+from fedveil.privacy.dpsgd import PrivateSteps
+from fedveil.privacy.plan import PrivacyPlan, gaussian_plan
+from fedveil.privacy.randomness import private_poisson_sample
+from fedveil.reports.audits import CLAIMED, HONEST
 
 CANARIES = 9000
 ROUNDS, STEPS = 5, 2

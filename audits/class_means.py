@@ -10,14 +10,14 @@ from audits.faults import SOUND, Fault, zero_noise
 from audits.finding import judged
 from audits.sensitivity import MOST
 from audits.worlds import minus, norm
-from common.messages.state import HEAD
-from common.model.federated import FederatedModel
-from common.run_lines import Finding
-from common.starts import class_means
-from common.starts.class_means import ClassMeans
-from common.tasks import Record
-from privacy import dpsgd
-from privacy.plan import gaussian_plan
+from fedveil.common.messages.state import HEAD
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.run_lines import Finding
+from fedveil.common.starts import class_means
+from fedveil.common.starts.class_means import ClassMeans
+from fedveil.common.tasks import Record
+from fedveil.privacy import dpsgd
+from fedveil.privacy.plan import gaussian_plan
 
 MADE = 16
 """Made-up records of the map: the claim holds for any map."""

@@ -20,12 +20,12 @@ from audits.faults import SOUND, Fault
 from audits.finding import judged
 from audits.forked import Child, Send, fork
 from audits.shell import run_alone
-from client.ledger.ledger import Ledger
-from client.ledger.rows import Charge
-from common.errors import BudgetExhausted
-from common.run_lines import Finding
-from privacy.accounting import Release, gaussian_release
-from privacy.privacy_filter import promised
+from fedveil.client.ledger.ledger import Ledger
+from fedveil.client.ledger.rows import Charge
+from fedveil.common.errors import BudgetExhausted
+from fedveil.common.run_lines import Finding
+from fedveil.privacy.accounting import Release, gaussian_release
+from fedveil.privacy.privacy_filter import promised
 
 ROUND = gaussian_release(2.0, 0.25, 2)
 DELTA = 1e-3

@@ -19,17 +19,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from client import budget
-from client.ledger.ledger import Ledger
-from common.tasks import Batch, Task
-from privacy import MECHANISMS, dpsgd, randomness
-from privacy import plan as planning
-from privacy.accounting import Release
-from privacy.entropy import replaced_entropy, system_integers
-from privacy.plan import PrivacyPlan
-from privacy.randomness import add_private_noise
-from privacy.record_level import DPSGD
-from privacy.together import together
+from fedveil.client import budget
+from fedveil.client.ledger.ledger import Ledger
+from fedveil.common.tasks import Batch, Task
+from fedveil.privacy import MECHANISMS, dpsgd, randomness
+from fedveil.privacy import plan as planning
+from fedveil.privacy.accounting import Release
+from fedveil.privacy.entropy import replaced_entropy, system_integers
+from fedveil.privacy.plan import PrivacyPlan
+from fedveil.privacy.randomness import add_private_noise
+from fedveil.privacy.record_level import DPSGD
+from fedveil.privacy.together import together
 
 Plant = Callable[[], AbstractContextManager[Any]]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import dpkt
 
-from common.errors import DataError
+from fedveil.common.errors import DataError
 
 HANDSHAKE, CHANGE_CIPHER, ALERT, APPLICATION = 22, 20, 21, 23
 RECORD_HEADER = 5

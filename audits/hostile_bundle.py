@@ -19,14 +19,14 @@ from flwr.cli.build import build_fab_from_files
 from audits.faults import SOUND, Fault
 from audits.finding import judged
 from audits.tiny_site import tiny_site
-from client.policy import Policy
-from client.worker import reply_to
-from common import bundle as bundles
-from common.bundle import PROJECT, SETTINGS, bundle_digest, files_of
-from common.errors import FedVeilError, ProtocolError
-from common.messages.wire import encode_task
-from common.run_lines import Finding
-from server import runner
+from fedveil.client.policy import Policy
+from fedveil.client.worker import reply_to
+from fedveil.common import bundle as bundles
+from fedveil.common.bundle import PROJECT, SETTINGS, bundle_digest, files_of
+from fedveil.common.errors import FedVeilError, ProtocolError
+from fedveil.common.messages.wire import encode_task
+from fedveil.common.run_lines import Finding
+from fedveil.server import runner
 
 MARK = """
 from pathlib import Path
@@ -145,7 +145,7 @@ def audit_submitted(_: Path, fault: Fault = SOUND) -> Finding:
         fault: SOUND or SUBMITTED.
     """
     own, begun = files_of(PROJECT), list[str]()
-    settings = own[SETTINGS].replace(b'serverapp = "server.app:app"', b'serverapp = "server.other:app"')
+    settings = own[SETTINGS].replace(b'serverapp = "fedveil.server.app:app"', b'serverapp = "fedveil.server.other:app"')
     submitted = {
         "another server app": _zipped(own | {"server/app.py": b""}),
         "another client app": _zipped(own | {"client/app.py": b""}),

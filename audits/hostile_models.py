@@ -22,20 +22,20 @@ from audits.finding import judged
 from audits.hostile_state import clips_moved, install
 from audits.tiny_models import tiny_deberta, tiny_tokenizer
 from audits.tiny_site import tiny_site
-from client.deadline import Timing
-from client.policy import Policy
-from common.messages.round import Refusal
-from common.model.federated import FederatedModel
-from common.run_lines import Finding
-from common.tasks import Record
-from common.tasks.text import TextExample, TextTask
+from fedveil.client.deadline import Timing
+from fedveil.client.policy import Policy
+from fedveil.common.messages.round import Refusal
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.run_lines import Finding
+from fedveil.common.tasks import Record
+from fedveil.common.tasks.text import TextExample, TextTask
 
 RECORDS = 24
 
 
 def unrehearsed() -> AbstractContextManager[Any]:
     """Whatever model the server names is trained as it is."""
-    return patch("client.rehearsals.rehearse", lambda _: Timing({8: 0.0}, {8: 1}, 0.0, 0.0))
+    return patch("fedveil.client.rehearsals.rehearse", lambda _: Timing({8: 0.0}, {8: 1}, 0.0, 0.0))
 
 
 def uncompared() -> AbstractContextManager[Any]:

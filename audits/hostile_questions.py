@@ -18,12 +18,12 @@ from audits.faults import SOUND, Fault
 from audits.finding import judged
 from audits.tiny_models import write_reviews
 from audits.tiny_site import OneSite, tiny_site
-from client.policy import Policy
-from common.config.sections import Scalar
-from common.errors import ModelNotLoaded
-from common.messages.round import Refusal, TrainTask
-from common.model.files import files_of
-from common.run_lines import Finding
+from fedveil.client.policy import Policy
+from fedveil.common.config.sections import Scalar
+from fedveil.common.errors import ModelNotLoaded
+from fedveil.common.messages.round import Refusal, TrainTask
+from fedveil.common.model.files import files_of
+from fedveil.common.run_lines import Finding
 
 CODES = [f"code-{i:02}" for i in range(40)]
 RARE = "code-99"
@@ -111,7 +111,7 @@ def looked_at(site: OneSite, task: TrainTask, names: Sequence[str]) -> list[str]
         loaded.append(name)
         raise ModelNotLoaded("a model was looked at")
 
-    with patch("client.process.files_of", look):
+    with patch("fedveil.client.process.files_of", look):
         heard(site, task, names)
     return loaded
 
@@ -129,7 +129,7 @@ def nothing(*_: Any, **__: Any) -> None:
 
 def pins_unheld() -> AbstractContextManager[Any]:
     """Any column, label and length that the server names."""
-    return patch("client.policy.check_pins", nothing)
+    return patch("fedveil.client.policy.check_pins", nothing)
 
 
 def models_unasked() -> AbstractContextManager[Any]:

@@ -16,15 +16,15 @@ from unittest.mock import patch
 from audits.faults import SOUND, Fault
 from audits.finding import judged
 from audits.tiny_site import OneSite, tiny_site
-from client import site as client_site
-from client.ledger.ledger import Ledger
-from common.data.partition import division_of
-from common.data.sources import Reading, load_dataset
-from common.messages.round import Refusal, TrainResult, TrainTask
-from common.run_lines import Finding
-from privacy.accounting import Release
-from privacy.privacy_filter import promised
-from strategies.job import configure
+from fedveil.client import site as client_site
+from fedveil.client.ledger.ledger import Ledger
+from fedveil.common.data.partition import division_of
+from fedveil.common.data.sources import Reading, load_dataset
+from fedveil.common.messages.round import Refusal, TrainResult, TrainTask
+from fedveil.common.run_lines import Finding
+from fedveil.privacy.accounting import Release
+from fedveil.privacy.privacy_filter import promised
+from fedveil.strategies.job import configure
 
 ODD = (
     '" ",good,a1',
@@ -111,7 +111,7 @@ def rows_refused() -> AbstractContextManager[Any]:
 
 def rows_forgotten() -> AbstractContextManager[Any]:
     """A record is known by what the run's columns make of it alone."""
-    return patch("common.data.rows._row_digest", lambda *_: b"")
+    return patch("fedveil.common.data.rows._row_digest", lambda *_: b"")
 
 
 def names_apart() -> AbstractContextManager[Any]:

@@ -31,11 +31,11 @@ from audits.hostile_bundle import (
 from audits.hostile_models import UNCOMPARED, UNREHEARSED, audit_files, audit_models
 from audits.hostile_state import NEIGHBOURS, audit_state, default_model
 from audits.tiny_site import tiny_site
-from client.ledger.ledger import Ledger
-from client.ledger.rows import Charge
-from common.messages.round import Refusal, TrainResult
-from common.messages.state import AdapterState
-from common.run_lines import Finding
+from fedveil.client.ledger.ledger import Ledger
+from fedveil.client.ledger.rows import Charge
+from fedveil.common.messages.round import Refusal, TrainResult
+from fedveil.common.messages.state import AdapterState
+from fedveil.common.run_lines import Finding
 
 
 def nothing(*_: Any, **__: Any) -> None:
@@ -44,7 +44,7 @@ def nothing(*_: Any, **__: Any) -> None:
 
 def forgotten() -> AbstractContextManager[Any]:
     """A run without privacy leaves no trace."""
-    return patch("client.budget.note_exposure", nothing)
+    return patch("fedveil.client.budget.note_exposure", nothing)
 
 
 def unpaid() -> AbstractContextManager[Any]:

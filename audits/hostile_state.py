@@ -18,15 +18,15 @@ from torch.optim import SGD
 from audits.faults import SOUND, Fault
 from audits.finding import judged
 from audits.worlds import minus, norm, plan
-from client.rehearsal import rehearse
-from common.data.sources import train_and_test
-from common.model.base import load_base_model
-from common.model.batching import length_batches
-from common.model.federated import FederatedModel
-from common.run_lines import Finding
-from common.tasks import TASKS, Record
-from privacy.dpsgd import PrivateSteps
-from strategies.job import configure
+from fedveil.client.rehearsal import rehearse
+from fedveil.common.data.sources import train_and_test
+from fedveil.common.model.base import load_base_model
+from fedveil.common.model.batching import length_batches
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.run_lines import Finding
+from fedveil.common.tasks import TASKS, Record
+from fedveil.privacy.dpsgd import PrivateSteps
+from fedveil.strategies.job import configure
 
 CLIP = 1e-3
 MOST = 1 + 1e-5

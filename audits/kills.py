@@ -38,16 +38,16 @@ from audits.forked import Child, Send, fork
 from audits.shell import run_alone
 from audits.sum_site import SumSite
 from audits.tiny_site import OneSite, tiny_site
-from client.ledger.file import LedgerFile
-from client.ledger.ledger import Ledger
-from client.ledger.sums import Sums
-from common.errors import LedgerError
-from common.messages.round import Refusal, TrainTask
-from common.messages.wire import encode_reply
-from common.run_lines import Finding
-from privacy.accounting import gaussian_release
-from privacy.events import Event
-from privacy.privacy_filter import promised
+from fedveil.client.ledger.file import LedgerFile
+from fedveil.client.ledger.ledger import Ledger
+from fedveil.client.ledger.sums import Sums
+from fedveil.common.errors import LedgerError
+from fedveil.common.messages.round import Refusal, TrainTask
+from fedveil.common.messages.wire import encode_reply
+from fedveil.common.run_lines import Finding
+from fedveil.privacy.accounting import gaussian_release
+from fedveil.privacy.events import Event
+from fedveil.privacy.privacy_filter import promised
 
 DELTA = 1e-3
 BUDGET_ROUNDS = 6

@@ -15,10 +15,10 @@ from audits.bands import out_of_band, related
 from audits.faults import SOUND, Fault, same_seeds
 from audits.finding import judged
 from audits.worlds import Gradient, Recorder, World, flat, plan
-from common.run_lines import Finding
-from privacy.dpsgd import PrivateSteps
-from privacy.plan import PrivacyPlan
-from privacy.randomness import noise_grid
+from fedveil.common.run_lines import Finding
+from fedveil.privacy.dpsgd import PrivateSteps
+from fedveil.privacy.plan import PrivacyPlan
+from fedveil.privacy.randomness import noise_grid
 
 STEPS = 40
 """Steps on no record, at each of two sites."""

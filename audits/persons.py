@@ -23,14 +23,14 @@ from audits.finding import judged
 from audits.sensitivity import MOST
 from audits.shell import run_alone, with_each
 from audits.worlds import Gradient, Recorder, World, alone, minus, norm, plan
-from client.ledger.ledger import Ledger
-from client.ledger.rows import Charge
-from common.run_lines import Finding
-from common.tasks import Record
-from common.tasks.base import OWNER
-from privacy.dpsgd import PrivateSteps
-from privacy.plan import PrivacyPlan, gaussian_plan
-from privacy.units import PERSON
+from fedveil.client.ledger.ledger import Ledger
+from fedveil.client.ledger.rows import Charge
+from fedveil.common.run_lines import Finding
+from fedveil.common.tasks import Record
+from fedveil.common.tasks.base import OWNER
+from fedveil.privacy.dpsgd import PrivateSteps
+from fedveil.privacy.plan import PrivacyPlan, gaussian_plan
+from fedveil.privacy.units import PERSON
 
 CANARIES, RECORDS = 3000, 3
 """Persons, and the records of each."""

@@ -7,8 +7,8 @@ import numpy as np
 from audits.faults import SOUND, Fault
 from audits.finding import judged
 from audits.worlds import Losses, World, alone, minus, norm, plan, released
-from common.run_lines import Finding
-from common.tasks.text import TextExample
+from fedveil.common.run_lines import Finding
+from fedveil.common.tasks.text import TextExample
 
 MOST = 1 + 1e-5
 """Clip norms by which one record may move the sum, and the rounding of a float32 forward pass."""

@@ -19,18 +19,18 @@ from audits.faults import SOUND, Fault, zero_noise
 from audits.finding import judged
 from audits.shell import with_each
 from audits.whole_sites import Cohort, MadeUp, noise_of
-from common.messages.round import Refusal, Reply, Task, TrainResult
-from common.messages.state import AdapterState
-from common.model.score import Score
-from common.run_lines import Finding
-from server.collect import trusted
-from server.collect.base import Collected
-from server.collect.shown import Shown, ShownOfCohort
-from server.observers import RoundOutcome
-from server.records import RunFolder
-from server.sites import Exchange, Sites
-from server.terminal import round_line
-from strategies.state import ServerState
+from fedveil.common.messages.round import Refusal, Reply, Task, TrainResult
+from fedveil.common.messages.state import AdapterState
+from fedveil.common.model.score import Score
+from fedveil.common.run_lines import Finding
+from fedveil.server.collect import trusted
+from fedveil.server.collect.base import Collected
+from fedveil.server.collect.shown import Shown, ShownOfCohort
+from fedveil.server.observers import RoundOutcome
+from fedveil.server.records import RunFolder
+from fedveil.server.sites import Exchange, Sites
+from fedveil.server.terminal import round_line
+from fedveil.strategies.state import ServerState
 
 SITES = 6
 DRAWS = ((0, 1), (2, 3, 4))

@@ -16,14 +16,14 @@ from torch import Tensor
 from audits.dirac import Dirac
 from audits.faults import FAULTS, SOUND
 from audits.tiny_models import FILLER
-from client import app as site
-from client import rehearsals
-from client.deadline import Timing
-from client.process import SiteProcess
-from common.model.federated import FederatedModel
-from common.model.shapes import FixedBatch
-from common.tasks import Batch
-from common.tasks.text import tokens_of
+from fedveil.client import app as site
+from fedveil.client import rehearsals
+from fedveil.client.deadline import Timing
+from fedveil.client.process import SiteProcess
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.model.shapes import FixedBatch
+from fedveil.common.tasks import Batch
+from fedveil.common.tasks.text import tokens_of
 
 DIGITS = 4
 """Words of a canary's text: the axis in base ``len(FILLER)``, highest digit first."""

@@ -23,13 +23,13 @@ from audits.shell import run_alone, with_each
 from audits.simulated_site import text_of
 from audits.tiny_models import save_tiny_model, write_reviews
 from audits.tiny_site import tiny_run
-from common.bundle import OWN_SETTINGS
-from common.data.partition import public_size_of_part
-from common.errors import ConfigError
-from common.run_lines import Finding, PrivacyLine, read_lines
-from deploy import app
-from experiments.evaluate import load_result
-from experiments.simulate import simulate
+from fedveil.common.bundle import OWN_SETTINGS
+from fedveil.common.data.partition import public_size_of_part
+from fedveil.common.errors import ConfigError
+from fedveil.common.run_lines import Finding, PrivacyLine, read_lines
+from fedveil.deploy import app
+from fedveil.experiments.evaluate import load_result
+from fedveil.experiments.simulate import simulate
 
 CANARIES = 4000
 RANK = 8
@@ -42,6 +42,7 @@ PACKAGES = (
     "demo",
     "deploy",
     "experiments",
+    "fedveil",
     "privacy",
     "reports",
     "server",

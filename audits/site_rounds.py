@@ -14,16 +14,16 @@ from torch import Tensor
 from audits.bands import out_of_band, related
 from audits.faults import SOUND, Fault, same_seeds
 from audits.finding import judged
-from client.local_training import train_round
-from client.site import Site
-from common.messages.round import TrainTask
-from common.messages.tensors import entries, fingerprint, start_fingerprint
-from common.model.federated import FederatedModel
-from common.run_lines import Finding
-from common.tasks import Record
-from common.tasks.examples import Dataset
-from common.tasks.text import TextExample
-from strategies.job import configure
+from fedveil.client.local_training import train_round
+from fedveil.client.site import Site
+from fedveil.common.messages.round import TrainTask
+from fedveil.common.messages.tensors import entries, fingerprint, start_fingerprint
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.run_lines import Finding
+from fedveil.common.tasks import Record
+from fedveil.common.tasks.examples import Dataset
+from fedveil.common.tasks.text import TextExample
+from fedveil.strategies.job import configure
 
 RECORDS, RATE, STEPS = 60, 0.25, 100
 CLIP, NOISE = 0.5, 20.0

@@ -16,15 +16,15 @@ from audits.faults import SOUND, Fault
 from audits.finding import judged
 from audits.tiny_site import tiny_run
 from audits.worlds import Recorder, flat
-from common.adapters import ADAPTERS
-from common.adapters.low_rank import LowRank
-from common.model.federated import FederatedModel
-from common.run_lines import Finding
-from privacy.accounting import epsilon, gaussian_release
-from privacy.dpsgd import PrivateSteps
-from privacy.plan import gaussian_plan
-from strategies import STRATEGIES
-from strategies.job import configure
+from fedveil.common.adapters import ADAPTERS
+from fedveil.common.adapters.low_rank import LowRank
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.run_lines import Finding
+from fedveil.privacy.accounting import epsilon, gaussian_release
+from fedveil.privacy.dpsgd import PrivateSteps
+from fedveil.privacy.plan import gaussian_plan
+from fedveil.strategies import STRATEGIES
+from fedveil.strategies.job import configure
 
 CANARIES, STEPS = 100, 50
 DELTA = 1e-5

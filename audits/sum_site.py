@@ -6,10 +6,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from audits.tiny_site import OneSite
-from client.app import answer
-from common.messages.round import KeyReply, KeyTask, Refusal, TrainResult, TrainTask
-from common.messages.wire import encode_task
-from privacy.secure_sum import AttemptName, Identity, Roster, SiteAttempt
+from fedveil.client.app import answer
+from fedveil.common.messages.round import KeyReply, KeyTask, Refusal, TrainResult, TrainTask
+from fedveil.common.messages.wire import encode_task
+from fedveil.privacy.secure_sum import AttemptName, Identity, Roster, SiteAttempt
 
 JOINING: dict[str, Any] = {
     "mechanisms": ["dp-sgd", "secure-sum"],

@@ -31,23 +31,23 @@ from audits.shell import each_of
 from audits.sum_site import SumSite
 from audits.tiny_models import save_tiny_model
 from audits.tiny_site import clinic, tiny_run
-from client import rehearsals, sums
-from client.cache import RecordCache
-from client.deadline import Timing
-from client.ledger.ledger import Ledger
-from client.process import SiteProcess
-from common.messages.round import TrainResult
-from common.run_lines import Finding
-from privacy import dpsgd
-from privacy.accounting import Release
-from privacy.events import Event, SummedGaussian, sampled_gaussian
-from privacy.plan import PrivacyPlan
-from privacy.randomness import add_private_noise, noise_grid
-from privacy.secure_sum import attempt, rounding, total
-from privacy.secure_sum.masks import Words, add_mask, pair_seed
-from privacy.shared_noise import SecureSumPlan
-from server.collect.masked_sum import longest_sum
-from strategies.job import configure
+from fedveil.client import rehearsals, sums
+from fedveil.client.cache import RecordCache
+from fedveil.client.deadline import Timing
+from fedveil.client.ledger.ledger import Ledger
+from fedveil.client.process import SiteProcess
+from fedveil.common.messages.round import TrainResult
+from fedveil.common.run_lines import Finding
+from fedveil.privacy import dpsgd
+from fedveil.privacy.accounting import Release
+from fedveil.privacy.events import Event, SummedGaussian, sampled_gaussian
+from fedveil.privacy.plan import PrivacyPlan
+from fedveil.privacy.randomness import add_private_noise, noise_grid
+from fedveil.privacy.secure_sum import attempt, rounding, total
+from fedveil.privacy.secure_sum.masks import Words, add_mask, pair_seed
+from fedveil.privacy.shared_noise import SecureSumPlan
+from fedveil.server.collect.masked_sum import longest_sum
+from fedveil.strategies.job import configure
 
 WIDTH, RANK = 64, 8
 """Of the model; each number that it trains is a canary's."""

@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from audits.tiny_models import save_tiny_model, toy_run, write_reviews
-from client.app import answer
-from client.ledger.ledger import Ledger
-from common.config.sections import Scalar
-from common.config.text import to_toml
-from common.data.sources import load_dataset
-from common.messages.round import Refusal, Reply, TrainResult, TrainTask
-from common.messages.state import AdapterState
-from common.messages.tensors import fingerprint, start_fingerprint
-from common.messages.wire import encode_task
-from common.model.base import load_base_model
-from common.model.federated import FederatedModel
-from deploy.policy_file import mechanisms_of_job, models_of, pins_of_job
-from strategies.job import configure
+from fedveil.client.app import answer
+from fedveil.client.ledger.ledger import Ledger
+from fedveil.common.config.sections import Scalar
+from fedveil.common.config.text import to_toml
+from fedveil.common.data.sources import load_dataset
+from fedveil.common.messages.round import Refusal, Reply, TrainResult, TrainTask
+from fedveil.common.messages.state import AdapterState
+from fedveil.common.messages.tensors import fingerprint, start_fingerprint
+from fedveil.common.messages.wire import encode_task
+from fedveil.common.model.base import load_base_model
+from fedveil.common.model.federated import FederatedModel
+from fedveil.deploy.policy_file import mechanisms_of_job, models_of, pins_of_job
+from fedveil.strategies.job import configure
 
 AMPLE = 1e6
 """Budget of a site that a test does not ask for one."""

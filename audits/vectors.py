@@ -24,18 +24,18 @@ from audits.canary import PART, compared
 from audits.faults import DOUBLED, EVERY_SECOND, HALVED, SOUND, UNCLIPPED, Fault, noise_on_steps
 from audits.shell import each_of
 from audits.tiny_site import tiny_run
-from client.head_alone import head_on_features
-from client.linearised import Computation, Derivatives, Keeping, below_head, linearised
-from common.messages.state import HEAD
-from common.model.federated import FederatedModel
-from common.run_lines import Finding
-from common.tasks import Record
-from common.tasks.examples import Dataset
-from common.tasks.featured import FEATURES, SCALES, TANGENTS
-from contrib.starts.probe import Probe
-from privacy.accounting import epsilon
-from privacy.plan import gaussian_plan
-from strategies.job import configure
+from fedveil.client.head_alone import head_on_features
+from fedveil.client.linearised import Computation, Derivatives, Keeping, below_head, linearised
+from fedveil.common.messages.state import HEAD
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.run_lines import Finding
+from fedveil.common.tasks import Record
+from fedveil.common.tasks.examples import Dataset
+from fedveil.common.tasks.featured import FEATURES, SCALES, TANGENTS
+from fedveil.contrib.starts.probe import Probe
+from fedveil.privacy.accounting import epsilon
+from fedveil.privacy.plan import gaussian_plan
+from fedveil.strategies.job import configure
 
 LABELS = 64
 """Of the head; each has as many canaries as the model's features are wide."""
@@ -73,7 +73,7 @@ def _canaries(model: FederatedModel, axes: Tensor, length: float) -> Iterator[li
             ("losses", losses),
         ):
             stack.enter_context(patch.object(model, name, stand_in))
-        stack.enter_context(patch("common.starts.public_metric.MADE", 16))
+        stack.enter_context(patch("fedveil.common.starts.public_metric.MADE", 16))
         yield [{"axis": axis} for axis in axes.tolist()]
 
 

@@ -27,22 +27,22 @@ from audits.finding import judged
 from audits.shell import each_of
 from audits.site_rounds import sampler_faults
 from audits.tiny_site import tiny_run
-from common.messages.round import Refusal, Reply, Task, TrainResult
-from common.messages.state import AdapterState
-from common.messages.tensors import apply, entries
-from common.run_lines import Finding
-from privacy.entropy import replaced_entropy
-from privacy.randomness import add_private_noise
-from server import ledger
-from server.admission import Admission
-from server.collect import trusted
-from server.collect.door import collector_of
-from server.collect.trusted import NoisedMean, TrustedCollector
-from server.ledger import ServerLedger
-from server.model import ServerModel
-from server.sites import Exchange
-from strategies.job import configure
-from strategies.state import ServerState
+from fedveil.common.messages.round import Refusal, Reply, Task, TrainResult
+from fedveil.common.messages.state import AdapterState
+from fedveil.common.messages.tensors import apply, entries
+from fedveil.common.run_lines import Finding
+from fedveil.privacy.entropy import replaced_entropy
+from fedveil.privacy.randomness import add_private_noise
+from fedveil.server import ledger
+from fedveil.server.admission import Admission
+from fedveil.server.collect import trusted
+from fedveil.server.collect.door import collector_of
+from fedveil.server.collect.trusted import NoisedMean, TrustedCollector
+from fedveil.server.ledger import ServerLedger
+from fedveil.server.model import ServerModel
+from fedveil.server.sites import Exchange
+from fedveil.strategies.job import configure
+from fedveil.strategies.state import ServerState
 
 SITES, ROUNDS = 1600, 8
 NOISE, CLIP = 4.0, 0.5

@@ -30,8 +30,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from audits.finding import audit_file, quiet
-from common.errors import FedVeilError
-from common.run_lines import Finding
+from fedveil.common.errors import FedVeilError
+from fedveil.common.run_lines import Finding
 
 QUIET_SECONDS = 60.0
 """How long to listen after the job: what nodes send while nothing goes on."""
@@ -86,9 +86,9 @@ def listen(folder: Path) -> list[Finding]:
         time.sleep(QUIET_SECONDS)
         counts.append(_counts(bridges))
     from audits.wire_findings import Heard, findings_of  # these import torch, which listening does not need
-    from common.run_lines import ConfigFile, read_file, read_json
-    from common.strict_json import to_json
-    from server.records import package_versions, write_json
+    from fedveil.common.run_lines import ConfigFile, read_file, read_json
+    from fedveil.common.strict_json import to_json
+    from fedveil.server.records import package_versions, write_json
 
     if code != "0":
         raise CannotListen(f"the job ended with exit code {code}: see 'docker compose logs job'")

@@ -9,11 +9,11 @@ from pathlib import Path
 from audits.finding import SOUND
 from audits.frames import SEALED, Capture, Stream, read_capture, tls_records
 from audits.needles import Needles, find, needles_of_tensors, needles_of_texts
-from common.data.sources import train_and_test
-from common.model.base import load_base_model
-from common.run_lines import ConfigFile, Finding, RoundLine, read_file, read_lines
-from common.tasks.text import TextExample
-from strategies.job import configure
+from fedveil.common.data.sources import train_and_test
+from fedveil.common.model.base import load_base_model
+from fedveil.common.run_lines import ConfigFile, Finding, RoundLine, read_file, read_lines
+from fedveil.common.tasks.text import TextExample
+from fedveil.strategies.job import configure
 
 FLEET_PORT = 9092
 HARMLESS = frozenset({"ARP", "ICMP6", "IGMP"})

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from audits.tiny_models import FILLER, TARGETS
-from common.adapters import ADAPTERS
-from common.config.sections import HeadConfig
-from common.model.base import load_base_model
-from common.model.federated import FederatedModel
-from common.starts import STARTS
-from common.tasks import TASKS, Batch, Record
-from common.tasks.text import TextExample, tokens_of
-from privacy.dpsgd import PrivateSteps
-from privacy.plan import PrivacyPlan, gaussian_plan
+from fedveil.common.adapters import ADAPTERS
+from fedveil.common.config.sections import HeadConfig
+from fedveil.common.model.base import load_base_model
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.starts import STARTS
+from fedveil.common.tasks import TASKS, Batch, Record
+from fedveil.common.tasks.text import TextExample, tokens_of
+from fedveil.privacy.dpsgd import PrivateSteps
+from fedveil.privacy.plan import PrivacyPlan, gaussian_plan
 
 Gradient = list[Tensor]
 Losses = Callable[[Batch], Tensor]

@@ -22,17 +22,17 @@ from dataclasses import replace
 
 import torch
 
-from client.optimizers import build_optimizer
-from common.adapters import ADAPTERS
-from common.data.sources import train_and_test
-from common.model.base import BaseModel, load_base_model
-from common.model.federated import FederatedModel
-from common.model.plain import plain_step
-from common.starts import STARTS
-from common.tasks import TASKS
-from common.tasks.examples import Dataset
-from privacy.plan import gaussian_plan
-from strategies.job import Job, configure
+from fedveil.client.optimizers import build_optimizer
+from fedveil.common.adapters import ADAPTERS
+from fedveil.common.data.sources import train_and_test
+from fedveil.common.model.base import BaseModel, load_base_model
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.model.plain import plain_step
+from fedveil.common.starts import STARTS
+from fedveil.common.tasks import TASKS
+from fedveil.common.tasks.examples import Dataset
+from fedveil.privacy.plan import gaussian_plan
+from fedveil.strategies.job import Job, configure
 
 RANK = 8
 DEAREST = 1.15

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from strategies.fed_svd import FedSVD, refactor
-from strategies.state import Contribution
+from fedveil.strategies.fed_svd import FedSVD, refactor
+from fedveil.strategies.state import Contribution
 
 LAYERS, WIDTH, RANK = 48, 1024, 8
 

@@ -36,14 +36,14 @@ def measured(case: str, again: bool) -> tuple[float, float]:
     """Return a step's seconds and the peak's growth in MiB."""
     import torch
 
-    from common.adapters import ADAPTERS
-    from common.config.sections import HeadConfig
-    from common.model.base import load_base_model
-    from common.model.federated import FederatedModel
-    from common.starts import STARTS
-    from common.tasks import TASKS
-    from privacy.dpsgd import PrivateSteps
-    from privacy.plan import gaussian_plan
+    from fedveil.common.adapters import ADAPTERS
+    from fedveil.common.config.sections import HeadConfig
+    from fedveil.common.model.base import load_base_model
+    from fedveil.common.model.federated import FederatedModel
+    from fedveil.common.starts import STARTS
+    from fedveil.common.tasks import TASKS
+    from fedveil.privacy.dpsgd import PrivateSteps
+    from fedveil.privacy.plan import gaussian_plan
 
     torch.set_num_threads(1)
     name, task, targets, length, rows = CASES[case]

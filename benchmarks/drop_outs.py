@@ -18,7 +18,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from common.messages.round import (
+from fedveil.common.messages.round import (
     KeyReply,
     ShareReply,
     ShareTask,
@@ -31,8 +31,8 @@ from common.messages.round import (
     UnmaskReply,
     UnmaskTask,
 )
-from common.messages.wire import encode_reply, encode_task, message_bytes
-from privacy.secure_sum import (
+from fedveil.common.messages.wire import encode_reply, encode_task, message_bytes
+from fedveil.privacy.secure_sum import (
     AttemptName,
     Holder,
     Identity,
@@ -44,7 +44,7 @@ from privacy.secure_sum import (
     threshold,
     unmasked,
 )
-from privacy.secure_sum import (
+from fedveil.privacy.secure_sum import (
     Task as Given,
 )
 

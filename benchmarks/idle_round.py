@@ -23,18 +23,18 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from common.model.base import load_base_model
-from common.ports import free_ports
-from common.run_lines import RoundLine, read_lines
-from deploy.commands import environment, own_module, program, supernode_command, worker_command
-from deploy.files import put_file
-from deploy.policy_file import models_of, pins_of_job, policy_text
-from deploy.refusal import why_refused
-from deploy.registry import register_site
-from deploy.server_folder import ServerFolder, make_server
-from deploy.site_folder import SiteFolder, make_site
-from deploy.submit import submit
-from strategies.job import configure
+from fedveil.common.model.base import load_base_model
+from fedveil.common.ports import free_ports
+from fedveil.common.run_lines import RoundLine, read_lines
+from fedveil.deploy.commands import environment, own_module, program, supernode_command, worker_command
+from fedveil.deploy.files import put_file
+from fedveil.deploy.policy_file import models_of, pins_of_job, policy_text
+from fedveil.deploy.refusal import why_refused
+from fedveil.deploy.registry import register_site
+from fedveil.deploy.server_folder import ServerFolder, make_server
+from fedveil.deploy.site_folder import SiteFolder, make_site
+from fedveil.deploy.submit import submit
+from fedveil.strategies.job import configure
 
 # The audits' tiny sites are no part of the installed package.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -68,13 +68,13 @@ def site_command(site: SiteFolder, stamps: Path, *, plain: bool) -> list[str]:
     put_file(secret, os.urandom(32), private=True)
     worker = [sys.executable, __file__, "--worker", str(stamps), *worker_command(site, secret)[4:]]
     pair = supernode_command(site, "", secret), worker
-    return [*own_module("deploy.pair"), *map(json.dumps, pair)]
+    return [*own_module("fedveil.deploy.pair"), *map(json.dumps, pair)]
 
 
 def stamped_worker(stamps: Path) -> int:
     """Be a worker that writes a line for every task: when it had it, and when the reply was handed over."""
-    from client import worker
-    from client.runtime import Node, Task
+    from fedveil.client import worker
+    from fedveil.client.runtime import Node, Task
 
     acquire, push = Node.acquire, Task.push
     began = 0.0

@@ -30,17 +30,17 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from client.optimizers import build_optimizer
-from common.data.sources import train_and_test
-from common.model.base import load_base_model
-from common.model.batching import length_batches
-from common.model.device import choose_batch_tokens, own_cores
-from common.model.federated import FederatedModel
-from common.model.plain import plain_step
-from common.tasks import TASKS, Batch
-from privacy.dpsgd import PrivateSteps
-from privacy.plan import gaussian_plan
-from strategies.job import Job, configure
+from fedveil.client.optimizers import build_optimizer
+from fedveil.common.data.sources import train_and_test
+from fedveil.common.model.base import load_base_model
+from fedveil.common.model.batching import length_batches
+from fedveil.common.model.device import choose_batch_tokens, own_cores
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.model.plain import plain_step
+from fedveil.common.tasks import TASKS, Batch
+from fedveil.privacy.dpsgd import PrivateSteps
+from fedveil.privacy.plan import gaussian_plan
+from fedveil.strategies.job import Job, configure
 
 PLAIN_BATCH = 64
 OWN = 64

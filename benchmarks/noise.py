@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from privacy.randomness import add_private_noise
+from fedveil.privacy.randomness import add_private_noise
 
 SIZES = {
     "plain job": (24, 8 * 384),

@@ -30,15 +30,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.messages.round import Spending, TrainResult, TrainTask
-from common.messages.wire import Layout, decode_reply, encode_reply, encode_task, layout_of, message_bytes
-from common.run_lines import RoundLine, read_lines
-from experiments.in_process import run_in_process
-from privacy.accountant import TRAINING, Accountant
-from privacy.events import Event, SummedGaussian, sampled_gaussian
-from privacy.randomness import add_private_noise
-from privacy.secure_sum import AttemptName, Identity, KeyOffer, Roster, SiteAttempt, Task, Terms, rounded, total
-from privacy.secure_sum.masks import Words
+from fedveil.common.messages.round import Spending, TrainResult, TrainTask
+from fedveil.common.messages.wire import Layout, decode_reply, encode_reply, encode_task, layout_of, message_bytes
+from fedveil.common.run_lines import RoundLine, read_lines
+from fedveil.experiments.in_process import run_in_process
+from fedveil.privacy.accountant import TRAINING, Accountant
+from fedveil.privacy.events import Event, SummedGaussian, sampled_gaussian
+from fedveil.privacy.randomness import add_private_noise
+from fedveil.privacy.secure_sum import AttemptName, Identity, KeyOffer, Roster, SiteAttempt, Task, Terms, rounded, total
+from fedveil.privacy.secure_sum.masks import Words
 
 # The audits' tiny models are no part of the installed package.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))

@@ -14,13 +14,13 @@ from collections.abc import Mapping
 
 import torch
 
-from common.messages.round import Spending, TrainResult, TrainTask
-from common.messages.state import AdapterState
-from common.messages.wire import encode_reply, encode_task, message_bytes
-from privacy.accountant import TRAINING, Accountant
-from privacy.events import sampled_gaussian
-from strategies import STRATEGIES
-from strategies.payload import payload, preset_adapter
+from fedveil.common.messages.round import Spending, TrainResult, TrainTask
+from fedveil.common.messages.state import AdapterState
+from fedveil.common.messages.wire import encode_reply, encode_task, message_bytes
+from fedveil.privacy.accountant import TRAINING, Accountant
+from fedveil.privacy.events import sampled_gaussian
+from fedveil.strategies import STRATEGIES
+from fedveil.strategies.payload import payload, preset_adapter
 
 SHAPES = ((1024, 1024),) * 48
 ROOM = 0.02

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from common.tasks import roles_of_all
-from common.tasks.roles import Role
+from fedveil.common.tasks import roles_of_all
+from fedveil.common.tasks.roles import Role
 
 
 def with_columns(command: Callable[..., None]) -> Callable[..., None]:

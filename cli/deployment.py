@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
-from cli.column_options import with_columns
-from cli.errors import Commands, for_people
-from common.errors import ConfigError
-from common.files import expanded
-from deploy.check_results import CheckResult
+from fedveil.cli.column_options import with_columns
+from fedveil.cli.errors import Commands, for_people
+from fedveil.common.errors import ConfigError
+from fedveil.common.files import expanded
+from fedveil.deploy.check_results import CheckResult
 
 server_app = typer.Typer(cls=Commands, no_args_is_help=True, help="The coordinator's side: keys, sites, jobs.")
 site_app = typer.Typer(cls=Commands, no_args_is_help=True, help="A site's side: keys, policy, the node.")
@@ -52,9 +52,9 @@ def server_init(
     control_port: Annotated[int, typer.Option(help="Port of the Control API.")] = 8000,
 ) -> None:
     """Make a server's folder: certificate authority, certificate, Flower's connection, service unit."""
-    from deploy.certificates import fingerprint, read_certificate
-    from deploy.server_folder import make_server
-    from deploy.units import server_steps, server_unit
+    from fedveil.deploy.certificates import fingerprint, read_certificate
+    from fedveil.deploy.server_folder import make_server
+    from fedveil.deploy.units import server_steps, server_unit
 
     made = make_server(
         folder,
@@ -78,7 +78,7 @@ def server_renew(
     ] = None,
 ) -> None:
     """Issue a new certificate and key for the server; sites need nothing new. Restart the server afterwards."""
-    from deploy.server_folder import open_server, renew_server
+    from fedveil.deploy.server_folder import open_server, renew_server
 
     renew_server(open_server(folder), authority)
     _say("the server has a new certificate; restart it to use it")
@@ -88,8 +88,8 @@ def server_renew(
 @for_people
 def server_start(folder: Folder) -> None:
     """Run the SuperLink and its runner in the foreground, as the service unit does."""
-    from deploy.server_folder import open_server
-    from deploy.start import start_server
+    from fedveil.deploy.server_folder import open_server
+    from fedveil.deploy.start import start_server
 
     start_server(open_server(folder), _say)
 
@@ -100,8 +100,8 @@ def server_register(
     folder: Folder, key: Annotated[Path, typer.Argument(help="The site's node.pub; its comment is the site's name.")]
 ) -> None:
     """Let a site in. The server must be running."""
-    from deploy.registry import register_site
-    from deploy.server_folder import open_server
+    from fedveil.deploy.registry import register_site
+    from fedveil.deploy.server_folder import open_server
 
     _say(register_site(open_server(folder), key))
 
@@ -110,8 +110,8 @@ def server_register(
 @for_people
 def server_revoke(folder: Folder, site: Annotated[str, typer.Argument(help="The site's name.")]) -> None:
     """Shut a site out, from its next call on. The server must be running."""
-    from deploy.registry import revoke_site
-    from deploy.server_folder import open_server
+    from fedveil.deploy.registry import revoke_site
+    from fedveil.deploy.server_folder import open_server
 
     _say(revoke_site(open_server(folder), site))
 
@@ -126,10 +126,10 @@ def server_submit(
     once: Annotated[bool, typer.Option(help="Do not run a job again that ended well with the same settings.")] = False,
 ) -> None:
     """Run a job on the sites, follow it to its end, and say by the exit code how it ended."""
-    from cli.report import print_summary
-    from common.config.text import parse_settings
-    from deploy.server_folder import open_server
-    from deploy.submit import submit
+    from fedveil.cli.report import print_summary
+    from fedveil.common.config.text import parse_settings
+    from fedveil.deploy.server_folder import open_server
+    from fedveil.deploy.submit import submit
 
     run = submit(open_server(folder), parse_settings(config or []), _say, sites=sites, patience=patience, once=once)
     print_summary(run)
@@ -139,8 +139,8 @@ def server_submit(
 @for_people
 def server_stop(folder: Folder) -> None:
     """End the run of the last job. What its sites have paid stays paid, and 'resume' goes on after its last round."""
-    from deploy.server_folder import open_server
-    from deploy.submit import stop_job
+    from fedveil.deploy.server_folder import open_server
+    from fedveil.deploy.submit import stop_job
 
     _say(stop_job(open_server(folder)))
 
@@ -177,10 +177,10 @@ def site_init(
     ] = 0,
 ) -> None:
     """Make a site's folder: key pair, policy file, service unit."""
-    from deploy.commands import node_config
-    from deploy.policy_file import models_of, pins_of, policy_text
-    from deploy.site_folder import make_site
-    from deploy.units import site_steps, site_unit
+    from fedveil.deploy.commands import node_config
+    from fedveil.deploy.policy_file import models_of, pins_of, policy_text
+    from fedveil.deploy.site_folder import make_site
+    from fedveil.deploy.units import site_steps, site_unit
 
     if data is not None:
         if public_size < 1:
@@ -215,8 +215,8 @@ def site_check(
     node: Annotated[str, typer.Option(help="Node settings that win over the folder's.")] = "",
 ) -> None:
     """Read the site's records as a round does, and list the rows that are none, by number and reason."""
-    from deploy.site_check import check_site
-    from deploy.site_folder import open_site_folder
+    from fedveil.deploy.site_check import check_site
+    from fedveil.deploy.site_folder import open_site_folder
 
     check_site(open_site_folder(folder), _say, node)
 
@@ -240,9 +240,9 @@ def site_pin(
 
     What is left out stays as it is in the file.
     """
-    from client.pins import spoken
-    from client.policy import load_policy
-    from deploy.pin import MODELS, changed_models, changed_pins, pin
+    from fedveil.client.pins import spoken
+    from fedveil.client.policy import load_policy
+    from fedveil.deploy.pin import MODELS, changed_models, changed_pins, pin
 
     path = expanded(folder).absolute()
     path = path / "policy.toml" if path.is_dir() else path
@@ -266,8 +266,8 @@ def site_peers(
     others: Annotated[list[Path], typer.Argument(help="identity.toml of each other site, handed over by its steward.")],
 ) -> None:
     """Make the roster of this site's secure sums from all sites' signing keys, and print its hash to compare."""
-    from deploy.peers import PEERS, make_roster
-    from deploy.site_folder import open_site_folder
+    from fedveil.deploy.peers import PEERS, make_roster
+    from fedveil.deploy.site_folder import open_site_folder
 
     roster = make_roster(open_site_folder(folder), others)
     _say(f"peers.toml has {', '.join(roster.keys)}; its hash, which every steward must see: {roster.digest}")
@@ -283,8 +283,8 @@ def site_withdraw(
     node: Annotated[str, typer.Option(help="Node settings that win over the folder's.")] = "",
 ) -> None:
     """Stop this site's records for good, under any name. No command takes it back, and what was sent stays sent."""
-    from deploy.site_folder import open_site_folder
-    from deploy.withdraw import withdraw_site
+    from fedveil.deploy.site_folder import open_site_folder
+    from fedveil.deploy.withdraw import withdraw_site
 
     withdraw_site(open_site_folder(folder), reason, _say, node)
 
@@ -296,8 +296,8 @@ def site_start(
     node: Annotated[str, typer.Option(help="Node settings that win over the folder's.")] = "",
 ) -> None:
     """Wait until the server lets this site in, then run its node in the foreground, as the service unit does."""
-    from deploy.site_folder import open_site_folder
-    from deploy.start import start_site
+    from fedveil.deploy.site_folder import open_site_folder
+    from fedveil.deploy.start import start_site
 
     start_site(open_site_folder(folder), _say, node)
 
@@ -310,8 +310,8 @@ def doctor_server(
     task: Annotated[str, typer.Option(help="What it is used for, as the setting model.task.")] = "classification",
 ) -> None:
     """Look a server's folder over."""
-    from deploy.doctor import examine_server
-    from deploy.server_folder import open_server
+    from fedveil.deploy.doctor import examine_server
+    from fedveil.deploy.server_folder import open_server
 
     _report(examine_server(open_server(folder), model, task))
 
@@ -320,8 +320,8 @@ def doctor_server(
 @for_people
 def doctor_site(folder: Folder) -> None:
     """Look a site's folder over; asks the server, and does not go online."""
-    from deploy.doctor import examine_site
-    from deploy.site_folder import open_site_folder
+    from fedveil.deploy.doctor import examine_site
+    from fedveil.deploy.site_folder import open_site_folder
 
     _report(examine_site(open_site_folder(folder)))
 

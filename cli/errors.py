@@ -12,8 +12,8 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from common.check import nearest
-from common.errors import FedVeilError
+from fedveil.common.check import nearest
+from fedveil.common.errors import FedVeilError
 
 
 class Commands(TyperGroup):

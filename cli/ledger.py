@@ -15,18 +15,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from cli.errors import Commands, for_people
-from common.check import in_range, nearest, one_of, positive
-from common.errors import ConfigError, LedgerError
-from common.words import counted
-from privacy.figures import epsilon_text, honest_text, remaining_text
-from privacy.meaning import MOST_UNITS
-from privacy.units import RECORD
+from fedveil.cli.errors import Commands, for_people
+from fedveil.common.check import in_range, nearest, one_of, positive
+from fedveil.common.errors import ConfigError, LedgerError
+from fedveil.common.words import counted
+from fedveil.privacy.figures import epsilon_text, honest_text, remaining_text
+from fedveil.privacy.meaning import MOST_UNITS
+from fedveil.privacy.units import RECORD
 
 if TYPE_CHECKING:
-    from client.ledger.ledger import Ledger
-    from client.ledger.rows import Budget, Entry, Exposure, Failure, FirstPlan, Reservation, Withdrawal
-    from privacy.events import Event
+    from fedveil.client.ledger.ledger import Ledger
+    from fedveil.client.ledger.rows import Budget, Entry, Exposure, Failure, FirstPlan, Reservation, Withdrawal
+    from fedveil.privacy.events import Event
 
 ledger_app = typer.Typer(cls=Commands, no_args_is_help=True, help="Look into a site's privacy ledger, and set budgets.")
 console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
@@ -169,7 +169,7 @@ def reserve(
     until: Annotated[str, typer.Option(help="The last day, as 2026-12-31 (UTC), or a time with its zone.")],
 ) -> None:
     """Keep a part of a data set's budget for one run until a day: other runs are refused what would go into it."""
-    from client.ledger.holds import moment
+    from fedveil.client.ledger.holds import moment
 
     end = moment(until)
     with _opened(path) as ledger:
@@ -218,8 +218,8 @@ def receipt(
     sign: Annotated[Path | None, typer.Option(help="A private key; the signature goes beside the file.")] = None,
 ) -> None:
     """Print what one run has cost a data set; as a file, with every charge, it can be signed and handed over."""
-    from client.ledger.receipts import receipt_of
-    from common.files import write_output
+    from fedveil.client.ledger.receipts import receipt_of
+    from fedveil.common.files import write_output
 
     if sign is not None and output is None:
         raise ConfigError("--sign needs a file to sign: name one with --output")
@@ -248,7 +248,7 @@ def receipt(
     content = (json.dumps(made.as_json(), indent=2, ensure_ascii=False) + "\n").encode()
     files = {output: content}
     if sign is not None:
-        from reports.signature import sign as signed_with
+        from fedveil.reports.signature import sign as signed_with
 
         files[output.with_name(f"{output.name}.sig")] = signed_with(content, sign)
     write_output(files, [path, *([] if sign is None else [sign])])
@@ -286,7 +286,7 @@ def export(
     if output is None:
         sys.stdout.write(text)
         return
-    from common.files import write_output
+    from fedveil.common.files import write_output
 
     write_output({output: text.encode()}, [path])
     _say(f"{len(charges)} charges, {len(exposures)} exposures and {len(failures)} failures are in {output}")
@@ -294,7 +294,7 @@ def export(
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Ledger]:
-    from client.ledger.ledger import Ledger
+    from fedveil.client.ledger.ledger import Ledger
 
     if not path.is_file():
         raise LedgerError(f"there is no ledger at {path}")
@@ -419,6 +419,6 @@ def _cell(value: Any) -> Any:
 
 
 def _say(line: str) -> None:
-    from common.words import visible
+    from fedveil.common.words import visible
 
     console.print(visible(line))

@@ -11,23 +11,23 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from cli.deployment import doctor_app, server_app, site_app
-from cli.errors import Commands
-from cli.errors import for_people as _for_people
-from cli.ledger import ledger_app
-from cli.notes import print_notes
-from cli.plan import plan
-from cli.report import keygen, print_summary, report, verify, watch
-from cli.serving import ask, export, merge
-from cli.settings import settings
-from cli.sweep import pictures, sweep
-from cli.tune import tune
-from common.ends import end_as_by_ctrl_c
-from common.paths import check_adapter
-from common.words import counted, decimal_text, names_text, natural, visible
+from fedveil.cli.deployment import doctor_app, server_app, site_app
+from fedveil.cli.errors import Commands
+from fedveil.cli.errors import for_people as _for_people
+from fedveil.cli.ledger import ledger_app
+from fedveil.cli.notes import print_notes
+from fedveil.cli.plan import plan
+from fedveil.cli.report import keygen, print_summary, report, verify, watch
+from fedveil.cli.serving import ask, export, merge
+from fedveil.cli.settings import settings
+from fedveil.cli.sweep import pictures, sweep
+from fedveil.cli.tune import tune
+from fedveil.common.ends import end_as_by_ctrl_c
+from fedveil.common.paths import check_adapter
+from fedveil.common.words import counted, decimal_text, names_text, natural, visible
 
 if TYPE_CHECKING:
-    from common.run_lines import ProgressFile
+    from fedveil.common.run_lines import ProgressFile
 
 app = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(ledger_app, name="ledger")
@@ -51,7 +51,7 @@ def _print_version(asked: bool) -> None:
         return
     from importlib.metadata import version
 
-    from common.bundle import own_digest
+    from fedveil.common.bundle import own_digest
 
     print(f"fedveil {version('fedveil')}, bundle {own_digest()}")
     raise typer.Exit
@@ -82,15 +82,15 @@ def run(
     workers: Annotated[int, typer.Option(min=0, help="Processes that train at once; 0: as many as pay off.")] = 0,
 ) -> None:
     """Run a simulated federation through ``flwr run`` and report on it."""
-    from common.config.sections import NO_ADAPTER
-    from common.config.text import parse_settings
-    from common.data.sources import train_and_test
-    from experiments.simulate import simulate
-    from experiments.site_count import USUAL, sites_of
-    from experiments.under_way import ways_on
-    from reports import write_reports
-    from server.resume import with_resumed
-    from strategies.job import configure, with_recipe
+    from fedveil.common.config.sections import NO_ADAPTER
+    from fedveil.common.config.text import parse_settings
+    from fedveil.common.data.sources import train_and_test
+    from fedveil.experiments.simulate import simulate
+    from fedveil.experiments.site_count import USUAL, sites_of
+    from fedveil.experiments.under_way import ways_on
+    from fedveil.reports import write_reports
+    from fedveil.server.resume import with_resumed
+    from fedveil.strategies.job import configure, with_recipe
 
     end_as_by_ctrl_c()
     began = time.monotonic()
@@ -140,7 +140,7 @@ def stop(
     output: Annotated[Path | None, typer.Option(help="Folder of the runs; runs if not said.")] = None,
 ) -> None:
     """End the `fedveil run` that is under way, as Ctrl-C in its terminal does, and wait until it is over."""
-    from experiments.under_way import stop, ways_on
+    from fedveil.experiments.under_way import stop, ways_on
 
     folder, process = stop(run, output)
     console.print(visible(f"ended: `fedveil run`, process {process}"))
@@ -164,7 +164,7 @@ def evaluate(
 ) -> None:
     """Load a run's adapter with stock PEFT and score it on the run's public test data."""
     check_adapter(folder / "adapter")
-    from experiments.evaluate import evaluate_run
+    from fedveil.experiments.evaluate import evaluate_run
 
     score = evaluate_run(folder)
     console.print(f"accuracy {100 * score.accuracy:.1f} %  loss {decimal_text(score.loss, 4)}")
@@ -176,8 +176,8 @@ def bundle(
     file: Annotated[Path | None, typer.Argument(help="A bundle as 'flwr build' writes it (.fab).")] = None,
 ) -> None:
     """Print the hash of the installed version's own bundle, or of a file, for ``bundles`` in a site's policy."""
-    from common.bundle import bundle_digest, own_digest
-    from deploy.files import read_bytes
+    from fedveil.common.bundle import bundle_digest, own_digest
+    from fedveil.deploy.files import read_bytes
 
     print(bundle_digest(read_bytes(file, "the bundle")) if file else own_digest())
 

@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from strategies.job import Job
+    from fedveil.strategies.job import Job
 
 
 def print_notes(job: Job, recipe: str = "") -> None:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from cli.errors import for_people
-from cli.notes import print_notes
-from common.errors import ConfigError
+from fedveil.cli.errors import for_people
+from fedveil.cli.notes import print_notes
+from fedveil.common.errors import ConfigError
 
 if TYPE_CHECKING:
-    from strategies.job import Job
+    from fedveil.strategies.job import Job
 
 console = Console(highlight=False, emoji=False, markup=False)
 
@@ -37,15 +37,15 @@ def plan(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything to this file as well.")] = None,
 ) -> None:
     """Print what a run will cost in privacy, bytes, time and memory, before any training."""
-    from common.config.text import files_in, parse_settings
-    from common.files import write_output
-    from experiments.planner.earlier import earlier_runs
-    from experiments.planner.find import find as find_within_budget
-    from experiments.planner.forecast import forecast
-    from experiments.planner.price import site_plans
-    from experiments.planner.tables import print_forecast, print_found
-    from experiments.site_count import USUAL
-    from strategies.job import configure, with_recipe
+    from fedveil.common.config.text import files_in, parse_settings
+    from fedveil.common.files import write_output
+    from fedveil.experiments.planner.earlier import earlier_runs
+    from fedveil.experiments.planner.find import find as find_within_budget
+    from fedveil.experiments.planner.forecast import forecast
+    from fedveil.experiments.planner.price import site_plans
+    from fedveil.experiments.planner.tables import print_forecast, print_found
+    from fedveil.experiments.site_count import USUAL
+    from fedveil.strategies.job import configure, with_recipe
 
     given = parse_settings(settings or [])
     overrides, note = with_recipe(given, divided=not sizes, sites=0 if sizes else sites or USUAL)
@@ -81,8 +81,8 @@ def plan(
 
 
 def _sizes(job: Job, sites: int | None, sizes: str) -> tuple[int, ...]:
-    from experiments.planner.price import simulated_sizes
-    from experiments.site_count import USUAL
+    from fedveil.experiments.planner.price import simulated_sizes
+    from fedveil.experiments.site_count import USUAL
 
     if not sizes:
         return simulated_sizes(job, USUAL if sites is None else sites)

@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cli.errors import for_people
-from common.errors import DataError
-from common.words import counted
-from privacy.figures import epsilon_text
+from fedveil.cli.errors import for_people
+from fedveil.common.errors import DataError
+from fedveil.common.words import counted
+from fedveil.privacy.figures import epsilon_text
 
 MOST_NAME = 20
 """Columns that a narrow terminal keeps for the name of a site."""
@@ -38,9 +38,9 @@ def report(
     ] = None,
 ) -> None:
     """Write a run's report as a page, Markdown and JSON, and its adapter's model card, from the files in its folder."""
-    from common.config.text import parse_settings
-    from reports import write_reports
-    from reports.declared import declare
+    from fedveil.common.config.text import parse_settings
+    from fedveil.reports import write_reports
+    from fedveil.reports.declared import declare
 
     if declared:
         declare(folder, parse_settings(declared))
@@ -52,11 +52,11 @@ def report(
 
 
 def _keep_beside(folder: Path, table: Path) -> None:
-    from common.files import replace_file
-    from common.run_lines import BesideFile, ConfigFile, read_file
-    from common.strict_json import to_json
-    from experiments.sweep import summary
-    from experiments.sweep.rows import read_rows
+    from fedveil.common.files import replace_file
+    from fedveil.common.run_lines import BesideFile, ConfigFile, read_file
+    from fedveil.common.strict_json import to_json
+    from fedveil.experiments.sweep import summary
+    from fedveil.experiments.sweep.rows import read_rows
 
     if not table.is_file():
         raise DataError(f"there is no table {table}: name the .jsonl file of a sweep's results")
@@ -70,7 +70,7 @@ def watch(
     port: Annotated[int, typer.Option(help="Port on this machine alone; 0: a free one.")] = 0,
 ) -> None:
     """Serve a run's report on this machine alone, made anew while the run goes on, until Ctrl-C."""
-    from reports.watch import Watched
+    from fedveil.reports.watch import Watched
 
     with Watched(folder, port) as watched:
         console.print(f"{watched.address} (Ctrl-C ends it)")
@@ -86,10 +86,10 @@ def verify(
     key: Annotated[Path, typer.Option(help="The signer's public key (Ed25519, PEM).")],
 ) -> None:
     """Say which run was signed by a key, when and with which figures: exit code 0, or 1 if a file is not genuine."""
-    from common.run_lines import TuningFile
-    from common.words import visible
-    from reports.signature import NotGenuine, verified
-    from reports.trials import trials_figure
+    from fedveil.common.run_lines import TuningFile
+    from fedveil.common.words import visible
+    from fedveil.reports.signature import NotGenuine, verified
+    from fedveil.reports.trials import trials_figure
 
     try:
         signed = verified(folder if folder.is_dir() else folder.parent, key)
@@ -115,9 +115,9 @@ def verify(
 
 def _signed_condition(folder: Path) -> str:
     """Return on how many honest sites the ε of a genuine report rests; empty: on none."""
-    from common.strict_json import from_json
-    from reports.files import REPORT_JSON
-    from reports.sharing import Sharing, beside
+    from fedveil.common.strict_json import from_json
+    from fedveil.reports.files import REPORT_JSON
+    from fedveil.reports.sharing import Sharing, beside
 
     told = json.loads((folder / REPORT_JSON).read_bytes()).get("sharing")
     return beside(from_json(Sharing, told, REPORT_JSON)) if told else ""
@@ -134,7 +134,7 @@ def _evidence_words(folder: Path, signed: Mapping[str, str]) -> str:
 @for_people
 def keygen(path: Annotated[Path, typer.Argument(help="Where the private key goes, such as server.pem.")]) -> None:
     """Make a pair of keys: the private one signs reports, the public one goes to whoever verifies them."""
-    from reports.signature import make_key
+    from fedveil.reports.signature import make_key
 
     public = make_key(path)
     console.print(f"private key: {path} (keep it to yourself)\npublic key: {public} (give it away)")
@@ -142,16 +142,16 @@ def keygen(path: Annotated[Path, typer.Argument(help="Where the private key goes
 
 def print_summary(folder: Path) -> None:
     """Print the table by site, the federation's figure and accuracy before and after."""
-    from common.words import percent_text, visible
-    from reports import report_of
-    from reports.alike import alike_sites
-    from reports.audits import bound_note
-    from reports.claim import server_is_trusted
-    from reports.connection import connection_sentences
-    from reports.meaning import attack_sentence, several_sentence
-    from reports.scores import share_text
-    from reports.sharing import THIS_RUN, at_h, others_of, rests_on
-    from reports.trials import trials_figure
+    from fedveil.common.words import percent_text, visible
+    from fedveil.reports import report_of
+    from fedveil.reports.alike import alike_sites
+    from fedveil.reports.audits import bound_note
+    from fedveil.reports.claim import server_is_trusted
+    from fedveil.reports.connection import connection_sentences
+    from fedveil.reports.meaning import attack_sentence, several_sentence
+    from fedveil.reports.scores import share_text
+    from fedveil.reports.sharing import THIS_RUN, at_h, others_of, rests_on
+    from fedveil.reports.trials import trials_figure
 
     data = report_of(folder)
     central = server_is_trusted(data.claim.privacy_mode)

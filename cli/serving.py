@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from cli.errors import for_people
-from common.paths import check_adapter, check_vacant
-from common.words import counted, percent_text
+from fedveil.cli.errors import for_people
+from fedveil.common.paths import check_adapter, check_vacant
+from fedveil.common.words import counted, percent_text
 
 console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
 RunFolder = Annotated[Path, typer.Argument(help="A run's folder.")]
@@ -28,7 +28,7 @@ def merge(
     """Merge a run's adapter into its base model and write both as stock libraries load them."""
     check_adapter(folder / "adapter")
     check_vacant(target)
-    from experiments.serving.merge import merge_run
+    from fedveil.experiments.serving.merge import merge_run
 
     code = merge_run(folder, target, form)
     console.print(f"model: {target}\n\n{code}", end="")
@@ -41,7 +41,7 @@ def export(
 ) -> None:
     """Write a language model's adapter as one GGUF file, which llama.cpp takes with --lora."""
     check_adapter(folder / "adapter")
-    from experiments.serving.gguf import export_gguf
+    from fedveil.experiments.serving.gguf import export_gguf
 
     layers = export_gguf(folder, gguf)
     console.print(f"adapter: {gguf}, {counted(layers, 'layer')}")
@@ -57,7 +57,7 @@ def ask(
 ) -> None:
     """Ask the model that a run ended with: labels with their probabilities, or a completion."""
     check_adapter(folder / "adapter")
-    from experiments.serving.ask import ask_run
+    from fedveil.experiments.serving.ask import ask_run
 
     for answer in ask_run(folder, words):
         share = "" if answer.probability is None else f"{percent_text(answer.probability):>8}  "

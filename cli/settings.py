@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from cli.errors import for_people
-from cli.notes import print_notes
+from fedveil.cli.errors import for_people
+from fedveil.cli.notes import print_notes
 
 
 @for_people
@@ -20,11 +20,11 @@ def settings(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write them to this file as well.")] = None,
 ) -> None:
     """Print every setting with its meaning, range, unit and value, as a TOML file that ``-c`` takes."""
-    from cli.settings_reference import lines_of, select, values_of
-    from common.config.text import files_in, parse_settings
-    from common.files import write_output
-    from strategies.job import configure, with_recipe
-    from strategies.options import with_options
+    from fedveil.cli.settings_reference import lines_of, select, values_of
+    from fedveil.common.config.text import files_in, parse_settings
+    from fedveil.common.files import write_output
+    from fedveil.strategies.job import configure, with_recipe
+    from fedveil.strategies.options import with_options
 
     overrides = parse_settings(config or [])
     resolved, note = with_recipe(overrides)

@@ -8,19 +8,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from common.check import Rule, nearest
-from common.config.asked import RunSettings
-from common.config.fields import kebab, kinds_of, rules_of, unit_of
-from common.config.sections import Columns, ModelConfig, PrivacyConfig, Scalar
-from common.config.text import toml_value
-from common.docstrings import fields_said
-from common.errors import ConfigError
-from common.starts import STARTS
-from common.tasks import roles_of_all
-from strategies import ROWS
-from strategies.options import EMPTY, OPTIONS, START, declared_settings, known_settings, rows_with_options, tables
-from strategies.recipes import AUTO, RECIPES, Asked, is_open
-from strategies.rules import RULES
+from fedveil.common.check import Rule, nearest
+from fedveil.common.config.asked import RunSettings
+from fedveil.common.config.fields import kebab, kinds_of, rules_of, unit_of
+from fedveil.common.config.sections import Columns, ModelConfig, PrivacyConfig, Scalar
+from fedveil.common.config.text import toml_value
+from fedveil.common.docstrings import fields_said
+from fedveil.common.errors import ConfigError
+from fedveil.common.starts import STARTS
+from fedveil.common.tasks import roles_of_all
+from fedveil.strategies import ROWS
+from fedveil.strategies.options import (
+    EMPTY,
+    OPTIONS,
+    START,
+    declared_settings,
+    known_settings,
+    rows_with_options,
+    tables,
+)
+from fedveil.strategies.recipes import AUTO, RECIPES, Asked, is_open
+from fedveil.strategies.rules import RULES
 
 KINDS: Mapping[type, str] = {int: "whole number", float: "number", str: "text", bool: "true or false"}
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from cli.errors import for_people
-from common.ends import end_as_by_ctrl_c
-from common.errors import ConfigError, DataError
+from fedveil.cli.errors import for_people
+from fedveil.common.ends import end_as_by_ctrl_c
+from fedveil.common.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from experiments.sweep.rows import Row
+    from fedveil.experiments.sweep.rows import Row
 
 console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
 
@@ -45,11 +45,11 @@ def sweep(
     A finished run of the same configuration, versions and code is kept, so the same command goes on where it was cut
     off. A run that fails is named with its log, the rest goes on, and the exit code is 1.
     """
-    from common.files import replace_file
-    from experiments.sweep.conduct import run_sweep
-    from experiments.sweep.file import read_sweep
-    from experiments.sweep.rows import results_file
-    from experiments.sweep.summary import markdown_of
+    from fedveil.common.files import replace_file
+    from fedveil.experiments.sweep.conduct import run_sweep
+    from fedveil.experiments.sweep.file import read_sweep
+    from fedveil.experiments.sweep.rows import results_file
+    from fedveil.experiments.sweep.summary import markdown_of
 
     end_as_by_ctrl_c()
     read = read_sweep(file)
@@ -94,9 +94,9 @@ def pictures(
     ] = "",
 ) -> None:
     """Draw accuracy against ε and against bytes, with intervals: one page and two PNGs."""
-    from experiments.sweep.pictures import write_pictures
-    from experiments.sweep.published import SHIPPED, read_published
-    from experiments.sweep.rows import read_rows
+    from fedveil.experiments.sweep.pictures import write_pictures
+    from fedveil.experiments.sweep.published import SHIPPED, read_published
+    from fedveil.experiments.sweep.rows import read_rows
 
     for file in files:
         if not file.is_file():

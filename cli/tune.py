@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.errors import for_people
-from common.ends import end_as_by_ctrl_c
-from privacy.figures import epsilon_text
+from fedveil.cli.errors import for_people
+from fedveil.common.ends import end_as_by_ctrl_c
+from fedveil.privacy.figures import epsilon_text
 
 if TYPE_CHECKING:
-    from experiments.tune import Conduct
+    from fedveil.experiments.tune import Conduct
 
 
 @for_people
@@ -30,7 +30,7 @@ def tune(
     ] = None,
 ) -> None:
     """Print what all variants cost together, ask, run each with the same noise, charged in full, and name the best."""
-    from experiments import tune as trials
+    from fedveil.experiments import tune as trials
 
     end_as_by_ctrl_c()
     tuning = trials.read_tuning(file)
@@ -62,9 +62,9 @@ def tune(
 
 def _deployed(server: Path, sites: int, ledger_epsilon: float | None) -> Conduct:
     """Return what submits a trial to a server's sites, whose own ledgers and policies decide."""
-    from deploy.server_folder import open_server
-    from deploy.submit import submit
-    from experiments.tune import BUDGET
+    from fedveil.deploy.server_folder import open_server
+    from fedveil.deploy.submit import submit
+    from fedveil.experiments.tune import BUDGET
 
     folder = open_server(server)
     limit = {} if ledger_epsilon is None else {BUDGET: ledger_epsilon}
@@ -73,6 +73,6 @@ def _deployed(server: Path, sites: int, ledger_epsilon: float | None) -> Conduct
 
 
 def _say(line: str) -> None:
-    from common.words import visible
+    from fedveil.common.words import visible
 
     print(visible(line), flush=True)

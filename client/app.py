@@ -7,11 +7,11 @@ from collections.abc import Mapping, MutableMapping
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.deadline import Deadline
-from client.process import SiteProcess, reply_after
-from common.config.sections import Scalar
-from common.messages.round import Reply, SumReply
-from common.messages.wire import encode_reply
+from fedveil.client.deadline import Deadline
+from fedveil.client.process import SiteProcess, reply_after
+from fedveil.common.config.sections import Scalar
+from fedveil.common.messages.round import Reply, SumReply
+from fedveil.common.messages.wire import encode_reply
 
 app = ClientApp()
 process = SiteProcess()

@@ -10,24 +10,24 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
-from client.deadline import Deadline
-from client.ledger.file import BUSY_SECONDS
-from client.ledger.ledger import Ledger
-from client.ledger.record_hashes import record_hashes
-from client.ledger.rows import Charge, Terms
-from client.pins import refusal
-from client.site import Site
-from common.errors import BudgetExhausted, LedgerError, ProtocolError
-from common.log import about
-from common.messages.round import KeyTask, Spending, TrainTask
-from common.starts import PaidStart
-from common.tasks import TASKS
-from privacy.accountant import EVALUATION
-from privacy.accounting import Release, check_terms, gaussian_release
-from privacy.plan import Plan, PrivacyPlan
-from privacy.privacy_filter import FRESH, History, noise_after, price_after, promised_noise
-from privacy.secure_sum import check_headroom
-from strategies.job import Job
+from fedveil.client.deadline import Deadline
+from fedveil.client.ledger.file import BUSY_SECONDS
+from fedveil.client.ledger.ledger import Ledger
+from fedveil.client.ledger.record_hashes import record_hashes
+from fedveil.client.ledger.rows import Charge, Terms
+from fedveil.client.pins import refusal
+from fedveil.client.site import Site
+from fedveil.common.errors import BudgetExhausted, LedgerError, ProtocolError
+from fedveil.common.log import about
+from fedveil.common.messages.round import KeyTask, Spending, TrainTask
+from fedveil.common.starts import PaidStart
+from fedveil.common.tasks import TASKS
+from fedveil.privacy.accountant import EVALUATION
+from fedveil.privacy.accounting import Release, check_terms, gaussian_release
+from fedveil.privacy.plan import Plan, PrivacyPlan
+from fedveil.privacy.privacy_filter import FRESH, History, noise_after, price_after, promised_noise
+from fedveil.privacy.secure_sum import check_headroom
+from fedveil.strategies.job import Job
 
 log = logging.getLogger("fedveil.site")
 

@@ -14,14 +14,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from client.linearised import Derivatives, forget_records
-from client.own_records import prepared
-from client.site import Site, forget_readings
-from common.model.federated import FederatedModel
-from common.tasks import Record
-from common.tasks.examples import Dataset
-from common.tasks.featured import FEATURES
-from strategies.job import Job
+from fedveil.client.linearised import Derivatives, forget_records
+from fedveil.client.own_records import prepared
+from fedveil.client.site import Site, forget_readings
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.tasks import Record
+from fedveil.common.tasks.examples import Dataset
+from fedveil.common.tasks.featured import FEATURES
+from fedveil.strategies.job import Job
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from common.errors import PolicyRefusal
+from fedveil.common.errors import PolicyRefusal
 
 PREPARED = 1 / 8
 """Share of ``reply-after`` that the site's records may take before they are paid for."""

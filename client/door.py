@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from common.errors import RunFailed
+from fedveil.common.errors import RunFailed
 
 VARIABLE = "FEDVEIL_DOOR"
 """Environment variable with the file's path; without it there is no end to wait for."""

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import torch
 
-from common.log import place_of
-from common.model.device import autocast
-from common.model.federated import FederatedModel
-from common.tasks import Record
-from privacy.randomness import add_private_noise
+from fedveil.common.log import place_of
+from fedveil.common.model.device import autocast
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.tasks import Record
+from fedveil.privacy.randomness import add_private_noise
 
 log = logging.getLogger("fedveil.site")
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from client.deadline import Deadline
-from client.outgoing import own_words
-from strategies.job import Job
+from fedveil.client.deadline import Deadline
+from fedveil.client.outgoing import own_words
+from fedveil.strategies.job import Job
 
 
 @dataclass(frozen=True)

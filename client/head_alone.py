@@ -14,10 +14,10 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from client.linearised import Derivatives, Keeping, below_head
-from common.messages.state import HEAD, AdapterState
-from common.model.federated import FederatedModel
-from common.tasks import Record
+from fedveil.client.linearised import Derivatives, Keeping, below_head
+from fedveil.common.messages.state import HEAD, AdapterState
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.tasks import Record
 
 
 @contextmanager

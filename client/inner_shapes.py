@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common.model.federated import FederatedModel
-from common.model.shapes import FixedBatch
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.model.shapes import FixedBatch
 
 GROUPED = "grouped"
 """In the name of every product of rows in groups, the sizes of which are numbers in a tensor and no shape."""

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from common.model.federated import FederatedModel
+from fedveil.common.model.federated import FederatedModel
 
 
 def tensors_digest(module: nn.Module) -> str:

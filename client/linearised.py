@@ -23,20 +23,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from common.config.phases import Schedule
-from common.errors import MechanismError, ModelError
-from common.log import place_of
-from common.messages.round import TrainTask
-from common.messages.state import AdapterState
-from common.model.device import autocast
-from common.model.federated import FederatedModel
-from common.model.shapes import FixedBatch
-from common.tasks import Record
-from common.tasks.base import owner_of
-from common.tasks.examples import Dataset
-from common.tasks.featured import FEATURES, SCALES, TANGENTS
-from privacy.dpsgd import PrivateSteps
-from privacy.plan import gaussian_plan
+from fedveil.common.config.phases import Schedule
+from fedveil.common.errors import MechanismError, ModelError
+from fedveil.common.log import place_of
+from fedveil.common.messages.round import TrainTask
+from fedveil.common.messages.state import AdapterState
+from fedveil.common.model.device import autocast
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.model.shapes import FixedBatch
+from fedveil.common.tasks import Record
+from fedveil.common.tasks.base import owner_of
+from fedveil.common.tasks.examples import Dataset
+from fedveil.common.tasks.featured import FEATURES, SCALES, TANGENTS
+from fedveil.privacy.dpsgd import PrivateSteps
+from fedveil.privacy.plan import gaussian_plan
 
 log = logging.getLogger("fedveil.site")
 BYTES = 2

@@ -16,31 +16,31 @@ from typing import cast
 import torch
 from torch import nn
 
-from client.budget import enter_round, evaluation_releases, note_failure, shares_noise
-from client.deadline import Deadline
-from client.evaluation import noised_correct
-from client.failures import failures_of
-from client.head_alone import head_on_features
-from client.linearised import Computation, Derivatives, Keeping, forget_records, linearised
-from client.optimizers import build_optimizer, set_learning_rate
-from client.outgoing import own_words
-from client.site import Site
-from common.errors import MechanismError, ProtocolError
-from common.log import about
-from common.messages.columns import Chosen, check_chosen, narrowed
-from common.messages.round import NoisedCount, TrainResult, TrainTask, same_fingerprint
-from common.messages.state import AdapterState
-from common.messages.tensors import fingerprint, merge
-from common.model.device import denormals_flushed
-from common.model.federated import FederatedModel
-from common.starts import PaidStart, UnpaidStart
-from common.starts.gradient import BATCH_TOKENS
-from common.tasks import Record
-from privacy.plan import Plan, PrivacyPlan
-from privacy.randomness import stream
-from privacy.secure_sum.masks import Words
-from privacy.steps import Around
-from strategies.job import Job
+from fedveil.client.budget import enter_round, evaluation_releases, note_failure, shares_noise
+from fedveil.client.deadline import Deadline
+from fedveil.client.evaluation import noised_correct
+from fedveil.client.failures import failures_of
+from fedveil.client.head_alone import head_on_features
+from fedveil.client.linearised import Computation, Derivatives, Keeping, forget_records, linearised
+from fedveil.client.optimizers import build_optimizer, set_learning_rate
+from fedveil.client.outgoing import own_words
+from fedveil.client.site import Site
+from fedveil.common.errors import MechanismError, ProtocolError
+from fedveil.common.log import about
+from fedveil.common.messages.columns import Chosen, check_chosen, narrowed
+from fedveil.common.messages.round import NoisedCount, TrainResult, TrainTask, same_fingerprint
+from fedveil.common.messages.state import AdapterState
+from fedveil.common.messages.tensors import fingerprint, merge
+from fedveil.common.model.device import denormals_flushed
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.starts import PaidStart, UnpaidStart
+from fedveil.common.starts.gradient import BATCH_TOKENS
+from fedveil.common.tasks import Record
+from fedveil.privacy.plan import Plan, PrivacyPlan
+from fedveil.privacy.randomness import stream
+from fedveil.privacy.secure_sum.masks import Words
+from fedveil.privacy.steps import Around
+from fedveil.strategies.job import Job
 
 log = logging.getLogger("fedveil.site")
 

@@ -11,11 +11,11 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 
-from client.ledger.file import withdrawn_in
-from client.site import ledger_of, named_files
-from common.config.sections import Scalar
-from common.errors import LedgerError
-from common.files import FileState, expanded, state_of
+from fedveil.client.ledger.file import withdrawn_in
+from fedveil.client.site import ledger_of, named_files
+from fedveil.common.config.sections import Scalar
+from fedveil.common.errors import LedgerError
+from fedveil.common.files import FileState, expanded, state_of
 
 LOOK_SECONDS = 2.0
 """From the beginning of a look to that of the next one, while no task comes."""

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from common.config.sections import TrainingConfig
-from common.messages.state import HEAD
+from fedveil.common.config.sections import TrainingConfig
+from fedveil.common.messages.state import HEAD
 
 
 def build_optimizer(trained: Mapping[str, Mapping[str, nn.Parameter]], config: TrainingConfig) -> Optimizer:

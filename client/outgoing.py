@@ -8,9 +8,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from client.site import name_of, user_folder
-from common.config.sections import Scalar
-from common.errors import (
+from fedveil.client.site import name_of, user_folder
+from fedveil.common.config.sections import Scalar
+from fedveil.common.errors import (
     BudgetExhausted,
     ConfigError,
     DataError,
@@ -22,9 +22,9 @@ from common.errors import (
     PrivacyError,
     ProtocolError,
 )
-from common.log import about, place_of
-from common.messages.round import Refusal
-from common.words import pathless
+from fedveil.common.log import about, place_of
+from fedveil.common.messages.round import Refusal
+from fedveil.common.words import pathless
 
 log = logging.getLogger("fedveil.site")
 

@@ -14,14 +14,14 @@ import hashlib
 import logging
 from collections.abc import Sequence
 
-from common.errors import MechanismError
-from common.log import place_of
-from common.model.federated import FederatedModel
-from common.tasks import Record
-from common.tasks.base import OWNER
-from common.tasks.examples import Example
-from privacy import Unit
-from privacy.units import RECORD
+from fedveil.common.errors import MechanismError
+from fedveil.common.log import place_of
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.tasks import Record
+from fedveil.common.tasks.base import OWNER
+from fedveil.common.tasks.examples import Example
+from fedveil.privacy import Unit
+from fedveil.privacy.units import RECORD
 
 log = logging.getLogger("fedveil.site")
 STOPS = (KeyboardInterrupt, SystemExit, GeneratorExit)

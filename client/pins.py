@@ -10,15 +10,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from common.check import not_negative, one_of
-from common.config.sections import Columns, ModelConfig, RunConfig
-from common.data.sources import known_labels
-from common.errors import ConfigError, PolicyRefusal
-from common.labels import labels_of, labels_text
-from common.tasks import TASKS, roles_of_all
+from fedveil.common.check import not_negative, one_of
+from fedveil.common.config.sections import Columns, ModelConfig, RunConfig
+from fedveil.common.data.sources import known_labels
+from fedveil.common.errors import ConfigError, PolicyRefusal
+from fedveil.common.labels import labels_of, labels_text
+from fedveil.common.tasks import TASKS, roles_of_all
 
 if TYPE_CHECKING:
-    from client.policy import Policy
+    from fedveil.client.policy import Policy
 
 LABELS, MAX_LENGTH, TASK = "labels", "max-length", "task"
 
@@ -103,8 +103,8 @@ def pin_command(place: str, task: str = "") -> str:
 def spoken(policy: Policy) -> str:
     """Return a policy's pins in words; an empty text if it has none.
 
-    >>> from client.policy import Policy
-    >>> from common.config.sections import Columns
+    >>> from fedveil.client.policy import Policy
+    >>> from fedveil.common.config.sections import Columns
     >>> spoken(Policy(task="causal-lm", columns=Columns({"prompt": "question", "completion": "answer"}), max_length=64))
     "task 'causal-lm', prompt 'question', completion 'answer', max-length 64"
     """

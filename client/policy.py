@@ -14,23 +14,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from client.pins import LABELS, check_pins, check_whole, refusal, unpinned_columns
-from common.check import at_least, below, in_range, not_negative, one_of, positive
-from common.config.sections import HEAD_POLICIES, Columns, Scalar, from_section
-from common.errors import ConfigError, ModelNotLoaded, PolicyRefusal
-from common.labels import labels_text
-from common.model.named import NAMED_MODELS
-from common.toml import toml_of
-from privacy import MECHANISMS, UNITS, promising, sharing_noise
-from privacy.accounting import LEAST_DELTA
-from privacy.events import MOST_NOISE
-from privacy.figures import most_delta_text
-from privacy.meaning import MOST_UNITS
-from privacy.mechanism import Mechanism
-from privacy.record_level import DPSGD
-from privacy.units import PERSON, RECORD
-from strategies import STRATEGIES
-from strategies.job import Job
+from fedveil.client.pins import LABELS, check_pins, check_whole, refusal, unpinned_columns
+from fedveil.common.check import at_least, below, in_range, not_negative, one_of, positive
+from fedveil.common.config.sections import HEAD_POLICIES, Columns, Scalar, from_section
+from fedveil.common.errors import ConfigError, ModelNotLoaded, PolicyRefusal
+from fedveil.common.labels import labels_text
+from fedveil.common.model.named import NAMED_MODELS
+from fedveil.common.toml import toml_of
+from fedveil.privacy import MECHANISMS, UNITS, promising, sharing_noise
+from fedveil.privacy.accounting import LEAST_DELTA
+from fedveil.privacy.events import MOST_NOISE
+from fedveil.privacy.figures import most_delta_text
+from fedveil.privacy.meaning import MOST_UNITS
+from fedveil.privacy.mechanism import Mechanism
+from fedveil.privacy.record_level import DPSGD
+from fedveil.privacy.units import PERSON, RECORD
+from fedveil.strategies import STRATEGIES
+from fedveil.strategies.job import Job
 
 UNLIMITED = 2**62
 USUAL_MECHANISMS = (DPSGD.name,)

@@ -10,32 +10,32 @@ from typing import Any
 
 import torch
 
-from client.budget import check_budget, note_failure, shares_noise
-from client.cache import RecordCache
-from client.deadline import Deadline
-from client.door import at_work
-from client.failures import HiddenFailures, failures_of
-from client.ledger.ledger import Ledger
-from client.leftovers import left_nothing, tensors_digest
-from client.local_training import check_task, train_round
-from client.lookout import Lookout
-from client.memory import Memory
-from client.outgoing import own_words, refused
-from client.rehearsals import Rehearsals
-from client.site import Site, check_job, open_site, policy_of
-from client.sums import Party, agreed, make_key, next_key, party_of, told_for_sum
-from common.config.sections import Scalar
-from common.errors import ConfigError, ProtocolError
-from common.log import about, set_up
-from common.messages.round import KeyTask, Refusal, Reply, SumReply, SumTask, TrainResult, TrainTask
-from common.messages.signed import check_unsigned
-from common.messages.wire import decode_sum_task, decode_task, kind_of_task, layout_of, round_of
-from common.model.device import denormals_flushed, make_threads, own_cores
-from common.model.federated import FederatedModel
-from common.model.files import files_of
-from common.paths import reply_file, run_name
-from privacy.secure_sum import KeyOffer
-from strategies.job import Job, configure
+from fedveil.client.budget import check_budget, note_failure, shares_noise
+from fedveil.client.cache import RecordCache
+from fedveil.client.deadline import Deadline
+from fedveil.client.door import at_work
+from fedveil.client.failures import HiddenFailures, failures_of
+from fedveil.client.ledger.ledger import Ledger
+from fedveil.client.leftovers import left_nothing, tensors_digest
+from fedveil.client.local_training import check_task, train_round
+from fedveil.client.lookout import Lookout
+from fedveil.client.memory import Memory
+from fedveil.client.outgoing import own_words, refused
+from fedveil.client.rehearsals import Rehearsals
+from fedveil.client.site import Site, check_job, open_site, policy_of
+from fedveil.client.sums import Party, agreed, make_key, next_key, party_of, told_for_sum
+from fedveil.common.config.sections import Scalar
+from fedveil.common.errors import ConfigError, ProtocolError
+from fedveil.common.log import about, set_up
+from fedveil.common.messages.round import KeyTask, Refusal, Reply, SumReply, SumTask, TrainResult, TrainTask
+from fedveil.common.messages.signed import check_unsigned
+from fedveil.common.messages.wire import decode_sum_task, decode_task, kind_of_task, layout_of, round_of
+from fedveil.common.model.device import denormals_flushed, make_threads, own_cores
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.model.files import files_of
+from fedveil.common.paths import reply_file, run_name
+from fedveil.privacy.secure_sum import KeyOffer
+from fedveil.strategies.job import Job, configure
 
 log = logging.getLogger("fedveil.site")
 

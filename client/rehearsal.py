@@ -29,20 +29,20 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from client.deadline import Timing
-from client.inner_shapes import follow_from_records
-from common.errors import MechanismError, ModelError
-from common.messages.columns import Chosen
-from common.messages.state import METRIC, AdapterState
-from common.model.federated import FederatedModel
-from common.model.shapes import FixedBatch, Shapes
-from common.starts import PaidStart
-from common.starts.gradient import initial_shapes
-from common.tasks import Record, Task
-from privacy.dpsgd import PrivateSteps
-from privacy.entropy import rehearsal_entropy
-from privacy.plan import gaussian_plan
-from privacy.randomness import stream
+from fedveil.client.deadline import Timing
+from fedveil.client.inner_shapes import follow_from_records
+from fedveil.common.errors import MechanismError, ModelError
+from fedveil.common.messages.columns import Chosen
+from fedveil.common.messages.state import METRIC, AdapterState
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.model.shapes import FixedBatch, Shapes
+from fedveil.common.starts import PaidStart
+from fedveil.common.starts.gradient import initial_shapes
+from fedveil.common.tasks import Record, Task
+from fedveil.privacy.dpsgd import PrivateSteps
+from fedveil.privacy.entropy import rehearsal_entropy
+from fedveil.privacy.plan import gaussian_plan
+from fedveil.privacy.randomness import stream
 
 MIXED = 1e-4
 """Deviation of a record's gradient, over its norm, above which records are mixed. Honest models: 1e-6; float32."""

@@ -12,13 +12,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from client.budget import evaluation_releases
-from client.cache import RecordCache
-from client.deadline import Deadline, Timing
-from client.failures import failures_of
-from client.linearised import check_memory, contrasts
-from client.local_training import columns_of
-from client.rehearsal import (
+from fedveil.client.budget import evaluation_releases
+from fedveil.client.cache import RecordCache
+from fedveil.client.deadline import Deadline, Timing
+from fedveil.client.failures import failures_of
+from fedveil.client.linearised import check_memory, contrasts
+from fedveil.client.local_training import columns_of
+from fedveil.client.rehearsal import (
     rehearse,
     rehearse_columns,
     rehearse_features,
@@ -26,14 +26,14 @@ from client.rehearsal import (
     rehearse_initial,
     rehearse_linearised,
 )
-from client.site import Site
-from common.config.phases import Inputs
-from common.errors import PolicyRefusal
-from common.messages.round import TrainTask
-from common.model.federated import FederatedModel
-from common.starts import PaidStart
-from privacy.together import units_at_once
-from strategies.job import Job
+from fedveil.client.site import Site
+from fedveil.common.config.phases import Inputs
+from fedveil.common.errors import PolicyRefusal
+from fedveil.common.messages.round import TrainTask
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.starts import PaidStart
+from fedveil.privacy.together import units_at_once
+from fedveil.strategies.job import Job
 
 PLAIN, INITIAL, FEATURED = "plain steps", "round 0", "features"
 ON_JACOBIANS, ON_FEATURES = "steps on Jacobians", "the head's steps on features"

@@ -28,7 +28,7 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
 from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_from_tree
 from flwr.supernode.runtime.run_clientapp import push_message
 
-from common.runtime import ANEW, HeldTask, NotOurNode, Runtime
+from fedveil.common.runtime import ANEW, HeldTask, NotOurNode, Runtime
 
 log = logging.getLogger("fedveil.site")
 PIECE_SECONDS = 0.02

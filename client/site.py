@@ -30,15 +30,15 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-from client.ledger.file import only_ledger, withdrawn_in
-from client.ledger.holds import WITHDRAWN
-from client.pins import pin_command
-from client.policy import Policy, load_policy
-from common.check import nearest
-from common.config.sections import Columns, DataConfig, RunConfig, Scalar
-from common.data.named import DATASETS
-from common.data.partition import check_division, public_size_of_part, site_part
-from common.data.sources import (
+from fedveil.client.ledger.file import only_ledger, withdrawn_in
+from fedveil.client.ledger.holds import WITHDRAWN
+from fedveil.client.pins import pin_command
+from fedveil.client.policy import Policy, load_policy
+from fedveil.common.check import nearest
+from fedveil.common.config.sections import Columns, DataConfig, RunConfig, Scalar
+from fedveil.common.data.named import DATASETS
+from fedveil.common.data.partition import check_division, public_size_of_part, site_part
+from fedveil.common.data.sources import (
     Reading,
     is_public,
     known_labels,
@@ -47,17 +47,17 @@ from common.data.sources import (
     public_names,
     train_and_test,
 )
-from common.errors import ConfigError, PolicyRefusal
-from common.files import FileState, expanded
-from common.labels import labels_text
-from common.log import about
-from common.messages.columns import FACTOR, Chosen
-from common.messages.state import AdapterState
-from common.paths import run_folder
-from common.tasks import TASKS
-from common.tasks.examples import Dataset
-from privacy import promising
-from strategies.job import Job
+from fedveil.common.errors import ConfigError, PolicyRefusal
+from fedveil.common.files import FileState, expanded
+from fedveil.common.labels import labels_text
+from fedveil.common.log import about
+from fedveil.common.messages.columns import FACTOR, Chosen
+from fedveil.common.messages.state import AdapterState
+from fedveil.common.paths import run_folder
+from fedveil.common.tasks import TASKS
+from fedveil.common.tasks.examples import Dataset
+from fedveil.privacy import promising
+from fedveil.strategies.job import Job
 
 NODE_KEYS = (
     *("site", "data", "dataset-id", "public-size", "ledger", "policy"),

@@ -16,12 +16,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from client.pins import refusal
-from client.policy import Policy
-from common.config.sections import Scalar
-from common.errors import ConfigError, PolicyRefusal, ProtocolError
-from common.files import expanded
-from common.messages.round import (
+from fedveil.client.pins import refusal
+from fedveil.client.policy import Policy
+from fedveil.common.config.sections import Scalar
+from fedveil.common.errors import ConfigError, PolicyRefusal, ProtocolError
+from fedveil.common.files import expanded
+from fedveil.common.messages.round import (
     KeyReply,
     KeyTask,
     ShareReply,
@@ -34,9 +34,9 @@ from common.messages.round import (
     UnmaskReply,
     UnmaskTask,
 )
-from common.messages.wire import encode_state, layout_digest, layout_of
-from common.model.federated import FederatedModel
-from privacy.secure_sum import (
+from fedveil.common.messages.wire import encode_state, layout_digest, layout_of
+from fedveil.common.model.federated import FederatedModel
+from fedveil.privacy.secure_sum import (
     AttemptName,
     Holder,
     Identity,
@@ -48,9 +48,9 @@ from privacy.secure_sum import (
     Terms,
     may_be_lost,
 )
-from privacy.secure_sum.masks import Words
-from privacy.secure_sum.roster import load_roster
-from strategies.job import Job
+from fedveil.privacy.secure_sum.masks import Words
+from fedveil.privacy.secure_sum.roster import load_roster
+from fedveil.strategies.job import Job
 
 KEPT, HELD = "mask-key", "mask-shares"
 """Keys of a node's memory: what is secret of the next vector's masks, and what this site holds of the last one's."""

@@ -20,23 +20,23 @@ from pathlib import Path
 
 from flwr.app import Context, Message
 
-from client import app as installed
-from client.dumps import write_no_dumps
-from client.lookout import Lookout
-from client.outgoing import UNTOLD, refused
-from client.process import reply_after
-from client.runtime import LostMessage, Node, failed
-from client.site import name_of, policy_of
-from common.bundle import bundle_digest, own_digest
-from common.config.sections import Scalar
-from common.errors import ConfigError, DataError
-from common.log import about, place_of, set_up
-from common.messages.signed import Asked, SiteKeys, check_task, digest, sign_answer
-from common.messages.wire import encode_reply, round_of
-from common.paths import run_name
-from common.runtime import ANEW, NODE_TOO, NotOurNode, TaskLost
-from privacy.entropy import require_system_entropy
-from strategies.job import configure
+from fedveil.client import app as installed
+from fedveil.client.dumps import write_no_dumps
+from fedveil.client.lookout import Lookout
+from fedveil.client.outgoing import UNTOLD, refused
+from fedveil.client.process import reply_after
+from fedveil.client.runtime import LostMessage, Node, failed
+from fedveil.client.site import name_of, policy_of
+from fedveil.common.bundle import bundle_digest, own_digest
+from fedveil.common.config.sections import Scalar
+from fedveil.common.errors import ConfigError, DataError
+from fedveil.common.log import about, place_of, set_up
+from fedveil.common.messages.signed import Asked, SiteKeys, check_task, digest, sign_answer
+from fedveil.common.messages.wire import encode_reply, round_of
+from fedveil.common.paths import run_name
+from fedveil.common.runtime import ANEW, NODE_TOO, NotOurNode, TaskLost
+from fedveil.privacy.entropy import require_system_entropy
+from fedveil.strategies.job import configure
 
 log = logging.getLogger("fedveil.site")
 POLL_SECONDS = 0.2

@@ -19,9 +19,10 @@ from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
-from common.errors import ProtocolError
+from fedveil.common.errors import ProtocolError
 
 PROJECT = Path(__file__).resolve().parent.parent
+PACKAGE = "fedveil"
 SETTINGS = "pyproject.toml"
 OWN_SETTINGS = "common/bundle.toml"
 """The project's ``pyproject.toml`` as package data: an installed wheel has no other."""
@@ -45,14 +46,16 @@ def files_of(project: Path) -> dict[str, bytes]:
     """Return the files that a bundle of ``project`` consists of, by path: its settings and what ``fab-include`` names.
 
     Args:
-        project: the folder that holds the packages; in it ``common/bundle.toml``, or as a bundle was unpacked there,
-            ``pyproject.toml``.
+        project: the folder that holds the rooms: a checkout, an installed wheel's package, or an unpacked bundle, which
+            has no ``common/bundle.toml`` but ``pyproject.toml``.
     """
     own = project / OWN_SETTINGS
     text = (own if own.is_file() else project / SETTINGS).read_bytes()
     patterns = tomllib.loads(text.decode())["tool"]["flwr"]["app"]["fab-include"]
-    found = {file for pattern in patterns for file in project.glob(pattern)}
-    return {SETTINGS: text, **{file.relative_to(project).as_posix(): file.read_bytes() for file in sorted(found)}}
+    found = {file.relative_to(project).as_posix(): file for pattern in patterns for file in project.glob(pattern)}
+    if not (project / PACKAGE).is_dir():  # a wheel's package: its own files lie among the rooms
+        found |= {f"{PACKAGE}/{file.name}": file for file in project.glob("*.py")}
+    return {SETTINGS: text, **{name: file.read_bytes() for name, file in sorted(found.items())}}
 
 
 @lru_cache(maxsize=1)

@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from common.errors import ConfigError
+from fedveil.common.errors import ConfigError
 
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """A name that somebody else chooses, and that is written into file names, ledgers and reports."""

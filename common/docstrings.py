@@ -13,7 +13,7 @@ from typing import Any
 def said_of(of: type[Any]) -> str:
     """Return the first sentence about a class, without its dot.
 
-    >>> from common.messages.round import NoisedCount
+    >>> from fedveil.common.messages.round import NoisedCount
     >>> said_of(NoisedCount)
     'How many of its own records the received model classifies correctly, noised and paid for'
     """
@@ -23,7 +23,7 @@ def said_of(of: type[Any]) -> str:
 def fields_said(of: type[Any]) -> dict[str, str]:
     """Return the text below each field of a dataclass, its parents' too, in the fields' order; empty where none is.
 
-    >>> from common.messages.round import NoisedCount
+    >>> from fedveil.common.messages.round import NoisedCount
     >>> fields_said(NoisedCount)["noise_std"]
     'Standard deviation of the Gaussian noise, in records.'
     """

@@ -15,8 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from common.errors import ConfigError, DataError, RunFailed
-from common.words import bytes_text
+from fedveil.common.errors import ConfigError, DataError, RunFailed
+from fedveil.common.words import bytes_text
 
 FileState = tuple[int, int, int] | None
 DATABASE = b"SQLite format 3\0"

@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Iterable
 
-from common.errors import ConfigError
+from fedveil.common.errors import ConfigError
 
 
 def labels_of(text: str) -> tuple[str, ...]:

@@ -20,8 +20,8 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from common.check import one_of
-from common.words import printable
+from fedveil.common.check import one_of
+from fedveil.common.words import printable
 
 VARIABLE = "FEDVEIL_LOG"
 FORMS = ("text", "json")

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import fields
 from typing import Any
 
-from common.errors import ProtocolError
+from fedveil.common.errors import ProtocolError
 
 Format = str | tuple[Any, ...]
 """Of one field: a format of ``struct``, or all its values, of which the place travels (u8)."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path, PurePath
 
-from common.check import PLAIN_NAME
-from common.config.sections import RunConfig
-from common.errors import ConfigError, DataError
-from common.files import ABOUT_ADAPTER, expanded
+from fedveil.common.check import PLAIN_NAME
+from fedveil.common.config.sections import RunConfig
+from fedveil.common.errors import ConfigError, DataError
+from fedveil.common.files import ABOUT_ADAPTER, expanded
 
 RUN_NAME = PLAIN_NAME
 """A server chooses it."""

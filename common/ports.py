@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 
-from common.errors import ConfigError
+from fedveil.common.errors import ConfigError
 
 LARGEST = 65535
 

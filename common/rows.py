@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from importlib import import_module
 from typing import Any, TypeVar
 
-from common.errors import ConfigError
+from fedveil.common.errors import ConfigError
 
 T = TypeVar("T")
-CONTRIB = "contrib"
+CONTRIB = "fedveil.contrib"
 """The package of rows beside the core. No file of the core imports it."""
 
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
-from common.errors import DataError
-from common.files import ABOUT_ADAPTER
-from common.messages.round import SpendingFigures
-from common.strict_json import BESIDE, Endless, Measured, called, from_json, json_of
+from fedveil.common.errors import DataError
+from fedveil.common.files import ABOUT_ADAPTER
+from fedveil.common.messages.round import SpendingFigures
+from fedveil.common.strict_json import BESIDE, Endless, Measured, called, from_json, json_of
 
 AUDITS = "audit*"
 """Names of the files in which audits leave their findings, each an ``AuditFile``."""

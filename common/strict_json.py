@@ -16,7 +16,7 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from common.errors import DataError
+from fedveil.common.errors import DataError
 
 MOST = sys.float_info.max
 Endless = Annotated[float, "may be infinite"]

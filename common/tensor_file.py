@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from common.errors import DataError
+from fedveil.common.errors import DataError
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common.errors import ConfigError
+from fedveil.common.errors import ConfigError
 
 MOST = 2**63
 """Above what a whole number of TOML can be."""

@@ -1,10 +1,10 @@
 """Put data sets that no package carries where FedVeil looks for them, or write the sentences of a data set to a file.
 
-    python -m demo.convert sst2 FOLDER                  # GLUE's train.tsv and dev.tsv; test.tsv if labelled
-    python -m demo.convert snli FOLDER                  # snli_1.0_train.jsonl and its like, or train.jsonl
-    python -m demo.convert qnli FOLDER                  # GLUE's train.tsv and dev.tsv
-    python -m demo.convert sentences imdb imdb.txt      # of a named data set, as ``start.text`` takes them
-    python -m demo.convert persons imdb persons.csv     # sentences of reviews, each author of one a person
+    python -m fedveil.demo.convert sst2 FOLDER                  # GLUE's train.tsv and dev.tsv; test.tsv if labelled
+    python -m fedveil.demo.convert snli FOLDER                  # snli_1.0_train.jsonl and its like, or train.jsonl
+    python -m fedveil.demo.convert qnli FOLDER                  # GLUE's train.tsv and dev.tsv
+    python -m fedveil.demo.convert sentences imdb imdb.txt      # of a named data set, as ``start.text`` takes them
+    python -m fedveil.demo.convert persons imdb persons.csv     # sentences of reviews, each author of one a person
 
 The first three write ``data/sst2/train.tsv`` and so on, of which the columns are ``text``, ``label`` and, of pairs,
 ``text_pair``. FOLDER is the public distribution, unpacked. Rows without a label are left out, and counted.
@@ -21,15 +21,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.check import nearest
-from common.config.sections import DataConfig
-from common.data.named import DATASETS
-from common.data.sentences import FEWEST_WORDS, sentences_of
-from common.data.sources import load_dataset
-from common.errors import ConfigError, DataError, FedVeilError
-from common.starts.public_text import as_file, data_set_sentences
-from common.tasks.cells import is_missing, plain
-from common.tasks.tables import Table, read_file
+from fedveil.common.check import nearest
+from fedveil.common.config.sections import DataConfig
+from fedveil.common.data.named import DATASETS
+from fedveil.common.data.sentences import FEWEST_WORDS, sentences_of
+from fedveil.common.data.sources import load_dataset
+from fedveil.common.errors import ConfigError, DataError, FedVeilError
+from fedveil.common.starts.public_text import as_file, data_set_sentences
+from fedveil.common.tasks.cells import is_missing, plain
+from fedveil.common.tasks.tables import Table, read_file
 
 PERSONS, RECORDS_OF_ONE = 2000, 8
 """Authors whose reviews are cut into records, and the most sentences of one."""
@@ -171,7 +171,7 @@ def _write(path: Path, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
 
 def main(words: Sequence[str]) -> int:
     """Do what the command line says; return its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m demo.convert", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m fedveil.demo.convert", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("what", help=f"{', '.join(LAYOUTS)}, sentences or persons")
     parser.add_argument("source", help="the public distribution's folder; of sentences and persons, a data set's name")

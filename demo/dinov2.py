@@ -10,9 +10,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.errors import DataError
-from demo.packaged import PackagedFolder
-from demo.unpacked import Unpacked
+from fedveil.common.errors import DataError
+from fedveil.demo.packaged import PackagedFolder
+from fedveil.demo.unpacked import Unpacked
 
 if TYPE_CHECKING:
     from torch import Tensor

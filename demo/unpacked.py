@@ -16,8 +16,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.files import sha256_of
-from demo.packaged import PackagedFolder, packaged_folder
+from fedveil.common.files import sha256_of
+from fedveil.demo.packaged import PackagedFolder, packaged_folder
 
 
 @dataclass(frozen=True)

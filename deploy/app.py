@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from common.bundle import PROJECT, files_of
+from fedveil.common.bundle import PROJECT, files_of
 
 __all__ = ["PROJECT", "app_folder"]
 

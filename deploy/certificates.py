@@ -22,8 +22,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from common.errors import ConfigError, DataError
-from common.messages.signed import SIGNS_TASKS
+from fedveil.common.errors import ConfigError, DataError
+from fedveil.common.messages.signed import SIGNS_TASKS
 
 AUTHORITY_DAYS = 3650
 SERVER_DAYS = 397

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from common.errors import FedVeilError
+from fedveil.common.errors import FedVeilError
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from common.config.sections import Scalar
-from common.config.text import toml_value
-from deploy.server_folder import ServerFolder
-from deploy.site_folder import SiteFolder, node_settings
-from server.own_check import FOLDER
-from server.registered import NODES
+from fedveil.common.config.sections import Scalar
+from fedveil.common.config.text import toml_value
+from fedveil.deploy.server_folder import ServerFolder
+from fedveil.deploy.site_folder import SiteFolder, node_settings
+from fedveil.server.own_check import FOLDER
+from fedveil.server.registered import NODES
 
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -89,7 +89,7 @@ def supernode_command(folder: SiteFolder, more: str = "", secret: Path | None = 
 def worker_command(folder: SiteFolder, secret: Path, more: str = "") -> list[str]:
     """Return the command of the site's own worker, which runs the installed code; ``more`` as for the SuperNode."""
     return [
-        *own_module("client.worker"),
+        *own_module("fedveil.client.worker"),
         *("--port", str(folder.runtime_port), "--secret", str(secret)),
         *("--authority", str(folder.path / "ca.crt"), "--key", str(folder.path / "node.key")),
         *("--node", json.dumps(node_settings(folder, more))),
@@ -99,7 +99,7 @@ def worker_command(folder: SiteFolder, secret: Path, more: str = "") -> list[str
 def runner_command(folder: ServerFolder, secret: Path) -> list[str]:
     """Return the command of the server's own runner, which runs the installed code."""
     return [
-        *own_module("server.runner"),
+        *own_module("fedveil.server.runner"),
         *("--address", folder.control, "--authority", str(folder.path / "ca.crt"), "--secret", str(secret)),
     ]
 

@@ -1,6 +1,6 @@
 """The parts of docker-compose.yml that are no command of ``fedveil``: making keys once, letting sites in, and health.
 
-Run as ``python -m deploy.container keys | job | healthy-server | healthy-site``. Health is asked
+Run as ``python -m fedveil.deploy.container keys | job | healthy-server | healthy-site``. Health is asked
 for every few seconds, so its way imports the standard library alone.
 """
 
@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
-    from common.config.sections import Scalar
-    from strategies.job import Job
+    from fedveil.common.config.sections import Scalar
+    from fedveil.strategies.job import Job
 
 FOLDER, PKI = Path("/federation"), Path("/pki")
 FLEET_PORT, CONTROL_PORT = 9092, 8000
@@ -64,16 +64,16 @@ def make_keys(
         FedVeilError: a volume cannot be written, or holds half a folder; or the settings are no job's, or a policy
             cannot say what they ask for; or there is ``alone`` without ``honest``.
     """
-    from common.config.text import parse_settings
-    from common.data.partition import division_of
-    from common.errors import ConfigError
-    from deploy.peers import ENTRY, PEERS, make_roster
-    from deploy.pin import pin_roster
-    from deploy.policy_file import mechanisms_of_job, models_of, pins_of_job, policy_text
-    from deploy.server_folder import make_server
-    from deploy.site_folder import make_site, open_site_folder
-    from privacy.units import PERSON
-    from strategies.job import configure
+    from fedveil.common.config.text import parse_settings
+    from fedveil.common.data.partition import division_of
+    from fedveil.common.errors import ConfigError
+    from fedveil.deploy.peers import ENTRY, PEERS, make_roster
+    from fedveil.deploy.pin import pin_roster
+    from fedveil.deploy.policy_file import mechanisms_of_job, models_of, pins_of_job, policy_text
+    from fedveil.deploy.server_folder import make_server
+    from fedveil.deploy.site_folder import make_site, open_site_folder
+    from fedveil.privacy.units import PERSON
+    from fedveil.strategies.job import configure
 
     if alone and not honest:
         raise ConfigError("SITE_EPSILON_ALONE needs SITE_HONEST_SITES: say how many sites the policies take for honest")
@@ -139,15 +139,15 @@ def make_keys(
 
 def _copy(source: Path, place: Path) -> None:
     """Put a file's copy in the place of what is there: of a link as well, which may lead into a site's volume."""
-    from deploy.files import put_file, read_bytes
+    from fedveil.deploy.files import put_file, read_bytes
 
     put_file(place, read_bytes(source, "what the coordinator gets"), private=False)
 
 
 def _joins_sums(policy: Path) -> bool:
     """Whether a policy takes part in secure sums; one that is none takes part in nothing, which was said."""
-    from client.policy import load_policy
-    from common.errors import ConfigError
+    from fedveil.client.policy import load_policy
+    from fedveil.common.errors import ConfigError
 
     try:
         return load_policy(policy).honest_sites > 0
@@ -157,8 +157,8 @@ def _joins_sums(policy: Path) -> bool:
 
 def _say_if_refused(folder: Path, name: str, job: Job) -> None:
     """Print why a site will refuse this job, if it will: its policy was made for another, or does not let it in."""
-    from client.policy import load_policy
-    from common.errors import FedVeilError
+    from fedveil.client.policy import load_policy
+    from fedveil.common.errors import FedVeilError
 
     try:
         load_policy(folder / "policy.toml").check_job(job, private=False)
@@ -168,7 +168,7 @@ def _say_if_refused(folder: Path, name: str, job: Job) -> None:
 
 def _handed_out(first: Path, sites: int, division: str) -> tuple[int, str]:
     """Return among how many sites a job's data are divided, and how, as when the first was made."""
-    from deploy.site_folder import node_settings, open_site_folder
+    from fedveil.deploy.site_folder import node_settings, open_site_folder
 
     if (first / "site.toml").is_file():
         node = node_settings(open_site_folder(first))
@@ -191,10 +191,10 @@ def job_command(sites: int, settings: str, folder: Path = FOLDER) -> list[str]:
         DataError: a file cannot be read.
         RunFailed: the server refused or did not answer.
     """
-    from common.errors import ConfigError
-    from deploy.commands import program
-    from deploy.registry import ShutOut, register_site
-    from deploy.server_folder import open_server
+    from fedveil.common.errors import ConfigError
+    from fedveil.deploy.commands import program
+    from fedveil.deploy.registry import ShutOut, register_site
+    from fedveil.deploy.server_folder import open_server
 
     server, shut_out = open_server(folder), set[str]()
     for key in sorted((folder / "keys").glob("site-*.pub")):
@@ -242,7 +242,7 @@ def _start_job() -> NoReturn:
 
 def _said(do: Callable[[], None]) -> int:
     """Return the exit code of a part whose errors are for people; those of the disk are as the machine says them."""
-    from common.errors import FedVeilError
+    from fedveil.common.errors import FedVeilError
 
     try:
         do()
@@ -281,7 +281,7 @@ def _number(name: str, default: float) -> float:
 
 
 def _refuse(name: str, wanted: str) -> NoReturn:
-    from common.errors import ConfigError
+    from fedveil.common.errors import ConfigError
 
     raise ConfigError(f"{name} is {os.environ[name]!r}: write {wanted}, or leave it out")
 

@@ -15,14 +15,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.config.sections import Scalar
-from common.config.text import to_toml
-from common.errors import RunFailed
-from deploy.app import app_folder
-from deploy.commands import environment, program
-from deploy.files import read_bytes
-from deploy.node_keys import public_pem
-from deploy.server_folder import CONNECTION, ServerFolder, connection_toml
+from fedveil.common.config.sections import Scalar
+from fedveil.common.config.text import to_toml
+from fedveil.common.errors import RunFailed
+from fedveil.deploy.app import app_folder
+from fedveil.deploy.commands import environment, program
+from fedveil.deploy.files import read_bytes
+from fedveil.deploy.node_keys import public_pem
+from fedveil.deploy.server_folder import CONNECTION, ServerFolder, connection_toml
 
 if TYPE_CHECKING:
     from flwr.proto.node_pb2 import NodeInfo
@@ -122,7 +122,7 @@ class Control:
         Raises:
             RunFailed: the server refused or did not answer.
         """
-        from strategies.options import for_flower  # which loads torch
+        from fedveil.strategies.options import for_flower  # which loads torch
 
         overrides = self._home / "settings.toml"
         overrides.write_text(to_toml(for_flower(settings)), encoding="utf-8")

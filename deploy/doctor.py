@@ -10,30 +10,30 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from client.ledger.ledger import Ledger
-from client.policy import NO_BUDGET
-from common.bundle import own_digest
-from common.errors import PolicyRefusal
-from common.files import expanded
-from common.ports import dialled
-from common.words import counted
-from deploy import shared_checks as shared
-from deploy.certificates import belongs_to, is_issued_by, names_of, read_certificate
-from deploy.check_results import CheckResult, examine
-from deploy.control import control_of
-from deploy.files import read_bytes
-from deploy.fleet import Answer, ask_to_join
-from deploy.node_keys import read_node_key
-from deploy.refusal import why_refused, why_unreachable
-from deploy.registry import online_words
-from deploy.server_folder import RENEWAL, ServerFolder, check_tasks
-from deploy.site_folder import ANY_PORT, SiteFolder, check_name, check_pinned, node_settings, policy_of_node
-from deploy.start import check_own_port, is_running, secret_file
-from privacy import trusting_the_server
-from privacy.figures import epsilon_text, honest_text
-from privacy.units import RECORD
-from server.registered import names_in
-from server.signing import TASKS
+from fedveil.client.ledger.ledger import Ledger
+from fedveil.client.policy import NO_BUDGET
+from fedveil.common.bundle import own_digest
+from fedveil.common.errors import PolicyRefusal
+from fedveil.common.files import expanded
+from fedveil.common.ports import dialled
+from fedveil.common.words import counted
+from fedveil.deploy import shared_checks as shared
+from fedveil.deploy.certificates import belongs_to, is_issued_by, names_of, read_certificate
+from fedveil.deploy.check_results import CheckResult, examine
+from fedveil.deploy.control import control_of
+from fedveil.deploy.files import read_bytes
+from fedveil.deploy.fleet import Answer, ask_to_join
+from fedveil.deploy.node_keys import read_node_key
+from fedveil.deploy.refusal import why_refused, why_unreachable
+from fedveil.deploy.registry import online_words
+from fedveil.deploy.server_folder import RENEWAL, ServerFolder, check_tasks
+from fedveil.deploy.site_folder import ANY_PORT, SiteFolder, check_name, check_pinned, node_settings, policy_of_node
+from fedveil.deploy.start import check_own_port, is_running, secret_file
+from fedveil.privacy import trusting_the_server
+from fedveil.privacy.figures import epsilon_text, honest_text
+from fedveil.privacy.units import RECORD
+from fedveil.server.registered import names_in
+from fedveil.server.signing import TASKS
 
 RENEW = "renew it with 'fedveil server renew'"
 NEW_AUTHORITY = "the coordinator makes a new one ('fedveil server init' in a new folder) for every site"
@@ -221,7 +221,7 @@ def _persons(folder: SiteFolder) -> Iterator[CheckResult]:
 
 
 def _pins(folder: SiteFolder) -> Iterator[CheckResult]:
-    from client.pins import spoken
+    from fedveil.client.pins import spoken
 
     pinned = spoken(check_pinned(folder, node_settings(folder)))
     yield CheckResult(True, "pins", pinned or "none: this site plays parts of FedVeil's own data sets alone")
@@ -246,7 +246,7 @@ def _models(folder: SiteFolder) -> Iterator[CheckResult]:
 
 
 def _base_model(folder: SiteFolder) -> Iterator[CheckResult]:
-    from common.model.files import files_of
+    from fedveil.common.model.files import files_of
 
     files, policy = files_of(folder.model), policy_of_node(node_settings(folder))
     policy.check_model_name(folder.model)
@@ -255,8 +255,8 @@ def _base_model(folder: SiteFolder) -> Iterator[CheckResult]:
 
 
 def _peers_of(folder: SiteFolder) -> Iterator[CheckResult]:
-    from client.sums import party_of, roster_file
-    from privacy.secure_sum.roster import load_roster
+    from fedveil.client.sums import party_of, roster_file
+    from fedveil.privacy.secure_sum.roster import load_roster
 
     settings = node_settings(folder)
     policy, what = policy_of_node(settings), "secure sums"
@@ -306,7 +306,7 @@ def _ledger(folder: SiteFolder) -> Iterator[CheckResult]:
 
 def _ledger_file(folder: SiteFolder) -> Path:
     """Return the ledger that rounds are charged to, which the node's settings may name."""
-    from client.site import ledger_of
+    from fedveil.client.site import ledger_of
 
     return ledger_of(node_settings(folder))
 

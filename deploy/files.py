@@ -8,8 +8,8 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from common.errors import ConfigError, DataError
-from common.files import sync_folder
+from fedveil.common.errors import ConfigError, DataError
+from fedveil.common.files import sync_folder
 
 PRIVATE_MODE = 0o600
 PUBLIC_MODE = 0o644

@@ -1,9 +1,9 @@
 """Run a Flower process and its worker as one: whoever stops this stops both, and a worker that ends comes back.
 
-A site's are its SuperNode and ``client.worker``, a server's its SuperLink and ``server.runner``. Run as
-``python -P -m deploy.pair NODE WORKER``, both commands as JSON lists. It stays while they run, so it imports the
-standard library alone. Flower's end is the pair's end: its unit or container starts the pair anew. A worker's end is
-nothing to the SuperNode, which keeps what the site must remember of a run.
+A site's are its SuperNode and ``client.worker``, a server's its SuperLink and ``server.runner``. Run as ``python -P -m
+fedveil.deploy.pair NODE WORKER``, both commands as JSON lists. It stays while they run, so it imports the standard
+library alone. Flower's end is the pair's end: its unit or container starts the pair anew. A worker's end is nothing to
+the SuperNode, which keeps what the site must remember of a run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from common.parent import die_with_parent
+from fedveil.common.parent import die_with_parent
 
 ANEW, NODE_TOO = 75, 76
 """Exit codes of a worker, as in ``common.runtime``: start it anew; end Flower's process as well."""

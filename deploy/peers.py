@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.files import expanded, replace_file
-from deploy.files import PRIVATE_MODE, read_bytes
-from deploy.site_folder import SiteFolder
-from privacy.secure_sum import Roster
-from privacy.secure_sum.roster import joined
+from fedveil.common.files import expanded, replace_file
+from fedveil.deploy.files import PRIVATE_MODE, read_bytes
+from fedveil.deploy.site_folder import SiteFolder
+from fedveil.privacy.secure_sum import Roster
+from fedveil.privacy.secure_sum.roster import joined
 
 KEY, ENTRY, PEERS = "identity.key", "identity.toml", "peers.toml"
 

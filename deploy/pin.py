@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from common.config.sections import ModelConfig
-from common.config.text import toml_value
-from common.errors import ConfigError, DataError
-from common.files import sync_folder
-from common.labels import labels_text
-from common.tasks import TASKS
-from common.toml import toml_of
-from deploy.policy_file import BUDGET_HEAD, PINS_HEAD, Pins, pins_of
+from fedveil.common.config.sections import ModelConfig
+from fedveil.common.config.text import toml_value
+from fedveil.common.errors import ConfigError, DataError
+from fedveil.common.files import sync_folder
+from fedveil.common.labels import labels_text
+from fedveil.common.tasks import TASKS
+from fedveil.common.toml import toml_of
+from fedveil.deploy.policy_file import BUDGET_HEAD, PINS_HEAD, Pins, pins_of
 
 T = TypeVar("T")
 KINDS: dict[type, str] = {str: "text", int: "a whole number", list: "a list of texts"}
@@ -37,7 +37,7 @@ def changed_pins(path: Path, task: str, columns: Mapping[str, str], labels: str,
         ConfigError: as for pins_of.
         DataError: the file cannot be read.
     """
-    from client.pins import LABELS, MAX_LENGTH, TASK, keys_of
+    from fedveil.client.pins import LABELS, MAX_LENGTH, TASK, keys_of
 
     held = _read(path)
     task = task or _held(path, held, TASK, str, ModelConfig().task)
@@ -99,7 +99,7 @@ def pin(path: Path, pins: Pins, more: Pins | None = None) -> None:
             of a TOML file; nothing was changed.
         DataError: it cannot be read or written.
     """
-    from client.pins import pin_keys
+    from fedveil.client.pins import pin_keys
 
     if not path.exists() and path.suffix != ".toml":
         raise ConfigError(f"there is no site's folder or policy {path}: a new policy's name ends in .toml")
@@ -124,7 +124,7 @@ def _put(path: Path, *parts: tuple[Pins, Sequence[str], str]) -> None:
 
     Errors as for pin.
     """
-    from client.policy import parse_policy
+    from fedveil.client.policy import parse_policy
 
     keys = {key for _, own, _ in parts for key in own}
     try:

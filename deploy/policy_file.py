@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from common.config.sections import DataConfig, ModelConfig, RunConfig, Scalar
-from common.config.text import to_toml
-from common.errors import ConfigError
-from common.labels import labels_of, labels_text
-from common.tasks import TASKS
-from privacy import MECHANISMS, trusting_the_server
-from privacy.record_level import DPSGD
-from privacy.units import PERSON
+from fedveil.common.config.sections import DataConfig, ModelConfig, RunConfig, Scalar
+from fedveil.common.config.text import to_toml
+from fedveil.common.errors import ConfigError
+from fedveil.common.labels import labels_of, labels_text
+from fedveil.common.tasks import TASKS
+from fedveil.privacy import MECHANISMS, trusting_the_server
+from fedveil.privacy.record_level import DPSGD
+from fedveil.privacy.units import PERSON
 
 BUDGET_HEAD = """\
 # The budget counts all runs on these records, whoever asks for them.
@@ -62,7 +62,7 @@ def policy_text(
         ConfigError: a site with this policy would refuse every round: a figure is out of range, delta
             above one over the public size, or the pins are not whole.
     """
-    from client.policy import parse_policy  # imports torch: seconds that only this needs
+    from fedveil.client.policy import parse_policy  # imports torch: seconds that only this needs
 
     settings: dict[str, Scalar | Sequence[str]] = {"dataset-id": dataset, "epsilon": epsilon, "delta": delta}
     if person:
@@ -93,7 +93,7 @@ def pins_of(task: str, columns: Mapping[str, str], labels: str, max_length: int)
     Raises:
         ConfigError: the task is unknown or lacks labels, or a column or labels are given that it does not read.
     """
-    from client.pins import LABELS, MAX_LENGTH, TASK
+    from fedveil.client.pins import LABELS, MAX_LENGTH, TASK
 
     ModelConfig(task=task, max_length=max_length)
     kind, defaults = TASKS[task], DataConfig().columns
@@ -116,7 +116,7 @@ def pins_of_job(config: RunConfig) -> Pins:
     Raises:
         ConfigError: the job says neither its labels nor a data set that FedVeil names.
     """
-    from common.data.sources import known_labels
+    from fedveil.common.data.sources import known_labels
 
     task = TASKS[config.model.task]
     labels = labels_text(known_labels(config.data)) if task.labelled else ""
@@ -145,7 +145,7 @@ def models_of(name: str, fingerprint: str) -> list[str]:
     Raises:
         ConfigError: it is another model, and its fingerprint is not given.
     """
-    from common.model.named import NAMED_MODELS
+    from fedveil.common.model.named import NAMED_MODELS
 
     if not fingerprint and name not in NAMED_MODELS:
         raise ConfigError(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import socket
 import ssl
 
-from common.errors import DataError
-from deploy.files import read_bytes
-from deploy.fleet import PATIENCE, Answer, ask_to_join
-from deploy.node_keys import read_node_key
-from deploy.site_folder import SiteFolder
+from fedveil.common.errors import DataError
+from fedveil.deploy.files import read_bytes
+from fedveil.deploy.fleet import PATIENCE, Answer, ask_to_join
+from fedveil.deploy.node_keys import read_node_key
+from fedveil.deploy.site_folder import SiteFolder
 
 NOT_YET_VALID, EXPIRED, NAMES = 9, 10, (62, 64)
 """OpenSSL's verification errors."""

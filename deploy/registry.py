@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from common.errors import ConfigError, DataError
-from common.files import replace_file, sync_folder
-from deploy.control import control_of
-from deploy.files import read_bytes
-from deploy.node_keys import public_pem
-from deploy.server_folder import ServerFolder
-from privacy.secure_sum.roster import SITE_NAME
+from fedveil.common.errors import ConfigError, DataError
+from fedveil.common.files import replace_file, sync_folder
+from fedveil.deploy.control import control_of
+from fedveil.deploy.files import read_bytes
+from fedveil.deploy.node_keys import public_pem
+from fedveil.deploy.server_folder import ServerFolder
+from fedveil.privacy.secure_sum.roster import SITE_NAME
 
 
 class ShutOut(ConfigError):

@@ -1,8 +1,9 @@
 """The server's doctor for a run: prints as JSON what a server app has it look at when the run begins.
 
-Run as ``python -m deploy.run_check RUNS FOLDER``, where RUNS is where runs are kept and FOLDER what ``fedveil server
-start`` was given; empty: the SuperLink was started otherwise. The port that sites dial is asked for its certificate,
-and whether it takes a key that nobody has registered. Nobody goes online by that. No line names a path of the disks.
+Run as ``python -m fedveil.deploy.run_check RUNS FOLDER``, where RUNS is where runs are kept and FOLDER what ``fedveil
+server start`` was given; empty: the SuperLink was started otherwise. The port that sites dial is asked for its
+certificate, and whether it takes a key that nobody has registered. Nobody goes online by that. No line names a path of
+the disks.
 """
 
 from __future__ import annotations
@@ -17,19 +18,19 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.files import expanded
-from common.run_lines import CheckLine, OwnCheck
-from common.strict_json import to_json
-from deploy import shared_checks as shared
-from deploy.certificates import as_fingerprint, fingerprint, read_certificate
-from deploy.check_results import Check, CheckResult, examine
-from deploy.doctor import authority_checks, certificate_checks, control_checks, task_checks
-from deploy.files import read_bytes
-from deploy.fleet import PATIENCE, asks_for_keys
-from deploy.refusal import why_unreachable
-from deploy.server_folder import ServerFolder, open_server
-from deploy.site_folder import SiteFolder
-from server.registered import NODES, names_in
+from fedveil.common.files import expanded
+from fedveil.common.run_lines import CheckLine, OwnCheck
+from fedveil.common.strict_json import to_json
+from fedveil.deploy import shared_checks as shared
+from fedveil.deploy.certificates import as_fingerprint, fingerprint, read_certificate
+from fedveil.deploy.check_results import Check, CheckResult, examine
+from fedveil.deploy.doctor import authority_checks, certificate_checks, control_checks, task_checks
+from fedveil.deploy.files import read_bytes
+from fedveil.deploy.fleet import PATIENCE, asks_for_keys
+from fedveil.deploy.refusal import why_unreachable
+from fedveil.deploy.server_folder import ServerFolder, open_server
+from fedveil.deploy.site_folder import SiteFolder
+from fedveil.server.registered import NODES, names_in
 
 LOCAL = "127.0.0.1"
 """In every certificate of ``fedveil server init``."""

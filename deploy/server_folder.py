@@ -25,14 +25,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from common.check import nearest
-from common.config.sections import Scalar
-from common.config.text import read_settings_file, to_toml
-from common.errors import ConfigError, DataError, ProtocolError
-from common.files import expanded
-from common.messages.signed import tasks_key
-from common.ports import LARGEST, check_port, dialled
-from deploy.certificates import (
+from fedveil.common.check import nearest
+from fedveil.common.config.sections import Scalar
+from fedveil.common.config.text import read_settings_file, to_toml
+from fedveil.common.errors import ConfigError, DataError, ProtocolError
+from fedveil.common.files import expanded
+from fedveil.common.messages.signed import tasks_key
+from fedveil.common.ports import LARGEST, check_port, dialled
+from fedveil.deploy.certificates import (
     Issued,
     alternative_names,
     belongs_to,
@@ -42,8 +42,8 @@ from deploy.certificates import (
     new_task_certificate,
     read_certificate,
 )
-from deploy.files import FOLDER_MODE, make_folder, put_file, read_bytes
-from server.signing import TASKS, read_tasks_key
+from fedveil.deploy.files import FOLDER_MODE, make_folder, put_file, read_bytes
+from fedveil.server.signing import TASKS, read_tasks_key
 
 Folder = TypeVar("Folder")
 

@@ -16,9 +16,9 @@ from cryptography import x509
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from deploy.advisories import safe_versions
-from deploy.certificates import days_left, fingerprint, lacks
-from deploy.check_results import CheckResult
+from fedveil.deploy.advisories import safe_versions
+from fedveil.deploy.certificates import days_left, fingerprint, lacks
+from fedveil.deploy.check_results import CheckResult
 
 WATCHED = ("flwr", "torch", "opacus", "transformers", "peft", "dp-accounting", "grpcio")
 LOW_DISK_BYTES = 1 << 30
@@ -117,8 +117,8 @@ def base_model(name: str, task: str, expected: str) -> Iterator[CheckResult]:
         task: as ``model.task``.
         expected: FINGERPRINT+FILES, from the coordinator; empty: only shown.
     """
-    from common.model.base import load_base_model  # imports torch and transformers
-    from common.model.files import files_of
+    from fedveil.common.model.base import load_base_model  # imports torch and transformers
+    from fedveil.common.model.files import files_of
 
     files = files_of(name)
     if expected and files != expected.partition("+")[2]:

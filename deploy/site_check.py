@@ -7,18 +7,18 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from common.config.sections import Columns, DataConfig
-from common.errors import ConfigError, DataError, UnreadableFile
-from common.labels import labels_text
-from common.tasks import TASKS
-from common.tasks.examples import Dataset
-from common.tasks.tables import Unfit
-from common.words import counted
-from deploy.site_folder import SiteFolder, check_pinned, node_settings
-from privacy import UNITS
+from fedveil.common.config.sections import Columns, DataConfig
+from fedveil.common.errors import ConfigError, DataError, UnreadableFile
+from fedveil.common.labels import labels_text
+from fedveil.common.tasks import TASKS
+from fedveil.common.tasks.examples import Dataset
+from fedveil.common.tasks.tables import Unfit
+from fedveil.common.words import counted
+from fedveil.deploy.site_folder import SiteFolder, check_pinned, node_settings
+from fedveil.privacy import UNITS
 
 if TYPE_CHECKING:
-    from client.policy import Policy
+    from fedveil.client.policy import Policy
 
 ROWS_SHOWN = 20
 """Numbers of rows that a line names."""
@@ -43,9 +43,9 @@ def check_site(folder: SiteFolder, say: Callable[[str], None], more: str = "", *
             none; or no row is a record. Every round would then send noise alone, and pay for it.
         LedgerError: the ledger cannot be read.
     """
-    from client.ledger.file import withdrawn_in
-    from client.site import ledger_of
-    from common.data.sources import load_protected
+    from fedveil.client.ledger.file import withdrawn_in
+    from fedveil.client.site import ledger_of
+    from fedveil.common.data.sources import load_protected
 
     settings = node_settings(folder, more)
     policy = check_pinned(folder, settings)
@@ -110,7 +110,7 @@ def _check_time(reply_after: float, declared: int, units: int, seconds: float, u
 
     Here alone the real number counts: a round that did anything else with more than are declared would tell.
     """
-    from client.deadline import PREPARED
+    from fedveil.client.deadline import PREPARED
 
     if units > declared:
         raise ConfigError(

@@ -20,22 +20,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from client.ledger.file import only_ledger
-from common.check import nearest
-from common.config.sections import Scalar
-from common.config.text import parse_settings, to_toml
-from common.errors import ConfigError
-from common.files import expanded
-from common.ports import check_port
-from deploy.certificates import read_certificate
-from deploy.files import make_folder, read_bytes
-from deploy.node_keys import is_pair, new_node_key
-from deploy.server_folder import FLEET_PORT, is_number, open_folder
-from privacy.secure_sum import Identity
-from privacy.secure_sum.roster import SITE_NAME, entry
+from fedveil.client.ledger.file import only_ledger
+from fedveil.common.check import nearest
+from fedveil.common.config.sections import Scalar
+from fedveil.common.config.text import parse_settings, to_toml
+from fedveil.common.errors import ConfigError
+from fedveil.common.files import expanded
+from fedveil.common.ports import check_port
+from fedveil.deploy.certificates import read_certificate
+from fedveil.deploy.files import make_folder, read_bytes
+from fedveil.deploy.node_keys import is_pair, new_node_key
+from fedveil.deploy.server_folder import FLEET_PORT, is_number, open_folder
+from fedveil.privacy.secure_sum import Identity
+from fedveil.privacy.secure_sum.roster import SITE_NAME, entry
 
 if TYPE_CHECKING:
-    from client.policy import Policy
+    from fedveil.client.policy import Policy
 
 ANY_PORT = 0
 """A free one at each start: nobody but this site's own processes dials it, so sites of one machine do not clash."""
@@ -183,7 +183,7 @@ def node_settings(folder: SiteFolder, more: str = "") -> dict[str, Scalar]:
         ConfigError: a key is unknown to a site.
         LedgerError: the folder holds several ledgers, and the settings name none.
     """
-    from client.site import NODE_KEYS  # imports torch: seconds that only this needs
+    from fedveil.client.site import NODE_KEYS  # imports torch: seconds that only this needs
 
     own = parse_settings([folder.node, more])
     settings: dict[str, Scalar] = {
@@ -231,7 +231,7 @@ def policy_of_node(settings: Mapping[str, Scalar]) -> Policy:
             it plays.
     """
     # Imports torch: seconds that only this needs.
-    from client.site import part_of, policy_of, public_size_of, rank_of
+    from fedveil.client.site import part_of, policy_of, public_size_of, rank_of
 
     policy = policy_of(settings)
     if size := public_size_of(settings, policy):
@@ -248,9 +248,9 @@ def check_pinned(folder: SiteFolder, settings: Mapping[str, Scalar]) -> Policy:
     Raises:
         ConfigError: it does not; the message tells what to add. Or as for policy_of_node.
     """
-    from client.pins import unpinned
-    from client.policy import NO_BUDGET
-    from privacy import trusting_the_server
+    from fedveil.client.pins import unpinned
+    from fedveil.client.policy import NO_BUDGET
+    from fedveil.privacy import trusting_the_server
 
     policy = policy_of_node(settings)
     if "data" in settings and not policy.task:

@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from common.errors import DataError
-from common.ports import free_ports
-from deploy.certificates import belongs_to, days_left, is_issued_by, read_certificate
-from deploy.commands import (
+from fedveil.common.errors import DataError
+from fedveil.common.ports import free_ports
+from fedveil.deploy.certificates import belongs_to, days_left, is_issued_by, read_certificate
+from fedveil.deploy.commands import (
     environment,
     own_module,
     runner_command,
@@ -24,12 +24,12 @@ from deploy.commands import (
     supernode_command,
     worker_command,
 )
-from deploy.files import FOLDER_MODE, put_file, read_bytes
-from deploy.refusal import why_refused
-from deploy.server_folder import ServerFolder, check_tasks, finish_renewal
-from deploy.site_check import check_site
-from deploy.site_folder import ANY_PORT, SiteFolder, check_name, node_settings
-from privacy.entropy import require_system_entropy
+from fedveil.deploy.files import FOLDER_MODE, put_file, read_bytes
+from fedveil.deploy.refusal import why_refused
+from fedveil.deploy.server_folder import ServerFolder, check_tasks, finish_renewal
+from fedveil.deploy.site_check import check_site
+from fedveil.deploy.site_folder import ANY_PORT, SiteFolder, check_name, node_settings
+from fedveil.privacy.entropy import require_system_entropy
 
 RETRY_SECONDS = 5.0
 SAY_AGAIN_SECONDS = 300.0
@@ -71,7 +71,7 @@ def _become_pair(pair: tuple[list[str], list[str]], secret: Path, environment: M
     """Make a new secret that both prove themselves by, and replace this process by their supervisor."""
     secret.parent.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
     put_file(secret, secrets.token_hex(32).encode(), private=True)
-    command = [*own_module("deploy.pair"), *map(json.dumps, pair)]
+    command = [*own_module("fedveil.deploy.pair"), *map(json.dumps, pair)]
     os.execve(command[0], command, environment)
 
 

@@ -8,25 +8,25 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.config.sections import Scalar
-from common.errors import ConfigError, DataError, RunFailed
-from common.files import whole_lines
-from common.paths import run_folder
-from common.run_lines import ResultFile, read_file, read_json
-from common.strict_json import from_json, to_json
-from common.words import counted
-from deploy.control import Control, control_of
-from deploy.registry import online_words
-from deploy.server_folder import ServerFolder
-from server.checkpoint import NAME as CHECKPOINT
-from server.conduct import DYING_SECONDS
-from server.ledger import with_ledger
-from server.lock import is_written
-from server.records import write_json
-from server.registered import names_in
-from server.resume import settings_of_resumed, with_resumed
-from server.tracking import check_tracker
-from strategies.job import configure, with_recipe
+from fedveil.common.config.sections import Scalar
+from fedveil.common.errors import ConfigError, DataError, RunFailed
+from fedveil.common.files import whole_lines
+from fedveil.common.paths import run_folder
+from fedveil.common.run_lines import ResultFile, read_file, read_json
+from fedveil.common.strict_json import from_json, to_json
+from fedveil.common.words import counted
+from fedveil.deploy.control import Control, control_of
+from fedveil.deploy.registry import online_words
+from fedveil.deploy.server_folder import ServerFolder
+from fedveil.server.checkpoint import NAME as CHECKPOINT
+from fedveil.server.conduct import DYING_SECONDS
+from fedveil.server.ledger import with_ledger
+from fedveil.server.lock import is_written
+from fedveil.server.records import write_json
+from fedveil.server.registered import names_in
+from fedveil.server.resume import settings_of_resumed, with_resumed
+from fedveil.server.tracking import check_tracker
+from fedveil.strategies.job import configure, with_recipe
 
 POLL_SECONDS = 1.0
 ASK_SECONDS = 20.0

@@ -8,11 +8,11 @@ import re
 import shlex
 from pathlib import Path
 
-from common.files import expanded
-from common.ports import dialled
-from deploy.commands import program
-from deploy.server_folder import ServerFolder, authority_beside
-from deploy.site_folder import SiteFolder
+from fedveil.common.files import expanded
+from fedveil.common.ports import dialled
+from fedveil.deploy.commands import program
+from fedveil.deploy.server_folder import ServerFolder, authority_beside
+from fedveil.deploy.site_folder import SiteFolder
 
 UNIT = """\
 # Install: copy to /etc/systemd/system/, then systemctl daemon-reload and systemctl enable --now {name}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from common.errors import DataError
-from deploy.site_check import pinned_settings
-from deploy.site_folder import SiteFolder, node_settings, policy_of_node
+from fedveil.common.errors import DataError
+from fedveil.deploy.site_check import pinned_settings
+from fedveil.deploy.site_folder import SiteFolder, node_settings, policy_of_node
 
 
 def withdraw_site(folder: SiteFolder, reason: str, say: Callable[[str], None], more: str = "") -> None:
@@ -25,10 +25,10 @@ def withdraw_site(folder: SiteFolder, reason: str, say: Callable[[str], None], m
         ConfigError: a node setting is unknown, the policy cannot be read, or no reason is given.
         LedgerError: the ledger cannot be written.
     """
-    from client.ledger.ledger import Ledger
-    from client.ledger.record_hashes import record_hashes
-    from client.site import ledger_of
-    from common.data.sources import load_protected
+    from fedveil.client.ledger.ledger import Ledger
+    from fedveil.client.ledger.record_hashes import record_hashes
+    from fedveil.client.site import ledger_of
+    from fedveil.common.data.sources import load_protected
 
     settings = node_settings(folder, more)
     policy = policy_of_node(settings)

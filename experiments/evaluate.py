@@ -13,21 +13,21 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 
-from common.adapters.base import pefts_old_names
-from common.data.sources import public_test
-from common.errors import DataError, ModelError
-from common.model.base import BaseModel, load_base_model
-from common.model.device import choose_attention, choose_device
-from common.model.federated import score_records
-from common.model.files import check_files
-from common.model.score import Score
-from common.paths import check_adapter
-from common.run_lines import AdapterFile, read_file, read_json
-from common.tasks import TASKS, Task
-from common.tasks.module import TaskModule
-from common.tensor_file import read_tensors
-from common.words import visible
-from strategies.job import configure
+from fedveil.common.adapters.base import pefts_old_names
+from fedveil.common.data.sources import public_test
+from fedveil.common.errors import DataError, ModelError
+from fedveil.common.model.base import BaseModel, load_base_model
+from fedveil.common.model.device import choose_attention, choose_device
+from fedveil.common.model.federated import score_records
+from fedveil.common.model.files import check_files
+from fedveil.common.model.score import Score
+from fedveil.common.paths import check_adapter
+from fedveil.common.run_lines import AdapterFile, read_file, read_json
+from fedveil.common.tasks import TASKS, Task
+from fedveil.common.tasks.module import TaskModule
+from fedveil.common.tensor_file import read_tensors
+from fedveil.common.words import visible
+from fedveil.strategies.job import configure
 
 PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
 """What PEFT takes for regular expressions in an adapter's configuration."""

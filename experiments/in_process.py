@@ -11,19 +11,19 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from client.app import answer
-from common.config.sections import Scalar
-from common.errors import ConfigError
-from common.messages.round import Reply, SumReply, Task
-from common.messages.wire import Layout, encode_reply, encode_task, payload_bytes
-from common.paths import run_folder
-from common.run_lines import ConfigFile
-from server.conduct import conduct
-from server.model import ServerModel
-from server.records import RunFolder
-from server.replies import read_reply, replies_to
-from server.sites import Exchange, Transport
-from strategies.job import Job, configure, with_recipe
+from fedveil.client.app import answer
+from fedveil.common.config.sections import Scalar
+from fedveil.common.errors import ConfigError
+from fedveil.common.messages.round import Reply, SumReply, Task
+from fedveil.common.messages.wire import Layout, encode_reply, encode_task, payload_bytes
+from fedveil.common.paths import run_folder
+from fedveil.common.run_lines import ConfigFile
+from fedveil.server.conduct import conduct
+from fedveil.server.model import ServerModel
+from fedveil.server.records import RunFolder
+from fedveil.server.replies import read_reply, replies_to
+from fedveil.server.sites import Exchange, Transport
+from fedveil.strategies.job import Job, configure, with_recipe
 
 
 def simulated_nodes(count: int, ledgers: Path) -> list[dict[str, Scalar]]:

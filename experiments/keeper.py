@@ -1,11 +1,11 @@
 """Run a command, and end with whoever started it: of what the command starts nothing is left, however its starter ends.
 
-Run as ``python -P -m experiments.keeper FOLDER COMMAND...``, with a pipe as standard input that the starter alone can
-write to: the operating system closes it whichever way the starter ends, SIGKILL included. Then sites that have paid for
-a round finish and keep their answers first, no other one begins (``client.door``), and everything below is ended. On
-Linux what lost its parent stays below this process, also in a session of its own, as Ray's processes are; elsewhere
-what leads a process group is found as long as its parents live. It stays while a run lasts, so it imports the standard
-library alone.
+Run as ``python -P -m fedveil.experiments.keeper FOLDER COMMAND...``, with a pipe as standard input that the starter
+alone can write to: the operating system closes it whichever way the starter ends, SIGKILL included. Then sites that
+have paid for a round finish and keep their answers first, no other one begins (``client.door``), and everything below
+is ended. On Linux what lost its parent stays below this process, also in a session of its own, as Ray's processes are;
+elsewhere what leads a process group is found as long as its parents live. It stays while a run lasts, so it imports the
+standard library alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from common.parent import die_with_parent
+from fedveil.common.parent import die_with_parent
 
 DOOR, LOG = "door", "log"
 """Files in the folder: the one that a site at work holds, and what the command prints."""
@@ -41,7 +41,7 @@ def start(folder: Path, command: list[str], environment: Mapping[str, str]) -> s
 
     It has a session of its own, so that no signal of the terminal reaches what is below it.
     """
-    keeper = [sys.executable, "-P", "-m", "experiments.keeper", str(folder)]
+    keeper = [sys.executable, "-P", "-m", "fedveil.experiments.keeper", str(folder)]
     with (folder / LOG).open("wb") as log:
         return subprocess.Popen(
             [*keeper, *command], env=environment, stdin=-1, stdout=log, stderr=log, start_new_session=True

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from common.config.sections import Scalar
-from common.errors import ConfigError
-from strategies.recipes import AUTO
+from fedveil.common.config.sections import Scalar
+from fedveil.common.errors import ConfigError
+from fedveil.strategies.recipes import AUTO
 
 
 def names_recipe(settings: Mapping[str, Scalar]) -> bool:

@@ -19,28 +19,28 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from client.door import VARIABLE
-from common.config.sections import Scalar
-from common.config.text import to_toml
-from common.data.partition import check_partition, site_part
-from common.data.sources import train_and_test
-from common.errors import ConfigError, RunFailed
-from common.files import check_room, expanded, whole_lines
-from common.model.device import own_cores, worker_count
-from common.paths import run_folder
-from common.ports import free_ports
-from common.run_lines import ProgressFile, ResultFile, read_if_there
-from common.words import counted
-from deploy.app import app_folder
-from experiments import keeper
-from experiments.site_count import record_sites
-from experiments.under_way import conducting
-from server.ledger import with_ledger
-from server.lock import is_written
-from server.records import LEAST_ROOM
-from server.tracking import check_tracker
-from strategies.job import configure
-from strategies.options import for_flower
+from fedveil.client.door import VARIABLE
+from fedveil.common.config.sections import Scalar
+from fedveil.common.config.text import to_toml
+from fedveil.common.data.partition import check_partition, site_part
+from fedveil.common.data.sources import train_and_test
+from fedveil.common.errors import ConfigError, RunFailed
+from fedveil.common.files import check_room, expanded, whole_lines
+from fedveil.common.model.device import own_cores, worker_count
+from fedveil.common.paths import run_folder
+from fedveil.common.ports import free_ports
+from fedveil.common.run_lines import ProgressFile, ResultFile, read_if_there
+from fedveil.common.words import counted
+from fedveil.deploy.app import app_folder
+from fedveil.experiments import keeper
+from fedveil.experiments.site_count import record_sites
+from fedveil.experiments.under_way import conducting
+from fedveil.server.ledger import with_ledger
+from fedveil.server.lock import is_written
+from fedveil.server.records import LEAST_ROOM
+from fedveil.server.tracking import check_tracker
+from fedveil.strategies.job import configure
+from fedveil.strategies.options import for_flower
 
 START_SECONDS = 60.0
 QUIET_SECONDS = 45.0

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from common.config.sections import RunConfig
-from common.errors import ConfigError
-from common.paths import run_folder
-from common.run_lines import RunFile, read_if_there
-from common.strict_json import to_json
-from server.records import write_json
+from fedveil.common.config.sections import RunConfig
+from fedveil.common.errors import ConfigError
+from fedveil.common.paths import run_folder
+from fedveil.common.run_lines import RunFile, read_if_there
+from fedveil.common.strict_json import to_json
+from fedveil.server.records import write_json
 
 USUAL = 4
 """Sites of a run that nobody gave a number for."""

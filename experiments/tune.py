@@ -17,22 +17,30 @@ from math import inf, isfinite, sqrt
 from pathlib import Path
 from typing import Any
 
-from common.config.sections import Scalar
-from common.errors import ConfigError, PrivacyError, RunFailed
-from common.files import finite, replace_file
-from common.run_lines import BaselineFile, ResultFile, RoundLine, TuningFile, read_file, read_if_there, read_lines
-from common.strict_json import json_of, to_json
-from common.tasks import TASKS
-from common.words import decimal_text, percent_text
-from experiments.in_process import run_in_process, simulated_nodes
-from experiments.planner.price import paid_before, site_plans
-from experiments.sweep.file import read_sweep
-from privacy.accounting import Release
-from privacy.events import LEAST_NOISE, MOST_NOISE
-from privacy.privacy_filter import commitment_to, price, promised
-from reports import write_reports
-from server.checkpoint import NAME as CHECKPOINT
-from strategies.job import Job, configure
+from fedveil.common.config.sections import Scalar
+from fedveil.common.errors import ConfigError, PrivacyError, RunFailed
+from fedveil.common.files import finite, replace_file
+from fedveil.common.run_lines import (
+    BaselineFile,
+    ResultFile,
+    RoundLine,
+    TuningFile,
+    read_file,
+    read_if_there,
+    read_lines,
+)
+from fedveil.common.strict_json import json_of, to_json
+from fedveil.common.tasks import TASKS
+from fedveil.common.words import decimal_text, percent_text
+from fedveil.experiments.in_process import run_in_process, simulated_nodes
+from fedveil.experiments.planner.price import paid_before, site_plans
+from fedveil.experiments.sweep.file import read_sweep
+from fedveil.privacy.accounting import Release
+from fedveil.privacy.events import LEAST_NOISE, MOST_NOISE
+from fedveil.privacy.privacy_filter import commitment_to, price, promised
+from fedveil.reports import write_reports
+from fedveil.server.checkpoint import NAME as CHECKPOINT
+from fedveil.strategies.job import Job, configure
 
 BUDGET, NOISE = "privacy.epsilon", "privacy.noise-multiplier"
 DATA = ("data.name", "data.test", "data.test-size", "data.seed", "data.person", "model.task")

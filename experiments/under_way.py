@@ -16,13 +16,13 @@ from glob import escape
 from pathlib import Path
 from typing import ClassVar
 
-from common.config.sections import RunTerms
-from common.errors import ConfigError, RunFailed
-from common.files import expanded
-from common.run_lines import ConfigFile, RunFile, read_file
-from common.strict_json import to_json
-from server.checkpoint import NAME
-from server.lock import GLANCE_SECONDS, is_written, locked
+from fedveil.common.config.sections import RunTerms
+from fedveil.common.errors import ConfigError, RunFailed
+from fedveil.common.files import expanded
+from fedveil.common.run_lines import ConfigFile, RunFile, read_file
+from fedveil.common.strict_json import to_json
+from fedveil.server.checkpoint import NAME
+from fedveil.server.lock import GLANCE_SECONDS, is_written, locked
 
 STOP_SECONDS = 60.0
 """How long the end of a run may take: more than sites at work and what runs below have together."""

@@ -17,8 +17,6 @@ from pathlib import Path
 from rich.console import Console
 
 from audits.finding import quiet
-from common.errors import FedVeilError, RunFailed
-from common.run_lines import Finding
 from faults.federation import Federation
 from faults.impostor_scenarios import impostors
 from faults.network import Cable
@@ -26,6 +24,8 @@ from faults.scenarios import NETWORK, below_quorum, cut, kills, lies, slow, soun
 from faults.server_scenarios import server_killed, superlink_killed
 from faults.sum_scenarios import drop_outs, server_lies, sums, survivor_lies
 from faults.table import show
+from fedveil.common.errors import FedVeilError, RunFailed
+from fedveil.common.run_lines import Finding
 
 SCENARIOS = (
     *("lies", "quorum", "slow", "kills", "cut", "server", "superlink", "sums", "server-lies", "stutters", "drop-outs"),

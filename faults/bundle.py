@@ -6,10 +6,10 @@ import re
 import shutil
 from pathlib import Path
 
-from common.bundle import OWN_SETTINGS, SETTINGS
+from fedveil.common.bundle import OWN_SETTINGS, SETTINGS
 
 PROJECT = Path(__file__).resolve().parent.parent
-PACKAGES = ("common", "privacy", "strategies", "client", "reports", "server", "contrib", "demo")
+PACKAGES = ("fedveil", "common", "privacy", "strategies", "client", "reports", "server", "contrib", "demo")
 APPS = ("__init__", "fault_plan", "faulty_site", "faulty_server")
 
 

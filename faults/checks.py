@@ -22,12 +22,12 @@ from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from client.ledger.ledger import Ledger
-from common.messages.state import HEAD
-from common.messages.wire import block_data
-from common.run_lines import Finding, RoundLine, read_lines
 from faults.federation import SIZES, Federation, Run
-from server.checkpoint import NAME
+from fedveil.client.ledger.ledger import Ledger
+from fedveil.common.messages.state import HEAD
+from fedveil.common.messages.wire import block_data
+from fedveil.common.run_lines import Finding, RoundLine, read_lines
+from fedveil.server.checkpoint import NAME
 
 CLOSE = 1e-6
 """Largest difference of an element; values are of order 0.01, sent and averaged as float32."""

@@ -16,18 +16,18 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from common.errors import RunFailed
-from common.messages.round import Refusal, SurvivorTask, Task, TrainTask
-from common.messages.tensors import apply
 from faults.fault_plan import SERVER, FaultPlan, open_plan
-from privacy.secure_sum import AttemptName, Identity, SiteAttempt
-from server import app as real
-from server import records
-from server.checkpoint import NAME, Checkpoint, save_checkpoint
-from server.collect.plain import PlainCollector
-from server.sites import Exchange
-from strategies import STRATEGIES
-from strategies.job import configure
+from fedveil.common.errors import RunFailed
+from fedveil.common.messages.round import Refusal, SurvivorTask, Task, TrainTask
+from fedveil.common.messages.tensors import apply
+from fedveil.privacy.secure_sum import AttemptName, Identity, SiteAttempt
+from fedveil.server import app as real
+from fedveil.server import records
+from fedveil.server.checkpoint import NAME, Checkpoint, save_checkpoint
+from fedveil.server.collect.plain import PlainCollector
+from fedveil.server.sites import Exchange
+from fedveil.strategies import STRATEGIES
+from fedveil.strategies.job import configure
 
 BEFORE, TRAINING, AGGREGATING = "before sending", "while sites train", "while aggregating"
 RENAME, CHECKPOINT = "between the checkpoint's write and its rename", "after the checkpoint"

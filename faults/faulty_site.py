@@ -15,11 +15,11 @@ from flwr.clientapp import ClientApp
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
-from client import app as honest
-from common.messages.round import Reply, TrainResult
-from common.messages.tensors import apply
-from common.messages.wire import STYPE, encode_reply, round_of
 from faults.fault_plan import FaultPlan, open_plan
+from fedveil.client import app as honest
+from fedveil.common.messages.round import Reply, TrainResult
+from fedveil.common.messages.tensors import apply
+from fedveil.common.messages.wire import STYPE, encode_reply, round_of
 
 BEFORE, AFTER = "held before the charge", "held between charge and reply"
 TWICE = "asked twice"

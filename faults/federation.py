@@ -16,25 +16,25 @@ from unittest.mock import patch
 
 from audits.tiny_models import write_reviews
 from audits.tiny_site import tiny_run
-from common.config.sections import Scalar
-from common.model.base import load_base_model
-from common.paths import run_folder
-from common.ports import free_ports
-from common.run_lines import ResultFile, read_file
-from deploy.commands import environment, own_module, superlink_command, supernode_command, worker_command
-from deploy.control import Control, control_of
-from deploy.policy_file import models_of, pins_of_job, policy_text
-from deploy.registry import register_site
-from deploy.server_folder import make_server
-from deploy.site_folder import SiteFolder, make_site
-from deploy.start import secret_file
 from faults.bundle import PROJECT, make_bundle
 from faults.fault_plan import VARIABLE, FaultPlan
 from faults.processes import Processes, wait_until
 from faults.warm import WarmPrograms
-from server.own_check import FOLDER
-from server.registered import NODES
-from strategies.job import configure
+from fedveil.common.config.sections import Scalar
+from fedveil.common.model.base import load_base_model
+from fedveil.common.paths import run_folder
+from fedveil.common.ports import free_ports
+from fedveil.common.run_lines import ResultFile, read_file
+from fedveil.deploy.commands import environment, own_module, superlink_command, supernode_command, worker_command
+from fedveil.deploy.control import Control, control_of
+from fedveil.deploy.policy_file import models_of, pins_of_job, policy_text
+from fedveil.deploy.registry import register_site
+from fedveil.deploy.server_folder import make_server
+from fedveil.deploy.site_folder import SiteFolder, make_site
+from fedveil.deploy.start import secret_file
+from fedveil.server.own_check import FOLDER
+from fedveil.server.registered import NODES
+from fedveil.strategies.job import configure
 
 SIZES = {"clinic": 50, "ward": 70, "lab": 90}
 """The sites and their public sizes: three different weights."""
@@ -202,8 +202,8 @@ class Federation:
     def control(self) -> Iterator[Control]:
         """Yield the Control API, which submits the suite's bundle in place of the project."""
         with (
-            nullcontext() if self._worker else patch("deploy.app.PROJECT", self._bundle),
-            patch("deploy.control.program", lambda name: str(self._programs.folder / name)),
+            nullcontext() if self._worker else patch("fedveil.deploy.app.PROJECT", self._bundle),
+            patch("fedveil.deploy.control.program", lambda name: str(self._programs.folder / name)),
             control_of(self.server) as control,
         ):
             yield control
@@ -232,8 +232,12 @@ class Federation:
         secret.write_text(secrets.token_hex(32))
         secret.chmod(0o600)
         worker = worker_command(site, secret)
-        worker[worker.index("client.worker")] = self._worker
-        return [*own_module("deploy.pair"), json.dumps(supernode_command(site, secret=secret)), json.dumps(worker)]
+        worker[worker.index("fedveil.client.worker")] = self._worker
+        return [
+            *own_module("fedveil.deploy.pair"),
+            json.dumps(supernode_command(site, secret=secret)),
+            json.dumps(worker),
+        ]
 
     def _warm(self, command: list[str]) -> list[str]:
         return [str(self._programs.folder / Path(command[0]).name), *command[1:]]

@@ -30,7 +30,7 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from flwr.supercore.interceptors import RuntimeVersionClientInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
-from common.errors import RunFailed
+from fedveil.common.errors import RunFailed
 
 SERVER = SUPERLINK_NODE_ID
 """The server's number, the same everywhere."""

@@ -12,15 +12,15 @@ from pathlib import Path
 import grpc
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from common.messages.round import Refusal
-from common.messages.wire import encode_reply, round_of
-from common.run_lines import Finding, RoundLine, read_lines
 from faults.checks import charges
 from faults.federation import SIZES, Federation, Run
 from faults.impostor import SERVER, Impostor, online
+from fedveil.common.messages.round import Refusal
+from fedveil.common.messages.wire import encode_reply, round_of
+from fedveil.common.run_lines import Finding, RoundLine, read_lines
 
 IMPOSTOR, VICTIM, GROUP = "mill", "ward", "a registered site as another"
-HONEST, OPEN = "client.worker", "faults.open_worker"
+HONEST, OPEN = "fedveil.client.worker", "faults.open_worker"
 """The sites' workers: the product's, and one that does not look whose a task is."""
 ROUNDS, FORGED_IN, DEADLINE = 4, 2, 120.0
 TRIES = 200

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 
-from common.errors import RunFailed
+from fedveil.common.errors import RunFailed
 
 
 class Cable:

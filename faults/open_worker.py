@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from unittest.mock import patch
 
-from client import worker
+from fedveil.client import worker
 
 if __name__ == "__main__":
     with patch.object(worker, "check_task"):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from common.errors import RunFailed
+from fedveil.common.errors import RunFailed
 
 POLL_SECONDS = 0.2
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from common.run_lines import Finding, RoundLine, read_lines
 from faults.checks import Expected, charges, examine
 from faults.faulty_site import AFTER, BEFORE, LIES, TWICE
 from faults.federation import PATIENCE, SIZES, Federation, Run
 from faults.network import Cable
 from faults.processes import wait_until
 from faults.stuttering_node import HALF, NODE
+from fedveil.common.run_lines import Finding, RoundLine, read_lines
 
 ROOM = 3.0
 """The deadline of a round over the time that a round without a fault took here."""

@@ -6,15 +6,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from common.errors import RunFailed
-from common.run_lines import Finding
-from deploy.control import Control
 from faults.checks import Expected, charges, examine
 from faults.fault_plan import SERVER
 from faults.faulty_server import AGGREGATING, BEFORE, CHECKPOINT, RENAME, TRAINING
 from faults.faulty_site import AFTER
 from faults.federation import PATIENCE, SIZES, Federation, Run
 from faults.processes import wait_until
+from fedveil.common.errors import RunFailed
+from fedveil.common.run_lines import Finding
+from fedveil.deploy.control import Control
 
 PHASES = {BEFORE: 0, TRAINING: 1, AGGREGATING: 1, RENAME: 1, CHECKPOINT: 1}
 """Where the server's process is killed in round 2, and how often a site has paid for that round in this attempt."""

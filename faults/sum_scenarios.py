@@ -6,17 +6,17 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
-from common.config.sections import Scalar
-from common.config.text import to_toml
-from common.run_lines import Finding, RoundLine, read_lines
-from deploy.peers import ENTRY, PEERS, make_roster
-from deploy.pin import pin_roster
 from faults.checks import charges, masked_words
 from faults.fault_plan import SERVER
 from faults.faulty_server import DROPS, EQUIVOCATES, INVENTS, REPLAYS, SIGNS_TWICE, SPLITS, SWAPS
 from faults.faulty_site import AFTER
 from faults.federation import MORE_SIZES, SIZES, Federation, Run
 from faults.scenarios import LATE, NOTICED
+from fedveil.common.config.sections import Scalar
+from fedveil.common.config.text import to_toml
+from fedveil.common.run_lines import Finding, RoundLine, read_lines
+from fedveil.deploy.peers import ENTRY, PEERS, make_roster
+from fedveil.deploy.pin import pin_roster
 
 SUM, LIES = "a secure sum", "a secure sum of a lying server"
 SETTINGS: dict[str, Scalar] = {

@@ -37,7 +37,7 @@ PROGRAMS = {
     "stuttering-node": "faults.stuttering_node:main",
 }
 PROJECT = str(Path(__file__).resolve().parent.parent)
-OWN = ("common", "privacy", "demo", "client", "server", "strategies", "contrib", "faults")
+OWN = ("fedveil", "faults")
 POLL_SECONDS = 0.05
 SHIM = """#!{python} -SI
 import json, os, socket, sys
@@ -84,7 +84,12 @@ class WarmPrograms:
 
 def _load() -> None:
     """Import what every program needs, and forget this project's own modules again."""
-    for module in ("client.app", "server.app", "transformers.models.bert", *(e.partition(":")[0] for e in _flowers())):
+    for module in (
+        "fedveil.client.app",
+        "fedveil.server.app",
+        "transformers.models.bert",
+        *(e.partition(":")[0] for e in _flowers()),
+    ):
         importlib.import_module(module)
     for name in list(sys.modules):
         if name.partition(".")[0] in OWN:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from privacy.claim import Claim
-from privacy.client_level import ClientLevel
-from privacy.mechanism import Mechanism
-from privacy.no_privacy import NoPrivacy
-from privacy.record_level import DPSGD
-from privacy.shared_noise import SecureSum
-from privacy.units import RECORD, UNITS, Unit
+from fedveil.privacy.claim import Claim
+from fedveil.privacy.client_level import ClientLevel
+from fedveil.privacy.mechanism import Mechanism
+from fedveil.privacy.no_privacy import NoPrivacy
+from fedveil.privacy.record_level import DPSGD
+from fedveil.privacy.shared_noise import SecureSum
+from fedveil.privacy.units import RECORD, UNITS, Unit
 
 MECHANISMS: dict[str, Mechanism] = {row.name: row for row in (DPSGD(), SecureSum(), ClientLevel(), NoPrivacy())}
 

@@ -33,9 +33,9 @@ from functools import lru_cache
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from common.check import at_least, in_range, positive
-from common.errors import BudgetExhausted, ConfigError
-from privacy.accountant import (
+from fedveil.common.check import at_least, in_range, positive
+from fedveil.common.errors import BudgetExhausted, ConfigError
+from fedveil.privacy.accountant import (
     BELOW_FLOOR,
     DEPARTED,
     ERRORS,
@@ -49,8 +49,8 @@ from privacy.accountant import (
     Detour,
     Method,
 )
-from privacy.events import LEAST_NOISE, MOST_NOISE, Event, kind_of, sampled_gaussian
-from privacy.figures import epsilon_text
+from fedveil.privacy.events import LEAST_NOISE, MOST_NOISE, Event, kind_of, sampled_gaussian
+from fedveil.privacy.figures import epsilon_text
 
 if TYPE_CHECKING:
     from dp_accounting import PrivacyAccountant

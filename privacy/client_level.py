@@ -18,20 +18,20 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from common.errors import ConfigError
-from privacy.claim import Claim
-from privacy.events import Event
-from privacy.figures import most_delta_text
-from privacy.mechanism import Mechanism, Pace
-from privacy.no_privacy import ExposingPlan
-from privacy.plan import PrivacyPlan
-from privacy.units import SITE, Unit
+from fedveil.common.errors import ConfigError
+from fedveil.privacy.claim import Claim
+from fedveil.privacy.events import Event
+from fedveil.privacy.figures import most_delta_text
+from fedveil.privacy.mechanism import Mechanism, Pace
+from fedveil.privacy.no_privacy import ExposingPlan
+from fedveil.privacy.plan import PrivacyPlan
+from fedveil.privacy.units import SITE, Unit
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from common.config.sections import PrivacyConfig, RunConfig, TrainingConfig
-    from common.messages.state import AdapterState
+    from fedveil.common.config.sections import PrivacyConfig, RunConfig, TrainingConfig
+    from fedveil.common.messages.state import AdapterState
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class ClippedPlan(ExposingPlan):
 
     def outgoing(self, contribution: AdapterState, received: AdapterState) -> AdapterState:
         """Return what was received plus the change, clipped once; as it was received if the change is not finite."""
-        from common.messages.tensors import apply, subtract
+        from fedveil.common.messages.tensors import apply, subtract
 
         held = {layer: {name: received[layer][name] for name in factors} for layer, factors in contribution.items()}
         change = apply(lambda tensor: tensor.double(), subtract(contribution, held))
@@ -60,7 +60,7 @@ def clipped(change: AdapterState, clip_norm: float) -> AdapterState:
 
     One that is not finite contributes zero.
     """
-    from common.messages.tensors import apply, entries
+    from fedveil.common.messages.tensors import apply, entries
 
     squares = math.fsum(float(tensor.double().square().sum()) for _, _, tensor in entries(change))
     norm = math.sqrt(squares) if math.isfinite(squares) else math.inf

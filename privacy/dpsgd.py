@@ -38,17 +38,17 @@ from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from common.errors import MechanismError
-from common.log import place_of
-from common.model.shapes import FixedBatch
-from common.own_gradients import OwnGradients
-from privacy.randomness import add_private_noise
-from privacy.secure_sum.masks import Words
-from privacy.secure_sum.rounding import rounded, total
-from privacy.together import Together
+from fedveil.common.errors import MechanismError
+from fedveil.common.log import place_of
+from fedveil.common.model.shapes import FixedBatch
+from fedveil.common.own_gradients import OwnGradients
+from fedveil.privacy.randomness import add_private_noise
+from fedveil.privacy.secure_sum.masks import Words
+from fedveil.privacy.secure_sum.rounding import rounded, total
+from fedveil.privacy.together import Together
 
 if TYPE_CHECKING:
-    from privacy.plan import PrivacyPlan
+    from fedveil.privacy.plan import PrivacyPlan
 
 log = logging.getLogger("fedveil.site")
 PASSING = ("activations", "max_batch_len", "_current_grad_sample")

@@ -13,7 +13,7 @@ from contextvars import ContextVar
 
 import numpy as np
 
-from common.errors import MechanismError
+from fedveil.common.errors import MechanismError
 
 Source = Callable[[int], np.ndarray]
 """Returns so many uniform 64-bit integers: uint64 of shape (count,)."""

@@ -16,9 +16,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
-from common.check import at_least, in_range, positive
-from common.errors import ConfigError
-from privacy.accountant import PLD_NOISE_FLOOR
+from fedveil.common.check import at_least, in_range, positive
+from fedveil.common.errors import ConfigError
+from fedveil.privacy.accountant import PLD_NOISE_FLOOR
 
 if TYPE_CHECKING:
     from dp_accounting import DpEvent

@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from common.check import in_range
-from privacy.accountant import PLD_INTERVAL
-from privacy.accounting import Merged, Release, composable, epsilon
-from privacy.events import Event, kind_of
+from fedveil.common.check import in_range
+from fedveil.privacy.accountant import PLD_INTERVAL
+from fedveil.privacy.accounting import Merged, Release, composable, epsilon
+from fedveil.privacy.events import Event, kind_of
 
 if TYPE_CHECKING:
     from dp_accounting.pld import PLDAccountant

@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
-from common.errors import ConfigError, MechanismError
-from privacy.accounting import Release
-from privacy.claim import NOTHING, Claim
-from privacy.units import PERSON, RECORD, UNITS, Unit
+from fedveil.common.errors import ConfigError, MechanismError
+from fedveil.privacy.accounting import Release
+from fedveil.privacy.claim import NOTHING, Claim
+from fedveil.privacy.units import PERSON, RECORD, UNITS, Unit
 
 if TYPE_CHECKING:
-    from common.config.sections import PrivacyConfig, RunConfig, TrainingConfig
-    from privacy.events import Event
-    from privacy.plan import Plan, PrivacyPlan
+    from fedveil.common.config.sections import PrivacyConfig, RunConfig, TrainingConfig
+    from fedveil.privacy.events import Event
+    from fedveil.privacy.plan import Plan, PrivacyPlan
 
 T = TypeVar("T")
 

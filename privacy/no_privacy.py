@@ -12,19 +12,19 @@ from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from privacy.claim import NOTHING, Claim
-from privacy.events import Event
-from privacy.mechanism import Mechanism, Pace
-from privacy.plan import Plan
-from privacy.steps import JUST_STEPS, Around, Steps
+from fedveil.privacy.claim import NOTHING, Claim
+from fedveil.privacy.events import Event
+from fedveil.privacy.mechanism import Mechanism, Pace
+from fedveil.privacy.plan import Plan
+from fedveil.privacy.steps import JUST_STEPS, Around, Steps
 
 if TYPE_CHECKING:
     import torch
     from torch.optim import Optimizer
 
-    from common.config.sections import PrivacyConfig, TrainingConfig
-    from common.model.federated import FederatedModel
-    from common.tasks import Batch, Record
+    from fedveil.common.config.sections import PrivacyConfig, TrainingConfig
+    from fedveil.common.model.federated import FederatedModel
+    from fedveil.common.tasks import Batch, Record
 
 
 @dataclass(frozen=True)
@@ -40,20 +40,20 @@ class ExposingPlan(Plan):
         self, model: FederatedModel, records: Sequence[Record], public: torch.Generator, first: int
     ) -> Iterator[list[int]]:
         """Yield the batches of one order for the whole run: a round goes on where the last one ended."""
-        from common.model.batching import epoch_batches
+        from fedveil.common.model.batching import epoch_batches
 
         return epoch_batches([model.task.size(record) for record in records], self.sample_rate, public, first)
 
     def parts(self, model: FederatedModel, records: Sequence[Record]) -> Iterable[Batch]:
         """Return batches of like length, each within the token budget of a pass."""
-        from common.model.device import choose_batch_tokens
+        from fedveil.common.model.device import choose_batch_tokens
 
         return model.length_batches(records, choose_batch_tokens(self.batch_tokens, model.device))
 
     @contextmanager
     def steps(self, model: FederatedModel, optimizer: Optimizer, around: Around = JUST_STEPS) -> Iterator[Steps]:
         """Return the context of plain steps; they are not interrupted."""
-        from common.model import plain
+        from fedveil.common.model import plain
 
         yield plain.PlainSteps(model, optimizer)
 

@@ -14,27 +14,27 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from common.check import clip_norm, in_range, positive
-from common.errors import MechanismError, PrivacyError
-from privacy.accounting import Release, check_terms
-from privacy.events import Event, SampledGaussian, sampled_gaussian
-from privacy.figures import most_delta_text
-from privacy.privacy_filter import promised_noise
-from privacy.steps import JUST_STEPS, Around, Steps
-from privacy.together import together
-from privacy.units import RECORD, Unit
+from fedveil.common.check import clip_norm, in_range, positive
+from fedveil.common.errors import MechanismError, PrivacyError
+from fedveil.privacy.accounting import Release, check_terms
+from fedveil.privacy.events import Event, SampledGaussian, sampled_gaussian
+from fedveil.privacy.figures import most_delta_text
+from fedveil.privacy.privacy_filter import promised_noise
+from fedveil.privacy.steps import JUST_STEPS, Around, Steps
+from fedveil.privacy.together import together
+from fedveil.privacy.units import RECORD, Unit
 
 if TYPE_CHECKING:
     import torch
     from torch.optim import Optimizer
 
-    from common.config.sections import PrivacyConfig, TrainingConfig
-    from common.messages.state import AdapterState
-    from common.model.federated import FederatedModel
-    from common.model.shapes import Shapes
-    from common.tasks import Batch, Record
-    from privacy.dpsgd import PrivateSteps
-    from privacy.together import Together
+    from fedveil.common.config.sections import PrivacyConfig, TrainingConfig
+    from fedveil.common.messages.state import AdapterState
+    from fedveil.common.model.federated import FederatedModel
+    from fedveil.common.model.shapes import Shapes
+    from fedveil.common.tasks import Batch, Record
+    from fedveil.privacy.dpsgd import PrivateSteps
+    from fedveil.privacy.together import Together
 
 
 class Plan(ABC):
@@ -180,7 +180,7 @@ class PrivacyPlan(Plan):
 
     def sample(self, size: int) -> list[int]:
         """Return the numbers of one Poisson sample of ``size`` units, from the operating system's entropy."""
-        from privacy import randomness  # It brings torch, which no command line needs.
+        from fedveil.privacy import randomness  # It brings torch, which no command line needs.
 
         chosen: list[int] = randomness.private_poisson_sample(size, self.event.sample_rate).tolist()
         return chosen
@@ -212,8 +212,8 @@ class PrivacyPlan(Plan):
     @contextmanager
     def steps(self, model: FederatedModel, optimizer: Optimizer, around: Around = JUST_STEPS) -> Iterator[PrivateSteps]:
         """Return the context of steps that clip each record and noise the sum, see ``privacy.dpsgd``."""
-        from common.messages.tensors import entries
-        from privacy import dpsgd  # It brings Opacus, which no server needs.
+        from fedveil.common.messages.tensors import entries
+        from fedveil.privacy import dpsgd  # It brings Opacus, which no server needs.
 
         margin, kind = dpsgd.rounding_margin(model.device), self.stepping()
         own = kind(model.module, optimizer, self, noise_margin=margin, before_pass=around.before_pass)
@@ -223,7 +223,7 @@ class PrivacyPlan(Plan):
 
     def stepping(self) -> type[PrivateSteps]:
         """Return what takes the steps; a mechanism that clips or noises otherwise has one with another ``clipping``."""
-        from privacy import dpsgd
+        from fedveil.privacy import dpsgd
 
         return dpsgd.PrivateSteps
 

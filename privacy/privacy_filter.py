@@ -29,11 +29,11 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from common.check import in_range
-from privacy.accountant import AT_RATE_1, TRAINING, Accountant, Detour, Method
-from privacy.accounting import Release, divergence_at, epsilon_with_method, least_at, least_noise
-from privacy.events import Event, kind_of
-from privacy.meaning import epsilon_of_several
+from fedveil.common.check import in_range
+from fedveil.privacy.accountant import AT_RATE_1, TRAINING, Accountant, Detour, Method
+from fedveil.privacy.accounting import Release, divergence_at, epsilon_with_method, least_at, least_noise
+from fedveil.privacy.events import Event, kind_of
+from fedveil.privacy.meaning import epsilon_of_several
 
 PLANNED_SHARE = 0.9
 """Part of δ for what keeps to a plan with sample rates below 1; the rest is for what departs from it."""
@@ -168,7 +168,7 @@ def noise_after(
 def planned_delta(releases: Iterable[Release], delta: float) -> float:
     """Return the δ at which a plan is composed: all of it where every sample rate is 1.
 
-    >>> from privacy.accounting import gaussian_release
+    >>> from fedveil.privacy.accounting import gaussian_release
     >>> planned_delta([gaussian_release(1.0, 1.0, 3)], 0.5), planned_delta([gaussian_release(1.0, 0.1, 3)], 0.5)
     (0.5, 0.45)
     """

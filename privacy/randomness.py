@@ -35,8 +35,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.check import in_range
-from privacy.entropy import private_words
+from fedveil.common.check import in_range
+from fedveil.privacy.entropy import private_words
 
 GRID_BITS = 10
 """A grid step is the noise's standard deviation over 2 to this power, or up to half of that."""

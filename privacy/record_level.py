@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from privacy.claim import Claim
-from privacy.mechanism import Mechanism, Pace
-from privacy.plan import PrivacyPlan
-from privacy.units import RECORD
+from fedveil.privacy.claim import Claim
+from fedveil.privacy.mechanism import Mechanism, Pace
+from fedveil.privacy.plan import PrivacyPlan
+from fedveil.privacy.units import RECORD
 
 if TYPE_CHECKING:
-    from common.config.sections import PrivacyConfig
+    from fedveil.common.config.sections import PrivacyConfig
 
 
 class DPSGD(Mechanism):

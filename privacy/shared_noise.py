@@ -11,16 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
-from common.errors import ConfigError
-from privacy.claim import Claim
-from privacy.events import Event, SummedGaussian
-from privacy.mechanism import Mechanism, Pace
-from privacy.plan import PrivacyPlan
-from privacy.units import RECORD
+from fedveil.common.errors import ConfigError
+from fedveil.privacy.claim import Claim
+from fedveil.privacy.events import Event, SummedGaussian
+from fedveil.privacy.mechanism import Mechanism, Pace
+from fedveil.privacy.plan import PrivacyPlan
+from fedveil.privacy.units import RECORD
 
 if TYPE_CHECKING:
-    from common.config.sections import PrivacyConfig, RunConfig, TrainingConfig
-    from privacy.dpsgd import PrivateSteps
+    from fedveil.common.config.sections import PrivacyConfig, RunConfig, TrainingConfig
+    from fedveil.privacy.dpsgd import PrivateSteps
 
 T = TypeVar("T")
 
@@ -39,14 +39,14 @@ class SecureSumPlan(PrivacyPlan):
     @property
     def noise_std(self) -> float:
         """Standard deviation of this site's part: ``honest_sites`` of them are no less than what is priced."""
-        from privacy.secure_sum.rounding import noise_share
+        from fedveil.privacy.secure_sum.rounding import noise_share
 
         event = self.event
         return noise_share(event.noise_multiplier, event.clip_norm, int(event.figures["honest_sites"]))
 
     def stepping(self) -> type[PrivateSteps]:
         """Return the step whose sum is sent."""
-        from privacy import dpsgd
+        from fedveil.privacy import dpsgd
 
         return dpsgd.SummedSteps
 
@@ -83,7 +83,7 @@ class SecureSum(Mechanism):
 
     def check(self, config: RunConfig) -> None:
         """Refuse what is no sum of clipped gradients, and too few sites."""
-        from privacy.secure_sum.roster import LEAST_SITES
+        from fedveil.privacy.secure_sum.roster import LEAST_SITES
 
         privacy, training = config.privacy, config.training
         if not privacy.honest_sites:

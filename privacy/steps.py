@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from privacy.secure_sum.masks import Words
+    from fedveil.privacy.secure_sum.masks import Words
 
 
 def nothing() -> None:

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from common.model.federated import FederatedModel
-    from common.model.shapes import Shapes
-    from common.tasks import Batch, Record
+    from fedveil.common.model.federated import FederatedModel
+    from fedveil.common.model.shapes import Shapes
+    from fedveil.common.tasks import Batch, Record
 
 MOST_BYTES = 2**28
 """Memory that a step holds for sums of units' gradients beside the rows' own, unless one unit alone takes more."""

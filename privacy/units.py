@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from common.errors import MechanismError
-from common.tasks.base import OWNER
-from privacy.claim import Claim
+from fedveil.common.errors import MechanismError
+from fedveil.common.tasks.base import OWNER
+from fedveil.privacy.claim import Claim
 
 if TYPE_CHECKING:
-    from common.tasks import Record
-    from common.tasks.examples import Dataset
+    from fedveil.common.tasks import Record
+    from fedveil.common.tasks.examples import Dataset
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@
 
 from __future__ import annotations
 
-from reports.data import ReportData, federation_epsilon, report_of
-from reports.files import REPORT_JSON, markdown_report, to_json, write_reports
+from fedveil.reports.data import ReportData, federation_epsilon, report_of
+from fedveil.reports.files import REPORT_JSON, markdown_report, to_json, write_reports
 
 __all__ = [
     "REPORT_JSON",

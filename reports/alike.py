@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
-from common.run_lines import Absence
-from common.words import EACH, UNKNOWN, counted, names_text, natural, number_text, numbers_text
-from privacy.figures import NO_CLAIM, epsilon_text, remaining_text
-from reports.sites import MORE, ReleaseReport, SiteReport, distinct, worst_site
+from fedveil.common.run_lines import Absence
+from fedveil.common.words import EACH, UNKNOWN, counted, names_text, natural, number_text, numbers_text
+from fedveil.privacy.figures import NO_CLAIM, epsilon_text, remaining_text
+from fedveil.reports.sites import MORE, ReleaseReport, SiteReport, distinct, worst_site
 
 T = TypeVar("T")
 

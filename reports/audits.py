@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from common.run_lines import AuditFile, Finding
-from privacy.figures import epsilon_text, honest_text
+from fedveil.common.run_lines import AuditFile, Finding
+from fedveil.privacy.figures import epsilon_text, honest_text
 
 COMPARED = ("fedveil", "torch", "opacus", "dp-accounting", "flwr")
 """Packages that carry the promise: an audit with other versions of them is not of the code that ran."""

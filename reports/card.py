@@ -15,22 +15,22 @@ from typing import Any
 
 import yaml
 
-from common.config.sections import NO_ADAPTER
-from common.data.named import DATASETS
-from common.errors import DataError
-from common.model.named import NAMED_MODELS, Published
-from common.starts.public_text import OF_NO_ONE, SHIPPED
-from common.tasks import TASKS
-from common.words import UNKNOWN, counted, number_text, percent_text, visible
-from privacy.figures import epsilon_text
-from privacy.units import PERSON
-from reports.claim import server_is_trusted
-from reports.data import ReportData, cares_of, cut_test, setting_of
-from reports.declared import Declared
-from reports.markdown import plain
-from reports.meaning import attack_sentence, several_sentence
-from reports.scores import share_text
-from reports.sharing import Sharing
+from fedveil.common.config.sections import NO_ADAPTER
+from fedveil.common.data.named import DATASETS
+from fedveil.common.errors import DataError
+from fedveil.common.model.named import NAMED_MODELS, Published
+from fedveil.common.starts.public_text import OF_NO_ONE, SHIPPED
+from fedveil.common.tasks import TASKS
+from fedveil.common.words import UNKNOWN, counted, number_text, percent_text, visible
+from fedveil.privacy.figures import epsilon_text
+from fedveil.privacy.units import PERSON
+from fedveil.reports.claim import server_is_trusted
+from fedveil.reports.data import ReportData, cares_of, cut_test, setting_of
+from fedveil.reports.declared import Declared
+from fedveil.reports.markdown import plain
+from fedveil.reports.meaning import attack_sentence, several_sentence
+from fedveil.reports.scores import share_text
+from fedveil.reports.sharing import Sharing
 
 NAME = "README.md"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")

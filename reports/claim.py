@@ -6,17 +6,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from common.config.sections import Scalar
-from common.data.sources import unprotected_test
-from common.starts.public_text import words_of
-from common.words import EACH, names_text, natural
-from privacy import mechanism_of, promise_of, trusting_the_server
-from privacy.figures import epsilon_text
-from reports.folder import RunFiles
-from reports.sharing import Sharing, at_h, others_of, rests_on, sharing_of
-from reports.sites import SiteReport, federation_delta, worst_site
-from reports.trials import at_least, trials_sentence
-from reports.unseen import unseen_charges
+from fedveil.common.config.sections import Scalar
+from fedveil.common.data.sources import unprotected_test
+from fedveil.common.starts.public_text import words_of
+from fedveil.common.words import EACH, names_text, natural
+from fedveil.privacy import mechanism_of, promise_of, trusting_the_server
+from fedveil.privacy.figures import epsilon_text
+from fedveil.reports.folder import RunFiles
+from fedveil.reports.sharing import Sharing, at_h, others_of, rests_on, sharing_of
+from fedveil.reports.sites import SiteReport, federation_delta, worst_site
+from fedveil.reports.trials import at_least, trials_sentence
+from fedveil.reports.unseen import unseen_charges
 
 COVERED = (
     "every adapter and head tensor that a site sent in a round that counted, and whatever is made of them: "

@@ -11,21 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
-from common.config.sections import Scalar, method_of
-from common.data.sources import unprotected_test
-from common.errors import DataError
-from common.files import sha256_of
-from common.run_lines import Absence, AdapterFile, BesideRow, RoundLine, TuningFile, read_file
-from common.words import counted, names_text, natural, number_text
-from reports.alike import spread
-from reports.audits import AuditReport, audit_alarms, audit_cares, audit_reports
-from reports.claim import Claim, claim_of, server_is_trusted
-from reports.connection import ConnectionReport, connection_cares, connection_reports
-from reports.folder import RunFiles, read_run
-from reports.meaning import NO_BOUND, MeaningReport, meaning_report
-from reports.scores import LabelReport, label_reports
-from reports.sharing import Sharing, sharing_of
-from reports.sites import (
+from fedveil.common.config.sections import Scalar, method_of
+from fedveil.common.data.sources import unprotected_test
+from fedveil.common.errors import DataError
+from fedveil.common.files import sha256_of
+from fedveil.common.run_lines import Absence, AdapterFile, BesideRow, RoundLine, TuningFile, read_file
+from fedveil.common.words import counted, names_text, natural, number_text
+from fedveil.reports.alike import spread
+from fedveil.reports.audits import AuditReport, audit_alarms, audit_cares, audit_reports
+from fedveil.reports.claim import Claim, claim_of, server_is_trusted
+from fedveil.reports.connection import ConnectionReport, connection_cares, connection_reports
+from fedveil.reports.folder import RunFiles, read_run
+from fedveil.reports.meaning import NO_BOUND, MeaningReport, meaning_report
+from fedveil.reports.scores import LabelReport, label_reports
+from fedveil.reports.sharing import Sharing, sharing_of
+from fedveil.reports.sites import (
     ReleaseReport,
     SiteReport,
     epsilon_course,
@@ -34,9 +34,9 @@ from reports.sites import (
     site_reports,
     worst_site,
 )
-from reports.trials import at_least
-from reports.trust import Actor, actors_of, unprotected_of
-from strategies.options import known_settings
+from fedveil.reports.trials import at_least
+from fedveil.reports.trust import Actor, actors_of, unprotected_of
+from fedveil.strategies.options import known_settings
 
 ADAPTER = f"adapter/{AdapterFile.NAME}"
 ADAPTER_FILES = tuple(

@@ -13,13 +13,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from common.check import nearest
-from common.config.fields import kebab
-from common.config.sections import Scalar
-from common.config.text import read_settings_file
-from common.errors import ConfigError, DataError
-from common.files import replace_file
-from common.words import visible
+from fedveil.common.check import nearest
+from fedveil.common.config.fields import kebab
+from fedveil.common.config.sections import Scalar
+from fedveil.common.config.text import read_settings_file
+from fedveil.common.errors import ConfigError, DataError
+from fedveil.common.files import replace_file
+from fedveil.common.words import visible
 
 NAME = "declared.toml"
 ADDRESS = re.compile(r"https://[^\s<>\"'()\[\]]+")

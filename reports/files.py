@@ -8,15 +8,15 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from common.errors import DataError
-from common.files import drop_leftovers, finite, replace_file
-from reports.card import NAME as CARD
-from reports.card import adapter_form, card_of
-from reports.data import ReportData, report_of
-from reports.declared import read_declared
-from reports.markdown import to_markdown
-from reports.page import to_html
-from reports.signature import ADAPTER, SIGNATURE, STATEMENT, Run, covers, evidence, members, sign, statement
+from fedveil.common.errors import DataError
+from fedveil.common.files import drop_leftovers, finite, replace_file
+from fedveil.reports.card import NAME as CARD
+from fedveil.reports.card import adapter_form, card_of
+from fedveil.reports.data import ReportData, report_of
+from fedveil.reports.declared import read_declared
+from fedveil.reports.markdown import to_markdown
+from fedveil.reports.page import to_html
+from fedveil.reports.signature import ADAPTER, SIGNATURE, STATEMENT, Run, covers, evidence, members, sign, statement
 
 REPORT_JSON = "report.json"
 

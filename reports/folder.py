@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import TypeVar
 
-from common.config.sections import Scalar
-from common.errors import DataError
-from common.run_lines import (
+from fedveil.common.config.sections import Scalar
+from fedveil.common.errors import DataError
+from fedveil.common.run_lines import (
     AUDITS,
     Absence,
     AuditFile,
@@ -29,8 +29,8 @@ from common.run_lines import (
     ServerFile,
     TuningFile,
 )
-from common.strict_json import from_json, json_of
-from common.words import pathless
+from fedveil.common.strict_json import from_json, json_of
+from fedveil.common.words import pathless
 
 PATHS = ("data.name", "data.test", "model.name", "output", "privacy.ledger", "resume", "start.text")
 """Settings that may be a path."""

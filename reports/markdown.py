@@ -5,11 +5,11 @@ from __future__ import annotations
 import html
 import re
 
-from common.words import visible
-from reports.data import ReportData
-from reports.document import Block, Items, Table, Terms, Text
-from reports.result import boxes_of, made_of, notices_of
-from reports.sections import sections_of
+from fedveil.common.words import visible
+from fedveil.reports.data import ReportData
+from fedveil.reports.document import Block, Items, Table, Terms, Text
+from fedveil.reports.result import boxes_of, made_of, notices_of
+from fedveil.reports.sections import sections_of
 
 LINKED = re.compile(r"(?i)(?<=w)w(?=w\.)|:(?=//)|(?<=mailto):|(?<=xmpp):|@")
 """The character by which readers of Markdown know a bare address; written as its number it makes no link."""

@@ -10,17 +10,17 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from common.words import names_text, natural
-from privacy import promise_of
-from privacy.accounting import Release, alone
-from privacy.events import Event
-from privacy.figures import bound_text, epsilon_text
-from privacy.meaning import Attack, Meaning, Several, meaning_of
-from reports.claim import server_is_trusted
-from reports.folder import RunFiles
-from reports.sharing import NOT_ADDED, Sharing, rests_on, sharing_of
-from reports.sites import SiteReport, releases_of_site
-from reports.trials import TRIAL_ALONE
+from fedveil.common.words import names_text, natural
+from fedveil.privacy import promise_of
+from fedveil.privacy.accounting import Release, alone
+from fedveil.privacy.events import Event
+from fedveil.privacy.figures import bound_text, epsilon_text
+from fedveil.privacy.meaning import Attack, Meaning, Several, meaning_of
+from fedveil.reports.claim import server_is_trusted
+from fedveil.reports.folder import RunFiles
+from fedveil.reports.sharing import NOT_ADDED, Sharing, rests_on, sharing_of
+from fedveil.reports.sites import SiteReport, releases_of_site
+from fedveil.reports.trials import TRIAL_ALONE
 
 RECORD = "record"
 THIS_RUN = "These figures are of this run's releases alone. {} ledger holds more, which an attacker may use as well."

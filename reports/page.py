@@ -8,13 +8,13 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
-from common.words import visible
-from reports.data import ReportData
-from reports.document import Bad, Good
-from reports.page_style import STYLE
-from reports.page_template import PAGE
-from reports.result import boxes_of, made_of, notices_of
-from reports.sections import sections_of
+from fedveil.common.words import visible
+from fedveil.reports.data import ReportData
+from fedveil.reports.document import Bad, Good
+from fedveil.reports.page_style import STYLE
+from fedveil.reports.page_template import PAGE
+from fedveil.reports.result import boxes_of, made_of, notices_of
+from fedveil.reports.sections import sections_of
 
 
 @lru_cache(maxsize=1)

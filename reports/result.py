@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from common.words import UNKNOWN, bytes_text, counted, number_text, percent_text, seconds_text
-from privacy.figures import epsilon_text
-from reports.audits import bound_note
-from reports.claim import server_is_trusted
-from reports.data import ReportData, setting_of
-from reports.document import Box, Text
-from reports.scores import share_text
-from reports.sharing import THIS_RUN, others_of, rests_on
-from reports.trials import trials_figure
+from fedveil.common.words import UNKNOWN, bytes_text, counted, number_text, percent_text, seconds_text
+from fedveil.privacy.figures import epsilon_text
+from fedveil.reports.audits import bound_note
+from fedveil.reports.claim import server_is_trusted
+from fedveil.reports.data import ReportData, setting_of
+from fedveil.reports.document import Box, Text
+from fedveil.reports.scores import share_text
+from fedveil.reports.sharing import THIS_RUN, others_of, rests_on
+from fedveil.reports.trials import trials_figure
 
 
 def made_of(data: ReportData) -> str:

@@ -14,9 +14,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from common.run_lines import BesideRow, LabelScore
-from common.words import UNKNOWN, percent_text
-from privacy.figures import honest_text
+from fedveil.common.run_lines import BesideRow, LabelScore
+from fedveil.common.words import UNKNOWN, percent_text
+from fedveil.privacy.figures import honest_text
 
 Z = 1.959963984540054
 """The 97.5 % quantile of the normal distribution."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from common.words import (
+from fedveil.common.words import (
     UNKNOWN,
     decimal_text,
     number_text,
@@ -13,18 +13,18 @@ from common.words import (
     seconds_text,
     value_text,
 )
-from privacy.events import Event
-from privacy.figures import NO_CLAIM, bound_text, epsilon_text
-from reports.alike import Alike, alike_absences, alike_releases, alike_sites, participants_text
-from reports.audits import NONE_RUN, WHOSE, audit_words, bound_sentences
-from reports.claim import UNTOLD, none_refused, server_is_trusted
-from reports.connection import NOT_KNOWN, NOT_RECORDED, SITES_OWN
-from reports.data import ReportData, setting_of
-from reports.document import Bad, Block, Good, Items, Section, Table, Terms, Text
-from reports.meaning import attack_sentence, several_sentence, whose_sentence
-from reports.scores import BESIDE, LabelReport, beside_cells, share_text
-from reports.sharing import at_h
-from reports.sites import distinct
+from fedveil.privacy.events import Event
+from fedveil.privacy.figures import NO_CLAIM, bound_text, epsilon_text
+from fedveil.reports.alike import Alike, alike_absences, alike_releases, alike_sites, participants_text
+from fedveil.reports.audits import NONE_RUN, WHOSE, audit_words, bound_sentences
+from fedveil.reports.claim import UNTOLD, none_refused, server_is_trusted
+from fedveil.reports.connection import NOT_KNOWN, NOT_RECORDED, SITES_OWN
+from fedveil.reports.data import ReportData, setting_of
+from fedveil.reports.document import Bad, Block, Good, Items, Section, Table, Terms, Text
+from fedveil.reports.meaning import attack_sentence, several_sentence, whose_sentence
+from fedveil.reports.scores import BESIDE, LabelReport, beside_cells, share_text
+from fedveil.reports.sharing import at_h
+from fedveil.reports.sites import distinct
 
 FIGURES = ("sample rate", "noise multiplier", "clip")
 PRIVACY, MODEL, CHECKS = "Privacy", "The model", "To check it"

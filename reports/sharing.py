@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from common.strict_json import Endless
-from privacy import promise_of, sharing_noise
-from privacy.figures import epsilon_text
-from reports.folder import RunFiles
-from reports.sites import SiteReport, colluders_of, distinct, fewest_summed
+from fedveil.common.strict_json import Endless
+from fedveil.privacy import promise_of, sharing_noise
+from fedveil.privacy.figures import epsilon_text
+from fedveil.reports.folder import RunFiles
+from fedveil.reports.sites import SiteReport, colluders_of, distinct, fewest_summed
 
 NOT_ADDED = "if no other site adds its noise, or the masks fail"
 THIS_RUN = "of this run's sums that counted"

@@ -41,9 +41,9 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_public_key,
 )
 
-from common.errors import DataError
-from common.files import finite
-from common.run_lines import (
+from fedveil.common.errors import DataError
+from fedveil.common.files import finite
+from fedveil.common.run_lines import (
     AUDITS,
     BaselineFile,
     ConfigFile,

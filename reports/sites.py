@@ -11,15 +11,15 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from common.errors import ConfigError
-from common.messages.round import SpendingFigures
-from common.words import natural
-from privacy.accountant import EVALUATION, INITIALISATION, TRAINING
-from privacy.accounting import Release, alone, gaussian_release
-from privacy.events import Event, sampled_gaussian
-from privacy.privacy_filter import departed, promised
-from reports.folder import RunFiles
-from strategies.job import configure
+from fedveil.common.errors import ConfigError
+from fedveil.common.messages.round import SpendingFigures
+from fedveil.common.words import natural
+from fedveil.privacy.accountant import EVALUATION, INITIALISATION, TRAINING
+from fedveil.privacy.accounting import Release, alone, gaussian_release
+from fedveil.privacy.events import Event, sampled_gaussian
+from fedveil.privacy.privacy_filter import departed, promised
+from fedveil.reports.folder import RunFiles
+from fedveil.strategies.job import configure
 
 EXPOSED = (
     "no ε holds: records of its data set were released without privacy before, and its steward allowed private "

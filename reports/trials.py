@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from common.run_lines import TuningFile
-from privacy.figures import epsilon_text
+from fedveil.common.run_lines import TuningFile
+from fedveil.privacy.figures import epsilon_text
 
 TRIAL_ALONE = (
     "These figures are of this trial's releases alone. The server saw those of every other trial as well, and an "

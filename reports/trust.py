@@ -11,10 +11,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from common.words import number_text
-from privacy import MECHANISMS
-from reports.claim import Claim, server_is_trusted
-from reports.sites import SiteReport
+from fedveil.common.words import number_text
+from fedveil.privacy import MECHANISMS
+from fedveil.reports.claim import Claim, server_is_trusted
+from fedveil.reports.sites import SiteReport
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ are sites that had told one, and none since.
 
 from __future__ import annotations
 
-from common.run_lines import Absence
-from common.words import names_text, natural
-from reports.folder import RunFiles
+from fedveil.common.run_lines import Absence
+from fedveil.common.words import names_text, natural
+from fedveil.reports.folder import RunFiles
 
 LOST = {"late": "was late", "failed": "failed", "reply": "sent a reply that was refused"}
 """In words, the kinds of absence after which a site may have been charged for what no line tells."""

@@ -19,14 +19,14 @@ from typing import Any
 
 from markupsafe import escape
 
-from common.errors import DataError, FedVeilError
-from common.run_lines import ProgressFile, read_if_there
-from common.words import visible
-from reports.claim import server_is_trusted
-from reports.data import ReportData, report_of
-from reports.files import REPORT_JSON, to_json
-from reports.markdown import to_markdown
-from reports.page import to_html
+from fedveil.common.errors import DataError, FedVeilError
+from fedveil.common.run_lines import ProgressFile, read_if_there
+from fedveil.common.words import visible
+from fedveil.reports.claim import server_is_trusted
+from fedveil.reports.data import ReportData, report_of
+from fedveil.reports.files import REPORT_JSON, to_json
+from fedveil.reports.markdown import to_markdown
+from fedveil.reports.page import to_html
 
 LOOPBACK = "127.0.0.1"
 REFRESH_SECONDS = 5

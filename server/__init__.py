@@ -1,5 +1,5 @@
 """The coordinator: the round loop, aggregation, evaluation, records. Never imports ``client``."""
 
-from server.submission import refuse_wrong_settings
+from fedveil.server.submission import refuse_wrong_settings
 
 refuse_wrong_settings()

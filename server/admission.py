@@ -9,21 +9,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 
-from common.errors import FedVeilError
-from common.messages.round import Spending, TrainResult
-from privacy.accountant import INITIALISATION, TRAINING
-from privacy.accounting import LEAST_DELTA, noise_multiplier_for
-from privacy.events import LEAST_RATE, MOST_NOISE, EventKind
-from privacy.figures import epsilon_text, honest_text
-from privacy.plan import PrivacyPlan
-from server.marks import mark_of
-from server.members import Member
-from server.optimizer import usual_change
-from server.plausible import implausible, largest_norm, oversized, update_norm
-from server.registered import misnamed
-from server.terms import least_plan
-from strategies.job import Job
-from strategies.state import ServerState
+from fedveil.common.errors import FedVeilError
+from fedveil.common.messages.round import Spending, TrainResult
+from fedveil.privacy.accountant import INITIALISATION, TRAINING
+from fedveil.privacy.accounting import LEAST_DELTA, noise_multiplier_for
+from fedveil.privacy.events import LEAST_RATE, MOST_NOISE, EventKind
+from fedveil.privacy.figures import epsilon_text, honest_text
+from fedveil.privacy.plan import PrivacyPlan
+from fedveil.server.marks import mark_of
+from fedveil.server.members import Member
+from fedveil.server.optimizer import usual_change
+from fedveil.server.plausible import implausible, largest_norm, oversized, update_norm
+from fedveil.server.registered import misnamed
+from fedveil.server.terms import least_plan
+from fedveil.strategies.job import Job
+from fedveil.strategies.state import ServerState
 
 ROOM = 1e-3
 """Relative. Two versions of an accountant may differ by this in the least noise for a budget."""

@@ -29,15 +29,15 @@ import math
 from collections.abc import Sequence
 from statistics import median
 
-from common.log import about
-from common.messages.round import TrainResult
-from common.messages.state import AdapterState
-from common.messages.tensors import apply
-from server.optimizer import usual_change
-from server.plausible import held_by, honest_norm, update_norm
-from server.terms import least_plan, usual_noise
-from strategies.job import Job
-from strategies.state import Contribution, ServerState
+from fedveil.common.log import about
+from fedveil.common.messages.round import TrainResult
+from fedveil.common.messages.state import AdapterState
+from fedveil.common.messages.tensors import apply
+from fedveil.server.optimizer import usual_change
+from fedveil.server.plausible import held_by, honest_norm, update_norm
+from fedveil.server.terms import least_plan, usual_noise
+from fedveil.strategies.job import Job
+from fedveil.strategies.state import Contribution, ServerState
 
 log = logging.getLogger("fedveil.server")
 ENOUGH = 3

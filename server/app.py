@@ -13,22 +13,22 @@ from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 from flwr.superlink.grid import InMemoryGrid
 
-from common.log import place_of
-from common.messages.round import Reply, SumReply, Task
-from common.messages.signed import check_unsigned
-from common.messages.wire import Layout, encode_task, payload_bytes
-from common.paths import run_folder
-from common.run_lines import Reach
-from server.conduct import conduct
-from server.model import ServerModel
-from server.own_check import began, own_check
-from server.pulls import Pulls, room_for
-from server.records import RunFolder
-from server.registered import registered_names
-from server.replies import read_reply, refusal, replies_to
-from server.signing import Signing, signing_of
-from server.sites import Exchange
-from strategies.job import Job, configure
+from fedveil.common.log import place_of
+from fedveil.common.messages.round import Reply, SumReply, Task
+from fedveil.common.messages.signed import check_unsigned
+from fedveil.common.messages.wire import Layout, encode_task, payload_bytes
+from fedveil.common.paths import run_folder
+from fedveil.common.run_lines import Reach
+from fedveil.server.conduct import conduct
+from fedveil.server.model import ServerModel
+from fedveil.server.own_check import began, own_check
+from fedveil.server.pulls import Pulls, room_for
+from fedveil.server.records import RunFolder
+from fedveil.server.registered import registered_names
+from fedveil.server.replies import read_reply, refusal, replies_to
+from fedveil.server.signing import Signing, signing_of
+from fedveil.server.sites import Exchange
+from fedveil.strategies.job import Job, configure
 
 POLL_SECONDS = 0.5
 PATIENCE_SECONDS = 60.0

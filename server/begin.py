@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import time
 
-from common.errors import RunFailed
-from common.model.score import Score
-from common.starts import PaidStart
-from server.checkpoint import Checkpoint
-from server.collect.base import Collected, Collector
-from server.model import ServerModel
-from server.observers import Observer, RoundOutcome
-from strategies.base import mean
-from strategies.job import Job
-from strategies.state import ServerState
+from fedveil.common.errors import RunFailed
+from fedveil.common.model.score import Score
+from fedveil.common.starts import PaidStart
+from fedveil.server.checkpoint import Checkpoint
+from fedveil.server.collect.base import Collected, Collector
+from fedveil.server.model import ServerModel
+from fedveil.server.observers import Observer, RoundOutcome
+from fedveil.strategies.base import mean
+from fedveil.strategies.job import Job
+from fedveil.strategies.state import ServerState
 
 
 def resume(saved: Checkpoint, observer: Observer) -> tuple[ServerState, Score | None]:

@@ -21,17 +21,17 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from common.config.sections import Scalar
-from common.errors import ConfigError, DataError
-from common.files import length, replace_file
-from common.messages.state import AdapterState
-from common.messages.tensors import entries
-from common.model.score import Score
-from common.run_lines import ConfigFile, ResultFile, read_if_there
-from common.strict_json import from_json, to_json
-from server.members import Member
-from strategies.job import Job
-from strategies.state import Moments, ServerState
+from fedveil.common.config.sections import Scalar
+from fedveil.common.errors import ConfigError, DataError
+from fedveil.common.files import length, replace_file
+from fedveil.common.messages.state import AdapterState
+from fedveil.common.messages.tensors import entries
+from fedveil.common.model.score import Score
+from fedveil.common.run_lines import ConfigFile, ResultFile, read_if_there
+from fedveil.common.strict_json import from_json, to_json
+from fedveil.server.members import Member
+from fedveil.strategies.job import Job
+from fedveil.strategies.state import Moments, ServerState
 
 NAME = "checkpoint.safetensors"
 FORMAT = "7"

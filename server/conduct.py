@@ -7,35 +7,35 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from shutil import rmtree
 
-from common.data.sources import unprotected_test
-from common.errors import FedVeilError, RunFailed
-from common.files import full_disk
-from common.log import about, kept_in, place_of, set_up
-from common.model.score import Score
-from common.paths import REPLIES, run_folder, run_name
-from common.run_lines import ProgressFile, Reached, ResultFile, ServerStart, Status
-from common.words import counted
-from privacy.figures import epsilon_text
-from reports import federation_epsilon, write_reports
-from reports.folder import read_run
-from reports.sites import epsilon_by
-from server.admission import Admission
-from server.begin import begin, resume
-from server.checkpoint import Checkpoint, load_checkpoint
-from server.collect.door import collector_of
-from server.lock import GLANCE_SECONDS, only_writer
-from server.members import Member
-from server.model import ServerModel
-from server.observers import Observer, Observers, RoundOutcome
-from server.own_check import began
-from server.records import RunFolder
-from server.rounds import run_rounds
-from server.sites import Transport
-from server.terminal import round_line, score_words
-from server.tracking import Tracking, check_tracker
-from server.update import ServerUpdate
-from strategies.job import Job
-from strategies.state import ServerState
+from fedveil.common.data.sources import unprotected_test
+from fedveil.common.errors import FedVeilError, RunFailed
+from fedveil.common.files import full_disk
+from fedveil.common.log import about, kept_in, place_of, set_up
+from fedveil.common.model.score import Score
+from fedveil.common.paths import REPLIES, run_folder, run_name
+from fedveil.common.run_lines import ProgressFile, Reached, ResultFile, ServerStart, Status
+from fedveil.common.words import counted
+from fedveil.privacy.figures import epsilon_text
+from fedveil.reports import federation_epsilon, write_reports
+from fedveil.reports.folder import read_run
+from fedveil.reports.sites import epsilon_by
+from fedveil.server.admission import Admission
+from fedveil.server.begin import begin, resume
+from fedveil.server.checkpoint import Checkpoint, load_checkpoint
+from fedveil.server.collect.door import collector_of
+from fedveil.server.lock import GLANCE_SECONDS, only_writer
+from fedveil.server.members import Member
+from fedveil.server.model import ServerModel
+from fedveil.server.observers import Observer, Observers, RoundOutcome
+from fedveil.server.own_check import began
+from fedveil.server.records import RunFolder
+from fedveil.server.rounds import run_rounds
+from fedveil.server.sites import Transport
+from fedveil.server.terminal import round_line, score_words
+from fedveil.server.tracking import Tracking, check_tracker
+from fedveil.server.update import ServerUpdate
+from fedveil.strategies.job import Job
+from fedveil.strategies.state import ServerState
 
 log = logging.getLogger("fedveil.server")
 DYING_SECONDS = 90.0

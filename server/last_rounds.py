@@ -11,15 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from common.messages.round import Spending
-from common.starts import PaidStart
-from common.words import clean, counted, names_text
-from privacy.accounting import Release
-from privacy.privacy_filter import promised
-from server.admission import Admission
-from server.collect.base import Collected
-from server.members import Member
-from strategies.job import Job
+from fedveil.common.messages.round import Spending
+from fedveil.common.starts import PaidStart
+from fedveil.common.words import clean, counted, names_text
+from fedveil.privacy.accounting import Release
+from fedveil.privacy.privacy_filter import promised
+from fedveil.server.admission import Admission
+from fedveil.server.collect.base import Collected
+from fedveil.server.members import Member
+from fedveil.strategies.job import Job
 
 AGREES = 1e-6
 """In ε, relative: the site's ledger holds what is known here and nothing else."""

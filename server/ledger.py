@@ -26,18 +26,18 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from common.config.sections import Scalar
-from common.errors import BudgetExhausted, ConfigError, DataError, LedgerError
-from common.files import expanded, replace_file
-from common.messages.round import Spending
-from common.strict_json import from_json, to_json
-from privacy import trusting_the_server
-from privacy.accountant import AT_RATE_1, DEPARTED, TRAINING
-from privacy.accounting import Release
-from privacy.events import Event
-from privacy.figures import epsilon_text
-from privacy.privacy_filter import FRESH, Commitment, History, commitment_to, price
-from server.lock import locked
+from fedveil.common.config.sections import Scalar
+from fedveil.common.errors import BudgetExhausted, ConfigError, DataError, LedgerError
+from fedveil.common.files import expanded, replace_file
+from fedveil.common.messages.round import Spending
+from fedveil.common.strict_json import from_json, to_json
+from fedveil.privacy import trusting_the_server
+from fedveil.privacy.accountant import AT_RATE_1, DEPARTED, TRAINING
+from fedveil.privacy.accounting import Release
+from fedveil.privacy.events import Event
+from fedveil.privacy.figures import epsilon_text
+from fedveil.privacy.privacy_filter import FRESH, Commitment, History, commitment_to, price
+from fedveil.server.lock import locked
 
 FORMAT = 2
 """The number goes on and never restarts; ``tools/convert_ledger.py`` brings a ledger of the format before over."""

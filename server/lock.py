@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from common.errors import FedVeilError, RunFailed
+from fedveil.common.errors import FedVeilError, RunFailed
 
 GLANCE_SECONDS = 1.0
 """Far longer than anyone who asks whether a folder is written holds its lock."""

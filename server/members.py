@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from common.messages.round import Spending
+from fedveil.common.messages.round import Spending
 
 
 @dataclass(frozen=True)

@@ -7,20 +7,20 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from common.adapters.base import base_weight
-from common.data.sources import public_test, slices_of
-from common.errors import ModelError
-from common.messages.columns import chosen_factors
-from common.messages.state import AdapterState
-from common.messages.tensors import merge
-from common.messages.wire import Layout, layout_of
-from common.model.federated import FederatedModel, phrases_of
-from common.model.score import Score
-from common.starts import Labels
-from common.tasks import Record
-from common.tasks.examples import Example
-from strategies.job import Job
-from strategies.state import ServerState
+from fedveil.common.adapters.base import base_weight
+from fedveil.common.data.sources import public_test, slices_of
+from fedveil.common.errors import ModelError
+from fedveil.common.messages.columns import chosen_factors
+from fedveil.common.messages.state import AdapterState
+from fedveil.common.messages.tensors import merge
+from fedveil.common.messages.wire import Layout, layout_of
+from fedveil.common.model.federated import FederatedModel, phrases_of
+from fedveil.common.model.score import Score
+from fedveil.common.starts import Labels
+from fedveil.common.tasks import Record
+from fedveil.common.tasks.examples import Example
+from fedveil.strategies.job import Job
+from fedveil.strategies.state import ServerState
 
 
 class ServerModel:
@@ -105,8 +105,8 @@ class ServerModel:
 
     def calibrated(self, adapter: AdapterState) -> AdapterState:
         """Return ``adapter`` at the scale that suits, by public phrases: about the labels, or FedVeil's own."""
-        from common.starts.calibration import calibrated
-        from common.starts.public_text import PACKAGED, known_sha256, read_text
+        from fedveil.common.starts.calibration import calibrated
+        from fedveil.common.starts.public_text import PACKAGED, known_sha256, read_text
 
         task = self.model.task
         examples: list[Example] = [

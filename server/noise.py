@@ -12,11 +12,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from common.messages.round import TrainResult
-from server.collect.noise import NO_NOISE, Noise
-from server.terms import paid_plan, usual_noise
-from strategies.job import Job
-from strategies.state import Contribution
+from fedveil.common.messages.round import TrainResult
+from fedveil.server.collect.noise import NO_NOISE, Noise
+from fedveil.server.terms import paid_plan, usual_noise
+from fedveil.strategies.job import Job
+from fedveil.strategies.state import Contribution
 
 
 def plain_step(job: Job) -> bool:

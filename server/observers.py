@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from common.model.score import Score
-from server.collect.base import Collected
-from server.members import Member
-from strategies.state import ServerState
+from fedveil.common.model.score import Score
+from fedveil.server.collect.base import Collected
+from fedveil.server.members import Member
+from fedveil.strategies.state import ServerState
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from common.config.sections import RunConfig
-from common.messages.state import HEAD, AdapterState
-from common.messages.tensors import merge, subtract
-from strategies.state import Moments, ServerState
+from fedveil.common.config.sections import RunConfig
+from fedveil.common.messages.state import HEAD, AdapterState
+from fedveil.common.messages.tensors import merge, subtract
+from fedveil.strategies.state import Moments, ServerState
 
 BETA1, BETA2 = 0.9, 0.999
 """Adam's usual constants."""

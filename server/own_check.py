@@ -16,16 +16,16 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from common.bundle import own_digest
-from common.errors import DataError
-from common.log import place_of
-from common.run_lines import CheckLine, OwnCheck, Reach, ServerStart
-from common.strict_json import from_json
-from privacy.entropy import entropy_is_replaced
+from fedveil.common.bundle import own_digest
+from fedveil.common.errors import DataError
+from fedveil.common.log import place_of
+from fedveil.common.run_lines import CheckLine, OwnCheck, Reach, ServerStart
+from fedveil.common.strict_json import from_json
+from fedveil.privacy.entropy import entropy_is_replaced
 
 FOLDER = "FEDVEIL_SERVER"
 """Environment variable of the SuperLink that names the folder which it was started from."""
-PROGRAM = "deploy.run_check"
+PROGRAM = "fedveil.deploy.run_check"
 """Of the installed version: the bundle, which the app runs from, has no part that makes or reads certificates."""
 PATIENCE = 120.0
 """Seconds for the check, most of them imports; far more than it takes on a busy machine."""

@@ -28,13 +28,13 @@ import math
 from collections.abc import Mapping
 from statistics import median
 
-from common.messages.columns import narrowed
-from common.messages.round import TrainResult
-from common.messages.state import HEAD, AdapterState
-from common.messages.tensors import count, l2_norm
-from privacy.plan import Plan, PrivacyPlan
-from strategies.job import Job
-from strategies.state import ServerState
+from fedveil.common.messages.columns import narrowed
+from fedveil.common.messages.round import TrainResult
+from fedveil.common.messages.state import HEAD, AdapterState
+from fedveil.common.messages.tensors import count, l2_norm
+from fedveil.privacy.plan import Plan, PrivacyPlan
+from fedveil.strategies.job import Job
+from fedveil.strategies.state import ServerState
 
 SLACK = 10.0
 MEDIANS = 100.0

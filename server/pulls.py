@@ -20,8 +20,8 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from flwr.superlink.grid.http_grid import HttpGrid
 from google.protobuf.message import DecodeError
 
-from common.log import place_of
-from common.messages.wire import Layout
+from fedveil.common.log import place_of
+from fedveil.common.messages.wire import Layout
 
 UNREADABLE = (ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError, DecodeError)
 """What Flower raises when it unpacks bytes that are no message; trouble at the SuperLink is none of them."""

@@ -14,8 +14,8 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from common.config.sections import RunConfig
-from server.collect.noise import Noise
+from fedveil.common.config.sections import RunConfig
+from fedveil.server.collect.noise import Noise
 
 
 def within_noise(config: RunConfig, averaged: Noise, number: int) -> RunConfig:

@@ -30,9 +30,9 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from common.bundle import own_digest
-from common.errors import DataError
-from common.files import (
+from fedveil.common.bundle import own_digest
+from fedveil.common.errors import DataError
+from fedveil.common.files import (
     append_lines,
     check_room,
     cut_file,
@@ -42,12 +42,12 @@ from common.files import (
     replace_file,
     with_usual_mode,
 )
-from common.log import about
-from common.messages.round import TrainResult
-from common.messages.state import AdapterState
-from common.model.federated import FederatedModel
-from common.model.score import Score
-from common.run_lines import (
+from fedveil.common.log import about
+from fedveil.common.messages.round import TrainResult
+from fedveil.common.messages.state import AdapterState
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.model.score import Score
+from fedveil.common.run_lines import (
     AdapterFile,
     BaselineFile,
     ConfigFile,
@@ -64,15 +64,15 @@ from common.run_lines import (
     read_file,
     read_if_there,
 )
-from common.strict_json import from_json, to_json
-from common.tasks import TASKS
-from privacy.claim import NO_CLAIM, NOTHING
-from server.checkpoint import NAME, Checkpoint, save_checkpoint
-from server.collect.door import shown_of
-from server.members import Member
-from server.observers import Observer, RoundOutcome
-from strategies.job import Job
-from strategies.state import ServerState
+from fedveil.common.strict_json import from_json, to_json
+from fedveil.common.tasks import TASKS
+from fedveil.privacy.claim import NO_CLAIM, NOTHING
+from fedveil.server.checkpoint import NAME, Checkpoint, save_checkpoint
+from fedveil.server.collect.door import shown_of
+from fedveil.server.members import Member
+from fedveil.server.observers import Observer, RoundOutcome
+from fedveil.strategies.job import Job
+from fedveil.strategies.state import ServerState
 
 log = logging.getLogger("fedveil.server")
 LEAST_ROOM = 4_000_000

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from common.errors import DataError
+from fedveil.common.errors import DataError
 
 NODES = "FEDVEIL_NODES"
 """Environment variable of the SuperLink that names the folder."""

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from common.errors import ProtocolError
-from common.messages.columns import narrowed_layout
-from common.messages.round import Refusal, Reply, SumReply, Task, TrainResult, TrainTask
-from common.messages.wire import Layout, decode_reply, decode_sum_reply, round_of
-from common.words import clean
-from server.marks import mark_of
-from strategies.job import Job
+from fedveil.common.errors import ProtocolError
+from fedveil.common.messages.columns import narrowed_layout
+from fedveil.common.messages.round import Refusal, Reply, SumReply, Task, TrainResult, TrainTask
+from fedveil.common.messages.wire import Layout, decode_reply, decode_sum_reply, round_of
+from fedveil.common.words import clean
+from fedveil.server.marks import mark_of
+from fedveil.strategies.job import Job
 
 
 def refusal(task: Task, node: int, kind: str, reason: str) -> Refusal:

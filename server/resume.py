@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from glob import escape
 from pathlib import Path
 
-from common.config.sections import RunTerms, Scalar
-from common.errors import ConfigError
-from common.files import expanded
-from common.run_lines import ConfigFile, read_file
-from server.checkpoint import NAME, load_checkpoint
-from server.lock import GLANCE_SECONDS, only_writer
-from strategies.job import configure
+from fedveil.common.config.sections import RunTerms, Scalar
+from fedveil.common.errors import ConfigError
+from fedveil.common.files import expanded
+from fedveil.common.run_lines import ConfigFile, read_file
+from fedveil.server.checkpoint import NAME, load_checkpoint
+from fedveil.server.lock import GLANCE_SECONDS, only_writer
+from fedveil.strategies.job import configure
 
 
 def with_resumed(overrides: Mapping[str, Scalar], patience: float = GLANCE_SECONDS) -> dict[str, Scalar]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from typing import Protocol
 
-from common.errors import RunFailed
-from common.model.score import Score
-from server.collect.base import Collected, Collector
-from server.observers import Observer, RoundOutcome
-from strategies.state import ServerState
+from fedveil.common.errors import RunFailed
+from fedveil.common.model.score import Score
+from fedveil.server.collect.base import Collected, Collector
+from fedveil.server.observers import Observer, RoundOutcome
+from fedveil.strategies.state import ServerState
 
 
 class Server(Protocol):

@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-from common.config.sections import RunConfig
-from common.messages.state import OWN, AdapterState
-from common.messages.tensors import merge, subtract
-from server.collect.noise import Noise
-from server.optimizer import server_step
-from server.rates import within_noise
-from strategies.job import Job
-from strategies.rules import NoRule
-from strategies.rules.base import Known
-from strategies.state import ServerState, ServerStep
+from fedveil.common.config.sections import RunConfig
+from fedveil.common.messages.state import OWN, AdapterState
+from fedveil.common.messages.tensors import merge, subtract
+from fedveil.server.collect.noise import Noise
+from fedveil.server.optimizer import server_step
+from fedveil.server.rates import within_noise
+from fedveil.strategies.job import Job
+from fedveil.strategies.rules import NoRule
+from fedveil.strategies.rules.base import Known
+from fedveil.strategies.state import ServerState, ServerStep
 
 
 def round_step(job: Job, measured: AdapterState, noise: Noise, number: int) -> ServerStep:

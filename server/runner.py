@@ -35,12 +35,12 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
-from common.bundle import bundle_digest, own_digest
-from common.errors import FedVeilError, RunFailed
-from common.log import about, place_of, set_up
-from common.parent import die_with_parent
-from common.runtime import NODE_TOO, HeldTask, NotOurNode, Runtime, TaskLost
-from privacy.entropy import require_system_entropy
+from fedveil.common.bundle import bundle_digest, own_digest
+from fedveil.common.errors import FedVeilError, RunFailed
+from fedveil.common.log import about, place_of, set_up
+from fedveil.common.parent import die_with_parent
+from fedveil.common.runtime import NODE_TOO, HeldTask, NotOurNode, Runtime, TaskLost
+from fedveil.privacy.entropy import require_system_entropy
 
 log = logging.getLogger("fedveil.server")
 POLL_SECONDS = 0.5
@@ -140,7 +140,7 @@ def _run_held(runtime: Runtime, token: str, held: HeldTask) -> None:
 
 
 def _run_app(runtime: Runtime, token: str, run: Run, context: Context) -> None:
-    from server.app import app  # torch, and seconds: the task is held by now
+    from fedveil.server.app import app  # torch, and seconds: the task is held by now
 
     with closing(HttpGrid(runtime.address, False, runtime.authority, token=token)) as grid:
         grid.set_run(run)

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from flwr.app import RecordDict
 
-from common.config.sections import Scalar
-from common.errors import DataError
-from common.messages.signed import Asked, certificate_der, is_answer, sign_task
-from privacy.secure_sum.identity import Identity
-from server.own_check import FOLDER
-from server.registered import key_of
+from fedveil.common.config.sections import Scalar
+from fedveil.common.errors import DataError
+from fedveil.common.messages.signed import Asked, certificate_der, is_answer, sign_task
+from fedveil.privacy.secure_sum.identity import Identity
+from fedveil.server.own_check import FOLDER
+from fedveil.server.registered import key_of
 
 TASKS = "tasks.pem"
 """File of the server's folder with the key that signs tasks, and its certificate."""

@@ -7,17 +7,17 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from common.log import about
-from common.messages.round import Refusal, Reply, SumReply, Task, TrainResult, TrainTask
-from common.messages.state import below_head, of_head
-from common.messages.tensors import fingerprint
-from common.run_lines import Absence
-from privacy.secure_sum import KeyOffer
-from server.admission import Admission
-from server.collect.base import Collected
-from server.model import ServerModel
-from strategies.job import Job
-from strategies.state import ServerState
+from fedveil.common.log import about
+from fedveil.common.messages.round import Refusal, Reply, SumReply, Task, TrainResult, TrainTask
+from fedveil.common.messages.state import below_head, of_head
+from fedveil.common.messages.tensors import fingerprint
+from fedveil.common.run_lines import Absence
+from fedveil.privacy.secure_sum import KeyOffer
+from fedveil.server.admission import Admission
+from fedveil.server.collect.base import Collected
+from fedveil.server.model import ServerModel
+from fedveil.strategies.job import Job
+from fedveil.strategies.state import ServerState
 
 log = logging.getLogger("fedveil.server")
 

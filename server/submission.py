@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from common.errors import ConfigError
+from fedveil.common.errors import ConfigError
 
 OVERRIDES = "run_config_overrides"
 """What Flower's command line calls its ``-c``."""
@@ -32,7 +32,7 @@ def refuse_wrong_settings() -> None:
     from flwr.common.config import flatten_dict, get_project_config, parse_config_args
 
     try:
-        from strategies.job import configure
+        from fedveil.strategies.job import configure
     except ImportError:
         return  # Sent from a place that has Flower only; the server checks.
     app = get_project_config(Path(context.params["app"]).expanduser())["tool"]["flwr"]["app"]

@@ -6,17 +6,17 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from common.words import decimal_text, natural
-from privacy.figures import epsilon_text
-from reports.alike import alike_absences
-from reports.sites import TOLERANCE
+from fedveil.common.words import decimal_text, natural
+from fedveil.privacy.figures import epsilon_text
+from fedveil.reports.alike import alike_absences
+from fedveil.reports.sites import TOLERANCE
 
 if TYPE_CHECKING:  # a report is made from files alone, without loading what trains
-    from common.messages.round import Spending
-    from common.model.score import Score
-    from server.collect.shown import Shown
-    from server.members import Member
-    from server.observers import RoundOutcome
+    from fedveil.common.messages.round import Spending
+    from fedveil.common.model.score import Score
+    from fedveil.server.collect.shown import Shown
+    from fedveil.server.members import Member
+    from fedveil.server.observers import RoundOutcome
 
 
 def epsilon_words(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from common.errors import BudgetExhausted
-from common.messages.round import TrainResult
-from common.starts import PaidStart
-from privacy.plan import Plan, PrivacyPlan
-from strategies.job import Job
+from fedveil.common.errors import BudgetExhausted
+from fedveil.common.messages.round import TrainResult
+from fedveil.common.starts import PaidStart
+from fedveil.privacy.plan import Plan, PrivacyPlan
+from fedveil.strategies.job import Job
 
 
 def least_plan(job: Job, result: TrainResult) -> Plan:

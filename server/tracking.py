@@ -11,16 +11,16 @@ import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from common.log import place_of
-from common.model.score import Score
-from common.run_lines import COHORT, BaselineFile, PrivacyLine, RoundLine, read_if_there, read_lines
-from common.trackers import NO_TRACKER, TRACKERS, Tracker
-from reports.folder import read_run
-from reports.sites import epsilon_course
-from server.members import Member
-from server.observers import Observer, RoundOutcome
-from strategies.job import Job
-from strategies.state import ServerState
+from fedveil.common.log import place_of
+from fedveil.common.model.score import Score
+from fedveil.common.run_lines import COHORT, BaselineFile, PrivacyLine, RoundLine, read_if_there, read_lines
+from fedveil.common.trackers import NO_TRACKER, TRACKERS, Tracker
+from fedveil.reports.folder import read_run
+from fedveil.reports.sites import epsilon_course
+from fedveil.server.members import Member
+from fedveil.server.observers import Observer, RoundOutcome
+from fedveil.strategies.job import Job
+from fedveil.strategies.state import ServerState
 
 log = logging.getLogger("fedveil.server")
 

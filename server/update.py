@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from common.messages.state import AdapterState
-from common.model.score import Score
-from server.collect.base import Collected
-from server.model import ServerModel
-from server.ruled import round_step
-from server.watched import watched
-from strategies.job import Job
-from strategies.state import ServerState
+from fedveil.common.messages.state import AdapterState
+from fedveil.common.model.score import Score
+from fedveil.server.collect.base import Collected
+from fedveil.server.model import ServerModel
+from fedveil.server.ruled import round_step
+from fedveil.server.watched import watched
+from fedveil.strategies.job import Job
+from fedveil.strategies.state import ServerState
 
 
 class ServerUpdate:

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from common.messages.state import OWN, AdapterState
-from common.messages.tensors import merge
-from common.model.importance import COLUMNS, ROWS, importance, running
-from strategies.job import Job
-from strategies.state import ServerState, ServerStep
+from fedveil.common.messages.state import OWN, AdapterState
+from fedveil.common.messages.tensors import merge
+from fedveil.common.model.importance import COLUMNS, ROWS, importance, running
+from fedveil.strategies.job import Job
+from fedveil.strategies.state import ServerState, ServerStep
 
 
 def watched(job: Job, step: ServerStep, weight: Callable[[str], Tensor], noise: float) -> ServerStep:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections import ChainMap
 
-from common.rows import Table
-from strategies.average import Average
-from strategies.base import Strategy, mean
-from strategies.fed_sb import FedSB
-from strategies.fed_svd import FedSVD
-from strategies.fedavg import FedAvgLoRA
-from strategies.ffa_lora import FFALoRA
-from strategies.state import Contribution, Moments, ServerState
+from fedveil.common.rows import Table
+from fedveil.strategies.average import Average
+from fedveil.strategies.base import Strategy, mean
+from fedveil.strategies.fed_sb import FedSB
+from fedveil.strategies.fed_svd import FedSVD
+from fedveil.strategies.fedavg import FedAvgLoRA
+from fedveil.strategies.ffa_lora import FFALoRA
+from fedveil.strategies.state import Contribution, Moments, ServerState
 
 STRATEGIES: Table[type[Strategy]] = Table("strategies", (FedAvgLoRA, FFALoRA, FedSB, FedSVD))
 

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, final
 
-from common.adapters import Adapter
-from common.messages.state import AdapterState
-from common.messages.tensors import merge
-from strategies.base import Strategy, mean
-from strategies.state import Contribution, ServerState
+from fedveil.common.adapters import Adapter
+from fedveil.common.messages.state import AdapterState
+from fedveil.common.messages.tensors import merge
+from fedveil.strategies.base import Strategy, mean
+from fedveil.strategies.state import Contribution, ServerState
 
 
 @dataclass(frozen=True)

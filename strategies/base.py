@@ -12,15 +12,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from common.adapters import Adapter
-from common.config.fields import check_fields
-from common.config.sections import RunConfig, Scalar
-from common.errors import ConfigError, ProtocolError
-from common.messages.columns import Chosen
-from common.messages.state import HEAD, AdapterState
-from common.messages.tensors import merge, select, weighted_sum
-from privacy import Mechanism
-from strategies.state import Contribution, ServerState, ServerStep
+from fedveil.common.adapters import Adapter
+from fedveil.common.config.fields import check_fields
+from fedveil.common.config.sections import RunConfig, Scalar
+from fedveil.common.errors import ConfigError, ProtocolError
+from fedveil.common.messages.columns import Chosen
+from fedveil.common.messages.state import HEAD, AdapterState
+from fedveil.common.messages.tensors import merge, select, weighted_sum
+from fedveil.privacy import Mechanism
+from fedveil.strategies.state import Contribution, ServerState, ServerStep
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Strategy(ABC):
     A round of two sites, where training is stood in for by adding 1 and 4 to B:
 
     >>> import torch
-    >>> from strategies.ffa_lora import FFALoRA
+    >>> from fedveil.strategies.ffa_lora import FFALoRA
     >>> strategy = FFALoRA()
     >>> start = {"layer": {"A": torch.eye(2), "B": torch.zeros(1, 2)}}
     >>> state = strategy.start(start, trained=("B",))

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from strategies.average import Average
+from fedveil.strategies.average import Average
 
 
 @dataclass(frozen=True)

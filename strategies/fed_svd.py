@@ -26,12 +26,12 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor
 
-from common.check import NOT_NEGATIVE, POSITIVE, OneOf
-from common.config.fields import Unit
-from common.messages.state import AdapterState
-from common.messages.tensors import merge, select
-from strategies.average import Average
-from strategies.state import ServerState
+from fedveil.common.check import NOT_NEGATIVE, POSITIVE, OneOf
+from fedveil.common.config.fields import Unit
+from fedveil.common.messages.state import AdapterState
+from fedveil.common.messages.tensors import merge, select
+from fedveil.strategies.average import Average
+from fedveil.strategies.state import ServerState
 
 NEGLIGIBLE = 1e-7
 """Singular values below this share of the largest count as zero (float32 factors)."""

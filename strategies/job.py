@@ -6,34 +6,34 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from common.adapters import ADAPTERS, ALIASES, Adapter, build_adapter
-from common.check import nearest
-from common.config.asked import RunSettings, as_asked, from_mapping, resolve
-from common.config.sections import RunConfig, Scalar, defaults, from_section, to_mapping, typed
-from common.data.sources import count_labels, count_records, known_labels
-from common.errors import ConfigError
-from common.messages.columns import Chosen
-from common.messages.state import HEAD, METRIC, OWN, AdapterState, Factors, of_head
-from common.messages.tensors import merge, start_fingerprint
-from common.model.federated import FederatedModel, model_of
-from common.model.files import files_of
-from common.starts import STARTS, Start, check_directions
-from common.tasks import TASKS
-from common.trackers import NO_TRACKER
-from privacy import Mechanism, Unit
-from privacy.accounting import Release
-from privacy.claim import Claim
-from privacy.events import Event
-from privacy.plan import Plan, PrivacyPlan
-from strategies import ROWS
-from strategies.base import Strategy
-from strategies.options import START, declared_settings, known_settings, tables, unnamed, with_options
-from strategies.phases import check_phases
-from strategies.recipes import AUTO, RECIPES, Asked, Recipe, choose, is_open, own_method, without_open
-from strategies.refused import REFUSED, REFUSED_STRATEGIES
-from strategies.rules import RULES, ServerRule
-from strategies.state import ServerState
-from strategies.systems import told
+from fedveil.common.adapters import ADAPTERS, ALIASES, Adapter, build_adapter
+from fedveil.common.check import nearest
+from fedveil.common.config.asked import RunSettings, as_asked, from_mapping, resolve
+from fedveil.common.config.sections import RunConfig, Scalar, defaults, from_section, to_mapping, typed
+from fedveil.common.data.sources import count_labels, count_records, known_labels
+from fedveil.common.errors import ConfigError
+from fedveil.common.messages.columns import Chosen
+from fedveil.common.messages.state import HEAD, METRIC, OWN, AdapterState, Factors, of_head
+from fedveil.common.messages.tensors import merge, start_fingerprint
+from fedveil.common.model.federated import FederatedModel, model_of
+from fedveil.common.model.files import files_of
+from fedveil.common.starts import STARTS, Start, check_directions
+from fedveil.common.tasks import TASKS
+from fedveil.common.trackers import NO_TRACKER
+from fedveil.privacy import Mechanism, Unit
+from fedveil.privacy.accounting import Release
+from fedveil.privacy.claim import Claim
+from fedveil.privacy.events import Event
+from fedveil.privacy.plan import Plan, PrivacyPlan
+from fedveil.strategies import ROWS
+from fedveil.strategies.base import Strategy
+from fedveil.strategies.options import START, declared_settings, known_settings, tables, unnamed, with_options
+from fedveil.strategies.phases import check_phases
+from fedveil.strategies.recipes import AUTO, RECIPES, Asked, Recipe, choose, is_open, own_method, without_open
+from fedveil.strategies.refused import REFUSED, REFUSED_STRATEGIES
+from fedveil.strategies.rules import RULES, ServerRule
+from fedveil.strategies.state import ServerState
+from fedveil.strategies.systems import told
 
 T = TypeVar("T")
 BESIDE = "; a start of contrib has its own options, once adapter.start names it"

@@ -11,20 +11,20 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
-from common.adapters import ADAPTERS
-from common.check import OneOf, Rule
-from common.config.asked import RunSettings
-from common.config.sections import Scalar, defaults
-from common.config.text import flatten, toml_value
-from common.errors import ConfigError
-from common.rows import Table
-from common.starts import STARTS
-from common.tasks import roles_of_all
-from common.tasks.roles import Role
-from common.toml import toml_of
-from strategies import CONTROLS, ROWS, STRATEGIES
-from strategies.recipes import AUTO, RECIPES, is_open
-from strategies.rules import RULES
+from fedveil.common.adapters import ADAPTERS
+from fedveil.common.check import OneOf, Rule
+from fedveil.common.config.asked import RunSettings
+from fedveil.common.config.sections import Scalar, defaults
+from fedveil.common.config.text import flatten, toml_value
+from fedveil.common.errors import ConfigError
+from fedveil.common.rows import Table
+from fedveil.common.starts import STARTS
+from fedveil.common.tasks import roles_of_all
+from fedveil.common.tasks.roles import Role
+from fedveil.common.toml import toml_of
+from fedveil.strategies import CONTROLS, ROWS, STRATEGIES
+from fedveil.strategies.recipes import AUTO, RECIPES, is_open
+from fedveil.strategies.rules import RULES
 
 START = "start."
 """What the options of a start begin with."""

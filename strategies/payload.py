@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import torch
 
-from common.adapters import ADAPTERS, Adapter
-from common.messages.columns import narrowed
-from common.messages.state import AdapterState
-from strategies import Strategy
+from fedveil.common.adapters import ADAPTERS, Adapter
+from fedveil.common.messages.columns import narrowed
+from fedveil.common.messages.state import AdapterState
+from fedveil.strategies import Strategy
 
 
 def travels(strategy: Strategy, adapter: Adapter, out: int, into: int) -> tuple[AdapterState, AdapterState]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from common.adapters import Adapter
-from common.config.phases import Schedule
-from common.config.sections import RunConfig
-from common.errors import ConfigError
-from common.tasks import TASKS
-from strategies.base import Strategy
+from fedveil.common.adapters import Adapter
+from fedveil.common.config.phases import Schedule
+from fedveil.common.config.sections import RunConfig
+from fedveil.common.errors import ConfigError
+from fedveil.common.tasks import TASKS
+from fedveil.strategies.base import Strategy
 
 
 def check_phases(config: RunConfig, strategy: Strategy, adapter: type[Adapter]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
-from common.messages.state import HEAD, METRIC, AdapterState
+from fedveil.common.messages.state import HEAD, METRIC, AdapterState
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from common.config.sections import Scalar
+from fedveil.common.config.sections import Scalar
 
 SYSTEMS: Mapping[str, Mapping[str, Scalar]] = {
     "rslora": {"adapter.scale": "sqrt-rank"},

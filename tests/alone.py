@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from common.messages.tensors import entries
-from common.model.federated import FederatedModel
-from common.model.shapes import FixedBatch
-from common.tasks import Record
-from privacy.dpsgd import PrivateSteps
-from privacy.plan import gaussian_plan
+from fedveil.common.messages.tensors import entries
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.model.shapes import FixedBatch
+from fedveil.common.tasks import Record
+from fedveil.privacy.dpsgd import PrivateSteps
+from fedveil.privacy.plan import gaussian_plan
 
 SIZES = (7, 3, 6)
 STEP = gaussian_plan(1.0, 1.0, 1.0, 1.0, 1e-5, 1.0)

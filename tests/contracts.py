@@ -25,21 +25,21 @@ import torch
 from digits import TOKENS, digits, encoded, save_vit
 
 from audits.tiny_models import FILLER, write_reviews
-from common.adapters import ADAPTERS
-from common.config.sections import defaults
-from common.errors import ConfigError
-from common.messages.state import OWN, AdapterState
-from common.run_lines import RoundLine, read_lines
-from common.starts import STARTS, check_directions, class_means
-from common.tasks import TASKS
-from experiments.evaluate import evaluate_run
-from experiments.in_process import run_in_process
-from privacy import MECHANISMS
-from server import conduct
-from server.model import ServerModel
-from strategies import ROWS, STRATEGIES
-from strategies.job import Job, configure
-from strategies.options import known_settings
+from fedveil.common.adapters import ADAPTERS
+from fedveil.common.config.sections import defaults
+from fedveil.common.errors import ConfigError
+from fedveil.common.messages.state import OWN, AdapterState
+from fedveil.common.run_lines import RoundLine, read_lines
+from fedveil.common.starts import STARTS, check_directions, class_means
+from fedveil.common.tasks import TASKS
+from fedveil.experiments.evaluate import evaluate_run
+from fedveil.experiments.in_process import run_in_process
+from fedveil.privacy import MECHANISMS
+from fedveil.server import conduct
+from fedveil.server.model import ServerModel
+from fedveil.strategies import ROWS, STRATEGIES
+from fedveil.strategies.job import Job, configure
+from fedveil.strategies.options import known_settings
 
 SITES, IN_A_SUM = 2, 3
 """Sites of a run, and of one whose server sees a sum alone."""
@@ -463,6 +463,6 @@ def quickened(folder: Path, model_folder: Callable[[str], str]) -> Iterator[Cont
         patch.setattr(conduct, "write_reports", lambda *_, **__: None)
         # A map of the tiny models' 16 features needs no more made-up texts, each of which is a pass of its own.
         patch.setattr(class_means, "MADE", 48)
-        patch.setattr("common.starts.public_metric.MADE", 48)
+        patch.setattr("fedveil.common.starts.public_metric.MADE", 48)
         yield Contracts(World(folder, model_folder))
     shutil.rmtree(folder)

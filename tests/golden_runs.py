@@ -23,11 +23,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from audits.tiny_models import TARGETS, save_tiny_model, toy_run, write_questions, write_reviews
-from common.messages.round import Refusal, Task, TrainTask
-from common.messages.wire import encode_reply
-from common.run_lines import RoundLine, read_lines
-from experiments.in_process import InProcessTransport, run_in_process
-from privacy.entropy import replaced_entropy
+from fedveil.common.messages.round import Refusal, Task, TrainTask
+from fedveil.common.messages.wire import encode_reply
+from fedveil.common.run_lines import RoundLine, read_lines
+from fedveil.experiments.in_process import InProcessTransport, run_in_process
+from fedveil.privacy.entropy import replaced_entropy
 
 Settings = dict[str, Any]
 PRODUCTS = 3

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from client.ledger.ledger import Ledger
-from client.ledger.record_hashes import record_hashes
-from client.ledger.rows import Charge, Receipt
-from common.tasks.examples import Dataset
-from common.tasks.text import TextExample
-from privacy.accounting import Release, gaussian_release
-from privacy.privacy_filter import promised
+from fedveil.client.ledger.ledger import Ledger
+from fedveil.client.ledger.record_hashes import record_hashes
+from fedveil.client.ledger.rows import Charge, Receipt
+from fedveil.common.tasks.examples import Dataset
+from fedveil.common.tasks.text import TextExample
+from fedveil.privacy.accounting import Release, gaussian_release
+from fedveil.privacy.privacy_filter import promised
 
 DELTA = 1e-5
 ROUND = gaussian_release(noise_multiplier=1.0, sample_rate=0.1, count=5)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from common.messages.round import Spending, SpendingFigures
-from common.run_lines import (
+from fedveil.common.messages.round import Spending, SpendingFigures
+from fedveil.common.run_lines import (
     Absence,
     AuditFile,
     BaselineFile,
@@ -20,14 +20,14 @@ from common.run_lines import (
     RunFile,
     Status,
 )
-from common.strict_json import to_json
-from privacy import MECHANISMS
-from privacy.accountant import TRAINING
-from privacy.accounting import Release, gaussian_release
-from privacy.claim import NO_CLAIM
-from privacy.events import Event, SummedGaussian, sampled_gaussian
-from privacy.privacy_filter import promised
-from strategies.job import configure
+from fedveil.common.strict_json import to_json
+from fedveil.privacy import MECHANISMS
+from fedveil.privacy.accountant import TRAINING
+from fedveil.privacy.accounting import Release, gaussian_release
+from fedveil.privacy.claim import NO_CLAIM
+from fedveil.privacy.events import Event, SummedGaussian, sampled_gaussian
+from fedveil.privacy.privacy_filter import promised
+from fedveil.strategies.job import configure
 
 DELTA = 1e-5
 HEAD = "trained and averaged, inside the clip"

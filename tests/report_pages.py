@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich_run import rich, unlike
 
-from reports.files import write_reports
+from fedveil.reports.files import write_reports
 
 if __name__ == "__main__":
     for name, made in (("rich", rich), ("thousand", unlike)):

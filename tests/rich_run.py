@@ -10,7 +10,7 @@ from typing import Any
 
 from made_run import DELTA, MadeRun, adapter_told, spent
 
-from common.run_lines import (
+from fedveil.common.run_lines import (
     Absence,
     AuditFile,
     BaselineFile,
@@ -26,9 +26,9 @@ from common.run_lines import (
     ServerStart,
     read_lines,
 )
-from common.strict_json import to_json
-from privacy.accounting import gaussian_release
-from privacy.privacy_filter import promised
+from fedveil.common.strict_json import to_json
+from fedveil.privacy.accounting import gaussian_release
+from fedveil.privacy.privacy_filter import promised
 
 LABELS = [f"topic {number:02} of the clinic's own list of reasons to call" for number in range(20)]
 REGIONS = ["east", "north", "south", "west", "abroad"]

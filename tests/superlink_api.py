@@ -16,7 +16,7 @@ from flwr.supercore.constant import NOOP_FEDERATION_ID, TaskType
 from flwr.supercore.fab import Fab
 from flwr.superlink.main import create_app
 
-from deploy.server_folder import ServerFolder
+from fedveil.deploy.server_folder import ServerFolder
 
 PATIENCE = 300.0
 SECRET = b"a secret of the server's own"

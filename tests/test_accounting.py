@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from common.errors import BudgetExhausted, ConfigError
-from privacy import accounting
-from privacy.accountant import Method
-from privacy.accounting import Release, epsilon, epsilon_with_method, gaussian_release, noise_multiplier_for
+from fedveil.common.errors import BudgetExhausted, ConfigError
+from fedveil.privacy import accounting
+from fedveil.privacy.accountant import Method
+from fedveil.privacy.accounting import Release, epsilon, epsilon_with_method, gaussian_release, noise_multiplier_for
 
 DELTA = 1e-5
 RATE = 64 / 5000

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from common.adapters import ADAPTERS
+from fedveil.common.adapters import ADAPTERS
 
 FILE = Path(__file__).resolve().parent.parent / "benchmarks" / "adapters.py"
 

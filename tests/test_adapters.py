@@ -23,23 +23,23 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 from audits.tiny_models import TARGETS, with_biases
-from common.adapters import ADAPTERS, Adapter
-from common.adapters.base import ADAPTER_NAME, layer_shape
-from common.adapters.branch import Branch
-from common.adapters.layer import AdaptedLinear
-from common.adapters.lora_metric import LoRAMetric
-from common.adapters.low_rank import LowRank
-from common.adapters.mapped import Mapped
-from common.errors import FedVeilError, ModelError, ProtocolError
-from common.messages.state import AdapterState
-from common.messages.tensors import entries
-from common.starts import STARTS
-from common.starts.directions import orthonormal_rows
-from common.starts.kaiming import uniform_rows
-from contrib.adapters.dora import DoRA
-from privacy.dpsgd import PrivateSteps
-from privacy.plan import gaussian_plan
-from privacy.randomness import stream
+from fedveil.common.adapters import ADAPTERS, Adapter
+from fedveil.common.adapters.base import ADAPTER_NAME, layer_shape
+from fedveil.common.adapters.branch import Branch
+from fedveil.common.adapters.layer import AdaptedLinear
+from fedveil.common.adapters.lora_metric import LoRAMetric
+from fedveil.common.adapters.low_rank import LowRank
+from fedveil.common.adapters.mapped import Mapped
+from fedveil.common.errors import FedVeilError, ModelError, ProtocolError
+from fedveil.common.messages.state import AdapterState
+from fedveil.common.messages.tensors import entries
+from fedveil.common.starts import STARTS
+from fedveil.common.starts.directions import orthonormal_rows
+from fedveil.common.starts.kaiming import uniform_rows
+from fedveil.contrib.adapters.dora import DoRA
+from fedveil.privacy.dpsgd import PrivateSteps
+from fedveil.privacy.plan import gaussian_plan
+from fedveil.privacy.randomness import stream
 
 RANK, ALPHA = 3, 12.0
 FAMILIES = ("bert", "gpt2", "llama")

@@ -19,15 +19,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import brentq
 
-from client.ledger.ledger import Ledger
-from client.ledger.rows import Charge, Receipt
-from client.ledger.schema import FORMAT
-from common.errors import BudgetExhausted, LedgerError
-from privacy import privacy_filter
-from privacy.accounting import Release, epsilon, gaussian_release
-from privacy.events import Event, SampledGaussian, SummedGaussian, sampled_gaussian
-from privacy.meaning import epsilon_of_several
-from privacy.privacy_filter import (
+from fedveil.client.ledger.ledger import Ledger
+from fedveil.client.ledger.rows import Charge, Receipt
+from fedveil.client.ledger.schema import FORMAT
+from fedveil.common.errors import BudgetExhausted, LedgerError
+from fedveil.privacy import privacy_filter
+from fedveil.privacy.accounting import Release, epsilon, gaussian_release
+from fedveil.privacy.events import Event, SampledGaussian, SummedGaussian, sampled_gaussian
+from fedveil.privacy.meaning import epsilon_of_several
+from fedveil.privacy.privacy_filter import (
     ORDER_SHARES,
     PLANNED_SHARE,
     Commitment,
@@ -37,8 +37,8 @@ from privacy.privacy_filter import (
     promised,
     promised_noise,
 )
-from server import ledger as server_ledger
-from server.ledger import ServerLedger
+from fedveil.server import ledger as server_ledger
+from fedveil.server.ledger import ServerLedger
 from tools.convert_ledger import convert
 
 EPSILON, DELTA, GRID = 8.0, 1e-5, 1e-3

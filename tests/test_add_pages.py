@@ -18,12 +18,12 @@ from made_run import spent
 from transformers import BertConfig, BertForMaskedLM
 
 from audits.tiny_models import TARGETS, VOCABULARY, tiny_tokenizer
-from common.errors import ConfigError, RunFailed
-from common.run_lines import BaselineFile, PrivacyLine, RoundLine, read_file, read_lines
 from docs.make.tables import adapter_table, dataset_table, pair_table, start_table, task_table
-from experiments.evaluate import evaluate_run
-from experiments.in_process import run_in_process
-from strategies.job import configure
+from fedveil.common.errors import ConfigError, RunFailed
+from fedveil.common.run_lines import BaselineFile, PrivacyLine, RoundLine, read_file, read_lines
+from fedveil.experiments.evaluate import evaluate_run
+from fedveil.experiments.in_process import run_in_process
+from fedveil.strategies.job import configure
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -59,7 +59,11 @@ class Page:
     @property
     def module(self) -> str:
         """The file's name, as the page gives it."""
-        (path,) = re.findall(rf"^`{self.folder or self.home.replace('.', '/')}/(\w+)\.py`:$", self.text, flags=re.M)
+        (path,) = re.findall(
+            rf"^`{self.folder or self.home.removeprefix('fedveil.').replace('.', '/')}/(\w+)\.py`:$",
+            self.text,
+            flags=re.M,
+        )
         return str(path)
 
     @property
@@ -69,33 +73,33 @@ class Page:
 
 
 STRATEGY = Page(
-    *("add-a-strategy", "FedAvgQR", "strategies", "STRATEGIES", "fedavg-qr"),
+    *("add-a-strategy", "FedAvgQR", "fedveil.strategies", "STRATEGIES", "fedavg-qr"),
     tests=("tests/test_strategies.py",),
     least=20,
 )
 ADAPTER = Page(
-    *("add-an-adapter", "OutputScale", "common.adapters", "ADAPTERS", "output-scale"),
+    *("add-an-adapter", "OutputScale", "fedveil.common.adapters", "ADAPTERS", "output-scale"),
     tests=("tests/test_adapters.py",),
     least=40,
 )
 START = Page(
-    *("add-a-start", "LongestRows", "common.starts", "STARTS", "longest-rows"),
+    *("add-a-start", "LongestRows", "fedveil.common.starts", "STARTS", "longest-rows"),
     tests=("tests/test_starts.py", "contrib/tests/test_new_starts.py"),
     least=12,
 )
 TASK = Page(
-    *("add-a-task", "MaskedLM", "common.tasks", "TASKS", "masked-lm"),
+    *("add-a-task", "MaskedLM", "fedveil.common.tasks", "TASKS", "masked-lm"),
     tests=("tests/test_pins.py",),
     least=1,
 )
 DATASET = Page(
-    *("add-a-data-set", "PRIVACY_QUESTIONS", "common.data.named", "DATASETS", "privacy-questions"),
+    *("add-a-data-set", "PRIVACY_QUESTIONS", "fedveil.common.data.named", "DATASETS", "privacy-questions"),
     tests=("tests/test_data.py", "tests/test_packaged.py"),
     least=2,
     folder="demo/sets",
 )
 MECHANISM = Page(
-    *("add-a-mechanism", "FullBatch", "privacy", "MECHANISMS", "full-batch"),
+    *("add-a-mechanism", "FullBatch", "fedveil.privacy", "MECHANISMS", "full-batch"),
     tests=("tests/test_mechanisms.py",),
     least=7,
 )

@@ -11,28 +11,28 @@ import pytest
 import torch
 from made_run import told
 
-from client.budget import plan_of
-from client.ledger.rows import Terms
-from client.policy import Policy
-from client.site import Site
-from common.config.sections import PrivacyConfig, TrainingConfig
-from common.messages.round import NoisedCount, Spending, TrainResult
-from common.messages.state import HEAD
-from common.run_lines import Absence
-from common.tasks.examples import Dataset
-from privacy.accountant import INITIALISATION, TRAINING, Accountant
-from privacy.events import EVENTS, Event, SampledGaussian
-from privacy.plan import PrivacyPlan
-from privacy.record_level import DPSGD
-from server.admission import Admission
-from server.collect.base import Collected
-from server.collect.door import shown_of
-from server.observers import RoundOutcome
-from server.plausible import held_by, honest_norm, implausible, largest_norm, oversized
-from server.terminal import epsilon_words, round_line
-from server.terms import least_plan
-from strategies import ServerState
-from strategies.job import Job, configure
+from fedveil.client.budget import plan_of
+from fedveil.client.ledger.rows import Terms
+from fedveil.client.policy import Policy
+from fedveil.client.site import Site
+from fedveil.common.config.sections import PrivacyConfig, TrainingConfig
+from fedveil.common.messages.round import NoisedCount, Spending, TrainResult
+from fedveil.common.messages.state import HEAD
+from fedveil.common.run_lines import Absence
+from fedveil.common.tasks.examples import Dataset
+from fedveil.privacy.accountant import INITIALISATION, TRAINING, Accountant
+from fedveil.privacy.events import EVENTS, Event, SampledGaussian
+from fedveil.privacy.plan import PrivacyPlan
+from fedveil.privacy.record_level import DPSGD
+from fedveil.server.admission import Admission
+from fedveil.server.collect.base import Collected
+from fedveil.server.collect.door import shown_of
+from fedveil.server.observers import RoundOutcome
+from fedveil.server.plausible import held_by, honest_norm, implausible, largest_norm, oversized
+from fedveil.server.terminal import epsilon_words, round_line
+from fedveil.server.terms import least_plan
+from fedveil.strategies import ServerState
+from fedveil.strategies.job import Job, configure
 
 SIZE = 2000
 NUMBERS = 40_000

@@ -12,11 +12,11 @@ import pytest
 from made_run import MadeRun
 from test_report import fedveil
 
-from common.words import EACH, names_text, natural
-from reports import ReportData, report_of
-from reports.alike import alike_sites, participants_text
-from reports.markdown import to_markdown
-from reports.page import to_html
+from fedveil.common.words import EACH, names_text, natural
+from fedveil.reports import ReportData, report_of
+from fedveil.reports.alike import alike_sites, participants_text
+from fedveil.reports.markdown import to_markdown
+from fedveil.reports.page import to_html
 
 MANY = 1000
 
@@ -64,7 +64,7 @@ def test_sites_that_did_alike_are_one_row_and_odd_ones_are_named(data: ReportDat
 
 def test_rows_that_hide_an_odd_site_are_found_out(data: ReportData, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if only refusals made a site another one."""
-    monkeypatch.setattr("reports.alike.replace", lambda row, **_: row.rounds_refused)
+    monkeypatch.setattr("fedveil.reports.alike.replace", lambda row, **_: row.rounds_refused)
     with pytest.raises(AssertionError):
         check_that_no_site_is_lost(data)
 

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.errors import DataError
-from common.model.batching import WINDOW, epoch_batches, length_batches
-from privacy.randomness import stream
+from fedveil.common.errors import DataError
+from fedveil.common.model.batching import WINDOW, epoch_batches, length_batches
+from fedveil.privacy.randomness import stream
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=200)
 

@@ -10,8 +10,8 @@ from made_run import MadeRun
 from test_report import fedveil, forms
 from test_sweep_summary import OPEN, SEEDS, SITES
 
-from experiments.sweep.rows import write_rows
-from reports import report_of
+from fedveil.experiments.sweep.rows import write_rows
+from fedveil.reports import report_of
 
 
 @pytest.fixture

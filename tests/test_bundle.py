@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import shutil
 import stat
 import struct
@@ -21,12 +22,12 @@ from flwr.cli.build import build_fab_from_disk, build_fab_from_files
 from test_entropy import PRODUCT
 from typer.testing import CliRunner
 
-from cli.main import app
-from client.policy import Policy
-from common import bundle
-from common.bundle import MANIFEST, SETTINGS, bundle_digest, digest, files_of, own_digest
-from common.errors import ConfigError, PolicyRefusal, ProtocolError
-from deploy.app import app_folder
+from fedveil.cli.main import app
+from fedveil.client.policy import Policy
+from fedveil.common import bundle
+from fedveil.common.bundle import MANIFEST, SETTINGS, bundle_digest, digest, files_of, own_digest
+from fedveil.common.errors import ConfigError, PolicyRefusal, ProtocolError
+from fedveil.deploy.app import app_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {SETTINGS: b'[project]\nname = "x"\n', "a/b.py": b"x = 1\n", "a/c.py": b""}
@@ -70,7 +71,24 @@ def test_an_installed_wheel_has_the_same_hash(tmp_path: Path) -> None:
     made = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, check=True)
     with zipfile.ZipFile(tmp_path / made.stdout.split()[-1]) as wheel:
         wheel.extractall(site_packages)
-    assert digest(files_of(site_packages)) == own_digest()
+    assert sorted(path.name for path in site_packages.iterdir()) == ["fedveil", "fedveil-0.1.0.dist-info"]
+    assert digest(files_of(site_packages / "fedveil")) == own_digest()
+    # An older FedVeil, or anybody's folders of these names, beside it or on the path before it change nothing.
+    for folder in (site_packages, tmp_path / "other"):
+        for room in ("common", "server"):
+            (folder / room).mkdir(parents=True)
+            (folder / room / "__init__.py").write_text("raise ImportError('another package')")
+        (folder / SETTINGS).write_bytes((ROOT / SETTINGS).read_bytes())
+    code = """
+import fedveil, fedveil.common.bundle as bundle, fedveil.server.app
+from importlib.resources import files
+print(len(fedveil.__path__), bundle.own_digest(), files("fedveil").joinpath("py.typed").is_file())
+print(files("fedveil.experiments").joinpath("configs/head-only.toml").is_file())
+"""
+    environment = os.environ | {"PYTHONPATH": f"{site_packages}{os.pathsep}{tmp_path / 'other'}"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path / "other", env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", own_digest(), "True", "True"]
 
 
 def test_the_package_s_settings_are_those_of_the_project() -> None:

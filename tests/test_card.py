@@ -15,21 +15,21 @@ from huggingface_hub import ModelCard
 from made_run import MadeRun, adapter_told
 from typer.testing import CliRunner
 
-from cli.main import app
-from common.bundle import own_digest
-from common.errors import ConfigError
-from common.model.base import load_base_model
-from common.model.named import NAMED_MODELS
-from common.run_lines import TuningFile
-from experiments.in_process import run_in_process
-from experiments.serving.merge import merge_run
-from privacy import MECHANISMS
-from reports import report_of, write_reports
-from reports.card import Form, adapter_form, card_of
-from reports.claim import COVERED, NOT_COVERED
-from reports.data import NO_BOUND
-from reports.declared import Declared, declare, read_declared
-from reports.markdown import plain
+from fedveil.cli.main import app
+from fedveil.common.bundle import own_digest
+from fedveil.common.errors import ConfigError
+from fedveil.common.model.base import load_base_model
+from fedveil.common.model.named import NAMED_MODELS
+from fedveil.common.run_lines import TuningFile
+from fedveil.experiments.in_process import run_in_process
+from fedveil.experiments.serving.merge import merge_run
+from fedveil.privacy import MECHANISMS
+from fedveil.reports import report_of, write_reports
+from fedveil.reports.card import Form, adapter_form, card_of
+from fedveil.reports.claim import COVERED, NOT_COVERED
+from fedveil.reports.data import NO_BOUND
+from fedveil.reports.declared import Declared, declare, read_declared
+from fedveil.reports.markdown import plain
 
 
 def fedveil(*words: Any) -> tuple[int, str]:

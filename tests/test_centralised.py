@@ -13,21 +13,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from client.ledger.ledger import Ledger
-from client.local_training import train_round
-from client.site import Site
-from common.data.sources import train_and_test
-from common.messages.round import TrainResult, TrainTask
-from common.messages.state import HEAD, AdapterState
-from common.messages.tensors import clone, entries, start_fingerprint
-from common.model.base import load_base_model
-from common.model.batching import epoch_batches
-from common.model.federated import FederatedModel
-from common.tasks import TASKS, Record
-from privacy.randomness import stream
-from strategies import STRATEGIES
-from strategies.job import Job, configure
-from strategies.state import Contribution
+from fedveil.client.ledger.ledger import Ledger
+from fedveil.client.local_training import train_round
+from fedveil.client.site import Site
+from fedveil.common.data.sources import train_and_test
+from fedveil.common.messages.round import TrainResult, TrainTask
+from fedveil.common.messages.state import HEAD, AdapterState
+from fedveil.common.messages.tensors import clone, entries, start_fingerprint
+from fedveil.common.model.base import load_base_model
+from fedveil.common.model.batching import epoch_batches
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.tasks import TASKS, Record
+from fedveil.privacy.randomness import stream
+from fedveil.strategies import STRATEGIES
+from fedveil.strategies.job import Job, configure
+from fedveil.strategies.state import Contribution
 
 Changes = dict[str, Any]
 STEPS, RATE = 5, 0.3

@@ -18,14 +18,21 @@ from cryptography.hazmat.primitives.asymmetric import ed25519
 from test_deploy import site_for
 from typer.testing import CliRunner
 
-from cli.main import app
-from common.errors import DataError
-from common.ports import free_ports
-from deploy import certificates, doctor, start
-from deploy.files import make_folder, put_file
-from deploy.node_keys import read_node_key
-from deploy.refusal import why_unreachable
-from deploy.server_folder import RENEWAL, ServerFolder, authority_beside, finish_renewal, make_server, renew_server
+from fedveil.cli.main import app
+from fedveil.common.errors import DataError
+from fedveil.common.ports import free_ports
+from fedveil.deploy import certificates, doctor, start
+from fedveil.deploy.files import make_folder, put_file
+from fedveil.deploy.node_keys import read_node_key
+from fedveil.deploy.refusal import why_unreachable
+from fedveil.deploy.server_folder import (
+    RENEWAL,
+    ServerFolder,
+    authority_beside,
+    finish_renewal,
+    make_server,
+    renew_server,
+)
 
 pytestmark = pytest.mark.usefixtures("programs_may_start")
 
@@ -133,7 +140,7 @@ def test_a_name_is_on_disk_before_the_next_file_s_and_before_a_folder_is_said_to
     def sync(place: Path) -> None:
         found.append((place.name, sorted(path.name for path in place.iterdir() if path.name[0] != ".")))
 
-    monkeypatch.setattr("deploy.files.sync_folder", sync)
+    monkeypatch.setattr("fedveil.deploy.files.sync_folder", sync)
     make_folder(folder, {"first.key": b"1", "in/second": b"2", "third": b"3"}, frozenset({"first.key"}))
     names = ["first.key", "in", "third"]
     assert found == [("folder", names[:1]), ("in", ["second"]), ("folder", names), (tmp_path.name, ["folder"])]

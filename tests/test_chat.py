@@ -12,20 +12,20 @@ import pytest
 import torch
 
 from audits.tiny_models import FILLER
-from client.own_records import prepared
-from common.config.sections import Columns, DataConfig
-from common.data.sources import load_dataset, load_protected
-from common.errors import ConfigError, DataError
-from common.model.base import BaseModel, load_base_model
-from common.tasks import TASKS, Chat, Instruction
-from common.tasks.base import Batch
-from common.tasks.causal_lm import IGNORED, CausalLM
-from common.tasks.cells import Misfit
-from common.tasks.chat import MOST_TURNS, Conversation, read_turns
-from common.tasks.instruction import Exchange, read_history
-from experiments.in_process import run_in_process
-from experiments.serving.ask import ask_run
-from strategies.job import configure
+from fedveil.client.own_records import prepared
+from fedveil.common.config.sections import Columns, DataConfig
+from fedveil.common.data.sources import load_dataset, load_protected
+from fedveil.common.errors import ConfigError, DataError
+from fedveil.common.model.base import BaseModel, load_base_model
+from fedveil.common.tasks import TASKS, Chat, Instruction
+from fedveil.common.tasks.base import Batch
+from fedveil.common.tasks.causal_lm import IGNORED, CausalLM
+from fedveil.common.tasks.cells import Misfit
+from fedveil.common.tasks.chat import MOST_TURNS, Conversation, read_turns
+from fedveil.common.tasks.instruction import Exchange, read_history
+from fedveil.experiments.in_process import run_in_process
+from fedveil.experiments.serving.ask import ask_run
+from fedveil.strategies.job import configure
 
 TEMPLATE = (
     "{%- for message in messages -%}"

@@ -12,23 +12,23 @@ from digits import TOKENS, save_vit
 from torch import Tensor, nn
 
 from audits.tiny_models import TARGETS
-from client.linearised import Computation, Keeping, linearised
-from client.rehearsal import rehearse, rehearse_linearised
-from common.adapters import ADAPTERS
-from common.config.sections import HeadConfig
-from common.errors import MechanismError, ModelError
-from common.model import recomputed
-from common.model.base import load_base_model
-from common.model.federated import FederatedModel
-from common.model.shapes import FixedBatch
-from common.starts import STARTS
-from common.tasks import TASKS, Record
-from common.tasks.examples import Dataset
-from common.tasks.featured import TANGENTS
-from contrib.adapters.lora_nested import Nested
-from experiments.in_process import run_in_process
-from experiments.planner.forecast import forecast
-from strategies.job import configure
+from fedveil.client.linearised import Computation, Keeping, linearised
+from fedveil.client.rehearsal import rehearse, rehearse_linearised
+from fedveil.common.adapters import ADAPTERS
+from fedveil.common.config.sections import HeadConfig
+from fedveil.common.errors import MechanismError, ModelError
+from fedveil.common.model import recomputed
+from fedveil.common.model.base import load_base_model
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.model.shapes import FixedBatch
+from fedveil.common.starts import STARTS
+from fedveil.common.tasks import TASKS, Record
+from fedveil.common.tasks.examples import Dataset
+from fedveil.common.tasks.featured import TANGENTS
+from fedveil.contrib.adapters.lora_nested import Nested
+from fedveil.experiments.in_process import run_in_process
+from fedveil.experiments.planner.forecast import forecast
+from fedveil.strategies.job import configure
 
 Folder = Callable[[str], str]
 TASK = {"bert": "classification", "vit": "image-classification"}

@@ -13,25 +13,25 @@ from audits.bands import out_of_band
 from audits.class_means import EACH_CLIPPED, audit_class_means
 from audits.faults import DOUBLED, SOUND, Fault
 from audits.tiny_models import TARGETS
-from common.adapters import ADAPTERS
-from common.config.sections import HeadConfig
-from common.errors import ConfigError
-from common.messages.state import HEAD, METRIC, AdapterState
-from common.messages.tensors import weighted_sum
-from common.model.base import load_base_model
-from common.model.federated import FederatedModel
-from common.run_lines import PrivacyLine, RoundLine, read_lines
-from common.starts import class_means
-from common.starts.base import Labels
-from common.starts.class_means import COUNT, ClassMeans
-from common.tasks import TASKS, Record
-from common.tasks.text import TextExample
-from experiments.evaluate import evaluate_run
-from experiments.in_process import run_in_process
-from privacy import dpsgd
-from privacy.accounting import epsilon
-from privacy.plan import PrivacyPlan, gaussian_plan
-from strategies.job import configure
+from fedveil.common.adapters import ADAPTERS
+from fedveil.common.config.sections import HeadConfig
+from fedveil.common.errors import ConfigError
+from fedveil.common.messages.state import HEAD, METRIC, AdapterState
+from fedveil.common.messages.tensors import weighted_sum
+from fedveil.common.model.base import load_base_model
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.run_lines import PrivacyLine, RoundLine, read_lines
+from fedveil.common.starts import class_means
+from fedveil.common.starts.base import Labels
+from fedveil.common.starts.class_means import COUNT, ClassMeans
+from fedveil.common.tasks import TASKS, Record
+from fedveil.common.tasks.text import TextExample
+from fedveil.experiments.evaluate import evaluate_run
+from fedveil.experiments.in_process import run_in_process
+from fedveil.privacy import dpsgd
+from fedveil.privacy.accounting import epsilon
+from fedveil.privacy.plan import PrivacyPlan, gaussian_plan
+from fedveil.strategies.job import configure
 
 Folder = Callable[[str], str]
 LABELS = Labels(("bad", "good", "dull"), (("bad",), ("good",), ("dull",)))

@@ -42,7 +42,7 @@ def test_a_folder_is_looked_at_before_what_takes_seconds_is_imported(
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).touch()
     program = (
-        "import sys; from cli.main import app\n"
+        "import sys; from fedveil.cli.main import app\n"
         "try: app(sys.argv[1:], standalone_mode=False)\n"
         "finally: print('imported:', *{'torch', 'transformers'} & sys.modules.keys())"
     )

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from audits.sensitivity import MOST
 from audits.worlds import plan
-from common.check import CLIP_NORMS, Interval
-from common.config.sections import PrivacyConfig
-from common.errors import ConfigError
-from common.starts.dp_gradient import DPGradient
-from privacy import dpsgd
-from privacy.dpsgd import PrivateSteps
-from privacy.plan import gaussian_plan
+from fedveil.common.check import CLIP_NORMS, Interval
+from fedveil.common.config.sections import PrivacyConfig
+from fedveil.common.errors import ConfigError
+from fedveil.common.starts.dp_gradient import DPGradient
+from fedveil.privacy import dpsgd
+from fedveil.privacy.dpsgd import PrivateSteps
+from fedveil.privacy.plan import gaussian_plan
 
 
 def noiseless_sum(layer: nn.Linear, records: Tensor, part: int, monkeypatch: pytest.MonkeyPatch) -> Tensor:
@@ -78,7 +78,7 @@ def noise_over_clip(clip: float) -> float:
 def test_at_both_ends_of_the_clip_norms_the_noise_is_what_the_plan_says(monkeypatch: pytest.MonkeyPatch) -> None:
     for clip in (CLIP_NORMS[0], 1.0, CLIP_NORMS[1]):
         assert abs(noise_over_clip(clip) - 1) < 0.02, f"noise at a clip norm of {clip:g}"  # 5.6 standard errors
-    monkeypatch.setattr("common.check.CLIP_NORM", Interval(0.0, 1e300))
+    monkeypatch.setattr("fedveil.common.check.CLIP_NORM", Interval(0.0, 1e300))
     assert abs(noise_over_clip(1e-45) - 1) > 0.02, "float32 holds any noise: there is no need for the bounds"
 
 

@@ -15,19 +15,19 @@ import pytest
 import yaml
 from flwr.common.config import parse_config_args
 
-from client.policy import load_policy
-from client.site import open_site
-from client.sums import party_of
-from common.config.text import parse_settings
-from common.errors import ConfigError, PolicyRefusal
-from deploy import container
-from deploy.commands import node_config
-from deploy.server_folder import CONTROL_PORT, FLEET_PORT
-from deploy.site_folder import node_settings, open_site_folder
-from deploy.start import start_site
-from privacy.secure_sum.roster import load_roster
-from server.registered import NODES
-from strategies.job import configure
+from fedveil.client.policy import load_policy
+from fedveil.client.site import open_site
+from fedveil.client.sums import party_of
+from fedveil.common.config.text import parse_settings
+from fedveil.common.errors import ConfigError, PolicyRefusal
+from fedveil.deploy import container
+from fedveil.deploy.commands import node_config
+from fedveil.deploy.server_folder import CONTROL_PORT, FLEET_PORT
+from fedveil.deploy.site_folder import node_settings, open_site_folder
+from fedveil.deploy.start import start_site
+from fedveil.privacy.secure_sum.roster import load_roster
+from fedveil.server.registered import NODES
+from fedveil.strategies.job import configure
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
@@ -74,7 +74,7 @@ def test_what_runs_on_has_a_health_check_and_comes_back() -> None:
     for name in ("superlink", *SITES):
         assert SERVICES[name]["restart"] == "unless-stopped", f"{name} does not survive a restart"
         test = SERVICES[name]["healthcheck"]["test"]
-        assert test[1:4] == ["python", "-m", "deploy.container"]
+        assert test[1:4] == ["python", "-m", "fedveil.deploy.container"]
         assert test[4] == ("healthy-server" if name == "superlink" else "healthy-site")
     for name in ONCE:
         assert SERVICES[name]["restart"] == "no", f"{name} would do its work again by itself"
@@ -104,8 +104,8 @@ def test_the_control_port_listens_for_the_job_alone() -> None:
 
 
 def test_the_superlink_binds_its_control_port_to_that_network(tmp_path: Path) -> None:
-    from deploy.commands import superlink_command
-    from deploy.server_folder import open_server
+    from fedveil.deploy.commands import superlink_command
+    from fedveil.deploy.server_folder import open_server
 
     for name in ("authority", "server", "coordinator"):
         (tmp_path / name).mkdir()
@@ -337,7 +337,9 @@ def test_a_job_that_divides_the_data_otherwise_than_when_they_were_handed_out_is
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check_that_parts_are_handed_out_once(tmp_path / "fixed")
-    monkeypatch.setattr("client.site.check_division", lambda *_: None)  # planted: the job's settings divide anew
+    monkeypatch.setattr(
+        "fedveil.client.site.check_division", lambda *_: None
+    )  # planted: the job's settings divide anew
     with pytest.raises(pytest.fail.Exception):
         check_that_parts_are_handed_out_once(tmp_path / "anew")
 
@@ -349,7 +351,7 @@ def test_the_job_becomes_its_submission_and_says_what_stops_it(
     monkeypatch.setattr(container, "job_command", lambda *words: asked.append(words) or ["/bin/true", "3"])
     monkeypatch.setattr(os, "execv", lambda path, words: begun.append([path, *words]))
     job = SERVICES["job"]
-    assert (job["entrypoint"], "command" in job) == (["python", "-m", "deploy.container", "job"], False)
+    assert (job["entrypoint"], "command" in job) == (["python", "-m", "fedveil.deploy.container", "job"], False)
     for name in job["environment"]:
         monkeypatch.setenv(name, {"SITES": "3", "FEDVEIL_SETTINGS": "rounds=2"}[name])
     assert container.main("job") == 0
@@ -425,6 +427,7 @@ def test_the_image_runs_as_nobody_in_particular_and_holds_no_history() -> None:
         "README.md",
         "LICENSE",
         "requirements",
+        "fedveil",
         "common",
         "privacy",
         "strategies",

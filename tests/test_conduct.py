@@ -15,28 +15,28 @@ from made_run import spent
 from made_run import told as stating
 from safetensors.torch import load_file
 
-from common.errors import ConfigError, DataError, RunFailed
-from common.messages.round import Refusal, Task, TrainResult
-from common.messages.wire import decode_reply, encode_reply
-from common.model.score import Score
-from common.run_lines import BaselineFile, PrivacyLine, ResultFile, RoundLine, read_file, read_lines
-from experiments.in_process import InProcessTransport, run_in_process
-from privacy.figures import epsilon_text
-from reports import report_of
-from reports.folder import read_run
-from reports.sites import epsilon_by
-from server import conduct
-from server.collect import plain
-from server.collect.base import Collected
-from server.collect.shown import ShownOfCohort
-from server.conduct import Terminal
-from server.lock import only_writer
-from server.observers import RoundOutcome
-from server.records import RunFolder
-from server.sites import Exchange
-from server.tracking import Tracking
-from strategies import ServerState
-from strategies.job import configure
+from fedveil.common.errors import ConfigError, DataError, RunFailed
+from fedveil.common.messages.round import Refusal, Task, TrainResult
+from fedveil.common.messages.wire import decode_reply, encode_reply
+from fedveil.common.model.score import Score
+from fedveil.common.run_lines import BaselineFile, PrivacyLine, ResultFile, RoundLine, read_file, read_lines
+from fedveil.experiments.in_process import InProcessTransport, run_in_process
+from fedveil.privacy.figures import epsilon_text
+from fedveil.reports import report_of
+from fedveil.reports.folder import read_run
+from fedveil.reports.sites import epsilon_by
+from fedveil.server import conduct
+from fedveil.server.collect import plain
+from fedveil.server.collect.base import Collected
+from fedveil.server.collect.shown import ShownOfCohort
+from fedveil.server.conduct import Terminal
+from fedveil.server.lock import only_writer
+from fedveil.server.observers import RoundOutcome
+from fedveil.server.records import RunFolder
+from fedveil.server.sites import Exchange
+from fedveil.server.tracking import Tracking
+from fedveil.strategies import ServerState
+from fedveil.strategies.job import configure
 
 WORDS = "the patient in bed 7"
 
@@ -165,13 +165,13 @@ def test_what_another_server_did_before_it_let_go_of_the_folder_is_read(
 
     @contextmanager
     def after_another(path: Path, patience: float) -> Iterator[None]:
-        monkeypatch.setattr("server.conduct.only_writer", only_writer)
+        monkeypatch.setattr("fedveil.server.conduct.only_writer", only_writer)
         run_in_process({**settings, "resume": "7"}, 1)
         held.append({str(file): file.read_bytes() for file in folder.rglob("*") if file.is_file()})
         with only_writer(path, patience):
             yield
 
-    monkeypatch.setattr("server.conduct.only_writer", after_another)
+    monkeypatch.setattr("fedveil.server.conduct.only_writer", after_another)
     with pytest.raises(ConfigError, match="is complete"):
         run_in_process({**settings, "resume": "7"}, 1)
     assert held == [{str(file): file.read_bytes() for file in folder.rglob("*") if file.is_file()}]

@@ -13,17 +13,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.config import sections as choices
-from common.config.asked import RunSettings, as_asked, from_mapping, resolve
-from common.config.sections import Scalar, defaults, to_mapping
-from common.config.text import flatten, parse_settings, read_settings_file, to_toml
-from common.errors import ConfigError
-from common.starts import STARTS, Start
-from privacy import MECHANISMS
-from strategies import CONTROLS, ROWS, STRATEGIES
-from strategies.job import configure
-from strategies.options import OPTIONS, declared_settings, known_settings
-from strategies.rules import RULES
+from fedveil.common.config import sections as choices
+from fedveil.common.config.asked import RunSettings, as_asked, from_mapping, resolve
+from fedveil.common.config.sections import Scalar, defaults, to_mapping
+from fedveil.common.config.text import flatten, parse_settings, read_settings_file, to_toml
+from fedveil.common.errors import ConfigError
+from fedveil.common.starts import STARTS, Start
+from fedveil.privacy import MECHANISMS
+from fedveil.strategies import CONTROLS, ROWS, STRATEGIES
+from fedveil.strategies.job import configure
+from fedveil.strategies.options import OPTIONS, declared_settings, known_settings
+from fedveil.strategies.rules import RULES
 
 fast = settings(max_examples=25, deadline=None)
 ROOT = Path(__file__).parent.parent

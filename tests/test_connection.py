@@ -22,30 +22,30 @@ from flwr.proto.fleet_pb2 import ActivateNodeRequest
 from made_run import MadeRun
 from packaging.version import Version
 
-from cli.report import print_summary
-from common.bundle import own_digest
-from common.errors import ConfigError, RunFailed
-from common.ports import free_ports
-from common.run_lines import CheckLine, ConfigFile, OwnCheck, Reach, ServerFile, ServerStart, read_file
-from common.strict_json import to_json
-from deploy import doctor, shared_checks
-from deploy.certificates import SERVER_DAYS, fingerprint, read_certificate
-from deploy.commands import superlink_environment
-from deploy.fleet import AUTHENTICATED, asks_for_keys
-from deploy.node_keys import read_node_key
-from deploy.refusal import why_refused
-from deploy.run_check import Port, check_run
-from deploy.server_folder import ServerFolder, make_server, open_server, renew_server
-from deploy.site_folder import make_site
-from experiments.in_process import run_in_process
-from reports import report_of, write_reports
-from reports.connection import NEVER_KNOWN, NO_NETWORK, NOT_NAMED, NOT_RECORDED, SITES_OWN
-from reports.signature import NotGenuine, make_key, verified
-from server.conduct import conduct
-from server.own_check import FOLDER, began, own_check
-from server.registered import NODES
-from server.sites import Transport
-from strategies.job import configure
+from fedveil.cli.report import print_summary
+from fedveil.common.bundle import own_digest
+from fedveil.common.errors import ConfigError, RunFailed
+from fedveil.common.ports import free_ports
+from fedveil.common.run_lines import CheckLine, ConfigFile, OwnCheck, Reach, ServerFile, ServerStart, read_file
+from fedveil.common.strict_json import to_json
+from fedveil.deploy import doctor, shared_checks
+from fedveil.deploy.certificates import SERVER_DAYS, fingerprint, read_certificate
+from fedveil.deploy.commands import superlink_environment
+from fedveil.deploy.fleet import AUTHENTICATED, asks_for_keys
+from fedveil.deploy.node_keys import read_node_key
+from fedveil.deploy.refusal import why_refused
+from fedveil.deploy.run_check import Port, check_run
+from fedveil.deploy.server_folder import ServerFolder, make_server, open_server, renew_server
+from fedveil.deploy.site_folder import make_site
+from fedveil.experiments.in_process import run_in_process
+from fedveil.reports import report_of, write_reports
+from fedveil.reports.connection import NEVER_KNOWN, NO_NETWORK, NOT_NAMED, NOT_RECORDED, SITES_OWN
+from fedveil.reports.signature import NotGenuine, make_key, verified
+from fedveil.server.conduct import conduct
+from fedveil.server.own_check import FOLDER, began, own_check
+from fedveil.server.registered import NODES
+from fedveil.server.sites import Transport
+from fedveil.strategies.job import configure
 
 BUNDLE, SHOWN = "ab" * 32, "AB:CD:EF"
 WELL = OwnCheck(True, True, SHOWN, True, [CheckLine(True, "disk", "9 GiB free")])
@@ -354,7 +354,7 @@ class Usage:
 def test_a_check_that_breaks_stops_no_other_and_what_the_port_showed_stays(
     error: type[Exception], folder: ServerFolder
 ) -> None:
-    with superlink(folder), patch("deploy.run_check.control_checks", side_effect=error("PRIVATE-WORDS")):
+    with superlink(folder), patch("fedveil.deploy.run_check.control_checks", side_effect=error("PRIVATE-WORDS")):
         check = found(folder)
     assert (check.tls, check.certificate, check.keys) == (True, own_fingerprint(folder), True)
     assert f"Control port: it could not be looked at ({error.__name__})" in failures(check)
@@ -363,7 +363,7 @@ def test_a_check_that_breaks_stops_no_other_and_what_the_port_showed_stays(
 
 
 def test_keys_that_cannot_be_asked_for_leave_what_the_port_showed(folder: ServerFolder) -> None:
-    with superlink(folder), patch("deploy.run_check.asks_for_keys", side_effect=ValueError("PRIVATE-WORDS")):
+    with superlink(folder), patch("fedveil.deploy.run_check.asks_for_keys", side_effect=ValueError("PRIVATE-WORDS")):
         check = found(folder)
     assert (check.tls, check.certificate, check.keys) == (True, own_fingerprint(folder), None)
     assert "keys of the sites: it could not be looked at (ValueError)" in failures(check)
@@ -476,7 +476,7 @@ def test_a_check_that_cannot_be_done_is_one_that_failed(code: str, tmp_path: Pat
 def test_a_check_that_takes_too_long_or_is_not_there_is_one_that_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.own_check.PATIENCE", 0.2)
+    monkeypatch.setattr("fedveil.server.own_check.PATIENCE", 0.2)
     well = json.dumps(to_json(WELL))
     waiting = (sys.executable, "-S", "-c", f"import time; time.sleep(3); print({well!r})")
     for command in (waiting, (str(tmp_path / "no-such-program"),)):
@@ -504,7 +504,7 @@ def test_the_app_asks_the_installed_version_by_the_folders_it_was_given(
     monkeypatch.delenv(FOLDER)
     own_check(tmp_path, "network")
     # -P: whatever lies where the app runs, such as the bundle's own packages, is not taken for what is installed.
-    program = [sys.executable, "-P", "-m", "deploy.run_check", str(tmp_path)]
+    program = [sys.executable, "-P", "-m", "fedveil.deploy.run_check", str(tmp_path)]
     assert asked == [[*program, "/srv/fedveil"], [*program, ""], [*program, ""]]
 
 
@@ -525,7 +525,7 @@ def test_what_the_app_found_is_written_down_and_nothing_stands_for_it(toy_settin
 
 def test_a_server_app_that_claims_tls_without_asking_is_found(folder: ServerFolder) -> None:
     """The tests above would let it pass if the word of a folder alone were enough."""
-    with patch("deploy.run_check.ask_port", lambda port: Port(True, SHOWN)):
+    with patch("fedveil.deploy.run_check.ask_port", lambda port: Port(True, SHOWN)):
         check = found(folder)
     assert "does not answer" in failures(check)
     assert "it shows another certificate than server.pem" in failures(check)

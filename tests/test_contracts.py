@@ -21,14 +21,14 @@ from contracts import (
     sentence,
 )
 
-from common.config.sections import DataConfig
-from common.data.sources import load_dataset
-from common.errors import ConfigError
-from common.starts import STARTS
-from common.starts.orthonormal import Orthonormal
-from common.tasks import TASKS
-from common.tasks.examples import Example
-from strategies import ROWS
+from fedveil.common.config.sections import DataConfig
+from fedveil.common.data.sources import load_dataset
+from fedveil.common.errors import ConfigError
+from fedveil.common.starts import STARTS
+from fedveil.common.starts.orthonormal import Orthonormal
+from fedveil.common.tasks import TASKS
+from fedveil.common.tasks.examples import Example
+from fedveil.strategies import ROWS
 
 
 @pytest.fixture(scope="module")

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from client.policy import Policy
-from client.site import check_job, own_settings
-from common.config.sections import DataConfig
-from common.data.named import DATASETS, UserFile
-from common.data.sources import _load_named, is_public, load_dataset, public_names
-from common.errors import ConfigError, DataError, PolicyRefusal
-from common.starts.public_text import data_set_sentences
-from demo.convert import LAYOUTS, convert, main
-from strategies.job import configure
+from fedveil.client.policy import Policy
+from fedveil.client.site import check_job, own_settings
+from fedveil.common.config.sections import DataConfig
+from fedveil.common.data.named import DATASETS, UserFile
+from fedveil.common.data.sources import _load_named, is_public, load_dataset, public_names
+from fedveil.common.errors import ConfigError, DataError, PolicyRefusal
+from fedveil.common.starts.public_text import data_set_sentences
+from fedveil.demo.convert import LAYOUTS, convert, main
+from fedveil.strategies.job import configure
 
 OF_USERS = [name for name, dataset in DATASETS.items() if isinstance(dataset.file, UserFile)]
 
@@ -46,7 +46,9 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_every_set_of_the_users_is_written_by_the_command_that_its_row_names(elsewhere: Path) -> None:
     for name in OF_USERS:
-        with pytest.raises(DataError, match=r"is not there and which `python -m demo.convert \w+ FOLDER` writes"):
+        with pytest.raises(
+            DataError, match=r"is not there and which `python -m fedveil.demo.convert \w+ FOLDER` writes"
+        ):
             load_dataset(DataConfig(name=name), DATASETS[name].task)
     for corpus in LAYOUTS:
         assert main([corpus, str(elsewhere / corpus)]) == 0

@@ -22,16 +22,16 @@ from typing import Any
 import pytest
 from ledgers import no_special_rights
 
-from client.ledger.file import withdrawn_in
-from client.ledger.ledger import Ledger
-from client.ledger.rows import Charge, Receipt, Terms
-from client.ledger.schema import APPLICATION_ID, FORMAT, is_laid_out
-from common.errors import LedgerError
-from privacy.accounting import Release, gaussian_release
-from privacy.events import sampled_gaussian
-from privacy.privacy_filter import Commitment, commitment_to, price, promised
-from server.ledger import FORMAT as SERVER_FORMAT
-from server.ledger import ServerLedger
+from fedveil.client.ledger.file import withdrawn_in
+from fedveil.client.ledger.ledger import Ledger
+from fedveil.client.ledger.rows import Charge, Receipt, Terms
+from fedveil.client.ledger.schema import APPLICATION_ID, FORMAT, is_laid_out
+from fedveil.common.errors import LedgerError
+from fedveil.privacy.accounting import Release, gaussian_release
+from fedveil.privacy.events import sampled_gaussian
+from fedveil.privacy.privacy_filter import Commitment, commitment_to, price, promised
+from fedveil.server.ledger import FORMAT as SERVER_FORMAT
+from fedveil.server.ledger import ServerLedger
 from tools import convert_ledger, ledger_formats
 from tools.convert_ledger import convert, layout_of, main
 from tools.ledger_formats import STEPS, ConversionError, run_script

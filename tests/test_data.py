@@ -19,15 +19,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client.ledger.record_hashes import record_hashes
-from common.config.sections import Columns, DataConfig
-from common.data.named import DATASETS
-from common.data.partition import _shares, public_size_of_part, site_part
-from common.data.sources import _load_named, load_dataset, load_protected, public_names, public_test, train_and_test
-from common.data.split import public_split
-from common.errors import ConfigError, DataError
-from common.tasks.examples import Dataset
-from common.tasks.text import TextExample
+from fedveil.client.ledger.record_hashes import record_hashes
+from fedveil.common.config.sections import Columns, DataConfig
+from fedveil.common.data.named import DATASETS
+from fedveil.common.data.partition import _shares, public_size_of_part, site_part
+from fedveil.common.data.sources import (
+    _load_named,
+    load_dataset,
+    load_protected,
+    public_names,
+    public_test,
+    train_and_test,
+)
+from fedveil.common.data.split import public_split
+from fedveil.common.errors import ConfigError, DataError
+from fedveil.common.tasks.examples import Dataset
+from fedveil.common.tasks.text import TextExample
 
 REVIEWS = [("a fine film", "good"), ('he said "no", twice', "bad"), ("quiet,\tslow", "bad"), ("a joy", "good")]
 HEADER = ("text", "label")
@@ -302,7 +309,7 @@ def carried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     write(tmp_path / "reviews.csv", list(reviews), ("text", "label", "source"))
     write(tmp_path / "sums.jsonl", list(sums), ("passage", "question", "answer"))
     files = {DATASETS["imdb"].file: tmp_path / "reviews.csv", DATASETS["asdiv"].file: tmp_path / "sums.jsonl"}
-    monkeypatch.setattr("demo.packaged.packaged_file", files.__getitem__)
+    monkeypatch.setattr("fedveil.demo.packaged.packaged_file", files.__getitem__)
     _load_named.cache_clear()
     yield tmp_path
     _load_named.cache_clear()

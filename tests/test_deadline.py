@@ -23,24 +23,24 @@ from flwr.app.message import make_message
 from flwr.app.metadata import Metadata
 
 from audits.tiny_site import OneSite, clinic
-from client import app, budget, cache, deadline, local_training, process, rehearsal, rehearsals
-from client.cache import Prepared
-from client.deadline import TRAINED, Deadline, Timing, TooLate, most_drawn
-from client.ledger import file as ledger_file
-from client.ledger import ledger
-from client.ledger.ledger import Ledger
-from client.ledger.rows import price
-from client.process import SiteProcess
-from client.rehearsal import rehearse
-from client.site import open_site
-from common.errors import PolicyRefusal
-from common.messages.round import Refusal, Reply, TrainResult
-from common.messages.tensors import entries
-from common.messages.wire import encode_task
-from common.model.federated import FederatedModel
-from privacy import dpsgd, randomness
-from privacy.dpsgd import PrivateSteps
-from strategies.job import configure
+from fedveil.client import app, budget, cache, deadline, local_training, process, rehearsal, rehearsals
+from fedveil.client.cache import Prepared
+from fedveil.client.deadline import TRAINED, Deadline, Timing, TooLate, most_drawn
+from fedveil.client.ledger import file as ledger_file
+from fedveil.client.ledger import ledger
+from fedveil.client.ledger.ledger import Ledger
+from fedveil.client.ledger.rows import price
+from fedveil.client.process import SiteProcess
+from fedveil.client.rehearsal import rehearse
+from fedveil.client.site import open_site
+from fedveil.common.errors import PolicyRefusal
+from fedveil.common.messages.round import Refusal, Reply, TrainResult
+from fedveil.common.messages.tensors import entries
+from fedveil.common.messages.wire import encode_task
+from fedveil.common.model.federated import FederatedModel
+from fedveil.privacy import dpsgd, randomness
+from fedveil.privacy.dpsgd import PrivateSteps
+from fedveil.strategies.job import configure
 
 TIMING = Timing(passes={8: 0.1, 24: 0.3}, rows={8: 40, 24: 10}, empty=0.5, score=0.01)
 

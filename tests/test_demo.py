@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from common.data.named import DATASETS, NamedDataset
-from common.data.prose import prose
-from common.errors import ConfigError, DataError
-from common.model.named import NAMED_MODELS, NamedModel
-from common.rows import Table
+from fedveil.common.data.named import DATASETS, NamedDataset
+from fedveil.common.data.prose import prose
+from fedveil.common.errors import ConfigError, DataError
+from fedveil.common.model.named import NAMED_MODELS, NamedModel
+from fedveil.common.rows import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -21,11 +21,11 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_core_knows_all_names_before_a_row_is_imported() -> None:
     code = (
         "import json, sys\n"
-        "from common.data.named import DATASETS\n"
-        "from common.model.named import NAMED_MODELS\n"
+        "from fedveil.common.data.named import DATASETS\n"
+        "from fedveil.common.model.named import NAMED_MODELS\n"
         "names = [*DATASETS, *NAMED_MODELS]\n"
         "assert 'imdb' in DATASETS and 'nobody' not in DATASETS and len(names) == len(DATASETS) + len(NAMED_MODELS)\n"
-        "print(json.dumps([names, [name for name in sys.modules if name.partition('.')[0] == 'demo']]))"
+        "print(json.dumps([names, [name for name in sys.modules if name.startswith('fedveil.demo')]]))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     names, loaded = json.loads(done.stdout)
@@ -38,14 +38,14 @@ def test_every_place_has_the_row_of_its_name(table: Table[NamedDataset | NamedMo
 
 
 def test_the_row_of_another_name_is_found_out() -> None:
-    table = Table[NamedDataset]("data sets", (), {"mnist": "sets.asdiv:ASDIV"}, "demo")
+    table = Table[NamedDataset]("data sets", (), {"mnist": "sets.asdiv:ASDIV"}, "fedveil.demo")
     with pytest.raises(ConfigError, match=r"demo has sets\.asdiv:ASDIV as 'mnist', and its own name is 'asdiv'"):
         table["mnist"]
 
 
 def test_a_text_that_comes_with_fedveil_and_was_altered_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(prose()) == 600
-    monkeypatch.setattr("common.data.prose.SHA256", "00" * 32)
+    monkeypatch.setattr("fedveil.common.data.prose.SHA256", "00" * 32)
     prose.cache_clear()
     with pytest.raises(DataError, match="is not the text that FedVeil knows"):
         prose()

@@ -32,39 +32,39 @@ from typer.testing import CliRunner
 
 from audits.tiny_models import TARGETS, write_reviews
 from audits.tiny_site import pins
-from cli.main import app
-from client.ledger.ledger import Ledger
-from client.policy import Policy, load_policy
-from client.site import own_settings
-from common.config.sections import Columns, Scalar
-from common.config.text import to_toml
-from common.errors import ConfigError, DataError, LedgerError, RunFailed, UnreadableFile
-from common.model.base import load_base_model
-from common.paths import run_folder
-from common.ports import free_ports
-from common.run_lines import ConfigFile, ResultFile, Status, read_file, read_json
-from common.strict_json import to_json
-from common.tasks import TASKS
-from deploy import certificates, container, doctor, registry, site_check
-from deploy import control as control_api
-from deploy import submit as submission
-from deploy.commands import environment, node_config, superlink_command, supernode_command
-from deploy.doctor import examine_site
-from deploy.node_keys import is_pair, new_node_key, public_pem
-from deploy.policy_file import policy_text
-from deploy.refusal import why_refused, why_unreachable
-from deploy.server_folder import ServerFolder, authority_beside, make_server, open_server, renew_server
-from deploy.site_check import check_site, pinned_settings
-from deploy.site_folder import SiteFolder, make_site, node_settings, open_site_folder
-from deploy.start import start_server, start_site
-from deploy.units import server_steps
-from deploy.withdraw import withdraw_site
-from privacy.accounting import Release, epsilon
-from reports import report_of
-from server.checkpoint import NAME as CHECKPOINT
-from server.lock import only_writer
-from server.records import write_json
-from strategies.job import configure
+from fedveil.cli.main import app
+from fedveil.client.ledger.ledger import Ledger
+from fedveil.client.policy import Policy, load_policy
+from fedveil.client.site import own_settings
+from fedveil.common.config.sections import Columns, Scalar
+from fedveil.common.config.text import to_toml
+from fedveil.common.errors import ConfigError, DataError, LedgerError, RunFailed, UnreadableFile
+from fedveil.common.model.base import load_base_model
+from fedveil.common.paths import run_folder
+from fedveil.common.ports import free_ports
+from fedveil.common.run_lines import ConfigFile, ResultFile, Status, read_file, read_json
+from fedveil.common.strict_json import to_json
+from fedveil.common.tasks import TASKS
+from fedveil.deploy import certificates, container, doctor, registry, site_check
+from fedveil.deploy import control as control_api
+from fedveil.deploy import submit as submission
+from fedveil.deploy.commands import environment, node_config, superlink_command, supernode_command
+from fedveil.deploy.doctor import examine_site
+from fedveil.deploy.node_keys import is_pair, new_node_key, public_pem
+from fedveil.deploy.policy_file import policy_text
+from fedveil.deploy.refusal import why_refused, why_unreachable
+from fedveil.deploy.server_folder import ServerFolder, authority_beside, make_server, open_server, renew_server
+from fedveil.deploy.site_check import check_site, pinned_settings
+from fedveil.deploy.site_folder import SiteFolder, make_site, node_settings, open_site_folder
+from fedveil.deploy.start import start_server, start_site
+from fedveil.deploy.units import server_steps
+from fedveil.deploy.withdraw import withdraw_site
+from fedveil.privacy.accounting import Release, epsilon
+from fedveil.reports import report_of
+from fedveil.server.checkpoint import NAME as CHECKPOINT
+from fedveil.server.lock import only_writer
+from fedveil.server.records import write_json
+from fedveil.strategies.job import configure
 
 pytestmark = pytest.mark.usefixtures("programs_may_start")
 

@@ -17,10 +17,17 @@ import torch
 from alone import records_of, samples
 from test_checkpointing import batch_of, tiny
 
-from common.config.text import read_settings_file
-from common.errors import ConfigError
-from common.model.device import autocast, choose_attention, choose_device, choose_precision, own_cores, worker_count
-from strategies.job import configure
+from fedveil.common.config.text import read_settings_file
+from fedveil.common.errors import ConfigError
+from fedveil.common.model.device import (
+    autocast,
+    choose_attention,
+    choose_device,
+    choose_precision,
+    own_cores,
+    worker_count,
+)
+from fedveil.strategies.job import configure
 
 CPU = torch.device("cpu")
 
@@ -154,7 +161,7 @@ def test_this_machine_has_a_core() -> None:
 
 
 def test_sites_that_keep_what_a_pass_costs_share_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("common.model.device.own_cores", lambda: 4)
+    monkeypatch.setattr("fedveil.common.model.device.own_cores", lambda: 4)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert [worker_count(8, asked, keeps=False) for asked in (0, 2, 9)] == [4, 2, 4]
     assert [worker_count(8, asked, keeps=True) for asked in (0, 2, 9)] == [1, 2, 4]
@@ -205,8 +212,8 @@ def test_a_gpus_fused_attention_has_the_gradients_of_plain_products_on_a_process
 
 FLUSHED = """
 import torch
-from client import app
-from common.model.device import denormals_flushed
+from fedveil.client import app
+from fedveil.common.model.device import denormals_flushed
 app.process.set_threads()
 tiny = torch.full((torch.get_num_threads() << 18,), 1e-40)
 with denormals_flushed():

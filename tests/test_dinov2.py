@@ -11,10 +11,10 @@ import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 
-from common.model.base import load_base_model
-from demo import dinov2
-from demo.dinov2 import DINOV2_SMALL, PLAIN_DINOV2_SMALL, weights_of, write
-from demo.packaged import packaged_folder
+from fedveil.common.model.base import load_base_model
+from fedveil.demo import dinov2
+from fedveil.demo.dinov2 import DINOV2_SMALL, PLAIN_DINOV2_SMALL, weights_of, write
+from fedveil.demo.packaged import packaged_folder
 
 SIDE = 224
 OUTPUT = "/backbone/layernorm/Add_1_output_0"

@@ -18,24 +18,24 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 
 from audits.tiny_models import TARGETS, write_questions
-from cli.main import app
-from client.site import NODE_KEYS
-from common.adapters import ADAPTERS
-from common.adapters.targets import AUTO
-from common.config.text import parse_settings, to_toml
-from common.errors import ConfigError
-from demo.models import MINILM
-from demo.packaged import packaged_folder
 from docs.make import pages as reference
 from docs.make import results
 from docs.make.__main__ import made
 from docs.make.page import MADE
 from docs.make.tables import DEFAULT_RANK, DEFAULT_SHAPES, pair_table
-from experiments.in_process import run_in_process
-from experiments.sweep import conduct
-from experiments.sweep.rows import read_rows, results_file, write_rows
-from strategies import STRATEGIES
-from strategies.job import configure
+from fedveil.cli.main import app
+from fedveil.client.site import NODE_KEYS
+from fedveil.common.adapters import ADAPTERS
+from fedveil.common.adapters.targets import AUTO
+from fedveil.common.config.text import parse_settings, to_toml
+from fedveil.common.errors import ConfigError
+from fedveil.demo.models import MINILM
+from fedveil.demo.packaged import packaged_folder
+from fedveil.experiments.in_process import run_in_process
+from fedveil.experiments.sweep import conduct
+from fedveil.experiments.sweep.rows import read_rows, results_file, write_rows
+from fedveil.strategies import STRATEGIES
+from fedveil.strategies.job import configure
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -315,7 +315,7 @@ def test_the_researchers_guide_ends_in_a_result(
             if "MINILM" not in block:  # the plain job's own adapter; tests/test_packaged.py loads that model
                 namespace: dict[str, Any] = {}
                 monkeypatch.setattr(
-                    "experiments.in_process.run_in_process",
+                    "fedveil.experiments.in_process.run_in_process",
                     lambda own, sites, run="own": run_in_process({**researcher, **OWN_RECORDS, **own}, sites, run),
                 )
                 exec(block, namespace)

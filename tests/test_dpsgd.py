@@ -45,13 +45,13 @@ from audits.worlds import (
     plan,
     released,
 )
-from common.errors import MechanismError
-from common.model.batching import length_batches
-from common.model.shapes import FixedBatch
-from common.tasks import Batch
-from privacy import dpsgd
-from privacy.dpsgd import PrivateSteps
-from privacy.randomness import add_private_noise
+from fedveil.common.errors import MechanismError
+from fedveil.common.model.batching import length_batches
+from fedveil.common.model.shapes import FixedBatch
+from fedveil.common.tasks import Batch
+from fedveil.privacy import dpsgd
+from fedveil.privacy.dpsgd import PrivateSteps
+from fedveil.privacy.randomness import add_private_noise
 
 CASES = [
     ("bert", "lora", "trained"),

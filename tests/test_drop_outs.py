@@ -18,8 +18,8 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from audits.bands import out_of_band
 from audits.summed import CELLS, SHIFTS, unevenness
-from common.errors import MechanismError, ProtocolError
-from privacy.secure_sum import (
+from fedveil.common.errors import MechanismError, ProtocolError
+from fedveil.privacy.secure_sum import (
     Agreement,
     AttemptName,
     Context,
@@ -39,9 +39,9 @@ from privacy.secure_sum import (
     total,
     unmasked,
 )
-from privacy.secure_sum.canonical import canonical
-from privacy.secure_sum.masks import Words, mask_of, pair_seed
-from privacy.secure_sum.shares import PRIME, SECRET_BYTES, SHARE_BYTES, combined, split, weights
+from fedveil.privacy.secure_sum.canonical import canonical
+from fedveil.privacy.secure_sum.masks import Words, mask_of, pair_seed
+from fedveil.privacy.secure_sum.shares import PRIME, SECRET_BYTES, SHARE_BYTES, combined, split, weights
 
 TERMS = Terms(noise_multiplier=4.8, clip_norm=0.5, sample_rate=0.33, rounds=12, honest_sites=2, colluders=1)
 TASK = Task(base="b" * 64, start="c" * 64, basis="", state=bytes(32), layout=bytes(8))
@@ -177,7 +177,7 @@ def test_a_coefficient_is_drawn_so_wide_that_its_remainder_is_as_good_as_uniform
         asked.append(count)
         return mask_of(seed, count)
 
-    monkeypatch.setattr("privacy.secure_sum.shares.mask_of", counted)
+    monkeypatch.setattr("fedveil.privacy.secure_sum.shares.mask_of", counted)
     split(bytes(SECRET_BYTES), 4, 7, bytes(32))
     (words,) = asked
     assert 2 ** (32 * words // 3) // PRIME >= 2**127

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from client import worker
+from fedveil.client import worker
 
 DIES = """
 import os, resource, signal
-from client.dumps import write_no_dumps
+from fedveil.client.dumps import write_no_dumps
 resource.setrlimit(resource.RLIMIT_CORE, (resource.getrlimit(resource.RLIMIT_CORE)[1],) * 2)
 {call}
 {after}
@@ -43,7 +43,7 @@ def test_a_process_that_asked_for_no_dump_leaves_none(after: str, tmp_path: Path
 @pytest.mark.skipif(sys.platform != "linux", reason="another system has no such mark")
 def test_a_process_that_asked_says_so_wherever_dumps_go() -> None:
     """Also where the system writes none, and the next test is skipped."""
-    asked = "import ctypes, resource\nfrom client.dumps import write_no_dumps\n{}\n"
+    asked = "import ctypes, resource\nfrom fedveil.client.dumps import write_no_dumps\n{}\n"
     shown = "print(resource.getrlimit(resource.RLIMIT_CORE)[0], ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))"
     for call, told in (("write_no_dumps()", True), ("", False)):
         code = asked.format(call) + shown

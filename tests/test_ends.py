@@ -16,11 +16,11 @@ import pytest
 from made_run import MadeRun
 from typer.testing import CliRunner
 
-from cli.main import app
-from common.errors import ConfigError, RunFailed
-from experiments import keeper
-from experiments.under_way import ProcessFile, conducting, stop, ways_on
-from server.lock import only_writer
+from fedveil.cli.main import app
+from fedveil.common.errors import ConfigError, RunFailed
+from fedveil.experiments import keeper
+from fedveil.experiments.under_way import ProcessFile, conducting, stop, ways_on
+from fedveil.server.lock import only_writer
 
 PATIENCE = 60.0
 BINARIES = Path(sys.executable).parent
@@ -177,8 +177,8 @@ def test_a_terminal_that_closes_ends_a_command_as_ctrl_c_does_but_under_nohup(
 def a_run(folder: Path, code: str = "time.sleep(1000)") -> Iterator[subprocess.Popen[str]]:
     """Yield a process that conducts the run of a folder and ends as ``fedveil run`` does."""
     text = (
-        "import sys, time\nfrom pathlib import Path\nfrom common.ends import end_as_by_ctrl_c\n"
-        "from experiments.under_way import conducting\n"
+        "import sys, time\nfrom pathlib import Path\nfrom fedveil.common.ends import end_as_by_ctrl_c\n"
+        "from fedveil.experiments.under_way import conducting\n"
         f"end_as_by_ctrl_c()\nwith conducting(Path({str(folder)!r})):\n    print('up', flush=True)\n    {code}\n"
     )
     with subprocess.Popen([sys.executable, "-P", "-c", text], stdout=-1, stderr=-1, text=True) as process:
@@ -248,7 +248,7 @@ def test_a_second_run_does_not_conduct_what_is_under_way(run: Path) -> None:
 def test_the_command_that_goes_on_is_read_as_it_is_printed(name: str, tmp_path: Path) -> None:
     import shlex
 
-    from common.config.text import parse_settings
+    from fedveil.common.config.text import parse_settings
 
     folder = tmp_path / name
     folder.mkdir()

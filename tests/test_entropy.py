@@ -9,18 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from client import worker
-from common.errors import MechanismError
-from deploy.server_folder import make_server
-from deploy.start import start_server
-from experiments.in_process import run_in_process
-from privacy.entropy import entropy_is_replaced, private_words, rehearsal_entropy, replaced_entropy
-from reports import markdown_report
-from reports.claim import SEEDED
-from reports.folder import read_run
+from fedveil.client import worker
+from fedveil.common.errors import MechanismError
+from fedveil.deploy.server_folder import make_server
+from fedveil.deploy.start import start_server
+from fedveil.experiments.in_process import run_in_process
+from fedveil.privacy.entropy import entropy_is_replaced, private_words, rehearsal_entropy, replaced_entropy
+from fedveil.reports import markdown_report
+from fedveil.reports.claim import SEEDED
+from fedveil.reports.folder import read_run
 
 ROOT = Path(__file__).resolve().parent.parent
 PRODUCT = (
+    "fedveil",
     "common",
     "privacy",
     "demo",

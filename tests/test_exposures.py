@@ -17,24 +17,24 @@ from test_report import fedveil
 
 from audits.tiny_models import write_reviews
 from audits.tiny_site import OneSite, clinic, pins
-from client.ledger.ledger import Ledger
-from client.ledger.record_hashes import record_hashes
-from client.ledger.rows import Charge, Receipt
-from client.policy import Policy
-from common.config.text import to_toml
-from common.errors import ConfigError, PolicyRefusal
-from common.messages.round import Refusal, Spending
-from common.messages.wire import decode_reply, encode_reply, layout_of
-from common.run_lines import ResultFile, RoundLine, read_file, read_lines
-from common.tasks.examples import Dataset
-from common.tasks.text import TextExample
-from experiments.in_process import run_in_process, simulated_nodes
-from privacy.accounting import Release, gaussian_release
-from privacy.events import EVENTS, Event, SampledGaussian
-from privacy.figures import epsilon_text
-from reports import federation_epsilon, report_of, write_reports
-from server.admission import Admission
-from strategies.job import configure
+from fedveil.client.ledger.ledger import Ledger
+from fedveil.client.ledger.record_hashes import record_hashes
+from fedveil.client.ledger.rows import Charge, Receipt
+from fedveil.client.policy import Policy
+from fedveil.common.config.text import to_toml
+from fedveil.common.errors import ConfigError, PolicyRefusal
+from fedveil.common.messages.round import Refusal, Spending
+from fedveil.common.messages.wire import decode_reply, encode_reply, layout_of
+from fedveil.common.run_lines import ResultFile, RoundLine, read_file, read_lines
+from fedveil.common.tasks.examples import Dataset
+from fedveil.common.tasks.text import TextExample
+from fedveil.experiments.in_process import run_in_process, simulated_nodes
+from fedveil.privacy.accounting import Release, gaussian_release
+from fedveil.privacy.events import EVENTS, Event, SampledGaussian
+from fedveil.privacy.figures import epsilon_text
+from fedveil.reports import federation_epsilon, report_of, write_reports
+from fedveil.server.admission import Admission
+from fedveil.strategies.job import configure
 
 OPEN = {"privacy.mode": "none"}
 WHISPER = gaussian_release(noise_multiplier=20.0, sample_rate=0.01, count=1)
@@ -73,7 +73,7 @@ def test_a_private_run_after_one_without_privacy_is_refused(site: OneSite) -> No
 
 
 def test_an_open_round_that_leaves_no_trace_is_found_out(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("client.budget.note_exposure", lambda *_: None)
+    monkeypatch.setattr("fedveil.client.budget.note_exposure", lambda *_: None)
     with pytest.raises(AssertionError, match="took part"):
         check_that_an_open_round_is_on_record(site)
 
@@ -135,7 +135,7 @@ def test_a_count_by_the_servers_round_number_is_found_out(site: OneSite, monkeyp
     def by_its_number(one: Any, job: Any, task: Any) -> None:
         one.policy.check_round(task.round_number, task.round_number * job.config.training.local_steps)
 
-    monkeypatch.setattr("client.budget.note_exposure", by_its_number)
+    monkeypatch.setattr("fedveil.client.budget.note_exposure", by_its_number)
     with pytest.raises(AssertionError, match="trained again"):
         check_that_rounds_are_counted(site)
 
@@ -159,7 +159,7 @@ def test_a_start_from_a_raw_gradient_is_an_exposure_and_no_round(site: OneSite) 
 
 
 def test_it_is_on_disk_before_a_record_is_used(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("privacy.no_privacy.ExposingPlan.batches", lambda *_: 1 / 0)
+    monkeypatch.setattr("fedveil.privacy.no_privacy.ExposingPlan.batches", lambda *_: 1 / 0)
     one = openly(site)
     assert isinstance(one.ask(one.task(1)), Refusal)
     assert len(exposures(site)) == 1, "a round that failed may have looked at records all the same"
@@ -405,7 +405,7 @@ def check_that_no_cell_is_a_formula(path: Path) -> None:
 
 def test_no_cell_of_an_export_is_a_formula(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_that_no_cell_is_a_formula(mixed)
-    monkeypatch.setattr("cli.ledger._cell", lambda value: value)
+    monkeypatch.setattr("fedveil.cli.ledger._cell", lambda value: value)
     with pytest.raises(AssertionError):
         check_that_no_cell_is_a_formula(mixed)
 

@@ -14,9 +14,9 @@ from made_run import told as stating
 from safetensors.torch import load_file
 
 from audits.tiny_models import toy_run
-from common.errors import ConfigError, RunFailed
-from common.files import length
-from common.messages.round import (
+from fedveil.common.errors import ConfigError, RunFailed
+from fedveil.common.files import length
+from fedveil.common.messages.round import (
     KeyReply,
     KeyTask,
     NoisedCount,
@@ -28,21 +28,21 @@ from common.messages.round import (
     TrainResult,
     TrainTask,
 )
-from common.messages.state import AdapterState
-from common.messages.tensors import apply
-from common.messages.wire import STYPE, decode_reply, encode_reply
-from common.run_lines import Absence, ConfigFile, PrivacyLine, ResultFile, RoundLine, read_file, read_lines
-from common.words import LONGEST_REASON, clean
-from experiments.in_process import InProcessTransport, run_in_process
-from privacy.accountant import TRAINING, Accountant
-from privacy.events import sampled_gaussian
-from privacy.secure_sum.attempt import KeyOffer
-from reports import report_of
-from server.app import in_short
-from server.collect.base import Collected
-from server.marks import mark_of
-from server.replies import read_reply, refusal
-from server.sites import Exchange
+from fedveil.common.messages.state import AdapterState
+from fedveil.common.messages.tensors import apply
+from fedveil.common.messages.wire import STYPE, decode_reply, encode_reply
+from fedveil.common.run_lines import Absence, ConfigFile, PrivacyLine, ResultFile, RoundLine, read_file, read_lines
+from fedveil.common.words import LONGEST_REASON, clean
+from fedveil.experiments.in_process import InProcessTransport, run_in_process
+from fedveil.privacy.accountant import TRAINING, Accountant
+from fedveil.privacy.events import sampled_gaussian
+from fedveil.privacy.secure_sum.attempt import KeyOffer
+from fedveil.reports import report_of
+from fedveil.server.app import in_short
+from fedveil.server.collect.base import Collected
+from fedveil.server.marks import mark_of
+from fedveil.server.replies import read_reply, refusal
+from fedveil.server.sites import Exchange
 
 Tamper = Callable[[TrainResult], Any]
 

@@ -20,27 +20,27 @@ from torch import Tensor, nn
 
 from audits.tiny_models import FILLER, GOOD, TARGETS
 from audits.worlds import plan
-from client.local_training import train_round
-from client.site import Site
-from common.adapters import LoRASB
-from common.config.sections import HeadConfig
-from common.data.sources import train_and_test
-from common.errors import ConfigError, ModelError
-from common.messages.round import TrainTask
-from common.messages.state import HEAD, AdapterState
-from common.messages.tensors import fingerprint, start_fingerprint
-from common.model.base import load_base_model
-from common.model.federated import FederatedModel
-from common.starts import STARTS, Start
-from common.starts.directions import leading_singular_triple
-from common.starts.dp_gradient import DPGradient
-from common.starts.gradient import gradient_basis, mean_gradient, private_gradient
-from common.tasks import TASKS, Record
-from common.tasks.text import TextExample
-from contrib.starts.nonprivate_gradient import NonprivateGradient
-from strategies import Contribution, ServerState, mean
-from strategies.fed_sb import FedSB
-from strategies.job import Job, configure
+from fedveil.client.local_training import train_round
+from fedveil.client.site import Site
+from fedveil.common.adapters import LoRASB
+from fedveil.common.config.sections import HeadConfig
+from fedveil.common.data.sources import train_and_test
+from fedveil.common.errors import ConfigError, ModelError
+from fedveil.common.messages.round import TrainTask
+from fedveil.common.messages.state import HEAD, AdapterState
+from fedveil.common.messages.tensors import fingerprint, start_fingerprint
+from fedveil.common.model.base import load_base_model
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.starts import STARTS, Start
+from fedveil.common.starts.directions import leading_singular_triple
+from fedveil.common.starts.dp_gradient import DPGradient
+from fedveil.common.starts.gradient import gradient_basis, mean_gradient, private_gradient
+from fedveil.common.tasks import TASKS, Record
+from fedveil.common.tasks.text import TextExample
+from fedveil.contrib.starts.nonprivate_gradient import NonprivateGradient
+from fedveil.strategies import Contribution, ServerState, mean
+from fedveil.strategies.fed_sb import FedSB
+from fedveil.strategies.job import Job, configure
 
 OUT, IN, RANK = 7, 12, 3
 SHAPES = {"wide": (5, 11), "tall": (13, 6)}

@@ -14,17 +14,17 @@ from made_run import spent
 from safetensors.torch import load_file
 from torch import Tensor
 
-from common.adapters import LoRAFrozenA
-from common.messages.round import TrainResult, TrainTask
-from common.messages.state import HEAD, AdapterState
-from common.run_lines import PrivacyLine, RoundLine, read_lines
-from experiments.evaluate import evaluate_run
-from experiments.in_process import InProcessTransport, run_in_process
-from server.sites import Exchange
-from strategies import Contribution, ServerState
-from strategies.fed_svd import FedSVD, refactor
-from strategies.ffa_lora import FFALoRA
-from strategies.job import configure
+from fedveil.common.adapters import LoRAFrozenA
+from fedveil.common.messages.round import TrainResult, TrainTask
+from fedveil.common.messages.state import HEAD, AdapterState
+from fedveil.common.run_lines import PrivacyLine, RoundLine, read_lines
+from fedveil.experiments.evaluate import evaluate_run
+from fedveil.experiments.in_process import InProcessTransport, run_in_process
+from fedveil.server.sites import Exchange
+from fedveil.strategies import Contribution, ServerState
+from fedveil.strategies.fed_svd import FedSVD, refactor
+from fedveil.strategies.ffa_lora import FFALoRA
+from fedveil.strategies.job import configure
 
 SHAPES = {"wide": (5, 11), "tall": (13, 6)}
 RANK = 3

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from common.adapters import LoRA
-from common.messages.state import AdapterState
-from strategies.fedavg import FedAvgLoRA
-from strategies.state import Contribution
+from fedveil.common.adapters import LoRA
+from fedveil.common.messages.state import AdapterState
+from fedveil.strategies.fedavg import FedAvgLoRA
+from fedveil.strategies.state import Contribution
 
 fast = settings(max_examples=25, deadline=None)
 LAYERS = {"q": (7, 5), "v": (4, 9)}

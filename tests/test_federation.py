@@ -11,23 +11,23 @@ from made_run import spent
 
 from audits.tiny_models import NEED_PLAIN_STEP, PLAIN_STEP, write_reviews
 from audits.tiny_site import pins
-from client.ledger.ledger import Ledger
-from client.ledger.rows import Charge
-from common.config.sections import Scalar
-from common.config.text import to_toml
-from common.errors import ConfigError, RunFailed
-from common.messages.wire import round_of
-from common.run_lines import BaselineFile, ConfigFile, PrivacyLine, ResultFile, RoundLine, read_file, read_lines
-from common.strict_json import to_json
-from experiments.evaluate import evaluate_run
-from experiments.in_process import run_in_process, simulated_nodes
-from privacy.accounting import gaussian_release
-from privacy.privacy_filter import promised
-from reports import markdown_report
-from strategies import STRATEGIES
-from strategies.job import configure
-from strategies.options import known_settings
-from strategies.payload import payload, preset_adapter
+from fedveil.client.ledger.ledger import Ledger
+from fedveil.client.ledger.rows import Charge
+from fedveil.common.config.sections import Scalar
+from fedveil.common.config.text import to_toml
+from fedveil.common.errors import ConfigError, RunFailed
+from fedveil.common.messages.wire import round_of
+from fedveil.common.run_lines import BaselineFile, ConfigFile, PrivacyLine, ResultFile, RoundLine, read_file, read_lines
+from fedveil.common.strict_json import to_json
+from fedveil.experiments.evaluate import evaluate_run
+from fedveil.experiments.in_process import run_in_process, simulated_nodes
+from fedveil.privacy.accounting import gaussian_release
+from fedveil.privacy.privacy_filter import promised
+from fedveil.reports import markdown_report
+from fedveil.strategies import STRATEGIES
+from fedveil.strategies.job import configure
+from fedveil.strategies.options import known_settings
+from fedveil.strategies.payload import payload, preset_adapter
 
 PRIVACY_FIELDS = [
     *("round", "site", "unit", "adjacency", "adversary", "sampler", "purpose", "event"),
@@ -336,7 +336,7 @@ def test_fed_sb_refuses_the_published_initialisation_under_privacy(toy_settings:
 def test_a_site_that_lost_the_basis_gets_it_within_the_round(
     toy_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import experiments.in_process as in_process
+    import fedveil.experiments.in_process as in_process
 
     whole = in_process.answer
 

@@ -12,19 +12,19 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 from audits.tiny_models import TARGETS
-from common.adapters import LoRAFrozenA
-from common.config.sections import HeadConfig
-from common.messages.tensors import start_fingerprint
-from common.model.base import load_base_model
-from common.model.federated import FederatedModel
-from common.starts import STARTS
-from common.tasks import TASKS
-from privacy import dpsgd
-from privacy.dpsgd import PrivateSteps
-from privacy.plan import gaussian_plan
-from privacy.randomness import stream
-from strategies.ffa_lora import FFALoRA
-from strategies.state import Contribution
+from fedveil.common.adapters import LoRAFrozenA
+from fedveil.common.config.sections import HeadConfig
+from fedveil.common.messages.tensors import start_fingerprint
+from fedveil.common.model.base import load_base_model
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.starts import STARTS
+from fedveil.common.tasks import TASKS
+from fedveil.privacy import dpsgd
+from fedveil.privacy.dpsgd import PrivateSteps
+from fedveil.privacy.plan import gaussian_plan
+from fedveil.privacy.randomness import stream
+from fedveil.strategies.ffa_lora import FFALoRA
+from fedveil.strategies.state import Contribution
 
 fast = settings(max_examples=25, deadline=None)
 OUT, IN, RANK = 6, 9, 3

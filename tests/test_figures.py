@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from privacy.figures import epsilon_text, most_delta_text, remaining_text
+from fedveil.privacy.figures import epsilon_text, most_delta_text, remaining_text
 
 FIGURES = st.floats(0, 1e300) | st.floats(0, 100) | st.integers(0, 10**6).map(lambda n: math.nextafter(n / 1000, 2e3))
 

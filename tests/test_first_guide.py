@@ -13,8 +13,8 @@ import pytest
 from test_report import fedveil
 
 from audits.tiny_models import write_reviews
-from common.config.text import to_toml
-from experiments.in_process import run_in_process
+from fedveil.common.config.text import to_toml
+from fedveil.experiments.in_process import run_in_process
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "guides" / "first.md"
 MOST = 10
@@ -34,7 +34,7 @@ def test_ten_commands_lead_from_a_table_to_a_served_model_and_a_signed_report(
     def in_process(settings: Any, sites: int, *_: Any, **__: Any) -> Path:
         return run_in_process(settings, sites)
 
-    monkeypatch.setattr("experiments.simulate.simulate", in_process)
+    monkeypatch.setattr("fedveil.experiments.simulate.simulate", in_process)
     text, commands, folder = PAGE.read_text(encoding="utf-8"), [], ""
     for language, block in re.findall(r"```(sh|python)\n(.*?)```", text, flags=re.S):
         if language == "python":

@@ -16,20 +16,20 @@ from digits import PROCESSOR, SIDE, TOKENS, digits, tiny_vit, write_folder
 from test_sweep_summary import OPEN, SEEDS, row
 
 from audits.tiny_models import write_reviews
-from common.config.text import to_toml
-from common.errors import ConfigError
-from common.tasks.examples import Dataset
-from common.tasks.text import TextExample
-from experiments.sweep import conduct, fitted_head
-from experiments.sweep.arms import ARMS
-from experiments.sweep.conduct import run_sweep
-from experiments.sweep.file import read_sweep
-from experiments.sweep.fitted_head import PENALTIES, Array, Labels, choose_penalty, fit, fitted, folds_of, judge
-from experiments.sweep.pictures import epsilon_figure
-from experiments.sweep.rows import read_rows
-from experiments.sweep.summary import groups, markdown_of
-from server.model import ServerModel
-from strategies.job import configure
+from fedveil.common.config.text import to_toml
+from fedveil.common.errors import ConfigError
+from fedveil.common.tasks.examples import Dataset
+from fedveil.common.tasks.text import TextExample
+from fedveil.experiments.sweep import conduct, fitted_head
+from fedveil.experiments.sweep.arms import ARMS
+from fedveil.experiments.sweep.conduct import run_sweep
+from fedveil.experiments.sweep.file import read_sweep
+from fedveil.experiments.sweep.fitted_head import PENALTIES, Array, Labels, choose_penalty, fit, fitted, folds_of, judge
+from fedveil.experiments.sweep.pictures import epsilon_figure
+from fedveil.experiments.sweep.rows import read_rows
+from fedveil.experiments.sweep.summary import groups, markdown_of
+from fedveil.server.model import ServerModel
+from fedveil.strategies.job import configure
 
 
 def made(records: int, width: int, labels: int, seed: int = 0) -> tuple[Array, Labels]:

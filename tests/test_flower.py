@@ -16,12 +16,12 @@ from flwr.cli.build import build_fab_from_disk, build_fab_from_files
 from made_run import spent
 from typer.testing import CliRunner
 
-from cli.main import app
-from client.ledger.ledger import Ledger
-from common.config.text import to_toml
-from common.run_lines import PrivacyLine, ResultFile, RoundLine, read_file, read_lines
-from deploy.app import app_folder
-from server.submission import OVERRIDES, refuse_wrong_settings
+from fedveil.cli.main import app
+from fedveil.client.ledger.ledger import Ledger
+from fedveil.common.config.text import to_toml
+from fedveil.common.run_lines import PrivacyLine, ResultFile, RoundLine, read_file, read_lines
+from fedveil.deploy.app import app_folder
+from fedveil.server.submission import OVERRIDES, refuse_wrong_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 FEDVEIL = Path(sys.executable).parent / "fedveil"
@@ -122,7 +122,7 @@ def test_a_wrong_setting_stops_before_anything_is_started(
     setting: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("experiments.simulate.simulate", lambda *_, **__: pytest.fail("a run is started"))
+    monkeypatch.setattr("fedveil.experiments.simulate.simulate", lambda *_, **__: pytest.fail("a run is started"))
     done = CliRunner().invoke(app, ["run", "-c", setting])
     assert done.exit_code == 1
     assert words in done.stderr
@@ -172,7 +172,7 @@ def test_settings_are_checked_over_those_of_the_app_when_it_is_sent(
 ) -> None:
     (tmp_path / "pyproject.toml").write_text(
         '[project]\nname = "app"\nversion = "1"\nlicense = "x"\n[tool.flwr.app]\npublisher = "us"\n'
-        '[tool.flwr.app.components]\nserverapp = "server.app:app"\nclientapp = "client.app:app"\n'
+        '[tool.flwr.app.components]\nserverapp = "fedveil.server.app:app"\nclientapp = "fedveil.client.app:app"\n'
         f"[tool.flwr.app.config]\n{own}\n"
     )
     with click.Context(click.Command("run")) as context:
@@ -208,9 +208,12 @@ def test_a_bundle_holds_what_server_and_sites_execute_and_no_more() -> None:
 
 
 def test_settings_are_checked_without_the_libraries_that_only_training_needs() -> None:
-    code = (
-        "import sys, strategies.job, server.resume; strategies.job.configure({'recipe': 'plain'}); print(*sys.modules)"
-    )
+    code = """
+import sys, fedveil.server.resume
+from fedveil.strategies.job import configure
+configure({'recipe': 'plain'})
+print(*sys.modules)
+"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     loaded = {"peft", "transformers", "opacus", "dp_accounting", "scipy"} & set(done.stdout.split())
     assert not loaded, f"a wrong setting is named only after {', '.join(sorted(loaded))} are imported: seconds"

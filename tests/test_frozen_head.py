@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from audits.tiny_site import clinic
-from common.errors import ConfigError
-from common.messages.round import Refusal
-from server.model import ServerModel
-from strategies.job import configure
+from fedveil.common.errors import ConfigError
+from fedveil.common.messages.round import Refusal
+from fedveil.server.model import ServerModel
+from fedveil.strategies.job import configure
 
 # Neither word is in the tiny tokenizer's vocabulary, so both labels' features are those of an unknown word.
 ALIKE = {"head.policy": "frozen", "head.start": "label-words", "head.phrases": "excellent;terrible"}

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from client.ledger.ledger import Ledger
-from common.errors import RunFailed
-from common.messages.round import Task
-from common.run_lines import ResultFile, read_file
-from experiments import simulate as simulation
-from experiments.in_process import InProcessTransport, run_in_process
+from fedveil.client.ledger.ledger import Ledger
+from fedveil.common.errors import RunFailed
+from fedveil.common.messages.round import Task
+from fedveil.common.run_lines import ResultFile, read_file
+from fedveil.experiments import simulate as simulation
+from fedveil.experiments.in_process import InProcessTransport, run_in_process
 
 USAGE = shutil.disk_usage
 
@@ -100,6 +100,6 @@ def test_where_not_even_the_result_can_be_written_the_sentence_is_raised(
             raise OSError(28, "No space left on device")
         written(source, target)
 
-    monkeypatch.setattr("common.files.os.replace", full)
+    monkeypatch.setattr("fedveil.common.files.os.replace", full)
     with pytest.raises(RunFailed, match=r"^the disk of .*ffa-lora-1 is full \(No space left on device\): make room"):
         run_in_process(toy_settings, 2, "1")

@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from audits.tiny_models import TARGETS
-from cli.main import app
-from common.errors import DataError, ModelError
-from common.model.files import files_of
-from experiments.in_process import run_in_process
-from experiments.serving.gguf import export_gguf, turned
+from fedveil.cli.main import app
+from fedveil.common.errors import DataError, ModelError
+from fedveil.common.model.files import files_of
+from fedveil.experiments.in_process import run_in_process
+from fedveil.experiments.serving.gguf import export_gguf, turned
 
 Folder = Callable[[str], str]
 NAMES = {
@@ -118,7 +118,7 @@ def test_the_order_of_rotation_is_found_if_it_is_forgotten(
     model_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = saved_adapter(model_folder, "llama", tmp_path)
-    monkeypatch.setattr("experiments.serving.gguf.turned", lambda rows, heads: rows)
+    monkeypatch.setattr("fedveil.experiments.serving.gguf.turned", lambda rows, heads: rows)
     export_gguf(run, tmp_path / "a.gguf")
     fields, tensors = read(tmp_path / "a.gguf")
     assert largest_difference(model_folder, "llama", run, tensors, fields["adapter.lora.alpha"]) > 1e-2

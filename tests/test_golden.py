@@ -19,7 +19,7 @@ import pytest
 import torch
 from golden_runs import CASES, OF_ONE_MACHINE, SUMMED, differences, figures, furthest, nearly, run_case
 
-import client.app
+import fedveil.client.app
 
 GOLDEN = Path(__file__).with_name("golden")
 RELATIVE = 1e-5
@@ -62,7 +62,7 @@ def test_a_rehearsal_leaves_no_draw_behind(tmp_path: Path) -> None:
     for number in range(2):
         (tmp_path / str(number)).mkdir()
         if not number:
-            client.app.process.rehearsals.forget()
+            fedveil.client.app.process.rehearsals.forget()
         ends.append(run_case("ffa-lora, private average", tmp_path / str(number)).digest())
     assert ends[0] == ends[1]
 

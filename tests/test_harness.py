@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from audits.tiny_models import FILLER
-from experiments.evaluate import load_result
-from experiments.in_process import run_in_process
+from fedveil.experiments.evaluate import load_result
+from fedveil.experiments.in_process import run_in_process
 
 pytestmark = pytest.mark.harness
 COUNT = 12

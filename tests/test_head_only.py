@@ -12,27 +12,27 @@ import torch
 from torch import Tensor, nn
 
 from audits.tiny_site import clinic
-from client import app, budget, rehearsals
-from client.cache import RecordCache
-from client.ledger.ledger import Ledger
-from client.rehearsal import _PLAN, rehearse, rehearse_features
-from common.adapters import ADAPTERS
-from common.config.sections import HeadConfig
-from common.errors import ConfigError, ModelError
-from common.messages.round import Refusal, TrainResult
-from common.messages.state import HEAD, METRIC
-from common.model.base import load_base_model
-from common.model.federated import FederatedModel
-from common.run_lines import BaselineFile, PrivacyLine, RoundLine, read_file, read_lines
-from common.tasks import TASKS, Record
-from common.tasks.featured import FEATURES
-from common.tasks.module import Metric
-from common.tasks.text import TextExample
-from experiments.evaluate import evaluate_run
-from experiments.in_process import run_in_process
-from privacy.dpsgd import PrivateSteps
-from server.model import ServerModel
-from strategies.job import configure
+from fedveil.client import app, budget, rehearsals
+from fedveil.client.cache import RecordCache
+from fedveil.client.ledger.ledger import Ledger
+from fedveil.client.rehearsal import _PLAN, rehearse, rehearse_features
+from fedveil.common.adapters import ADAPTERS
+from fedveil.common.config.sections import HeadConfig
+from fedveil.common.errors import ConfigError, ModelError
+from fedveil.common.messages.round import Refusal, TrainResult
+from fedveil.common.messages.state import HEAD, METRIC
+from fedveil.common.model.base import load_base_model
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.run_lines import BaselineFile, PrivacyLine, RoundLine, read_file, read_lines
+from fedveil.common.tasks import TASKS, Record
+from fedveil.common.tasks.featured import FEATURES
+from fedveil.common.tasks.module import Metric
+from fedveil.common.tasks.text import TextExample
+from fedveil.experiments.evaluate import evaluate_run
+from fedveil.experiments.in_process import run_in_process
+from fedveil.privacy.dpsgd import PrivateSteps
+from fedveil.server.model import ServerModel
+from fedveil.strategies.job import configure
 
 Folder = Callable[[str], str]
 TEXTS = ("the film", "a warm story and a lovely actor", "dull", "the scene was very cold and the film was awful", "is")
@@ -160,7 +160,7 @@ def test_features_that_are_no_numbers_contribute_zero(model_folder: Folder, monk
 
 def noiseless(model: FederatedModel, records: Sequence[Record], monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Return the clipped sum of the records' gradients, in the order of the head's tensors."""
-    monkeypatch.setattr("privacy.dpsgd.add_private_noise", lambda total, _: total)
+    monkeypatch.setattr("fedveil.privacy.dpsgd.add_private_noise", lambda total, _: total)
     with PrivateSteps(model.module, torch.optim.SGD(list(model.head.values()), lr=0.0), _PLAN) as steps:
         return [tensor.double() for tensor in steps.release(model.fixed_batches(records), model.losses)]
 

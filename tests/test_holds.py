@@ -16,19 +16,19 @@ from ledgers import DELTA, ROUND, charge, cost_of
 from test_report import fedveil
 
 from audits.tiny_site import OneSite, clinic, pins
-from client.ledger.file import withdrawn_in
-from client.ledger.holds import Holds, moment
-from client.ledger.ledger import Ledger
-from client.ledger.receipts import receipt_of
-from common.config.text import to_toml
-from common.errors import BudgetExhausted, ConfigError, LedgerError, PolicyRefusal
-from deploy.site_folder import make_site, open_site_folder
-from deploy.withdraw import withdraw_site
-from privacy.accountant import INITIALISATION
-from privacy.accounting import Release, gaussian_release
-from privacy.events import Event
-from privacy.figures import epsilon_text
-from privacy.privacy_filter import promised
+from fedveil.client.ledger.file import withdrawn_in
+from fedveil.client.ledger.holds import Holds, moment
+from fedveil.client.ledger.ledger import Ledger
+from fedveil.client.ledger.receipts import receipt_of
+from fedveil.common.config.text import to_toml
+from fedveil.common.errors import BudgetExhausted, ConfigError, LedgerError, PolicyRefusal
+from fedveil.deploy.site_folder import make_site, open_site_folder
+from fedveil.deploy.withdraw import withdraw_site
+from fedveil.privacy.accountant import INITIALISATION
+from fedveil.privacy.accounting import Release, gaussian_release
+from fedveil.privacy.events import Event
+from fedveil.privacy.figures import epsilon_text
+from fedveil.privacy.privacy_filter import promised
 from tools.convert_ledger import convert
 
 LATER = "2999-12-31T23:59:59+00:00"
@@ -146,7 +146,7 @@ def test_a_reservation_ends_by_itself(ledger: Ledger, monkeypatch: pytest.Monkey
     ledger.holds.reserve("ward", "mine", cost_of(3), soon)
     with pytest.raises(BudgetExhausted, match=r"the budget is 0 without .* that is kept"):
         charge(ledger, 1, run="other")
-    monkeypatch.setattr("client.ledger.holds.now", lambda: soon)
+    monkeypatch.setattr("fedveil.client.ledger.holds.now", lambda: soon)
     charge(ledger, 1, run="other")
     with pytest.raises(ConfigError, match="has passed"):
         ledger.holds.reserve("ward", "mine", 1.0, soon)
@@ -337,7 +337,7 @@ def test_a_withdrawal_stands_whatever_becomes_of_reading_the_records(
     def fail(*_: Any, **__: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("common.data.sources.load_protected", fail)
+    monkeypatch.setattr("fedveil.common.data.sources.load_protected", fail)
     lines: list[str] = []
     with pytest.raises(MemoryError):
         withdraw_site(open_site_folder(folder.path), "asked for", lines.append)

@@ -20,7 +20,7 @@ from audits.hostile_bundle import (
 from audits.hostile_models import UNCOMPARED, UNREHEARSED, audit_files, audit_models
 from audits.hostile_records import APART, COLUMNS, DIVISIONS, ROWS, audit_records
 from audits.hostile_server import FORGOTTEN, UNPAID, audit_rounds
-from common.run_lines import Finding
+from fedveil.common.run_lines import Finding
 
 Audit = Callable[[Path, Fault], Finding]
 CASES: dict[Audit, tuple[Fault, ...]] = {

@@ -22,32 +22,32 @@ from torch import nn
 
 from audits.tiny_site import OneSite
 from audits.worlds import Gradient, Recorder, minus, norm, plan
-from client.own_records import prepared
-from client.rehearsal import SHOWN, _fewer, _Rehearsal, rehearse
-from common.adapters import ADAPTERS
-from common.config.sections import DataConfig, HeadConfig
-from common.data.sources import load_dataset
-from common.errors import ConfigError, DataError, ModelError, ModelNotLoaded
-from common.messages.round import TrainResult
-from common.model.base import load_base_model
-from common.model.federated import FederatedModel
-from common.run_lines import PrivacyLine, RoundLine, read_lines
-from common.starts import STARTS, Labels, class_means
-from common.tasks import TASKS, Record, images
-from common.tasks import image_classification as images_task
-from common.tasks.image_classification import CHANCE, ImageExample
-from common.tasks.image_processor import ImageProcessor
-from common.tasks.images import Picture, read_image
-from common.tasks.textures import made_up_image
-from demo import dinov2
-from experiments.evaluate import evaluate_run
-from experiments.in_process import run_in_process
-from experiments.serving.ask import ask_run
-from experiments.serving.merge import merge_run
-from privacy.dpsgd import PrivateSteps
-from privacy.plan import gaussian_plan
-from privacy.together import together
-from strategies.job import configure
+from fedveil.client.own_records import prepared
+from fedveil.client.rehearsal import SHOWN, _fewer, _Rehearsal, rehearse
+from fedveil.common.adapters import ADAPTERS
+from fedveil.common.config.sections import DataConfig, HeadConfig
+from fedveil.common.data.sources import load_dataset
+from fedveil.common.errors import ConfigError, DataError, ModelError, ModelNotLoaded
+from fedveil.common.messages.round import TrainResult
+from fedveil.common.model.base import load_base_model
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.run_lines import PrivacyLine, RoundLine, read_lines
+from fedveil.common.starts import STARTS, Labels, class_means
+from fedveil.common.tasks import TASKS, Record, images
+from fedveil.common.tasks import image_classification as images_task
+from fedveil.common.tasks.image_classification import CHANCE, ImageExample
+from fedveil.common.tasks.image_processor import ImageProcessor
+from fedveil.common.tasks.images import Picture, read_image
+from fedveil.common.tasks.textures import made_up_image
+from fedveil.demo import dinov2
+from fedveil.experiments.evaluate import evaluate_run
+from fedveil.experiments.in_process import run_in_process
+from fedveil.experiments.serving.ask import ask_run
+from fedveil.experiments.serving.merge import merge_run
+from fedveil.privacy.dpsgd import PrivateSteps
+from fedveil.privacy.plan import gaussian_plan
+from fedveil.privacy.together import together
+from fedveil.strategies.job import configure
 
 NAME = "image-classification"
 TASK = TASKS[NAME]
@@ -352,7 +352,7 @@ def test_a_rehearsal_that_gives_rows_up_without_a_cause_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = save_with_heads(tmp_path, "vit", 16)
-    monkeypatch.setattr("client.rehearsal._fewer", lambda rows: iter((1,)))
+    monkeypatch.setattr("fedveil.client.rehearsal._fewer", lambda rows: iter((1,)))
     with pytest.raises(AssertionError, match="other rows"):
         check_the_rows_that_are_left(folder, "float32")
 
@@ -376,7 +376,7 @@ def test_a_rehearsal_that_keeps_rows_which_the_machine_computes_otherwise_is_fou
     def no_rows_compared(self: _Rehearsal, steps: Any, length: int, rows: int) -> list[torch.Tensor]:
         return self._among_others(steps, length, rows, self._shown(rows))
 
-    monkeypatch.setattr("client.rehearsal._Rehearsal._equal_rows", no_rows_compared)
+    monkeypatch.setattr("fedveil.client.rehearsal._Rehearsal._equal_rows", no_rows_compared)
     with pytest.raises(AssertionError, match="other rows"):
         check_the_rows_that_are_left(folder, "float32")
 
@@ -635,7 +635,7 @@ def test_a_file_that_is_no_record_changes_no_bit_of_what_a_site_prepares(site: O
     (folder / "7").mkdir()
     (folder / "7" / "seven.png").write_bytes(encoded(digits((7,), count=1)[0][0]))
     assert isinstance(site.ask(task), TrainResult)
-    from common.data.sources import load_protected
+    from fedveil.common.data.sources import load_protected
 
     after = load_protected(config.data, NAME, str(folder))
     assert len(after.unfit) == 2
@@ -698,7 +698,7 @@ def test_the_ledger_knows_a_file_again_that_another_decoder_reads(
 
 
 def test_images_that_are_alike_are_on_one_side_of_the_split(toy: dict[str, Any], tmp_path: Path) -> None:
-    from common.data.sources import train_and_test
+    from fedveil.common.data.sources import train_and_test
 
     folder = tmp_path / "twice"
     for name in ("first", "second"):

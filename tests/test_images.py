@@ -15,12 +15,12 @@ import pytest
 from digits import digits, encoded, write_folder
 from PIL import Image
 
-from common.config.sections import Columns, DataConfig
-from common.data.sources import load_dataset, load_protected
-from common.errors import DataError, UnreadableFile
-from common.tasks import images
-from common.tasks.cells import Misfit
-from common.tasks.images import MOST_BYTES, MOST_PIXELS, is_image_folder, read_image, read_image_folder
+from fedveil.common.config.sections import Columns, DataConfig
+from fedveil.common.data.sources import load_dataset, load_protected
+from fedveil.common.errors import DataError, UnreadableFile
+from fedveil.common.tasks import images
+from fedveil.common.tasks.cells import Misfit
+from fedveil.common.tasks.images import MOST_BYTES, MOST_PIXELS, is_image_folder, read_image, read_image_folder
 
 TASK = "image-classification"
 CONFIG = DataConfig(labels="0,1", partition="iid")

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from common.tasks import TASKS
-from privacy import MECHANISMS
+from fedveil.common.tasks import TASKS
+from fedveil.privacy import MECHANISMS
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = (
@@ -22,10 +22,13 @@ ROOMS = (
     *("audits", "faults"),
 )
 """From the lowest floor to the highest: a room imports itself and what is below it, except as said in NEVER."""
+OWN = "fedveil."
+"""How a room is imported, everywhere: under another name its modules would be loaded twice."""
 BESIDE = "contrib"
 """The room of rows that no run needs: it imports the others, and none of the product imports it (``common.rows``)."""
 EVIDENCE, NOT_BESIDE = {"audits", "faults"}, {"audits", "faults"}
 """What may import it, and what it may not import."""
+ROOMS_OF_THE_WHEEL = {BESIDE, *ROOMS} - EVIDENCE
 NEVER = {
     *{("reports", "client"), ("server", "client"), ("audits", "cli"), ("faults", "cli")},
     # What a run needs of the demonstrations it asks the tables of ``common`` for, by name.
@@ -103,16 +106,23 @@ def imports(path: Path) -> frozenset[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return frozenset(found)
+    return frozenset(map(in_its_room, found))
+
+
+def in_its_room(name: str) -> str:
+    """Return a module's name from its room on; a room that is imported by its bare name has a mark before it."""
+    if name.startswith(OWN):
+        return name.removeprefix(OWN)
+    return f"bare {name}" if name.split(".", maxsplit=1)[0] in ROOMS_OF_THE_WHEEL else name
 
 
 def at_import(path: Path) -> Iterator[str]:
     """Yield the modules that a file imports as soon as it is imported itself."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            yield from (in_its_room(alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            yield node.module
+            yield in_its_room(node.module)
 
 
 def run_imports(tree: ast.Module, modules: Collection[str]) -> Iterator[str]:
@@ -121,11 +131,12 @@ def run_imports(tree: ast.Module, modules: Collection[str]) -> Iterator[str]:
     while left:
         node = left.pop()
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name in modules)
+            yield from (name for alias in node.names if (name := in_its_room(alias.name)) in modules)
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            module = in_its_room(node.module)
             for alias in node.names:
-                part = f"{node.module}.{alias.name}"
-                yield from [part] if part in modules else [node.module] * (node.module in modules)
+                part = f"{module}.{alias.name}"
+                yield from [part] if part in modules else [module] * (module in modules)
         elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             left += node.orelse
         else:
@@ -177,9 +188,9 @@ def test_imports_point_one_way(path: Path) -> None:
 @pytest.mark.parametrize(
     ("room", "fault"),
     [
-        ("strategies", "import contrib"),
-        ("common", "from contrib import ROWS"),
-        ("cli", "def f():\n    import contrib.starts.eva"),
+        ("strategies", "import fedveil.contrib"),
+        ("common", "from fedveil.contrib import ROWS"),
+        ("cli", "def f():\n    import fedveil.contrib.starts.eva"),
         ("contrib", "from faults.bundle import make_bundle"),
         ("server", "import docs.make"),
     ],
@@ -189,21 +200,39 @@ def test_a_room_that_imports_what_it_may_not_is_found(room: str, fault: str, tmp
     assert wrong_rooms(room, imports(tmp_path / "planted.py"))
 
 
+def test_no_file_imports_a_room_by_its_bare_name() -> None:
+    """It would be loaded twice, with two of each class, and from an installed wheel not at all."""
+    files = [path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] not in (".venv", "build")]
+    assert len(files) > 600
+    assert [str(path.relative_to(ROOT)) for path in files if any(name[:5] == "bare " for name in imports(path))] == []
+
+
+@pytest.mark.parametrize(
+    "fault", ["import common", "from client.app import app", "def f():\n    import server.app as s"]
+)
+def test_a_room_imported_by_its_bare_name_is_found(fault: str, tmp_path: Path) -> None:
+    (tmp_path / "planted.py").write_text(fault, encoding="utf-8")
+    assert any(name.startswith("bare ") for name in imports(tmp_path / "planted.py"))
+
+
 def test_names_of_rows_are_listed_without_loading_a_row() -> None:
     code = """
 import sys
-from cli.settings_reference import select
-from client.policy import Policy
-from strategies.options import known_settings, tables
-from strategies.job import configure
+from fedveil.cli.settings_reference import select
+from fedveil.client.policy import Policy
+from fedveil.strategies.options import known_settings, tables
+from fedveil.strategies.job import configure
 assert {"eva", "orthonormal"} <= set(tables()["adapter.start"].choices)
 known_settings(), select([]), configure({}), Policy()
-print(sorted(name for name in sys.modules if name.startswith("contrib")))
+print(sorted(name for name in sys.modules if name.startswith("fedveil.contrib")))
 configure({"adapter.start": "eva", "strategy": "ffa-lora"})
-print(sorted(name for name in sys.modules if name.startswith("contrib")))
+print(sorted(name for name in sys.modules if name.startswith("fedveil.contrib")))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["['contrib']", "['contrib', 'contrib.starts', 'contrib.starts.eva']"]
+    assert done.stdout.splitlines() == [
+        "['fedveil.contrib']",
+        "['fedveil.contrib', 'fedveil.contrib.starts', 'fedveil.contrib.starts.eva']",
+    ]
 
 
 def sums_of_flower(modules: Collection[str]) -> set[str]:
@@ -328,7 +357,7 @@ def test_only_tasks_know_kinds_of_records() -> None:
         "if 'causal-lm' != kind: ...",
         "len(record['input_ids'])",
         "model.task.has_head",
-        "from common.tasks import CausalLM",
+        "from fedveil.common.tasks import CausalLM",
     ],
 )
 def test_code_that_knows_a_kind_of_task_is_found(fault: str) -> None:
@@ -419,12 +448,12 @@ def prices_asked(tree: ast.AST) -> set[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             names = {alias.name for alias in node.names}
-            of_accounting = {"epsilon"} if node.module == "privacy.accounting" else set()
+            of_accounting = {"epsilon"} if node.module == "fedveil.privacy.accounting" else set()
             named |= names & (PRICES | {KEPT_TO} | of_accounting)
-            if node.module == "privacy":
+            if node.module == "fedveil.privacy":
                 named |= names & {"accounting"}
         elif isinstance(node, ast.Import):
-            named |= {alias.name for alias in node.names if alias.name == "privacy.accounting"}
+            named |= {alias.name for alias in node.names if alias.name == "fedveil.privacy.accounting"}
         elif isinstance(node, ast.Attribute) and node.attr == KEPT_TO:
             named.add(KEPT_TO)
     return named
@@ -443,11 +472,11 @@ def test_no_history_is_priced_past_the_filter() -> None:
 @pytest.mark.parametrize(
     "fault",
     [
-        "from privacy.accounting import epsilon as cost",
-        "from privacy.accounting import Release, epsilon_with_method",
-        "from privacy import accounting",
-        "import privacy.accounting as prices",
-        "from privacy.privacy_filter import planned_delta, promised as cost",
+        "from fedveil.privacy.accounting import epsilon as cost",
+        "from fedveil.privacy.accounting import Release, epsilon_with_method",
+        "from fedveil.privacy import accounting",
+        "import fedveil.privacy.accounting as prices",
+        "from fedveil.privacy.privacy_filter import planned_delta, promised as cost",
         "spent = privacy_filter.promised(before, delta)",
     ],
 )
@@ -465,7 +494,10 @@ def test_accounting_knows_no_training_code() -> None:
     assert "torch" not in libraries(ROOT / "privacy/accounting.py")
 
 
-@pytest.mark.parametrize("module", ["common.config.sections", "common.tasks", "cli.main", "deploy.policy_file"])
+@pytest.mark.parametrize(
+    "module",
+    ["fedveil.common.config.sections", "fedveil.common.tasks", "fedveil.cli.main", "fedveil.deploy.policy_file"],
+)
 def test_settings_are_checked_without_torch(module: str) -> None:
     """A command that only reads settings answers at once; torch and transformers take seconds to import."""
     heavy = "torch", "transformers", "peft", "opacus"

@@ -14,13 +14,13 @@ from fleet import Link, answering
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
 
-from common.messages.round import Refusal, TrainResult, TrainTask
-from common.messages.wire import encode_reply
 from faults.impostor import Impostor
-from server.app import FlowerTransport
-from server.collect.shown import Shown
-from server.pulls import HEADER_PARTS
-from server.sites import Exchange
+from fedveil.common.messages.round import Refusal, TrainResult, TrainTask
+from fedveil.common.messages.wire import encode_reply
+from fedveil.server.app import FlowerTransport
+from fedveil.server.collect.shown import Shown
+from fedveil.server.pulls import HEADER_PARTS
+from fedveil.server.sites import Exchange
 
 TRIES = 150
 """Of microseconds each way; between two tasks of one push the finding counted 59 to 83."""
@@ -53,7 +53,7 @@ class Run:
 
 @pytest.fixture
 def link(monkeypatch: pytest.MonkeyPatch) -> Link:
-    monkeypatch.setattr("server.app.POLL_SECONDS", 0.02)
+    monkeypatch.setattr("fedveil.server.app.POLL_SECONDS", 0.02)
     return Link(monkeypatch)
 
 
@@ -133,7 +133,7 @@ def test_a_message_to_the_server_that_answers_no_task_is_logged(link: Link, capl
 @pytest.mark.parametrize("parts", [3 * HEADER_PARTS, 1], ids=["many parts", "one large part"])
 def test_an_answer_larger_than_any_is_not_pulled_whole(link: Link, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of many objects none is pulled; of a large one all, since Flower tells no sizes, and nothing after it."""
-    monkeypatch.setattr("server.pulls.HEADER_BYTES", 2**16)
+    monkeypatch.setattr("fedveil.server.pulls.HEADER_BYTES", 2**16)
     site, run = link.join(), Run(link)
     pulled, pull = list[int](), link.state.get_object
 

@@ -11,16 +11,16 @@ import pytest
 
 from audits.tiny_site import OneSite, clinic
 from audits.worlds import plan
-from client import app
-from common.messages.round import TrainResult
-from common.messages.state import AdapterState
-from common.messages.tensors import l2_norm, subtract
-from common.model.federated import FederatedModel
-from common.model.shapes import FixedBatch
-from common.starts import dp_gradient
-from common.starts import gradient as initial_gradient
-from common.starts.gradient import private_gradient, record_bytes
-from privacy.plan import PrivacyPlan
+from fedveil.client import app
+from fedveil.common.messages.round import TrainResult
+from fedveil.common.messages.state import AdapterState
+from fedveil.common.messages.tensors import l2_norm, subtract
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.model.shapes import FixedBatch
+from fedveil.common.starts import dp_gradient
+from fedveil.common.starts import gradient as initial_gradient
+from fedveil.common.starts.gradient import private_gradient, record_bytes
+from fedveil.privacy.plan import PrivacyPlan
 
 RECORDS = 40
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from client.ledger.ledger import Ledger
-from common.messages.round import Refusal, Task, TrainResult, TrainTask
-from common.paths import REPLIES
-from common.run_lines import PrivacyLine, ResultFile, RoundLine, read_file, read_lines
-from experiments.in_process import InProcessTransport, run_in_process
-from server.sites import Exchange
+from fedveil.client.ledger.ledger import Ledger
+from fedveil.common.messages.round import Refusal, Task, TrainResult, TrainTask
+from fedveil.common.paths import REPLIES
+from fedveil.common.run_lines import PrivacyLine, ResultFile, RoundLine, read_file, read_lines
+from fedveil.experiments.in_process import InProcessTransport, run_in_process
+from fedveil.server.sites import Exchange
 
 SITES = 2
 CLIENT_LEVEL = {"privacy.mode": "client-level", "privacy.unit": "site", "privacy.cohort": 4, "privacy.site-rate": 1.0}
@@ -141,7 +141,7 @@ def test_a_full_disk_costs_the_reply_that_is_kept_and_not_the_one_that_is_paid(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("client.memory.replace_file", full)
+        patch.setattr("fedveil.client.memory.replace_file", full)
         folder = cut(settings)
     assert not list((folder / REPLIES).iterdir())
     run_in_process({**settings, "resume": "cut"}, SITES)
@@ -183,7 +183,7 @@ def test_a_refusal_that_nobody_foresaw_ends_the_run_before_the_round_too(
     whole_budget: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As of a ledger that holds what the server does not know; who answered has paid, and that stays in the report."""
-    monkeypatch.setattr("server.last_rounds.cannot_pay", lambda *_: [])
+    monkeypatch.setattr("fedveil.server.last_rounds.cannot_pay", lambda *_: [])
     folder = cut(whole_budget)
     without_replies(folder, 1)
     run_in_process({**whole_budget, "resume": "cut"}, SITES)
@@ -199,7 +199,7 @@ def test_a_run_whose_last_round_anybody_may_train_is_found_out(
     whole_budget: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for planted in ("cannot_pay", "refused"):
-        monkeypatch.setattr(f"server.last_rounds.{planted}", lambda *_: [])
+        monkeypatch.setattr(f"fedveil.server.last_rounds.{planted}", lambda *_: [])
     with pytest.raises(AssertionError):
         test_a_last_round_that_some_sites_cannot_pay_is_not_trained_by_the_others_alone(whole_budget)
     assert ended(Path(whole_budget["output"]) / "ffa-lora-cut")[2][-1] == ["site-1"]

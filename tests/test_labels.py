@@ -10,15 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_report import fedveil
 
-from client.policy import load_policy
-from client.site import check_job
-from common.config.text import parse_settings, to_toml
-from common.data.sources import known_labels
-from common.errors import ConfigError, PolicyRefusal
-from common.labels import labels_of, labels_text
-from common.run_lines import RoundLine, read_lines
-from experiments.in_process import run_in_process
-from strategies.job import configure
+from fedveil.client.policy import load_policy
+from fedveil.client.site import check_job
+from fedveil.common.config.text import parse_settings, to_toml
+from fedveil.common.data.sources import known_labels
+from fedveil.common.errors import ConfigError, PolicyRefusal
+from fedveil.common.labels import labels_of, labels_text
+from fedveil.common.run_lines import RoundLine, read_lines
+from fedveil.experiments.in_process import run_in_process
+from fedveil.strategies.job import configure
 
 ODD = ("people, names", "Orte & Länder 🌍", 'so "called"')
 WRITTEN = '"people, names",Orte & Länder 🌍,"so ""called"""'

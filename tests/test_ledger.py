@@ -20,11 +20,11 @@ from typing import Any
 import pytest
 from ledgers import DELTA, ROUND, WHISPER, charge, charge_for, cost_of, epsilon, texts
 
-from client.ledger.ledger import Ledger
-from client.ledger.rows import Charge, Receipt, of_all
-from common.errors import BudgetExhausted, ConfigError, LedgerError, PolicyRefusal
-from privacy.accountant import EVALUATION, Accountant
-from privacy.accounting import Release, gaussian_release
+from fedveil.client.ledger.ledger import Ledger
+from fedveil.client.ledger.rows import Charge, Receipt, of_all
+from fedveil.common.errors import BudgetExhausted, ConfigError, LedgerError, PolicyRefusal
+from fedveil.privacy.accountant import EVALUATION, Accountant
+from fedveil.privacy.accounting import Release, gaussian_release
 
 # fork: a child that has to import the libraries again takes seconds to make its first charge.
 processes = multiprocessing.get_context("fork")
@@ -160,7 +160,7 @@ def test_nothing_is_written_when_the_pricing_fails(path: Path, monkeypatch: pyte
 
     with Ledger(path) as ledger:
         with monkeypatch.context() as patch:
-            patch.setattr("client.ledger.ledger.price", fail)
+            patch.setattr("fedveil.client.ledger.ledger.price", fail)
             with pytest.raises(KeyboardInterrupt):
                 charge(ledger, 1)
         assert ledger.entries() == []
@@ -180,7 +180,7 @@ def test_an_interrupt_under_the_lock_undoes_the_charge_and_frees_the_lock(path: 
 
 def test_a_price_that_is_no_number_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "client.ledger.rows.privacy_filter.price", lambda *_: (float("nan"), Accountant("pld", "0.6.0"))
+        "fedveil.client.ledger.rows.privacy_filter.price", lambda *_: (float("nan"), Accountant("pld", "0.6.0"))
     )
     with Ledger(path) as ledger, pytest.raises(BudgetExhausted):
         charge(ledger, 1)

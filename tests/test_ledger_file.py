@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from ledgers import DELTA, ROUND, charge, charge_for, cost_of, no_special_rights, texts
 
-from client.ledger.file import only_ledger, withdrawn_in
-from client.ledger.ledger import Ledger
-from client.ledger.schema import APPLICATION_ID, FORMAT
-from common.errors import LedgerError
+from fedveil.client.ledger.file import only_ledger, withdrawn_in
+from fedveil.client.ledger.ledger import Ledger
+from fedveil.client.ledger.schema import APPLICATION_ID, FORMAT
+from fedveil.common.errors import LedgerError
 
 
 @pytest.fixture

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from client.ledger import file as ledger_file
-from client.ledger.file import only_ledger, withdrawn_in
-from client.ledger.ledger import Ledger, _remember
-from client.ledger.rows import Charge, Receipt
-from client.site import open_site, user_folder
-from common.config.sections import Scalar
-from common.errors import LedgerError
-from privacy.accounting import Release, gaussian_release
-from strategies.job import configure
+from fedveil.client.ledger import file as ledger_file
+from fedveil.client.ledger.file import only_ledger, withdrawn_in
+from fedveil.client.ledger.ledger import Ledger, _remember
+from fedveil.client.ledger.rows import Charge, Receipt
+from fedveil.client.site import open_site, user_folder
+from fedveil.common.config.sections import Scalar
+from fedveil.common.errors import LedgerError
+from fedveil.privacy.accounting import Release, gaussian_release
+from fedveil.strategies.job import configure
 
 WHISPER = gaussian_release(noise_multiplier=20.0, sample_rate=0.01, count=1)
 # fork: a child that has to import the libraries again takes seconds.
@@ -58,7 +58,7 @@ def test_a_ledger_with_a_second_hard_link_is_refused_by_both_names(path: Path) -
 
 
 def test_a_ledger_that_takes_two_names_is_found_out(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("client.ledger.file._refuse_second_name", lambda _: None)
+    monkeypatch.setattr("fedveil.client.ledger.file._refuse_second_name", lambda _: None)
     with pytest.raises(pytest.fail.Exception):
         check_that_a_second_name_is_refused(path)
 
@@ -101,7 +101,7 @@ def test_no_charge_is_lost_between_two_links_and_what_allowed_them_is_found_out(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert not charges_lost_between_two_links(path)
-    monkeypatch.setattr("client.ledger.file._refuse_second_name", lambda _: None)
+    monkeypatch.setattr("fedveil.client.ledger.file._refuse_second_name", lambda _: None)
     (tmp_path / "old").mkdir()
     try:
         lost = charges_lost_between_two_links(tmp_path / "old" / "site.sqlite")
@@ -195,7 +195,7 @@ def test_a_file_that_vanishes_meanwhile_is_an_error_and_no_new_history(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     charge(path)
-    monkeypatch.setattr("client.ledger.file._refuse_second_name", Path.unlink)
+    monkeypatch.setattr("fedveil.client.ledger.file._refuse_second_name", Path.unlink)
     with pytest.raises(LedgerError, match="cannot be opened"):
         charge(path, 2)
     assert not path.exists()
@@ -247,7 +247,7 @@ def test_an_empty_or_relative_data_home_counts_as_unset(
 
 def test_a_ledger_for_every_name_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = iter(("clinic.sqlite", "renamed.sqlite"))
-    monkeypatch.setattr("client.site.only_ledger", lambda folder: folder / next(names))
+    monkeypatch.setattr("fedveil.client.site.only_ledger", lambda folder: folder / next(names))
     with pytest.raises(AssertionError, match="a fresh budget"):
         check_that_another_name_is_no_fresh_budget(tmp_path, monkeypatch)
 

@@ -12,18 +12,18 @@ from typing import Any
 import pytest
 from ledgers import DELTA, ROUND, WHISPER, charge, charge_for, charged, cost_of, epsilon, texts
 
-from client.ledger import ledger as ledger_module
-from client.ledger import record_hashes as contents
-from client.ledger.ledger import Ledger
-from client.ledger.record_hashes import record_hashes
-from client.ledger.rows import Charge, Receipt
-from common.errors import BudgetExhausted, PolicyRefusal
-from common.tasks.chat import Conversation
-from common.tasks.examples import Dataset
-from common.tasks.image_classification import ImageExample
-from common.tasks.images import Picture
-from common.tasks.text import TextExample
-from privacy.accounting import gaussian_release
+from fedveil.client.ledger import ledger as ledger_module
+from fedveil.client.ledger import record_hashes as contents
+from fedveil.client.ledger.ledger import Ledger
+from fedveil.client.ledger.record_hashes import record_hashes
+from fedveil.client.ledger.rows import Charge, Receipt
+from fedveil.common.errors import BudgetExhausted, PolicyRefusal
+from fedveil.common.tasks.chat import Conversation
+from fedveil.common.tasks.examples import Dataset
+from fedveil.common.tasks.image_classification import ImageExample
+from fedveil.common.tasks.images import Picture
+from fedveil.common.tasks.text import TextExample
+from fedveil.privacy.accounting import gaussian_release
 
 
 @pytest.fixture
@@ -263,7 +263,7 @@ def test_no_record_has_spent_more_than_is_said_however_names_share_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check_that_every_record_is_within_the_largest_figure(tmp_path / "sound")
-    monkeypatch.setattr("client.ledger.ledger.of_all", lambda charge, prices: charge)
+    monkeypatch.setattr("fedveil.client.ledger.ledger.of_all", lambda charge, prices: charge)
     with pytest.raises(AssertionError, match="has spent more than is said"):
         check_that_every_record_is_within_the_largest_figure(tmp_path / "its own history alone")
 

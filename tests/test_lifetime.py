@@ -12,19 +12,19 @@ import pytest
 from runtime_api import SECRET, runtime_api
 
 from audits.tiny_site import OneSite, clinic
-from client import app, budget, cache, lookout, runtime, worker
-from client import site as site_module
-from client.cache import RecordCache
-from client.ledger.ledger import Ledger
-from client.process import SiteProcess
-from common.bundle import PROJECT, files_of
-from common.errors import ProtocolError
-from common.messages.wire import encode_task
-from common.model.federated import FederatedModel, model_of
-from common.runtime import ANEW, NODE_TOO
-from common.tasks import Record
-from common.tasks.featured import FEATURES
-from experiments.in_process import run_in_process
+from fedveil.client import app, budget, cache, lookout, runtime, worker
+from fedveil.client import site as site_module
+from fedveil.client.cache import RecordCache
+from fedveil.client.ledger.ledger import Ledger
+from fedveil.client.process import SiteProcess
+from fedveil.common.bundle import PROJECT, files_of
+from fedveil.common.errors import ProtocolError
+from fedveil.common.messages.wire import encode_task
+from fedveil.common.model.federated import FederatedModel, model_of
+from fedveil.common.runtime import ANEW, NODE_TOO
+from fedveil.common.tasks import Record
+from fedveil.common.tasks.featured import FEATURES
+from fedveil.experiments.in_process import run_in_process
 
 HEAD = {"strategy": "fedavg-lora", "adapter.name": "none", "training.sample-rate": 1.0}
 """Records become features."""
@@ -110,7 +110,7 @@ def test_a_last_round_that_is_refused_before_it_trains_leaves_nothing(
     site = clinic({**toy_settings, **HEAD}, tmp_path)
     site.train(3)
     assert computed() == {"clinic"}
-    monkeypatch.setattr("client.process.check_task", refuse)
+    monkeypatch.setattr("fedveil.client.process.check_task", refuse)
     with monkeypatch.context() as planted:
         planted.setattr(RecordCache, "forget_computed", does_nothing)
         site.refuse(4)

@@ -13,30 +13,30 @@ from torch import Tensor
 from audits.tiny_models import TARGETS
 from audits.tiny_site import clinic
 from audits.worlds import give_metric
-from client import app, rehearsals
-from client import linearised as wing
-from client.deadline import Timing
-from client.head_alone import head_on_features
-from client.linearised import Computation, Derivatives, Keeping, linearised
-from client.rehearsal import rehearse, rehearse_linearised
-from common.adapters import build_adapter
-from common.config.sections import AdapterConfig, HeadConfig
-from common.errors import ConfigError, ModelError
-from common.messages.state import HEAD
-from common.model.base import load_base_model
-from common.model.federated import FederatedModel
-from common.run_lines import PrivacyLine, RoundLine, read_lines
-from common.starts import STARTS
-from common.tasks import TASKS, Record
-from common.tasks.examples import Dataset
-from common.tasks.featured import FEATURES, ROWS, SCALES, TANGENTS
-from common.tasks.tangent import Tangent
-from common.tasks.text import TextExample
-from experiments.in_process import run_in_process
-from experiments.planner.forecast import forecast
-from privacy import dpsgd
-from privacy.plan import gaussian_plan
-from strategies.job import configure
+from fedveil.client import app, rehearsals
+from fedveil.client import linearised as wing
+from fedveil.client.deadline import Timing
+from fedveil.client.head_alone import head_on_features
+from fedveil.client.linearised import Computation, Derivatives, Keeping, linearised
+from fedveil.client.rehearsal import rehearse, rehearse_linearised
+from fedveil.common.adapters import build_adapter
+from fedveil.common.config.sections import AdapterConfig, HeadConfig
+from fedveil.common.errors import ConfigError, ModelError
+from fedveil.common.messages.state import HEAD
+from fedveil.common.model.base import load_base_model
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.run_lines import PrivacyLine, RoundLine, read_lines
+from fedveil.common.starts import STARTS
+from fedveil.common.tasks import TASKS, Record
+from fedveil.common.tasks.examples import Dataset
+from fedveil.common.tasks.featured import FEATURES, ROWS, SCALES, TANGENTS
+from fedveil.common.tasks.tangent import Tangent
+from fedveil.common.tasks.text import TextExample
+from fedveil.experiments.in_process import run_in_process
+from fedveil.experiments.planner.forecast import forecast
+from fedveil.privacy import dpsgd
+from fedveil.privacy.plan import gaussian_plan
+from fedveil.strategies.job import configure
 
 Folder = Callable[[str], str]
 DATA = Dataset("made-up", (), ())

@@ -7,8 +7,8 @@ from threading import Event, Thread
 
 import pytest
 
-from common.errors import RunFailed
-from server.lock import is_written, only_writer
+from fedveil.common.errors import RunFailed
+from fedveil.server.lock import is_written, only_writer
 
 
 def test_a_second_writer_is_refused_and_the_end_of_the_first_lets_it_in(tmp_path: Path) -> None:

@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 
 from audits.tiny_site import clinic, pins
-from client.app import answer
-from client.outgoing import UNTOLD, refused
-from common.config.text import to_toml
-from common.errors import ConfigError, DataError
-from common.log import JsonLines, about, set_up
-from common.messages.round import Refusal
-from common.messages.wire import encode_task
-from experiments.in_process import run_in_process
+from fedveil.client.app import answer
+from fedveil.client.outgoing import UNTOLD, refused
+from fedveil.common.config.text import to_toml
+from fedveil.common.errors import ConfigError, DataError
+from fedveil.common.log import JsonLines, about, set_up
+from fedveil.common.messages.round import Refusal
+from fedveil.common.messages.wire import encode_task
+from fedveil.experiments.in_process import run_in_process
 
 CANARY = "zyzzyva"
 
@@ -76,7 +76,8 @@ def test_lines_name_run_round_and_site_and_nothing_private(
 
 def test_a_line_comes_once_whatever_handlers_the_root_has() -> None:
     program = (
-        "import logging, client.app, server.conduct; logging.basicConfig(); from common.log import set_up; set_up()\n"
+        "import logging, fedveil.client.app, fedveil.server.conduct\n"
+        "logging.basicConfig(); from fedveil.common.log import set_up; set_up()\n"
         "set_up(); logging.getLogger('fedveil.server').info('before training'); logging.warning('of another')"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

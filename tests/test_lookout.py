@@ -17,21 +17,21 @@ from flwr.app.message import make_message
 from flwr.app.metadata import Metadata
 from test_deadline import Clock
 
-from client import app, deadline, lookout, worker
-from client import site as site_module
-from client.deadline import Deadline
-from client.lookout import Lookout
-from client.process import SiteProcess
-from common import files
-from common.bundle import own_digest
-from common.config.sections import Columns, DataConfig, Scalar
-from common.config.text import to_toml
-from common.data import rows
-from common.messages.round import Refusal
-from common.runtime import NODE_TOO, NotOurNode
-from common.tasks.cells import names_no_file
-from common.tasks.image_classification import ImageClassification
-from common.tasks.images import image_file
+from fedveil.client import app, deadline, lookout, worker
+from fedveil.client import site as site_module
+from fedveil.client.deadline import Deadline
+from fedveil.client.lookout import Lookout
+from fedveil.client.process import SiteProcess
+from fedveil.common import files
+from fedveil.common.bundle import own_digest
+from fedveil.common.config.sections import Columns, DataConfig, Scalar
+from fedveil.common.config.text import to_toml
+from fedveil.common.data import rows
+from fedveil.common.messages.round import Refusal
+from fedveil.common.runtime import NODE_TOO, NotOurNode
+from fedveil.common.tasks.cells import names_no_file
+from fedveil.common.tasks.image_classification import ImageClassification
+from fedveil.common.tasks.images import image_file
 
 PICTURES = DataConfig(labels="0,1", partition="iid", columns=Columns({"image": "image", "label": "label"}))
 NAMES = ("a.png", "deep/b.png", "broken.png", "absent.png", "../outside.png")

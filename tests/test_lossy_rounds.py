@@ -18,12 +18,14 @@ from audits.faults import zero_noise
 from audits.sum_site import SumSite
 from audits.summed import noise_again
 from audits.tiny_site import clinic
-from client import sums
-from client.app import answer
-from client.ledger.ledger import Ledger
-from client.ledger.sums import Sums
-from common.errors import ConfigError, LedgerError, PolicyRefusal, RunFailed
-from common.messages.round import (
+from faults.faulty_server import lying
+from faults.sum_scenarios import SURVIVOR_LIES, wrong_after_a_lie
+from fedveil.client import sums
+from fedveil.client.app import answer
+from fedveil.client.ledger.ledger import Ledger
+from fedveil.client.ledger.sums import Sums
+from fedveil.common.errors import ConfigError, LedgerError, PolicyRefusal, RunFailed
+from fedveil.common.messages.round import (
     KeyReply,
     KeyTask,
     Refusal,
@@ -37,13 +39,11 @@ from common.messages.round import (
     UnmaskReply,
     UnmaskTask,
 )
-from common.messages.wire import decode_sum_reply, decode_sum_task, encode_reply, encode_task, kind_of_task
-from common.run_lines import RoundLine, read_lines
-from experiments.in_process import InProcessTransport, run_in_process
-from faults.faulty_server import lying
-from faults.sum_scenarios import SURVIVOR_LIES, wrong_after_a_lie
-from privacy import dpsgd
-from privacy.secure_sum import (
+from fedveil.common.messages.wire import decode_sum_reply, decode_sum_task, encode_reply, encode_task, kind_of_task
+from fedveil.common.run_lines import RoundLine, read_lines
+from fedveil.experiments.in_process import InProcessTransport, run_in_process
+from fedveil.privacy import dpsgd
+from fedveil.privacy.secure_sum import (
     Agreement,
     AttemptName,
     Holder,
@@ -59,12 +59,12 @@ from privacy.secure_sum import (
     total,
     unmasked,
 )
-from privacy.secure_sum.masks import Words
-from privacy.secure_sum.shares import SHARE_BYTES
-from reports import report_of
-from server.collect import drop_outs
-from server.collect import masked as masked_rounds
-from strategies.job import configure
+from fedveil.privacy.secure_sum.masks import Words
+from fedveil.privacy.secure_sum.shares import SHARE_BYTES
+from fedveil.reports import report_of
+from fedveil.server.collect import drop_outs
+from fedveil.server.collect import masked as masked_rounds
+from fedveil.strategies.job import configure
 from tests.test_sums import SUMMED, last_adapter, no_noise, spent, words_of
 
 SITES, DROP_OUTS = 6, 2

@@ -12,18 +12,18 @@ from safetensors import safe_open
 from test_faults import Faulty, plain
 from test_pulls import Grid, answered, exchange
 
-from common.messages.round import Refusal, Task
-from common.run_lines import ProgressFile, RoundLine, read_lines
-from experiments.in_process import run_in_process
-from reports import write_reports
-from server.admission import Admission
-from server.checkpoint import NAME
-from server.marks import mark_of
-from server.members import Member
-from server.replies import refusal
-from server.sites import Exchange
-from server.tracking import rounds_of
-from strategies.job import configure
+from fedveil.common.messages.round import Refusal, Task
+from fedveil.common.run_lines import ProgressFile, RoundLine, read_lines
+from fedveil.experiments.in_process import run_in_process
+from fedveil.reports import write_reports
+from fedveil.server.admission import Admission
+from fedveil.server.checkpoint import NAME
+from fedveil.server.marks import mark_of
+from fedveil.server.members import Member
+from fedveil.server.replies import refusal
+from fedveil.server.sites import Exchange
+from fedveil.server.tracking import rounds_of
+from fedveil.strategies.job import configure
 
 NUMBERS = (13078655862803469062, 4611686018427387905, 9876543210123456789)
 """Of sites 0 to 2."""
@@ -98,7 +98,7 @@ def test_a_mark_that_is_the_number_is_found(toy_settings: dict[str, Any], monkey
 
 
 def test_progress_has_the_mark_of_a_node_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.app.Message", lambda *content, **terms: content)
+    monkeypatch.setattr("fedveil.server.app.Message", lambda *content, **terms: content)
     told: list[ProgressFile] = []
     exchange(Grid(a=answered("away")), 1, progress=told.append)
     assert [one.answered for one in told] == [[mark_of(1, "1")]]

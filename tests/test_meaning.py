@@ -13,17 +13,17 @@ from made_run import DELTA, MadeRun
 from numpy.typing import NDArray
 from scipy.stats import norm
 
-from cli.report import print_summary
-from common.errors import ConfigError
-from privacy import meaning
-from privacy.accounting import Release, epsilon, gaussian_release
-from privacy.events import Event, SampledGaussian
-from privacy.figures import epsilon_text
-from privacy.meaning import FALSE_POSITIVES, UNITS, meaning_of
-from reports import markdown_report, report_of
-from reports import meaning as told
-from reports.meaning import NO_BOUND, THIS_RUN
-from reports.page import to_html
+from fedveil.cli.report import print_summary
+from fedveil.common.errors import ConfigError
+from fedveil.privacy import meaning
+from fedveil.privacy.accounting import Release, epsilon, gaussian_release
+from fedveil.privacy.events import Event, SampledGaussian
+from fedveil.privacy.figures import epsilon_text
+from fedveil.privacy.meaning import FALSE_POSITIVES, UNITS, meaning_of
+from fedveil.reports import markdown_report, report_of
+from fedveil.reports import meaning as told
+from fedveil.reports.meaning import NO_BOUND, THIS_RUN
+from fedveil.reports.page import to_html
 
 CASES = [
     *((1.0, 2.0, 1), (1.0, 5.0, 10), (1.0, 20.0, 100)),

@@ -28,35 +28,35 @@ from audits.site_rounds import sampler_faults
 from audits.sum_site import SumSite
 from audits.tiny_site import OneSite, tiny_site
 from audits.worlds import World, flat, fresh_world, norm
-from client.deadline import Deadline
-from client.ledger.ledger import Ledger
-from client.policy import Policy
-from client.site import check_job
-from common.config.sections import PrivacyConfig, Scalar, TrainingConfig
-from common.errors import ConfigError, MechanismError, PolicyRefusal
-from common.messages.round import Refusal
-from common.messages.state import AdapterState
-from common.messages.tensors import apply, entries, subtract
-from common.model import plain
-from common.model.federated import FederatedModel
-from common.run_lines import PrivacyLine, read_lines
-from common.starts import STARTS, PaidStart
-from common.tasks import Record
-from experiments.in_process import run_in_process
-from privacy import MECHANISMS, Mechanism, dpsgd
-from privacy.accountant import TRAINING
-from privacy.accounting import Release, epsilon
-from privacy.claim import Claim
-from privacy.events import Event
-from privacy.no_privacy import NoPrivacy
-from privacy.plan import PrivacyPlan
-from privacy.randomness import add_private_noise, noise_grid
-from privacy.record_level import DPSGD
-from privacy.secure_sum import rounding
-from privacy.steps import JUST_STEPS, Around
-from reports import markdown_report, report_of
-from server.terms import least_plan
-from strategies.job import configure
+from fedveil.client.deadline import Deadline
+from fedveil.client.ledger.ledger import Ledger
+from fedveil.client.policy import Policy
+from fedveil.client.site import check_job
+from fedveil.common.config.sections import PrivacyConfig, Scalar, TrainingConfig
+from fedveil.common.errors import ConfigError, MechanismError, PolicyRefusal
+from fedveil.common.messages.round import Refusal
+from fedveil.common.messages.state import AdapterState
+from fedveil.common.messages.tensors import apply, entries, subtract
+from fedveil.common.model import plain
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.run_lines import PrivacyLine, read_lines
+from fedveil.common.starts import STARTS, PaidStart
+from fedveil.common.tasks import Record
+from fedveil.experiments.in_process import run_in_process
+from fedveil.privacy import MECHANISMS, Mechanism, dpsgd
+from fedveil.privacy.accountant import TRAINING
+from fedveil.privacy.accounting import Release, epsilon
+from fedveil.privacy.claim import Claim
+from fedveil.privacy.events import Event
+from fedveil.privacy.no_privacy import NoPrivacy
+from fedveil.privacy.plan import PrivacyPlan
+from fedveil.privacy.randomness import add_private_noise, noise_grid
+from fedveil.privacy.record_level import DPSGD
+from fedveil.privacy.secure_sum import rounding
+from fedveil.privacy.steps import JUST_STEPS, Around
+from fedveil.reports import markdown_report, report_of
+from fedveil.server.terms import least_plan
+from fedveil.strategies.job import configure
 
 CHARGED = [name for name, row in MECHANISMS.items() if row.charged]
 each_row = pytest.mark.parametrize("name", MECHANISMS)

@@ -16,13 +16,13 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from audits.tiny_models import TARGETS
-from cli.main import app
-from common.data.sources import public_test
-from experiments.evaluate import load_result
-from experiments.in_process import run_in_process
-from experiments.serving.ask import ask_run
-from experiments.serving.merge import merge_run
-from strategies.job import configure
+from fedveil.cli.main import app
+from fedveil.common.data.sources import public_test
+from fedveil.experiments.evaluate import load_result
+from fedveil.experiments.in_process import run_in_process
+from fedveil.experiments.serving.ask import ask_run
+from fedveil.experiments.serving.merge import merge_run
+from fedveil.strategies.job import configure
 
 TEXTS = ["a warm and joyful film", "the story is dull", "quite a tired scene with a very cold actor " * 4]
 CLOSE = 1e-5
@@ -219,7 +219,7 @@ def test_a_merge_is_whole_or_not_at_all(
     def full_disk(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("common.tasks.classification.write_modules", full_disk)
+    monkeypatch.setattr("fedveil.common.tasks.classification.write_modules", full_disk)
     code, said = fedveil("merge", run, tmp_path / "merged")
     assert (code, "No space left on device" in said) == (1, True)
     assert not list(tmp_path.glob("*merged*"))

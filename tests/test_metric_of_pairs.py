@@ -13,20 +13,20 @@ import torch
 from torch import Tensor
 
 from audits.tiny_models import BAD, FILLER, GOOD, TARGETS, write_reviews
-from common.adapters.base import base_weight
-from common.config.sections import Columns, DataConfig
-from common.data.sources import is_paired
-from common.messages.state import AdapterState
-from common.model.federated import FederatedModel
-from common.run_lines import RoundLine, read_lines
-from common.starts.from_text import FromText
-from common.starts.gradient import open_weights
-from common.tasks import Record
-from common.tasks.text import TOKENS
-from experiments.evaluate import evaluate_run
-from experiments.in_process import run_in_process
-from server.model import ServerModel
-from strategies.job import configure
+from fedveil.common.adapters.base import base_weight
+from fedveil.common.config.sections import Columns, DataConfig
+from fedveil.common.data.sources import is_paired
+from fedveil.common.messages.state import AdapterState
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.run_lines import RoundLine, read_lines
+from fedveil.common.starts.from_text import FromText
+from fedveil.common.starts.gradient import open_weights
+from fedveil.common.tasks import Record
+from fedveil.common.tasks.text import TOKENS
+from fedveil.experiments.evaluate import evaluate_run
+from fedveil.experiments.in_process import run_in_process
+from fedveil.server.model import ServerModel
+from fedveil.strategies.job import configure
 
 Folder = Callable[[str], str]
 SEPARATOR = 3

@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from client.ledger.ledger import Ledger
-from client.ledger.rows import Charge, Receipt
-from privacy import accounting
-from privacy.accountant import PLD_INTERVAL
-from privacy.accounting import Release, epsilon, epsilon_with_method, gaussian_release
-from privacy.privacy_filter import planned_delta
+from fedveil.client.ledger.ledger import Ledger
+from fedveil.client.ledger.rows import Charge, Receipt
+from fedveil.privacy import accounting
+from fedveil.privacy.accountant import PLD_INTERVAL
+from fedveil.privacy.accounting import Release, epsilon, epsilon_with_method, gaussian_release
+from fedveil.privacy.privacy_filter import planned_delta
 
 FINE = PLD_INTERVAL / 4
 DELTA = 1e-5

@@ -16,22 +16,22 @@ from torch import Tensor, nn
 
 from audits.tiny_models import FILLER, TARGETS, tiny_model, tiny_tokenizer
 from audits.worlds import plan
-from client.optimizers import build_optimizer
-from common.adapters import ADAPTERS
-from common.config.asked import RunSettings, TrainingSettings, resolve
-from common.config.sections import HeadConfig, ModelConfig
-from common.errors import ConfigError, FedVeilError, ModelError, ProtocolError
-from common.messages.state import HEAD, AdapterState
-from common.messages.tensors import entries, fingerprint
-from common.model.base import BaseModel, load_base_model, model_fingerprint, weights_fingerprint
-from common.model.federated import FederatedModel, model_of, score_records
-from common.model.files import files_of
-from common.model.plain import plain_step
-from common.starts import STARTS
-from common.starts.kaiming import Kaiming
-from common.tasks import TASKS, Classification, Record
-from common.tasks.text import TextExample, pad_id
-from privacy.dpsgd import PrivateSteps
+from fedveil.client.optimizers import build_optimizer
+from fedveil.common.adapters import ADAPTERS
+from fedveil.common.config.asked import RunSettings, TrainingSettings, resolve
+from fedveil.common.config.sections import HeadConfig, ModelConfig
+from fedveil.common.errors import ConfigError, FedVeilError, ModelError, ProtocolError
+from fedveil.common.messages.state import HEAD, AdapterState
+from fedveil.common.messages.tensors import entries, fingerprint
+from fedveil.common.model.base import BaseModel, load_base_model, model_fingerprint, weights_fingerprint
+from fedveil.common.model.federated import FederatedModel, model_of, score_records
+from fedveil.common.model.files import files_of
+from fedveil.common.model.plain import plain_step
+from fedveil.common.starts import STARTS
+from fedveil.common.starts.kaiming import Kaiming
+from fedveil.common.tasks import TASKS, Classification, Record
+from fedveil.common.tasks.text import TextExample, pad_id
+from fedveil.privacy.dpsgd import PrivateSteps
 
 ModelFor = Callable[..., FederatedModel]
 

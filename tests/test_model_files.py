@@ -14,15 +14,15 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from typer.testing import CliRunner
 
 from audits.tiny_site import tiny_site
-from cli.main import app
-from common.errors import ModelNotLoaded
-from common.messages.round import Refusal, TrainResult
-from common.model import files
-from common.model.base import load_base_model
-from common.model.files import files_digest, files_of
-from demo.models import MINILM
-from demo.packaged import packaged_folder
-from experiments.in_process import run_in_process
+from fedveil.cli.main import app
+from fedveil.common.errors import ModelNotLoaded
+from fedveil.common.messages.round import Refusal, TrainResult
+from fedveil.common.model import files
+from fedveil.common.model.base import load_base_model
+from fedveil.common.model.files import files_digest, files_of
+from fedveil.demo.models import MINILM
+from fedveil.demo.packaged import packaged_folder
+from fedveil.experiments.in_process import run_in_process
 
 
 @contextmanager

@@ -11,23 +11,23 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from common.adapters import ADAPTERS
-from common.adapters.base import ADAPTER_NAME, layer_shape
-from common.adapters.lora import LoRA
-from common.adapters.low_rank import lora_modules
-from common.errors import ConfigError
-from common.messages.state import HEAD, Factors
-from common.messages.wire import decode_state, encode_state, layout_of
-from common.run_lines import RoundLine, read_lines
 from docs.make.tables import strategy_table
-from experiments.evaluate import evaluate_run
-from experiments.in_process import run_in_process
-from experiments.planner.forecast import forecast
-from server.model import ServerModel
-from strategies import STRATEGIES
-from strategies.fedavg import FedAvgLoRA
-from strategies.job import configure
-from strategies.payload import payload, preset_adapter, travels
+from fedveil.common.adapters import ADAPTERS
+from fedveil.common.adapters.base import ADAPTER_NAME, layer_shape
+from fedveil.common.adapters.lora import LoRA
+from fedveil.common.adapters.low_rank import lora_modules
+from fedveil.common.errors import ConfigError
+from fedveil.common.messages.state import HEAD, Factors
+from fedveil.common.messages.wire import decode_state, encode_state, layout_of
+from fedveil.common.run_lines import RoundLine, read_lines
+from fedveil.experiments.evaluate import evaluate_run
+from fedveil.experiments.in_process import run_in_process
+from fedveil.experiments.planner.forecast import forecast
+from fedveil.server.model import ServerModel
+from fedveil.strategies import STRATEGIES
+from fedveil.strategies.fedavg import FedAvgLoRA
+from fedveil.strategies.job import configure
+from fedveil.strategies.payload import payload, preset_adapter, travels
 
 
 class Scale(nn.Module):

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from audits.faults import float_noise
 from audits.worlds import plan
-from privacy import dpsgd, randomness
-from privacy.dpsgd import PrivateSteps
-from privacy.entropy import replaced_entropy
-from privacy.randomness import add_private_noise, noise_grid
+from fedveil.privacy import dpsgd, randomness
+from fedveil.privacy.dpsgd import PrivateSteps
+from fedveil.privacy.entropy import replaced_entropy
+from fedveil.privacy.randomness import add_private_noise, noise_grid
 
 EXACT = MPContext()
 EXACT.prec = 400

@@ -11,19 +11,19 @@ import pytest
 import torch
 from torch import Tensor
 
-import common.nulls
-from common.messages.round import Spending, TrainResult
-from common.messages.state import HEAD, AdapterState
-from common.nulls import Energy, cross_site_energy, least_score, noise_edge
-from privacy.accountant import INITIALISATION, TRAINING, Accountant
-from privacy.plan import PrivacyPlan
-from privacy.record_level import DPSGD
-from server.aggregation import contributions
-from server.collect.noise import ServerNoise
-from server.noise import SitesNoise, StatisticNoise, noised_at_sites, step_noise, with_noises, without_noise
-from server.terms import paid_plan
-from strategies import Contribution, ServerState
-from strategies.job import Job, configure
+import fedveil.common.nulls
+from fedveil.common.messages.round import Spending, TrainResult
+from fedveil.common.messages.state import HEAD, AdapterState
+from fedveil.common.nulls import Energy, cross_site_energy, least_score, noise_edge
+from fedveil.privacy.accountant import INITIALISATION, TRAINING, Accountant
+from fedveil.privacy.plan import PrivacyPlan
+from fedveil.privacy.record_level import DPSGD
+from fedveil.server.aggregation import contributions
+from fedveil.server.collect.noise import ServerNoise
+from fedveil.server.noise import SitesNoise, StatisticNoise, noised_at_sites, step_noise, with_noises, without_noise
+from fedveil.server.terms import paid_plan
+from fedveil.strategies import Contribution, ServerState
+from fedveil.strategies.job import Job, configure
 
 SHARES = (0.4, 0.3, 0.2, 0.1)
 NOISES = (2.0, 1.0, 0.5, 0.7)
@@ -143,7 +143,7 @@ def test_a_common_signal_is_found_at_the_strength_that_the_formula_says() -> Non
 
 def test_the_edge_of_a_wide_matrix_is_the_limit_and_near_the_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = noise_edge(100, 100, 0.05)
-    monkeypatch.setattr(common.nulls, "WIDE", 50)
+    monkeypatch.setattr(fedveil.common.nulls, "WIDE", 50)
     assert noise_edge(100, 100, 0.05) == pytest.approx(drawn, rel=2e-3)
 
 

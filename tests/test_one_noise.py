@@ -16,20 +16,20 @@ from test_sums import SUMMED
 from audits.sum_site import SumSite
 from audits.tiny_models import write_reviews
 from audits.tiny_site import OneSite, clinic
-from client.app import answer
-from client.ledger.ledger import Ledger
-from client.ledger.rows import Charge
-from client.ledger.schema import APPLICATION_ID
-from client.ledger.sums import Sums
-from common.errors import BudgetExhausted, ConfigError, PolicyRefusal, ProtocolError
-from common.messages.round import KeyReply, KeyTask, Refusal, TrainResult
-from common.messages.wire import encode_task
-from privacy import MECHANISMS
-from privacy.accounting import Release, composable, epsilon, gaussian_release
-from privacy.claim import Claim
-from privacy.events import Event
-from privacy.meaning import _of_several, meaning_of
-from privacy.units import PERSON, RECORD
+from fedveil.client.app import answer
+from fedveil.client.ledger.ledger import Ledger
+from fedveil.client.ledger.rows import Charge
+from fedveil.client.ledger.schema import APPLICATION_ID
+from fedveil.client.ledger.sums import Sums
+from fedveil.common.errors import BudgetExhausted, ConfigError, PolicyRefusal, ProtocolError
+from fedveil.common.messages.round import KeyReply, KeyTask, Refusal, TrainResult
+from fedveil.common.messages.wire import encode_task
+from fedveil.privacy import MECHANISMS
+from fedveil.privacy.accounting import Release, composable, epsilon, gaussian_release
+from fedveil.privacy.claim import Claim
+from fedveil.privacy.events import Event
+from fedveil.privacy.meaning import _of_several, meaning_of
+from fedveil.privacy.units import PERSON, RECORD
 from tools.convert_ledger import convert
 from tools.ledger_formats import STEPS
 

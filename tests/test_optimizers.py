@@ -20,18 +20,18 @@ from torch.optim import Optimizer
 
 from audits.tiny_models import write_reviews
 from audits.tiny_site import clinic
-from client import local_training
-from client.optimizers import build_optimizer, set_learning_rate
-from common.config.asked import from_mapping, resolve
-from common.config.schedule import learning_rate
-from common.config.sections import OPTIMIZERS, SCHEDULES, TrainingConfig
-from common.messages.state import HEAD
-from common.messages.tensors import entries
-from common.run_lines import BaselineFile, PrivacyLine, RoundLine, read_file, read_lines
-from experiments.in_process import run_in_process
-from privacy.entropy import Source
-from strategies import STRATEGIES
-from strategies.job import configure
+from fedveil.client import local_training
+from fedveil.client.optimizers import build_optimizer, set_learning_rate
+from fedveil.common.config.asked import from_mapping, resolve
+from fedveil.common.config.schedule import learning_rate
+from fedveil.common.config.sections import OPTIMIZERS, SCHEDULES, TrainingConfig
+from fedveil.common.messages.state import HEAD
+from fedveil.common.messages.tensors import entries
+from fedveil.common.run_lines import BaselineFile, PrivacyLine, RoundLine, read_file, read_lines
+from fedveil.experiments.in_process import run_in_process
+from fedveil.privacy.entropy import Source
+from fedveil.strategies import STRATEGIES
+from fedveil.strategies.job import configure
 
 fast = settings(max_examples=25, deadline=None)
 SETTINGS = TrainingConfig(

@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 
 from audits.tiny_models import save_tiny_model, tiny_model
-from common.data.named import DATASETS
-from common.errors import DataError
-from common.model import base as base_model
-from common.model.named import NAMED_MODELS
-from demo.dinov2 import DINOV2_SMALL
-from demo.models import MINILM
-from demo.packaged import (
+from fedveil.common.data.named import DATASETS
+from fedveil.common.errors import DataError
+from fedveil.common.model import base as base_model
+from fedveil.common.model.named import NAMED_MODELS
+from fedveil.demo.dinov2 import DINOV2_SMALL
+from fedveil.demo.models import MINILM
+from fedveil.demo.packaged import (
     HASH_BLOCK_BYTES,
     PackagedFile,
     PackagedFolder,
@@ -31,9 +31,9 @@ from demo.packaged import (
     packaged_folder,
     packaged_tree,
 )
-from demo.sets.movie_reviews import FILE as REVIEWS
-from demo.sets.textile_images import FILES as IMAGES
-from demo.smollm2 import SMOLLM2
+from fedveil.demo.sets.movie_reviews import FILE as REVIEWS
+from fedveil.demo.sets.textile_images import FILES as IMAGES
+from fedveil.demo.smollm2 import SMOLLM2
 
 CONTENT = b"text,label\ngood,1\n" * (HASH_BLOCK_BYTES // 16)  # more than one block
 CARRIED = PackagedFile("veil-demo", "1.2.3", "veil_demo/data.csv", hashlib.sha256(CONTENT).hexdigest(), "demo")

@@ -10,19 +10,19 @@ from test_probe import ask, settings
 from test_second_run import clinic as ward
 
 from audits.tiny_site import OneSite, clinic
-from client import budget
-from client.deadline import Deadline
-from client.ledger.ledger import Ledger
-from client.policy import Policy
-from client.site import Site
-from common.errors import ProtocolError
-from common.messages.round import Refusal, Spending, TrainResult, TrainTask
-from common.run_lines import BaselineFile, read_file
-from experiments.in_process import run_in_process
-from privacy.plan import PrivacyPlan
-from privacy.privacy_filter import promised, promised_noise
-from reports import report_of
-from strategies.job import Job, configure
+from fedveil.client import budget
+from fedveil.client.deadline import Deadline
+from fedveil.client.ledger.ledger import Ledger
+from fedveil.client.policy import Policy
+from fedveil.client.site import Site
+from fedveil.common.errors import ProtocolError
+from fedveil.common.messages.round import Refusal, Spending, TrainResult, TrainTask
+from fedveil.common.run_lines import BaselineFile, read_file
+from fedveil.experiments.in_process import run_in_process
+from fedveil.privacy.plan import PrivacyPlan
+from fedveil.privacy.privacy_filter import promised, promised_noise
+from fedveil.reports import report_of
+from fedveil.strategies.job import Job, configure
 
 STEPS = 5
 """Of the probe in these settings."""

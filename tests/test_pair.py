@@ -20,16 +20,16 @@ from typing import Any
 
 import pytest
 
-from common import runtime
-from common.bundle import own_digest
-from common.errors import ConfigError, DataError
-from common.ports import free_ports
-from deploy import pair, start
-from deploy.commands import QUIET, own_module
-from deploy.doctor import examine_site
-from deploy.server_folder import make_server
-from deploy.site_folder import SiteFolder, make_site
-from deploy.units import server_steps, server_unit, site_unit
+from fedveil.common import runtime
+from fedveil.common.bundle import own_digest
+from fedveil.common.errors import ConfigError, DataError
+from fedveil.common.ports import free_ports
+from fedveil.deploy import pair, start
+from fedveil.deploy.commands import QUIET, own_module
+from fedveil.deploy.doctor import examine_site
+from fedveil.deploy.server_folder import make_server
+from fedveil.deploy.site_folder import SiteFolder, make_site
+from fedveil.deploy.units import server_steps, server_unit, site_unit
 
 pytestmark = pytest.mark.usefixtures("programs_may_start")
 
@@ -60,7 +60,7 @@ def started(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     def begin(node: str = STAYS, worker_code: str = STAYS) -> subprocess.Popen[str]:
         commands = [json.dumps(program(node, tmp_path / "node")), json.dumps(program(worker_code, tmp_path / "worker"))]
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
-        words = [*own_module("deploy.pair"), *commands]
+        words = [*own_module("fedveil.deploy.pair"), *commands]
         running.append(subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=env))
         return running[-1]
 
@@ -162,7 +162,7 @@ def test_a_pair_ends_with_its_node_and_when_its_worker_cannot_go_on(
 
 def test_both_sides_mean_the_same_by_an_exit_code_and_the_supervisor_stays_small() -> None:
     assert (pair.ANEW, pair.NODE_TOO) == (runtime.ANEW, runtime.NODE_TOO)
-    code = "import sys, deploy.pair; print(*sys.modules)"
+    code = "import sys, fedveil.deploy.pair; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert not {"torch", "flwr", "client", "typer"} & set(done.stdout.split())
 
@@ -184,7 +184,7 @@ def started_command(site: SiteFolder, monkeypatch: pytest.MonkeyPatch) -> tuple[
     monkeypatch.setattr(start.os, "execve", lambda *words: taken.append(words))
     start.start_site(site, lambda line: None, "partition-id=7")
     ((_, command, _),) = taken
-    assert command[:4] == [sys.executable, "-P", "-m", "deploy.pair"]
+    assert command[:4] == [sys.executable, "-P", "-m", "fedveil.deploy.pair"]
     node, own = map(json.loads, command[4:])
     return node, own
 
@@ -198,7 +198,9 @@ def test_a_start_makes_a_new_secret_for_the_site_s_user_alone(
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert node[node.index("--isolation") + 1] == "process"
     assert node[node.index("--superexec-auth-secret-file") + 1] == own[own.index("--secret") + 1] == str(file)
-    assert own[:4] == [sys.executable, "-P", "-m", "client.worker"], "-P: a folder named client beside it is not ours"
+    assert own[:4] == [sys.executable, "-P", "-m", "fedveil.client.worker"], (
+        "-P: a folder named client beside it is not ours"
+    )
     settings = json.loads(own[own.index("--node") + 1])
     assert settings["policy"] == str(site.path / "policy.toml")
     assert (settings["site"], settings["partition-id"]) == ("clinic", 7)
@@ -393,12 +395,12 @@ def test_a_server_starts_its_superlink_and_a_runner_of_the_installed_code_with_a
     for _ in range(2):
         start.start_server(server, lambda line: None)
         (_, command, told) = taken.pop()
-        assert command[:4] == [sys.executable, "-P", "-m", "deploy.pair"]
+        assert command[:4] == [sys.executable, "-P", "-m", "fedveil.deploy.pair"]
         link, own = map(json.loads, command[4:])
         file = server.path / "state" / "flwr" / "server.secret"
         assert link[link.index("--isolation") + 1] == "process", "Flower runs what is submitted"
         assert link[link.index("--superexec-auth-secret-file") + 1] == own[own.index("--secret") + 1] == str(file)
-        assert own[:4] == [sys.executable, "-P", "-m", "server.runner"]
+        assert own[:4] == [sys.executable, "-P", "-m", "fedveil.server.runner"]
         assert own[own.index("--address") + 1] == f"127.0.0.1:{control}"
         assert own[own.index("--authority") + 1] == str(server.path / "ca.crt")
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
@@ -416,7 +418,7 @@ def test_a_server_whose_superlink_ends_says_so(tmp_path: Path) -> None:
     link.chmod(0o755)
     words = [json.dumps([str(link)]), json.dumps(program(STAYS, tmp_path / "worker"))]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    words = [*own_module("deploy.pair"), *words]
+    words = [*own_module("fedveil.deploy.pair"), *words]
     ended = subprocess.run(words, env=env, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert (ended.returncode, ended.stdout) == (
         3,

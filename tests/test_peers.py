@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from cli.main import app
-from client import sums
-from client.sums import party_of
-from common.errors import ConfigError
-from deploy import doctor
-from deploy.peers import make_roster
-from deploy.pin import pin_roster
-from deploy.policy_file import policy_text
-from deploy.site_folder import SiteFolder, make_site, node_settings, policy_of_node
-from privacy.secure_sum import Identity, Roster
-from privacy.secure_sum.roster import load_roster
+from fedveil.cli.main import app
+from fedveil.client import sums
+from fedveil.client.sums import party_of
+from fedveil.common.errors import ConfigError
+from fedveil.deploy import doctor
+from fedveil.deploy.peers import make_roster
+from fedveil.deploy.pin import pin_roster
+from fedveil.deploy.policy_file import policy_text
+from fedveil.deploy.site_folder import SiteFolder, make_site, node_settings, policy_of_node
+from fedveil.privacy.secure_sum import Identity, Roster
+from fedveil.privacy.secure_sum.roster import load_roster
 
 NAMES = ("north", "south", "west")
 

@@ -10,18 +10,18 @@ import pytest
 from typer.testing import CliRunner
 
 from audits.tiny_site import OneSite, clinic
-from cli.main import app
-from client.ledger import ledger as ledgers
-from client.ledger.ledger import Ledger
-from client.ledger.rows import Charge
-from common.errors import ConfigError
-from deploy import doctor
-from deploy.site_folder import make_site, node_settings
-from privacy.accounting import Release, epsilon, gaussian_release
-from privacy.events import Event, SummedGaussian
-from privacy.figures import epsilon_text
-from privacy.meaning import MOST_UNITS, epsilon_of_several
-from privacy.privacy_filter import commitment_to, price_of_several
+from fedveil.cli.main import app
+from fedveil.client.ledger import ledger as ledgers
+from fedveil.client.ledger.ledger import Ledger
+from fedveil.client.ledger.rows import Charge
+from fedveil.common.errors import ConfigError
+from fedveil.deploy import doctor
+from fedveil.deploy.site_folder import make_site, node_settings
+from fedveil.privacy.accounting import Release, epsilon, gaussian_release
+from fedveil.privacy.events import Event, SummedGaussian
+from fedveil.privacy.figures import epsilon_text
+from fedveil.privacy.meaning import MOST_UNITS, epsilon_of_several
+from fedveil.privacy.privacy_filter import commitment_to, price_of_several
 
 DELTA = 1e-3
 

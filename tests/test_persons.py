@@ -21,42 +21,42 @@ from audits.persons import audit_persons, by_person, owned, persons_gradient, pr
 from audits.site_rounds import sampler_faults
 from audits.tiny_site import OneSite, clinic
 from audits.worlds import Gradient, Recorder, World, fresh_world, minus, norm, released
-from client import app, rehearsals
-from client.budget import evaluation_releases
-from client.deadline import TRAINED, Deadline, Timing, most_drawn
-from client.ledger.ledger import Ledger
-from client.ledger.record_hashes import record_hashes
-from client.linearised import Computation, Keeping, linearised
-from client.own_records import bounded, prepared
-from client.policy import Policy
-from client.site import Site, open_site, own_settings
-from common.config.sections import DataConfig
-from common.data import split
-from common.data.partition import site_part
-from common.data.sources import load_dataset, load_protected, train_and_test
-from common.data.split import public_split
-from common.errors import ConfigError, DataError, MechanismError, PolicyRefusal, PrivacyError
-from common.messages import wire
-from common.messages.wire import encode_reply
-from common.model.shapes import Shapes
-from common.run_lines import PrivacyLine, read_lines
-from common.starts import STARTS, PaidStart
-from common.tasks import Record
-from common.tasks.base import OWNER
-from common.tasks.examples import Dataset
-from common.tasks.tables import Table
-from common.tasks.text import TextExample, tokens_of
-from deploy.site_check import check_site
-from deploy.site_folder import SiteFolder
-from experiments.in_process import run_in_process
-from privacy import MECHANISMS, randomness, together
-from privacy.accounting import Release
-from privacy.dpsgd import ClipAndNoise, PrivateSteps
-from privacy.plan import gaussian_plan
-from privacy.privacy_filter import promised
-from privacy.units import PERSON, RECORD
-from reports import markdown_report
-from strategies.job import configure
+from fedveil.client import app, rehearsals
+from fedveil.client.budget import evaluation_releases
+from fedveil.client.deadline import TRAINED, Deadline, Timing, most_drawn
+from fedveil.client.ledger.ledger import Ledger
+from fedveil.client.ledger.record_hashes import record_hashes
+from fedveil.client.linearised import Computation, Keeping, linearised
+from fedveil.client.own_records import bounded, prepared
+from fedveil.client.policy import Policy
+from fedveil.client.site import Site, open_site, own_settings
+from fedveil.common.config.sections import DataConfig
+from fedveil.common.data import split
+from fedveil.common.data.partition import site_part
+from fedveil.common.data.sources import load_dataset, load_protected, train_and_test
+from fedveil.common.data.split import public_split
+from fedveil.common.errors import ConfigError, DataError, MechanismError, PolicyRefusal, PrivacyError
+from fedveil.common.messages import wire
+from fedveil.common.messages.wire import encode_reply
+from fedveil.common.model.shapes import Shapes
+from fedveil.common.run_lines import PrivacyLine, read_lines
+from fedveil.common.starts import STARTS, PaidStart
+from fedveil.common.tasks import Record
+from fedveil.common.tasks.base import OWNER
+from fedveil.common.tasks.examples import Dataset
+from fedveil.common.tasks.tables import Table
+from fedveil.common.tasks.text import TextExample, tokens_of
+from fedveil.deploy.site_check import check_site
+from fedveil.deploy.site_folder import SiteFolder
+from fedveil.experiments.in_process import run_in_process
+from fedveil.privacy import MECHANISMS, randomness, together
+from fedveil.privacy.accounting import Release
+from fedveil.privacy.dpsgd import ClipAndNoise, PrivateSteps
+from fedveil.privacy.plan import gaussian_plan
+from fedveil.privacy.privacy_filter import promised
+from fedveil.privacy.units import PERSON, RECORD
+from fedveil.reports import markdown_report
+from fedveil.strategies.job import configure
 
 BY_PERSON = {"privacy.unit": "person", "data.person": "author"}
 Folder = Callable[[str], str]
@@ -254,7 +254,7 @@ def test_every_paid_start_draws_and_clips_persons(
     if hasattr(start, "steps"):
         start = replace(start, steps=1)  # type: ignore[call-arg]
     records = [{**record, OWNER: 0} for record in world.records]
-    with patch("common.starts.public_metric.MADE", 8), patch("common.starts.class_means.MADE", 8):
+    with patch("fedveil.common.starts.public_metric.MADE", 8), patch("fedveil.common.starts.class_means.MADE", 8):
         statistic = start.privatise(world.model, records, figures)
     assert set(sizes) == {1}, "it drew records, and not persons"
     length = norm([t for layer in statistic.values() for t in layer.values()])
@@ -366,7 +366,7 @@ def drawn_of_persons(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> Counter[
 
     with monkeypatch.context() as patched:
         patched.setattr(randomness, "private_poisson_sample", lambda size, rate: torch.arange(size))
-        patched.setattr("privacy.plan.together", spy)
+        patched.setattr("fedveil.privacy.plan.together", spy)
         site.train()
     return seen
 
@@ -377,7 +377,7 @@ def test_a_site_trains_on_no_more_records_of_a_person_than_the_run_says(
     site.settings |= {"privacy.records-per-person": 2, "training.local-steps": 1}
     assert drawn_of_persons(site, monkeypatch) == {2: 7}
     # The planted fault: the bound is not held.
-    monkeypatch.setattr("client.own_records.bounded", lambda examples, most: examples)
+    monkeypatch.setattr("fedveil.client.own_records.bounded", lambda examples, most: examples)
     site.node["ledger"] = str(site.ledger.with_name("other.sqlite"))
     site.memory.clear()
     app.process.forget()
@@ -445,7 +445,7 @@ def test_records_say_whose_they_are_and_no_batch_does(world: World) -> None:
 
 def test_a_blank_person_contributes_zero_and_changes_no_byte(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wire.secrets, "token_bytes", bytes)
-    noise = patch("privacy.dpsgd.add_private_noise", lambda total, std: total.double())
+    noise = patch("fedveil.privacy.dpsgd.add_private_noise", lambda total, std: total.double())
     own = Path(str(site.node["data"]))
     text = own.read_text()
     sent = []

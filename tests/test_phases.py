@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from common.config.phases import ADAPTER, HEAD, KINDS, Phase, Schedule, parse_phases, phases_text
-from common.errors import ConfigError
-from strategies.job import configure
+from fedveil.common.config.phases import ADAPTER, HEAD, KINDS, Phase, Schedule, parse_phases, phases_text
+from fedveil.common.errors import ConfigError
+from fedveil.strategies.job import configure
 
 DEFAULT = "12 head on features, 20 adapter on jacobians, 5 head on features"
 

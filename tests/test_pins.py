@@ -32,19 +32,19 @@ from audits.hostile_questions import (
 )
 from audits.tiny_models import write_questions
 from audits.tiny_site import OneSite, clinic, pins
-from client.outgoing import UNLOADED
-from client.policy import Policy
-from client.site import check_job, open_site, own_settings
-from common.config.sections import Columns, DataConfig, ModelConfig, Scalar, to_mapping
-from common.data.sources import load_dataset, public_names
-from common.errors import FedVeilError, PolicyRefusal
-from common.messages.round import Refusal
-from common.model.files import files_of
-from common.tasks import TASKS, roles_of_all
-from common.tasks.causal_lm import CausalLM
-from common.tasks.images import Picture, read_image
-from common.tasks.roles import Role
-from strategies.job import configure
+from fedveil.client.outgoing import UNLOADED
+from fedveil.client.policy import Policy
+from fedveil.client.site import check_job, open_site, own_settings
+from fedveil.common.config.sections import Columns, DataConfig, ModelConfig, Scalar, to_mapping
+from fedveil.common.data.sources import load_dataset, public_names
+from fedveil.common.errors import FedVeilError, PolicyRefusal
+from fedveil.common.messages.round import Refusal
+from fedveil.common.model.files import files_of
+from fedveil.common.tasks import TASKS, roles_of_all
+from fedveil.common.tasks.causal_lm import CausalLM
+from fedveil.common.tasks.images import Picture, read_image
+from fedveil.common.tasks.roles import Role
+from fedveil.strategies.job import configure
 
 
 @pytest.fixture
@@ -174,7 +174,7 @@ def test_no_other_setting_of_the_data_changes_what_is_read_of_a_sites_own_record
     site: OneSite, tmp_path: Path
 ) -> None:
     assert unpinned_questions(site, tmp_path) == []
-    with patch("client.site.own_settings", lambda config, policy: config.data):
+    with patch("fedveil.client.site.own_settings", lambda config, policy: config.data):
         assert "data.key" in unpinned_questions(site, tmp_path), "a column that is read and not pinned is missed"
 
 
@@ -291,7 +291,7 @@ def test_a_model_that_does_not_load_is_one_refusal_whatever_is_there(
 def test_another_model_under_an_allowed_name_is_refused_before_a_record_is_tokenised(
     site: OneSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("client.cache.RecordCache.prepare", lambda *_: pytest.fail("a record was tokenised"))
+    monkeypatch.setattr("fedveil.client.cache.RecordCache.prepare", lambda *_: pytest.fail("a record was tokenised"))
     task = site.task()
     name = str(site.settings["model.name"])
     site.rule(models=[f"{name}={DIGITS}+{files_of(name)}"])
@@ -306,7 +306,7 @@ def test_no_loader_runs_code_that_comes_with_a_model(
 ) -> None:
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-    from common.model.base import load_base_model
+    from fedveil.common.model.base import load_base_model
 
     said = []
     for loader in (AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer):
@@ -338,7 +338,7 @@ def test_a_site_with_questions_is_pinned_to_its_columns(toy_generation: dict[str
 
 
 def test_runs_of_other_names_leave_one_copy_of_the_records_in_memory(site: OneSite) -> None:
-    from client import app
+    from fedveil.client import app
 
     for number, name in enumerate(("a.csv", "b.csv", "c.csv"), start=1):
         site.settings["data.name"] = name
@@ -349,8 +349,8 @@ def test_runs_of_other_names_leave_one_copy_of_the_records_in_memory(site: OneSi
 def test_no_setting_of_a_server_gets_the_records_tokenised_anew_nor_before_its_task_is_checked(
     site: OneSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from client import app, cache
-    from client.process import SiteProcess
+    from fedveil.client import app, cache
+    from fedveil.client.process import SiteProcess
 
     passed, tokenised = [0], cache.prepared
 

@@ -28,10 +28,10 @@ from audits.faults import (
     Fault,
 )
 from audits.tiny_site import tiny_site
-from client.ledger.ledger import Ledger
-from common.messages.round import TrainResult
-from privacy import dpsgd
-from privacy.dpsgd import PrivateSteps, rounding_margin
+from fedveil.client.ledger.ledger import Ledger
+from fedveil.common.messages.round import TrainResult
+from fedveil.privacy import dpsgd
+from fedveil.privacy.dpsgd import PrivateSteps, rounding_margin
 
 GPU = torch.device("cuda")
 

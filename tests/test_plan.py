@@ -6,13 +6,13 @@ import dataclasses
 
 import pytest
 
-from common.config.asked import RunSettings, TrainingSettings, resolve
-from common.config.sections import PrivacyConfig
-from common.errors import ConfigError, MechanismError, PrivacyError
-from privacy import MECHANISMS
-from privacy.accounting import Release, epsilon
-from privacy.events import Event, sampled_gaussian
-from privacy.plan import PrivacyPlan, gaussian_plan
+from fedveil.common.config.asked import RunSettings, TrainingSettings, resolve
+from fedveil.common.config.sections import PrivacyConfig
+from fedveil.common.errors import ConfigError, MechanismError, PrivacyError
+from fedveil.privacy import MECHANISMS
+from fedveil.privacy.accounting import Release, epsilon
+from fedveil.privacy.events import Event, sampled_gaussian
+from fedveil.privacy.plan import PrivacyPlan, gaussian_plan
 
 TRAINING = resolve(RunSettings(training=TrainingSettings(local_steps=5, sample_rate=0.1))).training
 

@@ -19,25 +19,25 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from audits.tiny_models import write_reviews
-from cli.main import app
-from common.config.phases import ADAPTER, HEAD, Phase, Schedule
-from common.config.text import to_toml
-from common.errors import BudgetExhausted, ConfigError, PrivacyError
-from common.run_lines import PrivacyLine, RoundLine, read_lines
-from experiments.in_process import run_in_process
-from experiments.planner import find as plan_find
-from experiments.planner import forecast as forecasts
-from experiments.planner.calibration import Calibration, alignment_of, feature_seconds, round_seconds
-from experiments.planner.find import RATES, Found, find
-from experiments.planner.forecast import Forecast, forecast
-from experiments.planner.price import last_within, signal_to_noise, simulated_sizes
-from experiments.planner.tables import print_forecast, print_found
-from privacy.accounting import gaussian_release
-from privacy.figures import epsilon_text
-from privacy.plan import gaussian_plan
-from privacy.privacy_filter import promised
-from strategies import STRATEGIES
-from strategies.job import configure
+from fedveil.cli.main import app
+from fedveil.common.config.phases import ADAPTER, HEAD, Phase, Schedule
+from fedveil.common.config.text import to_toml
+from fedveil.common.errors import BudgetExhausted, ConfigError, PrivacyError
+from fedveil.common.run_lines import PrivacyLine, RoundLine, read_lines
+from fedveil.experiments.in_process import run_in_process
+from fedveil.experiments.planner import find as plan_find
+from fedveil.experiments.planner import forecast as forecasts
+from fedveil.experiments.planner.calibration import Calibration, alignment_of, feature_seconds, round_seconds
+from fedveil.experiments.planner.find import RATES, Found, find
+from fedveil.experiments.planner.forecast import Forecast, forecast
+from fedveil.experiments.planner.price import last_within, signal_to_noise, simulated_sizes
+from fedveil.experiments.planner.tables import print_forecast, print_found
+from fedveil.privacy.accounting import gaussian_release
+from fedveil.privacy.figures import epsilon_text
+from fedveil.privacy.plan import gaussian_plan
+from fedveil.privacy.privacy_filter import promised
+from fedveil.strategies import STRATEGIES
+from fedveil.strategies.job import configure
 
 MEASURED = Calibration(64, 1, "cpu", 0.1, 0.01, 2.0, 500.0, 0.0, (0.1, 0.2))
 

@@ -14,32 +14,32 @@ from typing import Any
 import pytest
 import torch
 
-import client.site
+import fedveil.client.site
 from audits.bands import out_of_band, related
 from audits.faults import same_seeds
 from audits.tiny_models import write_questions
 from audits.tiny_site import OneSite, clinic, pins
-from client.budget import plan_of
-from client.evaluation import noised_correct
-from client.ledger.ledger import Ledger
-from client.ledger.rows import Terms
-from client.policy import Policy, load_policy
-from client.process import in_simulation
-from client.site import Site, check_job, open_site
-from common.config.sections import Scalar, to_mapping
-from common.config.text import to_toml
-from common.data.partition import division_of
-from common.data.sources import load_dataset, train_and_test
-from common.errors import ConfigError, PolicyRefusal
-from common.messages.round import Spending
-from common.model.federated import FederatedModel
-from common.run_lines import RoundLine, read_lines
-from common.tasks.examples import Dataset
-from experiments.in_process import run_in_process, simulated_nodes
-from privacy.accountant import EVALUATION
-from privacy.accounting import gaussian_release
-from privacy.privacy_filter import promised
-from strategies.job import configure
+from fedveil.client.budget import plan_of
+from fedveil.client.evaluation import noised_correct
+from fedveil.client.ledger.ledger import Ledger
+from fedveil.client.ledger.rows import Terms
+from fedveil.client.policy import Policy, load_policy
+from fedveil.client.process import in_simulation
+from fedveil.client.site import Site, check_job, open_site
+from fedveil.common.config.sections import Scalar, to_mapping
+from fedveil.common.config.text import to_toml
+from fedveil.common.data.partition import division_of
+from fedveil.common.data.sources import load_dataset, train_and_test
+from fedveil.common.errors import ConfigError, PolicyRefusal
+from fedveil.common.messages.round import Spending
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.run_lines import RoundLine, read_lines
+from fedveil.common.tasks.examples import Dataset
+from fedveil.experiments.in_process import run_in_process, simulated_nodes
+from fedveil.privacy.accountant import EVALUATION
+from fedveil.privacy.accounting import gaussian_release
+from fedveil.privacy.privacy_filter import promised
+from fedveil.strategies.job import configure
 
 DIGITS = "0123456789abcdef0123456789abcdef"
 PUBLIC = 50
@@ -250,11 +250,11 @@ def test_the_same_file_under_another_id_or_through_another_column_stays_on_one_b
 ) -> None:
     check_that_another_column_is_no_new_budget(site)
     # Planted fault: rows are known by what the run's columns make of them.
-    monkeypatch.setattr("common.data.rows._row_digest", lambda *_: b"")
-    client.site._own_data.cache_clear()
+    monkeypatch.setattr("fedveil.common.data.rows._row_digest", lambda *_: b"")
+    fedveil.client.site._own_data.cache_clear()
     with pytest.raises(AssertionError, match="a fresh budget"):
         check_that_another_column_is_no_new_budget(clinic(toy_settings, tmp_path, 40, 1))
-    client.site._own_data.cache_clear()
+    fedveil.client.site._own_data.cache_clear()
 
 
 def test_a_refusal_by_policy_lets_the_others_go_on(toy_settings: dict[str, Any], tmp_path: Path) -> None:
@@ -291,7 +291,7 @@ def test_a_count_is_noised_and_paid_for_with_the_round(site: OneSite, monkeypatc
     both = [gaussian_release(2.0, 0.25, result.spending.steps_round), gaussian_release(12.0, 1.0, rounds)]
     assert result.spending.epsilon_total == promised(both, 1e-3)[0] > promised(both[:1], 1e-3)[0]
 
-    monkeypatch.setattr("client.evaluation.add_private_noise", lambda total, std: total)
+    monkeypatch.setattr("fedveil.client.evaluation.add_private_noise", lambda total, std: total)
     exact, model, config = site.train(2).noised_correct, site.model(), configure(site.settings).config
     records = model.prepare(load_dataset(config.data, config.model.task, str(site.node["data"])).examples)
     model.write(model.start)
@@ -349,7 +349,9 @@ def test_the_count_carries_the_noise_that_is_paid_for_and_follows_no_seed(
     assert not out_of_band(float((first / 12.0).pow(2).sum()), 1000)
     assert not related(first, second)
 
-    monkeypatch.setattr("client.evaluation.add_private_noise", lambda total, std: total + torch.randn(()) * std / 2)
+    monkeypatch.setattr(
+        "fedveil.client.evaluation.add_private_noise", lambda total, std: total + torch.randn(()) * std / 2
+    )
     first, second = counts_of_nothing(site), counts_of_nothing(site)
     assert out_of_band(float((first / 12.0).pow(2).sum()), 1000), "half the noise went unnoticed"
     assert related(first, second), "noise that follows a seed went unnoticed"
@@ -517,8 +519,8 @@ def test_a_part_of_what_may_be_anybodys_is_refused_before_anything_is_read(
 ) -> None:
     site.rule(epsilon=1.0, delta=1e-4, public_size=60)
     part: dict[str, Scalar] = {"partition-id": 0, "num-partitions": 2, "policy": site.node["policy"]}
-    monkeypatch.setattr("common.data.sources.load_dataset", lambda *_: pytest.fail("records are read"))
-    monkeypatch.setattr("client.site.load_dataset", lambda *_: pytest.fail("records are read"))
+    monkeypatch.setattr("fedveil.common.data.sources.load_dataset", lambda *_: pytest.fail("records are read"))
+    monkeypatch.setattr("fedveil.client.site.load_dataset", lambda *_: pytest.fail("records are read"))
     for name in (str(site.settings["data.name"]), "hub:clinic/gated-notes", "/srv"):
         job = configure({**site.settings, "data.name": name, "data.partition": partition, "data.key": "author"})
         node = {**part, "division": division_of(job.config)}
@@ -542,7 +544,7 @@ def test_one_record_more_moves_dozens_of_a_division_which_is_why(site: OneSite) 
     node: dict[str, Scalar] = {"partition-id": 0, "num-partitions": 2}
 
     def texts() -> set[str]:
-        for kept in (client.site._partition, train_and_test):
+        for kept in (fedveil.client.site._partition, train_and_test):
             kept.cache_clear()
         return {example.text for example in open_site(node, config, "1", simulated=True).data.examples}
 

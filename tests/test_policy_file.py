@@ -14,23 +14,23 @@ from typing import Any, ClassVar
 import pytest
 from typer.testing import CliRunner
 
-from cli.main import app
-from client.policy import load_policy
-from client.site import check_job
-from common.config.sections import Scalar
-from common.config.text import parse_settings
-from common.errors import ConfigError, DataError, ModelNotLoaded, PolicyRefusal
-from deploy import container
-from deploy import pin as pinning
-from deploy.check_results import CheckResult
-from deploy.doctor import examine_site
-from deploy.pin import pin
-from deploy.policy_file import PINS_HEAD, mechanisms_of_job, pins_of, policy_text
-from deploy.site_folder import SiteFolder, make_site, node_settings, open_site_folder
-from deploy.start import start_site
-from privacy import MECHANISMS
-from privacy.record_level import DPSGD
-from strategies.job import configure
+from fedveil.cli.main import app
+from fedveil.client.policy import load_policy
+from fedveil.client.site import check_job
+from fedveil.common.config.sections import Scalar
+from fedveil.common.config.text import parse_settings
+from fedveil.common.errors import ConfigError, DataError, ModelNotLoaded, PolicyRefusal
+from fedveil.deploy import container
+from fedveil.deploy import pin as pinning
+from fedveil.deploy.check_results import CheckResult
+from fedveil.deploy.doctor import examine_site
+from fedveil.deploy.pin import pin
+from fedveil.deploy.policy_file import PINS_HEAD, mechanisms_of_job, pins_of, policy_text
+from fedveil.deploy.site_folder import SiteFolder, make_site, node_settings, open_site_folder
+from fedveil.deploy.start import start_site
+from fedveil.privacy import MECHANISMS
+from fedveil.privacy.record_level import DPSGD
+from fedveil.strategies.job import configure
 
 ROOT = Path(__file__).resolve().parent.parent
 DIGITS = "0123456789abcdef0123456789abcdef"
@@ -187,7 +187,7 @@ def test_a_file_that_would_be_no_policy_is_left_as_it_is(text: str, words: str, 
 def test_a_fault_that_drops_a_key_of_the_stewards_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "policy.toml"
     path.write_text(STEWARDS, encoding="utf-8")
-    monkeypatch.setattr("deploy.pin._pin_at", lambda lines, keys: ("text", 4))
+    monkeypatch.setattr("fedveil.deploy.pin._pin_at", lambda lines, keys: ("text", 4))
     with pytest.raises((ConfigError, DataError, ValueError, KeyError)):
         pin(path, PINS)
     assert path.read_text(encoding="utf-8") == STEWARDS
@@ -214,7 +214,7 @@ def test_a_policy_of_any_name_is_changed_beside_its_place_and_its_name_is_on_dis
 ) -> None:
     path, beside, synced = tmp_path / "rules", list[int](), list[Path]()
     path.write_text("max-rounds = 3\n", encoding="utf-8")
-    monkeypatch.setattr("deploy.pin.os.fsync", lambda _: beside.append(len(list(tmp_path.iterdir()))))
+    monkeypatch.setattr("fedveil.deploy.pin.os.fsync", lambda _: beside.append(len(list(tmp_path.iterdir()))))
     monkeypatch.setattr(pinning, "sync_folder", synced.append)
     pin(path, PINS)
     assert load_policy(path).columns["text"] == "note"
@@ -344,7 +344,7 @@ def test_whoever_is_stopped_as_a_policy_is_written_leaves_the_old_one_alone(
     path = tmp_path / "policy.toml"
     path.write_text(STEWARDS, encoding="utf-8")
     for stop in (OSError(28, "No space left on device"), KeyboardInterrupt()):
-        monkeypatch.setattr("deploy.pin.os.fsync", lambda _, stop=stop: raise_(stop))
+        monkeypatch.setattr("fedveil.deploy.pin.os.fsync", lambda _, stop=stop: raise_(stop))
         with pytest.raises((DataError, KeyboardInterrupt)):
             pin(path, PINS)
         assert path.read_text(encoding="utf-8") == STEWARDS

@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 
 from audits.tiny_site import OneSite, clinic
-from client.ledger.ledger import PRICES, Ledger
-from client.ledger.rows import Charge, Receipt, price
-from common.config.asked import RunSettings, TrainingSettings, resolve
-from common.config.sections import PrivacyConfig
-from common.errors import BudgetExhausted, ConfigError, LedgerError
-from privacy import accounting
-from privacy.accounting import MOST_WORK, Release, epsilon, epsilon_with_method, gaussian_release
-from privacy.plan import PrivacyPlan
-from privacy.privacy_filter import promised
+from fedveil.client.ledger.ledger import PRICES, Ledger
+from fedveil.client.ledger.rows import Charge, Receipt, price
+from fedveil.common.config.asked import RunSettings, TrainingSettings, resolve
+from fedveil.common.config.sections import PrivacyConfig
+from fedveil.common.errors import BudgetExhausted, ConfigError, LedgerError
+from fedveil.privacy import accounting
+from fedveil.privacy.accounting import MOST_WORK, Release, epsilon, epsilon_with_method, gaussian_release
+from fedveil.privacy.plan import PrivacyPlan
+from fedveil.privacy.privacy_filter import promised
 
 DELTA = 1e-5
 ROUND = gaussian_release(noise_multiplier=1.0, sample_rate=0.1, count=5)
@@ -47,7 +47,7 @@ def during_prices(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> N
         act()
         return price(*terms)
 
-    monkeypatch.setattr("client.ledger.ledger.price", watched)
+    monkeypatch.setattr("fedveil.client.ledger.ledger.price", watched)
 
 
 def check_that_nobody_waits_on_a_price(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +160,7 @@ ABSURD = [
 def test_figures_that_no_honest_job_has_are_refused_before_they_are_priced(
     path: Path, monkeypatch: pytest.MonkeyPatch, figure: dict[str, Any], words: str
 ) -> None:
-    monkeypatch.setattr("client.ledger.ledger.price", lambda *_: pytest.fail("a price was made"))
+    monkeypatch.setattr("fedveil.client.ledger.ledger.price", lambda *_: pytest.fail("a price was made"))
     release = {"noise_multiplier": 1.0, "sample_rate": 0.1, "count": 5, **figure}
     delta = release.pop("delta", DELTA)
     with Ledger(path) as ledger, pytest.raises(ConfigError, match=words):
@@ -179,7 +179,7 @@ def test_a_charge_refuses_them_in_what_its_run_is_to_release(figure: dict[str, A
 def test_a_plan_refuses_them_before_it_looks_for_a_noise(
     monkeypatch: pytest.MonkeyPatch, figure: dict[str, Any], words: str
 ) -> None:
-    monkeypatch.setattr("privacy.plan.promised_noise", lambda *_: pytest.fail("a price was made"))
+    monkeypatch.setattr("fedveil.privacy.plan.promised_noise", lambda *_: pytest.fail("a price was made"))
     before = gaussian_release(**{"noise_multiplier": 1.0, "sample_rate": 0.1, "count": 5, **figure})
     training = resolve(RunSettings(training=TrainingSettings(sample_rate=0.1))).training
     with pytest.raises(ConfigError, match=words):

@@ -13,27 +13,27 @@ import torch
 from torch import Tensor
 
 from audits.tiny_models import TARGETS, write_reviews
-from common.adapters import ADAPTERS
-from common.adapters.lora_metric import SHRUNK, in_weights, shrunk
-from common.config.sections import HeadConfig
-from common.errors import ConfigError, ModelError
-from common.messages.round import TrainTask
-from common.messages.state import HEAD, METRIC, AdapterState
-from common.messages.tensors import merge
-from common.model.base import load_base_model
-from common.model.federated import FederatedModel
-from common.run_lines import BaselineFile, RoundLine, read_file, read_lines
-from common.starts import public_metric
-from common.starts.base import Labels
-from common.starts.public_metric import PublicMetric, shrinking
-from common.tasks import TASKS
-from common.tasks.text import TextExample
-from experiments.evaluate import evaluate_run
-from experiments.in_process import InProcessTransport, run_in_process
-from privacy.entropy import Source
-from server.model import ServerModel
-from server.sites import Exchange
-from strategies.job import configure
+from fedveil.common.adapters import ADAPTERS
+from fedveil.common.adapters.lora_metric import SHRUNK, in_weights, shrunk
+from fedveil.common.config.sections import HeadConfig
+from fedveil.common.errors import ConfigError, ModelError
+from fedveil.common.messages.round import TrainTask
+from fedveil.common.messages.state import HEAD, METRIC, AdapterState
+from fedveil.common.messages.tensors import merge
+from fedveil.common.model.base import load_base_model
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.run_lines import BaselineFile, RoundLine, read_file, read_lines
+from fedveil.common.starts import public_metric
+from fedveil.common.starts.base import Labels
+from fedveil.common.starts.public_metric import PublicMetric, shrinking
+from fedveil.common.tasks import TASKS
+from fedveil.common.tasks.text import TextExample
+from fedveil.experiments.evaluate import evaluate_run
+from fedveil.experiments.in_process import InProcessTransport, run_in_process
+from fedveil.privacy.entropy import Source
+from fedveil.server.model import ServerModel
+from fedveil.server.sites import Exchange
+from fedveil.strategies.job import configure
 
 Folder = Callable[[str], str]
 LABELS = Labels(("bad", "good"), (("dull film", "awful story", "cold"), ("warm film", "lovely story", "joyful")))

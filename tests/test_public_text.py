@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 
 from audits.tiny_models import write_questions
-from common.config.sections import Columns, DataConfig
-from common.data import sources
-from common.data.named import DATASETS, NamedDataset, UserFile, share_sentences
-from common.data.sentences import FEWEST_WORDS, ending_of, likeness, sentences_of, traces
-from common.errors import ConfigError, DataError, FedVeilError
-from common.starts import public_text
-from common.starts.public_text import as_file, check_apart, data_set_sentences, known_sha256, read_text
-from demo.packaged import PackagedFile
-from experiments.in_process import run_in_process
-from strategies.job import configure
+from fedveil.common.config.sections import Columns, DataConfig
+from fedveil.common.data import sources
+from fedveil.common.data.named import DATASETS, NamedDataset, UserFile, share_sentences
+from fedveil.common.data.sentences import FEWEST_WORDS, ending_of, likeness, sentences_of, traces
+from fedveil.common.errors import ConfigError, DataError, FedVeilError
+from fedveil.common.starts import public_text
+from fedveil.common.starts.public_text import as_file, check_apart, data_set_sentences, known_sha256, read_text
+from fedveil.demo.packaged import PackagedFile
+from fedveil.experiments.in_process import run_in_process
+from fedveil.strategies.job import configure
 
 WITH_TEXT = [name for name, dataset in DATASETS.items() if isinstance(dataset.file, PackagedFile)]
 
@@ -88,7 +88,10 @@ def test_an_ending_is_the_last_sentences_within_so_many_words() -> None:
         ({"data.name": "imdb-endings", "start.text": "imdb"}, "shares sentences with data.name 'imdb-endings'"),
         ({"data.name": "reuters", "start.text": "reuters-test"}, "shares sentences with data.name 'reuters'"),
         ({"start.text": "textile-images"}, "holds no words"),
-        ({"start.text": "qnli-dev"}, "set start.text-sha256 to what `python -m demo.convert sentences qnli-dev"),
+        (
+            {"start.text": "qnli-dev"},
+            "set start.text-sha256 to what `python -m fedveil.demo.convert sentences qnli-dev",
+        ),
         ({"start.text": "imdb", "start.text-sha256": "0" * 64}, "leave it empty"),
     ],
 )

@@ -11,11 +11,11 @@ from typing import Any, cast
 import pytest
 import torch
 
-from common.messages.round import Refusal, TrainTask
-from server import pulls
-from server.app import FlowerTransport
-from server.collect.shown import Shown
-from server.pulls import Pulls
+from fedveil.common.messages.round import Refusal, TrainTask
+from fedveil.server import pulls
+from fedveil.server.app import FlowerTransport
+from fedveil.server.collect.shown import Shown
+from fedveil.server.pulls import Pulls
 
 SHOWN = Shown(1, "record", 0)
 """Of a run whose folder tells who has answered."""
@@ -92,7 +92,7 @@ def test_what_cannot_be_unpacked_is_no_reply_and_trouble_at_the_superlink_is_tri
 
 def test_an_exchange_ends_at_its_deadline_whoever_hangs(stuck: Event, monkeypatch: pytest.MonkeyPatch) -> None:
     # Flower's messages can be made within a run only.
-    monkeypatch.setattr("server.app.Message", lambda *content, **terms: content)
+    monkeypatch.setattr("fedveil.server.app.Message", lambda *content, **terms: content)
     error = SimpleNamespace(has_error=lambda: True, error=SimpleNamespace(reason="away"))
     grid = Grid(a=hangs(stuck), b=list, c=lambda: [error])
     began = time.monotonic()
@@ -141,8 +141,8 @@ class BusyGrid(Grid):
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.app.Message", lambda *content, **terms: content)
-    monkeypatch.setattr("server.app.POLL_SECONDS", 0.01)
+    monkeypatch.setattr("fedveil.server.app.Message", lambda *content, **terms: content)
+    monkeypatch.setattr("fedveil.server.app.POLL_SECONDS", 0.01)
 
 
 @pytest.mark.usefixtures("quick")
@@ -157,7 +157,7 @@ def test_a_superlink_that_fails_now_and_then_ends_no_run() -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_a_superlink_that_keeps_failing_ends_the_run_with_its_own_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.app.PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr("fedveil.server.app.PATIENCE_SECONDS", 0.05)
     with pytest.raises(ConnectionError, match="locked"):
         exchange(BusyGrid(10**6, a=list), 1)
 

@@ -21,23 +21,23 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from audits.tiny_models import TARGETS, toy_run
 from audits.tiny_site import clinic
-from client.rehearsal import rehearse
-from common.adapters import ADAPTERS
-from common.adapters.low_bits import LOW_BITS, LowBits, bitsandbytes, in_full
-from common.config.sections import QUANTISE, HeadConfig
-from common.errors import ConfigError, ModelError
-from common.messages.round import Refusal
-from common.model.base import load_base_model, weights_fingerprint
-from common.model.federated import FederatedModel
-from common.run_lines import RoundLine, read_lines
-from common.starts import STARTS
-from common.starts.gradient import open_weights
-from common.tasks import TASKS
-from experiments.evaluate import load_result
-from experiments.in_process import run_in_process
-from experiments.serving.merge import load_finished, merge_run
-from server.records import package_versions
-from strategies.job import configure
+from fedveil.client.rehearsal import rehearse
+from fedveil.common.adapters import ADAPTERS
+from fedveil.common.adapters.low_bits import LOW_BITS, LowBits, bitsandbytes, in_full
+from fedveil.common.config.sections import QUANTISE, HeadConfig
+from fedveil.common.errors import ConfigError, ModelError
+from fedveil.common.messages.round import Refusal
+from fedveil.common.model.base import load_base_model, weights_fingerprint
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.run_lines import RoundLine, read_lines
+from fedveil.common.starts import STARTS
+from fedveil.common.starts.gradient import open_weights
+from fedveil.common.tasks import TASKS
+from fedveil.experiments.evaluate import load_result
+from fedveil.experiments.in_process import run_in_process
+from fedveil.experiments.serving.merge import load_finished, merge_run
+from fedveil.server.records import package_versions
+from fedveil.strategies.job import configure
 
 Folder = Callable[[str], str]
 BITS = tuple(LOW_BITS)

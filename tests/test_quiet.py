@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from cli.main import app
-from common.model.base import load_base_model
-from common.quiet import HOOKED, REPORT, UNLOADED
-from experiments.in_process import run_in_process
+from fedveil.cli.main import app
+from fedveil.common.model.base import load_base_model
+from fedveil.common.quiet import HOOKED, REPORT, UNLOADED
+from fedveil.experiments.in_process import run_in_process
 
 ROOT = Path(__file__).resolve().parent.parent
 EXTRA, LOST = "pooler.of.another.task", "LayerNorm.weight"
@@ -88,7 +88,7 @@ def test_only_these_words_are_left_out(logger: str, text: str, told: bool) -> No
 
 def test_peft_is_imported_in_silence() -> None:
     """In a process of its own, as a command is: bitsandbytes is there and no run of it quantises."""
-    code = "import common.adapters, peft; peft.import_utils.is_bnb_4bit_available()"
+    code = "import fedveil.common.adapters, peft; peft.import_utils.is_bnb_4bit_available()"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout + done.stderr == ""
 
@@ -101,7 +101,7 @@ def test_a_head_on_features_is_trained_in_silence() -> None:
     )
     told = [
         subprocess.run([sys.executable, "-c", first + code], cwd=ROOT, capture_output=True, text=True, check=True)
-        for first in ("", "import common; ")
+        for first in ("", "import fedveil.common; ")
     ]
     assert HOOKED in told[0].stderr
     assert told[1].stdout + told[1].stderr == ""

@@ -19,9 +19,9 @@ from torch import Tensor
 from audits.bands import out_of_band
 from audits.faults import same_seeds, shuffled_epochs
 from audits.site_rounds import sampler_faults
-from common.errors import ConfigError
-from privacy.entropy import Source, system_integers
-from privacy.randomness import add_private_noise, noise_grid, private_poisson_sample, stream
+from fedveil.common.errors import ConfigError
+from fedveil.privacy.entropy import Source, system_integers
+from fedveil.privacy.randomness import add_private_noise, noise_grid, private_poisson_sample, stream
 
 Normal = Callable[[tuple[int, ...], float], Tensor]
 Sampler = Callable[[int, float], Tensor]

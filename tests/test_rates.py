@@ -9,19 +9,19 @@ from typing import Any
 import pytest
 import torch
 
-from common.config.sections import RunConfig
-from common.errors import ConfigError
-from common.messages.round import Spending, TrainResult
-from common.messages.state import HEAD, AdapterState
-from privacy.accountant import TRAINING, Accountant
-from privacy.events import sampled_gaussian
-from server.admission import Admission
-from server.noise import SitesNoise, SumNoise, noised_at_sites, without_noise
-from server.optimizer import server_step
-from server.rates import within_noise
-from server.terms import paid_plan
-from strategies import Contribution, ServerState
-from strategies.job import Job, configure
+from fedveil.common.config.sections import RunConfig
+from fedveil.common.errors import ConfigError
+from fedveil.common.messages.round import Spending, TrainResult
+from fedveil.common.messages.state import HEAD, AdapterState
+from fedveil.privacy.accountant import TRAINING, Accountant
+from fedveil.privacy.events import sampled_gaussian
+from fedveil.server.admission import Admission
+from fedveil.server.noise import SitesNoise, SumNoise, noised_at_sites, without_noise
+from fedveil.server.optimizer import server_step
+from fedveil.server.rates import within_noise
+from fedveil.server.terms import paid_plan
+from fedveil.strategies import Contribution, ServerState
+from fedveil.strategies.job import Job, configure
 
 BOUND = 0.05
 SIZES = (100, 300)

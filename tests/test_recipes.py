@@ -15,19 +15,19 @@ import transformers
 from safetensors.torch import load_file
 
 from audits.tiny_models import VOCABULARY, tiny_tokenizer
-from client import linearised
-from client.ledger.ledger import Ledger
-from common.config.asked import RunSettings
-from common.config.sections import PrivacyConfig, typed
-from common.config.text import flatten
-from common.errors import ConfigError, ModelError, RunFailed
-from common.run_lines import ConfigFile, RoundLine, read_file, read_lines
-from experiments.in_process import run_in_process
-from privacy import MECHANISMS
-from strategies import ROWS
-from strategies.job import configure, with_recipe
-from strategies.options import declared_settings, known_settings
-from strategies.recipes import AUTO, FILLED, RECIPES, Asked
+from fedveil.client import linearised
+from fedveil.client.ledger.ledger import Ledger
+from fedveil.common.config.asked import RunSettings
+from fedveil.common.config.sections import PrivacyConfig, typed
+from fedveil.common.config.text import flatten
+from fedveil.common.errors import ConfigError, ModelError, RunFailed
+from fedveil.common.run_lines import ConfigFile, RoundLine, read_file, read_lines
+from fedveil.experiments.in_process import run_in_process
+from fedveil.privacy import MECHANISMS
+from fedveil.strategies import ROWS
+from fedveil.strategies.job import configure, with_recipe
+from fedveil.strategies.options import declared_settings, known_settings
+from fedveil.strategies.recipes import AUTO, FILLED, RECIPES, Asked
 
 MANY = "a,b,c,d,e"
 TEXTS = 60
@@ -222,8 +222,8 @@ def test_a_file_tells_its_labels_where_a_job_is_made_and_none_is_looked_at_elsew
     for name in (str(path), str(tmp_path / "nowhere.csv"), "~nobody-of-that-name/x.csv", "x" * 300, "hub:someones/set"):
         assert with_recipe({"data.name": name})[0]["recipe"] == "head-only", "whoever reads it says what is wrong"
     # A site configures what a server sends: that it opened a file of the server's choice would tell of the file.
-    monkeypatch.setattr("strategies.job.count_labels", None)
-    monkeypatch.setattr("strategies.job.count_records", None)
+    monkeypatch.setattr("fedveil.strategies.job.count_labels", None)
+    monkeypatch.setattr("fedveil.strategies.job.count_records", None)
     assert configure({"data.name": str(path)}).config.recipe == "head-only"
 
 
@@ -345,7 +345,7 @@ def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a recipe's start read few public texts: a map of a tiny model's features needs no more."""
     whole = RECIPES["metric"].settings
     monkeypatch.setattr(type(RECIPES["metric"]), "settings", lambda _, asked: {**whole(asked), "start.records": TEXTS})
-    monkeypatch.setattr("common.starts.public_metric.MADE", TEXTS)
+    monkeypatch.setattr("fedveil.common.starts.public_metric.MADE", TEXTS)
 
 
 @pytest.mark.usefixtures("few_texts")

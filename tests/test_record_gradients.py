@@ -19,12 +19,12 @@ from test_adapters import ALPHA, FAMILIES, RANK, Folder, as_trained, float64_mod
 from torch import Tensor, nn
 
 from audits.tiny_models import with_biases
-from common.adapters import ADAPTERS, Adapter
-from common.adapters.split import SplitColumns, split_columns
-from common.starts import STARTS
-from privacy.dpsgd import PrivateSteps
-from privacy.plan import gaussian_plan
-from privacy.randomness import stream
+from fedveil.common.adapters import ADAPTERS, Adapter
+from fedveil.common.adapters.split import SplitColumns, split_columns
+from fedveil.common.starts import STARTS
+from fedveil.privacy.dpsgd import PrivateSteps
+from fedveil.privacy.plan import gaussian_plan
+from fedveil.privacy.randomness import stream
 
 RECORDS = 4
 each_family = pytest.mark.parametrize("family", [*FAMILIES, "vit"])

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from audits.tiny_site import OneSite, clinic
-from client.local_training import train_round
-from client.memory import Memory
-from common.messages.round import Refusal, TrainResult, TrainTask
-from common.messages.state import AdapterState
-from common.messages.tensors import entries, fingerprint, scale
-from common.messages.wire import encode_state, layout_of
+from fedveil.client.local_training import train_round
+from fedveil.client.memory import Memory
+from fedveil.common.messages.round import Refusal, TrainResult, TrainTask
+from fedveil.common.messages.state import AdapterState
+from fedveil.common.messages.tensors import entries, fingerprint, scale
+from fedveil.common.messages.wire import encode_state, layout_of
 
 
 @pytest.fixture
@@ -45,19 +45,19 @@ def test_a_repeated_task_gets_the_kept_reply_and_touches_no_record(
     def fail(*_: Any) -> Any:
         raise AssertionError("a record was touched")
 
-    monkeypatch.setattr("client.cache.RecordCache.prepare", fail)
-    monkeypatch.setattr("client.process.train_round", fail)
+    monkeypatch.setattr("fedveil.client.cache.RecordCache.prepare", fail)
+    monkeypatch.setattr("fedveil.client.process.train_round", fail)
     site.train(1)
 
 
 def test_a_site_that_recalls_nothing_is_found_out(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("client.memory.Memory.recall", lambda *_: None)
+    monkeypatch.setattr("fedveil.client.memory.Memory.recall", lambda *_: None)
     with pytest.raises(AssertionError, match="was charged"):
         check_that_a_repeated_task_is_free_and_the_same(site)
 
 
 def test_a_site_that_trains_again_without_paying_is_found_out(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("client.memory.Memory.recall", lambda *_: None)
+    monkeypatch.setattr("fedveil.client.memory.Memory.recall", lambda *_: None)
     paid: list[bool] = []
 
     def free(one: Any, job: Any, *rest: Any) -> Any:
@@ -66,7 +66,7 @@ def test_a_site_that_trains_again_without_paying_is_found_out(site: OneSite, mon
         paid.append(True)
         return train_round(one, job, *rest)
 
-    monkeypatch.setattr("client.process.train_round", free)
+    monkeypatch.setattr("fedveil.client.process.train_round", free)
     with pytest.raises(AssertionError, match="new release"):
         check_that_a_repeated_task_is_free_and_the_same(site)
 
@@ -84,7 +84,7 @@ def test_a_node_that_lost_its_memory_pays_again(site: OneSite) -> None:
 
 def test_a_round_that_failed_after_its_charge_is_charged_again(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("client.local_training._local_steps", lambda *_: 1 / 0)
+        patch.setattr("fedveil.client.local_training._local_steps", lambda *_: 1 / 0)
         reply = site.ask(site.task(1))
     assert isinstance(reply, Refusal)
     assert reply.kind == "failed"

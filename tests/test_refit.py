@@ -12,36 +12,36 @@ from torch import Tensor
 
 from audits.tiny_models import TARGETS
 from audits.tiny_site import clinic
-from client import app
-from client.head_alone import head_on_features
-from client.linearised import Computation, Derivatives, Keeping
-from client.rehearsal import rehearse, rehearse_features, rehearse_head
-from common.adapters import build_adapter
-from common.config.sections import AdapterConfig, HeadConfig
-from common.errors import ConfigError, ModelError
-from common.messages.round import TrainTask
-from common.messages.state import HEAD, METRIC, OWN, AdapterState
-from common.model.base import load_base_model
-from common.model.federated import FederatedModel
-from common.paths import run_folder
-from common.run_lines import PrivacyLine, RoundLine, read_lines
-from common.starts import STARTS
-from common.starts.base import Labels
-from common.tasks import TASKS, Record
-from common.tasks.examples import Dataset
-from common.tasks.featured import FEATURES
-from common.tasks.module import TaskModule
-from common.tasks.text import TextExample
-from contrib.starts.probe import Probe
-from experiments.evaluate import evaluate_run
-from experiments.in_process import InProcessTransport, run_in_process
-from privacy import dpsgd
-from privacy.plan import gaussian_plan
-from server.checkpoint import load_checkpoint, save_checkpoint, saved_state
-from server.model import ServerModel
-from server.optimizer import server_step
-from strategies import ServerState
-from strategies.job import configure, with_recipe
+from fedveil.client import app
+from fedveil.client.head_alone import head_on_features
+from fedveil.client.linearised import Computation, Derivatives, Keeping
+from fedveil.client.rehearsal import rehearse, rehearse_features, rehearse_head
+from fedveil.common.adapters import build_adapter
+from fedveil.common.config.sections import AdapterConfig, HeadConfig
+from fedveil.common.errors import ConfigError, ModelError
+from fedveil.common.messages.round import TrainTask
+from fedveil.common.messages.state import HEAD, METRIC, OWN, AdapterState
+from fedveil.common.model.base import load_base_model
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.paths import run_folder
+from fedveil.common.run_lines import PrivacyLine, RoundLine, read_lines
+from fedveil.common.starts import STARTS
+from fedveil.common.starts.base import Labels
+from fedveil.common.tasks import TASKS, Record
+from fedveil.common.tasks.examples import Dataset
+from fedveil.common.tasks.featured import FEATURES
+from fedveil.common.tasks.module import TaskModule
+from fedveil.common.tasks.text import TextExample
+from fedveil.contrib.starts.probe import Probe
+from fedveil.experiments.evaluate import evaluate_run
+from fedveil.experiments.in_process import InProcessTransport, run_in_process
+from fedveil.privacy import dpsgd
+from fedveil.privacy.plan import gaussian_plan
+from fedveil.server.checkpoint import load_checkpoint, save_checkpoint, saved_state
+from fedveil.server.model import ServerModel
+from fedveil.server.optimizer import server_step
+from fedveil.strategies import ServerState
+from fedveil.strategies.job import configure, with_recipe
 
 Folder = Callable[[str], str]
 DATA = Dataset("made-up", (), ())
@@ -282,7 +282,7 @@ def test_a_schedule_without_a_refit_is_as_it_was() -> None:
 
 
 def test_the_probe_keeps_its_map_where_the_head_has_one(model_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("common.starts.public_metric.MADE", 48)
+    monkeypatch.setattr("fedveil.common.starts.public_metric.MADE", 48)
     start, states = Probe(records=12), list[AdapterState]()
     step = {"weight": torch.full((2, 32), 0.02), "bias": torch.tensor([0.3, -0.3])}
     for metric in ("none", "public"):
@@ -322,7 +322,7 @@ def test_the_probe_keeps_its_map_where_the_head_has_one(model_folder: Folder, mo
 def test_a_run_ends_within_its_budget_with_the_adapter_of_its_first_rounds(
     toy_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("common.starts.public_metric.MADE", 48)
+    monkeypatch.setattr("fedveil.common.starts.public_metric.MADE", 48)
     more = {
         "strategy": "fedavg-lora",
         "rounds": 3,

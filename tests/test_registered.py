@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 from test_faults import Faulty, plain
 
-from common.errors import DataError
-from common.messages.round import Refusal, TrainResult, TrainTask
-from common.messages.wire import decode_reply, encode_reply
-from common.run_lines import RoundLine, read_lines
-from deploy import start
-from deploy.commands import superlink_environment
-from deploy.server_folder import make_server
-from experiments.in_process import run_in_process
-from server.marks import mark_of
-from server.registered import NODES, misnamed, names_in, registered_names
+from fedveil.common.errors import DataError
+from fedveil.common.messages.round import Refusal, TrainResult, TrainTask
+from fedveil.common.messages.wire import decode_reply, encode_reply
+from fedveil.common.run_lines import RoundLine, read_lines
+from fedveil.deploy import start
+from fedveil.deploy.commands import superlink_environment
+from fedveil.deploy.server_folder import make_server
+from fedveil.experiments.in_process import run_in_process
+from fedveil.server.marks import mark_of
+from fedveil.server.registered import NODES, misnamed, names_in, registered_names
 
 RUN = "named"
 NAMES = {0: "site-0", 1: "site-1", 2: "site-2"}

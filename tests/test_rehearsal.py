@@ -17,33 +17,33 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 from audits.tiny_models import VOCABULARY, tiny_deberta, tiny_tokenizer
 from audits.tiny_site import OneSite, clinic
-from client import app, budget, rehearsal, rehearsals
-from client.deadline import Deadline, Timing
-from client.ledger.ledger import Ledger
-from client.ledger.rows import Failure
-from client.own_records import prepared
-from client.process import SiteProcess
-from client.rehearsal import rehearse, rehearse_columns, rehearse_initial
-from client.rehearsals import PLAIN
-from client.site import open_site
-from common.adapters import ADAPTERS
-from common.adapters.mapped import Mapped
-from common.config.sections import HeadConfig
-from common.errors import ConfigError, LedgerError, ModelError
-from common.messages.columns import Chosen, whole_factors
-from common.messages.round import Refusal, TrainResult
-from common.messages.state import HEAD
-from common.messages.tensors import entries
-from common.model.base import BaseModel, load_base_model
-from common.model.federated import FederatedModel, model_of
-from common.starts import Start, dp_gradient
-from common.starts.kaiming import Kaiming
-from common.starts.orthonormal import Orthonormal
-from common.tasks import TASKS
-from common.tasks.text import TextExample
-from contrib.adapters.dora import DoRA
-from privacy.dpsgd import PrivateSteps
-from strategies.job import configure
+from fedveil.client import app, budget, rehearsal, rehearsals
+from fedveil.client.deadline import Deadline, Timing
+from fedveil.client.ledger.ledger import Ledger
+from fedveil.client.ledger.rows import Failure
+from fedveil.client.own_records import prepared
+from fedveil.client.process import SiteProcess
+from fedveil.client.rehearsal import rehearse, rehearse_columns, rehearse_initial
+from fedveil.client.rehearsals import PLAIN
+from fedveil.client.site import open_site
+from fedveil.common.adapters import ADAPTERS
+from fedveil.common.adapters.mapped import Mapped
+from fedveil.common.config.sections import HeadConfig
+from fedveil.common.errors import ConfigError, LedgerError, ModelError
+from fedveil.common.messages.columns import Chosen, whole_factors
+from fedveil.common.messages.round import Refusal, TrainResult
+from fedveil.common.messages.state import HEAD
+from fedveil.common.messages.tensors import entries
+from fedveil.common.model.base import BaseModel, load_base_model
+from fedveil.common.model.federated import FederatedModel, model_of
+from fedveil.common.starts import Start, dp_gradient
+from fedveil.common.starts.kaiming import Kaiming
+from fedveil.common.starts.orthonormal import Orthonormal
+from fedveil.common.tasks import TASKS
+from fedveil.common.tasks.text import TextExample
+from fedveil.contrib.adapters.dora import DoRA
+from fedveil.privacy.dpsgd import PrivateSteps
+from fedveil.strategies.job import configure
 
 SIZE = len(VOCABULARY)
 HONEST = [("bert", "classification", "query,value"), ("gpt2", "causal-lm", "c_attn"), ("llama", "causal-lm", "q_proj")]
@@ -585,7 +585,7 @@ def test_without_privacy_a_failure_is_a_refusal(
 ) -> None:
     site = clinic({**toy_settings, "privacy.mode": "none"}, tmp_path)
     site.rule(allow_no_privacy=True)
-    monkeypatch.setattr("common.model.plain.plain_step", lambda *_: 1 / 0)
+    monkeypatch.setattr("fedveil.common.model.plain.plain_step", lambda *_: 1 / 0)
     assert isinstance(site.ask(site.task()), Refusal)
 
 

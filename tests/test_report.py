@@ -14,21 +14,21 @@ import pytest
 from made_run import DELTA, MadeRun
 from typer.testing import CliRunner
 
-from cli.main import app
-from client.ledger.ledger import Ledger
-from client.ledger.rows import Charge
-from common.errors import BudgetExhausted, DataError
-from common.run_lines import AuditFile, Finding, Reached
-from common.words import names_text
-from privacy.accounting import gaussian_release
-from privacy.figures import epsilon_text
-from privacy.privacy_filter import promised
-from reports import federation_epsilon, markdown_report, report_of, to_json, write_reports
-from reports.audits import WHOSE
-from reports.claim import claim_of
-from reports.folder import read_run
-from reports.page import to_html
-from reports.sites import Recomputed, _compare, site_reports
+from fedveil.cli.main import app
+from fedveil.client.ledger.ledger import Ledger
+from fedveil.client.ledger.rows import Charge
+from fedveil.common.errors import BudgetExhausted, DataError
+from fedveil.common.run_lines import AuditFile, Finding, Reached
+from fedveil.common.words import names_text
+from fedveil.privacy.accounting import gaussian_release
+from fedveil.privacy.figures import epsilon_text
+from fedveil.privacy.privacy_filter import promised
+from fedveil.reports import federation_epsilon, markdown_report, report_of, to_json, write_reports
+from fedveil.reports.audits import WHOSE
+from fedveil.reports.claim import claim_of
+from fedveil.reports.folder import read_run
+from fedveil.reports.page import to_html
+from fedveil.reports.sites import Recomputed, _compare, site_reports
 
 HOSTILE = "<script>alert(1)</script>\x1b[2K\u202e|`*"
 

@@ -13,13 +13,13 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 from test_entropy import PRODUCT
 
-from common.data.named import DATASETS
-from demo.dinov2 import DINOV2_SMALL
-from demo.models import MINILM
-from demo.packaged import PackagedFile, PackagedTree
-from demo.smollm2 import SMOLLM2
-from deploy import shared_checks
-from deploy.advisories import safe_versions
+from fedveil.common.data.named import DATASETS
+from fedveil.demo.dinov2 import DINOV2_SMALL
+from fedveil.demo.models import MINILM
+from fedveil.demo.packaged import PackagedFile, PackagedTree
+from fedveil.demo.smollm2 import SMOLLM2
+from fedveil.deploy import shared_checks
+from fedveil.deploy.advisories import safe_versions
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -179,8 +179,8 @@ def test_the_doctor_fails_on_another_base_model_and_on_a_disk_that_is_full_or_cl
         opened.append(files)
         return SimpleNamespace(pin=f"{'ab' * 32}+{files}")
 
-    monkeypatch.setattr("common.model.base.load_base_model", load)
-    monkeypatch.setattr("common.model.files.files_of", lambda _: "ef" * 32)
+    monkeypatch.setattr("fedveil.common.model.base.load_base_model", load)
+    monkeypatch.setattr("fedveil.common.model.files.files_of", lambda _: "ef" * 32)
     right, other = f"{'ab' * 32}+{'ef' * 32}", f"{'cd' * 32}+{'ef' * 32}"
     for expected, ok in ((right, True), ("", True), (other, False)):
         (finding,) = shared_checks.base_model("mini", "classification", expected)

@@ -22,22 +22,22 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from audits.tiny_models import PLAIN_STEP
-from common import files
-from common.errors import ConfigError, DataError, RunFailed
-from common.messages.round import Refusal, TrainTask
-from common.model.score import Score
-from common.paths import REPLIES
-from common.run_lines import ConfigFile, PrivacyLine, RoundLine, read_file, read_lines
-from experiments.in_process import InProcessTransport, run_in_process
-from privacy.entropy import Source
-from reports import federation_epsilon, report_of
-from server.checkpoint import FORMAT, NAME, Checkpoint
-from server.lock import GLANCE_SECONDS, is_written, only_writer
-from server.records import RunFolder
-from server.resume import settings_of_resumed, with_resumed
-from server.sites import Exchange
-from strategies import STRATEGIES, ServerState
-from strategies.job import configure
+from fedveil.common import files
+from fedveil.common.errors import ConfigError, DataError, RunFailed
+from fedveil.common.messages.round import Refusal, TrainTask
+from fedveil.common.model.score import Score
+from fedveil.common.paths import REPLIES
+from fedveil.common.run_lines import ConfigFile, PrivacyLine, RoundLine, read_file, read_lines
+from fedveil.experiments.in_process import InProcessTransport, run_in_process
+from fedveil.privacy.entropy import Source
+from fedveil.reports import federation_epsilon, report_of
+from fedveil.server.checkpoint import FORMAT, NAME, Checkpoint
+from fedveil.server.lock import GLANCE_SECONDS, is_written, only_writer
+from fedveil.server.records import RunFolder
+from fedveil.server.resume import settings_of_resumed, with_resumed
+from fedveil.server.sites import Exchange
+from fedveil.strategies import STRATEGIES, ServerState
+from fedveil.strategies.job import configure
 
 
 class Killed(BaseException):
@@ -201,7 +201,7 @@ def test_what_another_process_writes_into_a_resumed_runs_folder_stays(tmp_path: 
 def test_a_run_under_way_is_not_resumed_and_nothing_of_it_is_touched(
     toy_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.conduct.DYING_SECONDS", 0.1)
+    monkeypatch.setattr("fedveil.server.conduct.DYING_SECONDS", 0.1)
     refused: list[str] = []
 
     class Impatient(InProcessTransport):

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 from test_sums import SUMMED, spent, uneven, words_of
 
-from client import sums
-from client.ledger.sums import Sums
-from common.errors import RunFailed
-from common.messages.round import SurvivorTask, Task, TrainTask
-from common.run_lines import RoundLine, read_lines
-from experiments.in_process import InProcessTransport, run_in_process
-from privacy.secure_sum import AttemptName, Identity, SiteAttempt
-from privacy.secure_sum.masks import Words
-from server.sites import Exchange
+from fedveil.client import sums
+from fedveil.client.ledger.sums import Sums
+from fedveil.common.errors import RunFailed
+from fedveil.common.messages.round import SurvivorTask, Task, TrainTask
+from fedveil.common.run_lines import RoundLine, read_lines
+from fedveil.experiments.in_process import InProcessTransport, run_in_process
+from fedveil.privacy.secure_sum import AttemptName, Identity, SiteAttempt
+from fedveil.privacy.secure_sum.masks import Words
+from fedveil.server.sites import Exchange
 
 SITES = {0: 3, 1: 4}
 """By ``privacy.drop-outs``."""

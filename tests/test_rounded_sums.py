@@ -20,9 +20,19 @@ import pytest
 from dp_accounting.pld import privacy_loss_distribution as pld
 from scipy.special import ndtr
 
-from privacy import randomness
-from privacy.accounting import epsilon, gaussian_release
-from privacy.secure_sum import AttemptName, Identity, Roster, SiteAttempt, Task, Terms, noise_share, rounded, total
+from fedveil.privacy import randomness
+from fedveil.privacy.accounting import epsilon, gaussian_release
+from fedveil.privacy.secure_sum import (
+    AttemptName,
+    Identity,
+    Roster,
+    SiteAttempt,
+    Task,
+    Terms,
+    noise_share,
+    rounded,
+    total,
+)
 
 Law = tuple[int, np.ndarray]
 """The first whole number, and the chances of it and of those after it."""

@@ -13,23 +13,23 @@ from typing import Any
 import pytest
 import torch
 
-import client.site
+import fedveil.client.site
 from audits.tiny_models import write_questions
 from audits.tiny_site import OneSite, clinic
-from client.ledger.ledger import Ledger
-from client.outgoing import UNTOLD
-from client.site import open_site
-from common.config.sections import Columns, DataConfig
-from common.data.sources import Reading, load_dataset, load_protected
-from common.errors import DataError, LedgerError, UnreadableFile
-from common.messages import wire
-from common.messages.round import Refusal, Reply, TrainResult
-from common.messages.wire import encode_reply
-from common.tasks import tables
-from common.tasks.cells import CELL_CHARACTERS
-from common.tasks.tables import Unfit
-from privacy import dpsgd, randomness
-from strategies.job import configure
+from fedveil.client.ledger.ledger import Ledger
+from fedveil.client.outgoing import UNTOLD
+from fedveil.client.site import open_site
+from fedveil.common.config.sections import Columns, DataConfig
+from fedveil.common.data.sources import Reading, load_dataset, load_protected
+from fedveil.common.errors import DataError, LedgerError, UnreadableFile
+from fedveil.common.messages import wire
+from fedveil.common.messages.round import Refusal, Reply, TrainResult
+from fedveil.common.messages.wire import encode_reply
+from fedveil.common.tasks import tables
+from fedveil.common.tasks.cells import CELL_CHARACTERS
+from fedveil.common.tasks.tables import Unfit
+from fedveil.privacy import dpsgd, randomness
+from fedveil.strategies.job import configure
 
 ODD = {
     "no text": '" ",good,a1\n',
@@ -93,7 +93,7 @@ def fixed_noise(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     def every_third(size: int, rate: float) -> torch.Tensor:
         return torch.arange(0, size, 3)
 
-    for module in (dpsgd, client.evaluation):
+    for module in (dpsgd, fedveil.client.evaluation):
         monkeypatch.setattr(module, "add_private_noise", noised)
     monkeypatch.setattr(randomness, "private_poisson_sample", every_third)
     monkeypatch.setattr(wire.secrets, "token_bytes", bytes)
@@ -112,7 +112,7 @@ class Asked:
         self.number += 1
         self.site.node["ledger"] = str(data_of(self.site).with_name(f"ledger-{self.number}.sqlite"))
         self.site.memory.clear()
-        client.site._own_data.cache_clear()
+        fedveil.client.site._own_data.cache_clear()
         start()
         return self.site.ask(self.task)
 
@@ -140,7 +140,7 @@ def test_a_row_that_is_no_record_changes_no_byte_of_the_reply(
         return Reading(load_dataset(config, task, source))
 
     # Planted fault: what is an error in public data is one here.
-    monkeypatch.setattr("client.site.load_protected", strictly)
+    monkeypatch.setattr("fedveil.client.site.load_protected", strictly)
     data_of(site).unlink()
     for row in ODD.values():
         again = clinic(site.settings, data_of(site).parent)
@@ -213,7 +213,7 @@ def test_a_site_without_a_single_record_answers_with_noise_and_pays(site: OneSit
         site.settings |= {"strategy": "fed-sb", "adapter.start": "dp-gradient"}
     task = site.task(number) if number else replace(site.task(0), state={}, basis={}, basis_fingerprint="")
     data_of(site).write_text("text,label\n,\n,good\nthe film,\n", encoding="utf-8")
-    client.site._own_data.cache_clear()
+    fedveil.client.site._own_data.cache_clear()
     reply = site.ask(task)
     assert isinstance(reply, TrainResult), reply
     assert site.charges()[0] == ("1", number, "training" if number else "initialisation"), site.charges()
@@ -227,7 +227,7 @@ def test_a_generative_site_without_a_single_record_answers_too(toy_generation: d
     site.node["data"] = str(write_questions(tmp_path / "own.csv", 30))
     task = site.task()
     (tmp_path / "own.csv").write_text('prompt,completion\nquestion,\n,one\nquestion," "\n', encoding="utf-8")
-    client.site._own_data.cache_clear()
+    fedveil.client.site._own_data.cache_clear()
     assert isinstance(site.ask(task), TrainResult)
 
 
@@ -251,7 +251,7 @@ def test_a_file_that_stays_broken_is_said_in_every_round_by_log_and_ledger(
 ) -> None:
     tasks = [site.task(1), site.task(2)]
     data_of(site).write_bytes(next(iter(BROKEN.values())))
-    client.site._own_data.cache_clear()
+    fedveil.client.site._own_data.cache_clear()
     assert all(isinstance(site.ask(task), TrainResult) for task in tasks)
     assert caplog.text.count("no record is read, and rounds cost the same") == 2
     with Ledger(site.ledger) as ledger:
@@ -268,7 +268,7 @@ def test_a_ledger_that_cannot_note_a_broken_file_is_no_refusal(
 
     task = site.task(1)
     data_of(site).write_bytes(next(iter(BROKEN.values())))
-    client.site._own_data.cache_clear()
+    fedveil.client.site._own_data.cache_clear()
     monkeypatch.setattr(Ledger, "fail", full)
     assert isinstance(site.ask(task), TrainResult), "the refusal tells that no record is read"
     assert "the ledger has no row of a round that failed: the disk is full" in caplog.text
@@ -345,7 +345,9 @@ def test_a_quote_that_nobody_doubled_takes_no_other_record_along(
     without, with_it = sent()
     assert without == with_it, "one record more has changed what others contribute"
     # Planted fault: cells may hold line breaks, and the file is not of a program that doubles quotes.
-    monkeypatch.setattr("client.site.load_protected", lambda *place, **_: load_protected(*place, line_breaks=True))
+    monkeypatch.setattr(
+        "fedveil.client.site.load_protected", lambda *place, **_: load_protected(*place, line_breaks=True)
+    )
     written()
     without, with_it = sent()
     assert without != with_it

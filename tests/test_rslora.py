@@ -16,17 +16,17 @@ from test_ffa_lora import gap, problem, train_privately
 from torch import nn
 from transformers import AutoModel
 
-from common.adapters import LoRA, LoRAFrozenA
-from common.config.sections import SCALES
-from common.config.text import parse_settings
-from common.errors import ConfigError
-from common.run_lines import RoundLine, read_lines
-from common.starts import STARTS
-from common.starts.directions import orthonormal_rows
-from experiments.evaluate import evaluate_run
-from experiments.in_process import run_in_process
-from privacy.randomness import stream
-from strategies.job import configure
+from fedveil.common.adapters import LoRA, LoRAFrozenA
+from fedveil.common.config.sections import SCALES
+from fedveil.common.config.text import parse_settings
+from fedveil.common.errors import ConfigError
+from fedveil.common.run_lines import RoundLine, read_lines
+from fedveil.common.starts import STARTS
+from fedveil.common.starts.directions import orthonormal_rows
+from fedveil.experiments.evaluate import evaluate_run
+from fedveil.experiments.in_process import run_in_process
+from fedveil.privacy.randomness import stream
+from fedveil.strategies.job import configure
 
 RSLORA = {"adapter.scale": "sqrt-rank"}
 

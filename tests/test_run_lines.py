@@ -12,10 +12,10 @@ import pytest
 from made_run import MadeRun, adapter_told
 from test_report import fedveil
 
-from common.errors import DataError
-from common.files import append_lines, finite, whole_lines
-from common.messages.round import SpendingFigures
-from common.run_lines import (
+from fedveil.common.errors import DataError
+from fedveil.common.files import append_lines, finite, whole_lines
+from fedveil.common.messages.round import SpendingFigures
+from fedveil.common.run_lines import (
     Absence,
     AdapterFile,
     BaselineFile,
@@ -29,12 +29,12 @@ from common.run_lines import (
     read_if_there,
     read_lines,
 )
-from common.strict_json import to_json
-from experiments.in_process import run_in_process
-from experiments.site_count import recorded_sites
-from reports import report_of, write_reports
-from reports.audits import audit_reports
-from reports.folder import read_run
+from fedveil.common.strict_json import to_json
+from fedveil.experiments.in_process import run_in_process
+from fedveil.experiments.site_count import recorded_sites
+from fedveil.reports import report_of, write_reports
+from fedveil.reports.audits import audit_reports
+from fedveil.reports.folder import read_run
 
 FILES: tuple[type[RunFile], ...] = (ConfigFile, BaselineFile, ProgressFile, ResultFile)
 LINES: tuple[type[RunFile], ...] = (RoundLine, PrivacyLine)

@@ -20,17 +20,17 @@ from flwr.proto.runtime_pb2 import PullTaskInputRequest
 from flwr.supercore.constant import TaskType
 from superlink_api import SECRET, SuperLinkApi, superlink_api
 
-from common.bundle import PROJECT, bundle_digest, files_of, own_digest
-from common.errors import FedVeilError, ProtocolError, RunFailed
-from common.paths import run_folder
-from common.ports import free_ports
-from common.run_lines import ProgressFile, read_file
-from common.runtime import NODE_TOO, NotOurNode, Runtime, TaskLost
-from deploy.commands import environment, runner_command
-from deploy.pair import ANEW
-from deploy.server_folder import ServerFolder, make_server
-from server import runner
-from strategies.job import configure
+from fedveil.common.bundle import PROJECT, bundle_digest, files_of, own_digest
+from fedveil.common.errors import FedVeilError, ProtocolError, RunFailed
+from fedveil.common.paths import run_folder
+from fedveil.common.ports import free_ports
+from fedveil.common.run_lines import ProgressFile, read_file
+from fedveil.common.runtime import NODE_TOO, NotOurNode, Runtime, TaskLost
+from fedveil.deploy.commands import environment, runner_command
+from fedveil.deploy.pair import ANEW
+from fedveil.deploy.server_folder import ServerFolder, make_server
+from fedveil.server import runner
+from fedveil.strategies.job import configure
 
 PATIENCE = 300.0
 FLWR_SERVERAPP = Path(sys.executable).parent / "flwr-serverapp"
@@ -205,7 +205,9 @@ def test_only_the_own_bundle_passes(bundle: Callable[[], bytes], error: type[Fed
 
 def test_settings_of_another_s_making_beside_the_own_files_are_refused() -> None:
     files = files_of(PROJECT)
-    settings = files["pyproject.toml"].replace(b'serverapp = "server.app:app"', b'serverapp = "reports.page:app"')
+    settings = files["pyproject.toml"].replace(
+        b'serverapp = "fedveil.server.app:app"', b'serverapp = "fedveil.reports.page:app"'
+    )
     other = build_fab_from_files(files | {"pyproject.toml": settings})[0]
     assert bundle_digest(other) != own_digest()
     with zipfile.ZipFile(io.BytesIO(other)) as archive:

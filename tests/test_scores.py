@@ -10,14 +10,14 @@ import pytest
 from made_run import MadeRun
 from scipy.stats import binomtest
 
-from cli.report import print_summary
-from common.run_lines import BaselineFile, LabelScore, RoundLine, read_file, read_lines
-from common.strict_json import to_json
-from experiments.evaluate import evaluate_run
-from experiments.in_process import run_in_process
-from reports import markdown_report, report_of
-from reports.page import to_html
-from reports.scores import label_reports, wilson
+from fedveil.cli.report import print_summary
+from fedveil.common.run_lines import BaselineFile, LabelScore, RoundLine, read_file, read_lines
+from fedveil.common.strict_json import to_json
+from fedveil.experiments.evaluate import evaluate_run
+from fedveil.experiments.in_process import run_in_process
+from fedveil.reports import markdown_report, report_of
+from fedveil.reports.page import to_html
+from fedveil.reports.scores import label_reports, wilson
 
 
 @pytest.mark.parametrize(("right", "records"), [(0, 1), (0, 40), (1, 7), (40, 40), (731, 1000), (764, 1000)])

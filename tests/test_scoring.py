@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from common.run_lines import RoundLine, read_lines
-from experiments.evaluate import evaluate_run
-from experiments.in_process import run_in_process
-from strategies import STRATEGIES
+from fedveil.common.run_lines import RoundLine, read_lines
+from fedveil.experiments.evaluate import evaluate_run
+from fedveil.experiments.in_process import run_in_process
+from fedveil.strategies import STRATEGIES
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

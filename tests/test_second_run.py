@@ -12,30 +12,30 @@ import pytest
 from made_run import MadeRun
 from typer.testing import CliRunner
 
-from cli.main import app
-from client import budget
-from client.budget import plan_of
-from client.deadline import Deadline
-from client.ledger.ledger import Ledger
-from client.ledger.rows import Terms
-from client.policy import Policy
-from client.site import Site
-from common.config.text import to_toml
-from common.errors import BudgetExhausted, ConfigError, PolicyRefusal
-from common.messages.round import TrainTask
-from common.run_lines import PrivacyLine, read_lines
-from common.starts import PaidStart
-from common.tasks.examples import Dataset
-from experiments.in_process import run_in_process, simulated_nodes
-from experiments.planner.earlier import earlier_runs
-from experiments.planner.find import find
-from experiments.planner.forecast import forecast
-from experiments.planner.price import priced_rounds, simulated_sizes, site_plans
-from privacy.accountant import EVALUATION, TRAINING
-from privacy.accounting import Release, alone, gaussian_release
-from privacy.events import Event, SummedGaussian, sampled_gaussian
-from privacy.figures import epsilon_text
-from privacy.privacy_filter import (
+from fedveil.cli.main import app
+from fedveil.client import budget
+from fedveil.client.budget import plan_of
+from fedveil.client.deadline import Deadline
+from fedveil.client.ledger.ledger import Ledger
+from fedveil.client.ledger.rows import Terms
+from fedveil.client.policy import Policy
+from fedveil.client.site import Site
+from fedveil.common.config.text import to_toml
+from fedveil.common.errors import BudgetExhausted, ConfigError, PolicyRefusal
+from fedveil.common.messages.round import TrainTask
+from fedveil.common.run_lines import PrivacyLine, read_lines
+from fedveil.common.starts import PaidStart
+from fedveil.common.tasks.examples import Dataset
+from fedveil.experiments.in_process import run_in_process, simulated_nodes
+from fedveil.experiments.planner.earlier import earlier_runs
+from fedveil.experiments.planner.find import find
+from fedveil.experiments.planner.forecast import forecast
+from fedveil.experiments.planner.price import priced_rounds, simulated_sizes, site_plans
+from fedveil.privacy.accountant import EVALUATION, TRAINING
+from fedveil.privacy.accounting import Release, alone, gaussian_release
+from fedveil.privacy.events import Event, SummedGaussian, sampled_gaussian
+from fedveil.privacy.figures import epsilon_text
+from fedveil.privacy.privacy_filter import (
     FRESH,
     History,
     commitment_to,
@@ -45,9 +45,9 @@ from privacy.privacy_filter import (
     promised,
     promised_noise,
 )
-from server.collect import trusted
-from server.ledger import ServerLedger
-from strategies.job import Job, configure
+from fedveil.server.collect import trusted
+from fedveil.server.ledger import ServerLedger
+from fedveil.strategies.job import Job, configure
 
 DELTA = 1e-5
 SUM: dict[str, Any] = {

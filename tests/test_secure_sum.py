@@ -23,10 +23,10 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from audits.bands import out_of_band, related
-from common.errors import ConfigError, DataError, MechanismError, ProtocolError
-from privacy.accounting import epsilon, gaussian_release, noise_multiplier_for
-from privacy.randomness import noise_grid
-from privacy.secure_sum import (
+from fedveil.common.errors import ConfigError, DataError, MechanismError, ProtocolError
+from fedveil.privacy.accounting import epsilon, gaussian_release, noise_multiplier_for
+from fedveil.privacy.randomness import noise_grid
+from fedveil.privacy.secure_sum import (
     AttemptName,
     Context,
     Identity,
@@ -43,11 +43,11 @@ from privacy.secure_sum import (
     rounding,
     total,
 )
-from privacy.secure_sum import context as context_module
-from privacy.secure_sum.canonical import canonical
-from privacy.secure_sum.identity import is_signed
-from privacy.secure_sum.masks import Words, add_mask, mask_of, pair_seed
-from privacy.secure_sum.roster import load_roster, parse_roster
+from fedveil.privacy.secure_sum import context as context_module
+from fedveil.privacy.secure_sum.canonical import canonical
+from fedveil.privacy.secure_sum.identity import is_signed
+from fedveil.privacy.secure_sum.masks import Words, add_mask, mask_of, pair_seed
+from fedveil.privacy.secure_sum.roster import load_roster, parse_roster
 
 TERMS = Terms(noise_multiplier=4.8, clip_norm=0.5, sample_rate=0.33, rounds=12, honest_sites=2, colluders=1)
 TASK = Task(base="b" * 64, start="c" * 64, basis="", state=bytes(32), layout=bytes(8))

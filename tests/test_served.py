@@ -21,11 +21,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from audits.tiny_models import TARGETS, VOCABULARY, tiny_tokenizer, toy_run, write_questions
-from common.run_lines import ConfigFile, read_file
-from experiments.evaluate import load_result
-from experiments.in_process import run_in_process
-from experiments.serving.merge import merge_run
-from strategies.recipes.metric import FEWEST, PublicMetricRecipe
+from fedveil.common.run_lines import ConfigFile, read_file
+from fedveil.experiments.evaluate import load_result
+from fedveil.experiments.in_process import run_in_process
+from fedveil.experiments.serving.merge import merge_run
+from fedveil.strategies.recipes.metric import FEWEST, PublicMetricRecipe
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = sorted(package.parent.name for package in ROOT.glob("*/__init__.py"))
@@ -134,7 +134,9 @@ def served(bare: Path, model_folder: Callable[[str], str], tmp_path_factory: pyt
     place = tmp_path_factory.mktemp("served")
     toy = toy_run(model_folder("bert"), place)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("common.starts.public_metric.MADE", 48)  # a map of 16 features needs no more made-up texts
+        patch.setattr(
+            "fedveil.common.starts.public_metric.MADE", 48
+        )  # a map of 16 features needs no more made-up texts
         default = run_in_process(default_job(toy, PublicMetricRecipe()), 2)
     settings = read_file(ConfigFile, default).settings
     made = ("adapter.name", "head.metric", "phases")

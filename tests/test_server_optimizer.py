@@ -10,20 +10,20 @@ from typing import Any
 import pytest
 import torch
 
-from common.config.asked import RunSettings, ServerSettings, resolve
-from common.config.sections import RunConfig
-from common.errors import ConfigError
-from common.messages.state import HEAD, METRIC, AdapterState
-from common.messages.tensors import apply, entries, merge
-from common.model.score import Score
-from common.run_lines import RoundLine, read_lines
-from experiments.in_process import run_in_process
-from server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from server.optimizer import BETA2, server_step, usual_change
-from strategies import STRATEGIES, Contribution, Moments, ServerState
-from strategies.fed_svd import FedSVD
-from strategies.ffa_lora import FFALoRA
-from strategies.job import configure
+from fedveil.common.config.asked import RunSettings, ServerSettings, resolve
+from fedveil.common.config.sections import RunConfig
+from fedveil.common.errors import ConfigError
+from fedveil.common.messages.state import HEAD, METRIC, AdapterState
+from fedveil.common.messages.tensors import apply, entries, merge
+from fedveil.common.model.score import Score
+from fedveil.common.run_lines import RoundLine, read_lines
+from fedveil.experiments.in_process import run_in_process
+from fedveil.server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from fedveil.server.optimizer import BETA2, server_step, usual_change
+from fedveil.strategies import STRATEGIES, Contribution, Moments, ServerState
+from fedveil.strategies.fed_svd import FedSVD
+from fedveil.strategies.ffa_lora import FFALoRA
+from fedveil.strategies.job import configure
 
 CONFIG = resolve(
     RunSettings(

@@ -13,20 +13,20 @@ import pytest
 from test_imports import ROOMS, imports
 from typer.testing import CliRunner
 
-from cli.main import app
-from cli.settings_reference import all_settings, lines_of, select
-from common.check import NOT_NEGATIVE, POSITIVE, Digits, Interval, OneOf, Rule
-from common.config.asked import RunSettings
-from common.config.fields import Section, kinds_of, rules_of, unit_of
-from common.config.sections import Scalar
-from common.config.text import flatten, parse_settings
-from common.errors import ConfigError
-from common.starts import STARTS
 from docs.make.settings import flower_table, page, pyproject
-from strategies import ROWS, STRATEGIES
-from strategies.job import configure
-from strategies.options import known_settings
-from strategies.rules import RULES
+from fedveil.cli.main import app
+from fedveil.cli.settings_reference import all_settings, lines_of, select
+from fedveil.common.check import NOT_NEGATIVE, POSITIVE, Digits, Interval, OneOf, Rule
+from fedveil.common.config.asked import RunSettings
+from fedveil.common.config.fields import Section, kinds_of, rules_of, unit_of
+from fedveil.common.config.sections import Scalar
+from fedveil.common.config.text import flatten, parse_settings
+from fedveil.common.errors import ConfigError
+from fedveil.common.starts import STARTS
+from fedveil.strategies import ROWS, STRATEGIES
+from fedveil.strategies.job import configure
+from fedveil.strategies.options import known_settings
+from fedveil.strategies.rules import RULES
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = all_settings()

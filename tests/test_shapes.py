@@ -15,10 +15,10 @@ from torch.optim import SGD
 
 from audits.hostile_state import MOST, NEIGHBOURS, audit_state, clips_moved, default_model, install
 from audits.worlds import World, fresh_world, minus, norm, plan, released
-from common.model.shapes import FixedBatch, Shapes
-from common.tasks import Record
-from common.tasks.text import TextExample
-from privacy.dpsgd import PrivateSteps
+from fedveil.common.model.shapes import FixedBatch, Shapes
+from fedveil.common.tasks import Record
+from fedveil.common.tasks.text import TextExample
+from fedveil.privacy.dpsgd import PrivateSteps
 
 FAMILIES = [("bert", "lora", "trained"), ("gpt2", "lora", "frozen"), ("llama", "lora-frozen-a", "frozen")]
 SHAPES = st.builds(Shapes, st.integers(1, 3000), st.integers(1, 5000), st.integers(1, 64))

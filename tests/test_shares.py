@@ -15,19 +15,19 @@ from hypothesis import strategies as st
 from made_run import told
 from test_admission import DEAR_START, NUMBERS, STATE, answer, plan
 
-from common.errors import BudgetExhausted, ConfigError
-from common.messages.round import TrainResult
-from common.messages.state import HEAD
-from common.messages.tensors import l2_norm
-from privacy import MECHANISMS
-from server import aggregation
-from server.admission import Admission
-from server.aggregation import capped, contributions, warn_of_noise
-from server.optimizer import BETA2
-from server.plausible import honest_norm, largest_norm
-from server.terms import least_plan, usual_noise
-from strategies import Moments, ServerState
-from strategies.job import Job, configure
+from fedveil.common.errors import BudgetExhausted, ConfigError
+from fedveil.common.messages.round import TrainResult
+from fedveil.common.messages.state import HEAD
+from fedveil.common.messages.tensors import l2_norm
+from fedveil.privacy import MECHANISMS
+from fedveil.server import aggregation
+from fedveil.server.admission import Admission
+from fedveil.server.aggregation import capped, contributions, warn_of_noise
+from fedveil.server.optimizer import BETA2
+from fedveil.server.plausible import honest_norm, largest_norm
+from fedveil.server.terms import least_plan, usual_noise
+from fedveil.strategies import Moments, ServerState
+from fedveil.strategies.job import Job, configure
 
 PRIVATE: dict[str, Any] = {"server.optimizer": "none", "training.optimizer": "sgd", "training.learning-rate": 0.1}
 OPEN: dict[str, Any] = {**PRIVATE, "privacy.mode": "none"}

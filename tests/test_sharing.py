@@ -14,22 +14,22 @@ import yaml
 from made_run import DELTA, MadeRun
 from test_card import with_adapter
 
-from cli import report as summary
-from common.run_lines import AuditFile, BesideRow, Finding
-from privacy.accounting import Release, alone, gaussian_release
-from privacy.figures import bound_text, epsilon_text, remaining_text
-from privacy.privacy_filter import promised
-from reports import ReportData, report_of, write_reports
-from reports.audits import AT_LEAST, CLAIMED, HONEST, audit_reports, bound_note, bound_sentences
-from reports.card import adapter_form, card_of
-from reports.claim import claim_of
-from reports.declared import Declared
-from reports.folder import read_run
-from reports.markdown import to_markdown
-from reports.page import to_html
-from reports.sharing import sharing_of
-from reports.signature import make_key
-from reports.sites import fewest_summed, site_reports
+from fedveil.cli import report as summary
+from fedveil.common.run_lines import AuditFile, BesideRow, Finding
+from fedveil.privacy.accounting import Release, alone, gaussian_release
+from fedveil.privacy.figures import bound_text, epsilon_text, remaining_text
+from fedveil.privacy.privacy_filter import promised
+from fedveil.reports import ReportData, report_of, write_reports
+from fedveil.reports.audits import AT_LEAST, CLAIMED, HONEST, audit_reports, bound_note, bound_sentences
+from fedveil.reports.card import adapter_form, card_of
+from fedveil.reports.claim import claim_of
+from fedveil.reports.declared import Declared
+from fedveil.reports.folder import read_run
+from fedveil.reports.markdown import to_markdown
+from fedveil.reports.page import to_html
+from fedveil.reports.sharing import sharing_of
+from fedveil.reports.signature import make_key
+from fedveil.reports.sites import fewest_summed, site_reports
 
 SITES = {f"clinic-{i}": 2000 for i in range(4)}
 Marked = dict[str, set[str]]

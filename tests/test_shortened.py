@@ -8,15 +8,15 @@ from typing import Any
 
 from made_run import MadeRun
 
-from common.messages.round import Task, TrainResult, TrainTask
-from common.messages.tensors import apply
-from common.run_lines import RoundLine, ShortenedLine, read_lines
-from common.strict_json import to_json
-from experiments.in_process import InProcessTransport, run_in_process
-from reports import report_of
-from reports.markdown import to_markdown
-from reports.page import to_html
-from server.sites import Exchange
+from fedveil.common.messages.round import Task, TrainResult, TrainTask
+from fedveil.common.messages.tensors import apply
+from fedveil.common.run_lines import RoundLine, ShortenedLine, read_lines
+from fedveil.common.strict_json import to_json
+from fedveil.experiments.in_process import InProcessTransport, run_in_process
+from fedveil.reports import report_of
+from fedveil.reports.markdown import to_markdown
+from fedveil.reports.page import to_html
+from fedveil.server.sites import Exchange
 
 
 class Longer(InProcessTransport):

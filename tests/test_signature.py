@@ -18,12 +18,12 @@ from made_run import MadeRun
 from test_card import with_adapter
 from test_report import audit_file, fedveil, found
 
-from common.errors import DataError
-from common.files import replace_file
-from privacy.figures import epsilon_text
-from reports import ReportData, report_of, write_reports
-from reports.declared import declare
-from reports.signature import EVIDENCE, SIGNATURE, STATEMENT, members, sign
+from fedveil.common.errors import DataError
+from fedveil.common.files import replace_file
+from fedveil.privacy.figures import epsilon_text
+from fedveil.reports import ReportData, report_of, write_reports
+from fedveil.reports.declared import declare
+from fedveil.reports.signature import EVIDENCE, SIGNATURE, STATEMENT, members, sign
 
 
 @pytest.fixture
@@ -192,7 +192,7 @@ def test_an_adapter_that_changes_while_it_is_signed_is_refused(
         return data
 
     fedveil("keygen", tmp_path / "server.pem")
-    monkeypatch.setattr("reports.files.report_of", then_changed)
+    monkeypatch.setattr("fedveil.reports.files.report_of", then_changed)
     with pytest.raises(DataError, match=r"adapter/head\.safetensors changed while"):
         write_reports(made.folder, tmp_path / "server.pem")
     assert not (made.folder / STATEMENT).exists()
@@ -290,7 +290,7 @@ def test_a_line_that_comes_while_the_report_is_made_and_signed_is_found(
         return data
 
     fedveil("keygen", tmp_path / "server.pem")
-    monkeypatch.setattr("reports.files.report_of", then_a_round)
+    monkeypatch.setattr("fedveil.reports.files.report_of", then_a_round)
     with pytest.raises(DataError, match=r"privacy\.jsonl changed while"):
         write_reports(made.folder, tmp_path / "server.pem")
     assert not (made.folder / STATEMENT).exists()

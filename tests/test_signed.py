@@ -26,27 +26,27 @@ from runtime_api import NODE_ID, RUN_ID, SECRET, runtime_api
 from test_worker import OneTask, fresh_process, own_bundle  # noqa: F401
 
 from audits.tiny_site import OneSite, clinic
-from client import app as installed
-from client import process as site_process
-from client import worker
-from client.process import SiteProcess
-from common.errors import DataError, PolicyRefusal, ProtocolError
-from common.messages import signed
-from common.messages.round import KeyTask, Refusal, TrainResult, TrainTask
-from common.messages.signed import Asked, SiteKeys, check_task, digest, is_answer, sign_answer, sign_task
-from common.messages.wire import decode_reply, encode_reply, encode_task, round_of
-from deploy import start
-from deploy.certificates import Issued, new_authority, new_server_certificate, new_task_certificate
-from deploy.commands import worker_command
-from deploy.server_folder import TASKS, ServerFolder, authority_beside, check_tasks, make_server, renew_server
-from deploy.site_folder import make_site
-from server import app as server_app
-from server.app import FlowerTransport
-from server.collect.shown import Shown
-from server.own_check import FOLDER
-from server.registered import NODES
-from server.signing import CERTIFICATE, read_tasks_key, signing_of
-from strategies.job import configure
+from fedveil.client import app as installed
+from fedveil.client import process as site_process
+from fedveil.client import worker
+from fedveil.client.process import SiteProcess
+from fedveil.common.errors import DataError, PolicyRefusal, ProtocolError
+from fedveil.common.messages import signed
+from fedveil.common.messages.round import KeyTask, Refusal, TrainResult, TrainTask
+from fedveil.common.messages.signed import Asked, SiteKeys, check_task, digest, is_answer, sign_answer, sign_task
+from fedveil.common.messages.wire import decode_reply, encode_reply, encode_task, round_of
+from fedveil.deploy import start
+from fedveil.deploy.certificates import Issued, new_authority, new_server_certificate, new_task_certificate
+from fedveil.deploy.commands import worker_command
+from fedveil.deploy.server_folder import TASKS, ServerFolder, authority_beside, check_tasks, make_server, renew_server
+from fedveil.deploy.site_folder import make_site
+from fedveil.server import app as server_app
+from fedveil.server.app import FlowerTransport
+from fedveil.server.collect.shown import Shown
+from fedveil.server.own_check import FOLDER
+from fedveil.server.registered import NODES
+from fedveil.server.signing import CERTIFICATE, read_tasks_key, signing_of
+from fedveil.strategies.job import configure
 
 SETTINGS = {"rounds": 2, "privacy.epsilon": 8.0, "head.train": True, "strategy": "fed-sb"}
 ASKED = Asked("17", SETTINGS, 7)

@@ -18,22 +18,22 @@ import typer
 from made_run import MadeRun
 from typer.testing import CliRunner
 
-import cli
+import fedveil.cli
 from audits.tiny_models import write_questions
 from audits.tiny_site import OneSite
-from cli.errors import for_people
-from cli.main import app
-from common.config.text import to_toml
-from common.errors import ConfigError, DataError, RunFailed
-from common.run_lines import ProgressFile, ResultFile
-from common.strict_json import to_json
-from experiments import simulate as simulation
-from experiments.in_process import InProcessTransport, run_in_process
-from experiments.site_count import record_sites, recorded_sites, sites_of
-from server.checkpoint import NAME
-from server.lock import only_writer
-from server.records import write_json
-from strategies.job import configure
+from fedveil.cli.errors import for_people
+from fedveil.cli.main import app
+from fedveil.common.config.text import to_toml
+from fedveil.common.errors import ConfigError, DataError, RunFailed
+from fedveil.common.run_lines import ProgressFile, ResultFile
+from fedveil.common.strict_json import to_json
+from fedveil.experiments import simulate as simulation
+from fedveil.experiments.in_process import InProcessTransport, run_in_process
+from fedveil.experiments.site_count import record_sites, recorded_sites, sites_of
+from fedveil.server.checkpoint import NAME
+from fedveil.server.lock import only_writer
+from fedveil.server.records import write_json
+from fedveil.strategies.job import configure
 
 FOLLOW = simulation._follow
 
@@ -110,7 +110,7 @@ def test_names_of_a_run_are_text_and_no_markup(
     assert isinstance(done.exception, SystemExit), done.exception
     for said in (f"and {name}: 2 sites", f"line of {name}", f"fedveil: no {name}"):
         assert said in done.output
-    for path in Path(cli.__file__).parent.glob("*.py"):
+    for path in Path(fedveil.cli.__file__).parent.glob("*.py"):
         made = path.read_text(encoding="utf-8").split("Console(")[1:]
         assert all("markup=False" in after[: after.index(")")] for after in made), path
 

@@ -25,48 +25,57 @@ from typer.testing import CliRunner
 from audits.site_rounds import sampler_faults
 from audits.tiny_site import OneSite, clinic
 from audits.whole_sites import MadeUp, Sent, flat
-from cli.ledger import ASKED
-from cli.main import app
-from cli.report import print_summary
-from client.ledger.ledger import Ledger
-from client.policy import Policy
-from common.errors import BudgetExhausted, ConfigError, LedgerError, RunFailed
-from common.messages.round import Refusal, Spending, Task, TrainResult, TrainTask
-from common.messages.state import HEAD, AdapterState
-from common.messages.tensors import apply, entries, l2_norm, subtract
-from common.run_lines import COHORT, Absence, PrivacyLine, ProgressFile, ResultFile, RoundLine, read_file, read_lines
-from common.trackers import TRACKERS
-from deploy.doctor import _mechanisms
-from deploy.policy_file import mechanisms_of_job, policy_text
-from deploy.site_folder import SiteFolder
-from experiments.in_process import InProcessTransport, run_in_process
-from experiments.planner.find import find
-from experiments.planner.price import priced_rounds, rounds_within, site_plans
-from experiments.simulate import simulate
-from privacy.accounting import Release
-from privacy.client_level import ClippedPlan
-from privacy.events import sampled_gaussian
-from privacy.figures import bound_text
-from privacy.privacy_filter import promised
-from privacy.randomness import add_private_noise
-from reports import markdown_report, report_of
-from reports.claim import UNTOLD
-from reports.page import to_html
-from reports.watch import TO_NOBODY, Watched
-from server.admission import Admission
-from server.app import FlowerTransport
-from server.collect.base import Collected
-from server.collect.door import collector_of, shown_of
-from server.collect.shown import Shown, ShownOfCohort
-from server.collect.trusted import TrustedCollector
-from server.ledger import ServerLedger, with_ledger
-from server.model import ServerModel
-from server.records import RunFolder
-from server.sites import Exchange, Sites
-from server.terminal import round_line
-from server.tracking import rounds_of
-from strategies import STRATEGIES, ServerState
-from strategies.job import Job, configure
+from fedveil.cli.ledger import ASKED
+from fedveil.cli.main import app
+from fedveil.cli.report import print_summary
+from fedveil.client.ledger.ledger import Ledger
+from fedveil.client.policy import Policy
+from fedveil.common.errors import BudgetExhausted, ConfigError, LedgerError, RunFailed
+from fedveil.common.messages.round import Refusal, Spending, Task, TrainResult, TrainTask
+from fedveil.common.messages.state import HEAD, AdapterState
+from fedveil.common.messages.tensors import apply, entries, l2_norm, subtract
+from fedveil.common.run_lines import (
+    COHORT,
+    Absence,
+    PrivacyLine,
+    ProgressFile,
+    ResultFile,
+    RoundLine,
+    read_file,
+    read_lines,
+)
+from fedveil.common.trackers import TRACKERS
+from fedveil.deploy.doctor import _mechanisms
+from fedveil.deploy.policy_file import mechanisms_of_job, policy_text
+from fedveil.deploy.site_folder import SiteFolder
+from fedveil.experiments.in_process import InProcessTransport, run_in_process
+from fedveil.experiments.planner.find import find
+from fedveil.experiments.planner.price import priced_rounds, rounds_within, site_plans
+from fedveil.experiments.simulate import simulate
+from fedveil.privacy.accounting import Release
+from fedveil.privacy.client_level import ClippedPlan
+from fedveil.privacy.events import sampled_gaussian
+from fedveil.privacy.figures import bound_text
+from fedveil.privacy.privacy_filter import promised
+from fedveil.privacy.randomness import add_private_noise
+from fedveil.reports import markdown_report, report_of
+from fedveil.reports.claim import UNTOLD
+from fedveil.reports.page import to_html
+from fedveil.reports.watch import TO_NOBODY, Watched
+from fedveil.server.admission import Admission
+from fedveil.server.app import FlowerTransport
+from fedveil.server.collect.base import Collected
+from fedveil.server.collect.door import collector_of, shown_of
+from fedveil.server.collect.shown import Shown, ShownOfCohort
+from fedveil.server.collect.trusted import TrustedCollector
+from fedveil.server.ledger import ServerLedger, with_ledger
+from fedveil.server.model import ServerModel
+from fedveil.server.records import RunFolder
+from fedveil.server.sites import Exchange, Sites
+from fedveil.server.terminal import round_line
+from fedveil.server.tracking import rounds_of
+from fedveil.strategies import STRATEGIES, ServerState
+from fedveil.strategies.job import Job, configure
 
 SITE = {"privacy.mode": "client-level", "privacy.unit": "site", "privacy.noise-multiplier": 2.0}
 CLIP, COHORT_SIZE = 0.5, 8
@@ -136,7 +145,7 @@ def charged(got: Collected) -> Spending:
 
 @contextmanager
 def without_noise() -> Iterator[None]:
-    with patch("server.collect.trusted.add_private_noise", lambda total, std: total.double()):
+    with patch("fedveil.server.collect.trusted.add_private_noise", lambda total, std: total.double()):
         yield
 
 
@@ -229,7 +238,7 @@ def test_one_site_moves_the_mean_by_at_most_its_clip(world: World, kind: str) ->
 
 def test_a_server_that_does_not_clip_again_or_divides_by_replies_is_found(world: World) -> None:
     long = ARBITRARY["honest and long"]
-    with patch("server.collect.trusted.clipped", lambda change, clip: change):
+    with patch("fedveil.server.collect.trusted.clipped", lambda change, clip: change):
         assert most_moved(world, long) > 2
     real = TrustedCollector._mean
 
@@ -313,7 +322,9 @@ def test_the_mean_carries_the_noise_that_is_priced_also_when_nobody_answers(worl
 
 
 def test_halved_noise_is_found(world: World) -> None:
-    with patch("server.collect.trusted.add_private_noise", lambda total, std: add_private_noise(total, std / 2)):
+    with patch(
+        "fedveil.server.collect.trusted.add_private_noise", lambda total, std: add_private_noise(total, std / 2)
+    ):
         assert noise_ratio(world) == pytest.approx(0.5, abs=0.03)
 
 
@@ -341,7 +352,7 @@ def drawn_at(settings: dict[str, Any], world: World, rate: float, rounds: int = 
     free = sampled_gaussian(2.0, rate, CLIP)
     with (
         patch.object(ServerLedger, "charge", lambda *_: None),
-        patch("server.collect.trusted.add_private_noise", lambda total, std: total),
+        patch("fedveil.server.collect.trusted.add_private_noise", lambda total, std: total),
     ):
         for row in table:
             before = len(transport.asked)
@@ -357,7 +368,8 @@ def test_sites_are_drawn_by_poisson_at_the_rate_that_is_priced(settings: dict[st
 
 def test_a_draw_of_a_fixed_number_is_found(settings: dict[str, Any], world: World) -> None:
     with patch(
-        "server.collect.trusted.private_poisson_sample", lambda size, rate: torch.randperm(size)[: round(rate * size)]
+        "fedveil.server.collect.trusted.private_poisson_sample",
+        lambda size, rate: torch.randperm(size)[: round(rate * size)],
     ):
         assert drawn_at(settings, world, 0.3) != set()
 
@@ -689,9 +701,9 @@ def leaks(settings: dict[str, Any]) -> set[str]:
     Two runs have other draws, other failures and other records; their noised sums are made equal. So whatever differs
     came from a site by another way than through the noise.
     """
-    with patch("server.collect.trusted.add_private_noise", lambda total, std: torch.full_like(total, 0.01)):
+    with patch("fedveil.server.collect.trusted.add_private_noise", lambda total, std: torch.full_like(total, 0.01)):
         one = given_away(settings, Restless)
-        with patch("server.records.datetime", Later):
+        with patch("fedveil.server.records.datetime", Later):
             other = given_away(settings, Others)
     assert (
         {"checkpoint.safetensors", "rounds.jsonl", "log.jsonl", "report.json", "run.log"} <= one.keys() == other.keys()
@@ -750,7 +762,7 @@ def test_a_server_that_tells_how_long_a_round_took_is_found(settings: dict[str, 
         # A report drops what such a file holds.
         assert "rounds.jsonl" in found
         assert not found & PUBLISHED
-        with patch("reports.data._is_central", lambda files: False):
+        with patch("fedveil.reports.data._is_central", lambda files: False):
             assert "report.json" in leaks(settings)
 
 
@@ -758,7 +770,7 @@ def test_a_line_that_tells_how_long_a_round_took_is_found(settings: dict[str, An
     def line(shown: Shown, outcome: Any, *others: Any) -> str:
         return f"{round_line(shown, outcome, *others)}  {outcome.seconds:.3f} s"
 
-    with patch("server.conduct.round_line", line):
+    with patch("fedveil.server.conduct.round_line", line):
         assert "run.log" in leaks({**settings, "rounds": 3, "privacy.epsilon": 200.0})
 
 
@@ -831,7 +843,7 @@ def shown(mode: Mapping[str, Any], settings: dict[str, Any], drawn: Sequence[int
     folder = SimpleNamespace(progress=lambda line: told.append(line) if line else None, shown=shown_of(job))
     parts = (OneReply(), job, SimpleNamespace(reply_layout=lambda _: {}))
     transport = FlowerTransport(*cast(Any, (*parts, folder)))
-    with patch("server.app.Message", lambda *content, **terms: content):
+    with patch("fedveil.server.app.Message", lambda *content, **terms: content):
         transport.nodes(1, ())
         if drawn:
             task = TrainTask("1", 1, {"x": {"B": torch.zeros(2)}}, {}, "", "ab" * 16, "cd" * 16)
@@ -982,7 +994,7 @@ def test_a_site_s_budget_is_of_records_or_persons(tmp_path: Path) -> None:
 
 
 def test_the_doctor_says_that_no_record_is_protected_from_the_server(site: OneSite) -> None:
-    with patch("deploy.doctor.node_settings", lambda folder: site.node):
+    with patch("fedveil.deploy.doctor.node_settings", lambda folder: site.node):
         (told,) = _mechanisms(SiteFolder(site.ledger.parent, "clinic", "host:1"))
     assert told.found == "runs of client-level; in those of client-level no record is protected from the server"
 

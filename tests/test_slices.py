@@ -11,18 +11,18 @@ from typing import Any
 import pytest
 
 from audits.tiny_models import write_reviews
-from common.config.sections import DataConfig
-from common.data.sources import MOST_SLICES, load_dataset, load_protected, slices_of
-from common.errors import ConfigError, DataError
-from common.model.score import Score
-from common.run_lines import BaselineFile, RoundLine, read_file, read_lines
-from common.tasks.examples import Dataset
-from common.tasks.text import TextExample
-from experiments.in_process import run_in_process
-from reports import markdown_report, report_of
-from reports.page import to_html
-from server.model import ServerModel
-from strategies.job import configure
+from fedveil.common.config.sections import DataConfig
+from fedveil.common.data.sources import MOST_SLICES, load_dataset, load_protected, slices_of
+from fedveil.common.errors import ConfigError, DataError
+from fedveil.common.model.score import Score
+from fedveil.common.run_lines import BaselineFile, RoundLine, read_file, read_lines
+from fedveil.common.tasks.examples import Dataset
+from fedveil.common.tasks.text import TextExample
+from fedveil.experiments.in_process import run_in_process
+from fedveil.reports import markdown_report, report_of
+from fedveil.reports.page import to_html
+from fedveil.server.model import ServerModel
+from fedveil.strategies.job import configure
 
 
 def with_regions(folder: Path, regions: tuple[str, ...] = ("north", "south", "<b>east")) -> Path:

@@ -6,12 +6,12 @@ import dataclasses
 
 import pytest
 
-from common.config.sections import Scalar, defaults
-from common.errors import ConfigError
-from common.starts import STARTS, PaidStart, Start, UnpaidStart
-from privacy import MECHANISMS
-from strategies.job import configure
-from strategies.options import declared_settings
+from fedveil.common.config.sections import Scalar, defaults
+from fedveil.common.errors import ConfigError
+from fedveil.common.starts import STARTS, PaidStart, Start, UnpaidStart
+from fedveil.privacy import MECHANISMS
+from fedveil.strategies.job import configure
+from fedveil.strategies.options import declared_settings
 
 each_start = pytest.mark.parametrize("name", STARTS)
 

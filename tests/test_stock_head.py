@@ -16,16 +16,16 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from audits.tiny_models import VOCABULARY, save_tiny_model, tiny_tokenizer
-from common.errors import ConfigError, ModelError
-from common.model.base import load_base_model
-from common.run_lines import RoundLine, read_lines
-from common.tasks import stock
-from common.tasks.stock_classification import STOCK
-from experiments.evaluate import evaluate_run
-from experiments.in_process import run_in_process
-from experiments.serving.ask import ask_run
-from experiments.serving.merge import load_finished, merge_run
-from strategies.job import configure
+from fedveil.common.errors import ConfigError, ModelError
+from fedveil.common.model.base import load_base_model
+from fedveil.common.run_lines import RoundLine, read_lines
+from fedveil.common.tasks import stock
+from fedveil.common.tasks.stock_classification import STOCK
+from fedveil.experiments.evaluate import evaluate_run
+from fedveil.experiments.in_process import run_in_process
+from fedveil.experiments.serving.ask import ask_run
+from fedveil.experiments.serving.merge import load_finished, merge_run
+from fedveil.strategies.job import configure
 
 SIZES = {
     "hidden_size": 16,

@@ -19,12 +19,12 @@ from test_image_classification import TOKENS, toy_digits
 from test_served import stock_job
 
 from audits.tiny_models import toy_run
-from common.model.base import load_base_model
-from common.run_lines import ConfigFile, read_file
-from experiments.in_process import run_in_process
-from experiments.serving.ask import ask_run
-from experiments.serving.merge import merge_run
-from reports import report_of
+from fedveil.common.model.base import load_base_model
+from fedveil.common.run_lines import ConfigFile, read_file
+from fedveil.experiments.in_process import run_in_process
+from fedveil.experiments.serving.ask import ask_run
+from fedveil.experiments.serving.merge import merge_run
+from fedveil.reports import report_of
 
 HEAD_ALONE = {"strategy": "fedavg-lora", "adapter.name": "none"}
 PAIRS = {"data.text-pair": "author"}

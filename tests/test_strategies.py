@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common.adapters import ADAPTERS, Adapter, LoRA, LoRAFrozenA
-from common.errors import ProtocolError
-from common.messages.columns import narrowed, widened
-from common.messages.state import HEAD, AdapterState
-from common.messages.tensors import apply, entries, merge, scale, select
-from common.messages.wire import decode_state, encode_state, layout_of
-from strategies import STRATEGIES, base
-from strategies.average import Average
-from strategies.base import Strategy, mean
-from strategies.payload import travels
-from strategies.state import Contribution, ServerState
+from fedveil.common.adapters import ADAPTERS, Adapter, LoRA, LoRAFrozenA
+from fedveil.common.errors import ProtocolError
+from fedveil.common.messages.columns import narrowed, widened
+from fedveil.common.messages.state import HEAD, AdapterState
+from fedveil.common.messages.tensors import apply, entries, merge, scale, select
+from fedveil.common.messages.wire import decode_state, encode_state, layout_of
+from fedveil.strategies import STRATEGIES, base
+from fedveil.strategies.average import Average
+from fedveil.strategies.base import Strategy, mean
+from fedveil.strategies.payload import travels
+from fedveil.strategies.state import Contribution, ServerState
 
 RANK = 3
 LAYERS = {"encoder.0.query": (5, 7), "encoder.1.dense": (8, 4)}

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import pytest
 
-from common.errors import DataError
-from common.strict_json import BESIDE, Endless, called, from_json, to_json
+from fedveil.common.errors import DataError
+from fedveil.common.strict_json import BESIDE, Endless, called, from_json, to_json
 
 
 @dataclass(frozen=True)

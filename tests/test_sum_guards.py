@@ -12,20 +12,20 @@ from test_sums import SUMMED
 
 from audits.sum_site import SumSite
 from audits.tiny_site import clinic
-from client import budget
-from client.ledger.ledger import Ledger
-from client.ledger.rows import Charge
-from client.outgoing import without_paths
-from common.errors import PolicyRefusal, RunFailed
-from common.messages.round import KeyReply, KeyTask, Refusal, Task, TrainTask
-from common.messages.wire import encode_reply
-from common.run_lines import RoundLine, read_lines
-from experiments.in_process import InProcessTransport, run_in_process
-from privacy.accounting import gaussian_release
-from privacy.secure_sum import rounding
-from server.collect.masked import MaskedCollector
-from server.collect.masked_sum import other_releases
-from strategies.job import configure
+from fedveil.client import budget
+from fedveil.client.ledger.ledger import Ledger
+from fedveil.client.ledger.rows import Charge
+from fedveil.client.outgoing import without_paths
+from fedveil.common.errors import PolicyRefusal, RunFailed
+from fedveil.common.messages.round import KeyReply, KeyTask, Refusal, Task, TrainTask
+from fedveil.common.messages.wire import encode_reply
+from fedveil.common.run_lines import RoundLine, read_lines
+from fedveil.experiments.in_process import InProcessTransport, run_in_process
+from fedveil.privacy.accounting import gaussian_release
+from fedveil.privacy.secure_sum import rounding
+from fedveil.server.collect.masked import MaskedCollector
+from fedveil.server.collect.masked_sum import other_releases
+from fedveil.strategies.job import configure
 
 
 @pytest.fixture

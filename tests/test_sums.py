@@ -23,38 +23,38 @@ from audits.faults import DOUBLED, SOUND, Fault, zero_noise
 from audits.sum_site import SumSite
 from audits.summed import CELLS, SHIFTS, noise_again, unevenness
 from audits.tiny_site import clinic
-from cli.main import app
-from client import app as client_app
-from client import sums
-from client.cache import RecordCache
-from client.ledger.ledger import Ledger
-from client.ledger.sums import Sums
-from client.rehearsals import Rehearsals
-from common.config.sections import Scalar
-from common.errors import ConfigError, MechanismError, ProtocolError, RunFailed
-from common.messages.round import KeyReply, KeyTask, Refusal, Task, TrainResult, TrainTask
-from common.messages.state import HEAD
-from common.messages.tensors import entries
-from common.messages.wire import WORDS_STYPE, block_data, decode_reply, encode_reply, encode_task
-from common.model.federated import FederatedModel
-from common.run_lines import Absence, PrivacyLine, ResultFile, RoundLine, read_file, read_lines
-from experiments.in_process import InProcessTransport, run_in_process
 from faults.faulty_server import lying
 from faults.sum_scenarios import SERVER_LIES, wrong_after_a_lie
-from privacy import dpsgd, randomness
-from privacy.accounting import Release, alone
-from privacy.events import Event, sampled_gaussian
-from privacy.figures import epsilon_text
-from privacy.plan import PrivacyPlan
-from privacy.privacy_filter import promised
-from privacy.randomness import noise_grid
-from privacy.secure_sum import AttemptName, Identity, Roster, SiteAttempt, noise_share, rounding, total
-from privacy.shared_noise import SecureSumPlan
-from reports import federation_epsilon, markdown_report, report_of
-from server import checkpoint
-from server.collect import masked_sum
-from server.collect.base import Collected
-from strategies.job import configure
+from fedveil.cli.main import app
+from fedveil.client import app as client_app
+from fedveil.client import sums
+from fedveil.client.cache import RecordCache
+from fedveil.client.ledger.ledger import Ledger
+from fedveil.client.ledger.sums import Sums
+from fedveil.client.rehearsals import Rehearsals
+from fedveil.common.config.sections import Scalar
+from fedveil.common.errors import ConfigError, MechanismError, ProtocolError, RunFailed
+from fedveil.common.messages.round import KeyReply, KeyTask, Refusal, Task, TrainResult, TrainTask
+from fedveil.common.messages.state import HEAD
+from fedveil.common.messages.tensors import entries
+from fedveil.common.messages.wire import WORDS_STYPE, block_data, decode_reply, encode_reply, encode_task
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.run_lines import Absence, PrivacyLine, ResultFile, RoundLine, read_file, read_lines
+from fedveil.experiments.in_process import InProcessTransport, run_in_process
+from fedveil.privacy import dpsgd, randomness
+from fedveil.privacy.accounting import Release, alone
+from fedveil.privacy.events import Event, sampled_gaussian
+from fedveil.privacy.figures import epsilon_text
+from fedveil.privacy.plan import PrivacyPlan
+from fedveil.privacy.privacy_filter import promised
+from fedveil.privacy.randomness import noise_grid
+from fedveil.privacy.secure_sum import AttemptName, Identity, Roster, SiteAttempt, noise_share, rounding, total
+from fedveil.privacy.shared_noise import SecureSumPlan
+from fedveil.reports import federation_epsilon, markdown_report, report_of
+from fedveil.server import checkpoint
+from fedveil.server.collect import masked_sum
+from fedveil.server.collect.base import Collected
+from fedveil.strategies.job import configure
 
 SUMMED: dict[str, Any] = {
     "privacy.mode": "secure-sum",
@@ -391,7 +391,7 @@ def test_who_refused_before_the_last_sum_is_not_missed_from_it_twice(summed: dic
 
 
 def alone_of(count: int) -> Any:
-    from privacy.accounting import Release
+    from fedveil.privacy.accounting import Release
 
     return Release(Event("summed-gaussian", {**sampled_gaussian(2.0, 0.25).figures, "honest_sites": 2}), count)
 
@@ -499,7 +499,7 @@ def test_a_vector_that_is_paid_for_leaves_whatever_fails_on_the_way_to_the_next_
     def fail(*_: Any) -> None:
         raise OSError("PRIVATE-WORDS")
 
-    monkeypatch.setattr(f"client.process.{broken}", fail)
+    monkeypatch.setattr(f"fedveil.client.process.{broken}", fail)
     reply = clinics.site.ask(task)
     assert isinstance(reply, TrainResult), f"a paid vector is lost: {reply}"
     assert reply.offer is None
@@ -911,7 +911,7 @@ def test_a_server_that_chooses_the_sites_which_need_not_be_honest_is_refused(cli
     ],
 )
 def test_a_policy_that_lets_a_site_join_by_halves_is_none(rules: dict[str, Any], words: str, clinics: SumSite) -> None:
-    from client.policy import load_policy
+    from fedveil.client.policy import load_policy
 
     clinics.rule(**rules)
     with pytest.raises(ConfigError, match=words):

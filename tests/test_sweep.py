@@ -18,19 +18,19 @@ import pytest
 from typer.testing import CliRunner
 
 from audits.tiny_models import TARGETS, save_tiny_model, write_reviews
-from cli.main import app
-from common.config.sections import method_of
-from common.config.text import to_toml
-from common.data.partition import public_size_of_part
-from common.errors import ConfigError, DataError, RunFailed
-from common.run_lines import PrivacyLine, ResultFile, RoundLine, read_file, read_lines
-from experiments.site_count import recorded_sites
-from experiments.sweep import conduct, one_run
-from experiments.sweep.conduct import Finished, run_sweep
-from experiments.sweep.file import read_sweep
-from experiments.sweep.rows import Row, columns, line_of, read_rows, write_rows
-from experiments.sweep.summary import markdown_of
-from server.lock import only_writer
+from fedveil.cli.main import app
+from fedveil.common.config.sections import method_of
+from fedveil.common.config.text import to_toml
+from fedveil.common.data.partition import public_size_of_part
+from fedveil.common.errors import ConfigError, DataError, RunFailed
+from fedveil.common.run_lines import PrivacyLine, ResultFile, RoundLine, read_file, read_lines
+from fedveil.experiments.site_count import recorded_sites
+from fedveil.experiments.sweep import conduct, one_run
+from fedveil.experiments.sweep.conduct import Finished, run_sweep
+from fedveil.experiments.sweep.file import read_sweep
+from fedveil.experiments.sweep.rows import Row, columns, line_of, read_rows, write_rows
+from fedveil.experiments.sweep.summary import markdown_of
+from fedveil.server.lock import only_writer
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "experiments" / "sweeps" / "tiny.toml"
@@ -68,7 +68,7 @@ def each_here(function: Callable[[Any], Any], works: list[Any], *others: Any) ->
 @pytest.fixture(scope="module")
 def swept(world: Path) -> Swept:
     results, runs = world / "results", world / "runs" / "sweeps" / "tiny"
-    command = [sys.executable, "-m", "cli.main", "sweep", str(TINY), "--results", str(results)]
+    command = [sys.executable, "-m", "fedveil.cli.main", "sweep", str(TINY), "--results", str(results)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as first:
         deadline = time.monotonic() + PATIENCE
@@ -350,7 +350,7 @@ def test_no_row_is_of_code_that_changed_meanwhile(sweeping: Sweeping, monkeypatc
 
 @pytest.mark.usefixtures("here")
 def test_through_flower_go_the_runs_of_all_sites(sweeping: Sweeping, monkeypatch: pytest.MonkeyPatch) -> None:
-    from experiments.in_process import run_in_process
+    from fedveil.experiments.in_process import run_in_process
 
     asked = []
 
@@ -358,7 +358,7 @@ def test_through_flower_go_the_runs_of_all_sites(sweeping: Sweeping, monkeypatch
         asked.append(sites)
         return run_in_process(settings, sites, "7")
 
-    monkeypatch.setattr("experiments.simulate.simulate", simulate)
+    monkeypatch.setattr("fedveil.experiments.simulate.simulate", simulate)
     sweeping.axes += 'baselines = ["local-only", "pooled"]\n'
     rows = sweeping(flower=True).rows
     assert asked == [2, 1]

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from common.config.text import read_settings_file
-from common.errors import ConfigError
-from experiments.site_count import USUAL
-from experiments.sweep.arms import ARMS
-from experiments.sweep.file import Sweep, read_sweep
-from experiments.sweep.published import SHIPPED as SHIPPED_FIGURES
-from experiments.sweep.published import read_published
-from experiments.sweep.rows import Basis, Row, read_rows
-from server.checkpoint import MAY_CHANGE
-from strategies.job import configure, with_recipe
+from fedveil.common.config.text import read_settings_file
+from fedveil.common.errors import ConfigError
+from fedveil.experiments.site_count import USUAL
+from fedveil.experiments.sweep.arms import ARMS
+from fedveil.experiments.sweep.file import Sweep, read_sweep
+from fedveil.experiments.sweep.published import SHIPPED as SHIPPED_FIGURES
+from fedveil.experiments.sweep.published import read_published
+from fedveil.experiments.sweep.rows import Basis, Row, read_rows
+from fedveil.server.checkpoint import MAY_CHANGE
+from fedveil.strategies.job import configure, with_recipe
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 SHIPPED = sorted((EXPERIMENTS / "sweeps").glob("*.toml"))

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import RunFailed
-from experiments.sweep.processes import Failure, each_in_a_process, with_threads
+from fedveil.common.errors import RunFailed
+from fedveil.experiments.sweep.processes import Failure, each_in_a_process, with_threads
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 60.0
@@ -126,7 +126,7 @@ def sleep_or_return(work: Path) -> None:
 def test_no_process_outlives_a_parent_that_was_killed(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from test_sweep_processes import sleep_long\n"
-        "from experiments.sweep.processes import each_in_a_process\n"
+        "from fedveil.experiments.sweep.processes import each_in_a_process\n"
         "list(each_in_a_process(sleep_long, [Path(sys.argv[1])], 1, 1, lambda work: work.with_suffix('.log')))"
     )
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])

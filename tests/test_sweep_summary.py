@@ -16,18 +16,18 @@ from hypothesis import strategies as st
 from scipy import stats
 from typer.testing import CliRunner
 
-from cli.main import app
-from common.adapters import ADAPTERS
-from common.errors import ConfigError, DataError
-from experiments.sweep.arms import ARMS
-from experiments.sweep.conduct import row_words
-from experiments.sweep.pictures import bytes_figure, epsilon_figure, write_pictures
-from experiments.sweep.published import SHIPPED, Published, read_published
-from experiments.sweep.rows import Row, write_rows
-from experiments.sweep.summary import beside, groups, interval, markdown_of
-from reports.scores import beside_cells
-from strategies import ROWS
-from strategies.job import configure
+from fedveil.cli.main import app
+from fedveil.common.adapters import ADAPTERS
+from fedveil.common.errors import ConfigError, DataError
+from fedveil.experiments.sweep.arms import ARMS
+from fedveil.experiments.sweep.conduct import row_words
+from fedveil.experiments.sweep.pictures import bytes_figure, epsilon_figure, write_pictures
+from fedveil.experiments.sweep.published import SHIPPED, Published, read_published
+from fedveil.experiments.sweep.rows import Row, write_rows
+from fedveil.experiments.sweep.summary import beside, groups, interval, markdown_of
+from fedveil.reports.scores import beside_cells
+from fedveil.strategies import ROWS
+from fedveil.strategies.job import configure
 
 ROOT = Path(__file__).resolve().parent.parent
 

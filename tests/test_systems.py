@@ -13,21 +13,21 @@ import pytest
 from safetensors.torch import load_file
 
 from audits.tiny_models import write_reviews
-from common.config.text import flatten, parse_settings
-from common.errors import ConfigError
-from common.run_lines import RoundLine, read_lines
 from docs.make.differences import DIFFERENCES
 from docs.make.pages import systems_page
 from docs.make.systems import AXES, CONFIGS, SYSTEMS, System, named_rows, system_table, unnamed_rows
-from experiments.evaluate import evaluate_run
-from experiments.in_process import run_in_process
-from experiments.sweep.file import read_sweep
-from experiments.sweep.rows import read_rows, results_file
-from server.checkpoint import saved_state
-from strategies import STRATEGIES
-from strategies.ffa_lora import FFALoRA
-from strategies.job import configure
-from strategies.refused import REFUSED_STRATEGIES
+from fedveil.common.config.text import flatten, parse_settings
+from fedveil.common.errors import ConfigError
+from fedveil.common.run_lines import RoundLine, read_lines
+from fedveil.experiments.evaluate import evaluate_run
+from fedveil.experiments.in_process import run_in_process
+from fedveil.experiments.sweep.file import read_sweep
+from fedveil.experiments.sweep.rows import read_rows, results_file
+from fedveil.server.checkpoint import saved_state
+from fedveil.strategies import STRATEGIES
+from fedveil.strategies.ffa_lora import FFALoRA
+from fedveil.strategies.job import configure
+from fedveil.strategies.refused import REFUSED_STRATEGIES
 
 ROOT = Path(__file__).parent.parent
 

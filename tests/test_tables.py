@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from flwr.common.config import fuse_dicts
 
-from common import rows
-from common.errors import ConfigError
-from common.rows import Table
-from common.starts import STARTS
-from strategies.job import configure
-from strategies.options import for_flower, known_settings, with_options
+from fedveil.common import rows
+from fedveil.common.errors import ConfigError
+from fedveil.common.rows import Table
+from fedveil.common.starts import STARTS
+from fedveil.strategies.job import configure
+from fedveil.strategies.options import for_flower, known_settings, with_options
 
 PLANTED = {"starts": {"odd": "starts.shared:Shared", "shared": "starts.shared:Shared"}}
 RUN = {"strategy": "ffa-lora", "adapter.start": "shards", "start.normalised": False}

@@ -17,15 +17,15 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import nn
 
 from audits.tiny_models import VOCABULARY, tiny_deberta, tiny_model, tiny_tokenizer
-from common.adapters import ADAPTERS
-from common.adapters.base import target_shapes
-from common.adapters.targets import KINDS, auto_targets, linear_targets, targets_in, value_targets
-from common.config.fields import TARGET_KINDS
-from common.errors import ConfigError, ModelError
-from common.starts import STARTS
-from experiments.evaluate import evaluate_run
-from experiments.in_process import run_in_process
-from strategies.job import configure
+from fedveil.common.adapters import ADAPTERS
+from fedveil.common.adapters.base import target_shapes
+from fedveil.common.adapters.targets import KINDS, auto_targets, linear_targets, targets_in, value_targets
+from fedveil.common.config.fields import TARGET_KINDS
+from fedveil.common.errors import ConfigError, ModelError
+from fedveil.common.starts import STARTS
+from fedveil.experiments.evaluate import evaluate_run
+from fedveil.experiments.in_process import run_in_process
+from fedveil.strategies.job import configure
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 TEXT = {**SMALL, "vocab_size": len(VOCABULARY), "max_position_embeddings": 40}

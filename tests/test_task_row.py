@@ -22,28 +22,28 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from audits.tiny_site import OneSite
-from cli.column_options import with_columns
-from client.own_records import prepared
-from common import tasks
-from common.config.asked import from_mapping
-from common.config.sections import to_mapping
-from common.data.sources import load_dataset, load_protected
-from common.errors import ConfigError, DataError
-from common.messages.round import Refusal, TrainResult
-from common.model.base import BaseModel
-from common.model.shapes import Shapes
-from common.run_lines import PrivacyLine, RoundLine, read_lines
-from common.tasks.base import Batch, Inventor, Record, Sums, Task, classified
-from common.tasks.cells import Misfit
-from common.tasks.examples import Example
-from common.tasks.loading import OWN_CODE
-from common.tasks.module import TaskModule
-from common.tasks.roles import LABEL, Role
-from common.tasks.tables import Table
-from deploy.policy_file import pins_of
-from experiments.evaluate import evaluate_run
-from experiments.in_process import run_in_process
-from strategies.job import configure
+from fedveil.cli.column_options import with_columns
+from fedveil.client.own_records import prepared
+from fedveil.common import tasks
+from fedveil.common.config.asked import from_mapping
+from fedveil.common.config.sections import to_mapping
+from fedveil.common.data.sources import load_dataset, load_protected
+from fedveil.common.errors import ConfigError, DataError
+from fedveil.common.messages.round import Refusal, TrainResult
+from fedveil.common.model.base import BaseModel
+from fedveil.common.model.shapes import Shapes
+from fedveil.common.run_lines import PrivacyLine, RoundLine, read_lines
+from fedveil.common.tasks.base import Batch, Inventor, Record, Sums, Task, classified
+from fedveil.common.tasks.cells import Misfit
+from fedveil.common.tasks.examples import Example
+from fedveil.common.tasks.loading import OWN_CODE
+from fedveil.common.tasks.module import TaskModule
+from fedveil.common.tasks.roles import LABEL, Role
+from fedveil.common.tasks.tables import Table
+from fedveil.deploy.policy_file import pins_of
+from fedveil.experiments.evaluate import evaluate_run
+from fedveil.experiments.in_process import run_in_process
+from fedveil.strategies.job import configure
 
 WIDTH = 8
 

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from audits.tiny_models import FILLER
-from common.errors import DataError, ModelNotLoaded
-from common.model.base import BaseModel, load_base_model
-from common.model.batching import length_batches
-from common.tasks import TASKS, CausalLM, Chat, Classification, ImageClassification, Instruction, Record, Task
-from common.tasks.causal_lm import IGNORED
-from common.tasks.module import TaskModule
-from common.tasks.text import TextExample
+from fedveil.common.errors import DataError, ModelNotLoaded
+from fedveil.common.model.base import BaseModel, load_base_model
+from fedveil.common.model.batching import length_batches
+from fedveil.common.tasks import TASKS, CausalLM, Chat, Classification, ImageClassification, Instruction, Record, Task
+from fedveil.common.tasks.causal_lm import IGNORED
+from fedveil.common.tasks.module import TaskModule
+from fedveil.common.tasks.text import TextExample
 
 WORDS = random.Random(4)
 TEXTS = [" ".join(WORDS.choices(FILLER, k=length)) for length in (1, 14, 3, 9, 5)]

@@ -21,12 +21,12 @@ from transformers import XLMRobertaConfig, XLMRobertaModel
 
 from audits.tiny_models import VOCABULARY, tiny_tokenizer, write_questions
 from audits.tiny_site import OneSite, clinic
-from client import local_training
-from client.app import train
-from client.outgoing import TOLD, UNTOLD, own_words, public_reason, without_paths
-from common.errors import ConfigError, DataError, FedVeilError, MechanismError, ModelError
-from common.messages import wire
-from common.messages.round import (
+from fedveil.client import local_training
+from fedveil.client.app import train
+from fedveil.client.outgoing import TOLD, UNTOLD, own_words, public_reason, without_paths
+from fedveil.common.errors import ConfigError, DataError, FedVeilError, MechanismError, ModelError
+from fedveil.common.messages import wire
+from fedveil.common.messages.round import (
     KeyReply,
     NoisedCount,
     Refusal,
@@ -37,12 +37,12 @@ from common.messages.round import (
     TrainResult,
     UnmaskReply,
 )
-from common.messages.wire import decode_reply, encode_reply, encode_task, layout_of
-from experiments.in_process import run_in_process
-from privacy import dpsgd, randomness
-from privacy.accountant import Accountant, Detour
-from privacy.events import Event
-from privacy.secure_sum import Agreement, KeyOffer, Sharing
+from fedveil.common.messages.wire import decode_reply, encode_reply, encode_task, layout_of
+from fedveil.experiments.in_process import run_in_process
+from fedveil.privacy import dpsgd, randomness
+from fedveil.privacy.accountant import Accountant, Detour
+from fedveil.privacy.events import Event
+from fedveil.privacy.secure_sum import Agreement, KeyOffer, Sharing
 
 FIELDS: dict[type, dict[str, str]] = {
     TrainResult: {

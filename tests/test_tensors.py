@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from common.errors import ProtocolError
-from common.messages.state import HEAD, AdapterState
-from common.messages.tensors import (
+from fedveil.common.errors import ProtocolError
+from fedveil.common.messages.state import HEAD, AdapterState
+from fedveil.common.messages.tensors import (
     add,
     clone,
     count,

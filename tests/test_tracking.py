@@ -15,23 +15,23 @@ from typing import Any, ClassVar
 import pytest
 from made_run import MadeRun
 
-from common.errors import ConfigError
-from common.messages.round import Spending
-from common.run_lines import RoundLine, read_lines
-from common.trackers import TRACKERS, Tracker
-from experiments.in_process import run_in_process
-from privacy.accountant import Accountant
-from privacy.figures import epsilon_text
-from reports import report_of
-from reports.folder import read_run
-from reports.sites import epsilon_by, epsilon_course
-from server.collect.base import Collected
-from server.collect.door import shown_of
-from server.members import Member
-from server.observers import RoundOutcome
-from server.terminal import round_line
-from server.tracking import Tracking, check_tracker, rounds_of
-from strategies.job import configure
+from fedveil.common.errors import ConfigError
+from fedveil.common.messages.round import Spending
+from fedveil.common.run_lines import RoundLine, read_lines
+from fedveil.common.trackers import TRACKERS, Tracker
+from fedveil.experiments.in_process import run_in_process
+from fedveil.privacy.accountant import Accountant
+from fedveil.privacy.figures import epsilon_text
+from fedveil.reports import report_of
+from fedveil.reports.folder import read_run
+from fedveil.reports.sites import epsilon_by, epsilon_course
+from fedveil.server.collect.base import Collected
+from fedveil.server.collect.door import shown_of
+from fedveil.server.members import Member
+from fedveil.server.observers import RoundOutcome
+from fedveil.server.terminal import round_line
+from fedveil.server.tracking import Tracking, check_tracker, rounds_of
+from fedveil.strategies.job import configure
 
 
 class Recorder(Tracker):
@@ -105,7 +105,7 @@ def test_a_site_that_tells_too_little_is_told_by_what_its_lines_cost(tmp_path: P
 def test_a_long_course_is_priced_at_some_rounds_which_stand_for_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("reports.sites.MOST_PRICED", 2)
+    monkeypatch.setattr("fedveil.reports.sites.MOST_PRICED", 2)
     run = made(tmp_path).round(3, 0.75).round(4, 0.76)
     lines = [{**line, "epsilon_total": 0.0} for line in run.lines("privacy.jsonl")]
     (run.folder / "privacy.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

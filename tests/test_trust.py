@@ -12,11 +12,11 @@ import pytest
 from made_run import MadeRun
 from test_report import audit_file, fedveil, forms
 
-from common.run_lines import Finding
-from privacy import MECHANISMS
-from reports import report_of
-from reports.audits import bound_note, bound_sentences
-from reports.trust import SERVER
+from fedveil.common.run_lines import Finding
+from fedveil.privacy import MECHANISMS
+from fedveil.reports import report_of
+from fedveil.reports.audits import bound_note, bound_sentences
+from fedveil.reports.trust import SERVER
 
 
 def attack(at_least: float, claimed: float = 1.2, *, built_in: bool = False, name: str = "is at least") -> Finding:
@@ -84,7 +84,7 @@ def test_what_an_attack_found_is_read_beside_epsilon_on_page_and_terminal(made: 
 def test_a_bound_that_comes_less_near_is_found_out(made: MadeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the first case of an audit counted."""
     made.audited("audit.json", audit_file(attack(0.1), attack(0.7)))
-    monkeypatch.setattr("reports.audits._bounds", lambda findings: (1.2, findings[0].figures["is at least"]))
+    monkeypatch.setattr("fedveil.reports.audits._bounds", lambda findings: (1.2, findings[0].figures["is at least"]))
     with pytest.raises(ValueError, match="substring not found"):
         check_that_the_bound_stands_beside_epsilon(made)
 

@@ -16,19 +16,19 @@ from test_meaning import composed_losses, epsilon_at
 from test_report import fedveil
 
 from audits.tiny_models import write_reviews
-from client.ledger.ledger import Ledger
-from common.config.text import to_toml
-from common.errors import ConfigError, PrivacyError, RunFailed
-from common.run_lines import Reached, ResultFile, TuningFile, read_file
-from deploy.server_folder import ServerFolder, make_server
-from experiments import tune
-from experiments.tune import BUDGET, Tuning, read_tuning
-from privacy.accounting import Release, gaussian_release
-from privacy.events import sampled_gaussian
-from privacy.figures import epsilon_text
-from reports import report_of
-from reports.trials import TRIAL_ALONE
-from server import checkpoint
+from fedveil.client.ledger.ledger import Ledger
+from fedveil.common.config.text import to_toml
+from fedveil.common.errors import ConfigError, PrivacyError, RunFailed
+from fedveil.common.run_lines import Reached, ResultFile, TuningFile, read_file
+from fedveil.deploy.server_folder import ServerFolder, make_server
+from fedveil.experiments import tune
+from fedveil.experiments.tune import BUDGET, Tuning, read_tuning
+from fedveil.privacy.accounting import Release, gaussian_release
+from fedveil.privacy.events import sampled_gaussian
+from fedveil.privacy.figures import epsilon_text
+from fedveil.reports import report_of
+from fedveil.reports.trials import TRIAL_ALONE
+from fedveil.server import checkpoint
 
 DELTA = 1e-3
 
@@ -167,7 +167,7 @@ def test_a_trial_that_is_killed_between_rounds_goes_on_from_its_checkpoint(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("server.records.save_checkpoint", dies)
+        patch.setattr("fedveil.server.records.save_checkpoint", dies)
         with pytest.raises(KeyboardInterrupt):
             tune.tune(tuning, folder, tune.simulated(tuning, folder), lambda _: None)
     tune.tune(tuning, folder, tune.simulated(tuning, folder), lambda _: None)
@@ -309,7 +309,7 @@ def test_trials_on_a_server_are_submitted_once_each_with_what_was_printed(
         run.end(reached=Reached(0.6, 0.7, 1.0, 1))
         return with_adapter(run).folder
 
-    monkeypatch.setattr("deploy.submit.submit", stand_in)
+    monkeypatch.setattr("fedveil.deploy.submit.submit", stand_in)
     words = ("tune", file, "--server", tmp_path / "server", "--sites", 2, "--ledger-epsilon", 10)
     code, said = fedveil(*words, "--output", tmp_path / "out", "--yes")
     assert (code, "the server is silent" in said) == (1, True)

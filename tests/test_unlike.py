@@ -12,14 +12,14 @@ from made_run import MadeRun
 from rich_run import MANY, ODD_NOISE, REFUSED, unlike
 from test_report import fedveil
 
-from common.run_lines import Absence
-from common.words import EACH, natural
-from privacy.figures import epsilon_text
-from reports import ReportData, report_of
-from reports.alike import alike_absences, alike_releases, alike_sites, spread
-from reports.markdown import to_markdown
-from reports.page import to_html
-from reports.sites import ReleaseReport, SiteReport
+from fedveil.common.run_lines import Absence
+from fedveil.common.words import EACH, natural
+from fedveil.privacy.figures import epsilon_text
+from fedveil.reports import ReportData, report_of
+from fedveil.reports.alike import alike_absences, alike_releases, alike_sites, spread
+from fedveil.reports.markdown import to_markdown
+from fedveil.reports.page import to_html
+from fedveil.reports.sites import ReleaseReport, SiteReport
 
 ROUNDS = 3
 
@@ -62,8 +62,8 @@ def test_rows_that_hide_an_odd_site_are_found_out(
     data: ReportData, monkeypatch: pytest.MonkeyPatch, odd_by: Callable[[SiteReport], object]
 ) -> None:
     """As if nothing made a site odd, and as if the one that has spent most had no row of its own."""
-    monkeypatch.setattr("reports.alike.ODDITIES", (odd_by,))
-    monkeypatch.setattr("reports.alike.worst_site", lambda _: None)
+    monkeypatch.setattr("fedveil.reports.alike.ODDITIES", (odd_by,))
+    monkeypatch.setattr("fedveil.reports.alike.worst_site", lambda _: None)
     with pytest.raises(AssertionError):
         check_rows(data)
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from demo import unpacked
-from demo.smollm2 import SMOLLM2
-from demo.unpacked import Unpacked
+from fedveil.demo import unpacked
+from fedveil.demo.smollm2 import SMOLLM2
+from fedveil.demo.unpacked import Unpacked
 
 FILES = {"config.json": b"{}", "model.safetensors": b"weights" * 1000}
 

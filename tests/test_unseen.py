@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from made_run import MadeRun
 
-from common.run_lines import ConfigFile, read_file
-from reports.folder import read_run
-from reports.unseen import THEN, unseen_charges
+from fedveil.common.run_lines import ConfigFile, read_file
+from fedveil.reports.folder import read_run
+from fedveil.reports.unseen import THEN, unseen_charges
 
 SITES = {"north": 2000, "south": 1500}
 

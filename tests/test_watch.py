@@ -20,10 +20,10 @@ import pytest
 from made_run import MadeRun
 from test_card import fedveil
 
-from common.run_lines import ProgressFile
-from reports import report_of, to_json
-from reports.page import to_html
-from reports.watch import LOOPBACK, Watched
+from fedveil.common.run_lines import ProgressFile
+from fedveil.reports import report_of, to_json
+from fedveil.reports.page import to_html
+from fedveil.reports.watch import LOOPBACK, Watched
 
 
 @contextmanager
@@ -132,7 +132,7 @@ def test_what_cannot_be_watched_is_an_error_in_a_line(going: MadeRun, tmp_path: 
 
 
 def test_the_command_serves_until_it_is_interrupted(going: MadeRun) -> None:
-    words = [sys.executable, "-c", "from cli.main import app; app()", "watch", str(going.folder)]
+    words = [sys.executable, "-c", "from fedveil.cli.main import app; app()", "watch", str(going.folder)]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     # A shell's background jobs ignore interrupts, and so would what they start.
     heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)

@@ -17,24 +17,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from client.local_training import train_round
-from client.site import Site
-from common.adapters import ADAPTERS, Adapter, LoRAMetric
-from common.messages.round import TrainTask
-from common.messages.state import HEAD
-from common.messages.tensors import fingerprint, merge, start_fingerprint
-from common.nulls import LEVEL
-from common.tasks.examples import Dataset
-from contrib.adapters.lora_frozen_b import LoRAFrozenB
-from contrib.adapters.lora_increments import LoRAIncrements
-from contrib.adapters.lora_merged import LoRAMerged
-from contrib.rules.align_guard import guarded
-from privacy import dpsgd
-from strategies import STRATEGIES, Contribution
-from strategies.ffa_lora import FFALoRA
-from strategies.job import configure
-from strategies.rules import RULES
-from strategies.rules.base import Known
+from fedveil.client.local_training import train_round
+from fedveil.client.site import Site
+from fedveil.common.adapters import ADAPTERS, Adapter, LoRAMetric
+from fedveil.common.messages.round import TrainTask
+from fedveil.common.messages.state import HEAD
+from fedveil.common.messages.tensors import fingerprint, merge, start_fingerprint
+from fedveil.common.nulls import LEVEL
+from fedveil.common.tasks.examples import Dataset
+from fedveil.contrib.adapters.lora_frozen_b import LoRAFrozenB
+from fedveil.contrib.adapters.lora_increments import LoRAIncrements
+from fedveil.contrib.adapters.lora_merged import LoRAMerged
+from fedveil.contrib.rules.align_guard import guarded
+from fedveil.privacy import dpsgd
+from fedveil.strategies import STRATEGIES, Contribution
+from fedveil.strategies.ffa_lora import FFALoRA
+from fedveil.strategies.job import configure
+from fedveil.strategies.rules import RULES
+from fedveil.strategies.rules.base import Known
 
 ROUNDS, FEW = 60, 6
 """Rounds that the noise is measured in, and those that show a planted one: twice the noise is four times the norm."""

@@ -20,9 +20,9 @@ from flwr.supercore.inflatable.inflatable_object import InflatableObject, get_al
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.errors import ProtocolError
-from common.messages import wire
-from common.messages.round import (
+from fedveil.common.errors import ProtocolError
+from fedveil.common.messages import wire
+from fedveil.common.messages.round import (
     FINGERPRINT_DIGITS,
     REFUSAL_KINDS,
     SPENDING_PURPOSES,
@@ -42,9 +42,9 @@ from common.messages.round import (
     UnmaskTask,
     same_fingerprint,
 )
-from common.messages.state import AdapterState
-from common.messages.tensors import count, entries
-from common.messages.wire import (
+from fedveil.common.messages.state import AdapterState
+from fedveil.common.messages.tensors import count, entries
+from fedveil.common.messages.wire import (
     STYPE,
     Layout,
     _pack_spending,
@@ -62,10 +62,10 @@ from common.messages.wire import (
     result_to_bytes,
     round_of,
 )
-from common.packed import Form
-from privacy.accountant import ERRORS, METHODS, MOST_GRID, REASONS, Accountant, Detour
-from privacy.events import EVENTS, Event, SampledGaussian, sampled_gaussian
-from privacy.secure_sum import Agreement, KeyOffer, Sharing
+from fedveil.common.packed import Form
+from fedveil.privacy.accountant import ERRORS, METHODS, MOST_GRID, REASONS, Accountant, Detour
+from fedveil.privacy.events import EVENTS, Event, SampledGaussian, sampled_gaussian
+from fedveil.privacy.secure_sum import Agreement, KeyOffer, Sharing
 
 fast = settings(max_examples=25, deadline=None)
 words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
@@ -363,7 +363,7 @@ def test_an_unknown_kind_of_message_is_refused(message: str, code: int) -> None:
 
 def test_texts_too_long_or_not_utf8_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "common.messages.wire._text",
+        "fedveil.common.messages.wire._text",
         lambda value, longest=0: len(value.encode()).to_bytes(2, "little") + value.encode(),
     )
     cases: list[tuple[Any, str, int]] = [(RESULT, "site", 200), (REFUSAL, "site", 200), (REFUSAL, "reason", 1000)]

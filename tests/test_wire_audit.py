@@ -17,7 +17,7 @@ from audits import wire
 from audits.frames import TLS13_VERSION, Capture, read_capture, tls_records
 from audits.needles import WIDTH, find, needles_of_tensors, needles_of_texts
 from audits.wire_findings import Heard, clear_text, private_pieces, traffic
-from common.errors import DataError
+from fedveil.common.errors import DataError
 
 SITE, SERVER = (b"\x0a\x00\x00\x03", 40000), (b"\x0a\x00\x00\x02", 9092)
 TEXT = "the plot is thin but the two leads carry it with charm to spare"

@@ -26,17 +26,17 @@ from runtime_api import SECRET, RuntimeApi, runtime_api
 
 from audits.tiny_models import TARGETS
 from audits.tiny_site import OneSite, clinic
-from client import app as installed
-from client import lookout, runtime, worker
-from client.leftovers import tensors_digest
-from client.local_training import train_round
-from client.outgoing import UNTOLD
-from client.process import SiteProcess
-from common import runtime as flower
-from common.bundle import PROJECT, bundle_digest, files_of, own_digest
-from common.messages.round import Refusal, TrainResult
-from common.messages.wire import decode_reply, encode_task
-from common.model.federated import model_of
+from fedveil.client import app as installed
+from fedveil.client import lookout, runtime, worker
+from fedveil.client.leftovers import tensors_digest
+from fedveil.client.local_training import train_round
+from fedveil.client.outgoing import UNTOLD
+from fedveil.client.process import SiteProcess
+from fedveil.common import runtime as flower
+from fedveil.common.bundle import PROJECT, bundle_digest, files_of, own_digest
+from fedveil.common.messages.round import Refusal, TrainResult
+from fedveil.common.messages.wire import decode_reply, encode_task
+from fedveil.common.model.federated import model_of
 
 FLWR_CLIENTAPP = Path(sys.executable).parent / "flwr-clientapp"
 
@@ -422,7 +422,7 @@ def test_a_task_that_changes_what_is_frozen_is_the_last_of_its_process(
         weight.data.view(-1)[0] += 1e-6  # moves no version counter
         return result
 
-    monkeypatch.setattr("client.process.train_round", leaves_something)
+    monkeypatch.setattr("fedveil.client.process.train_round", leaves_something)
     api.give(encode_task(site.task()), own_bundle(), site.settings, site.node)
     assert work(api, site) == flower.ANEW
     monkeypatch.setattr(SiteProcess, "is_clean", lambda own: True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from client.ledger.file import LedgerFile, now
-from client.ledger.rows import Budget, Terms
-from common.check import at_least, below, in_range, positive
-from common.errors import ConfigError
-from privacy.accounting import LEAST_DELTA
+from fedveil.client.ledger.file import LedgerFile, now
+from fedveil.client.ledger.rows import Budget, Terms
+from fedveil.common.check import at_least, below, in_range, positive
+from fedveil.common.errors import ConfigError
+from fedveil.privacy.accounting import LEAST_DELTA
 
 
 class BudgetHistory:

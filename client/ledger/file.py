@@ -29,9 +29,9 @@ from contextlib import AbstractContextManager, closing, contextmanager, nullcont
 from datetime import UTC, datetime
 from pathlib import Path
 
-from client.ledger.schema import APPLICATION_ID, FORMAT, is_laid_out, lay_out
-from common.errors import LedgerError
-from common.files import sync_folder
+from fedveil.client.ledger.schema import APPLICATION_ID, FORMAT, is_laid_out, lay_out
+from fedveil.common.errors import LedgerError
+from fedveil.common.files import sync_folder
 
 CONVERT = "python -m tools.convert_ledger"
 """What brings a ledger of an earlier format over, in a checkout of FedVeil's repository."""

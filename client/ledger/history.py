@@ -9,18 +9,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from client.ledger.budgets import BudgetHistory
-from client.ledger.file import BUSY_SECONDS, LedgerFile
-from client.ledger.holds import Holds
-from client.ledger.plans import Plans
-from client.ledger.rows import Budget, Entry, Exposure, Failure, Terms
-from client.ledger.sums import Sums
-from common.errors import ConfigError, LedgerError
-from privacy import privacy_filter
-from privacy.accountant import TRAINING
-from privacy.accounting import Release, alone, honest_sites
-from privacy.events import event_from
-from privacy.privacy_filter import FRESH, Commitment, History
+from fedveil.client.ledger.budgets import BudgetHistory
+from fedveil.client.ledger.file import BUSY_SECONDS, LedgerFile
+from fedveil.client.ledger.holds import Holds
+from fedveil.client.ledger.plans import Plans
+from fedveil.client.ledger.rows import Budget, Entry, Exposure, Failure, Terms
+from fedveil.client.ledger.sums import Sums
+from fedveil.common.errors import ConfigError, LedgerError
+from fedveil.privacy import privacy_filter
+from fedveil.privacy.accountant import TRAINING
+from fedveil.privacy.accounting import Release, alone, honest_sites
+from fedveil.privacy.events import event_from
+from fedveil.privacy.privacy_filter import FRESH, Commitment, History
 
 ENTRY = ("id", "dataset", "run", "round_number", "purpose", "unit", "count", "delta", "charged_at", "caused_by")
 """Fields of an entry that are columns."""

@@ -16,10 +16,10 @@ import re
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, time
 
-from client.ledger.file import LedgerFile, now
-from client.ledger.rows import Reservation, Withdrawal
-from common.errors import ConfigError
-from common.paths import RUN_NAME
+from fedveil.client.ledger.file import LedgerFile, now
+from fedveil.client.ledger.rows import Reservation, Withdrawal
+from fedveil.common.errors import ConfigError
+from fedveil.common.paths import RUN_NAME
 
 Total = Callable[[str, int], float]
 """The epsilon of a data set without the charges of a run after the one of this number; of all, with an empty name."""

@@ -26,15 +26,15 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from client.ledger.file import now
-from client.ledger.history import LedgerHistory
-from client.ledger.holds import WITHDRAWN
-from client.ledger.limits import hold_closed, hold_to_budgets, hold_to_unit
-from client.ledger.rows import Charge, Receipt, Terms, of_all, price
-from common.check import not_negative
-from common.errors import ConfigError, PolicyRefusal
-from privacy import privacy_filter
-from privacy.privacy_filter import Commitment, commitment_to
+from fedveil.client.ledger.file import now
+from fedveil.client.ledger.history import LedgerHistory
+from fedveil.client.ledger.holds import WITHDRAWN
+from fedveil.client.ledger.limits import hold_closed, hold_to_budgets, hold_to_unit
+from fedveil.client.ledger.rows import Charge, Receipt, Terms, of_all, price
+from fedveil.common.check import not_negative
+from fedveil.common.errors import ConfigError, PolicyRefusal
+from fedveil.privacy import privacy_filter
+from fedveil.privacy.privacy_filter import Commitment, commitment_to
 
 PRICES = 4
 """How often a charge is priced anew because others wrote meanwhile, before it is priced under the lock."""

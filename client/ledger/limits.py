@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from client.ledger.history import LedgerHistory
-from client.ledger.rows import Charge, Receipt
-from common.errors import BudgetExhausted, PolicyRefusal
-from privacy.accountant import AT_RATE_1, DEPARTED
-from privacy.accounting import Release, honest_sites
-from privacy.figures import epsilon_text, honest_text, remaining_text
+from fedveil.client.ledger.history import LedgerHistory
+from fedveil.client.ledger.rows import Charge, Receipt
+from fedveil.common.errors import BudgetExhausted, PolicyRefusal
+from fedveil.privacy.accountant import AT_RATE_1, DEPARTED
+from fedveil.privacy.accounting import Release, honest_sites
+from fedveil.privacy.figures import epsilon_text, honest_text, remaining_text
 
 DEARER = {
     DEPARTED: ", more because the data set's first run planned something else",

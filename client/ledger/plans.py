@@ -10,12 +10,12 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from client.ledger.file import LedgerFile, now
-from client.ledger.rows import FirstPlan
-from common.errors import ConfigError, LedgerError
-from privacy.accounting import Release
-from privacy.events import event_from
-from privacy.privacy_filter import Commitment, commitment_to
+from fedveil.client.ledger.file import LedgerFile, now
+from fedveil.client.ledger.rows import FirstPlan
+from fedveil.common.errors import ConfigError, LedgerError
+from fedveil.privacy.accounting import Release
+from fedveil.privacy.events import event_from
+from fedveil.privacy.privacy_filter import Commitment, commitment_to
 
 
 class Plans:

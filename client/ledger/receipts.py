@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from client.ledger.file import now
-from client.ledger.ledger import Ledger
-from client.ledger.rows import Entry, Exposure
-from common.check import nearest
-from common.errors import LedgerError
-from privacy.accountant import TRAINING
-from privacy.accounting import Release, alone, honest_sites
-from privacy.privacy_filter import promised
+from fedveil.client.ledger.file import now
+from fedveil.client.ledger.ledger import Ledger
+from fedveil.client.ledger.rows import Entry, Exposure
+from fedveil.common.check import nearest
+from fedveil.common.errors import LedgerError
+from fedveil.privacy.accountant import TRAINING
+from fedveil.privacy.accounting import Release, alone, honest_sites
+from fedveil.privacy.privacy_filter import promised
 
 CONTEXT = "FedVeil receipt, 2"
 """What the file is, and the number of its form."""

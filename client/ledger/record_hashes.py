@@ -21,7 +21,7 @@ import hashlib
 import re
 import unicodedata
 
-from common.tasks.examples import Dataset, Example
+from fedveil.common.tasks.examples import Dataset, Example
 
 _UNSEEN = re.compile(
     "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f"
@@ -48,7 +48,7 @@ def record_hashes(data: Dataset, key: bytes) -> frozenset[int]:
 def said(example: Example) -> str:
     """Return a text that is equal for records that say, or show, the same, however it is written.
 
-    >>> from common.tasks.text import TextExample
+    >>> from fedveil.common.tasks.text import TextExample
     >>> said(TextExample(text=" Au  Lait", label=1)) == said(TextExample(text="au\u00a0lait", label=0))
     True
     """

@@ -6,13 +6,13 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from common.check import in_range, not_negative, positive
-from common.errors import ConfigError
-from privacy import privacy_filter
-from privacy.accountant import TRAINING, Accountant
-from privacy.accounting import Release, alone, check_terms
-from privacy.events import Event
-from privacy.privacy_filter import Commitment
+from fedveil.common.check import in_range, not_negative, positive
+from fedveil.common.errors import ConfigError
+from fedveil.privacy import privacy_filter
+from fedveil.privacy.accountant import TRAINING, Accountant
+from fedveil.privacy.accounting import Release, alone, check_terms
+from fedveil.privacy.events import Event
+from fedveil.privacy.privacy_filter import Commitment
 
 
 @dataclass(frozen=True)

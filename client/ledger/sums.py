@@ -10,9 +10,9 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from client.ledger.file import LedgerFile, now
-from client.ledger.rows import Charge
-from common.errors import PolicyRefusal, ProtocolError
+from fedveil.client.ledger.file import LedgerFile, now
+from fedveil.client.ledger.rows import Charge
+from fedveil.common.errors import PolicyRefusal, ProtocolError
 
 
 class Sums:

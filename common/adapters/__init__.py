@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from common.adapters.base import Adapter, Origin, Place
-from common.adapters.lora import LoRA
-from common.adapters.lora_frozen_a import LoRAFrozenA
-from common.adapters.lora_metric import LoRAMetric
-from common.adapters.lora_sb import LoRASB
-from common.adapters.none import NoAdapter
-from common.errors import ConfigError
-from common.rows import Table
+from fedveil.common.adapters.base import Adapter, Origin, Place
+from fedveil.common.adapters.lora import LoRA
+from fedveil.common.adapters.lora_frozen_a import LoRAFrozenA
+from fedveil.common.adapters.lora_metric import LoRAMetric
+from fedveil.common.adapters.lora_sb import LoRASB
+from fedveil.common.adapters.none import NoAdapter
+from fedveil.common.errors import ConfigError
+from fedveil.common.rows import Table
 
 if TYPE_CHECKING:
-    from common.config.sections import AdapterConfig
+    from fedveil.common.config.sections import AdapterConfig
 
 ADAPTERS: Table[type[Adapter]] = Table("adapters", (LoRA, LoRAFrozenA, LoRAMetric, LoRASB, NoAdapter))
 ALIASES = {"ffa-lora": "lora-frozen-a"}

@@ -24,16 +24,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from common.adapters.targets import is_named, targets_in
-from common.config.fields import TARGET_KINDS
-from common.errors import ConfigError, ModelError, ProtocolError
-from common.messages.state import AdapterState, Factors
+from fedveil.common.adapters.targets import is_named, targets_in
+from fedveil.common.config.fields import TARGET_KINDS
+from fedveil.common.errors import ConfigError, ModelError, ProtocolError
+from fedveil.common.messages.state import AdapterState, Factors
 
 if TYPE_CHECKING:  # PEFT takes seconds to import, and to check settings nobody needs it.
     from peft import LoraConfig, PeftConfig, PeftModel
     from peft.tuners.lora import LoraLayer
 
-    from common.config.sections import RunConfig
+    from fedveil.common.config.sections import RunConfig
 
 PEFT_PREFIX = "base_model.model."
 ADAPTER_NAME = "default"
@@ -141,7 +141,9 @@ class Adapter(ABC):
             ModelError: the adapter was made without a start.
         """
         if self.origin is None:
-            raise ModelError(f"the {self.name} adapter was made without a start: give it a row of common.starts.STARTS")
+            raise ModelError(
+                f"the {self.name} adapter was made without a start: give it a row of fedveil.common.starts.STARTS"
+            )
         out, into = layer_shape(layer)
         place = Place(layer_name, out, into, self.rank, seed, lambda: base_weight(layer).double().cpu().clone())
         zeros = {factor: torch.zeros(shape) for factor, shape in self.shapes(out, into).items()}

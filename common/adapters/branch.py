@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from common.adapters.base import ADAPTER_NAME, base_weight
-from common.own_gradients import OwnGradients
+from fedveil.common.adapters.base import ADAPTER_NAME, base_weight
+from fedveil.common.own_gradients import OwnGradients
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
-    from common.adapters.mapped import Mapped
+    from fedveil.common.adapters.mapped import Mapped
 
 
 class Branch(OwnGradients):

@@ -11,13 +11,13 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from common.adapters.base import ADAPTER_NAME
-from common.adapters.branch import Branch
-from common.adapters.low_bits import LOW_BITS
-from common.errors import ModelError
+from fedveil.common.adapters.base import ADAPTER_NAME
+from fedveil.common.adapters.branch import Branch
+from fedveil.common.adapters.low_bits import LOW_BITS
+from fedveil.common.errors import ModelError
 
 if TYPE_CHECKING:
-    from common.adapters.mapped import Mapped
+    from fedveil.common.adapters.mapped import Mapped
 
 LINEAR = (nn.Linear, Conv1D, *LOW_BITS.values())
 """What can be adapted: exactly these, for others (another quantised one) hold their weight otherwise."""

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
-from common.adapters.low_rank import LowRank, lora_modules
-from common.messages.state import Factors
+from fedveil.common.adapters.low_rank import LowRank, lora_modules
+from fedveil.common.messages.state import Factors
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer

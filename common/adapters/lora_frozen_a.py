@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.adapters.lora import LoRA
-from common.messages.state import OWN, AdapterState, Factors
+from fedveil.common.adapters.lora import LoRA
+from fedveil.common.messages.state import OWN, AdapterState, Factors
 
 NEGLIGIBLE = 1e-6
 """Singular values of B below this share of the largest are float32's rounding."""

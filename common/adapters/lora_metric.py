@@ -18,8 +18,8 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.adapters.mapped import Mapped, outer_sums
-from common.messages.state import Factors
+from fedveil.common.adapters.mapped import Mapped, outer_sums
+from fedveil.common.messages.state import Factors
 
 SHRUNK = 64
 """Directions of a layer's inputs that V can shrink, at most; of a narrow layer, a quarter of all."""

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.errors import ModelError
+from fedveil.common.errors import ModelError
 
 BLOCK = 64
 """Numbers of a block of 4 bits."""

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, cast
 
 from torch import Tensor, nn
 
-from common.adapters.base import ADAPTER_NAME, Adapter
-from common.messages.state import Factors
+from fedveil.common.adapters.base import ADAPTER_NAME, Adapter
+from fedveil.common.messages.state import Factors
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer

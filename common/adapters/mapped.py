@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import vjp, vmap
 
-from common.adapters.base import Adapter
+from fedveil.common.adapters.base import Adapter
 
 if TYPE_CHECKING:
     from peft import LoraConfig
     from peft.tuners.lora import LoraLayer
 
-    from common.adapters.layer import AdaptedLinear
+    from fedveil.common.adapters.layer import AdaptedLinear
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Mapped(Adapter):
 
     def route(self, config: LoraConfig) -> None:
         """Let PEFT put our layer where it would put its own."""
-        from common.adapters.layer import AdaptedLinear
+        from fedveil.common.adapters.layer import AdaptedLinear
 
         # Every kind of layer, so that one that cannot be adapted is refused and not left to PEFT's own.
         config._register_custom_module({nn.Module: AdaptedLinear})

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, ClassVar, cast
 
 from torch import Tensor, nn
 
-from common.adapters.base import Adapter
-from common.errors import ConfigError
-from common.messages.state import Factors
-from common.tasks import TASKS
+from fedveil.common.adapters.base import Adapter
+from fedveil.common.errors import ConfigError
+from fedveil.common.messages.state import Factors
+from fedveil.common.tasks import TASKS
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
 
-    from common.config.sections import RunConfig
+    from fedveil.common.config.sections import RunConfig
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from common.adapters.base import ADAPTER_NAME, Adapter
-from common.messages.columns import Chosen
+from fedveil.common.adapters.base import ADAPTER_NAME, Adapter
+from fedveil.common.messages.columns import Chosen
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer

@@ -10,8 +10,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from torch import nn
 
-from common.check import nearest
-from common.errors import ModelError
+from fedveil.common.check import nearest
+from fedveil.common.errors import ModelError
 
 AUTO = "auto"
 """What ``adapter.targets`` calls the projections to queries and values, however the model names them."""

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, ClassVar
 
-from common.check import NOT_NEGATIVE, POSITIVE, Interval, OneOf
-from common.config.fields import RATIO, Section, Unit
-from common.config.sections import (
+from fedveil.common.check import NOT_NEGATIVE, POSITIVE, Interval, OneOf
+from fedveil.common.config.fields import RATIO, Section, Unit
+from fedveil.common.config.sections import (
     OPTIMIZERS,
     SCHEDULES,
     SERVER_OPTIMIZERS,
@@ -73,8 +73,8 @@ class ServerSettings(Section):
     """What stands around the optimiser: a row of ``strategies.rules.RULES``, whose options are set under its name.
     ``lora-pro`` turns the change of A and B before it, ``allora``, ``align-guard`` and ``soft-threshold`` its step."""
     scores: bool = False
-    """Whether the server keeps LoRAPrune's score of every output and input of an adapted layer, by which
-    ``python -m contrib.experiments prune --by`` chooses (docs/guides/serve.md). It asks no site for anything."""
+    """Whether the server keeps LoRAPrune's score of every output and input of an adapted layer, by which ``python -m
+    fedveil.contrib.experiments prune --by`` chooses (docs/guides/serve.md). It asks no site for anything."""
     most_noise: Annotated[float, NOT_NEGATIVE, RATIO] = 0.0
     """For ``momentum``: standard deviation that the noise of a phase may give a trained number: the head first, the
     adapter, the head again. The learning rate is lowered to keep it, of the head and of the rest each for itself

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, get_type_hints
 
-from common.check import Rule
+from fedveil.common.check import Rule
 
 TARGET_KINDS = ("auto", "values", "all-linear")
 """Words of ``adapter.targets`` that stand for layers, however the model names them (``common.adapters.targets``)."""

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from common.check import nearest
-from common.config.schedule import learning_rate
-from common.errors import ConfigError
+from fedveil.common.check import nearest
+from fedveil.common.config.schedule import learning_rate
+from fedveil.common.errors import ConfigError
 
 HEAD, ADAPTER = "head", "adapter"
 """What a phase can train: the classification head, and all that the adapter trains."""

@@ -14,14 +14,14 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Annotated, Any, ClassVar, TypeVar, cast
 
-from common.check import CLIP_NORM, NOT_NEGATIVE, POSITIVE, Interval, OneOf, nearest
-from common.config.fields import RATIO, TARGET_KINDS, Section, Unit, kebab, kinds_of
-from common.config.phases import ADAPTER, HEAD, Phase, Schedule, parse_phases
-from common.errors import ConfigError
-from common.tasks import TASKS, roles_of_all
-from common.tasks.roles import Role
-from common.trackers import NO_TRACKER, TRACKERS
-from privacy import MECHANISMS, UNITS, Mechanism
+from fedveil.common.check import CLIP_NORM, NOT_NEGATIVE, POSITIVE, Interval, OneOf, nearest
+from fedveil.common.config.fields import RATIO, TARGET_KINDS, Section, Unit, kebab, kinds_of
+from fedveil.common.config.phases import ADAPTER, HEAD, Phase, Schedule, parse_phases
+from fedveil.common.errors import ConfigError
+from fedveil.common.tasks import TASKS, roles_of_all
+from fedveil.common.tasks.roles import Role
+from fedveil.common.trackers import NO_TRACKER, TRACKERS
+from fedveil.privacy import MECHANISMS, UNITS, Mechanism
 
 Scalar = str | int | float | bool
 S = TypeVar("S")

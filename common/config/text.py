@@ -9,11 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.config.sections import Scalar
-from common.errors import ConfigError
-from common.files import expanded
-from common.labels import labels_text
-from common.toml import TOO_DEEP, TOO_LARGE, read_toml, toml_of
+from fedveil.common.config.sections import Scalar
+from fedveil.common.errors import ConfigError
+from fedveil.common.files import expanded
+from fedveil.common.labels import labels_text
+from fedveil.common.toml import TOO_DEEP, TOO_LARGE, read_toml, toml_of
 
 LISTS = ("data.labels",)
 """Settings that may be written as a list of texts. Flower's have one value each, so they are read as one text."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from common.rows import Table as Rows
-from common.tasks.tables import Table, read_file
+from fedveil.common.rows import Table as Rows
+from fedveil.common.tasks.tables import Table, read_file
 
 
 class KnownPlace(Protocol):
@@ -102,7 +102,7 @@ DATASETS: Rows[NamedDataset] = Rows(
         "asdiv": "sets.asdiv:ASDIV",
         "textile-images": "sets.textile_images:TEXTILE_IMAGES",
     },
-    "demo",
+    "fedveil.demo",
 )
 """The data sets that ``data.name`` may name. No data set counts as public that is not in this table."""
 

@@ -13,12 +13,12 @@ from urllib.parse import parse_qsl, urlencode
 
 import torch
 
-from common.check import nearest, positive
-from common.config.sections import DataConfig, ModelConfig, RunConfig, Scalar, to_mapping
-from common.errors import ConfigError, DataError, PolicyRefusal
-from common.tasks import TASKS
-from common.tasks.examples import Dataset
-from privacy.randomness import stream
+from fedveil.common.check import nearest, positive
+from fedveil.common.config.sections import DataConfig, ModelConfig, RunConfig, Scalar, to_mapping
+from fedveil.common.errors import ConfigError, DataError, PolicyRefusal
+from fedveil.common.tasks import TASKS
+from fedveil.common.tasks.examples import Dataset
+from fedveil.privacy.randomness import stream
 
 NO_LABEL = (
     "data.partition is 'dirichlet', but the records have no label: set it to 'iid', or to 'natural' with data.key"

@@ -10,7 +10,7 @@ import hashlib
 from functools import lru_cache
 from importlib.resources import files
 
-from common.errors import DataError
+from fedveil.common.errors import DataError
 
 SHA256 = "f96203cf7fcac8bbb94cc3a41ae2cd43b711e5175babd69e9c6cd0d411da3d69"
 """Of the file, in hexadecimal."""
@@ -23,7 +23,7 @@ def prose() -> tuple[str, ...]:
     Raises:
         DataError: the file that comes with FedVeil is missing or altered.
     """
-    file = files("demo").joinpath("prose.md")
+    file = files("fedveil.demo").joinpath("prose.md")
     try:
         content = file.read_bytes()
     except OSError as error:

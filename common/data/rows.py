@@ -12,14 +12,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.check import nearest
-from common.errors import ConfigError, DataError
-from common.files import FileState, state_of
-from common.tasks.cells import UNREADABLE, Misfit, is_missing, plain, read_word
-from common.tasks.examples import Dataset, Example
-from common.tasks.layouts import known_layout
-from common.tasks.roles import LABEL, Column
-from common.tasks.tables import Table, Unfit, separated_otherwise
+from fedveil.common.check import nearest
+from fedveil.common.errors import ConfigError, DataError
+from fedveil.common.files import FileState, state_of
+from fedveil.common.tasks.cells import UNREADABLE, Misfit, is_missing, plain, read_word
+from fedveil.common.tasks.examples import Dataset, Example
+from fedveil.common.tasks.layouts import known_layout
+from fedveil.common.tasks.roles import LABEL, Column
+from fedveil.common.tasks.tables import Table, Unfit, separated_otherwise
 
 NOTHING: Mapping[str, str] = {}
 

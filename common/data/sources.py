@@ -15,20 +15,20 @@ from functools import lru_cache
 from pathlib import Path
 from string import Formatter
 
-from common.check import OneOf, nearest
-from common.config.sections import DataConfig
-from common.data.named import DATASETS, KnownPlace, NamedDataset, UserFile
-from common.data.partition import public_size_of_part
-from common.data.rows import read_rows
-from common.data.split import public_split
-from common.errors import ConfigError, DataError, UnreadableFile
-from common.files import FileState, expanded
-from common.labels import labels_of, labels_text
-from common.tasks import TASKS
-from common.tasks.cells import is_missing
-from common.tasks.examples import Dataset
-from common.tasks.roles import KEY, LABEL, PERSON, SLICE, Column
-from common.tasks.tables import READERS, Table, Unfit, read_file, read_hub
+from fedveil.common.check import OneOf, nearest
+from fedveil.common.config.sections import DataConfig
+from fedveil.common.data.named import DATASETS, KnownPlace, NamedDataset, UserFile
+from fedveil.common.data.partition import public_size_of_part
+from fedveil.common.data.rows import read_rows
+from fedveil.common.data.split import public_split
+from fedveil.common.errors import ConfigError, DataError, UnreadableFile
+from fedveil.common.files import FileState, expanded
+from fedveil.common.labels import labels_of, labels_text
+from fedveil.common.tasks import TASKS
+from fedveil.common.tasks.cells import is_missing
+from fedveil.common.tasks.examples import Dataset
+from fedveil.common.tasks.roles import KEY, LABEL, PERSON, SLICE, Column
+from fedveil.common.tasks.tables import READERS, Table, Unfit, read_file, read_hub
 
 MOST_SLICES = 50
 

@@ -7,10 +7,10 @@ import hashlib
 from collections import Counter
 from functools import lru_cache
 
-from common.check import POSITIVE
-from common.errors import DataError
-from common.tasks.examples import Dataset
-from common.words import counted
+from fedveil.common.check import POSITIVE
+from fedveil.common.errors import DataError
+from fedveil.common.tasks.examples import Dataset
+from fedveil.common.words import counted
 
 
 def public_split(dataset: Dataset, test_size: int, seed: int) -> tuple[Dataset, Dataset]:

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from common.errors import ProtocolError
-from common.messages.state import OWN, AdapterState
+from fedveil.common.errors import ProtocolError
+from fedveil.common.messages.state import OWN, AdapterState
 
 FACTOR = "B"
 """The factor of which a part of the columns may be trained, shape (out, rank); of others all are, or none."""

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from common.messages.state import AdapterState
-from common.strict_json import Endless
-from privacy.accountant import INITIALISATION, TRAINING, Accountant
-from privacy.events import Event
-from privacy.secure_sum.attempt import KeyOffer
-from privacy.secure_sum.recovery import Agreement, Sharing
+from fedveil.common.messages.state import AdapterState
+from fedveil.common.strict_json import Endless
+from fedveil.privacy.accountant import INITIALISATION, TRAINING, Accountant
+from fedveil.privacy.events import Event
+from fedveil.privacy.secure_sum.attempt import KeyOffer
+from fedveil.privacy.secure_sum.recovery import Agreement, Sharing
 
 PROTOCOL = 5
 """Version of these messages; both sides must speak the same."""

@@ -29,10 +29,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, load_ssh_private_key, load_ssh_public_key
 from flwr.app import RecordDict
 
-from common.config.sections import RunConfig, Scalar
-from common.errors import DataError, PolicyRefusal, ProtocolError
-from privacy.secure_sum.canonical import Value, canonical
-from privacy.secure_sum.identity import Identity
+from fedveil.common.config.sections import RunConfig, Scalar
+from fedveil.common.errors import DataError, PolicyRefusal, ProtocolError
+from fedveil.privacy.secure_sum.canonical import Value, canonical
+from fedveil.privacy.secure_sum.identity import Identity
 
 TASK, ANSWER = "fedveil/task/1", "fedveil/answer/1"
 SIGNS_TASKS = x509.ObjectIdentifier("2.25.317053887983115253946698418666240259836")

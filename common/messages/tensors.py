@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from common.errors import ProtocolError
-from common.messages.state import HEAD, AdapterState
+from fedveil.common.errors import ProtocolError
+from fedveil.common.messages.state import HEAD, AdapterState
 
 
 def entries(state: AdapterState) -> Iterator[tuple[str, str, Tensor]]:

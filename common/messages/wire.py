@@ -60,8 +60,8 @@ from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE as PART_BYTES
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
-from common.errors import ProtocolError
-from common.messages.round import (
+from fedveil.common.errors import ProtocolError
+from fedveil.common.messages.round import (
     FINGERPRINT_DIGITS,
     PROTOCOL,
     REFUSAL_KINDS,
@@ -85,16 +85,16 @@ from common.messages.round import (
     UnmaskReply,
     UnmaskTask,
 )
-from common.messages.state import AdapterState, below_head
-from common.messages.tensors import entries
-from common.packed import Form
-from privacy.accountant import ERRORS, METHODS, MOST_GRID, REASONS, Accountant, Detour
-from privacy.events import EVENTS, Event
-from privacy.secure_sum.attempt import KeyOffer
-from privacy.secure_sum.identity import SIGNATURE_BYTES
-from privacy.secure_sum.recovery import SEALED_BYTES, Agreement, Sharing
-from privacy.secure_sum.roster import MOST_SITES
-from privacy.secure_sum.shares import SHARE_BYTES
+from fedveil.common.messages.state import AdapterState, below_head
+from fedveil.common.messages.tensors import entries
+from fedveil.common.packed import Form
+from fedveil.privacy.accountant import ERRORS, METHODS, MOST_GRID, REASONS, Accountant, Detour
+from fedveil.privacy.events import EVENTS, Event
+from fedveil.privacy.secure_sum.attempt import KeyOffer
+from fedveil.privacy.secure_sum.identity import SIGNATURE_BYTES
+from fedveil.privacy.secure_sum.recovery import SEALED_BYTES, Agreement, Sharing
+from fedveil.privacy.secure_sum.roster import MOST_SITES
+from fedveil.privacy.secure_sum.shares import SHARE_BYTES
 
 STYPE, WORDS_STYPE = "f32le", "u32le"
 NONCE_BYTES = 16

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from common.adapters.low_bits import quantise
-from common.errors import ModelNotLoaded
-from common.files import expanded
-from common.model.files import files_of, model_folder
-from common.model.named import NAMED_MODELS
-from common.tasks import TASKS, Task
-from common.tasks.loading import UNCOUNTED
+from fedveil.common.adapters.low_bits import quantise
+from fedveil.common.errors import ModelNotLoaded
+from fedveil.common.files import expanded
+from fedveil.common.model.files import files_of, model_folder
+from fedveil.common.model.named import NAMED_MODELS
+from fedveil.common.tasks import TASKS, Task
+from fedveil.common.tasks.loading import UNCOUNTED
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from common.errors import DataError
+from fedveil.common.errors import DataError
 
 WINDOW = 8
 """Batches of an epoch among which records are sorted by length: a quarter fewer tokens on the plain job."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from common.errors import ConfigError
+from fedveil.common.errors import ConfigError
 
 THREAD_NUMBERS = 1 << 16
 """Numbers for each thread that torch does not leave to fewer threads."""

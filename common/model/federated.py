@@ -16,16 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.adapters import Adapter
-from common.adapters.split import split_columns
-from common.config.sections import HeadConfig, ModelConfig
-from common.errors import ConfigError, ModelError, ProtocolError
-from common.log import place_of
-from common.messages.columns import Chosen
-from common.messages.state import HEAD, METRIC, OWN, AdapterState
-from common.model.base import BaseModel, load_base_model
-from common.model.batching import length_batches
-from common.model.device import (
+from fedveil.common.adapters import Adapter
+from fedveil.common.adapters.split import split_columns
+from fedveil.common.config.sections import HeadConfig, ModelConfig
+from fedveil.common.errors import ConfigError, ModelError, ProtocolError
+from fedveil.common.log import place_of
+from fedveil.common.messages.columns import Chosen
+from fedveil.common.messages.state import HEAD, METRIC, OWN, AdapterState
+from fedveil.common.model.base import BaseModel, load_base_model
+from fedveil.common.model.batching import length_batches
+from fedveil.common.model.device import (
     autocast,
     choose_attention,
     choose_batch_tokens,
@@ -33,17 +33,17 @@ from common.model.device import (
     choose_precision,
     choose_private_tokens,
 )
-from common.model.lowered import lowered
-from common.model.recomputed import computed_once, recompute_layers
-from common.model.score import Score
-from common.model.shapes import FixedBatch, Shapes
-from common.tasks import TASKS, Batch, Record, Task
-from common.tasks.base import OWNER
-from common.tasks.examples import Example
-from common.tasks.featured import FEATURES, TANGENTS, Featured, put_features
-from common.tasks.module import Metric
-from common.tasks.tangent import Tangent
-from privacy.randomness import stream
+from fedveil.common.model.lowered import lowered
+from fedveil.common.model.recomputed import computed_once, recompute_layers
+from fedveil.common.model.score import Score
+from fedveil.common.model.shapes import FixedBatch, Shapes
+from fedveil.common.tasks import TASKS, Batch, Record, Task
+from fedveil.common.tasks.base import OWNER
+from fedveil.common.tasks.examples import Example
+from fedveil.common.tasks.featured import FEATURES, TANGENTS, Featured, put_features
+from fedveil.common.tasks.module import Metric
+from fedveil.common.tasks.tangent import Tangent
+from fedveil.privacy.randomness import stream
 
 log = logging.getLogger("fedveil.site")
 

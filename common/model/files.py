@@ -16,9 +16,9 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
-from common.errors import ModelNotLoaded
-from common.files import expanded, sha256_of
-from common.model.named import NAMED_MODELS
+from fedveil.common.errors import ModelNotLoaded
+from fedveil.common.files import expanded, sha256_of
+from fedveil.common.model.named import NAMED_MODELS
 
 SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 """What is fetched of a model of the hub beside its weights."""

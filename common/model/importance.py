@@ -20,7 +20,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from common.messages.state import Factors
+from fedveil.common.messages.state import Factors
 
 DECAY = 0.9
 """How much of a score a round keeps of those before it."""

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.rows import Table
+from fedveil.common.rows import Table
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,6 @@ NAMED_MODELS: Table[NamedModel] = Table(
         "SmolLM2-135M-Instruct": "models:SMOLLM2_MODEL",
         "dinov2-small": "models:DINOV2_SMALL_MODEL",
     },
-    "demo",
+    "fedveil.demo",
 )
 """The models that a policy without ``models`` allows. No other model is known by its hash."""

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 if TYPE_CHECKING:
-    from common.model.federated import FederatedModel
-    from common.tasks import Batch
-    from privacy.secure_sum.masks import Words
+    from fedveil.common.model.federated import FederatedModel
+    from fedveil.common.tasks import Batch
+    from fedveil.privacy.secure_sum.masks import Words
 
 
 class PlainSteps:

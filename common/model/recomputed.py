@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common.errors import ModelError
+from fedveil.common.errors import ModelError
 
 
 class Recomputed:

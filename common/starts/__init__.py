@@ -7,17 +7,17 @@ run configuration under ``start``: ``start.records = 64``. Options of one name h
 
 from __future__ import annotations
 
-from common.adapters import Adapter
-from common.errors import ConfigError
-from common.rows import Table
-from common.starts.base import Labels, PaidStart, Start, UnpaidStart
-from common.starts.class_means import ClassMeans
-from common.starts.dp_gradient import DPGradient
-from common.starts.kaiming import Kaiming
-from common.starts.orthonormal import Orthonormal
-from common.starts.public_gradient import PublicGradient
-from common.starts.public_metric import PublicMetric
-from common.starts.svd_of_weights import SVDOfWeights
+from fedveil.common.adapters import Adapter
+from fedveil.common.errors import ConfigError
+from fedveil.common.rows import Table
+from fedveil.common.starts.base import Labels, PaidStart, Start, UnpaidStart
+from fedveil.common.starts.class_means import ClassMeans
+from fedveil.common.starts.dp_gradient import DPGradient
+from fedveil.common.starts.kaiming import Kaiming
+from fedveil.common.starts.orthonormal import Orthonormal
+from fedveil.common.starts.public_gradient import PublicGradient
+from fedveil.common.starts.public_metric import PublicMetric
+from fedveil.common.starts.svd_of_weights import SVDOfWeights
 
 STARTS: Table[type[Start]] = Table(
     "starts", (Orthonormal, Kaiming, SVDOfWeights, PublicGradient, PublicMetric, ClassMeans, DPGradient)

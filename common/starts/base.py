@@ -18,23 +18,23 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from torch import Tensor
 
-from common.adapters import Adapter, Place
-from common.check import CLIP_NORM, POSITIVE, Interval
-from common.config.fields import RATIO, Unit, check_fields
-from common.config.sections import PrivacyConfig, RunConfig
-from common.errors import ConfigError
-from common.messages.state import METRIC, AdapterState, Factors
-from common.messages.wire import Layout
-from common.model.federated import FederatedModel
-from common.starts.directions import orthonormal_rows
-from common.starts.gradient import open_weights
-from common.tasks import Batch, Record
-from privacy.accountant import INITIALISATION
-from privacy.accounting import Release, check_terms
-from privacy.events import sampled_gaussian
-from privacy.plan import PrivacyPlan
-from privacy.privacy_filter import promised_noise
-from privacy.randomness import stream
+from fedveil.common.adapters import Adapter, Place
+from fedveil.common.check import CLIP_NORM, POSITIVE, Interval
+from fedveil.common.config.fields import RATIO, Unit, check_fields
+from fedveil.common.config.sections import PrivacyConfig, RunConfig
+from fedveil.common.errors import ConfigError
+from fedveil.common.messages.state import METRIC, AdapterState, Factors
+from fedveil.common.messages.wire import Layout
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.starts.directions import orthonormal_rows
+from fedveil.common.starts.gradient import open_weights
+from fedveil.common.tasks import Batch, Record
+from fedveil.privacy.accountant import INITIALISATION
+from fedveil.privacy.accounting import Release, check_terms
+from fedveil.privacy.events import sampled_gaussian
+from fedveil.privacy.plan import PrivacyPlan
+from fedveil.privacy.privacy_filter import promised_noise
+from fedveil.privacy.randomness import stream
 
 Needs = Literal["nothing", "weights", "public records", "paid release", "records, without privacy"]
 Asked = Literal["nobody", "server", "sites"]

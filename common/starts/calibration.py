@@ -14,12 +14,12 @@ from collections.abc import Sequence
 
 import torch
 
-from common.adapters.base import stored_transposed
-from common.errors import ModelError
-from common.messages.state import OWN, AdapterState
-from common.model.federated import FederatedModel
-from common.starts.gradient import gradients_in, open_weights
-from common.tasks import Record
+from fedveil.common.adapters.base import stored_transposed
+from fedveil.common.errors import ModelError
+from fedveil.common.messages.state import OWN, AdapterState
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.starts.gradient import gradients_in, open_weights
+from fedveil.common.tasks import Record
 
 
 def calibrated(model: FederatedModel, adapter: AdapterState, records: Sequence[Record]) -> AdapterState:

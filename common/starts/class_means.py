@@ -26,22 +26,22 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from common.adapters import Adapter, Place
-from common.check import POSITIVE, OneOf
-from common.config.fields import RATIO
-from common.config.sections import RunConfig
-from common.errors import ConfigError
-from common.messages.state import HEAD, METRIC, AdapterState, Factors
-from common.messages.wire import Layout
-from common.model.federated import FederatedModel
-from common.model.shapes import FixedBatch
-from common.starts.base import Labels, PaidByShare, seeded
-from common.starts.public_metric import MADE, PublicMetric
-from common.starts.public_text import MADE_UP
-from common.tasks import TASKS, Batch, Record
-from common.tasks.featured import FEATURES
-from privacy.plan import PrivacyPlan
-from privacy.steps import Around
+from fedveil.common.adapters import Adapter, Place
+from fedveil.common.check import POSITIVE, OneOf
+from fedveil.common.config.fields import RATIO
+from fedveil.common.config.sections import RunConfig
+from fedveil.common.errors import ConfigError
+from fedveil.common.messages.state import HEAD, METRIC, AdapterState, Factors
+from fedveil.common.messages.wire import Layout
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.model.shapes import FixedBatch
+from fedveil.common.starts.base import Labels, PaidByShare, seeded
+from fedveil.common.starts.public_metric import MADE, PublicMetric
+from fedveil.common.starts.public_text import MADE_UP
+from fedveil.common.tasks import TASKS, Batch, Record
+from fedveil.common.tasks.featured import FEATURES
+from fedveil.privacy.plan import PrivacyPlan
+from fedveil.privacy.steps import Around
 
 COUNT = 0.25
 """What a record adds to its label's count, over the clip norm: little, so that it uses up little of that."""

@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from common.messages.state import AdapterState, Factors
-from common.messages.wire import Layout
-from common.model.federated import FederatedModel
-from common.starts.base import PaidGradient
-from common.starts.gradient import drawn, gradient_basis, gradient_layout, private_gradient
-from common.tasks import Record
-from privacy.plan import PrivacyPlan
+from fedveil.common.messages.state import AdapterState, Factors
+from fedveil.common.messages.wire import Layout
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.starts.base import PaidGradient
+from fedveil.common.starts.gradient import drawn, gradient_basis, gradient_layout, private_gradient
+from fedveil.common.tasks import Record
+from fedveil.privacy.plan import PrivacyPlan
 
 
 @dataclass(frozen=True)

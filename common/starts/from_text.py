@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Self
 
-from common.adapters import Adapter
-from common.check import POSITIVE, Digits
-from common.config.fields import Unit
-from common.config.sections import RunConfig
-from common.errors import ConfigError
-from common.model.federated import FederatedModel
-from common.starts.base import Needs, Start
-from common.starts.public_text import (
+from fedveil.common.adapters import Adapter
+from fedveil.common.check import POSITIVE, Digits
+from fedveil.common.config.fields import Unit
+from fedveil.common.config.sections import RunConfig
+from fedveil.common.errors import ConfigError
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.starts.base import Needs, Start
+from fedveil.common.starts.public_text import (
     MADE_UP,
     OF_NO_ONE,
     PACKAGED,
@@ -23,8 +23,8 @@ from common.starts.public_text import (
     known_sha256,
     read_text,
 )
-from common.tasks import TASKS, Record
-from common.tasks.text import TOKENS
+from fedveil.common.tasks import TASKS, Record
+from fedveil.common.tasks.text import TOKENS
 
 
 @dataclass(frozen=True)

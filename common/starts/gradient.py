@@ -15,17 +15,17 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from common.adapters.base import layer_shape, stored_transposed
-from common.errors import ModelError
-from common.messages.state import AdapterState
-from common.messages.wire import Layout
-from common.model.federated import FederatedModel
-from common.model.shapes import Shapes
-from common.starts.directions import leading_singular_triple
-from common.tasks import Batch, Record
-from privacy.plan import PrivacyPlan
-from privacy.steps import Around
-from privacy.together import Together
+from fedveil.common.adapters.base import layer_shape, stored_transposed
+from fedveil.common.errors import ModelError
+from fedveil.common.messages.state import AdapterState
+from fedveil.common.messages.wire import Layout
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.model.shapes import Shapes
+from fedveil.common.starts.directions import leading_singular_triple
+from fedveil.common.tasks import Batch, Record
+from fedveil.privacy.plan import PrivacyPlan
+from fedveil.privacy.steps import Around
+from fedveil.privacy.together import Together
 
 BATCH_TOKENS = 1024
 """Tokens of one forward pass, which is one batch of the run: small parts cost it little time."""

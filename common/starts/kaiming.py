@@ -10,10 +10,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from common.adapters import Place
-from common.messages.state import Factors
-from common.starts.base import Needs, Start
-from privacy.randomness import stream
+from fedveil.common.adapters import Place
+from fedveil.common.messages.state import Factors
+from fedveil.common.starts.base import Needs, Start
+from fedveil.privacy.randomness import stream
 
 
 @dataclass(frozen=True)

@@ -11,24 +11,24 @@ from typing import Annotated, ClassVar
 
 import torch
 
-from common.adapters import Adapter, Place
-from common.check import POSITIVE
-from common.config.fields import RATIO, Unit
-from common.config.sections import RunConfig
-from common.data.named import share_sentences
-from common.data.sources import load_dataset
-from common.errors import ConfigError
-from common.messages.state import AdapterState, Factors
-from common.messages.wire import Layout
-from common.model.device import choose_batch_tokens
-from common.model.federated import FederatedModel
-from common.starts.base import Labels, Needs, Start, seeded
-from common.starts.gradient import gradient_basis, gradient_layout, mean_gradient
-from common.starts.public_text import check_apart
-from common.tasks import Batch
-from common.tasks.examples import Dataset, Example
-from common.words import counted
-from privacy.randomness import stream
+from fedveil.common.adapters import Adapter, Place
+from fedveil.common.check import POSITIVE
+from fedveil.common.config.fields import RATIO, Unit
+from fedveil.common.config.sections import RunConfig
+from fedveil.common.data.named import share_sentences
+from fedveil.common.data.sources import load_dataset
+from fedveil.common.errors import ConfigError
+from fedveil.common.messages.state import AdapterState, Factors
+from fedveil.common.messages.wire import Layout
+from fedveil.common.model.device import choose_batch_tokens
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.starts.base import Labels, Needs, Start, seeded
+from fedveil.common.starts.gradient import gradient_basis, gradient_layout, mean_gradient
+from fedveil.common.starts.public_text import check_apart
+from fedveil.common.tasks import Batch
+from fedveil.common.tasks.examples import Dataset, Example
+from fedveil.common.words import counted
+from fedveil.privacy.randomness import stream
 
 
 @dataclass(frozen=True)

@@ -22,23 +22,23 @@ from typing import Annotated, ClassVar, Self
 import torch
 from torch import Tensor
 
-from common.adapters import Adapter, Place
-from common.adapters.base import stored_transposed
-from common.adapters.lora_metric import shrunk
-from common.check import POSITIVE, OneOf
-from common.config.fields import RATIO
-from common.config.sections import RunConfig
-from common.data.sources import is_paired
-from common.errors import ConfigError, ModelError
-from common.messages.state import HEAD, METRIC, AdapterState, Factors
-from common.model.federated import FederatedModel
-from common.starts.base import Labels, seeded
-from common.starts.directions import leading_rows, with_fixed_signs
-from common.starts.from_text import FromText
-from common.starts.gradient import gradients_in, open_weights
-from common.starts.public_text import MADE_UP
-from common.tasks import TASKS, Record
-from privacy.randomness import stream
+from fedveil.common.adapters import Adapter, Place
+from fedveil.common.adapters.base import stored_transposed
+from fedveil.common.adapters.lora_metric import shrunk
+from fedveil.common.check import POSITIVE, OneOf
+from fedveil.common.config.fields import RATIO
+from fedveil.common.config.sections import RunConfig
+from fedveil.common.data.sources import is_paired
+from fedveil.common.errors import ConfigError, ModelError
+from fedveil.common.messages.state import HEAD, METRIC, AdapterState, Factors
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.starts.base import Labels, seeded
+from fedveil.common.starts.directions import leading_rows, with_fixed_signs
+from fedveil.common.starts.from_text import FromText
+from fedveil.common.starts.gradient import gradients_in, open_weights
+from fedveil.common.starts.public_text import MADE_UP
+from fedveil.common.tasks import TASKS, Record
+from fedveil.privacy.randomness import stream
 
 Gradients = Iterator[dict[str, Tensor]]
 """Of one record after another: the gradient of each adapted layer's weight, shape (out, in), float64, CPU."""

@@ -14,15 +14,15 @@ import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
 
-from common.config.sections import DataConfig
-from common.data import prose
-from common.data.named import DATASETS, share_sentences
-from common.data.phrases import SENTIMENT
-from common.data.sentences import FEWEST_WORDS, likeness, sentences_of, traces
-from common.data.sources import load_texts, public_test, train_and_test
-from common.errors import ConfigError, DataError
-from common.files import expanded
-from common.tasks.examples import Example
+from fedveil.common.config.sections import DataConfig
+from fedveil.common.data import prose
+from fedveil.common.data.named import DATASETS, share_sentences
+from fedveil.common.data.phrases import SENTIMENT
+from fedveil.common.data.sentences import FEWEST_WORDS, likeness, sentences_of, traces
+from fedveil.common.data.sources import load_texts, public_test, train_and_test
+from fedveil.common.errors import ConfigError, DataError
+from fedveil.common.files import expanded
+from fedveil.common.tasks.examples import Example
 
 PACKAGED = "phrases"
 """What ``start.text`` calls the phrases that come with FedVeil."""
@@ -75,7 +75,7 @@ def check_named(source: str, sha256: str, data: DataConfig) -> None:
         if source in DATASETS:
             raise ConfigError(
                 f"start.text {source!r} is a data set whose sentences have no known hash: set start.text-sha256 to "
-                f"what `python -m demo.convert sentences {source} FILE` prints"
+                f"what `python -m fedveil.demo.convert sentences {source} FILE` prints"
             )
         raise ConfigError(
             f"start.text {source!r} is a file of the server's: set start.text-sha256 to what sha256sum prints "
@@ -163,7 +163,9 @@ def check_apart(source: str, texts: Sequence[str], data: DataConfig, task: str, 
     """
     named = f"{setting} {source!r}"
     if setting == "start.text" and source in DATASETS:
-        out = f"take them out of a file that `python -m demo.convert sentences {source} FILE` writes and name it"
+        out = (
+            f"take them out of a file that `python -m fedveil.demo.convert sentences {source} FILE` writes and name it"
+        )
     else:
         out = "take them out"
     _refuse(named, out, texts, public_test(data, task).examples, "the public test part")

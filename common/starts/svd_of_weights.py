@@ -13,10 +13,10 @@ from typing import ClassVar
 
 import torch
 
-from common.adapters import Place
-from common.messages.state import Factors
-from common.starts.base import Needs, Start
-from common.starts.directions import leading_singular_triple
+from fedveil.common.adapters import Place
+from fedveil.common.messages.state import Factors
+from fedveil.common.starts.base import Needs, Start
+from fedveil.common.starts.directions import leading_singular_triple
 
 
 @dataclass(frozen=True)

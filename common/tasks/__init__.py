@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from common.tasks.base import Answer, Batch, Finished, Record, Sums, Task
-from common.tasks.causal_lm import CausalLM
-from common.tasks.chat import Chat
-from common.tasks.classification import Classification
-from common.tasks.image_classification import ImageClassification
-from common.tasks.instruction import Instruction
-from common.tasks.roles import Role
-from common.tasks.stock_classification import StockClassification
+from fedveil.common.tasks.base import Answer, Batch, Finished, Record, Sums, Task
+from fedveil.common.tasks.causal_lm import CausalLM
+from fedveil.common.tasks.chat import Chat
+from fedveil.common.tasks.classification import Classification
+from fedveil.common.tasks.image_classification import ImageClassification
+from fedveil.common.tasks.instruction import Instruction
+from fedveil.common.tasks.roles import Role
+from fedveil.common.tasks.stock_classification import StockClassification
 
 TASKS: dict[str, Task] = {
     task.name: task for task in (Classification(), CausalLM(), Chat(), Instruction(), ImageClassification())

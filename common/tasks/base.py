@@ -14,18 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
-from common.errors import ConfigError, UnreadableFile
-from common.tasks.examples import Example
-from common.tasks.roles import LABEL, Column, Role
+from fedveil.common.errors import ConfigError, UnreadableFile
+from fedveil.common.tasks.examples import Example
+from fedveil.common.tasks.roles import LABEL, Column, Role
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from common.config.sections import DataConfig, RunConfig, Scalar
-    from common.model.base import BaseModel
-    from common.model.shapes import Shapes
-    from common.tasks.module import TaskModule
-    from common.tasks.tables import Table
+    from fedveil.common.config.sections import DataConfig, RunConfig, Scalar
+    from fedveil.common.model.base import BaseModel
+    from fedveil.common.model.shapes import Shapes
+    from fedveil.common.tasks.module import TaskModule
+    from fedveil.common.tasks.tables import Table
 
 Record: TypeAlias = dict[str, Any]
 """One record as a batch is made of it: lists of numbers, or tensors, by the names of the batch's tensors."""
@@ -261,7 +261,7 @@ class Task(ABC):
 
     def shapes(self, base: BaseModel, limit: int, tokens: int, most: int = sys.maxsize) -> Shapes:
         """Return the shapes of private batches for records cut to ``limit``; see ``common.model.shapes``."""
-        from common.model.shapes import Shapes
+        from fedveil.common.model.shapes import Shapes
 
         return Shapes(limit, tokens, most)
 

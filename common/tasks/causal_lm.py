@@ -10,19 +10,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from common.errors import DataError, ModelNotLoaded
-from common.tasks.base import Answer, Batch, Finished, Record, Sums
-from common.tasks.examples import Example
-from common.tasks.loading import OWN_CODE
-from common.tasks.roles import Role
-from common.tasks.text import TOKENS, TextExample, TextTask, pad_id, padded
+from fedveil.common.errors import DataError, ModelNotLoaded
+from fedveil.common.tasks.base import Answer, Batch, Finished, Record, Sums
+from fedveil.common.tasks.examples import Example
+from fedveil.common.tasks.loading import OWN_CODE
+from fedveil.common.tasks.roles import Role
+from fedveil.common.tasks.text import TOKENS, TextExample, TextTask, pad_id, padded
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from common.config.sections import Scalar
-    from common.model.base import BaseModel
-    from common.tasks.module import TaskModule
+    from fedveil.common.config.sections import Scalar
+    from fedveil.common.model.base import BaseModel
+    from fedveil.common.tasks.module import TaskModule
 
 IGNORED = -100
 LOOKS_AHEAD = 1e-5
@@ -111,7 +111,7 @@ class CausalLM(TextTask):
 
     def module(self, encoder: nn.Module, base: BaseModel, classes: int, feature_scale: float) -> TaskModule:
         """Return the decoder as it is: it has a language-model head of its own."""
-        from common.tasks.module import TaskModule
+        from fedveil.common.tasks.module import TaskModule
 
         return TaskModule(encoder, _logits)
 

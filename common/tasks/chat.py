@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from common.errors import ConfigError, DataError
-from common.tasks.base import Record
-from common.tasks.causal_lm import IGNORED, CausalLM
-from common.tasks.cells import CELL_CHARACTERS, Misfit, is_missing, read_optional, read_text
-from common.tasks.examples import Example
-from common.tasks.roles import Role
-from common.tasks.text import TOKENS
+from fedveil.common.errors import ConfigError, DataError
+from fedveil.common.tasks.base import Record
+from fedveil.common.tasks.causal_lm import IGNORED, CausalLM
+from fedveil.common.tasks.cells import CELL_CHARACTERS, Misfit, is_missing, read_optional, read_text
+from fedveil.common.tasks.examples import Example
+from fedveil.common.tasks.roles import Role
+from fedveil.common.tasks.text import TOKENS
 
 if TYPE_CHECKING:
-    from common.model.base import BaseModel
+    from fedveil.common.model.base import BaseModel
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 SPEAKERS: Mapping[tuple[str, str], Mapping[str, str]] = {

@@ -9,19 +9,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from common.errors import ConfigError, DataError
-from common.tasks.base import Batch, Finished, Record, Sums, Task, classified
-from common.tasks.loading import OWN_CODE
-from common.tasks.roles import LABEL, Role
-from common.tasks.sentence_modules import ENCODER, LOGITS_CODE, write_modules
-from common.tasks.text import TOKENS, TextExample, TextTask, pad_id, padded
+from fedveil.common.errors import ConfigError, DataError
+from fedveil.common.tasks.base import Batch, Finished, Record, Sums, Task, classified
+from fedveil.common.tasks.loading import OWN_CODE
+from fedveil.common.tasks.roles import LABEL, Role
+from fedveil.common.tasks.sentence_modules import ENCODER, LOGITS_CODE, write_modules
+from fedveil.common.tasks.text import TOKENS, TextExample, TextTask, pad_id, padded
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from common.config.sections import RunConfig, Scalar
-    from common.model.base import BaseModel
-    from common.tasks.module import TaskModule
+    from fedveil.common.config.sections import RunConfig, Scalar
+    from fedveil.common.model.base import BaseModel
+    from fedveil.common.tasks.module import TaskModule
 
 
 PAIR = "text-pair"
@@ -102,7 +102,7 @@ class Classification(TextTask):
 
     def module(self, encoder: nn.Module, base: BaseModel, classes: int, feature_scale: float) -> TaskModule:
         """Return the encoder with a head on its pooled features."""
-        from common.tasks.module import TaskModule
+        from fedveil.common.tasks.module import TaskModule
 
         return TaskModule(encoder, _pooled, base.hidden_size, classes, feature_scale)
 

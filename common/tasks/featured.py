@@ -11,15 +11,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from common.tasks.base import Batch, Inventor, Record, Sums, Task, owner_of
-from common.tasks.examples import Example
+from fedveil.common.tasks.base import Batch, Inventor, Record, Sums, Task, owner_of
+from fedveil.common.tasks.examples import Example
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from common.model.base import BaseModel
-    from common.model.shapes import Shapes
-    from common.tasks.module import TaskModule
+    from fedveil.common.model.base import BaseModel
+    from fedveil.common.model.shapes import Shapes
+    from fedveil.common.tasks.module import TaskModule
 
 FEATURES = "features"
 """What a record and a batch call the features, shape (width,) and (records, width), float32."""
@@ -89,7 +89,7 @@ class Featured(Task):
     def shapes(self, base: BaseModel, limit: int, tokens: int, most: int = sys.maxsize) -> Shapes:
         """Return the one shape of vectors; whatever a pass of tokens may hold, vectors are small."""
         del base, limit, tokens
-        from common.model.shapes import Shapes
+        from fedveil.common.model.shapes import Shapes
 
         rows = ROWS // self.tangents[0] if self.tangents else ROWS
         return Shapes(longest=1, tokens=max(1, rows), most=most, uniform=True)
@@ -122,7 +122,7 @@ class Featured(Task):
         import torch
         import torch.nn.functional as F
 
-        from privacy.randomness import stream
+        from fedveil.privacy.randomness import stream
 
         def invent(size: int, number: int, label: int) -> Record:
             drawn = torch.randn(self.width, generator=stream(number, "features", str(size)))

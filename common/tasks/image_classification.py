@@ -20,24 +20,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 from weakref import WeakKeyDictionary
 
-from common.errors import ConfigError, DataError
-from common.tasks.base import LABELS, Batch, Finished, Inventor, Record, Sums, Task, classified
-from common.tasks.cells import Misfit
-from common.tasks.examples import Example
-from common.tasks.images import Picture, image_file, is_image_folder, read_image, read_image_folder
-from common.tasks.loading import OWN_CODE
-from common.tasks.roles import LABEL, Role
-from common.tasks.stock import head_of, stock_of
-from common.tasks.tables import Table
-from common.tasks.textures import made_up_image
+from fedveil.common.errors import ConfigError, DataError
+from fedveil.common.tasks.base import LABELS, Batch, Finished, Inventor, Record, Sums, Task, classified
+from fedveil.common.tasks.cells import Misfit
+from fedveil.common.tasks.examples import Example
+from fedveil.common.tasks.images import Picture, image_file, is_image_folder, read_image, read_image_folder
+from fedveil.common.tasks.loading import OWN_CODE
+from fedveil.common.tasks.roles import LABEL, Role
+from fedveil.common.tasks.stock import head_of, stock_of
+from fedveil.common.tasks.tables import Table
+from fedveil.common.tasks.textures import made_up_image
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from common.config.sections import RunConfig
-    from common.model.base import BaseModel
-    from common.model.shapes import Shapes
-    from common.tasks.module import TaskModule
+    from fedveil.common.config.sections import RunConfig
+    from fedveil.common.model.base import BaseModel
+    from fedveil.common.model.shapes import Shapes
+    from fedveil.common.tasks.module import TaskModule
 
 PIXELS, TOKENS = "pixel_values", "tokens"
 CHANCE = ("drop_path_rate", "layerdrop", "mask_ratio")
@@ -100,7 +100,7 @@ class ImageClassification(Task):
         from transformers import AutoConfig, AutoModel
         from transformers.image_processing_base import ImageProcessingMixin
 
-        from common.tasks.image_processor import ImageProcessor
+        from fedveil.common.tasks.image_processor import ImageProcessor
 
         settings, _ = ImageProcessingMixin.get_image_processor_dict(name)
         config = AutoConfig.from_pretrained(name, **OWN_CODE)
@@ -159,7 +159,7 @@ class ImageClassification(Task):
 
     def shapes(self, base: BaseModel, limit: int, tokens: int, most: int = sys.maxsize) -> Shapes:
         """Return one shape for all, without padding."""
-        from common.model.shapes import Shapes
+        from fedveil.common.model.shapes import Shapes
 
         return Shapes(limit, tokens, most, uniform=True)
 
@@ -201,7 +201,7 @@ class ImageClassification(Task):
 
     def module(self, encoder: nn.Module, base: BaseModel, classes: int, feature_scale: float) -> TaskModule:
         """Return the encoder with a head on its class token and the mean of its patches."""
-        from common.tasks.module import TaskModule
+        from fedveil.common.tasks.module import TaskModule
 
         special = _special(base, base.processor.side // _patch(base))
         width = base.hidden_size * (2 if special else 1)

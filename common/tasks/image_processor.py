@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from common.errors import ConfigError
-from common.tasks.images import Picture, decoded
+from fedveil.common.errors import ConfigError
+from fedveil.common.tasks.images import Picture, decoded
 
 if TYPE_CHECKING:
     from torch import Tensor

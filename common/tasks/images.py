@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
-from common.errors import DataError, UnreadableFile
-from common.tasks.cells import UNREADABLE, Misfit, is_missing
-from common.tasks.tables import READERS, Table, Unfit
+from fedveil.common.errors import DataError, UnreadableFile
+from fedveil.common.tasks.cells import UNREADABLE, Misfit, is_missing
+from fedveil.common.tasks.tables import READERS, Table, Unfit
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from common.tasks.cells import CELL_CHARACTERS, Misfit, is_missing, read_optional, read_text
-from common.tasks.chat import ASSISTANT, LEFT_OUT, MOST_TURNS, SYSTEM, SYSTEM_ROLE, USER, Chat, Turn
-from common.tasks.examples import Example
-from common.tasks.roles import Role
+from fedveil.common.tasks.cells import CELL_CHARACTERS, Misfit, is_missing, read_optional, read_text
+from fedveil.common.tasks.chat import ASSISTANT, LEFT_OUT, MOST_TURNS, SYSTEM, SYSTEM_ROLE, USER, Chat, Turn
+from fedveil.common.tasks.examples import Example
+from fedveil.common.tasks.roles import Role
 
 
 def read_history(value: object, folder: Path | None = None) -> tuple[Turn, ...]:

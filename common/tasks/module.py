@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.tasks.base import Batch
-from common.tasks.featured import FEATURES, SCALES, TANGENTS
-from common.tasks.tangent import Tangent
+from fedveil.common.tasks.base import Batch
+from fedveil.common.tasks.featured import FEATURES, SCALES, TANGENTS
+from fedveil.common.tasks.tangent import Tangent
 
 
 class Metric(nn.Module):

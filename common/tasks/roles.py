@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from common.tasks.cells import Namer, Reader, names_no_file, read_text, read_word
+from fedveil.common.tasks.cells import Namer, Reader, names_no_file, read_text, read_word
 
 
 @dataclass(frozen=True)

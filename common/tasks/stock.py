@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from common.errors import ModelError
-from common.tasks.base import Finished
+from fedveil.common.errors import ModelError
+from fedveil.common.tasks.base import Finished
 
 if TYPE_CHECKING:
     from torch import Tensor

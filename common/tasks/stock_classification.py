@@ -12,16 +12,16 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.errors import ConfigError
-from common.tasks.base import Batch, Finished, Task
-from common.tasks.classification import PAIR, Classification
-from common.tasks.stock import HEAD, head_of, stock_of
+from fedveil.common.errors import ConfigError
+from fedveil.common.tasks.base import Batch, Finished, Task
+from fedveil.common.tasks.classification import PAIR, Classification
+from fedveil.common.tasks.stock import HEAD, head_of, stock_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from common.model.base import BaseModel
-    from common.tasks.module import TaskModule
+    from fedveil.common.model.base import BaseModel
+    from fedveil.common.tasks.module import TaskModule
 
 STOCK = ("albert", "bert", "megatron-bert", "rembert")
 """Kinds of models whose stock classifier is a linear layer on the pooler's output, called ``classifier``."""
@@ -37,7 +37,7 @@ class StockClassification(Classification, pool="stock"):
         """Return the encoder with its pooler; without one, if the files do not hold its weights."""
         from transformers import AutoModel, AutoTokenizer
 
-        from common.tasks.loading import OWN_CODE
+        from fedveil.common.tasks.loading import OWN_CODE
 
         module, told = AutoModel.from_pretrained(name, **OWN_CODE, output_loading_info=True)
         if any(key.startswith("pooler.") for key in told["missing_keys"]):
@@ -51,7 +51,7 @@ class StockClassification(Classification, pool="stock"):
         Raises:
             ConfigError: the stock classifier of this kind of model is another, or the base model has no pooler.
         """
-        from common.tasks.module import TaskModule
+        from fedveil.common.tasks.module import TaskModule
 
         kind = getattr(base.module.config, "model_type", "")
         if kind not in STOCK:
@@ -84,7 +84,7 @@ class StockClassification(Classification, pool="stock"):
         """
         from safetensors.torch import save_file
 
-        from common.tensor_file import read_tensors
+        from fedveil.common.tensor_file import read_tensors
 
         if not (adapter / "adapter_config.json").is_file():
             raise ConfigError("this run trained the head alone, and has no adapter: merge it without --form")

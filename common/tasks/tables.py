@@ -19,8 +19,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from common.errors import DataError, UnreadableFile
-from common.tasks.cells import UNREADABLE
+from fedveil.common.errors import DataError, UnreadableFile
+from fedveil.common.tasks.cells import UNREADABLE
 
 Columns = dict[str, list[object]]
 HEADER = "the header"

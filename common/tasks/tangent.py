@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.own_gradients import OwnGradients
+from fedveil.common.own_gradients import OwnGradients
 
 
 class Tangent(OwnGradients):

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from common.errors import ConfigError
-from common.tasks.base import Batch, Inventor, Record, Task
-from common.tasks.examples import Example
-from common.tasks.loading import UNCOUNTED
+from fedveil.common.errors import ConfigError
+from fedveil.common.tasks.base import Batch, Inventor, Record, Task
+from fedveil.common.tasks.examples import Example
+from fedveil.common.tasks.loading import UNCOUNTED
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from common.model.base import BaseModel
+    from fedveil.common.model.base import BaseModel
 
 TOKENS = "input_ids"
 
@@ -68,7 +68,7 @@ class TextTask(Task):
 
     def limit(self, base: BaseModel, max_length: int) -> int:
         """Return the tokens that records are cut to; fewer where the model has no positions for so many and padding."""
-        from common.model.shapes import longest_within
+        from fedveil.common.model.shapes import longest_within
 
         limit = min(max_length, longest_within(base.positions))
         own = base.processor.num_special_tokens_to_add(pair=True)

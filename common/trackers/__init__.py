@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from common.rows import Table
-from common.trackers.base import Tracker
+from fedveil.common.rows import Table
+from fedveil.common.trackers.base import Tracker
 
 NO_TRACKER = "none"
 TRACKERS: Table[type[Tracker]] = Table("trackers", ())

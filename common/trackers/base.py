@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
 
-from common.errors import ConfigError
+from fedveil.common.errors import ConfigError
 
 
 class Tracker(ABC):

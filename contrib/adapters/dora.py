@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.adapters.base import base_weight
-from common.adapters.mapped import Mapped, outer_sums, position_sums
-from common.errors import ModelError
-from common.messages.state import Factors
+from fedveil.common.adapters.base import base_weight
+from fedveil.common.adapters.mapped import Mapped, outer_sums, position_sums
+from fedveil.common.errors import ModelError
+from fedveil.common.messages.state import Factors
 
 if TYPE_CHECKING:
     from peft import LoraConfig

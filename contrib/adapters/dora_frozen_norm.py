@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.adapters.mapped import Mapped, outer_sums, position_sums
-from common.errors import ModelError
-from common.messages.state import Factors
-from contrib.adapters.dora import lengths_of_rows, row_norms
+from fedveil.common.adapters.mapped import Mapped, outer_sums, position_sums
+from fedveil.common.errors import ModelError
+from fedveil.common.messages.state import Factors
+from fedveil.contrib.adapters.dora import lengths_of_rows, row_norms
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from common.adapters.mapped import Mapped, position_sums
-from common.messages.state import Factors
-from contrib.adapters.dora import lengths_of_rows
+from fedveil.common.adapters.mapped import Mapped, position_sums
+from fedveil.common.messages.state import Factors
+from fedveil.contrib.adapters.dora import lengths_of_rows
 
 if TYPE_CHECKING:
     from peft import LoraConfig

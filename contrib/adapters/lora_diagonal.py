@@ -23,10 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.adapters.base import ADAPTER_NAME
-from common.adapters.low_rank import LowRank, lora_modules
-from common.messages.state import Factors
-from common.own_gradients import OwnGradients
+from fedveil.common.adapters.base import ADAPTER_NAME
+from fedveil.common.adapters.low_rank import LowRank, lora_modules
+from fedveil.common.messages.state import Factors
+from fedveil.common.own_gradients import OwnGradients
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer

@@ -13,8 +13,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from common.adapters.lora import LoRA
-from common.messages.state import Factors
+from fedveil.common.adapters.lora import LoRA
+from fedveil.common.messages.state import Factors
 
 
 @dataclass(frozen=True)

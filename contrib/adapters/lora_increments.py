@@ -26,9 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.adapters.base import ADAPTER_NAME, layer_shape
-from common.adapters.low_rank import LowRank, lora_modules
-from common.messages.state import Factors
+from fedveil.common.adapters.base import ADAPTER_NAME, layer_shape
+from fedveil.common.adapters.low_rank import LowRank, lora_modules
+from fedveil.common.messages.state import Factors
 
 if TYPE_CHECKING:
     from peft import LoraConfig

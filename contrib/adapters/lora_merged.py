@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.adapters.lora import LoRA
-from common.adapters.mapped import Mapped, outer_sums
-from common.messages.state import AdapterState, Factors
+from fedveil.common.adapters.lora import LoRA
+from fedveil.common.adapters.mapped import Mapped, outer_sums
+from fedveil.common.messages.state import AdapterState, Factors
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from common.adapters.base import ADAPTER_NAME
-from common.adapters.lora_frozen_a import LoRAFrozenA
-from common.adapters.low_rank import lora_modules
-from common.messages.state import OWN, AdapterState
+from fedveil.common.adapters.base import ADAPTER_NAME
+from fedveil.common.adapters.lora_frozen_a import LoRAFrozenA
+from fedveil.common.adapters.low_rank import lora_modules
+from fedveil.common.messages.state import OWN, AdapterState
 
 if TYPE_CHECKING:
     from peft import PeftModel

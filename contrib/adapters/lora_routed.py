@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from common.adapters.base import ADAPTER_NAME
-from common.adapters.lora_frozen_a import LoRAFrozenA
-from common.adapters.low_rank import lora_modules
-from common.config.sections import RunConfig
-from common.errors import ConfigError
+from fedveil.common.adapters.base import ADAPTER_NAME
+from fedveil.common.adapters.lora_frozen_a import LoRAFrozenA
+from fedveil.common.adapters.low_rank import lora_modules
+from fedveil.common.config.sections import RunConfig
+from fedveil.common.errors import ConfigError
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer

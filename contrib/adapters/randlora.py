@@ -25,10 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.adapters.base import layer_shape
-from common.adapters.mapped import Mapped, position_sums
-from common.messages.state import AdapterState, Factors
-from privacy.randomness import stream
+from fedveil.common.adapters.base import layer_shape
+from fedveil.common.adapters.mapped import Mapped, position_sums
+from fedveil.common.messages.state import AdapterState, Factors
+from fedveil.privacy.randomness import stream
 
 if TYPE_CHECKING:
     from peft import PeftConfig

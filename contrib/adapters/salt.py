@@ -25,11 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.adapters.base import layer_shape
-from common.adapters.mapped import Mapped, outer_sums, position_sums
-from common.errors import ConfigError
-from common.messages.state import Factors
-from privacy.randomness import stream
+from fedveil.common.adapters.base import layer_shape
+from fedveil.common.adapters.mapped import Mapped, outer_sums, position_sums
+from fedveil.common.errors import ConfigError
+from fedveil.common.messages.state import Factors
+from fedveil.privacy.randomness import stream
 
 if TYPE_CHECKING:
     from peft import LoraConfig

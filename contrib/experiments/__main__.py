@@ -1,4 +1,4 @@
-"""The commands of the experiments: ``python -m contrib.experiments prune|recover|score|intruders``."""
+"""The commands of the experiments: ``python -m fedveil.contrib.experiments prune|recover|score|intruders``."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cli.errors import Commands, for_people
-from common.words import UNKNOWN, counted, decimal_text, visible
+from fedveil.cli.errors import Commands, for_people
+from fedveil.common.words import UNKNOWN, counted, decimal_text, visible
 
 if TYPE_CHECKING:
-    from common.model.score import Score
+    from fedveil.common.model.score import Score
 
 app = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
@@ -34,7 +34,7 @@ def prune(
     ] = None,
 ) -> None:
     """Write a base model with fewer heads and neurons, chosen on plain sentences or by a run, as a stock model."""
-    from contrib.experiments.pruning.prune import prune_model
+    from fedveil.contrib.experiments.pruning.prune import prune_model
 
     about = prune_model(model, target, groups, neurons, task, by)
     console.print(f"model: {target}, fingerprint {about.small_fingerprint}")
@@ -51,11 +51,11 @@ def recover(
     ] = None,
 ) -> None:
     """Write the adapter of a run on a pruned model as stock PEFT loads it onto the large one."""
-    from contrib.experiments.pruning.recover import recover_run
+    from fedveil.contrib.experiments.pruning.recover import recover_run
 
     large = recover_run(folder, target, pruned)
     console.print(f"adapter: {target}, for {large}")
-    console.print(f"score:   python -m contrib.experiments score {folder} {target}")
+    console.print(f"score:   python -m fedveil.contrib.experiments score {folder} {target}")
 
 
 @app.command()
@@ -65,7 +65,7 @@ def score(
     recovered: Annotated[Path, typer.Argument(help="What `recover` made of it.")],
 ) -> None:
     """Score the large model on a run's public test data, as it is and with the recovered adapter."""
-    from contrib.experiments.pruning.recover import score_recovered
+    from fedveil.contrib.experiments.pruning.recover import score_recovered
 
     def words(score: Score) -> str:
         return f"accuracy {100 * score.accuracy:.1f} %  loss {decimal_text(score.loss, 4)}"
@@ -82,7 +82,7 @@ def intruders(
     cosine: Annotated[float, typer.Option(help="A direction is an intruder if no old one is as near as this.")] = 0.5,
 ) -> None:
     """Count the intruder dimensions of a run's adapter, beside those of the run's noise alone, layer by layer."""
-    from contrib.experiments.intruders import intruders_of
+    from fedveil.contrib.experiments.intruders import intruders_of
 
     rows = intruders_of(folder, top, cosine)
     table = Table(title=f"intruders among the {top} largest singular vectors, cosine below {cosine:g}")

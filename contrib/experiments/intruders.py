@@ -18,30 +18,30 @@ from pathlib import Path
 
 import torch
 
-from common.adapters import Adapter
-from common.adapters.base import base_weight
-from common.adapters.low_rank import LowRank
-from common.check import in_range, positive
-from common.errors import FedVeilError, ModelError
-from common.messages.columns import narrowed
-from common.messages.round import Spending, SpendingFigures, TrainResult
-from common.messages.state import OWN, AdapterState
-from common.messages.tensors import apply, merge
-from common.paths import check_adapter
-from common.run_lines import AdapterFile, PrivacyLine, RoundLine, read_file, read_lines
-from contrib.adapters.lora_merged import pair_of
-from contrib.experiments.spectra import Top, count_above, spectrum_of, top_of
-from experiments.evaluate import base_of
-from privacy.accountant import Accountant
-from server.aggregation import contributions
-from server.checkpoint import saved_state
-from server.collect.noise import Noise, ServerNoise
-from server.model import rule_statistic
-from server.noise import SumNoise, cohort_noise, noised_at_sites, site_noise, step_noise, sum_noise
-from server.ruled import round_step
-from strategies.job import Job, configure
-from strategies.rules import ServerRule
-from strategies.state import Contribution, ServerState
+from fedveil.common.adapters import Adapter
+from fedveil.common.adapters.base import base_weight
+from fedveil.common.adapters.low_rank import LowRank
+from fedveil.common.check import in_range, positive
+from fedveil.common.errors import FedVeilError, ModelError
+from fedveil.common.messages.columns import narrowed
+from fedveil.common.messages.round import Spending, SpendingFigures, TrainResult
+from fedveil.common.messages.state import OWN, AdapterState
+from fedveil.common.messages.tensors import apply, merge
+from fedveil.common.paths import check_adapter
+from fedveil.common.run_lines import AdapterFile, PrivacyLine, RoundLine, read_file, read_lines
+from fedveil.contrib.adapters.lora_merged import pair_of
+from fedveil.contrib.experiments.spectra import Top, count_above, spectrum_of, top_of
+from fedveil.experiments.evaluate import base_of
+from fedveil.privacy.accountant import Accountant
+from fedveil.server.aggregation import contributions
+from fedveil.server.checkpoint import saved_state
+from fedveil.server.collect.noise import Noise, ServerNoise
+from fedveil.server.model import rule_statistic
+from fedveil.server.noise import SumNoise, cohort_noise, noised_at_sites, site_noise, step_noise, sum_noise
+from fedveil.server.ruled import round_step
+from fedveil.strategies.job import Job, configure
+from fedveil.strategies.rules import ServerRule
+from fedveil.strategies.state import Contribution, ServerState
 
 TOP, COSINE = 10, 0.5
 """As published: of how many singular vectors, and the cosine that is not reached."""

@@ -22,18 +22,18 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor
 
-from common.adapters import Adapter
-from common.check import POSITIVE, Digits
-from common.config.fields import RATIO, Unit
-from common.config.sections import RunConfig
-from common.errors import ConfigError, ModelError
-from common.messages.state import AdapterState
-from common.messages.tensors import entries
-from common.model.federated import FederatedModel
-from common.starts.public_text import MADE_UP, PACKAGED, check_apart, check_named, known_sha256, read_text
-from common.tasks import TASKS
-from strategies.base import Strategy
-from strategies.rules.base import Known, ServerRule
+from fedveil.common.adapters import Adapter
+from fedveil.common.check import POSITIVE, Digits
+from fedveil.common.config.fields import RATIO, Unit
+from fedveil.common.config.sections import RunConfig
+from fedveil.common.errors import ConfigError, ModelError
+from fedveil.common.messages.state import AdapterState
+from fedveil.common.messages.tensors import entries
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.starts.public_text import MADE_UP, PACKAGED, check_apart, check_named, known_sha256, read_text
+from fedveil.common.tasks import TASKS
+from fedveil.strategies.base import Strategy
+from fedveil.strategies.rules.base import Known, ServerRule
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,14 @@ from typing import Annotated, ClassVar
 
 from torch import Tensor
 
-from common.adapters import Adapter
-from common.check import POSITIVE
-from common.config.fields import RATIO
-from common.config.sections import RunConfig
-from common.errors import ConfigError
-from common.messages.state import AdapterState
-from strategies.base import Strategy
-from strategies.rules.base import Known, ServerRule
+from fedveil.common.adapters import Adapter
+from fedveil.common.check import POSITIVE
+from fedveil.common.config.fields import RATIO
+from fedveil.common.config.sections import RunConfig
+from fedveil.common.errors import ConfigError
+from fedveil.common.messages.state import AdapterState
+from fedveil.strategies.base import Strategy
+from fedveil.strategies.rules.base import Known, ServerRule
 
 
 @dataclass(frozen=True)

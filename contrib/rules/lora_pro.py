@@ -31,14 +31,14 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor
 
-from common.adapters import Adapter
-from common.check import POSITIVE
-from common.config.fields import RATIO
-from common.config.sections import RunConfig
-from common.errors import ConfigError
-from common.messages.state import Factors
-from strategies.base import Strategy
-from strategies.rules.base import ServerRule
+from fedveil.common.adapters import Adapter
+from fedveil.common.check import POSITIVE
+from fedveil.common.config.fields import RATIO
+from fedveil.common.config.sections import RunConfig
+from fedveil.common.errors import ConfigError
+from fedveil.common.messages.state import Factors
+from fedveil.strategies.base import Strategy
+from fedveil.strategies.rules.base import ServerRule
 
 NEGLIGIBLE = 1e-7
 """Share of the largest below which singular values of A count as zero, and those of B where nothing is damped; factors

@@ -30,15 +30,15 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor
 
-from common.adapters import Adapter
-from common.check import NOT_NEGATIVE
-from common.config.fields import Unit
-from common.config.sections import RunConfig
-from common.errors import ConfigError, ModelError
-from common.messages.state import AdapterState, Factors
-from common.nulls import LEVEL, edge_behind
-from strategies.base import Strategy
-from strategies.rules.base import Known, ServerRule
+from fedveil.common.adapters import Adapter
+from fedveil.common.check import NOT_NEGATIVE
+from fedveil.common.config.fields import Unit
+from fedveil.common.config.sections import RunConfig
+from fedveil.common.errors import ConfigError, ModelError
+from fedveil.common.messages.state import AdapterState, Factors
+from fedveil.common.nulls import LEVEL, edge_behind
+from fedveil.strategies.base import Strategy
+from fedveil.strategies.rules.base import Known, ServerRule
 
 NEGLIGIBLE = 1e-6
 """Singular values of A below this share of the largest count as zero (float32 factors)."""

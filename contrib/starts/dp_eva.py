@@ -21,14 +21,14 @@ from typing import Any, ClassVar
 
 import torch
 
-from common.messages.state import AdapterState
-from common.model.federated import FederatedModel
-from common.nulls import without_lift
-from common.starts.base import PaidStart
-from common.starts.gradient import drawn, released
-from common.tasks import Record
-from contrib.starts.inputs import OfInputs, open_moments, packed, unpacked
-from privacy.plan import PrivacyPlan
+from fedveil.common.messages.state import AdapterState
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.nulls import without_lift
+from fedveil.common.starts.base import PaidStart
+from fedveil.common.starts.gradient import drawn, released
+from fedveil.common.tasks import Record
+from fedveil.contrib.starts.inputs import OfInputs, open_moments, packed, unpacked
+from fedveil.privacy.plan import PrivacyPlan
 
 SHOWN = 6
 """Inputs that a line names."""

@@ -18,18 +18,18 @@ from typing import Annotated, Any, ClassVar, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.adapters.base import layer_shape
-from common.check import NOT_NEGATIVE
-from common.config.fields import Unit
-from common.messages.state import AdapterState, Factors
-from common.messages.wire import Layout
-from common.model.federated import FederatedModel
-from common.starts.base import PaidGradient
-from common.starts.directions import leading_singular_triple, orthonormal_rows
-from common.starts.gradient import drawn, released
-from common.tasks import Record
-from privacy.plan import PrivacyPlan
-from privacy.randomness import stream
+from fedveil.common.adapters.base import layer_shape
+from fedveil.common.check import NOT_NEGATIVE
+from fedveil.common.config.fields import Unit
+from fedveil.common.messages.state import AdapterState, Factors
+from fedveil.common.messages.wire import Layout
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.starts.base import PaidGradient
+from fedveil.common.starts.directions import leading_singular_triple, orthonormal_rows
+from fedveil.common.starts.gradient import drawn, released
+from fedveil.common.tasks import Record
+from fedveil.privacy.plan import PrivacyPlan
+from fedveil.privacy.randomness import stream
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,14 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from common.adapters import Place
-from common.config.sections import RunConfig
-from common.messages.state import AdapterState, Factors
-from common.model.federated import FederatedModel
-from common.starts.base import Labels, seeded
-from common.starts.directions import leading_rows
-from common.starts.from_text import FromText
-from common.tasks import Record
+from fedveil.common.adapters import Place
+from fedveil.common.config.sections import RunConfig
+from fedveil.common.messages.state import AdapterState, Factors
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.starts.base import Labels, seeded
+from fedveil.common.starts.directions import leading_rows
+from fedveil.common.starts.from_text import FromText
+from fedveil.common.tasks import Record
 
 
 @dataclass(frozen=True)

@@ -18,17 +18,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.adapters import Place
-from common.adapters.base import layer_shape
-from common.config.sections import RunConfig
-from common.errors import ModelError
-from common.messages.state import AdapterState, Factors
-from common.messages.wire import Layout
-from common.model.federated import FederatedModel
-from common.starts.base import Labels, Start, seeded
-from common.starts.directions import leading_rows
-from common.starts.gradient import shapes_of
-from common.tasks import Batch
+from fedveil.common.adapters import Place
+from fedveil.common.adapters.base import layer_shape
+from fedveil.common.config.sections import RunConfig
+from fedveil.common.errors import ModelError
+from fedveil.common.messages.state import AdapterState, Factors
+from fedveil.common.messages.wire import Layout
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.starts.base import Labels, Start, seeded
+from fedveil.common.starts.directions import leading_rows
+from fedveil.common.starts.gradient import shapes_of
+from fedveil.common.tasks import Batch
 
 MASK = "attention_mask"
 """What a batch calls the tensor, shape (records, tokens), that is 0 where a token is padding."""

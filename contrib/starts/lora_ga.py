@@ -18,8 +18,8 @@ from typing import ClassVar
 
 import torch
 
-from common.messages.state import Factors
-from common.starts.public_gradient import FromRecords
+from fedveil.common.messages.state import Factors
+from fedveil.common.starts.public_gradient import FromRecords
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from common.adapters import Place
-from common.errors import ModelError
-from common.messages.state import Factors
-from common.starts.base import Needs, Start
+from fedveil.common.adapters import Place
+from fedveil.common.errors import ModelError
+from fedveil.common.messages.state import Factors
+from fedveil.common.starts.base import Needs, Start
 
 LEAST_PIVOT = 1e-8
 """A pivot below this share of the largest would blow up its row of U."""

@@ -9,11 +9,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from common.messages.state import AdapterState
-from common.model.federated import FederatedModel
-from common.starts.base import UnpaidStart
-from common.tasks import Batch
-from contrib.starts.inputs import OfInputs, mean_moments, packed
+from fedveil.common.messages.state import AdapterState
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.starts.base import UnpaidStart
+from fedveil.common.tasks import Batch
+from fedveil.contrib.starts.inputs import OfInputs, mean_moments, packed
 
 
 @dataclass(frozen=True)

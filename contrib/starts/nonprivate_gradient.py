@@ -9,15 +9,15 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from common.adapters import Place
-from common.check import POSITIVE
-from common.config.fields import RATIO
-from common.messages.state import AdapterState, Factors
-from common.messages.wire import Layout
-from common.model.federated import FederatedModel
-from common.starts.base import UnpaidStart, seeded
-from common.starts.gradient import gradient_basis, gradient_layout, mean_gradient
-from common.tasks import Batch
+from fedveil.common.adapters import Place
+from fedveil.common.check import POSITIVE
+from fedveil.common.config.fields import RATIO
+from fedveil.common.messages.state import AdapterState, Factors
+from fedveil.common.messages.wire import Layout
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.starts.base import UnpaidStart, seeded
+from fedveil.common.starts.gradient import gradient_basis, gradient_layout, mean_gradient
+from fedveil.common.tasks import Batch
 
 
 @dataclass(frozen=True)

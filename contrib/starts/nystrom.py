@@ -11,10 +11,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar
 
-from common.adapters import Place
-from common.messages.state import Factors
-from common.starts.base import Needs, Start
-from common.starts.directions import spanned_rows
+from fedveil.common.adapters import Place
+from fedveil.common.messages.state import Factors
+from fedveil.common.starts.base import Needs, Start
+from fedveil.common.starts.directions import spanned_rows
 
 
 @dataclass(frozen=True)

@@ -16,22 +16,22 @@ from typing import Annotated, Any, ClassVar
 
 import torch
 
-from common.adapters import Adapter, Place
-from common.check import POSITIVE
-from common.config.fields import RATIO, Unit
-from common.config.schedule import learning_rate
-from common.config.sections import RunConfig
-from common.errors import ConfigError
-from common.messages.state import HEAD, METRIC, AdapterState, Factors
-from common.messages.wire import Layout
-from common.model.federated import FederatedModel
-from common.starts.base import Labels, Needs, PaidByShare
-from common.starts.public_metric import PublicMetric
-from common.tasks import TASKS, Record
-from common.tasks.module import Metric
-from privacy.accounting import Release
-from privacy.plan import PrivacyPlan
-from privacy.steps import Around
+from fedveil.common.adapters import Adapter, Place
+from fedveil.common.check import POSITIVE
+from fedveil.common.config.fields import RATIO, Unit
+from fedveil.common.config.schedule import learning_rate
+from fedveil.common.config.sections import RunConfig
+from fedveil.common.errors import ConfigError
+from fedveil.common.messages.state import HEAD, METRIC, AdapterState, Factors
+from fedveil.common.messages.wire import Layout
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.starts.base import Labels, Needs, PaidByShare
+from fedveil.common.starts.public_metric import PublicMetric
+from fedveil.common.tasks import TASKS, Record
+from fedveil.common.tasks.module import Metric
+from fedveil.privacy.accounting import Release
+from fedveil.privacy.plan import PrivacyPlan
+from fedveil.privacy.steps import Around
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from common.adapters import Place
-from common.messages.state import Factors
-from common.starts.base import Needs, Start, seeded
+from fedveil.common.adapters import Place
+from fedveil.common.messages.state import Factors
+from fedveil.common.starts.base import Needs, Start, seeded
 
 
 @dataclass(frozen=True)

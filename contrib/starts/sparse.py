@@ -14,12 +14,12 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor
 
-from common.adapters import Place
-from common.check import Interval
-from common.config.fields import Unit
-from common.messages.state import Factors
-from common.starts.base import Needs, Start
-from privacy.randomness import stream
+from fedveil.common.adapters import Place
+from fedveil.common.check import Interval
+from fedveil.common.config.fields import Unit
+from fedveil.common.messages.state import Factors
+from fedveil.common.starts.base import Needs, Start
+from fedveil.privacy.randomness import stream
 
 
 @dataclass(frozen=True)

@@ -23,14 +23,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from common.config.sections import RunConfig
-from common.errors import ConfigError
-from common.messages.columns import FACTOR, narrowed
-from common.messages.state import OWN, AdapterState
-from common.messages.tensors import merge, select
-from common.nulls import cross_site_energy, evened, least_score
-from contrib.strategies.columns import MASK, Columns
-from strategies.state import Contribution, ServerState
+from fedveil.common.config.sections import RunConfig
+from fedveil.common.errors import ConfigError
+from fedveil.common.messages.columns import FACTOR, narrowed
+from fedveil.common.messages.state import OWN, AdapterState
+from fedveil.common.messages.tensors import merge, select
+from fedveil.common.nulls import cross_site_energy, evened, least_score
+from fedveil.contrib.strategies.columns import MASK, Columns
+from fedveil.strategies.state import Contribution, ServerState
 
 SCORE = "z"
 """How far a layer's score of the last round is above the least of one that learns, shape (1,): above 0 it learns."""

@@ -19,13 +19,13 @@ from typing import ClassVar
 
 import torch
 
-from common.adapters import Adapter
-from common.errors import ConfigError
-from common.messages.columns import FACTOR, Chosen, positions_of, shares_of_columns, widened
-from common.messages.state import OWN, AdapterState
-from common.messages.tensors import merge, select
-from strategies.base import Strategy, mean
-from strategies.state import Contribution, ServerState
+from fedveil.common.adapters import Adapter
+from fedveil.common.errors import ConfigError
+from fedveil.common.messages.columns import FACTOR, Chosen, positions_of, shares_of_columns, widened
+from fedveil.common.messages.state import OWN, AdapterState
+from fedveil.common.messages.tensors import merge, select
+from fedveil.strategies.base import Strategy, mean
+from fedveil.strategies.state import Contribution, ServerState
 
 MASK = "S"
 """Which columns are trained in a layer, as the server sends it: shape (rank,), 1 where one is and else 0."""

@@ -21,14 +21,14 @@ from typing import Annotated, ClassVar
 
 import torch
 
-from common.check import POSITIVE
-from common.config.fields import Unit
-from common.messages.columns import FACTOR
-from common.messages.state import AdapterState
-from common.messages.tensors import merge
-from contrib.strategies.by_energy import ByEnergy
-from contrib.strategies.columns import MASK
-from strategies.state import ServerState
+from fedveil.common.check import POSITIVE
+from fedveil.common.config.fields import Unit
+from fedveil.common.messages.columns import FACTOR
+from fedveil.common.messages.state import AdapterState
+from fedveil.common.messages.tensors import merge
+from fedveil.contrib.strategies.by_energy import ByEnergy
+from fedveil.contrib.strategies.columns import MASK
+from fedveil.strategies.state import ServerState
 
 
 @dataclass(frozen=True)

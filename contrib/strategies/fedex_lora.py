@@ -20,8 +20,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from common.config.sections import Scalar
-from contrib.strategies.merging import Merging
+from fedveil.common.config.sections import Scalar
+from fedveil.contrib.strategies.merging import Merging
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from common.messages.state import AdapterState
-from contrib.strategies.heterogeneous_ranks import HeterogeneousRanks
-from strategies.fed_svd import FedSVD
-from strategies.state import ServerState
+from fedveil.common.messages.state import AdapterState
+from fedveil.contrib.strategies.heterogeneous_ranks import HeterogeneousRanks
+from fedveil.strategies.fed_svd import FedSVD
+from fedveil.strategies.state import ServerState
 
 TURNED = FedSVD()
 """What re-factorises, after every round."""

@@ -19,11 +19,11 @@ from typing import ClassVar
 
 import torch
 
-from common.messages.state import OWN, AdapterState
-from common.messages.tensors import merge
-from contrib.strategies.merging import Merging
-from privacy.randomness import stream
-from strategies.state import ServerState
+from fedveil.common.messages.state import OWN, AdapterState
+from fedveil.common.messages.tensors import merge
+from fedveil.contrib.strategies.merging import Merging
+from fedveil.privacy.randomness import stream
+from fedveil.strategies.state import ServerState
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from common.messages.columns import Chosen
-from common.messages.state import AdapterState
-from contrib.strategies.columns import Columns
+from fedveil.common.messages.columns import Chosen
+from fedveil.common.messages.state import AdapterState
+from fedveil.contrib.strategies.columns import Columns
 
 
 @dataclass(frozen=True)

@@ -21,15 +21,15 @@ from typing import ClassVar
 
 import torch
 
-from common.adapters import Adapter
-from common.errors import ConfigError
-from common.messages.columns import FACTOR, widened
-from common.messages.state import OWN, AdapterState
-from common.messages.tensors import apply, merge
-from contrib.strategies.heterogeneous_ranks import HeterogeneousRanks
-from privacy import Mechanism
-from strategies.base import mean
-from strategies.state import Contribution, ServerState
+from fedveil.common.adapters import Adapter
+from fedveil.common.errors import ConfigError
+from fedveil.common.messages.columns import FACTOR, widened
+from fedveil.common.messages.state import OWN, AdapterState
+from fedveil.common.messages.tensors import apply, merge
+from fedveil.contrib.strategies.heterogeneous_ranks import HeterogeneousRanks
+from fedveil.privacy import Mechanism
+from fedveil.strategies.base import mean
+from fedveil.strategies.state import Contribution, ServerState
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
-from common.check import POSITIVE
-from common.config.fields import Unit
-from common.messages.state import AdapterState
-from common.messages.tensors import merge
-from contrib.strategies.by_energy import ByEnergy, first_columns
-from contrib.strategies.columns import MASK
-from strategies.state import ServerState
+from fedveil.common.check import POSITIVE
+from fedveil.common.config.fields import Unit
+from fedveil.common.messages.state import AdapterState
+from fedveil.common.messages.tensors import merge
+from fedveil.contrib.strategies.by_energy import ByEnergy, first_columns
+from fedveil.contrib.strategies.columns import MASK
+from fedveil.strategies.state import ServerState
 
 
 @dataclass(frozen=True)

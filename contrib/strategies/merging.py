@@ -13,11 +13,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from common.adapters import Adapter
-from common.messages.state import OWN, AdapterState
-from common.messages.tensors import merge, select
-from strategies.base import Strategy, mean
-from strategies.state import Contribution, ServerState
+from fedveil.common.adapters import Adapter
+from fedveil.common.messages.state import OWN, AdapterState
+from fedveil.common.messages.tensors import merge, select
+from fedveil.strategies.base import Strategy, mean
+from fedveil.strategies.state import Contribution, ServerState
 
 
 @dataclass(frozen=True)

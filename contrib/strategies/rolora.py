@@ -17,11 +17,11 @@ from typing import ClassVar
 
 import torch
 
-from common.adapters import Adapter
-from common.messages.columns import Chosen, whole_factors
-from common.messages.state import HEAD, AdapterState
-from strategies.average import Average
-from strategies.state import ServerState
+from fedveil.common.adapters import Adapter
+from fedveil.common.messages.columns import Chosen, whole_factors
+from fedveil.common.messages.state import HEAD, AdapterState
+from fedveil.strategies.average import Average
+from fedveil.strategies.state import ServerState
 
 TURNS = (("B",), ("A",))
 """The factors of odd rounds, and of even ones."""

@@ -22,12 +22,12 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor
 
-from common.check import POSITIVE
-from common.config.fields import Unit
-from common.messages.columns import FACTOR
-from common.messages.state import OWN, AdapterState
-from contrib.strategies.columns import MASK, Columns
-from strategies.state import ServerState
+from fedveil.common.check import POSITIVE
+from fedveil.common.config.fields import Unit
+from fedveil.common.messages.columns import FACTOR
+from fedveil.common.messages.state import OWN, AdapterState
+from fedveil.contrib.strategies.columns import MASK, Columns
+from fedveil.strategies.state import ServerState
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from common.adapters import Adapter, Place
-from common.messages.state import Factors
-from common.starts import STARTS
+from fedveil.common.adapters import Adapter, Place
+from fedveil.common.messages.state import Factors
+from fedveil.common.starts import STARTS
 
 RANK, ALPHA = 3, 6.0
 TALL, WIDE = (9, 5), (7, 12)

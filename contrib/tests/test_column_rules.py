@@ -23,34 +23,34 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from audits.tiny_models import PLAIN_STEP
-from client import process
-from common.adapters import LoRAFrozenA
-from common.adapters.split import SplitColumns
-from common.config.sections import HeadConfig
-from common.errors import ConfigError
-from common.messages.round import TrainResult
-from common.messages.state import AdapterState
-from common.model.base import load_base_model
-from common.model.federated import FederatedModel
-from common.run_lines import PrivacyLine, RoundLine, read_lines
-from common.starts import STARTS
-from common.tasks import TASKS
-from common.tasks.sentence_modules import ENCODER
-from contrib.strategies import by_energy, switchlora
-from contrib.strategies.by_energy import SCORE, ByEnergy
-from contrib.strategies.columns import MASK
-from contrib.strategies.diffora import DiffoRA
-from contrib.strategies.increlora import IncreLoRA
-from contrib.strategies.switchlora import SwitchLoRA
-from experiments.evaluate import evaluate_run
-from experiments.in_process import run_in_process, simulated_nodes
-from experiments.serving.merge import merge_run
-from privacy import dpsgd
-from privacy.accounting import gaussian_release
-from privacy.privacy_filter import promised
-from server.checkpoint import memory_of, saved_state
-from strategies import Contribution, ServerState
-from strategies.job import configure
+from fedveil.client import process
+from fedveil.common.adapters import LoRAFrozenA
+from fedveil.common.adapters.split import SplitColumns
+from fedveil.common.config.sections import HeadConfig
+from fedveil.common.errors import ConfigError
+from fedveil.common.messages.round import TrainResult
+from fedveil.common.messages.state import AdapterState
+from fedveil.common.model.base import load_base_model
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.run_lines import PrivacyLine, RoundLine, read_lines
+from fedveil.common.starts import STARTS
+from fedveil.common.tasks import TASKS
+from fedveil.common.tasks.sentence_modules import ENCODER
+from fedveil.contrib.strategies import by_energy, switchlora
+from fedveil.contrib.strategies.by_energy import SCORE, ByEnergy
+from fedveil.contrib.strategies.columns import MASK
+from fedveil.contrib.strategies.diffora import DiffoRA
+from fedveil.contrib.strategies.increlora import IncreLoRA
+from fedveil.contrib.strategies.switchlora import SwitchLoRA
+from fedveil.experiments.evaluate import evaluate_run
+from fedveil.experiments.in_process import run_in_process, simulated_nodes
+from fedveil.experiments.serving.merge import merge_run
+from fedveil.privacy import dpsgd
+from fedveil.privacy.accounting import gaussian_release
+from fedveil.privacy.privacy_filter import promised
+from fedveil.server.checkpoint import memory_of, saved_state
+from fedveil.strategies import Contribution, ServerState
+from fedveil.strategies.job import configure
 
 RANK = 6
 

@@ -22,36 +22,36 @@ from made_run import spent
 from torch import Tensor, nn
 
 from audits.tiny_site import clinic
-from client.app import answer, train
-from client.ledger.ledger import Ledger
-from client.site import Site, open_site
-from common.adapters import LoRAFrozenA
-from common.adapters.split import SplitColumns
-from common.config.asked import RunSettings, ServerSettings, resolve
-from common.config.sections import RunConfig, Scalar
-from common.errors import ConfigError, ProtocolError, RunFailed
-from common.messages.columns import Chosen, narrowed, narrowed_layout, widened
-from common.messages.round import KeyTask, TrainResult, TrainTask
-from common.messages.state import HEAD, AdapterState
-from common.messages.tensors import merge
-from common.messages.wire import decode_reply, encode_task, layout_of
-from common.run_lines import PrivacyLine, RoundLine, read_lines
-from contrib.strategies.columns import MASK
-from contrib.strategies.flexlora import FlexLoRA
-from contrib.strategies.heterogeneous_ranks import HeterogeneousRanks
-from experiments.in_process import InProcessTransport, run_in_process, simulated_nodes
-from privacy.dpsgd import PrivateSteps
-from privacy.plan import gaussian_plan
-from privacy.record_level import DPSGD
-from server.aggregation import factors_of
-from server.app import FlowerTransport
-from server.conduct import conduct
-from server.optimizer import server_step
-from server.records import RunFolder
-from server.replies import replies_to
-from strategies import Contribution, Moments, ServerState
-from strategies.ffa_lora import FFALoRA
-from strategies.job import configure
+from fedveil.client.app import answer, train
+from fedveil.client.ledger.ledger import Ledger
+from fedveil.client.site import Site, open_site
+from fedveil.common.adapters import LoRAFrozenA
+from fedveil.common.adapters.split import SplitColumns
+from fedveil.common.config.asked import RunSettings, ServerSettings, resolve
+from fedveil.common.config.sections import RunConfig, Scalar
+from fedveil.common.errors import ConfigError, ProtocolError, RunFailed
+from fedveil.common.messages.columns import Chosen, narrowed, narrowed_layout, widened
+from fedveil.common.messages.round import KeyTask, TrainResult, TrainTask
+from fedveil.common.messages.state import HEAD, AdapterState
+from fedveil.common.messages.tensors import merge
+from fedveil.common.messages.wire import decode_reply, encode_task, layout_of
+from fedveil.common.run_lines import PrivacyLine, RoundLine, read_lines
+from fedveil.contrib.strategies.columns import MASK
+from fedveil.contrib.strategies.flexlora import FlexLoRA
+from fedveil.contrib.strategies.heterogeneous_ranks import HeterogeneousRanks
+from fedveil.experiments.in_process import InProcessTransport, run_in_process, simulated_nodes
+from fedveil.privacy.dpsgd import PrivateSteps
+from fedveil.privacy.plan import gaussian_plan
+from fedveil.privacy.record_level import DPSGD
+from fedveil.server.aggregation import factors_of
+from fedveil.server.app import FlowerTransport
+from fedveil.server.conduct import conduct
+from fedveil.server.optimizer import server_step
+from fedveil.server.records import RunFolder
+from fedveil.server.replies import replies_to
+from fedveil.strategies import Contribution, Moments, ServerState
+from fedveil.strategies.ffa_lora import FFALoRA
+from fedveil.strategies.job import configure
 
 RANK = 6
 LAYERS = {"query": (5, 7), "dense": (9, 6)}
@@ -420,9 +420,9 @@ def test_four_sites_of_ranks_2_4_8_and_16_through_flower_are_the_mean_of_their_w
 ) -> None:
     """C1 and C5 on what travels: private, two rounds, each against the slow mean of the sites' whole weights."""
     settings, nodes = four
-    monkeypatch.setattr("server.app.Message", flower_message)
-    monkeypatch.setattr("server.app.POLL_SECONDS", 0.01)
-    monkeypatch.setattr("client.process.in_simulation", lambda: True)
+    monkeypatch.setattr("fedveil.server.app.Message", flower_message)
+    monkeypatch.setattr("fedveil.server.app.POLL_SECONDS", 0.01)
+    monkeypatch.setattr("fedveil.client.process.in_simulation", lambda: True)
     told: list[dict[str, float]] = []
 
     def factors(job: Any, results: Sequence[TrainResult], state: ServerState) -> list[float]:
@@ -431,7 +431,7 @@ def test_four_sites_of_ranks_2_4_8_and_16_through_flower_are_the_mean_of_their_w
         told.append({result.site: factor for result, factor in zip(results, found, strict=True)})
         return found
 
-    monkeypatch.setattr("server.aggregation.factors_of", factors)
+    monkeypatch.setattr("fedveil.server.aggregation.factors_of", factors)
     if shortens:  # whatever is longer than the middle one
         monkeypatch.setattr(DPSGD, "longest", 1.0)
     grid, job, states = LocalGrid(nodes, settings), configure(settings), list[ServerState]()
@@ -536,7 +536,7 @@ def test_a_deployed_site_s_rank_is_no_word_of_a_server_s(
     own = {"strategy": "heterogeneous-ranks", "adapter.site-ranks": "1"}
     site = clinic({**toy_settings, **own}, tmp_path)
     task = encode_task(site.task())
-    monkeypatch.setattr("client.process.SiteProcess.model_of", stop)
+    monkeypatch.setattr("fedveil.client.process.SiteProcess.model_of", stop)
     for own_rank, simulated in (({}, False), ({"rank": 3}, False), ({"rank": 3}, True), ({}, True)):
         answer(task, {**site.node, **own_rank}, site.settings, "1", {}, simulated=simulated)
     assert ranks == [0, 3, 3, 1]

@@ -23,15 +23,15 @@ from contracts import (
     refused_by_tables,
 )
 
-from common.starts import STARTS
-from common.tasks import TASKS
-from contrib.adapters.lora_diagonal import LoRADiagonal
-from contrib.starts.dp_eva import DPEVA
-from contrib.starts.dp_lora_ga import DPLoRAGA
-from contrib.starts.eva import EVA
-from contrib.starts.nonprivate_eva import NonprivateEVA
-from strategies import ROWS
-from strategies.job import Job
+from fedveil.common.starts import STARTS
+from fedveil.common.tasks import TASKS
+from fedveil.contrib.adapters.lora_diagonal import LoRADiagonal
+from fedveil.contrib.starts.dp_eva import DPEVA
+from fedveil.contrib.starts.dp_lora_ga import DPLoRAGA
+from fedveil.contrib.starts.eva import EVA
+from fedveil.contrib.starts.nonprivate_eva import NonprivateEVA
+from fedveil.strategies import ROWS
+from fedveil.strategies.job import Job
 
 
 @pytest.fixture(scope="module")

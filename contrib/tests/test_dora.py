@@ -17,20 +17,20 @@ from transformers import AutoModel
 from typer.testing import CliRunner
 
 from audits.tiny_models import TARGETS
-from cli.main import app
-from common.adapters.layer import AdaptedLinear
-from common.config.text import parse_settings
-from common.errors import ConfigError, MechanismError, ModelError, ProtocolError
-from common.messages.tensors import start_fingerprint
-from common.run_lines import BaselineFile, PrivacyLine, RoundLine, read_file, read_lines
-from common.starts import STARTS
-from contrib.adapters.dora import DoRA, row_norms
-from experiments.evaluate import evaluate_run
-from experiments.in_process import run_in_process
-from privacy.dpsgd import PrivateSteps
-from privacy.plan import gaussian_plan
-from privacy.randomness import stream
-from strategies.job import configure
+from fedveil.cli.main import app
+from fedveil.common.adapters.layer import AdaptedLinear
+from fedveil.common.config.text import parse_settings
+from fedveil.common.errors import ConfigError, MechanismError, ModelError, ProtocolError
+from fedveil.common.messages.tensors import start_fingerprint
+from fedveil.common.run_lines import BaselineFile, PrivacyLine, RoundLine, read_file, read_lines
+from fedveil.common.starts import STARTS
+from fedveil.contrib.adapters.dora import DoRA, row_norms
+from fedveil.experiments.evaluate import evaluate_run
+from fedveil.experiments.in_process import run_in_process
+from fedveil.privacy.dpsgd import PrivateSteps
+from fedveil.privacy.plan import gaussian_plan
+from fedveil.privacy.randomness import stream
+from fedveil.strategies.job import configure
 
 OUT, INTO, RANK, ALPHA = 7, 5, 3, 6.0
 Folder = Callable[[str], str]

@@ -36,17 +36,17 @@ from test_adapters import WITH_FACTORS, as_trained
 from torch import Tensor, nn
 
 from audits.tiny_models import with_biases
-from common.adapters import ADAPTERS, Adapter, LoRAFrozenA, LoRASB
-from common.errors import ModelError
-from common.starts import STARTS
-from common.starts.directions import leading_singular_triple
-from contrib.adapters.dora import row_norms
-from contrib.adapters.dora_frozen_norm import DoRAFrozenNorm
-from contrib.adapters.dora_magnitude import DoRAMagnitude
-from contrib.adapters.lora_increments import LoRAIncrements
-from contrib.rules.lora_pro import tangent_step
-from privacy.dpsgd import PrivateSteps
-from privacy.plan import gaussian_plan
+from fedveil.common.adapters import ADAPTERS, Adapter, LoRAFrozenA, LoRASB
+from fedveil.common.errors import ModelError
+from fedveil.common.starts import STARTS
+from fedveil.common.starts.directions import leading_singular_triple
+from fedveil.contrib.adapters.dora import row_norms
+from fedveil.contrib.adapters.dora_frozen_norm import DoRAFrozenNorm
+from fedveil.contrib.adapters.dora_magnitude import DoRAMagnitude
+from fedveil.contrib.adapters.lora_increments import LoRAIncrements
+from fedveil.contrib.rules.lora_pro import tangent_step
+from fedveil.privacy.dpsgd import PrivateSteps
+from fedveil.privacy.plan import gaussian_plan
 
 # --- what every row must keep -----------------------------------------------------------------------------------------
 

@@ -30,21 +30,21 @@ from test_adapters import Folder, float64_model, furthest_from_alone, stock
 from torch import Tensor, nn
 
 from audits.tiny_models import TARGETS
-from common.adapters import ADAPTERS, LoRA
-from common.config.text import parse_settings
-from common.errors import ConfigError, ModelError
-from common.messages.state import Factors
-from common.starts import STARTS
-from common.starts.directions import orthonormal_rows
-from contrib.adapters.lora_diagonal import Diagonal, LoRADiagonal
-from contrib.adapters.randlora import RandLoRA
-from contrib.adapters.salt import SALT
-from contrib.starts.lu_of_weights import lu_triple
-from privacy.dpsgd import PrivateSteps
-from privacy.plan import gaussian_plan
-from privacy.randomness import stream
-from strategies.job import configure
-from strategies.systems import SYSTEMS
+from fedveil.common.adapters import ADAPTERS, LoRA
+from fedveil.common.config.text import parse_settings
+from fedveil.common.errors import ConfigError, ModelError
+from fedveil.common.messages.state import Factors
+from fedveil.common.starts import STARTS
+from fedveil.common.starts.directions import orthonormal_rows
+from fedveil.contrib.adapters.lora_diagonal import Diagonal, LoRADiagonal
+from fedveil.contrib.adapters.randlora import RandLoRA
+from fedveil.contrib.adapters.salt import SALT
+from fedveil.contrib.starts.lu_of_weights import lu_triple
+from fedveil.privacy.dpsgd import PrivateSteps
+from fedveil.privacy.plan import gaussian_plan
+from fedveil.privacy.randomness import stream
+from fedveil.strategies.job import configure
+from fedveil.strategies.systems import SYSTEMS
 
 # --- RandLoRA ---------------------------------------------------------------------------------------------------------
 

@@ -18,18 +18,18 @@ from transformers import AutoModel
 
 from audits.tiny_models import with_biases
 from audits.tiny_site import clinic
-from common.errors import ConfigError
-from common.messages.state import AdapterState
-from common.run_lines import PrivacyLine, read_lines
-from common.starts import STARTS
-from contrib.adapters import lora_routed
-from contrib.adapters.lora_routed import LoRARouted, Routes
-from experiments.in_process import run_in_process
-from privacy.dpsgd import PrivateSteps
-from privacy.plan import gaussian_plan
-from server.checkpoint import saved_state
-from strategies import STRATEGIES, Contribution
-from strategies.job import configure
+from fedveil.common.errors import ConfigError
+from fedveil.common.messages.state import AdapterState
+from fedveil.common.run_lines import PrivacyLine, read_lines
+from fedveil.common.starts import STARTS
+from fedveil.contrib.adapters import lora_routed
+from fedveil.contrib.adapters.lora_routed import LoRARouted, Routes
+from fedveil.experiments.in_process import run_in_process
+from fedveil.privacy.dpsgd import PrivateSteps
+from fedveil.privacy.plan import gaussian_plan
+from fedveil.server.checkpoint import saved_state
+from fedveil.strategies import STRATEGIES, Contribution
+from fedveil.strategies.job import configure
 
 OUT, INTO, RANK, ACTIVE = 7, 11, 6, 2
 

@@ -23,26 +23,26 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from typer.testing import CliRunner
 
-import contrib.experiments.intruders
-import contrib.experiments.spectra
-from common.adapters import ADAPTERS
-from common.adapters.base import base_weight
-from common.errors import ConfigError, DataError, ModelError
-from common.messages.state import HEAD
-from common.messages.tensors import entries, merge
-from common.model.base import load_base_model
-from common.run_lines import PrivacyLine, read_lines
-from contrib.experiments.__main__ import app
-from contrib.experiments.intruders import _factors, intruders_of, noise_alone
-from contrib.experiments.spectra import Spectrum, count_above, spectrum_of, top_of
-from experiments.in_process import run_in_process, simulated_nodes
-from experiments.sweep.summary import groups, markdown_of
-from server.checkpoint import saved_state
-from server.noise import site_noise
-from server.optimizer import server_step
-from server.rates import within_noise
-from strategies.job import configure
-from strategies.rules import RULES
+import fedveil.contrib.experiments.intruders
+import fedveil.contrib.experiments.spectra
+from fedveil.common.adapters import ADAPTERS
+from fedveil.common.adapters.base import base_weight
+from fedveil.common.errors import ConfigError, DataError, ModelError
+from fedveil.common.messages.state import HEAD
+from fedveil.common.messages.tensors import entries, merge
+from fedveil.common.model.base import load_base_model
+from fedveil.common.run_lines import PrivacyLine, read_lines
+from fedveil.contrib.experiments.__main__ import app
+from fedveil.contrib.experiments.intruders import _factors, intruders_of, noise_alone
+from fedveil.contrib.experiments.spectra import Spectrum, count_above, spectrum_of, top_of
+from fedveil.experiments.in_process import run_in_process, simulated_nodes
+from fedveil.experiments.sweep.summary import groups, markdown_of
+from fedveil.server.checkpoint import saved_state
+from fedveil.server.noise import site_noise
+from fedveil.server.optimizer import server_step
+from fedveil.server.rates import within_noise
+from fedveil.strategies.job import configure
+from fedveil.strategies.rules import RULES
 
 SHAPES = ((90, 90), (110, 80), (80, 110), (30, 12), (12, 30))
 RANK = 4
@@ -72,7 +72,7 @@ def test_q1_values_and_cosines_are_those_of_the_whole_decomposition(out: int, in
 def test_q1_a_span_that_is_taken_for_the_whole_space_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, before, B, A = changed(110, 80, 2.0)
     wanted = torch.linalg.svdvals(weight + B @ A)[:10]
-    monkeypatch.setattr(contrib.experiments.spectra, "_coordinates", lambda basis, columns: basis.T @ columns)
+    monkeypatch.setattr(fedveil.contrib.experiments.spectra, "_coordinates", lambda basis, columns: basis.T @ columns)
     assert float((top_of(before, B, A, 10).values - wanted).abs().max()) > 1e-3
 
 
@@ -185,7 +185,7 @@ def test_q3_pefts_own_count_is_of_the_stored_orientation_and_ours_is_not(new: st
 
 
 def swept_settings(run: Path) -> dict[str, Any]:
-    from common.run_lines import ConfigFile, read_file
+    from fedveil.common.run_lines import ConfigFile, read_file
 
     return dict(read_file(ConfigFile, run).settings)
 
@@ -319,14 +319,14 @@ def of_noise_alone(
     for node, size in zip(nodes, (60, 40, 50), strict=True):
         node["public-size"] = size
     with patch.context() as inside:
-        inside.setattr("privacy.dpsgd.add_private_noise", noised)
-        inside.setattr("server.collect.trusted.add_private_noise", noised)
+        inside.setattr("fedveil.privacy.dpsgd.add_private_noise", noised)
+        inside.setattr("fedveil.server.collect.trusted.add_private_noise", noised)
         folder = run_in_process(settings, nodes)
     state, job = saved_state(folder), configure(swept_settings(folder))
     # What sites send is a step against the noised gradient, and a trusted server's mean is a change.
     sign = -1 if job.mechanism.central else 1
     patch.setattr(
-        "contrib.experiments.intruders._with_noise",
+        "fedveil.contrib.experiments.intruders._with_noise",
         lambda std, _, t: (t + sign * std * numbers_of(tuple(t.shape))).to(t.dtype),
     )
     base = load_base_model(job.config.model.name, job.config.model.task)
@@ -357,17 +357,18 @@ def test_q5_the_noise_alone_goes_through_all_that_the_server_does(
     assert off() < 1e-6
     assert all(row.of_noise is not None and not row.unknown for row in intruders_of(folder))
     if name == "client-level":
-        monkeypatch.setattr("contrib.experiments.intruders.cohort_noise", site_noise)
+        monkeypatch.setattr("fedveil.contrib.experiments.intruders.cohort_noise", site_noise)
     elif name in RULES:
         monkeypatch.setattr(
-            "contrib.experiments.intruders.round_step",
+            "fedveil.contrib.experiments.intruders.round_step",
             lambda job, _, noise, number: partial(server_step, within_noise(job.config, noise, number)),
         )
     else:
         assert [line.rank for line in read_lines(PrivacyLine, folder)] == [1, 3, 1] * 2
-        told = contrib.experiments.intruders._results
+        told = fedveil.contrib.experiments.intruders._results
         monkeypatch.setattr(
-            "contrib.experiments.intruders._results", lambda *of: [replace(result, rank=3) for result in told(*of)]
+            "fedveil.contrib.experiments.intruders._results",
+            lambda *of: [replace(result, rank=3) for result in told(*of)],
         )
     assert off() > 1e-2
 

@@ -12,27 +12,27 @@ import pytest
 import torch
 from torch import Tensor
 
-import contrib.strategies.merging
-import experiments.in_process
-from common.adapters import LoRA
-from common.errors import ConfigError
-from common.messages.round import TrainResult
-from common.messages.state import AdapterState, Factors
-from common.messages.tensors import entries, merge
-from common.messages.wire import encode_reply
-from common.run_lines import RoundLine, read_lines
-from contrib.adapters.lora_merged import LoRAMerged, pair_of
-from contrib.strategies.fedex_lora import FedExLoRA
-from contrib.strategies.flexlora import FlexLoRA
-from contrib.strategies.flora import FLoRA
-from contrib.strategies.hetlora import HetLoRA
-from contrib.strategies.rolora import TURNS, RoLoRA
-from experiments.in_process import run_in_process
-from server.checkpoint import saved_state
-from server.optimizer import server_step
-from strategies import Average, Contribution, Moments, ServerState, Strategy
-from strategies.fedavg import FedAvgLoRA
-from strategies.job import configure
+import fedveil.contrib.strategies.merging
+import fedveil.experiments.in_process
+from fedveil.common.adapters import LoRA
+from fedveil.common.errors import ConfigError
+from fedveil.common.messages.round import TrainResult
+from fedveil.common.messages.state import AdapterState, Factors
+from fedveil.common.messages.tensors import entries, merge
+from fedveil.common.messages.wire import encode_reply
+from fedveil.common.run_lines import RoundLine, read_lines
+from fedveil.contrib.adapters.lora_merged import LoRAMerged, pair_of
+from fedveil.contrib.strategies.fedex_lora import FedExLoRA
+from fedveil.contrib.strategies.flexlora import FlexLoRA
+from fedveil.contrib.strategies.flora import FLoRA
+from fedveil.contrib.strategies.hetlora import HetLoRA
+from fedveil.contrib.strategies.rolora import TURNS, RoLoRA
+from fedveil.experiments.in_process import run_in_process
+from fedveil.server.checkpoint import saved_state
+from fedveil.server.optimizer import server_step
+from fedveil.strategies import Average, Contribution, Moments, ServerState, Strategy
+from fedveil.strategies.fedavg import FedAvgLoRA
+from fedveil.strategies.job import configure
 
 OUT, INTO, RANK = 9, 6, 2
 SHARES = (0.5, 0.3, 0.2)
@@ -90,7 +90,7 @@ def test_x1_a_covariance_that_is_left_out_or_taken_about_nothing_is_found_out(mo
     state = FedExLoRA().start(begun(), ("A", "B"))
     models = [weight(merge(state.adapter, {"layer": own})) for own in factors]
     wanted = sum((p * model for p, model in zip(SHARES, models, strict=True)), torch.zeros(()))
-    monkeypatch.setattr(contrib.strategies.merging, "_covariance", lambda *_: normal(OUT, INTO, seed=1) * 0)
+    monkeypatch.setattr(fedveil.contrib.strategies.merging, "_covariance", lambda *_: normal(OUT, INTO, seed=1) * 0)
     left_out = FedExLoRA().server_update(state, sites(factors))
     assert float((weight(left_out.adapter) - wanted).abs().max()) > 0.1
 
@@ -228,7 +228,7 @@ def test_x4_a_private_run_trains_and_sends_the_factor_whose_turn_it_is(
             sent.append(sorted({n for layer, f in reply.contribution.items() if layer != "head" for n in f}))
         return encode_reply(reply)
 
-    monkeypatch.setattr(experiments.in_process, "encode_reply", kept)
+    monkeypatch.setattr(fedveil.experiments.in_process, "encode_reply", kept)
     folder = run_in_process({**toy_settings, **TURNING, "rounds": 2}, 2)
     assert sent == [["B"], ["B"], ["A"], ["A"]]
     state, lines = saved_state(folder), read_lines(RoundLine, folder)

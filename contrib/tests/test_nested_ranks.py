@@ -8,8 +8,8 @@ from test_adapters import Folder
 from test_record_gradients import RANK, RECORDS, ByLayer, World, each_family, largest, world_of
 from torch import Tensor
 
-from contrib.adapters import lora_nested
-from contrib.adapters.lora_nested import Nested, ranks_of
+from fedveil.contrib.adapters import lora_nested
+from fedveil.contrib.adapters.lora_nested import Nested, ranks_of
 
 
 def depths_of(world: World) -> list[int]:

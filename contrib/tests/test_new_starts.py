@@ -20,30 +20,30 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from audits.tiny_models import FILLER, GOOD, TARGETS, write_reviews
-from common.adapters import ADAPTERS, LoRAFrozenA, Place
-from common.adapters.base import base_weight, stored_transposed
-from common.config.sections import HeadConfig
-from common.errors import ConfigError, DataError, ModelError
-from common.messages.state import HEAD, AdapterState
-from common.messages.tensors import fingerprint, merge
-from common.model.base import BaseModel, load_base_model
-from common.model.federated import FederatedModel
-from common.run_lines import PrivacyLine, RoundLine, read_lines
-from common.starts import STARTS, Start
-from common.starts.calibration import calibrated
-from common.starts.directions import leading_rows, minor_rows, orthonormal_rows, spanned_rows, with_fixed_signs
-from common.starts.gradient import mean_gradient
-from common.starts.public_text import known_sha256, read_text
-from common.tasks import TASKS
-from common.tasks.text import TextExample
-from contrib.starts.eva import EVA, input_moments
-from experiments.evaluate import evaluate_run
-from experiments.in_process import run_in_process
-from privacy import dpsgd
-from privacy.dpsgd import PrivateSteps
-from privacy.plan import gaussian_plan
-from server.model import ServerModel
-from strategies.job import configure
+from fedveil.common.adapters import ADAPTERS, LoRAFrozenA, Place
+from fedveil.common.adapters.base import base_weight, stored_transposed
+from fedveil.common.config.sections import HeadConfig
+from fedveil.common.errors import ConfigError, DataError, ModelError
+from fedveil.common.messages.state import HEAD, AdapterState
+from fedveil.common.messages.tensors import fingerprint, merge
+from fedveil.common.model.base import BaseModel, load_base_model
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.run_lines import PrivacyLine, RoundLine, read_lines
+from fedveil.common.starts import STARTS, Start
+from fedveil.common.starts.calibration import calibrated
+from fedveil.common.starts.directions import leading_rows, minor_rows, orthonormal_rows, spanned_rows, with_fixed_signs
+from fedveil.common.starts.gradient import mean_gradient
+from fedveil.common.starts.public_text import known_sha256, read_text
+from fedveil.common.tasks import TASKS
+from fedveil.common.tasks.text import TextExample
+from fedveil.contrib.starts.eva import EVA, input_moments
+from fedveil.experiments.evaluate import evaluate_run
+from fedveil.experiments.in_process import run_in_process
+from fedveil.privacy import dpsgd
+from fedveil.privacy.dpsgd import PrivateSteps
+from fedveil.privacy.plan import gaussian_plan
+from fedveil.server.model import ServerModel
+from fedveil.strategies.job import configure
 
 RANK = 3
 SHAPES = [(7, 12), (13, 6), (8, 8)]
@@ -196,7 +196,7 @@ def test_a_start_that_every_party_derives_leaves_base_and_outputs_bit_for_bit(
         assert change.abs().max() <= 1e-6 * weight.abs().max(), "the start is not the base model"
 
 
-DERIVED_OURS = [name for name in DERIVED if STARTS[name].__module__.startswith("common.starts.")]
+DERIVED_OURS = [name for name in DERIVED if STARTS[name].__module__.startswith("fedveil.common.starts.")]
 """Rows that another process has without being told."""
 DERIVED_BY = {name: f"{'lora-sb' if 'B' in STARTS[name].gives else 'lora-frozen-a'} {name}" for name in DERIVED_OURS}
 """Adapter and start, of an adapter that asks for all that the start gives."""
@@ -206,10 +206,10 @@ PRINT_FINGERPRINTS = """
 import sys
 import torch
 torch.manual_seed(1)
-from common.adapters import ADAPTERS
-from common.messages.tensors import fingerprint
-from common.model.base import BaseModel, load_base_model
-from common.starts import STARTS
+from fedveil.common.adapters import ADAPTERS
+from fedveil.common.messages.tensors import fingerprint
+from fedveil.common.model.base import BaseModel, load_base_model
+from fedveil.common.starts import STARTS
 for words in sys.argv[2:]:
     kind, name = words.split()
     adapter = ADAPTERS[kind](3, 6.0, ("query", "dense"), STARTS[name]())

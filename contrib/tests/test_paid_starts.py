@@ -14,39 +14,39 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from audits.tiny_models import FILLER, GOOD, TARGETS
-from client import budget
-from client.ledger.ledger import Ledger
-from client.ledger.rows import Terms
-from client.rehearsal import rehearse_initial
-from client.site import Site
-from common.adapters import ADAPTERS
-from common.config.sections import HeadConfig
-from common.errors import ConfigError, ModelError
-from common.messages.state import AdapterState
-from common.messages.tensors import weighted_sum
-from common.model.base import load_base_model
-from common.model.federated import FederatedModel
-from common.nulls import without_lift
-from common.run_lines import PrivacyLine, RoundLine, read_lines
-from common.starts import STARTS, PaidStart, Start
-from common.starts.calibration import calibrated
-from common.starts.directions import leading_rows, leading_singular_triple, orthonormal_rows
-from common.starts.gradient import initial_shapes, mean_gradient
-from common.tasks import TASKS, Record
-from common.tasks.text import TextExample
-from contrib.starts.dp_eva import DPEVA
-from contrib.starts.dp_lora_ga import DPLoRAGA, sketching
-from contrib.starts.eva import EVA, input_moments
-from contrib.starts.inputs import mean_moments, open_moments, packed, shared_inputs, unpacked
-from contrib.starts.lora_ga import LoRAGA
-from contrib.starts.nonprivate_eva import NonprivateEVA
-from experiments.in_process import run_in_process
-from privacy import dpsgd
-from privacy.dpsgd import PrivateSteps
-from privacy.plan import PrivacyPlan, gaussian_plan
-from privacy.privacy_filter import promised
-from server.model import ServerModel
-from strategies.job import configure
+from fedveil.client import budget
+from fedveil.client.ledger.ledger import Ledger
+from fedveil.client.ledger.rows import Terms
+from fedveil.client.rehearsal import rehearse_initial
+from fedveil.client.site import Site
+from fedveil.common.adapters import ADAPTERS
+from fedveil.common.config.sections import HeadConfig
+from fedveil.common.errors import ConfigError, ModelError
+from fedveil.common.messages.state import AdapterState
+from fedveil.common.messages.tensors import weighted_sum
+from fedveil.common.model.base import load_base_model
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.nulls import without_lift
+from fedveil.common.run_lines import PrivacyLine, RoundLine, read_lines
+from fedveil.common.starts import STARTS, PaidStart, Start
+from fedveil.common.starts.calibration import calibrated
+from fedveil.common.starts.directions import leading_rows, leading_singular_triple, orthonormal_rows
+from fedveil.common.starts.gradient import initial_shapes, mean_gradient
+from fedveil.common.tasks import TASKS, Record
+from fedveil.common.tasks.text import TextExample
+from fedveil.contrib.starts.dp_eva import DPEVA
+from fedveil.contrib.starts.dp_lora_ga import DPLoRAGA, sketching
+from fedveil.contrib.starts.eva import EVA, input_moments
+from fedveil.contrib.starts.inputs import mean_moments, open_moments, packed, shared_inputs, unpacked
+from fedveil.contrib.starts.lora_ga import LoRAGA
+from fedveil.contrib.starts.nonprivate_eva import NonprivateEVA
+from fedveil.experiments.in_process import run_in_process
+from fedveil.privacy import dpsgd
+from fedveil.privacy.dpsgd import PrivateSteps
+from fedveil.privacy.plan import PrivacyPlan, gaussian_plan
+from fedveil.privacy.privacy_filter import promised
+from fedveil.server.model import ServerModel
+from fedveil.strategies.job import configure
 
 RANK = 3
 TEXTS = ["the film was bright", " ".join(FILLER[:7]), " ".join(GOOD), "dull", "a cold story and an awful actor"]
@@ -307,7 +307,7 @@ def test_invariant_28_a_run_says_how_many_directions_stand_out_of_its_noise(
 
 
 def test_passes_are_as_small_as_a_records_moments_ask_for(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    from common.starts import gradient
+    from fedveil.common.starts import gradient
 
     numbers = 2 * (3 * 16 * 16 + 24 * 24)  # of the maps: two layers with three inputs of 16 and one of 24
     monkeypatch.setattr(gradient, "BATCH_BYTES", 10 * 4 * numbers)
@@ -329,7 +329,7 @@ def test_the_release_has_the_plans_noise_and_divisor_also_of_no_record(tiny: Mak
 def test_the_rehearsal_passes_the_moments_and_the_sketches_and_finds_what_mixes_records(
     tiny: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from contrib.starts import inputs
+    from fedveil.contrib.starts import inputs
 
     for start in (DPEVA(), DPLoRAGA()):
         model = tiny("bert", start)

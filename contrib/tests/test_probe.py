@@ -11,31 +11,31 @@ import torch
 
 from audits.tiny_models import TARGETS
 from audits.tiny_site import OneSite, clinic
-from client.rehearsal import rehearse, rehearse_features, rehearse_initial
-from common.adapters import ADAPTERS
-from common.config.sections import HeadConfig
-from common.errors import ConfigError, ModelError
-from common.messages.round import Reply, TrainResult
-from common.messages.state import HEAD
-from common.messages.tensors import merge
-from common.model.base import load_base_model
-from common.model.federated import FederatedModel
-from common.run_lines import PrivacyLine, RoundLine, read_lines
-from common.starts import public_metric
-from common.starts.base import Labels
-from common.tasks import TASKS, Record
-from common.tasks.featured import FEATURES
-from common.tasks.text import TextExample
-from contrib.starts.probe import Probe
-from experiments.evaluate import evaluate_run
-from experiments.in_process import run_in_process
-from privacy import dpsgd
-from privacy.accounting import gaussian_release
-from privacy.dpsgd import PrivateSteps
-from privacy.plan import gaussian_plan
-from privacy.privacy_filter import promised
-from reports import report_of
-from strategies.job import configure
+from fedveil.client.rehearsal import rehearse, rehearse_features, rehearse_initial
+from fedveil.common.adapters import ADAPTERS
+from fedveil.common.config.sections import HeadConfig
+from fedveil.common.errors import ConfigError, ModelError
+from fedveil.common.messages.round import Reply, TrainResult
+from fedveil.common.messages.state import HEAD
+from fedveil.common.messages.tensors import merge
+from fedveil.common.model.base import load_base_model
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.run_lines import PrivacyLine, RoundLine, read_lines
+from fedveil.common.starts import public_metric
+from fedveil.common.starts.base import Labels
+from fedveil.common.tasks import TASKS, Record
+from fedveil.common.tasks.featured import FEATURES
+from fedveil.common.tasks.text import TextExample
+from fedveil.contrib.starts.probe import Probe
+from fedveil.experiments.evaluate import evaluate_run
+from fedveil.experiments.in_process import run_in_process
+from fedveil.privacy import dpsgd
+from fedveil.privacy.accounting import gaussian_release
+from fedveil.privacy.dpsgd import PrivateSteps
+from fedveil.privacy.plan import gaussian_plan
+from fedveil.privacy.privacy_filter import promised
+from fedveil.reports import report_of
+from fedveil.strategies.job import configure
 
 Folder = Callable[[str], str]
 LABELS = Labels(("bad", "good"), (("dull film", "awful story", "cold"), ("warm film", "lovely story", "joyful")))
@@ -86,7 +86,7 @@ def settings(toy: dict[str, Any], **more: Any) -> dict[str, Any]:
 @pytest.fixture
 def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the map be of 64 made-up texts, not 512: each is a pass, at every site and at the server."""
-    monkeypatch.setattr("common.starts.public_metric.MADE", 64)
+    monkeypatch.setattr("fedveil.common.starts.public_metric.MADE", 64)
 
 
 def without_noise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,5 +293,5 @@ def test_a_report_counts_every_step_of_the_probe(toy_settings: dict[str, Any], m
     assert report.meaning is not None
     assert report.meaning.epsilon == pytest.approx(report.headline.epsilon, abs=1e-6)
     assert [release.count for release in report.other_releases] == [40, 40]
-    monkeypatch.setattr("reports.sites._count_of_start", lambda files: 1)
+    monkeypatch.setattr("fedveil.reports.sites._count_of_start", lambda files: 1)
     assert [site.agreement for site in report_of(folder).sites] == ["larger", "larger"], "the planted fault is not seen"

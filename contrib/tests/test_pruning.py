@@ -18,27 +18,27 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from audits.tiny_models import VOCABULARY
-from client.local_training import check_task
-from common.adapters import LoRAFrozenA
-from common.data.sources import public_test
-from common.errors import ConfigError, DataError, ModelError, ProtocolError
-from common.messages.round import TrainTask
-from common.model.base import load_base_model
-from common.model.federated import score_records
-from common.model.importance import COLUMNS, ROWS, importance, running
-from common.starts import STARTS
-from contrib.experiments.pruning import prune
-from contrib.experiments.pruning.files import NAME, read_pruned
-from contrib.experiments.pruning.prune import prune_model
-from contrib.experiments.pruning.recover import recover_run, score_recovered
-from contrib.experiments.pruning.units import Kept, by_scores, by_text, pruned, recovered, units_of
-from experiments.evaluate import load_result
-from experiments.in_process import run_in_process
-from server.checkpoint import memory_of
-from server.watched import watched
-from strategies import Contribution, ServerState
-from strategies.ffa_lora import FFALoRA
-from strategies.job import configure
+from fedveil.client.local_training import check_task
+from fedveil.common.adapters import LoRAFrozenA
+from fedveil.common.data.sources import public_test
+from fedveil.common.errors import ConfigError, DataError, ModelError, ProtocolError
+from fedveil.common.messages.round import TrainTask
+from fedveil.common.model.base import load_base_model
+from fedveil.common.model.federated import score_records
+from fedveil.common.model.importance import COLUMNS, ROWS, importance, running
+from fedveil.common.starts import STARTS
+from fedveil.contrib.experiments.pruning import prune
+from fedveil.contrib.experiments.pruning.files import NAME, read_pruned
+from fedveil.contrib.experiments.pruning.prune import prune_model
+from fedveil.contrib.experiments.pruning.recover import recover_run, score_recovered
+from fedveil.contrib.experiments.pruning.units import Kept, by_scores, by_text, pruned, recovered, units_of
+from fedveil.experiments.evaluate import load_result
+from fedveil.experiments.in_process import run_in_process
+from fedveil.server.checkpoint import memory_of
+from fedveil.server.watched import watched
+from fedveil.strategies import Contribution, ServerState
+from fedveil.strategies.ffa_lora import FFALoRA
+from fedveil.strategies.job import configure
 
 EVERY = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 KEPT = Kept(groups=((0, 2), (1, 2)), neurons=((1, 2, 5, 7, 11), (0, 3, 4, 9, 13)))
@@ -280,7 +280,7 @@ def test_invariant_p3_a_is_orthonormal_in_kept_coordinates_before_and_after_and_
 
 
 def _place(layer: str, shape: tuple[int, ...]) -> Any:
-    from common.adapters import Place
+    from fedveil.common.adapters import Place
 
     return Place(layer, shape[0], shape[1], 2, 1, lambda: torch.zeros(shape))
 

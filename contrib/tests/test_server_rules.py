@@ -16,29 +16,29 @@ from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from client.ledger.ledger import Ledger
-from common.adapters import LoRAFrozenA
-from common.errors import ConfigError, DataError, ModelError
-from common.messages.state import HEAD, AdapterState
-from common.model.base import load_base_model
-from common.nulls import LEVEL, edge_behind, noise_edge
-from common.run_lines import RoundLine, read_lines
-from common.starts import STARTS
-from contrib.rules.align_guard import AlignGuard, guarded
-from contrib.rules.allora import row_factors
-from contrib.rules.lora_pro import LoRAPro, tangent_step
-from contrib.rules.soft_threshold import entries_shrunk, product_shrunk
-from experiments.in_process import run_in_process
-from privacy import dpsgd
-from privacy.dpsgd import PrivateSteps
-from privacy.plan import gaussian_plan
-from server.model import ServerModel
-from server.optimizer import server_step
-from server.ruled import ruled_step
-from strategies import Contribution, ServerState
-from strategies.job import configure
-from strategies.rules import RULES, ServerRule
-from strategies.rules.base import Known
+from fedveil.client.ledger.ledger import Ledger
+from fedveil.common.adapters import LoRAFrozenA
+from fedveil.common.errors import ConfigError, DataError, ModelError
+from fedveil.common.messages.state import HEAD, AdapterState
+from fedveil.common.model.base import load_base_model
+from fedveil.common.nulls import LEVEL, edge_behind, noise_edge
+from fedveil.common.run_lines import RoundLine, read_lines
+from fedveil.common.starts import STARTS
+from fedveil.contrib.rules.align_guard import AlignGuard, guarded
+from fedveil.contrib.rules.allora import row_factors
+from fedveil.contrib.rules.lora_pro import LoRAPro, tangent_step
+from fedveil.contrib.rules.soft_threshold import entries_shrunk, product_shrunk
+from fedveil.experiments.in_process import run_in_process
+from fedveil.privacy import dpsgd
+from fedveil.privacy.dpsgd import PrivateSteps
+from fedveil.privacy.plan import gaussian_plan
+from fedveil.server.model import ServerModel
+from fedveil.server.optimizer import server_step
+from fedveil.server.ruled import ruled_step
+from fedveil.strategies import Contribution, ServerState
+from fedveil.strategies.job import configure
+from fedveil.strategies.rules import RULES, ServerRule
+from fedveil.strategies.rules.base import Known
 
 OUT, INTO, RANK = 13, 9, 3
 S = 1.7
@@ -665,7 +665,7 @@ def test_a_threshold_runs_privately_and_what_noise_explains_does_not_move(
     toy_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # By its own level noise moves something in one of twenty rounds.
-    monkeypatch.setattr("contrib.rules.soft_threshold.LEVEL", 1e-6)
+    monkeypatch.setattr("fedveil.contrib.rules.soft_threshold.LEVEL", 1e-6)
     loud = {**toy_settings, **PLAIN, "rounds": 2, "privacy.noise-multiplier": 40.0, "adapter.start": "orthonormal"}
     loud |= {"training.local-steps": 1, "training.optimizer": "sgd"}
     folder = run_in_process(loud, 2)

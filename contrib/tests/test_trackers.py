@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from common.trackers import TRACKERS
-from experiments.in_process import run_in_process
-from server.tracking import rounds_of
+from fedveil.common.trackers import TRACKERS
+from fedveil.experiments.in_process import run_in_process
+from fedveil.server.tracking import rounds_of
 
 pytestmark = pytest.mark.trackers
 Kept = dict[int, dict[str, float]]
@@ -148,7 +148,7 @@ def test_what_a_run_tells_is_read_back(toy_settings: dict[str, Any], name: str) 
 TELL = """
 import sys
 from pathlib import Path
-from common.trackers import TRACKERS
+from fedveil.common.trackers import TRACKERS
 
 number = int(sys.argv[3])
 tracker = TRACKERS[sys.argv[1]](Path(sys.argv[2]), "7", {"rounds": 2, "strategy": "fedavg-lora"})

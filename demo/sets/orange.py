@@ -10,9 +10,9 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from common.data.named import NamedDataset
-from common.tasks.tables import Table, read_delimited
-from demo.packaged import PackagedFile
+from fedveil.common.data.named import NamedDataset
+from fedveil.common.tasks.tables import Table, read_delimited
+from fedveil.demo.packaged import PackagedFile
 
 TOPICS = (
     *("acq", "alum", "bop", "carcass", "cocoa", "coffee", "copper", "cotton", "cpi", "cpu", "crude", "dlr", "earn"),

@@ -6,7 +6,7 @@ any figure.
 
 from __future__ import annotations
 
-from common.data.named import NamedDataset, UserFile
+from fedveil.common.data.named import NamedDataset, UserFile
 
 
 def _split(corpus: str, split: str, ending: str, labels: dict[str, str]) -> NamedDataset:
@@ -15,7 +15,7 @@ def _split(corpus: str, split: str, ending: str, labels: dict[str, str]) -> Name
 
     return NamedDataset(
         name=name(split),
-        file=UserFile(f"data/{corpus}/{split}.{ending}", f"`python -m demo.convert {corpus} FOLDER` writes"),
+        file=UserFile(f"data/{corpus}/{split}.{ending}", f"`python -m fedveil.demo.convert {corpus} FOLDER` writes"),
         task="classification",
         fields={"text": "{text}", "text_pair": "{text_pair}"},
         label="label",

@@ -5,8 +5,8 @@ In the form of GLUE (Wang et al. 2019). The sentences are those of Rotten Tomato
 
 from __future__ import annotations
 
-from common.data import phrases
-from common.data.named import NamedDataset, UserFile
+from fedveil.common.data import phrases
+from fedveil.common.data.named import NamedDataset, UserFile
 
 SPLITS = {"sst2": "train", "sst2-dev": "dev", "sst2-test": "test"}
 
@@ -14,7 +14,7 @@ SPLITS = {"sst2": "train", "sst2-dev": "dev", "sst2-test": "test"}
 def _split(name: str) -> NamedDataset:
     return NamedDataset(
         name=name,
-        file=UserFile(f"data/sst2/{SPLITS[name]}.tsv", "`python -m demo.convert sst2 FOLDER` writes"),
+        file=UserFile(f"data/sst2/{SPLITS[name]}.tsv", "`python -m fedveil.demo.convert sst2 FOLDER` writes"),
         task="classification",
         fields={"text": "{text}"},
         label="label",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from common.data.named import NamedDataset
-from demo.packaged import PackagedTree
+from fedveil.common.data.named import NamedDataset
+from fedveil.demo.packaged import PackagedTree
 
 FILES = PackagedTree(
     distribution="conformal-clip-data",

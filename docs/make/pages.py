@@ -11,11 +11,24 @@ from typing import Any
 import click
 import typer
 
-from client.policy import UNLIMITED, Policy
-from common.config.fields import kebab
-from common.docstrings import fields_said, said_of
-from common.messages import wire
-from common.messages.round import (
+from docs.make import settings
+from docs.make.page import page
+from docs.make.systems import row_table, system_table
+from docs.make.tables import (
+    adapter_table,
+    dataset_table,
+    markdown,
+    pair_table,
+    rule_table,
+    start_table,
+    strategy_table,
+    task_table,
+)
+from fedveil.client.policy import UNLIMITED, Policy
+from fedveil.common.config.fields import kebab
+from fedveil.common.docstrings import fields_said, said_of
+from fedveil.common.messages import wire
+from fedveil.common.messages.round import (
     PROTOCOL,
     REFUSAL_KINDS,
     KeyReply,
@@ -32,7 +45,7 @@ from common.messages.round import (
     UnmaskReply,
     UnmaskTask,
 )
-from common.run_lines import (
+from fedveil.common.run_lines import (
     AUDITS,
     Absence,
     AdapterFile,
@@ -55,26 +68,13 @@ from common.run_lines import (
     ServerStart,
     TuningFile,
 )
-from common.tasks import roles_of_all
-from deploy.advisories import ADVISORIES
-from docs.make import settings
-from docs.make.page import page
-from docs.make.systems import row_table, system_table
-from docs.make.tables import (
-    adapter_table,
-    dataset_table,
-    markdown,
-    pair_table,
-    rule_table,
-    start_table,
-    strategy_table,
-    task_table,
-)
-from experiments.sweep.arms import ARMS
-from experiments.sweep.rows import Row
-from privacy.accountant import Accountant
-from privacy.events import Event
-from privacy.secure_sum import Agreement, KeyOffer, Sharing
+from fedveil.common.tasks import roles_of_all
+from fedveil.deploy.advisories import ADVISORIES
+from fedveil.experiments.sweep.arms import ARMS
+from fedveil.experiments.sweep.rows import Row
+from fedveil.privacy.accountant import Accountant
+from fedveil.privacy.events import Event
+from fedveil.privacy.secure_sum import Agreement, KeyOffer, Sharing
 
 
 def tables_page() -> str:
@@ -257,7 +257,7 @@ def wire_page() -> str:
 
 def commands_page() -> str:
     """Return the page of the ``fedveil`` command: every command with its options."""
-    from cli.main import app
+    from fedveil.cli.main import app
 
     root = typer.main.get_command(app)
     return page(

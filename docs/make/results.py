@@ -8,12 +8,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from common.errors import DataError
-from common.words import bytes_text
 from docs.make.page import page
 from docs.make.tables import markdown
-from experiments.sweep.rows import Row, read_rows, results_file
-from experiments.sweep.summary import Group, groups, markdown_of
+from fedveil.common.errors import DataError
+from fedveil.common.words import bytes_text
+from fedveil.experiments.sweep.rows import Row, read_rows, results_file
+from fedveil.experiments.sweep.summary import Group, groups, markdown_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "experiments" / "results"
@@ -112,7 +112,7 @@ def plotted(folder: Path = RESULTS) -> list[Row]:
 
 def plot(folder: Path = RESULTS) -> bytes:
     """Return README's plot as a PNG, which carries the hash of its rows."""
-    from experiments.sweep.pictures import drawn_from, epsilon_figure, png
+    from fedveil.experiments.sweep.pictures import drawn_from, epsilon_figure, png
 
     rows = plotted(folder)
     return png(epsilon_figure(groups(rows), []), drawn_from(rows, []))
@@ -120,7 +120,7 @@ def plot(folder: Path = RESULTS) -> bytes:
 
 def is_current(picture: bytes, folder: Path = RESULTS) -> bool:
     """Return whether a picture was drawn from these rows. Its bytes also depend on the version of matplotlib."""
-    from experiments.sweep.pictures import drawn_from
+    from fedveil.experiments.sweep.pictures import drawn_from
 
     return f"rows {drawn_from(plotted(folder), [])}".encode() in picture
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from cli.settings_reference import Setting, all_settings, options_of
-from common.config.asked import RunSettings
-from common.config.fields import kinds_of
-from common.config.sections import Scalar
-from common.config.text import toml_value
-from common.docstrings import said_of
-from common.errors import ConfigError
-from common.starts import STARTS
 from docs.make.page import MADE
-from strategies import ROWS
-from strategies.options import START, known_settings, rows_with_options
-from strategies.rules import RULES
+from fedveil.cli.settings_reference import Setting, all_settings, options_of
+from fedveil.common.config.asked import RunSettings
+from fedveil.common.config.fields import kinds_of
+from fedveil.common.config.sections import Scalar
+from fedveil.common.config.text import toml_value
+from fedveil.common.docstrings import said_of
+from fedveil.common.errors import ConfigError
+from fedveil.common.starts import STARTS
+from fedveil.strategies import ROWS
+from fedveil.strategies.options import START, known_settings, rows_with_options
+from fedveil.strategies.rules import RULES
 
 FLOWER = "[tool.flwr.app.config]"
 """The table of ``pyproject.toml`` that lists every setting, so that Flower lets it be overridden."""

@@ -10,16 +10,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from common.adapters import ADAPTERS
-from common.config.sections import Scalar
-from common.starts import STARTS
-from common.tasks.sentence_modules import ENCODER
 from docs.make.differences import DIFFERENCES
 from docs.make.tables import markdown
-from strategies import ROWS
-from strategies.refused import REFUSED_STRATEGIES
-from strategies.rules import RULES
-from strategies.systems import BLOCK_LORA
+from fedveil.common.adapters import ADAPTERS
+from fedveil.common.config.sections import Scalar
+from fedveil.common.starts import STARTS
+from fedveil.common.tasks.sentence_modules import ENCODER
+from fedveil.strategies import ROWS
+from fedveil.strategies.refused import REFUSED_STRATEGIES
+from fedveil.strategies.rules import RULES
+from fedveil.strategies.systems import BLOCK_LORA
 
 AXES: Mapping[str, Mapping[str, type[Any]]] = {
     "strategy": ROWS,
@@ -245,7 +245,7 @@ SYSTEMS: tuple[System, ...] = (
         "LoRAM",
         {**OF_LANGUAGE, "model.name": "small", "strategy": "ffa-lora"},
         file="loram",
-        besides="on what `prune` made, then `recover RUN_FOLDER` of `python -m contrib.experiments` "
+        besides="on what `prune` made, then `recover RUN_FOLDER` of `python -m fedveil.contrib.experiments` "
         "([pruned bases](../guides/serve.md#pruned-base-models))",
     ),
     System(
@@ -260,7 +260,7 @@ SYSTEMS: tuple[System, ...] = (
             "training.learning-rate": 1.0,
         },
         file="loraprune",
-        besides="then `python -m contrib.experiments prune --by RUN_FOLDER` "
+        besides="then `python -m fedveil.contrib.experiments prune --by RUN_FOLDER` "
         "([pruned bases](../guides/serve.md#pruned-base-models))",
     ),
     System(
@@ -270,7 +270,7 @@ SYSTEMS: tuple[System, ...] = (
     ),
     System(
         "Intruder dimensions",
-        instead="`python -m contrib.experiments intruders RUN_FOLDER` "
+        instead="`python -m fedveil.contrib.experiments intruders RUN_FOLDER` "
         "([planning](../guides/planning.md#intruder-dimensions))",
     ),
 )
@@ -323,7 +323,7 @@ def row_table() -> str:
 def text_of(row: type[Any]) -> str:
     """Return the whole text about a row, as Markdown.
 
-    >>> from contrib.strategies.fedex_lora import FedExLoRA
+    >>> from fedveil.contrib.strategies.fedex_lora import FedExLoRA
     >>> text_of(FedExLoRA).split("\\n")[0]
     'FedEx-LoRA: both factors averaged, and what their product misses added to the base.'
     """

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from common.adapters import ADAPTERS, Adapter
-from common.config.sections import defaults
-from common.data.named import DATASETS, UserFile
-from common.docstrings import said_of
-from common.errors import ConfigError
-from common.starts import STARTS, Start
-from common.tasks import TASKS
-from demo.packaged import PackagedFile, PackagedTree
-from strategies import STRATEGIES, Strategy
-from strategies.payload import payload, preset_adapter
-from strategies.rules import RULES
+from fedveil.common.adapters import ADAPTERS, Adapter
+from fedveil.common.config.sections import defaults
+from fedveil.common.data.named import DATASETS, UserFile
+from fedveil.common.docstrings import said_of
+from fedveil.common.errors import ConfigError
+from fedveil.common.starts import STARTS, Start
+from fedveil.common.tasks import TASKS
+from fedveil.demo.packaged import PackagedFile, PackagedTree
+from fedveil.strategies import STRATEGIES, Strategy
+from fedveil.strategies.payload import payload, preset_adapter
+from fedveil.strategies.rules import RULES
 
 DEFAULT_SHAPES: Sequence[tuple[int, int]] = ((384, 384),) * 12
 """(m, n) of the plain job's layers: query and value of MiniLM's six blocks."""

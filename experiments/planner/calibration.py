@@ -19,20 +19,20 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from client.linearised import Computation, Keeping, linearised
-from client.optimizers import build_optimizer
-from common.config.phases import Schedule
-from common.config.sections import RunConfig
-from common.data.sources import public_test
-from common.model.device import own_cores
-from common.model.federated import FederatedModel
-from common.tasks import Record
-from common.tasks.examples import Dataset
-from privacy.dpsgd import PrivateSteps
-from privacy.plan import gaussian_plan
-from privacy.randomness import stream
-from privacy.steps import nothing
-from server.model import ServerModel
+from fedveil.client.linearised import Computation, Keeping, linearised
+from fedveil.client.optimizers import build_optimizer
+from fedveil.common.config.phases import Schedule
+from fedveil.common.config.sections import RunConfig
+from fedveil.common.data.sources import public_test
+from fedveil.common.model.device import own_cores
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.tasks import Record
+from fedveil.common.tasks.examples import Dataset
+from fedveil.privacy.dpsgd import PrivateSteps
+from fedveil.privacy.plan import gaussian_plan
+from fedveil.privacy.randomness import stream
+from fedveil.privacy.steps import nothing
+from fedveil.server.model import ServerModel
 
 Trained: TypeAlias = Mapping[str, Mapping[str, nn.Parameter]]
 """Trained tensors by layer and factor."""

@@ -11,15 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.errors import ConfigError
-from common.messages.round import SpendingFigures
-from common.words import natural
-from privacy.accounting import Release
-from privacy.figures import epsilon_text
-from privacy.privacy_filter import FRESH, History, commitment_to, price_after
-from reports.folder import RunFiles, read_run
-from reports.sites import TOLERANCE, releases_of_site
-from strategies.job import Job, configure
+from fedveil.common.errors import ConfigError
+from fedveil.common.messages.round import SpendingFigures
+from fedveil.common.words import natural
+from fedveil.privacy.accounting import Release
+from fedveil.privacy.figures import epsilon_text
+from fedveil.privacy.privacy_filter import FRESH, History, commitment_to, price_after
+from fedveil.reports.folder import RunFiles, read_run
+from fedveil.reports.sites import TOLERANCE, releases_of_site
+from fedveil.strategies.job import Job, configure
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from common.check import one_of
-from common.errors import BudgetExhausted, ConfigError, PrivacyError
-from experiments.planner.payers import payer_of
-from experiments.planner.price import MOST_ROUNDS, last_within, noise_for_all, paid_before, releases_of_round
-from privacy.accounting import Release
-from privacy.events import LEAST_NOISE, Event
-from privacy.privacy_filter import FRESH, History, price_after
-from strategies.job import Job
+from fedveil.common.check import one_of
+from fedveil.common.errors import BudgetExhausted, ConfigError, PrivacyError
+from fedveil.experiments.planner.payers import payer_of
+from fedveil.experiments.planner.price import MOST_ROUNDS, last_within, noise_for_all, paid_before, releases_of_round
+from fedveil.privacy.accounting import Release
+from fedveil.privacy.events import LEAST_NOISE, Event
+from fedveil.privacy.privacy_filter import FRESH, History, price_after
+from fedveil.strategies.job import Job
 
 RATES = (*(float(f"{digits}e{power}") for power in range(-7, -2) for digits in range(100, 1000)), 1.0)
 """Sample rates of three digits, from 1e-5 to 1: the candidates of ``sample_rate_for``."""

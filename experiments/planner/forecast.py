@@ -8,12 +8,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from common.messages.columns import chosen_factors
-from common.messages.state import HEAD
-from common.model.device import worker_count
-from experiments.planner.calibration import Calibration, calibrate, feature_seconds, round_seconds
-from experiments.planner.payers import payer_of
-from experiments.planner.price import (
+from fedveil.common.messages.columns import chosen_factors
+from fedveil.common.messages.state import HEAD
+from fedveil.common.model.device import worker_count
+from fedveil.experiments.planner.calibration import Calibration, calibrate, feature_seconds, round_seconds
+from fedveil.experiments.planner.payers import payer_of
+from fedveil.experiments.planner.price import (
     LEAST_SIGNAL,
     MOST_ROUNDS,
     PricedRound,
@@ -25,15 +25,15 @@ from experiments.planner.price import (
     site_plans,
     thrown_away,
 )
-from experiments.planner.traffic import Traffic, payload_by_strategy, traffic
-from privacy.accounting import Release, alone
-from privacy.claim import NO_CLAIM
-from privacy.dpsgd import rounding_margin
-from privacy.plan import PrivacyPlan
-from privacy.privacy_filter import FRESH, History, price_after
-from server.aggregation import WORTH_TELLING, held_down
-from server.model import ServerModel
-from strategies.job import Job
+from fedveil.experiments.planner.traffic import Traffic, payload_by_strategy, traffic
+from fedveil.privacy.accounting import Release, alone
+from fedveil.privacy.claim import NO_CLAIM
+from fedveil.privacy.dpsgd import rounding_margin
+from fedveil.privacy.plan import PrivacyPlan
+from fedveil.privacy.privacy_filter import FRESH, History, price_after
+from fedveil.server.aggregation import WORTH_TELLING, held_down
+from fedveil.server.model import ServerModel
+from fedveil.strategies.job import Job
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from client.budget import plan_of
-from client.ledger.rows import Terms
-from client.site import Site
-from common.tasks.examples import Dataset
-from privacy.plan import PrivacyPlan
-from privacy.privacy_filter import History
-from server.aggregation import capped, most_of, noise_grown
-from server.collect.trusted import sums_plan
-from strategies.job import Job
+from fedveil.client.budget import plan_of
+from fedveil.client.ledger.rows import Terms
+from fedveil.client.site import Site
+from fedveil.common.tasks.examples import Dataset
+from fedveil.privacy.plan import PrivacyPlan
+from fedveil.privacy.privacy_filter import History
+from fedveil.server.aggregation import capped, most_of, noise_grown
+from fedveil.server.collect.trusted import sums_plan
+from fedveil.strategies.job import Job
 
 
 class SitesPay:

@@ -11,15 +11,15 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from common.data.partition import public_size_of_part, site_part
-from common.data.sources import train_and_test
-from common.errors import BudgetExhausted, ConfigError
-from experiments.planner.payers import payer_of, planned_site
-from privacy.accountant import Accountant
-from privacy.accounting import Release, alone
-from privacy.events import Event
-from privacy.plan import PrivacyPlan
-from privacy.privacy_filter import (
+from fedveil.common.data.partition import public_size_of_part, site_part
+from fedveil.common.data.sources import train_and_test
+from fedveil.common.errors import BudgetExhausted, ConfigError
+from fedveil.experiments.planner.payers import payer_of, planned_site
+from fedveil.privacy.accountant import Accountant
+from fedveil.privacy.accounting import Release, alone
+from fedveil.privacy.events import Event
+from fedveil.privacy.plan import PrivacyPlan
+from fedveil.privacy.privacy_filter import (
     FRESH,
     History,
     commitment_to,
@@ -29,7 +29,7 @@ from privacy.privacy_filter import (
     promised,
     promised_noise,
 )
-from strategies.job import Job
+from fedveil.strategies.job import Job
 
 MOST_ROUNDS = 100_000
 """Rounds beyond which no end of the budget is looked for."""

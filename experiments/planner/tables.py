@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from common.words import counted
-from experiments.planner.find import Found
-from experiments.planner.forecast import Forecast
-from experiments.planner.payers import payer_of
-from experiments.planner.price import LEAST_SIGNAL, MOST_ROUNDS, spread
-from privacy.accountant import INITIALISATION
-from privacy.figures import epsilon_text, remaining_text
-from privacy.secure_sum import least_sites
-from strategies.job import Job
+from fedveil.common.words import counted
+from fedveil.experiments.planner.find import Found
+from fedveil.experiments.planner.forecast import Forecast
+from fedveil.experiments.planner.payers import payer_of
+from fedveil.experiments.planner.price import LEAST_SIGNAL, MOST_ROUNDS, spread
+from fedveil.privacy.accountant import INITIALISATION
+from fedveil.privacy.figures import epsilon_text, remaining_text
+from fedveil.privacy.secure_sum import least_sites
+from fedveil.strategies.job import Job
 
 MOST_LINES = 10
 """Lines of the table of rounds; ``--json`` has them all."""

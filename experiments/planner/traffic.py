@@ -6,20 +6,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from common.adapters.base import layer_shape, target_shapes
-from common.messages.columns import narrowed
-from common.messages.round import Spending, TrainResult, TrainTask
-from common.messages.state import HEAD, AdapterState
-from common.messages.tensors import fingerprint
-from common.messages.wire import encode_reply, encode_task, message_bytes, payload_bytes
-from experiments.planner.payers import payer_of
-from privacy.accountant import TRAINING, Accountant
-from privacy.plan import PrivacyPlan
-from privacy.secure_sum import KeyOffer
-from server.model import ServerModel
-from strategies import STRATEGIES
-from strategies.job import Job
-from strategies.payload import payload, preset_adapter
+from fedveil.common.adapters.base import layer_shape, target_shapes
+from fedveil.common.messages.columns import narrowed
+from fedveil.common.messages.round import Spending, TrainResult, TrainTask
+from fedveil.common.messages.state import HEAD, AdapterState
+from fedveil.common.messages.tensors import fingerprint
+from fedveil.common.messages.wire import encode_reply, encode_task, message_bytes, payload_bytes
+from fedveil.experiments.planner.payers import payer_of
+from fedveil.privacy.accountant import TRAINING, Accountant
+from fedveil.privacy.plan import PrivacyPlan
+from fedveil.privacy.secure_sum import KeyOffer
+from fedveil.server.model import ServerModel
+from fedveil.strategies import STRATEGIES
+from fedveil.strategies.job import Job
+from fedveil.strategies.payload import payload, preset_adapter
 
 FIGURES = (1, 1, *5 * (1.0,))
 RUN = "1" * 20

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.tasks import Answer
-from experiments.serving.merge import load_finished
+from fedveil.common.tasks import Answer
+from fedveil.experiments.serving.merge import load_finished
 
 
 def ask_run(run: Path, words: Sequence[str]) -> list[Answer]:

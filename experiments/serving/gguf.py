@@ -14,12 +14,12 @@ from typing import Any
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from common.adapters.base import PEFT_PREFIX
-from common.errors import DataError, ModelError
-from common.model.files import check_files, model_folder
-from common.run_lines import AdapterFile, read_file
-from common.tensor_file import read_tensors
-from experiments.evaluate import read_peft_config
+from fedveil.common.adapters.base import PEFT_PREFIX
+from fedveil.common.errors import DataError, ModelError
+from fedveil.common.model.files import check_files, model_folder
+from fedveil.common.run_lines import AdapterFile, read_file
+from fedveil.common.tensor_file import read_tensors
+from fedveil.experiments.evaluate import read_peft_config
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def _config_of(about: AdapterFile) -> Any:
     """Return the configuration of a run's base model; ModelError if it cannot be read, or lies in other files."""
     from transformers import AutoConfig
 
-    from common.tasks.loading import OWN_CODE
+    from fedveil.common.tasks.loading import OWN_CODE
 
     check_files(about.base_model, about.base_files, fetch=False)  # somebody's folder makes nobody fetch a model
     with model_folder(about.base_model, about.base_files) as folder:

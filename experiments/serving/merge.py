@@ -8,18 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common.adapters.low_bits import in_full
-from common.check import OneOf
-from common.errors import DataError, ModelError
-from common.files import sha256_of, with_usual_mode
-from common.paths import check_vacant
-from common.tasks import Finished
-from experiments.evaluate import load_result
-from reports import report_of, to_json
-from reports.card import NAME as CARD
-from reports.card import Form, card_of
-from reports.declared import read_declared
-from strategies.job import configure
+from fedveil.common.adapters.low_bits import in_full
+from fedveil.common.check import OneOf
+from fedveil.common.errors import DataError, ModelError
+from fedveil.common.files import sha256_of, with_usual_mode
+from fedveil.common.paths import check_vacant
+from fedveil.common.tasks import Finished
+from fedveil.experiments.evaluate import load_result
+from fedveil.reports import report_of, to_json
+from fedveil.reports.card import NAME as CARD
+from fedveil.reports.card import Form, card_of
+from fedveil.reports.declared import read_declared
+from fedveil.strategies.job import configure
 
 FORMS = ("merged", "seq-cls")
 """One plain model; or the adapter for a stock classifier, the head in it, where a stock class computes that."""

@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from common.errors import ConfigError, DataError
-from common.files import append_lines
-from common.strict_json import to_json
-from common.words import percent_text
-from experiments.recipes import recipes_said
-from experiments.sweep.file import Cell, Sweep
-from experiments.sweep.one_run import (
+from fedveil.common.errors import ConfigError, DataError
+from fedveil.common.files import append_lines
+from fedveil.common.strict_json import to_json
+from fedveil.common.words import percent_text
+from fedveil.experiments.recipes import recipes_said
+from fedveil.experiments.sweep.file import Cell, Sweep
+from fedveil.experiments.sweep.one_run import (
     LOG,
     ROW,
     Work,
@@ -25,10 +25,10 @@ from experiments.sweep.one_run import (
     run_one,
     through_of,
 )
-from experiments.sweep.processes import LAST_SECONDS, Failure, each_in_a_process
-from experiments.sweep.rows import Key, Row, read_rows, results_file, row_of, write_rows
-from privacy.figures import epsilon_text, honest_text
-from server.lock import only_writer
+from fedveil.experiments.sweep.processes import LAST_SECONDS, Failure, each_in_a_process
+from fedveil.experiments.sweep.rows import Key, Row, read_rows, results_file, row_of, write_rows
+from fedveil.privacy.figures import epsilon_text, honest_text
+from fedveil.server.lock import only_writer
 
 ASIDE = "set-aside"
 Say = Callable[[str], None]
@@ -126,7 +126,7 @@ def row_words(row: Row) -> str:
 
 
 def _threads(jobs: int) -> int:
-    from common.model.device import own_cores
+    from fedveil.common.model.device import own_cores
 
     cores = own_cores()
     if not 1 <= jobs <= cores:

@@ -28,22 +28,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.check import nearest
-from common.config.sections import Scalar
-from common.config.text import flatten, read_settings_file
-from common.data.partition import check_partition
-from common.errors import ConfigError
-from common.paths import RUN_NAME
-from common.toml import read_toml
-from experiments.recipes import check_recipes, names_recipe
-from experiments.site_count import USUAL
-from experiments.sweep.arms import ARMS, BASELINES, FEDERATED
-from privacy import MECHANISMS, promising
-from strategies import ROWS
-from strategies.job import Job, configure, with_recipe
-from strategies.options import known_settings
-from strategies.recipes import AUTO
-from strategies.rules import RULES
+from fedveil.common.check import nearest
+from fedveil.common.config.sections import Scalar
+from fedveil.common.config.text import flatten, read_settings_file
+from fedveil.common.data.partition import check_partition
+from fedveil.common.errors import ConfigError
+from fedveil.common.paths import RUN_NAME
+from fedveil.common.toml import read_toml
+from fedveil.experiments.recipes import check_recipes, names_recipe
+from fedveil.experiments.site_count import USUAL
+from fedveil.experiments.sweep.arms import ARMS, BASELINES, FEDERATED
+from fedveil.privacy import MECHANISMS, promising
+from fedveil.strategies import ROWS
+from fedveil.strategies.job import Job, configure, with_recipe
+from fedveil.strategies.options import known_settings
+from fedveil.strategies.recipes import AUTO
+from fedveil.strategies.rules import RULES
 
 KEYS = ("base", "sites", "seeds", "partition-by-seed", "epsilons", "baselines", "settings", "variants")
 LISTS = ("seeds", "epsilons", "baselines")

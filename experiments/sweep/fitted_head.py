@@ -19,12 +19,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from common.data.sources import train_and_test
-from common.data.split import tied
-from common.errors import ModelError
-from common.tasks.examples import Dataset
-from common.tasks.featured import FEATURES
-from strategies.job import Job
+from fedveil.common.data.sources import train_and_test
+from fedveil.common.data.split import tied
+from fedveil.common.errors import ModelError
+from fedveil.common.tasks.examples import Dataset
+from fedveil.common.tasks.featured import FEATURES
+from fedveil.strategies.job import Job
 
 Array = NDArray[np.float64]
 Labels = NDArray[np.int64]
@@ -65,7 +65,7 @@ def fitted(job: Job) -> Fitted:
         ModelError: the task has no head, or some record cannot be computed.
         DataError, ConfigError: the records cannot be read.
     """
-    from server.model import ServerModel
+    from fedveil.server.model import ServerModel
 
     config = job.config
     server = ServerModel(job)

@@ -13,14 +13,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from common.bundle import PROJECT, digest, files_of
-from common.errors import RunFailed
-from common.files import replace_file
-from common.run_lines import BaselineFile, ConfigFile, ResultFile, RoundLine, read_file, read_lines
-from common.words import counted, visible
-from experiments.sweep.arms import ARMS
-from experiments.sweep.file import Cell
-from experiments.sweep.rows import Basis, Row, line_of
+from fedveil.common.bundle import PROJECT, digest, files_of
+from fedveil.common.errors import RunFailed
+from fedveil.common.files import replace_file
+from fedveil.common.run_lines import BaselineFile, ConfigFile, ResultFile, RoundLine, read_file, read_lines
+from fedveil.common.words import counted, visible
+from fedveil.experiments.sweep.arms import ARMS
+from fedveil.experiments.sweep.file import Cell
+from fedveil.experiments.sweep.rows import Basis, Row, line_of
 
 Through = Literal["one process", "flower"]
 ROW = "row.json"
@@ -81,7 +81,7 @@ def through_of(cell: Cell, *, flower: bool) -> Through:
 
 def basis_of(cell: Cell, through: Through, code: str) -> Basis:
     """Return what the row of a run would rest on now."""
-    from server.records import package_versions
+    from fedveil.server.records import package_versions
 
     settings = {key: value for key, value in cell.job(Path()).settings().items() if key != "output"}
     versions = {"python": platform.python_version(), **package_versions(str(settings["model.quantise"]))}
@@ -94,7 +94,7 @@ def run_one(work: Work) -> Row:
     Raises:
         FedVeilError: the run failed, or the code changed meanwhile.
     """
-    from common.model.federated import model_of
+    from fedveil.common.model.federated import model_of
 
     _same_code(work)
     model_of.cache_clear()  # no run finds the features or the rehearsal of the one before: seconds are comparable
@@ -115,8 +115,8 @@ def _same_code(work: Work) -> None:
 
 
 def _in_process(work: Work) -> Path:
-    from experiments.in_process import run_in_process
-    from experiments.site_count import record_sites
+    from fedveil.experiments.in_process import run_in_process
+    from fedveil.experiments.site_count import record_sites
 
     cell, arm = work.cell, ARMS[work.cell.arm]
     nodes = arm.nodes(cell.sites, cell.site)
@@ -127,7 +127,7 @@ def _in_process(work: Work) -> Path:
 
 
 def _through_flower(work: Work) -> Path:
-    from experiments.simulate import simulate
+    from fedveil.experiments.simulate import simulate
 
     cell = work.cell
     sites = len(ARMS[cell.arm].nodes(cell.sites, cell.site))
@@ -135,9 +135,9 @@ def _through_flower(work: Work) -> Path:
 
 
 def _row(work: Work, run: Path, seconds: float, processor_seconds: float) -> Row:
-    from common.data.sources import public_test
-    from common.model.device import choose_device, choose_precision
-    from server.collect.door import shown_of
+    from fedveil.common.data.sources import public_test
+    from fedveil.common.model.device import choose_device, choose_precision
+    from fedveil.server.collect.door import shown_of
 
     cell, job = work.cell, work.cell.job(work.folder)
     result, baseline, config = read_file(ResultFile, run), read_file(BaselineFile, run), read_file(ConfigFile, run)
@@ -193,8 +193,8 @@ def most_sent(lines: Iterable[RoundLine]) -> int | None:
 
 def _fitted_row(work: Work) -> Row:
     """Return the row of a head that is fitted, which is no run: it has no round, and nothing of it travels."""
-    from common.model.device import choose_device, choose_precision
-    from experiments.sweep.fitted_head import fitted
+    from fedveil.common.model.device import choose_device, choose_precision
+    from fedveil.experiments.sweep.fitted_head import fitted
 
     cell, job, began = work.cell, work.cell.job(work.folder), time.monotonic()
     started = datetime.now(UTC).isoformat(timespec="seconds")

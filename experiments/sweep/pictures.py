@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup, escape
 
-from common.errors import ConfigError, DataError
-from common.files import replace_file
-from common.words import bytes_text, percent_text, visible
-from experiments.sweep.arms import ARMS, FEDERATED
-from experiments.sweep.file import epsilon_name
-from experiments.sweep.published import Published
-from experiments.sweep.rows import Row
-from experiments.sweep.summary import Group, Interval, filled, groups, markdown_of, notes
-from privacy.figures import NO_CLAIM
-from reports.page_style import STYLE
+from fedveil.common.errors import ConfigError, DataError
+from fedveil.common.files import replace_file
+from fedveil.common.words import bytes_text, percent_text, visible
+from fedveil.experiments.sweep.arms import ARMS, FEDERATED
+from fedveil.experiments.sweep.file import epsilon_name
+from fedveil.experiments.sweep.published import Published
+from fedveil.experiments.sweep.rows import Row
+from fedveil.experiments.sweep.summary import Group, Interval, filled, groups, markdown_of, notes
+from fedveil.privacy.figures import NO_CLAIM
+from fedveil.reports.page_style import STYLE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

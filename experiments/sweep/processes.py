@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from common.errors import FedVeilError
-from common.parent import die_with_parent
-from common.words import visible
+from fedveil.common.errors import FedVeilError
+from fedveil.common.parent import die_with_parent
+from fedveil.common.words import visible
 
 W = TypeVar("W")
 R = TypeVar("R")

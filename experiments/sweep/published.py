@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from common.errors import DataError
-from common.strict_json import from_json
-from common.toml import read_toml
+from fedveil.common.errors import DataError
+from fedveil.common.strict_json import from_json
+from fedveil.common.toml import read_toml
 
 SHIPPED = Path(__file__).resolve().parent.parent / "published.toml"
 

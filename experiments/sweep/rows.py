@@ -14,10 +14,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from common.config.sections import Scalar
-from common.errors import DataError
-from common.files import finite, replace_file
-from common.strict_json import Endless, Measured, from_json, json_of, to_json
+from fedveil.common.config.sections import Scalar
+from fedveil.common.errors import DataError
+from fedveil.common.files import finite, replace_file
+from fedveil.common.strict_json import Endless, Measured, from_json, json_of, to_json
 
 Key = tuple[str, str, int | None, float | None, int]
 

@@ -7,18 +7,18 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from common.adapters import ADAPTERS
-from common.config.sections import Scalar
-from common.errors import DataError
-from common.run_lines import BesideFile, BesideRow
-from common.tasks import TASKS
-from common.words import UNKNOWN, bytes_text, counted, decimal_text, seconds_text
-from experiments.sweep.arms import ARMS
-from experiments.sweep.file import epsilon_name
-from experiments.sweep.rows import Row
-from privacy import mechanism_of
-from privacy.figures import NO_CLAIM, epsilon_text
-from strategies import ROWS
+from fedveil.common.adapters import ADAPTERS
+from fedveil.common.config.sections import Scalar
+from fedveil.common.errors import DataError
+from fedveil.common.run_lines import BesideFile, BesideRow
+from fedveil.common.tasks import TASKS
+from fedveil.common.words import UNKNOWN, bytes_text, counted, decimal_text, seconds_text
+from fedveil.experiments.sweep.arms import ARMS
+from fedveil.experiments.sweep.file import epsilon_name
+from fedveil.experiments.sweep.rows import Row
+from fedveil.privacy import mechanism_of
+from fedveil.privacy.figures import NO_CLAIM, epsilon_text
+from fedveil.strategies import ROWS
 
 CONFIDENCE = 0.95
 

@@ -18,10 +18,10 @@ section 4.1.
 
 from __future__ import annotations
 
-from privacy.secure_sum.attempt import KeyOffer, SiteAttempt
-from privacy.secure_sum.context import AttemptName, Context, Task, Terms
-from privacy.secure_sum.identity import Identity
-from privacy.secure_sum.recovery import (
+from fedveil.privacy.secure_sum.attempt import KeyOffer, SiteAttempt
+from fedveil.privacy.secure_sum.context import AttemptName, Context, Task, Terms
+from fedveil.privacy.secure_sum.identity import Identity
+from fedveil.privacy.secure_sum.recovery import (
     Agreement,
     Holder,
     RecoverableAttempt,
@@ -32,8 +32,8 @@ from privacy.secure_sum.recovery import (
     threshold,
     unmasked,
 )
-from privacy.secure_sum.roster import Roster
-from privacy.secure_sum.rounding import check_headroom, noise_share, rounded, total
+from fedveil.privacy.secure_sum.roster import Roster
+from fedveil.privacy.secure_sum.rounding import check_headroom, noise_share, rounded, total
 
 __all__ = [
     "Agreement",

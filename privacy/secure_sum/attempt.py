@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from common.errors import MechanismError, ProtocolError
-from privacy.secure_sum.canonical import canonical
-from privacy.secure_sum.context import PROTOCOL, AttemptName, Context, Task, Terms
-from privacy.secure_sum.identity import Identity, is_signed
-from privacy.secure_sum.masks import Words, add_mask, pair_seed
-from privacy.secure_sum.roster import Roster
+from fedveil.common.errors import MechanismError, ProtocolError
+from fedveil.privacy.secure_sum.canonical import canonical
+from fedveil.privacy.secure_sum.context import PROTOCOL, AttemptName, Context, Task, Terms
+from fedveil.privacy.secure_sum.identity import Identity, is_signed
+from fedveil.privacy.secure_sum.masks import Words, add_mask, pair_seed
+from fedveil.privacy.secure_sum.roster import Roster
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import math
 import struct
 from collections.abc import Mapping, Sequence
 
-from common.errors import ConfigError
+from fedveil.common.errors import ConfigError
 
 Value = str | bytes | int | float | Sequence["Value"]
 

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from common.check import clip_norm, in_range, positive
-from privacy.randomness import noise_grid
-from privacy.secure_sum.canonical import Value, canonical
-from privacy.secure_sum.rounding import WORD_BITS, noise_share
+from fedveil.common.check import clip_norm, in_range, positive
+from fedveil.privacy.randomness import noise_grid
+from fedveil.privacy.secure_sum.canonical import Value, canonical
+from fedveil.privacy.secure_sum.rounding import WORD_BITS, noise_share
 
 PROTOCOL = "fedveil/secure-sum/1"
 

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from common.errors import DataError
+from fedveil.common.errors import DataError
 
 KEY_BYTES = 32
 """Of a public key."""

@@ -14,9 +14,9 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from numpy.typing import NDArray
 
-from common.errors import ProtocolError
-from privacy.secure_sum.canonical import canonical
-from privacy.secure_sum.context import PROTOCOL
+from fedveil.common.errors import ProtocolError
+from fedveil.privacy.secure_sum.canonical import canonical
+from fedveil.privacy.secure_sum.context import PROTOCOL
 
 Words = NDArray[np.uint32]
 SEED_BYTES = 32

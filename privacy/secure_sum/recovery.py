@@ -31,14 +31,14 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
-from common.errors import MechanismError, ProtocolError
-from privacy.secure_sum.attempt import KeyOffer, check_count, checked_keys
-from privacy.secure_sum.canonical import canonical
-from privacy.secure_sum.context import PROTOCOL, AttemptName, Context, Task, Terms
-from privacy.secure_sum.identity import Identity, is_signed
-from privacy.secure_sum.masks import Words, add_mask, derived, mask_of, pair_seed, shared_secret
-from privacy.secure_sum.roster import Roster
-from privacy.secure_sum.shares import SECRET_BYTES, SHARE_BYTES, combined, is_share, split, weights
+from fedveil.common.errors import MechanismError, ProtocolError
+from fedveil.privacy.secure_sum.attempt import KeyOffer, check_count, checked_keys
+from fedveil.privacy.secure_sum.canonical import canonical
+from fedveil.privacy.secure_sum.context import PROTOCOL, AttemptName, Context, Task, Terms
+from fedveil.privacy.secure_sum.identity import Identity, is_signed
+from fedveil.privacy.secure_sum.masks import Words, add_mask, derived, mask_of, pair_seed, shared_secret
+from fedveil.privacy.secure_sum.roster import Roster
+from fedveil.privacy.secure_sum.shares import SECRET_BYTES, SHARE_BYTES, combined, is_share, split, weights
 
 SEALED_BYTES = 2 * SHARE_BYTES + 16
 """Of the two shares that one site gives another, with the seal of ChaCha20-Poly1305 (RFC 8439)."""

@@ -18,11 +18,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.check import PLAIN_NAME, nearest
-from common.errors import ConfigError
-from common.toml import toml_of
-from privacy.secure_sum.canonical import canonical
-from privacy.secure_sum.identity import KEY_BYTES
+from fedveil.common.check import PLAIN_NAME, nearest
+from fedveil.common.errors import ConfigError
+from fedveil.common.toml import toml_of
+from fedveil.privacy.secure_sum.canonical import canonical
+from fedveil.privacy.secure_sum.identity import KEY_BYTES
 
 LEAST_SITES = 3
 """Of a roster: of a sum of two, each knows the other's part."""

@@ -17,9 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.check import positive
-from common.errors import ConfigError, MechanismError, ProtocolError
-from privacy.randomness import add_private_noise, noise_grid
+from fedveil.common.check import positive
+from fedveil.common.errors import ConfigError, MechanismError, ProtocolError
+from fedveil.privacy.randomness import add_private_noise, noise_grid
 
 WORD_BITS = 32
 _RANGE = 2**WORD_BITS

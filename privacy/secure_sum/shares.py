@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from common.errors import MechanismError, ProtocolError
-from privacy.secure_sum.masks import mask_of
+from fedveil.common.errors import MechanismError, ProtocolError
+from fedveil.privacy.secure_sum.masks import mask_of
 
 PRIME = 2**256 + 297
 """The least prime above 2²⁵⁶."""

@@ -6,14 +6,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
-from common.messages.round import TrainResult
-from common.words import clean, counted
-from server.collect.noise import NO_NOISE, Noise
-from strategies.state import Contribution, ServerState
+from fedveil.common.messages.round import TrainResult
+from fedveil.common.words import clean, counted
+from fedveil.server.collect.noise import NO_NOISE, Noise
+from fedveil.strategies.state import Contribution, ServerState
 
 if TYPE_CHECKING:
-    from common.run_lines import Absence
-    from server.members import Member
+    from fedveil.common.run_lines import Absence
+    from fedveil.server.members import Member
 
 
 @dataclass

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from server.admission import Admission
-from server.collect.base import Collector
-from server.collect.drop_outs import RecoveringCollector
-from server.collect.masked import MaskedCollector
-from server.collect.plain import PlainCollector
-from server.collect.shown import Shown, ShownOfCohort
-from server.collect.trusted import TrustedCollector
-from server.last_rounds import LastRounds
-from server.model import ServerModel
-from server.noise import noised_at_sites, without_noise
-from server.sites import Sites, Transport
-from strategies.job import Job
+from fedveil.server.admission import Admission
+from fedveil.server.collect.base import Collector
+from fedveil.server.collect.drop_outs import RecoveringCollector
+from fedveil.server.collect.masked import MaskedCollector
+from fedveil.server.collect.plain import PlainCollector
+from fedveil.server.collect.shown import Shown, ShownOfCohort
+from fedveil.server.collect.trusted import TrustedCollector
+from fedveil.server.last_rounds import LastRounds
+from fedveil.server.model import ServerModel
+from fedveil.server.noise import noised_at_sites, without_noise
+from fedveil.server.sites import Sites, Transport
+from fedveil.strategies.job import Job
 
 
 def collector_of(

@@ -12,9 +12,9 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import TypeVar
 
-from common.errors import ProtocolError
-from common.log import about
-from common.messages.round import (
+from fedveil.common.errors import ProtocolError
+from fedveil.common.log import about
+from fedveil.common.messages.round import (
     Refusal,
     ShareReply,
     ShareTask,
@@ -26,12 +26,12 @@ from common.messages.round import (
     UnmaskReply,
     UnmaskTask,
 )
-from common.run_lines import Absence
-from privacy.secure_sum import KeyOffer, are_shares, may_be_lost, threshold, unmasked
-from server.collect.base import Collected
-from server.collect.masked import MaskedCollector, in_order
-from server.collect.masked_sum import words_of
-from strategies.state import ServerState
+from fedveil.common.run_lines import Absence
+from fedveil.privacy.secure_sum import KeyOffer, are_shares, may_be_lost, threshold, unmasked
+from fedveil.server.collect.base import Collected
+from fedveil.server.collect.masked import MaskedCollector, in_order
+from fedveil.server.collect.masked_sum import words_of
+from fedveil.strategies.state import ServerState
 
 log = logging.getLogger("fedveil.server")
 Told = TypeVar("Told", bound=SumReply)

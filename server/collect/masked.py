@@ -17,23 +17,23 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
-from common.errors import ConfigError
-from common.log import about
-from common.messages.round import KeyReply, KeyTask, Refusal, TrainResult
-from common.messages.wire import Layout
-from common.run_lines import Absence
-from privacy.secure_sum import KeyOffer, check_headroom, least_sites, may_be_lost
-from privacy.secure_sum.masks import Words
-from server.admission import Admission
-from server.collect.base import Collected
-from server.collect.masked_sum import other_releases, summed_contribution, words_of
-from server.last_rounds import LastRounds
-from server.members import Member
-from server.noise import SumNoise
-from server.registered import misnamed
-from server.sites import Sites
-from strategies.job import Job
-from strategies.state import ServerState
+from fedveil.common.errors import ConfigError
+from fedveil.common.log import about
+from fedveil.common.messages.round import KeyReply, KeyTask, Refusal, TrainResult
+from fedveil.common.messages.wire import Layout
+from fedveil.common.run_lines import Absence
+from fedveil.privacy.secure_sum import KeyOffer, check_headroom, least_sites, may_be_lost
+from fedveil.privacy.secure_sum.masks import Words
+from fedveil.server.admission import Admission
+from fedveil.server.collect.base import Collected
+from fedveil.server.collect.masked_sum import other_releases, summed_contribution, words_of
+from fedveil.server.last_rounds import LastRounds
+from fedveil.server.members import Member
+from fedveil.server.noise import SumNoise
+from fedveil.server.registered import misnamed
+from fedveil.server.sites import Sites
+from fedveil.strategies.job import Job
+from fedveil.strategies.state import ServerState
 
 log = logging.getLogger("fedveil.server")
 UNFIT = ("budget", "policy")

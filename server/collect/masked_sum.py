@@ -9,20 +9,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.config.sections import RunConfig
-from common.errors import ConfigError
-from common.messages.round import TrainResult
-from common.messages.state import HEAD, AdapterState
-from common.messages.wire import Layout
-from privacy.events import Event
-from privacy.plan import PrivacyPlan
-from privacy.secure_sum import check_headroom, total
-from privacy.secure_sum.masks import Words
-from server.admission import ROOM
-from server.plausible import SLACK
-from server.terms import paid_plan
-from strategies.job import Job
-from strategies.state import Contribution, ServerState
+from fedveil.common.config.sections import RunConfig
+from fedveil.common.errors import ConfigError
+from fedveil.common.messages.round import TrainResult
+from fedveil.common.messages.state import HEAD, AdapterState
+from fedveil.common.messages.wire import Layout
+from fedveil.privacy.events import Event
+from fedveil.privacy.plan import PrivacyPlan
+from fedveil.privacy.secure_sum import check_headroom, total
+from fedveil.privacy.secure_sum.masks import Words
+from fedveil.server.admission import ROOM
+from fedveil.server.plausible import SLACK
+from fedveil.server.terms import paid_plan
+from fedveil.strategies.job import Job
+from fedveil.strategies.state import Contribution, ServerState
 
 ALL = "the sum of all sites"
 """What the contribution of a sum is called."""

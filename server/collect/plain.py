@@ -5,19 +5,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from common.log import about
-from common.messages.round import Refusal, TrainResult
-from common.run_lines import Absence
-from common.words import counted
-from server.admission import Admission
-from server.aggregation import contributions, warn_of_noise
-from server.collect.base import Collected
-from server.collect.noise import Noise
-from server.last_rounds import LastRounds
-from server.members import Member
-from server.sites import Sites
-from strategies.job import Job
-from strategies.state import Contribution, ServerState
+from fedveil.common.log import about
+from fedveil.common.messages.round import Refusal, TrainResult
+from fedveil.common.run_lines import Absence
+from fedveil.common.words import counted
+from fedveil.server.admission import Admission
+from fedveil.server.aggregation import contributions, warn_of_noise
+from fedveil.server.collect.base import Collected
+from fedveil.server.collect.noise import Noise
+from fedveil.server.last_rounds import LastRounds
+from fedveil.server.members import Member
+from fedveil.server.sites import Sites
+from fedveil.strategies.job import Job
+from fedveil.strategies.state import Contribution, ServerState
 
 log = logging.getLogger("fedveil.server")
 ASK_AGAIN = ("late", "failed")

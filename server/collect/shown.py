@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from common.messages.round import Spending
-from common.run_lines import ProgressFile
-from common.words import counted
-from server.collect.base import Collected
-from server.members import Member
+from fedveil.common.messages.round import Spending
+from fedveil.common.run_lines import ProgressFile
+from fedveil.common.words import counted
+from fedveil.server.collect.base import Collected
+from fedveil.server.members import Member
 
 
 @dataclass(frozen=True)

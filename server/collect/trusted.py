@@ -19,28 +19,28 @@ from types import MappingProxyType
 
 import torch
 
-from common.errors import BudgetExhausted, LedgerError
-from common.files import expanded
-from common.log import about
-from common.messages.round import Spending, TrainResult, TrainTask
-from common.messages.state import HEAD, AdapterState
-from common.messages.tensors import fingerprint
-from common.messages.wire import Layout, encode_task, payload_bytes
-from common.paths import run_folder
-from common.run_lines import COHORT, Absence
-from privacy.client_level import clipped
-from privacy.events import Event
-from privacy.plan import PrivacyPlan
-from privacy.privacy_filter import History, noise_after
-from privacy.randomness import add_private_noise, private_poisson_sample
-from server.admission import Admission
-from server.collect.base import Collected
-from server.collect.noise import ServerNoise
-from server.ledger import ServerLedger
-from server.members import Member
-from server.sites import Sites
-from strategies.job import Job
-from strategies.state import Contribution, ServerState
+from fedveil.common.errors import BudgetExhausted, LedgerError
+from fedveil.common.files import expanded
+from fedveil.common.log import about
+from fedveil.common.messages.round import Spending, TrainResult, TrainTask
+from fedveil.common.messages.state import HEAD, AdapterState
+from fedveil.common.messages.tensors import fingerprint
+from fedveil.common.messages.wire import Layout, encode_task, payload_bytes
+from fedveil.common.paths import run_folder
+from fedveil.common.run_lines import COHORT, Absence
+from fedveil.privacy.client_level import clipped
+from fedveil.privacy.events import Event
+from fedveil.privacy.plan import PrivacyPlan
+from fedveil.privacy.privacy_filter import History, noise_after
+from fedveil.privacy.randomness import add_private_noise, private_poisson_sample
+from fedveil.server.admission import Admission
+from fedveil.server.collect.base import Collected
+from fedveil.server.collect.noise import ServerNoise
+from fedveil.server.ledger import ServerLedger
+from fedveil.server.members import Member
+from fedveil.server.sites import Sites
+from fedveil.strategies.job import Job
+from fedveil.strategies.state import Contribution, ServerState
 
 log = logging.getLogger("fedveil.server")
 

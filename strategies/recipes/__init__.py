@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from common.check import OneOf
-from common.config.asked import RunSettings
-from common.config.sections import ModelConfig, PrivacyConfig, Scalar
-from common.tasks import TASKS
-from strategies.recipes.base import Asked, Recipe
-from strategies.recipes.head_only import HeadOnly
-from strategies.recipes.long_steps import LongSteps
-from strategies.recipes.metric import PublicMetricRecipe
-from strategies.recipes.open import Open
-from strategies.recipes.plain import Plain
-from strategies.recipes.whole import is_method, names_method, own_method, set_aside
+from fedveil.common.check import OneOf
+from fedveil.common.config.asked import RunSettings
+from fedveil.common.config.sections import ModelConfig, PrivacyConfig, Scalar
+from fedveil.common.tasks import TASKS
+from fedveil.strategies.recipes.base import Asked, Recipe
+from fedveil.strategies.recipes.head_only import HeadOnly
+from fedveil.strategies.recipes.long_steps import LongSteps
+from fedveil.strategies.recipes.metric import PublicMetricRecipe
+from fedveil.strategies.recipes.open import Open
+from fedveil.strategies.recipes.plain import Plain
+from fedveil.strategies.recipes.whole import is_method, names_method, own_method, set_aside
 
 _ROWS: tuple[Recipe, ...] = (PublicMetricRecipe(), HeadOnly(), LongSteps(), Open(), Plain())
 RECIPES = {recipe.name: recipe for recipe in _ROWS}

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from common.config.asked import RunSettings, optimizers
-from common.config.sections import Scalar
-from common.tasks import TASKS
+from fedveil.common.config.asked import RunSettings, optimizers
+from fedveil.common.config.sections import Scalar
+from fedveil.common.tasks import TASKS
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from common.config.sections import Scalar
-from common.tasks import TASKS
-from strategies.recipes.base import Asked, Recipe
+from fedveil.common.config.sections import Scalar
+from fedveil.common.tasks import TASKS
+from fedveil.strategies.recipes.base import Asked, Recipe
 
 STRATEGIES = ("ffa-lora", "fed-svd")
 """Those whose own adapter it has, with a frozen A. Where A is trained beside B, as FedAvg-LoRA has it, the noise of one

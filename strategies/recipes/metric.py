@@ -20,12 +20,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from common.config.phases import ADAPTER, HEAD, Phase, Schedule, parse_phases, phases_text
-from common.config.sections import Scalar
-from common.tasks import TASKS
-from common.words import counted
-from strategies.recipes.base import Asked, Recipe
-from strategies.recipes.whole import own_method
+from fedveil.common.config.phases import ADAPTER, HEAD, Phase, Schedule, parse_phases, phases_text
+from fedveil.common.config.sections import Scalar
+from fedveil.common.tasks import TASKS
+from fedveil.common.words import counted
+from fedveil.strategies.recipes.base import Asked, Recipe
+from fedveil.strategies.recipes.whole import own_method
 
 ROUNDS = 37
 ROUNDS_FROM_WORDS = 25

@@ -17,10 +17,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from common.config.sections import Scalar
-from common.tasks import TASKS
-from strategies.recipes.base import Asked, Recipe
-from strategies.recipes.whole import own_method
+from fedveil.common.config.sections import Scalar
+from fedveil.common.tasks import TASKS
+from fedveil.strategies.recipes.base import Asked, Recipe
+from fedveil.strategies.recipes.whole import own_method
 
 ROUNDS = 48
 FEWEST = 24

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from common.config.sections import Scalar
-from common.tasks import TASKS
-from strategies.recipes.base import Asked, Recipe
+from fedveil.common.config.sections import Scalar
+from fedveil.common.tasks import TASKS
+from fedveil.strategies.recipes.base import Asked, Recipe
 
 
 @dataclass(frozen=True)

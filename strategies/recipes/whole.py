@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from common.tasks import TASKS
-from strategies.recipes.base import Asked
+from fedveil.common.tasks import TASKS
+from fedveil.strategies.recipes.base import Asked
 
 STRATEGY = "strategy"
 """Whoever writes one out, be it the mean by which these recipes train, wants it with its own adapter."""

@@ -6,9 +6,9 @@ configuration under its name: ``allora.eta = 2.0``.
 
 from __future__ import annotations
 
-from common.rows import Table
-from strategies.rules.base import ServerRule
-from strategies.rules.none import NoRule
+from fedveil.common.rows import Table
+from fedveil.strategies.rules.base import ServerRule
+from fedveil.strategies.rules.none import NoRule
 
 RULES: Table[type[ServerRule]] = Table("rules", (NoRule,))
 

@@ -11,12 +11,12 @@ from abc import ABC
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from common.adapters import Adapter
-from common.config.fields import check_fields
-from common.config.sections import RunConfig
-from common.messages.state import AdapterState, Factors
-from common.model.federated import FederatedModel
-from strategies.base import Strategy
+from fedveil.common.adapters import Adapter
+from fedveil.common.config.fields import check_fields
+from fedveil.common.config.sections import RunConfig
+from fedveil.common.messages.state import AdapterState, Factors
+from fedveil.common.model.federated import FederatedModel
+from fedveil.strategies.base import Strategy
 
 
 @dataclass(frozen=True)

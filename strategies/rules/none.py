@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from strategies.rules.base import ServerRule
+from fedveil.strategies.rules.base import ServerRule
 
 
 @dataclass(frozen=True)

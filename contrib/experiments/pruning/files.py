@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from common.errors import DataError
-from common.files import replace_file
-from common.run_lines import RunFile
-from common.strict_json import json_of
-from contrib.experiments.pruning.units import Kept
+from fedveil.common.errors import DataError
+from fedveil.common.files import replace_file
+from fedveil.common.run_lines import RunFile
+from fedveil.common.strict_json import json_of
+from fedveil.contrib.experiments.pruning.units import Kept
 
 NAME = "pruned.json"
 FORMAT = "fedveil-pruned/1"

@@ -5,17 +5,17 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from common.data.prose import prose
-from common.errors import ConfigError, DataError, ModelError, ModelNotLoaded
-from common.files import with_usual_mode
-from common.messages.state import AdapterState
-from common.model.base import BaseModel, load_base_model, model_fingerprint
-from common.model.device import choose_device
-from common.run_lines import AdapterFile, read_file
-from common.tasks import TASKS
-from contrib.experiments.pruning.files import Pruned, write_pruned
-from contrib.experiments.pruning.units import Kept, by_scores, by_text, pruned, units_of
-from server.checkpoint import memory_of
+from fedveil.common.data.prose import prose
+from fedveil.common.errors import ConfigError, DataError, ModelError, ModelNotLoaded
+from fedveil.common.files import with_usual_mode
+from fedveil.common.messages.state import AdapterState
+from fedveil.common.model.base import BaseModel, load_base_model, model_fingerprint
+from fedveil.common.model.device import choose_device
+from fedveil.common.run_lines import AdapterFile, read_file
+from fedveil.common.tasks import TASKS
+from fedveil.contrib.experiments.pruning.files import Pruned, write_pruned
+from fedveil.contrib.experiments.pruning.units import Kept, by_scores, by_text, pruned, units_of
+from fedveil.server.checkpoint import memory_of
 
 SENTENCES = 256
 """Of the prose that comes with FedVeil, about 5,000 tokens."""

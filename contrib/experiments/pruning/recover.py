@@ -8,18 +8,18 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from common.adapters.base import PEFT_PREFIX
-from common.errors import DataError, ModelError
-from common.files import with_usual_mode
-from common.model.base import load_base_model
-from common.model.files import check_files
-from common.model.score import Score
-from common.run_lines import AdapterFile, read_file, read_json
-from common.strict_json import to_json
-from common.tensor_file import read_tensors
-from contrib.experiments.pruning.files import RecoveredFile, put_json, read_pruned
-from contrib.experiments.pruning.units import recovered, units_of
-from experiments.evaluate import about_of, base_of, result_of, score_of
+from fedveil.common.adapters.base import PEFT_PREFIX
+from fedveil.common.errors import DataError, ModelError
+from fedveil.common.files import with_usual_mode
+from fedveil.common.model.base import load_base_model
+from fedveil.common.model.files import check_files
+from fedveil.common.model.score import Score
+from fedveil.common.run_lines import AdapterFile, read_file, read_json
+from fedveil.common.strict_json import to_json
+from fedveil.common.tensor_file import read_tensors
+from fedveil.contrib.experiments.pruning.files import RecoveredFile, put_json, read_pruned
+from fedveil.contrib.experiments.pruning.units import recovered, units_of
+from fedveil.experiments.evaluate import about_of, base_of, result_of, score_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.errors import ConfigError, ModelError
-from common.messages.state import Factors
-from common.model.importance import COLUMNS, ROWS
+from fedveil.common.errors import ConfigError, ModelError
+from fedveil.common.messages.state import Factors
+from fedveil.common.model.importance import COLUMNS, ROWS
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj(?=\.|$)")
 _NAMES = {f"self_attn.{name}_proj" for name in "qkvo"} | {f"mlp.{name}_proj" for name in ("gate", "up", "down")}
