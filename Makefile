@@ -8,7 +8,7 @@
 # make test-harness   a tiny run under lm-evaluation-harness, in an environment of its own
 # make test-peft   adapters and exports under the oldest PEFT that pyproject.toml allows, in an environment of its own
 # make test-product   every task, adapter, start, strategy and mechanism with every other: a run, or one sentence
-# make test-trackers  runs that tell the real trackers, in an environment of its own
+# make test-trackers  runs with the real trackers, in an environment of its own
 # make audit  attacks on noise, clip, batches and ledger, and faults that they must find; RUN=folder puts audit.json there
 # make faults sites, server and network broken on a real federation; cutting the network needs root and iproute2
 # make browser  reports in headless Chromium, wide and narrow, checked by axe-core; RUN=folder takes that run's (needs Node.js)

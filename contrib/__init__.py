@@ -56,7 +56,7 @@ ROWS: Mapping[str, Mapping[str, str]] = {
         "align-guard": "rules.align_guard:AlignGuard",
         "soft-threshold": "rules.soft_threshold:SoftThreshold",
     },
-    "trackers": {
+    "observers": {
         "tensorboard": "trackers.tensorboard:TensorBoard",
         "mlflow": "trackers.mlflow:MLflow",
         "wandb": "trackers.wandb:WeightsAndBiases",

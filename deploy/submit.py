@@ -11,6 +11,7 @@ from pathlib import Path
 from fedveil.common.config.sections import Scalar
 from fedveil.common.errors import ConfigError, DataError, RunFailed
 from fedveil.common.files import whole_lines
+from fedveil.common.observers import check_installed
 from fedveil.common.paths import run_folder
 from fedveil.common.run_lines import ResultFile, read_file, read_json
 from fedveil.common.strict_json import from_json, to_json
@@ -25,7 +26,6 @@ from fedveil.server.lock import is_written
 from fedveil.server.records import write_json
 from fedveil.server.registered import names_in
 from fedveil.server.resume import settings_of_resumed, with_resumed
-from fedveil.server.tracking import check_tracker
 from fedveil.strategies.job import configure, with_recipe
 
 POLL_SECONDS = 1.0
@@ -73,7 +73,7 @@ def submit(
     if note:
         say(note)
     settings = with_ledger(settings, folder.runs)
-    check_tracker(configure(settings).config.tracker)
+    check_installed(configure(settings).config.tracker)
     with control_of(folder) as control:
         last = _last_job(folder, settings) if once else None
         path = Path(last.folder if last else "")

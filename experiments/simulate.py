@@ -27,6 +27,7 @@ from fedveil.common.data.sources import train_and_test
 from fedveil.common.errors import ConfigError, RunFailed
 from fedveil.common.files import check_room, expanded, whole_lines
 from fedveil.common.model.device import own_cores, worker_count
+from fedveil.common.observers import check_installed
 from fedveil.common.paths import run_folder
 from fedveil.common.ports import free_ports
 from fedveil.common.run_lines import ProgressFile, ResultFile, read_if_there
@@ -38,7 +39,6 @@ from fedveil.experiments.under_way import conducting
 from fedveil.server.ledger import with_ledger
 from fedveil.server.lock import is_written
 from fedveil.server.records import LEAST_ROOM
-from fedveil.server.tracking import check_tracker
 from fedveil.strategies.job import configure
 from fedveil.strategies.options import for_flower
 
@@ -83,7 +83,7 @@ def simulate(
     output = str(expanded(str(settings.get("output", "runs"))).absolute())
     settings = with_ledger({**settings, "output": output})
     job = configure(settings)
-    check_tracker(job.config.tracker)
+    check_installed(job.config.tracker)
     check_partition(job.config)
     if 0 < job.config.privacy.cohort < sites:
         raise ConfigError(

@@ -12,6 +12,7 @@ from fedveil.common.errors import FedVeilError, RunFailed
 from fedveil.common.files import full_disk
 from fedveil.common.log import about, kept_in, place_of, set_up
 from fedveil.common.model.score import Score
+from fedveil.common.observers import check_installed
 from fedveil.common.paths import REPLIES, run_folder, run_name
 from fedveil.common.run_lines import ProgressFile, Reached, ResultFile, ServerStart, Status
 from fedveil.common.words import counted
@@ -32,7 +33,7 @@ from fedveil.server.records import RunFolder
 from fedveil.server.rounds import run_rounds
 from fedveil.server.sites import Transport
 from fedveil.server.terminal import round_line, score_words
-from fedveil.server.tracking import Tracking, check_tracker
+from fedveil.server.tracking import Tracking
 from fedveil.server.update import ServerUpdate
 from fedveil.strategies.job import Job
 from fedveil.strategies.state import ServerState
@@ -118,7 +119,7 @@ def conduct(
             it had ended there.
     """
     set_up()
-    check_tracker(job.config.tracker)
+    check_installed(job.config.tracker)
     run, path = run_name(job.config, flower_run), run_folder(job.config, flower_run)
     if job.config.resume:
         load_checkpoint(path, job, run)  # no folder is locked, or made, for a run that cannot go on

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from fedveil.common.model.score import Score
 from fedveil.server.collect.base import Collected
@@ -26,83 +27,47 @@ class RoundOutcome:
 
 
 class Observer:
-    """Hears what goes on in a run: its folder, the terminal, a tracker. Each method does nothing by default."""
+    """Receives the events of a run: its folder, the terminal, an experiment tracker. By default it ignores each."""
 
     def started(
         self, baseline: Score, state: ServerState, members: Mapping[str, Member], begun: Score | None = None
     ) -> None:
-        """Hear the score before any record was used, and the one after round 0 where that used some."""
+        """The score before any record was used, and the one after round 0 where that used some."""
 
     def resumed(self, round_number: int, score: Score | None) -> None:
-        """Hear that the run goes on after a round, and that round's score."""
+        """The run resumes after a round with that round's score."""
 
     def asks(self) -> None:
-        """Hear that sites are about to be asked, and to pay.
+        """Sites are about to receive a task, and to pay for it.
 
         Raises:
-            RunFailed: what they answer could not be saved.
+            RunFailed: their replies could not be saved.
         """
 
     def initialised(self, outcome: RoundOutcome) -> None:
-        """Hear what round 0 brought for the start, from the outcome's sites (none: from public records)."""
+        """The initialisation was made from the outcome's sites, or without sites from public records."""
 
     def finished(self, outcome: RoundOutcome, state: ServerState, members: Mapping[str, Member]) -> None:
-        """Hear that a round is complete and counts."""
+        """A round is complete and counts."""
 
     def renewed(self, state: ServerState, members: Mapping[str, Member]) -> None:
-        """Hear of a state that was made after the last round, which is saved; no site has seen it."""
+        """The server made a new state after the last round; no site has seen it."""
 
     def missed(self, outcome: RoundOutcome) -> None:
-        """Hear that a round did not reach its quorum: what was trained before stays, and the run ends."""
+        """A round did not reach its quorum: the run ends with the state before it."""
 
     def stopped(self, reason: str) -> None:
-        """Hear that the run ends before its last round, and well."""
+        """The run ends before its last round, without an error."""
 
 
 class Observers(Observer):
-    """Passes what it hears to several observers, in their order."""
+    """Passes each event to several observers, in their order."""
 
     def __init__(self, *observers: Observer) -> None:
-        self._observers = observers
+        for event in (name for name in vars(Observer) if not name.startswith("_")):
+            setattr(self, event, partial(_pass_on, [getattr(observer, event) for observer in observers]))
 
-    def started(
-        self, baseline: Score, state: ServerState, members: Mapping[str, Member], begun: Score | None = None
-    ) -> None:
-        """Pass it on."""
-        for one in self._observers:
-            one.started(baseline, state, members, begun)
 
-    def resumed(self, round_number: int, score: Score | None) -> None:
-        """Pass it on."""
-        for one in self._observers:
-            one.resumed(round_number, score)
-
-    def asks(self) -> None:
-        """Pass it on."""
-        for one in self._observers:
-            one.asks()
-
-    def initialised(self, outcome: RoundOutcome) -> None:
-        """Pass it on."""
-        for one in self._observers:
-            one.initialised(outcome)
-
-    def finished(self, outcome: RoundOutcome, state: ServerState, members: Mapping[str, Member]) -> None:
-        """Pass it on."""
-        for one in self._observers:
-            one.finished(outcome, state, members)
-
-    def renewed(self, state: ServerState, members: Mapping[str, Member]) -> None:
-        """Pass it on."""
-        for one in self._observers:
-            one.renewed(state, members)
-
-    def missed(self, outcome: RoundOutcome) -> None:
-        """Pass it on."""
-        for one in self._observers:
-            one.missed(outcome)
-
-    def stopped(self, reason: str) -> None:
-        """Pass it on."""
-        for one in self._observers:
-            one.stopped(reason)
+def _pass_on(listeners: Sequence[Callable[..., None]], *event: object, **named: object) -> None:
+    for listener in listeners:
+        listener(*event, **named)

@@ -1,20 +1,20 @@
-"""Tell an experiment tracker what a run's folder holds, a step a round.
+"""Pass the rounds of a run's folder to the observer that its settings name, such as an experiment tracker.
 
-A tracker is a looking glass: whatever goes wrong with it is logged once, and the run goes on, because what its rounds
-have cost in privacy is spent.
+Whatever goes wrong with an observer is logged once and the run continues: its rounds have been paid for.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from fedveil.common.log import place_of
 from fedveil.common.model.score import Score
+from fedveil.common.observers import NO_OBSERVER, OBSERVERS, RunObserver
 from fedveil.common.run_lines import COHORT, BaselineFile, PrivacyLine, RoundLine, read_if_there, read_lines
-from fedveil.common.trackers import NO_TRACKER, TRACKERS, Tracker
 from fedveil.reports.folder import read_run
 from fedveil.reports.sites import epsilon_course
 from fedveil.server.members import Member
@@ -25,77 +25,64 @@ from fedveil.strategies.state import ServerState
 log = logging.getLogger("fedveil.server")
 
 
-def check_tracker(name: str) -> None:
-    """Raise ConfigError unless the tracker's package is installed on this machine."""
-    if name != NO_TRACKER:
-        TRACKERS[name].check()
-
-
 class Tracking(Observer):
-    """Tells the tracker that a job names what the run's folder holds; with ``none`` it tells nobody."""
+    """Passes each round of the folder to the job's observer once; with ``none`` it does nothing."""
 
     def __init__(self, job: Job, folder: Path, run: str) -> None:
-        self._folder, self._told = folder, -1
-        self._tracker: Tracker | None = None
-        name = job.config.tracker
-        if name != NO_TRACKER:
-            self._try(lambda: self._open(TRACKERS[name], job, run))
+        self._folder, self._logged = folder, -1
+        self._observer: RunObserver | None = None
+        if job.config.tracker != NO_OBSERVER:
+            with self._without_harm():
+                self._observer = OBSERVERS[job.config.tracker](folder, run, job.settings())
 
     def started(
         self, baseline: Score, state: ServerState, members: Mapping[str, Member], begun: Score | None = None
     ) -> None:
-        """Tell of the score before training."""
-        del baseline, state, members, begun
-        self.tell()
+        """Log the score before training."""
+        self.update()
 
     def finished(self, outcome: RoundOutcome, state: ServerState, members: Mapping[str, Member]) -> None:
-        """Tell of a round."""
-        del outcome, state, members
-        self.tell()
+        """Log a round."""
+        self.update()
 
-    def tell(self) -> None:
-        """Tell every round that the folder holds and that was not told yet."""
-        self._try(self._tell)
+    def update(self) -> None:
+        """Log every round of the folder that has not been logged."""
+        with self._without_harm():
+            for number, figures in rounds_of(self._folder).items() if self._observer else ():
+                if self._observer and number > self._logged:
+                    self._observer.log(number, figures)
+                    self._logged = number
 
     def close(self) -> None:
-        """Tell what is left, and that the run has ended."""
-        self.tell()
-        if self._tracker is not None:
-            self._try(self._tracker.close)
+        """Log what is left, and the end of the run."""
+        self.update()
+        if self._observer:
+            with self._without_harm():
+                self._observer.close()
 
-    def _open(self, row: type[Tracker], job: Job, run: str) -> None:
-        self._tracker = row(self._folder, run, job.settings())
-
-    def _tell(self) -> None:
-        if self._tracker is None:
-            return
-        for number, figures in rounds_of(self._folder).items():
-            if number > self._told:
-                self._tracker.log(number, figures)
-                self._told = number
-
-    def _try(self, step: Callable[[], None]) -> None:
+    @contextmanager
+    def _without_harm(self) -> Iterator[None]:
         try:
-            step()
+            yield
         except Exception as error:  # of another's package, which no run may end by
             log.warning("the tracker fails, and the run goes on without it: %s", place_of(error))
-            self._tracker = None
+            self._observer = None
 
 
 def rounds_of(folder: Path) -> dict[int, dict[str, float]]:
     """Return the figures of each complete round of a run, by its number; 0 is before training.
 
-    ``epsilon`` is the report's by then: no site's is below what its own lines cost. Where sites share the noise of a
-    sum its name says on how many honest ones it counts: ``epsilon/h-3``. What is not there, or not finite, is left out;
-    of a trusted server's run that is how many sites took part, and how long they took.
+    ``epsilon`` is the report's by the end of that round. Where sites share the noise of a secure sum its name gives the
+    number of honest sites that it counts on: ``epsilon/h-3``. Figures that are missing or not finite are left out; a
+    trusted server's run has neither the number of sites nor the seconds.
 
     Raises:
-        DataError: a file of the folder is not as it is written.
+        DataError: a file of the folder is invalid.
     """
-    found: dict[int, dict[str, float]] = {}
+    rounds: dict[int, dict[str, float]] = {}
     before = read_if_there(BaselineFile, folder)
     if before is not None:
-        found[0] = _finite({"accuracy": before.accuracy, "loss": before.loss})
+        rounds[0] = _finite({"accuracy": before.accuracy, "loss": before.loss})
     spent = [(line.round_number, line.spent) for line in read_lines(PrivacyLine, folder) if line.spent]
     course = epsilon_course(read_run(folder)) if spent else {}
     for line in read_lines(RoundLine, folder):
@@ -113,8 +100,8 @@ def rounds_of(folder: Path) -> dict[int, dict[str, float]]:
                 "seconds": line.seconds,
                 **labels,
             }
-            found[line.round_number] = _finite(figures)
-    return found
+            rounds[line.round_number] = _finite(figures)
+    return rounds
 
 
 def _finite(figures: dict[str, float | None]) -> dict[str, float]:

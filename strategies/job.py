@@ -17,9 +17,9 @@ from fedveil.common.messages.state import HEAD, METRIC, OWN, AdapterState, Facto
 from fedveil.common.messages.tensors import merge, start_fingerprint
 from fedveil.common.model.federated import FederatedModel, model_of
 from fedveil.common.model.files import files_of
+from fedveil.common.observers import NO_OBSERVER
 from fedveil.common.starts import STARTS, Start, check_directions
 from fedveil.common.tasks import TASKS
-from fedveil.common.trackers import NO_TRACKER
 from fedveil.privacy import Mechanism, Unit
 from fedveil.privacy.accounting import Release
 from fedveil.privacy.claim import Claim
@@ -403,11 +403,11 @@ def _check_cohort(config: RunConfig) -> None:
             f"privacy.{key} is for a run whose unit is a whole site, and privacy.mode is {privacy.mode!r}: leave it "
             "out, or set privacy.mode to 'client-level' and privacy.unit to 'site'"
         )
-    if privacy.site_rate < 1 and config.tracker != NO_TRACKER:
+    if privacy.site_rate < 1 and config.tracker != NO_OBSERVER:
         raise ConfigError(
             f"tracker {config.tracker!r} notes when each round ended, which may show who was drawn, and at "
             f"privacy.site-rate {privacy.site_rate:g} the price counts on nobody knowing that: set tracker to "
-            f"{NO_TRACKER!r}, or privacy.site-rate to 1"
+            f"{NO_OBSERVER!r}, or privacy.site-rate to 1"
         )
 
 

@@ -68,7 +68,7 @@ def told(folder: Path) -> list[str]:
 def tracked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return what a tracker is asked for from now on."""
     heard: list[str] = []
-    for name in ("tell", "close"):
+    for name in ("update", "close"):
         monkeypatch.setattr(Tracking, name, lambda _, name=name: heard.append(name))
     return heard
 
@@ -118,7 +118,7 @@ def test_an_error_before_the_first_round_is_complete_leaves_its_reason_and_no_ad
     assert read_file(ResultFile, folder) == ResultFile("failed", f"ValueError: {WORDS}", None)
     assert not (folder / "adapter").exists()
     assert (folder / "report.md").is_file()
-    assert heard == ["tell", "close"], "a tracker is told what is known before round 1, and that the run has ended"
+    assert heard == ["update", "close"], "a tracker is told what is known before round 1, and that the run has ended"
 
 
 def test_of_two_errors_the_run_ends_by_the_first_and_goes_on_all_the_same(
@@ -191,7 +191,7 @@ def test_a_run_whose_budgets_are_spent_ends_well_with_its_reason_and_what_was_tr
 ) -> None:
     heard = tracked(monkeypatch)
     folder = run_in_process(open_run(toy_settings), 2, "spent", Spent)
-    assert heard == ["tell", "tell", "close"], "a tracker is told of a round when it is complete"
+    assert heard == ["update", "update", "close"], "a tracker is told of a round when it is complete"
     result = read_file(ResultFile, folder)
     assert (result.status, result.reason) == ("stopped", "no site has budget left after round 1, 1 needed")
     assert result.reached is not None

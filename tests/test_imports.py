@@ -34,7 +34,7 @@ NEVER = {
     # What a run needs of the demonstrations it asks the tables of ``common`` for, by name.
     *((room, "demo") for room in ("strategies", "client", "reports", "server", "deploy")),
 }
-WINGS = ("tasks", "privacy", "trackers", "config", "data", "secure_sum", "messages", "adapters", "model", "starts")
+WINGS = ("tasks", "privacy", "config", "data", "secure_sum", "messages", "adapters", "model", "starts")
 """The folders of ``common`` and the privacy room in their order, lowest first: one imports itself, the files beside
 them, and the wings below it."""
 LOOSE = {"privacy.accountant", "privacy.entropy", "privacy.randomness"}

@@ -34,6 +34,7 @@ from fedveil.common.errors import BudgetExhausted, ConfigError, LedgerError, Run
 from fedveil.common.messages.round import Refusal, Spending, Task, TrainResult, TrainTask
 from fedveil.common.messages.state import HEAD, AdapterState
 from fedveil.common.messages.tensors import apply, entries, l2_norm, subtract
+from fedveil.common.observers import OBSERVERS
 from fedveil.common.run_lines import (
     COHORT,
     Absence,
@@ -44,7 +45,6 @@ from fedveil.common.run_lines import (
     read_file,
     read_lines,
 )
-from fedveil.common.trackers import TRACKERS
 from fedveil.deploy.doctor import _mechanisms
 from fedveil.deploy.policy_file import mechanisms_of_job, policy_text
 from fedveil.deploy.site_folder import SiteFolder
@@ -780,7 +780,7 @@ def test_the_log_says_that_it_is_not_to_be_published(settings: dict[str, Any]) -
     assert "is not to be published" in ShownOfCohort.log_note
 
 
-@pytest.mark.parametrize("tracker", TRACKERS)
+@pytest.mark.parametrize("tracker", OBSERVERS)
 def test_no_tracker_notes_when_a_round_ended_that_sites_were_drawn_for(settings: dict[str, Any], tracker: str) -> None:
     with pytest.raises(ConfigError, match="which may show who was drawn"):
         configure({**settings, "privacy.site-rate": 0.5, "tracker": tracker})

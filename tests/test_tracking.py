@@ -17,8 +17,8 @@ from made_run import MadeRun
 
 from fedveil.common.errors import ConfigError
 from fedveil.common.messages.round import Spending
+from fedveil.common.observers import OBSERVERS, RunObserver, check_installed
 from fedveil.common.run_lines import RoundLine, read_lines
-from fedveil.common.trackers import TRACKERS, Tracker
 from fedveil.experiments.in_process import run_in_process
 from fedveil.privacy.accountant import Accountant
 from fedveil.privacy.figures import epsilon_text
@@ -30,17 +30,16 @@ from fedveil.server.collect.door import shown_of
 from fedveil.server.members import Member
 from fedveil.server.observers import RoundOutcome
 from fedveil.server.terminal import round_line
-from fedveil.server.tracking import Tracking, check_tracker, rounds_of
+from fedveil.server.tracking import Tracking, rounds_of
 from fedveil.strategies.job import configure
 
 
-class Recorder(Tracker):
+class Recorder(RunObserver):
     """A row that keeps what it is told; it fails in the rounds of ``broken``."""
 
     name: ClassVar[str] = "tensorboard"
     package: ClassVar[str] = "json"
     where: ClassVar[str] = "nowhere"
-    look: ClassVar[str] = "nothing"
     broken: ClassVar[set[int]] = set()
     told: ClassVar[list[Any]] = []
 
@@ -58,7 +57,7 @@ class Recorder(Tracker):
 
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> type[Recorder]:
-    monkeypatch.setitem(TRACKERS._rows, "tensorboard", Recorder)
+    monkeypatch.setitem(OBSERVERS._rows, "tensorboard", Recorder)
     monkeypatch.setattr(Recorder, "told", [])
     monkeypatch.setattr(Recorder, "broken", set())
     return Recorder
@@ -147,8 +146,8 @@ def test_a_round_that_does_not_count_is_not_told(tmp_path: Path) -> None:
 def test_each_round_is_told_once(recorder: type[Recorder], tmp_path: Path) -> None:
     run = made(tmp_path)
     tracking = Tracking(configure(run.settings), run.folder, "7")
-    tracking.tell()
-    tracking.tell()
+    tracking.update()
+    tracking.update()
     run.round(3, 0.76)
     tracking.close()
     assert recorder.told[0] == ("open", "7", 3)
@@ -172,15 +171,15 @@ def test_no_run_ends_by_its_tracker(
 def test_a_tracker_that_is_not_installed_is_said_before_anything_is_made(
     toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, row in TRACKERS.items():
+    for name, row in OBSERVERS.items():
         monkeypatch.setattr(row, "package", "no_such_package")
         with pytest.raises(ConfigError, match=rf"tracker is '{name}'.*pip install 'fedveil\[{name}\]'") as refused:
-            check_tracker(name)
+            check_installed(name)
         assert "\n" not in str(refused.value)
     with pytest.raises(ConfigError, match="not installed"):
         run_in_process({**toy_settings, "tracker": "mlflow"}, 2)
     assert not (tmp_path / "runs").exists()
-    check_tracker("none")
+    check_installed("none")
 
 
 def test_a_tracker_that_nobody_knows_is_refused() -> None:
@@ -190,7 +189,7 @@ def test_a_tracker_that_nobody_knows_is_refused() -> None:
 
 def test_every_tracker_has_its_extra() -> None:
     project = (Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8")
-    for name, row in TRACKERS.items():
+    for name, row in OBSERVERS.items():
         assert f'\n{name} = ["{row.package}>=' in project
 
 
@@ -210,7 +209,7 @@ def instead(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return put
 
 
-def told_to(row: type[Tracker], folder: Path) -> None:
+def told_to(row: type[RunObserver], folder: Path) -> None:
     tracker = row(folder, "7", {"rounds": 2})
     tracker.log(1, {"accuracy": 0.7, "epsilon": 1.5})
     tracker.log(2, {"accuracy/a<b": 0.8})
@@ -237,7 +236,7 @@ def test_tensorboard_gets_scalars(instead: Callable[..., None], tmp_path: Path) 
             kept.append("close")
 
     instead("torch.utils.tensorboard", SummaryWriter=SummaryWriter)
-    told_to(TRACKERS["tensorboard"], tmp_path)
+    told_to(OBSERVERS["tensorboard"], tmp_path)
     assert kept[:3] == [str(tmp_path / "tensorboard"), ("settings", True), ("accuracy", 0.7, 1)]
     assert kept[3:] == [("epsilon", 1.5, 1), "flush", ("accuracy/a<b", 0.8, 2), "flush", "close"]
 
@@ -280,11 +279,11 @@ def test_mlflow_keeps_one_run_and_finds_it_again(
             kept.append((run_id, "ended"))
 
     instead("mlflow", MlflowClient=MlflowClient)
-    told_to(TRACKERS["mlflow"], tmp_path)
+    told_to(OBSERVERS["mlflow"], tmp_path)
     metrics = [("r", "accuracy", 0.7, 1), ("r", "epsilon", 1.5, 1), ("r", "accuracy/a_b", 0.8, 2)]
     assert kept == [f"sqlite:///{tmp_path}/mlflow.db", ("r", "rounds", 2), *metrics, ("r", "ended")]
     kept.clear()
-    told_to(TRACKERS["mlflow"], tmp_path)
+    told_to(OBSERVERS["mlflow"], tmp_path)
     assert kept[1:] == [("r", "RUNNING"), *metrics, ("r", "ended")], "a run that goes on became another"
 
 
@@ -297,7 +296,7 @@ def test_weights_and_biases_stays_offline(instead: Callable[..., None], tmp_path
         return run
 
     instead("wandb", init=init, Settings=lambda **given: SimpleNamespace(**given))
-    told_to(TRACKERS["wandb"], tmp_path)
+    told_to(OBSERVERS["wandb"], tmp_path)
     assert kept[0] == ("fedveil", "7", str(tmp_path), "offline", {"rounds": 2}, True)
     assert kept[1:] == [({"accuracy": 0.7, "epsilon": 1.5}, 1), ({"accuracy/a<b": 0.8}, 2), "finish"]
 
@@ -305,7 +304,7 @@ def test_weights_and_biases_stays_offline(instead: Callable[..., None], tmp_path
 def test_trackio_keeps_its_files_in_the_runs_folder(
     instead: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(TRACKERS["trackio"], "_taken", "")
+    monkeypatch.setattr(OBSERVERS["trackio"], "_taken", "")
     monkeypatch.setenv("TRACKIO_DIR", "before")  # so that what the row sets is taken back
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "before")
     monkeypatch.delenv("TRACKIO_DIR")
@@ -318,7 +317,7 @@ def test_trackio_keeps_its_files_in_the_runs_folder(
         return run
 
     instead("trackio", init=init)
-    told_to(TRACKERS["trackio"], tmp_path)
+    told_to(OBSERVERS["trackio"], tmp_path)
     quiet = {"auto_log_gpu": False, "auto_log_cpu": False}
     assert kept[0] == ("fedveil", "7", {"rounds": 2}, "allow", False, quiet, str(tmp_path / "trackio"))
     assert kept[1:] == [({"accuracy": 0.7, "epsilon": 1.5}, 1), ({"accuracy/a<b": 0.8}, 2), "finish"]

@@ -18,9 +18,9 @@ from fedveil.common.check import CLIP_NORM, NOT_NEGATIVE, POSITIVE, Interval, On
 from fedveil.common.config.fields import RATIO, TARGET_KINDS, Section, Unit, kebab, kinds_of
 from fedveil.common.config.phases import ADAPTER, HEAD, Phase, Schedule, parse_phases
 from fedveil.common.errors import ConfigError
+from fedveil.common.observers import NO_OBSERVER, OBSERVERS
 from fedveil.common.tasks import TASKS, roles_of_all
 from fedveil.common.tasks.roles import Role
-from fedveil.common.trackers import NO_TRACKER, TRACKERS
 from fedveil.privacy import MECHANISMS, UNITS, Mechanism
 
 Scalar = str | int | float | bool
@@ -351,8 +351,8 @@ class RunTerms(Section):
     """Of the forward pass: ``auto`` (bfloat16 where the device is fast at it), ``float32``, ``bfloat16``."""
     output: str = "runs"
     """Folder that run folders are made in; relative to where the program was started."""
-    tracker: Annotated[str, OneOf((NO_TRACKER, *TRACKERS))] = NO_TRACKER
-    """The server's experiment tracker (see ``common.trackers``), which gets what the run's folder holds."""
+    tracker: Annotated[str, OneOf((NO_OBSERVER, *OBSERVERS))] = NO_OBSERVER
+    """The server's experiment tracker, which gets the figures of the run's folder."""
     min_sites: Annotated[int, POSITIVE, Unit("sites")] = 1
     """Replies that a round needs to count. With ``client-level`` every round counts that begins, and so many sites must
     be connected for that."""

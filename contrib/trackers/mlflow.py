@@ -8,20 +8,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
-from fedveil.common.trackers.base import Tracker
+from fedveil.common.observers import RunObserver
 
 EXPERIMENT, TAG = "fedveil", "fedveil.run"
 UNTAKEN = re.compile(r"[^\w\-. /]")
 """Characters that a metric's name may not have; a label has any."""
 
 
-class MLflow(Tracker):
+class MLflow(RunObserver):
     """A run of the experiment ``fedveil``; one that goes on is found again by its name."""
 
     name: ClassVar[str] = "mlflow"
     package: ClassVar[str] = "mlflow"
     where: ClassVar[str] = "mlflow.db"
-    look: ClassVar[str] = "mlflow ui --backend-store-uri sqlite:///{folder}/mlflow.db"
 
     def __init__(self, folder: Path, run: str, settings: Mapping[str, str | int | float | bool]) -> None:
         # Unset, the package reports its own use to its makers.

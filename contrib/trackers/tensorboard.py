@@ -6,16 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
-from fedveil.common.trackers.base import Tracker
+from fedveil.common.observers import RunObserver
 
 
-class TensorBoard(Tracker):
+class TensorBoard(RunObserver):
     """Scalars by name, and the settings as text."""
 
     name: ClassVar[str] = "tensorboard"
     package: ClassVar[str] = "tensorboard"
     where: ClassVar[str] = "tensorboard"
-    look: ClassVar[str] = "tensorboard --logdir {folder}/tensorboard"
 
     def __init__(self, folder: Path, run: str, settings: Mapping[str, str | int | float | bool]) -> None:
         from torch.utils.tensorboard import SummaryWriter

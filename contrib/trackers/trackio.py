@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
-from fedveil.common.trackers.base import Tracker
+from fedveil.common.observers import RunObserver
 
 
-class Trackio(Tracker):
+class Trackio(RunObserver):
     """A run of the project ``fedveil``.
 
     Raises:
@@ -22,7 +22,6 @@ class Trackio(Tracker):
     where: ClassVar[str] = "trackio"
     _taken: ClassVar[str] = ""
     """The folder that this process took for its first run; empty: none, or the user named one."""
-    look: ClassVar[str] = "TRACKIO_DIR={folder}/trackio trackio show --project fedveil"
 
     def __init__(self, folder: Path, run: str, settings: Mapping[str, str | int | float | bool]) -> None:
         # The package reads it once, when it is imported. Unset, its page reports its own use to its makers.

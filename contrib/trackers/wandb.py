@@ -6,16 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
-from fedveil.common.trackers.base import Tracker
+from fedveil.common.observers import RunObserver
 
 
-class WeightsAndBiases(Tracker):
+class WeightsAndBiases(RunObserver):
     """A run of the project ``fedveil``."""
 
     name: ClassVar[str] = "wandb"
     package: ClassVar[str] = "wandb"
     where: ClassVar[str] = "wandb"
-    look: ClassVar[str] = "wandb sync {folder}/wandb/offline-run-*"
 
     def __init__(self, folder: Path, run: str, settings: Mapping[str, str | int | float | bool]) -> None:
         import wandb
