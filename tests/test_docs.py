@@ -116,7 +116,7 @@ def test_every_command_in_the_docs_exists(page: str, line: str) -> None:
         assert set(node) <= set(NODE_KEYS), f"{page}: a site knows no {set(node) - set(NODE_KEYS)}"
     elif program in ("python", "python3"):
         script = next(word for word in words[1:] if not word.startswith("-"))
-        module = script.replace(".", "/") if words[1] == "-m" else script
+        module = script.removeprefix("fedveil.").replace(".", "/") if words[1] == "-m" else script
         assert any((ROOT / name).is_file() for name in (module, f"{module}.py", f"{module}/__main__.py")), (
             f"{page}: {script} is not there"
         )

@@ -199,7 +199,7 @@ def test_a_bundle_holds_what_server_and_sites_execute_and_no_more() -> None:
     with app_folder() as folder:
         assert build_fab_from_disk(folder) == content, "what we hand to Flower is not what it would bundle itself"
     assert not folder.exists()
-    packages = ("common", "privacy", "demo", "strategies", "client", "reports", "server", "contrib")
+    packages = ("fedveil", "common", "privacy", "demo", "strategies", "client", "reports", "server", "contrib")
     found = zipfile.ZipFile(BytesIO(content)).namelist()
     wanted = {name for name in files if name.startswith(tuple(f"{package}/" for package in packages))}
     wanted -= {name for name in wanted if name.startswith(("contrib/tests/", "contrib/experiments/"))}

@@ -246,7 +246,7 @@ def test_the_terminals_summary_and_the_verified_line_name_them(
     summary.verify(run.folder, tmp_path / "key.pub.pem")
     assert unmarked([line := capsys.readouterr().out], figures) == []
     assert "(h = 2)" in line
-    monkeypatch.setattr("reports.report_of", lambda _: forgetful(data))
+    monkeypatch.setattr("fedveil.reports.report_of", lambda _: forgetful(data))
     assert unmarked(shown(), figures), "the check is blind"
 
 
