@@ -42,10 +42,10 @@ test: environment generative texts $(VISION)
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-many: environment
-	$(BIN)/python -m pytest -m many tests/test_lossy_rounds.py
+	$(BIN)/python -m pytest -m many tests/server
 
 test-deployment: environment
-	$(BIN)/python -m pytest -m deployment tests/test_deploy.py tests/test_flower.py tests/test_first_guide.py
+	$(BIN)/python -m pytest -m deployment tests/deploy tests/docs tests/experiments
 
 # The extra's packages, some 150 MB on the disk, stay out of the environment that tests are run in.
 test-harness: environment
@@ -55,7 +55,7 @@ test-harness: environment
 	  "$$($(VENV)/harness/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/environment.pth"
 	$(VENV)/harness/bin/pip $(INSTALL) "$$($(BIN)/python -c \
 	  'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["harness"])')"
-	PYTHONPATH=. $(VENV)/harness/bin/python -m pytest -m harness tests/test_harness.py
+	PYTHONPATH=. $(VENV)/harness/bin/python -m pytest -m harness tests/experiments
 
 # It stands before the environment's own, whose other packages it takes.
 test-peft: environment
@@ -65,10 +65,10 @@ test-peft: environment
 	  "$$($(VENV)/peft/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/environment.pth"
 	$(VENV)/peft/bin/pip $(INSTALL) --no-deps --only-binary :all: peft==$(OLDEST_PEFT)
 	$(VENV)/peft/bin/python -c 'import sys, peft; sys.exit(not peft.__version__.startswith("$(OLDEST_PEFT)"))'
-	PYTHONPATH=. $(VENV)/peft/bin/python -m pytest tests/test_adapters.py contrib/tests/test_dora.py tests/test_rslora.py \
-	  contrib/tests/test_exact_adapters.py contrib/tests/test_exact_frozen.py contrib/tests/test_new_starts.py tests/test_systems.py contrib/tests/test_column_rules.py \
+	PYTHONPATH=. $(VENV)/peft/bin/python -m pytest tests/common/test_adapters.py contrib/tests/test_dora.py tests/common/test_rslora.py \
+	  contrib/tests/test_exact_adapters.py contrib/tests/test_exact_frozen.py contrib/tests/test_new_starts.py tests/docs/test_systems.py contrib/tests/test_column_rules.py \
 	  contrib/tests/test_server_rules.py contrib/tests/test_pruning.py contrib/tests/test_flylora.py contrib/tests/test_intruders.py \
-	  tests/test_public_metric.py tests/test_fed_sb.py tests/test_fed_svd.py contrib/tests/test_neighbours.py \
+	  tests/strategies/test_public_metric.py tests/strategies/test_fed_sb.py tests/strategies/test_fed_svd.py contrib/tests/test_neighbours.py \
 	  contrib/tests/test_columns.py contrib/tests/test_paid_starts.py
 
 test-product: environment

@@ -198,8 +198,9 @@ def programs_may_start(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Begin each test's draws where its name says, before its fixtures draw."""
-    DRAWS.restart(item.nodeid)
+    """Begin each test's draws where its name and its file's say, in whichever folder, before its fixtures draw."""
+    top = item.nodeid.partition("tests/")[0]
+    DRAWS.restart(f"{top}tests/{item.path.name}::{item.nodeid.partition('::')[2]}")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -6,7 +6,7 @@ The functions take ``name=value`` and name the value when it fails.
 >>> positive(clip_norm=0.0)
 Traceback (most recent call last):
     ...
-common.errors.ConfigError: clip-norm must be above 0, not 0.0
+fedveil.common.errors.ConfigError: clip-norm must be above 0, not 0.0
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Interval(Rule):
 
         >>> Interval(0).check("epsilon", math.inf)
         Traceback (most recent call last):
-        common.errors.ConfigError: epsilon must be above 0, not inf: give a finite number
+        fedveil.common.errors.ConfigError: epsilon must be above 0, not inf: give a finite number
         """
         if not self.holds(value):
             more = "" if isinstance(value, str) or math.isfinite(value) else ": give a finite number"

@@ -3,7 +3,7 @@
 Flower's own way for a task starts a process, unpacks the bundle that came with it and runs the code in it. A SuperNode
 or a SuperLink in ``--isolation process`` starts none: it serves this API, and hands tasks to whoever knows the secret
 that it was started with. What of Flower is internal is called here, in ``client.runtime`` and in ``server.runner``;
-``tests/test_worker.py`` and ``tests/test_runner.py`` hold it to the version.
+``test_worker.py`` and ``test_runner.py`` hold it to the version.
 """
 
 from __future__ import annotations

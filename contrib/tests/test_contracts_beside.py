@@ -1,4 +1,4 @@
-"""The rows of ``contrib`` with all others, as ``tests/test_contracts.py`` has those of the core.
+"""The rows of ``contrib`` with all others, as ``tests/strategies/test_contracts.py`` has those of the core.
 
 Pairs are in ``make test``. The whole product, with the core's rows, is in ``make test-product``.
 """

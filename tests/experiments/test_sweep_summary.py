@@ -1,0 +1,453 @@
+"""Means and intervals of a sweep's rows, and their pictures: each figure is the rows', and a page loads nothing."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+from typer.testing import CliRunner
+
+from fedveil.cli.main import app
+from fedveil.common.adapters import ADAPTERS
+from fedveil.common.errors import ConfigError, DataError
+from fedveil.experiments.sweep.arms import ARMS
+from fedveil.experiments.sweep.conduct import row_words
+from fedveil.experiments.sweep.pictures import bytes_figure, epsilon_figure, write_pictures
+from fedveil.experiments.sweep.published import SHIPPED, Published, read_published
+from fedveil.experiments.sweep.rows import Row, write_rows
+from fedveil.experiments.sweep.summary import beside, groups, interval, markdown_of
+from fedveil.reports.scores import beside_cells
+from fedveil.strategies import ROWS
+from fedveil.strategies.job import configure
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def row(accuracy: float, **changes: Any) -> Row:
+    """Return a row as a run leaves it."""
+    plain = Row(
+        sweep="made",
+        variant="wide",
+        arm="federated",
+        site=None,
+        epsilon_asked=8.0,
+        seed=1,
+        status="completed",
+        accuracy_before=0.5,
+        accuracy=accuracy,
+        loss_before=0.7,
+        loss=0.5,
+        test_records=1000,
+        epsilon=7.995,
+        delta=1e-5,
+        rounds=6,
+        sites=2,
+        bytes_down=1_000_000,
+        bytes_up=2_000_000,
+        seconds=10.0,
+        seconds_in_all=12.0,
+        through="one process",
+        device="cpu",
+        precision="float32",
+        threads=1,
+        machine="x86_64, 2 cores",
+        started="2026-11-26T09:00:00+00:00",
+        code="a" * 64,
+        commit="",
+        versions={"torch": "2.13.0"},
+        settings={key: value for key, value in configure({"data.seed": 1}).settings().items() if key != "output"},
+    )
+    return replace(plain, **changes)
+
+
+def alone(accuracy: float, site: int, seed: int) -> Row:
+    return row(accuracy, arm="local-only", site=site, seed=seed, bytes_down=None, bytes_up=None)
+
+
+SEEDS = [row(accuracy, seed=seed) for seed, accuracy in enumerate((0.74, 0.75, 0.79), start=1)]
+SITES = [alone(0.6, 0, 1), alone(0.7, 1, 1), alone(0.7, 0, 2), alone(0.9, 1, 2)]
+OPEN = [row(0.85, epsilon_asked=None, epsilon=None, delta=None)]
+
+
+@pytest.mark.parametrize(("count", "t"), [(2, 12.706), (3, 4.303), (5, 2.776), (10, 2.262)])
+def test_an_interval_has_the_tables_t(count: int, t: float) -> None:
+    values = [0.7 + 0.01 * (i % 2) for i in range(count)]
+    mean = sum(values) / count
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
+    found = interval(values)
+    assert found.half == pytest.approx(t * deviation / math.sqrt(count), rel=1e-3)
+    assert (found.low, found.high) == (found.mean - (found.half or 0), found.mean + (found.half or 0))
+
+
+@given(st.lists(st.integers(0, 1000).map(lambda right: right / 1000), min_size=2, max_size=12, unique=True))
+def test_an_interval_is_scipys(values: list[float]) -> None:
+    found = interval(values)
+    low, high = stats.t.interval(0.95, len(values) - 1, sum(values) / len(values), stats.sem(values))
+    assert (found.low, found.high) == pytest.approx((low, high), abs=1e-9)
+
+
+def test_values_of_a_model_that_diverged_have_no_interval() -> None:
+    assert [str(interval(values)) for values in ([1.0, math.inf], [math.nan, 1.0])] == [
+        "Interval(mean=inf, half=None)",
+        "Interval(mean=nan, half=None)",
+    ]
+
+
+def test_one_run_has_no_interval() -> None:
+    assert (interval([0.7]).mean, interval([0.7]).half) == (0.7, None)
+
+
+def test_a_seeds_value_of_sites_alone_is_their_mean_and_a_seed_without_one_does_not_count() -> None:
+    (group,) = groups([*SITES, alone(0.1, 0, 3)])
+    assert group.values == pytest.approx([0.65, 0.8])
+    assert group.sites == pytest.approx([0.65, 0.8])
+    assert group.accuracy.mean == pytest.approx(0.725)
+    assert group.seconds == 20.0
+    assert group.payload is None
+    assert groups([alone(0.1, 0, 3)]) == []
+
+
+def test_the_table_has_mean_interval_each_seed_and_each_site() -> None:
+    text = markdown_of([*SEEDS, *SITES, *OPEN])
+    assert (
+        "| `wide` | metric | federated | 8 | 3 | **76.0** ± 6.6 (74.0, 75.0, 79.0) | 50.0 | 0.500 | 7.995 | 3.00 MB |"
+        in text
+    )
+    assert "| `wide` | metric | local-only | 8 | 2 | **72.5** ± 95.3 (each site: 65.0, 80.0) |" in text
+    assert "| `wide` | metric | federated | none | 1 | **85.0** | 50.0 | 0.500 | no claim |" in text
+    assert "8 runs, 96.0 s in all, on x86_64, 2 cores, float32, code aaaaaaaaaaaa." in text
+    assert markdown_of([]) == "No run has ended.\n"
+
+
+def test_the_time_of_a_trusted_servers_run_is_told_nowhere() -> None:
+    central = row(0.75, seed=4, seconds=None, seconds_in_all=None)
+    assert "12 s" in row_words(SEEDS[0])
+    assert " s" not in row_words(central).replace(" spent", "")
+    assert "in all, on" in markdown_of(SEEDS)
+    assert "in all, on" not in markdown_of([*SEEDS, central])
+
+
+def test_a_line_about_a_sum_says_on_how_many_honest_sites_its_epsilon_counts() -> None:
+    assert "ε 7.995 spent" in row_words(SEEDS[0])
+    summed = replace(SEEDS[0], settings={**SEEDS[0].settings, "privacy.honest-sites": 3})
+    assert "ε 7.995 (h = 3) spent" in row_words(summed)
+    assert replace(summed, epsilon=None).honest == 0
+
+
+def test_a_sweeps_own_table_names_the_recipe_of_each_variant() -> None:
+    header, _, line, *_ = markdown_of(SEEDS).splitlines()
+    assert header.startswith("| variant | recipe | arm |")
+    assert line.startswith("| `wide` | metric | federated |")
+
+
+def test_columns_of_newer_rows_stand_where_a_row_has_them() -> None:
+    plain = row(0.75, sent=36_864, processor_seconds=90.0)
+    settings = {**plain.settings, "strategy": "fedavg-lora", "adapter.name": "lora"}
+    both = [
+        replace(plain, settings=settings),
+        replace(plain, variant="square", settings={**settings, "strategy": "fed-sb", "adapter.name": "lora-sb"}),
+    ]
+    header, _, *lines = markdown_of(both).splitlines()
+    assert header.endswith("| numbers | exact | processor |")
+    assert [line.split("|")[-4:-1] for line in lines[:2]] == [
+        [" 36,864 ", " no ", " 90.0 s "],
+        [" 36,864 ", " yes ", " 90.0 s "],
+    ]
+    assert "numbers" not in markdown_of([row(0.75)])
+
+
+@pytest.mark.parametrize("strategy", ROWS)
+def test_a_row_of_every_rule_has_its_line_the_control_arms_too(strategy: str) -> None:
+    plain = row(0.75, sent=36_864)
+    settings = {**plain.settings, "strategy": strategy, "adapter.name": "lora"}
+    line = markdown_of([replace(plain, settings=settings)]).splitlines()[2]
+    assert line.split("|")[-2] == (" yes " if ROWS[strategy].exact(ADAPTERS["lora"]) else " no ")
+
+
+def test_a_seeds_processor_time_is_that_of_all_its_sites_alone() -> None:
+    sites = [replace(held, processor_seconds=10.0 + i) for i, held in enumerate(SITES)]
+    assert groups(sites)[0].processor_seconds == pytest.approx((10 + 11 + 12 + 13) / 2)
+    assert groups([*sites[:3], SITES[3]])[0].processor_seconds is None
+
+
+def test_the_words_below_say_what_a_seed_is_and_what_the_intervals_leave_out() -> None:
+    shared = markdown_of(SEEDS)
+    assert "the division is the same for all" in shared
+    assert "a standard error of 1.4 points, which is not in the intervals" in shared
+    assert "sampling and noise are never seeded" in shared
+    divided = markdown_of([replace(r, settings={**r.settings, "data.seed": r.seed}) for r in SEEDS])
+    assert "it divides the records and cuts the test part, too" in divided
+    assert "not in the intervals" not in divided
+    rows = [replace(r, settings={**r.settings, "data.seed": r.seed, "data.test": "held-out.csv"}) for r in SEEDS]
+    assert "it divides the records, too" in markdown_of(rows)
+    assert "not in the intervals" in markdown_of(rows)
+    assert "ε is per record, of the site that has spent most, at δ 1e-05" in divided
+    assert "never seeded" not in markdown_of(OPEN), "there is no noise in these"
+    assert "code aaaaaaaaaaaa, bbbbbbbbbbbb." in markdown_of([SEEDS[0], replace(SEEDS[1], code="b" * 64)])
+
+
+def test_what_every_reader_needs_stands_below_the_table_and_the_rest_is_folded_away() -> None:
+    many = [replace(SEEDS[0], seed=i, code=str(i) * 64) for i in range(4)]
+    needed, _, folded = markdown_of(many).partition("<details>")
+    for said in ("in brackets each seed.", "ε is per record, of the site", "a standard error of"):
+        assert said in needed
+    for said in ("* Arms: federated", "* A seed gives", "4 states of the code, of which each row names its own."):
+        assert said in folded
+    assert folded.endswith("\n\n</details>\n"), "what comes after the table would be folded away as well"
+    assert len(needed.splitlines()[-2]) < 400
+
+
+def test_an_epsilon_that_counts_on_honest_sites_names_them_wherever_runs_stand_beside_each_other() -> None:
+    summed = [replace(r, variant="sum", settings={**r.settings, "privacy.honest-sites": 3}) for r in SEEDS]
+    told = markdown_of([*SEEDS, *summed])
+    lines = [line.split(" | ")[3] for line in told.splitlines() if line.startswith("| `")]
+    assert lines == ["8", "8 (h = 3)"]
+    assert "With h it counts on so many honest sites" in told
+    assert "With h" not in markdown_of(SEEDS)
+    (row_beside,) = beside(summed, summed[0].settings).rows
+    assert beside_cells(row_beside)[2] == "8 (h = 3)"
+    fewer = replace(summed[0], seed=9, settings={**summed[0].settings, "privacy.honest-sites": 2})
+    assert groups([*summed, fewer])[0].honest == 2, "the boldest reading stood for all"
+    open_rows = [replace(r, settings={**r.settings, "privacy.honest-sites": 3}) for r in OPEN]
+    assert groups(open_rows)[0].honest == 0, "a run without privacy counts on nobody"
+
+
+# Pictures
+
+
+class Loads(HTMLParser):
+    """Everything that a page would load or run."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag in ("script", "link", "img", "iframe", "object", "embed"):
+            self.found.append(tag)
+        self.found += [str(v) for k, v in attrs if k in ("src", "href", "xlink:href") and not str(v).startswith("#")]
+        self.found += [k for k, _ in attrs if k.startswith("on")]
+
+
+PUBLISHED = [Published("FedSVD", "RoBERTa-large", "SST-2", "a table", 0.9046, 3.0, "copied <b>")]
+
+
+def test_a_page_and_two_pngs_are_drawn_and_again_to_the_same_bytes(tmp_path: Path) -> None:
+    rows = [*SEEDS, *SITES, *OPEN]
+    written = write_pictures(rows, PUBLISHED, tmp_path, "made")
+    assert sorted(path.name for path in written) == ["made-bytes.png", "made-epsilon.png", "made.html"]
+    page = (tmp_path / "made.html").read_text(encoding="utf-8")
+    assert Loads(page).found == []
+    assert page.count("<svg") == 2
+    for text in (
+        "wide, local-only",
+        "published: FedSVD, RoBERTa-large, SST-2",
+        "no claim",
+        "76.0",
+        "90.5 %",
+        "copied &lt;b&gt;",
+    ):
+        assert text in page, text
+    identifiers = re.findall(r'\bid="([^"]+)"', page)
+    assert len(identifiers) == len(set(identifiers)), "an identifier of one picture is another's, too"
+    assert all(path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for path in written if path.suffix == ".png")
+    before = {path: path.read_bytes() for path in written}
+    assert {path: path.read_bytes() for path in write_pictures(rows, PUBLISHED, tmp_path, "made")} == before
+
+
+def test_a_page_that_would_load_something_is_found() -> None:
+    assert Loads('<svg><image xlink:href="http://x"/></svg><p onclick="a()">').found == ["http://x", "onclick"]
+
+
+def lines_of(axes: Any) -> dict[str, tuple[list[float], list[float]]]:
+    """Return the points of every line with a label."""
+    handles, labels = axes.get_legend_handles_labels()
+    lines = [handle[0] if isinstance(handle, tuple) else handle for handle in handles]
+    return {name: (list(line.get_xdata()), list(line.get_ydata())) for name, line in zip(labels, lines, strict=True)}
+
+
+def bars_of(axes: Any) -> list[tuple[float, float]]:
+    """Return the ends of every interval that is drawn."""
+    bars = [segment for container in axes.containers for bar in container.lines[2] for segment in bar.get_segments()]
+    return [(bar[0][1], bar[1][1]) for bar in bars]
+
+
+def test_points_stand_at_their_epsilon_and_published_ones_are_open_marks_in_a_part_of_their_own() -> None:
+    figure = epsilon_figure(groups([*SEEDS, *SITES, *OPEN]), PUBLISHED)
+    ours, theirs = figure.axes
+    lines = lines_of(ours)
+    assert set(lines) == {"wide", "wide, local-only"}
+    assert lines["wide"] == ([pytest.approx(8.0, rel=0.05)], [pytest.approx(76.0)]), "no line leads to a run without ε"
+    assert lines_of(theirs) == {"published: FedSVD, RoBERTa-large, SST-2": ([3.0], [pytest.approx(90.46)])}
+    (marks,) = theirs.lines
+    assert (marks.get_markerfacecolor(), marks.get_linestyle()) == ("none", "None")
+    (by_itself,) = epsilon_figure(groups([*SEEDS, *SITES, *OPEN]), []).axes
+    scales = [(*axes.get_xlim(), *axes.get_ylim()) for axes in (ours, by_itself)]
+    assert scales[0] == pytest.approx(scales[1]), "other data widen our scales"
+    points = [(x, y) for c in ours.containers for x, y in zip(*c.lines[0].get_data(), strict=True)]
+    assert any(x > 16 and y == pytest.approx(85.0) for x, y in points)
+    found = groups(SEEDS)[0].accuracy
+    assert bars_of(ours)[0] == pytest.approx((100 * found.low, 100 * found.high))
+
+
+def test_variants_at_one_epsilon_are_not_spread_over_an_axis_of_epsilon() -> None:
+    rows = [replace(one, variant=name) for name in ("wide", "narrow", "deep", "flat") for one in SEEDS]
+    (axes,) = epsilon_figure(groups(rows), []).axes
+    assert {name: places for name, (places, _) in lines_of(axes).items()} == {
+        name: [pytest.approx(number)] for number, name in enumerate(("wide", "narrow", "deep", "flat"))
+    }
+    assert (axes.get_xscale(), list(axes.get_xticks()), axes.get_xlabel()) == ("linear", [], "each at ε 8, at most")
+    (axes,) = epsilon_figure(groups([*rows, *(replace(one, epsilon_asked=2.0) for one in rows)]), []).axes
+    assert (axes.get_xscale(), axes.get_xlabel()) == ("log", "ε, at most")
+
+
+def test_bytes_are_of_what_travels_with_a_part_for_each_epsilon() -> None:
+    figure = bytes_figure(groups([*SEEDS, *SITES, *OPEN]))
+    assert [axes.get_title() for axes in figure.axes] == ["ε 8", "no claim"]
+    assert [lines_of(axes) for axes in figure.axes] == [
+        {"wide": ([3e6], [pytest.approx(76.0)])},
+        {"wide": ([3e6], [pytest.approx(85.0)])},
+    ]
+    assert [len(bytes_figure(found).axes[0].containers) for found in (groups(SITES), [])] == [0, 0]
+
+
+def test_the_command_draws_tables_together_and_says_what_is_missing(tmp_path: Path) -> None:
+    write_rows(tmp_path / "one.jsonl", SEEDS)
+    write_rows(tmp_path / "two.jsonl", [replace(SEEDS[0], sweep="other", accuracy=0.9)])
+    both = [str(tmp_path / name) for name in ("one.jsonl", "two.jsonl")]
+    answer = CliRunner().invoke(app, ["pictures", *both, "--output", str(tmp_path / "drawn")])
+    assert answer.exit_code == 0, answer.output
+    page = (tmp_path / "drawn" / "one.html").read_text(encoding="utf-8")
+    assert "other: wide" in page
+    assert "made: wide" not in page, "the first table's names are plain"
+    assert "RoBERTa" not in page, "others' figures of other data stand beside ours unasked"
+    assert "ublished" not in page
+    answer = CliRunner().invoke(app, ["pictures", *both, "--output", str(tmp_path / "more"), "--published", "shipped"])
+    assert answer.exit_code == 0, answer.output
+    assert "RoBERTa" in (tmp_path / "more" / "one.html").read_text(encoding="utf-8")
+    write_rows(tmp_path / "two.jsonl", [replace(SEEDS[0], sweep="other", variant="narrow-x", accuracy=0.9)])
+    answer = CliRunner().invoke(app, ["pictures", *both, "--output", str(tmp_path / "few"), "--without", "narrow*"])
+    assert answer.exit_code == 0, answer.output
+    assert "narrow" not in (tmp_path / "few" / "one.html").read_text(encoding="utf-8")
+    answer = CliRunner().invoke(app, ["pictures", *both, "--without", "narrow*, gone"])
+    assert answer.exit_code == 1
+    assert "no variant is 'gone'" in " ".join(answer.output.split())
+    for chosen, order in (("narrow*,wide,w*", ["other: narrow-x", "wide"]), ("made: *", ["wide"])):
+        some = ["--output", str(tmp_path / "some"), "--only", chosen]
+        answer = CliRunner().invoke(app, ["pictures", *both, *some])
+        assert answer.exit_code == 0, answer.output
+        page = (tmp_path / "some" / "one.html").read_text(encoding="utf-8")
+        assert re.findall(r"<tr><td>([^<]+)</td>", page) == order, "not as they were named, once each"
+    answer = CliRunner().invoke(app, ["pictures", *both, "--only", "wide,gone*"])
+    assert answer.exit_code == 1
+    assert "--only: no variant is 'gone*'" in " ".join(answer.output.split())
+    answer = CliRunner().invoke(app, ["pictures", str(tmp_path / "three.jsonl")])
+    assert answer.exit_code == 1
+    assert "three.jsonl is not there" in answer.output
+
+
+@pytest.mark.parametrize("length", [5, 40, 90])
+def test_no_name_in_a_legend_is_cut_off(length: int) -> None:
+    """Names of several tables together are long; those of published figures are longer."""
+    rows = [replace(SEEDS[0], variant=f"{number}{'x' * length}") for number in range(5)]
+    for figure in (epsilon_figure(groups(rows), []), bytes_figure(groups(rows))):
+        figure.draw_without_rendering()
+        (legend,) = figure.legends
+        told, whole = legend.get_window_extent(), figure.bbox
+        assert whole.x0 <= told.x0, f"{length} letters are cut off"
+        assert told.x1 <= whole.x1, f"{length} letters are cut off"
+
+
+@pytest.mark.parametrize("count", [1, 40])
+def test_many_names_take_no_height_from_the_plot(count: int) -> None:
+    rows = [row(0.75, variant=f"variant-of-some-length-{i}") for i in range(count)]
+    for figure in (epsilon_figure(groups(rows), read_published(SHIPPED)), bytes_figure(groups(rows))):
+        figure.canvas.draw()
+        inches = figure.axes[0].get_window_extent().height / figure.dpi
+        assert inches > 3.0
+
+
+def test_no_result_is_no_picture(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="there is no result to draw"):
+        write_pictures([], PUBLISHED, tmp_path, "made")
+
+
+def test_without_matplotlib_it_is_said_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ConfigError, match="pip install 'matplotlib"):
+        write_pictures(SEEDS, [], tmp_path, "made")
+
+
+def test_what_is_to_be_installed_is_what_the_project_asks_for() -> None:
+    project = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    (asked,) = re.findall(r'^pictures = \["(.*)"\]', project, flags=re.M)
+    code = (Path(__file__).resolve().parents[2] / "experiments" / "sweep" / "pictures.py").read_text(encoding="utf-8")
+    assert f"pip install '{asked}'" in code
+
+
+# Published figures
+
+
+def test_the_shipped_figures_name_their_model_data_and_source() -> None:
+    figures = read_published(SHIPPED)
+    assert len(figures) >= 5
+    assert all(figure.model and figure.data and figure.source for figure in figures)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[[published]]\nmethod = 'a'", "figure 1 of .* lacks the field 'model'"),
+        ("[[figure]]", r"must hold \[\[published\]\] tables"),
+        ("published = 3", r"must hold \[\[published\]\] tables"),
+        ("[[published]]\nmethod='a'\nmodel='b'\ndata='c'\nsource='d'\naccuracy=90.5", "write a share"),
+        ("[[published]]\nmethod='a'\nmodel='b'\ndata='c'\nsource='d'\naccuracy=0.5\neps=1", "unknown field 'eps'"),
+        ("[", "is not TOML"),
+    ],
+)
+def test_a_published_figure_that_is_none_is_named(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "published.toml").write_text(text, encoding="utf-8")
+    with pytest.raises((ConfigError, DataError), match=said):
+        read_published(tmp_path / "published.toml")
+    with pytest.raises(ConfigError, match="cannot read the published figures"):
+        read_published(tmp_path / "none.toml")
+
+
+def test_every_arm_has_a_dash_and_a_fill_of_its_own() -> None:
+    assert len({arm.dash for arm in ARMS.values()}) == len({arm.fill for arm in ARMS.values()}) == len(ARMS)
+
+
+# A task without labels
+
+
+def by_loss(loss: float, seed: int, **changes: Any) -> Row:
+    """Return a row of a language model, whose accuracy is of next tokens."""
+    made = row(0.3, seed=seed, loss=loss, **changes)
+    return replace(made, settings={**made.settings, "model.task": "causal-lm"})
+
+
+def test_a_task_without_labels_is_told_and_drawn_by_its_loss(tmp_path: Path) -> None:
+    rows = [by_loss(loss, seed) for seed, loss in enumerate((1.0, 1.1, 1.2), start=1)]
+    text = markdown_of(rows)
+    assert (
+        "| `wide` | metric | federated | 8 | 3 | 30.0 ± 0.0 | 50.0 | **1.100** ± 0.248 (1.000, 1.100, 1.200) |" in text
+    )
+    assert "judge by the loss" in text
+    assert "standard error" not in text
+    (axes,) = epsilon_figure(groups(rows), PUBLISHED).axes
+    assert lines_of(axes) == {"wide": ([pytest.approx(8.0)], [pytest.approx(1.1)])}, "published accuracies are none"
+    assert axes.get_ylabel() == "loss on the public test part, nats a token"
+    assert bars_of(axes)[0] == pytest.approx((1.1 - 0.2484, 1.1 + 0.2484), abs=1e-3)
+    with pytest.raises(DataError, match="some by loss"):
+        write_pictures([*rows, *(replace(one, variant="other") for one in SEEDS)], [], tmp_path, "both")
