@@ -65,14 +65,10 @@ test-peft: environment
 	  "$$($(VENV)/peft/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/environment.pth"
 	$(VENV)/peft/bin/pip $(INSTALL) --no-deps --only-binary :all: peft==$(OLDEST_PEFT)
 	$(VENV)/peft/bin/python -c 'import sys, peft; sys.exit(not peft.__version__.startswith("$(OLDEST_PEFT)"))'
-	PYTHONPATH=. $(VENV)/peft/bin/python -m pytest tests/common/test_adapters.py contrib/tests/test_dora.py tests/common/test_rslora.py \
-	  contrib/tests/test_exact_adapters.py contrib/tests/test_exact_frozen.py contrib/tests/test_new_starts.py tests/docs/test_systems.py contrib/tests/test_column_rules.py \
-	  contrib/tests/test_server_rules.py contrib/tests/test_pruning.py contrib/tests/test_flylora.py contrib/tests/test_intruders.py \
-	  tests/strategies/test_public_metric.py tests/strategies/test_fed_sb.py tests/strategies/test_fed_svd.py contrib/tests/test_neighbours.py \
-	  contrib/tests/test_columns.py contrib/tests/test_paid_starts.py
+	PYTHONPATH=. $(VENV)/peft/bin/python -m pytest -m peft
 
 test-product: environment
-	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 -m product contrib/tests/test_contracts_beside.py
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 -m product contrib/tests
 
 
 # The trackers' packages, some 1 GB on the disk, likewise.
@@ -84,7 +80,7 @@ test-trackers: environment
 	$(VENV)/trackers/bin/pip $(INSTALL) $$($(BIN)/python -c \
 	  'import tomllib; told = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
 	  print(*(told[name][0] for name in ("tensorboard", "mlflow", "wandb", "trackio")))')
-	PYTHONPATH=. $(VENV)/trackers/bin/python -m pytest -m trackers contrib/tests/test_trackers.py
+	PYTHONPATH=. $(VENV)/trackers/bin/python -m pytest -m trackers contrib/tests
 
 audit: environment
 	$(BIN)/python -m audits $(if $(RUN),--run $(RUN))

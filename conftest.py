@@ -35,40 +35,6 @@ from audits.tiny_models import TARGETS, save_tiny_model, toy_run, write_question
 from fedveil.privacy import accounting, meaning
 from fedveil.privacy.entropy import Source, replaced_entropy, system_integers
 
-LONGEST = (
-    *("test_flower", "test_sweep", "test_image_classification", "test_add_pages", "test_audit"),
-    *("test_docs", "test_optimizers", "test_real_faults", "test_shapes", "test_worker", "test_probe", "test_rows"),
-    *("test_server_optimizer", "test_metric_of_pairs", "test_contracts", "test_contracts_beside"),
-)
-"""Files with few tests that take long."""
-ROUGHLY_PRICED = (
-    *("test_faults", "test_federation", "test_image_classification", "test_sums", "test_resume", "test_merge"),
-    *("test_public_text", "test_lossy_rounds", "test_sum_guards", "test_paid_start", "test_systems", "test_add_pages"),
-    *("test_card", "test_chat", "test_checkpointing", "test_column_rules", "test_columns"),
-    *(
-        "test_contracts",
-        "test_contracts_beside",
-        "test_dora",
-        "test_fed_svd",
-        "test_first_guide",
-        "test_flylora",
-    ),
-    *("test_frozen_head", "test_gguf", "test_head_only", "test_initial_batches", "test_intruders", "test_nulls"),
-    *("test_linearised", "test_log", "test_metric_of_pairs", "test_neighbours", "test_new_adapter", "test_new_starts"),
-    *("test_optimizers", "test_paid_starts", "test_pruning", "test_public_metric", "test_quantised"),
-    *("test_redelivery", "test_refit", "test_registered", "test_rehearsal", "test_rows", "test_rslora"),
-    *("test_run_lines", "test_scores", "test_scoring", "test_served", "test_server_optimizer", "test_server_rules"),
-    *("test_simulate", "test_slices", "test_stock_head", "test_sweep", "test_targets", "test_task_row"),
-    *("test_sharing", "test_telemetry", "test_tracking", "test_wire_audit", "test_worker"),
-)
-"""Files of runs that are about no price: theirs come from a grid ten times as coarse, looser and never wrong."""
-ONE_LENGTH = (
-    *("test_add_pages", "test_column_rules", "test_federation", "test_flylora", "test_merge", "test_new_starts"),
-    *("test_optimizers", "test_paid_start", "test_refit", "test_resume", "test_rows", "test_server_optimizer"),
-    *("test_site_unit", "test_sums", "test_systems"),
-)
-"""Files of runs that are not about lengths: their made-up reviews lose up to two words that say nothing, and then pass
-in one shape of two that are rehearsed, not in two of three."""
 ROUGH: dict[tuple[Any, str], Any] = {
     (accounting, "PLD_INTERVAL"): 1e-2,
     (meaning, "PLD_INTERVAL"): 1e-2,
@@ -88,9 +54,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that take longest, so that no process is left alone with one of them at the end."""
+    """Begin with slow files and those of many tests, so that no process is left alone with one of them at the end."""
     tests = Counter(item.path for item in items)
-    items.sort(key=lambda item: (item.path.stem not in LONGEST, -tests[item.path], item.path))
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path not in slow, -tests[item.path], item.path))
 
 
 SPENT: list[float] = []
@@ -152,10 +119,9 @@ class NamedDraws:
         self.lock = threading.Lock()
         self.draw: np.random.Generator | None = None
 
-    def restart(self, test: str) -> None:
-        """Seed every source of this process with a test's name, or leave private ones to the operating system."""
+    def restart(self, test: str, *, fresh: bool) -> None:
+        """Seed every source with a test's name; ``fresh`` leaves private ones to the operating system."""
         digest = hashlib.sha256(test.encode()).digest()
-        fresh = os.environ.get("FEDVEIL_FRESH_NOISE") or test.partition(".py")[0].endswith(ABOUT_RANDOMNESS)
         self.draw = None if fresh else np.random.default_rng(list(digest))
         for seed in (torch.manual_seed, np.random.seed, random.seed):
             seed(int.from_bytes(digest[:4], "big"))
@@ -169,8 +135,6 @@ class NamedDraws:
 
 
 DRAWS = NamedDraws()
-ABOUT_RANDOMNESS = ("test_randomness", "test_noise_grid")
-"""Files whose subject is the operating system's entropy."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -200,14 +164,15 @@ def programs_may_start(monkeypatch: pytest.MonkeyPatch) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Begin each test's draws where its name and its file's say, in whichever folder, before its fixtures draw."""
     top = item.nodeid.partition("tests/")[0]
-    DRAWS.restart(f"{top}tests/{item.path.name}::{item.nodeid.partition('::')[2]}")
+    fresh = bool(os.environ.get("FEDVEIL_FRESH_NOISE") or item.get_closest_marker("system_entropy"))
+    DRAWS.restart(f"{top}tests/{item.path.name}::{item.nodeid.partition('::')[2]}", fresh=fresh)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def prices(request: pytest.FixtureRequest) -> Iterator[None]:
     """Let the files that are about no price do with rough ones, which take a fifth of the time."""
     with pytest.MonkeyPatch.context() as patch:
-        if request.path.stem in ROUGHLY_PRICED:
+        if request.node.get_closest_marker("rough_prices"):
             price_roughly(patch)
         yield
 
@@ -245,7 +210,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], st
 @pytest.fixture
 def toy_settings(model_folder: Callable[[str], str], tmp_path: Path, request: pytest.FixtureRequest) -> dict[str, Any]:
     """Return settings of a run that takes a second: tiny BERT, 240 made-up reviews, 40 of them the public test."""
-    shorter = {"model.max-length": 15} if request.path.stem in ONE_LENGTH else {}
+    shorter = {"model.max-length": 15} if request.node.get_closest_marker("one_length") else {}
     return toy_run(model_folder("bert"), tmp_path) | shorter
 
 

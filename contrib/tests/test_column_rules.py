@@ -52,6 +52,8 @@ from fedveil.server.checkpoint import memory_of, saved_state
 from fedveil.strategies import Contribution, ServerState
 from fedveil.strategies.job import configure
 
+pytestmark = [pytest.mark.rough_prices, pytest.mark.one_length, pytest.mark.peft]
+
 RANK = 6
 
 

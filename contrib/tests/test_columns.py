@@ -53,6 +53,8 @@ from fedveil.strategies import Contribution, Moments, ServerState
 from fedveil.strategies.ffa_lora import FFALoRA
 from fedveil.strategies.job import configure
 
+pytestmark = [pytest.mark.rough_prices, pytest.mark.peft]
+
 RANK = 6
 LAYERS = {"query": (5, 7), "dense": (9, 6)}
 RANKS, SHARES = (1, 3, 3, 6), (0.4, 0.3, 0.2, 0.1)

@@ -33,6 +33,8 @@ from fedveil.contrib.starts.nonprivate_eva import NonprivateEVA
 from fedveil.strategies import ROWS
 from fedveil.strategies.job import Job
 
+pytestmark = [pytest.mark.slow, pytest.mark.rough_prices]
+
 
 @pytest.fixture(scope="module")
 def contracts(tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[[str], str]) -> Iterator[Contracts]:

@@ -32,6 +32,8 @@ from fedveil.privacy.plan import gaussian_plan
 from fedveil.privacy.randomness import stream
 from fedveil.strategies.job import configure
 
+pytestmark = [pytest.mark.rough_prices, pytest.mark.peft]
+
 OUT, INTO, RANK, ALPHA = 7, 5, 3, 6.0
 Folder = Callable[[str], str]
 each_family = pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])

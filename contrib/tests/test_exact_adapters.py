@@ -48,6 +48,8 @@ from fedveil.contrib.rules.lora_pro import tangent_step
 from fedveil.privacy.dpsgd import PrivateSteps
 from fedveil.privacy.plan import gaussian_plan
 
+pytestmark = pytest.mark.peft
+
 # --- what every row must keep -----------------------------------------------------------------------------------------
 
 

@@ -46,6 +46,8 @@ from fedveil.privacy.randomness import stream
 from fedveil.strategies.job import configure
 from fedveil.strategies.systems import SYSTEMS
 
+pytestmark = pytest.mark.peft
+
 # --- RandLoRA ---------------------------------------------------------------------------------------------------------
 
 

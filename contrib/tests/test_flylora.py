@@ -31,6 +31,8 @@ from fedveil.server.checkpoint import saved_state
 from fedveil.strategies import STRATEGIES, Contribution
 from fedveil.strategies.job import configure
 
+pytestmark = [pytest.mark.rough_prices, pytest.mark.one_length, pytest.mark.peft]
+
 OUT, INTO, RANK, ACTIVE = 7, 11, 6, 2
 
 

@@ -44,6 +44,8 @@ from fedveil.server.rates import within_noise
 from fedveil.strategies.job import configure
 from fedveil.strategies.rules import RULES
 
+pytestmark = [pytest.mark.rough_prices, pytest.mark.peft]
+
 SHAPES = ((90, 90), (110, 80), (80, 110), (30, 12), (12, 30))
 RANK = 4
 

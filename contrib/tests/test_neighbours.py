@@ -34,6 +34,8 @@ from fedveil.strategies import Average, Contribution, Moments, ServerState, Stra
 from fedveil.strategies.fedavg import FedAvgLoRA
 from fedveil.strategies.job import configure
 
+pytestmark = [pytest.mark.rough_prices, pytest.mark.peft]
+
 OUT, INTO, RANK = 9, 6, 2
 SHARES = (0.5, 0.3, 0.2)
 MERGING: tuple[Strategy, ...] = (FedExLoRA(), FLoRA())

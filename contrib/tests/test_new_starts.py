@@ -45,6 +45,8 @@ from fedveil.privacy.plan import gaussian_plan
 from fedveil.server.model import ServerModel
 from fedveil.strategies.job import configure
 
+pytestmark = [pytest.mark.rough_prices, pytest.mark.one_length, pytest.mark.peft]
+
 RANK = 3
 SHAPES = [(7, 12), (13, 6), (8, 8)]
 Folder = Callable[[str], str]

@@ -48,6 +48,8 @@ from fedveil.privacy.privacy_filter import promised
 from fedveil.server.model import ServerModel
 from fedveil.strategies.job import configure
 
+pytestmark = [pytest.mark.rough_prices, pytest.mark.peft]
+
 RANK = 3
 TEXTS = ["the film was bright", " ".join(FILLER[:7]), " ".join(GOOD), "dull", "a cold story and an awful actor"]
 each_family = pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])

@@ -37,6 +37,8 @@ from fedveil.privacy.privacy_filter import promised
 from fedveil.reports import report_of
 from fedveil.strategies.job import configure
 
+pytestmark = pytest.mark.slow
+
 Folder = Callable[[str], str]
 LABELS = Labels(("bad", "good"), (("dull film", "awful story", "cold"), ("warm film", "lovely story", "joyful")))
 TEXTS = ("the film", "a warm story and a lovely actor", "dull", "the scene was very cold and the film was awful")

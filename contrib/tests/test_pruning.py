@@ -40,6 +40,8 @@ from fedveil.strategies import Contribution, ServerState
 from fedveil.strategies.ffa_lora import FFALoRA
 from fedveil.strategies.job import configure
 
+pytestmark = [pytest.mark.rough_prices, pytest.mark.peft]
+
 EVERY = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 KEPT = Kept(groups=((0, 2), (1, 2)), neurons=((1, 2, 5, 7, 11), (0, 3, 4, 9, 13)))
 """Of two layers, which lose different units."""

@@ -40,6 +40,8 @@ from fedveil.strategies.job import configure
 from fedveil.strategies.rules import RULES, ServerRule
 from fedveil.strategies.rules.base import Known
 
+pytestmark = [pytest.mark.rough_prices, pytest.mark.peft]
+
 OUT, INTO, RANK = 13, 9, 3
 S = 1.7
 

@@ -37,6 +37,8 @@ from fedveil.common.tasks.text import TextExample
 from fedveil.privacy.accounting import epsilon, gaussian_release
 from fedveil.reports import markdown_report
 
+pytestmark = pytest.mark.slow
+
 DELTA = 1e-5
 
 

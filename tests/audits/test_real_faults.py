@@ -13,6 +13,8 @@ from faults.federation import PATIENCE, SIZES, Federation
 from faults.processes import wait_until
 from faults.scenarios import REFUSED
 
+pytestmark = pytest.mark.slow
+
 SITES = ("clinic", "lab")
 
 

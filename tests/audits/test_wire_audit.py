@@ -19,6 +19,8 @@ from audits.needles import WIDTH, find, needles_of_tensors, needles_of_texts
 from audits.wire_findings import Heard, clear_text, private_pieces, traffic
 from fedveil.common.errors import DataError
 
+pytestmark = pytest.mark.rough_prices
+
 SITE, SERVER = (b"\x0a\x00\x00\x03", 40000), (b"\x0a\x00\x00\x02", 9092)
 TEXT = "the plot is thin but the two leads carry it with charm to spare"
 

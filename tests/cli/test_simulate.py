@@ -35,6 +35,8 @@ from fedveil.server.lock import only_writer
 from fedveil.server.records import write_json
 from fedveil.strategies.job import configure
 
+pytestmark = pytest.mark.rough_prices
+
 FOLLOW = simulation._follow
 
 

@@ -34,6 +34,8 @@ from fedveil.privacy.dpsgd import PrivateSteps
 from fedveil.server.model import ServerModel
 from fedveil.strategies.job import configure
 
+pytestmark = pytest.mark.rough_prices
+
 Folder = Callable[[str], str]
 TEXTS = ("the film", "a warm story and a lovely actor", "dull", "the scene was very cold and the film was awful", "is")
 

@@ -22,6 +22,8 @@ from fedveil.common.starts import gradient as initial_gradient
 from fedveil.common.starts.gradient import private_gradient, record_bytes
 from fedveil.privacy.plan import PrivacyPlan
 
+pytestmark = pytest.mark.rough_prices
+
 RECORDS = 40
 
 

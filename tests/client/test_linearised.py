@@ -38,6 +38,8 @@ from fedveil.privacy import dpsgd
 from fedveil.privacy.plan import gaussian_plan
 from fedveil.strategies.job import configure
 
+pytestmark = pytest.mark.rough_prices
+
 Folder = Callable[[str], str]
 DATA = Dataset("made-up", (), ())
 FIRST = Computation("1", 4, 0, "", "")

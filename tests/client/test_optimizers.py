@@ -33,6 +33,8 @@ from fedveil.privacy.entropy import Source
 from fedveil.strategies import STRATEGIES
 from fedveil.strategies.job import configure
 
+pytestmark = [pytest.mark.slow, pytest.mark.rough_prices, pytest.mark.one_length]
+
 fast = settings(max_examples=25, deadline=None)
 SETTINGS = TrainingConfig(
     local_steps=1,

@@ -24,6 +24,8 @@ from fedveil.privacy.privacy_filter import promised, promised_noise
 from fedveil.reports import report_of
 from fedveil.strategies.job import Job, configure
 
+pytestmark = [pytest.mark.rough_prices, pytest.mark.one_length]
+
 STEPS = 5
 """Of the probe in these settings."""
 PAID = {"recipe": "plain", "strategy": "ffa-lora", "adapter.start": "dp-eva", "privacy.delta": 1e-5}

@@ -17,6 +17,8 @@ from fedveil.common.messages.state import AdapterState
 from fedveil.common.messages.tensors import entries, fingerprint, scale
 from fedveil.common.messages.wire import encode_state, layout_of
 
+pytestmark = pytest.mark.rough_prices
+
 
 @pytest.fixture
 def site(toy_settings: dict[str, Any], tmp_path: Path) -> OneSite:

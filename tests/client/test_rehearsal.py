@@ -45,6 +45,8 @@ from fedveil.contrib.adapters.dora import DoRA
 from fedveil.privacy.dpsgd import PrivateSteps
 from fedveil.strategies.job import configure
 
+pytestmark = pytest.mark.rough_prices
+
 SIZE = len(VOCABULARY)
 HONEST = [("bert", "classification", "query,value"), ("gpt2", "causal-lm", "c_attn"), ("llama", "causal-lm", "q_proj")]
 

@@ -31,6 +31,8 @@ from fedveil.common.tasks.tables import Unfit
 from fedveil.privacy import dpsgd, randomness
 from fedveil.strategies.job import configure
 
+pytestmark = [pytest.mark.slow, pytest.mark.rough_prices, pytest.mark.one_length]
+
 ODD = {
     "no text": '" ",good,a1\n',
     "no label": "the film,,a1\n",

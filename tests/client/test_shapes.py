@@ -20,6 +20,8 @@ from fedveil.common.tasks import Record
 from fedveil.common.tasks.text import TextExample
 from fedveil.privacy.dpsgd import PrivateSteps
 
+pytestmark = pytest.mark.slow
+
 FAMILIES = [("bert", "lora", "trained"), ("gpt2", "lora", "frozen"), ("llama", "lora-frozen-a", "frozen")]
 SHAPES = st.builds(Shapes, st.integers(1, 3000), st.integers(1, 5000), st.integers(1, 64))
 

@@ -44,6 +44,8 @@ from fedveil.privacy.accountant import Accountant, Detour
 from fedveil.privacy.events import Event
 from fedveil.privacy.secure_sum import Agreement, KeyOffer, Sharing
 
+pytestmark = pytest.mark.rough_prices
+
 FIELDS: dict[type, dict[str, str]] = {
     TrainResult: {
         "run": "from the task",

@@ -38,6 +38,8 @@ from fedveil.common.messages.round import Refusal, TrainResult
 from fedveil.common.messages.wire import decode_reply, encode_task
 from fedveil.common.model.federated import model_of
 
+pytestmark = [pytest.mark.slow, pytest.mark.rough_prices]
+
 FLWR_CLIENTAPP = Path(sys.executable).parent / "flwr-clientapp"
 
 

@@ -41,6 +41,8 @@ from fedveil.privacy.dpsgd import PrivateSteps
 from fedveil.privacy.plan import gaussian_plan
 from fedveil.privacy.randomness import stream
 
+pytestmark = pytest.mark.peft
+
 RANK, ALPHA = 3, 12.0
 FAMILIES = ("bert", "gpt2", "llama")
 each_family = pytest.mark.parametrize("family", FAMILIES)

@@ -27,6 +27,8 @@ from fedveil.experiments.in_process import run_in_process
 from fedveil.experiments.serving.ask import ask_run
 from fedveil.strategies.job import configure
 
+pytestmark = pytest.mark.rough_prices
+
 TEMPLATE = (
     "{%- for message in messages -%}"
     "{%- if message.role == 'system' and not loop.first -%}"

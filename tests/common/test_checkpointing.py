@@ -30,6 +30,8 @@ from fedveil.experiments.in_process import run_in_process
 from fedveil.experiments.planner.forecast import forecast
 from fedveil.strategies.job import configure
 
+pytestmark = pytest.mark.rough_prices
+
 Folder = Callable[[str], str]
 TASK = {"bert": "classification", "vit": "image-classification"}
 FAMILIES = ("bert", "gpt2", "llama", "vit")

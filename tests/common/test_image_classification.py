@@ -49,6 +49,8 @@ from fedveil.privacy.plan import gaussian_plan
 from fedveil.privacy.together import together
 from fedveil.strategies.job import configure
 
+pytestmark = [pytest.mark.slow, pytest.mark.rough_prices]
+
 NAME = "image-classification"
 TASK = TASKS[NAME]
 TARGETS = {"vit": "query,value", "clip": "q_proj,v_proj"}

@@ -24,6 +24,8 @@ from fedveil.common.messages.round import Refusal
 from fedveil.common.messages.wire import encode_task
 from fedveil.experiments.in_process import run_in_process
 
+pytestmark = pytest.mark.rough_prices
+
 CANARY = "zyzzyva"
 
 

@@ -29,6 +29,8 @@ from fedveil.strategies.fedavg import FedAvgLoRA
 from fedveil.strategies.job import configure
 from fedveil.strategies.payload import payload, preset_adapter, travels
 
+pytestmark = pytest.mark.rough_prices
+
 
 class Scale(nn.Module):
     """z ↦ h * z, elementwise over the last dimension."""

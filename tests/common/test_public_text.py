@@ -22,6 +22,8 @@ from fedveil.demo.packaged import PackagedFile
 from fedveil.experiments.in_process import run_in_process
 from fedveil.strategies.job import configure
 
+pytestmark = pytest.mark.rough_prices
+
 WITH_TEXT = [name for name, dataset in DATASETS.items() if isinstance(dataset.file, PackagedFile)]
 
 

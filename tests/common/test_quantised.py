@@ -39,6 +39,8 @@ from fedveil.experiments.serving.merge import load_finished, merge_run
 from fedveil.server.records import package_versions
 from fedveil.strategies.job import configure
 
+pytestmark = pytest.mark.rough_prices
+
 Folder = Callable[[str], str]
 BITS = tuple(LOW_BITS)
 CASES = [

@@ -28,6 +28,8 @@ from fedveil.experiments.in_process import run_in_process
 from fedveil.privacy.randomness import stream
 from fedveil.strategies.job import configure
 
+pytestmark = [pytest.mark.rough_prices, pytest.mark.peft]
+
 RSLORA = {"adapter.scale": "sqrt-rank"}
 
 

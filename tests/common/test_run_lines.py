@@ -36,6 +36,8 @@ from fedveil.reports import report_of, write_reports
 from fedveil.reports.audits import audit_reports
 from fedveil.reports.folder import read_run
 
+pytestmark = pytest.mark.rough_prices
+
 FILES: tuple[type[RunFile], ...] = (ConfigFile, BaselineFile, ProgressFile, ResultFile)
 LINES: tuple[type[RunFile], ...] = (RoundLine, PrivacyLine)
 

@@ -27,6 +27,8 @@ from fedveil.experiments.evaluate import evaluate_run
 from fedveil.experiments.in_process import run_in_process
 from fedveil.strategies.job import configure
 
+pytestmark = pytest.mark.rough_prices
+
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 TEXT = {**SMALL, "vocab_size": len(VOCABULARY), "max_position_embeddings": 40}
 GROUPED = {**TEXT, "num_key_value_heads": 1}

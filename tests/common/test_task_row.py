@@ -45,6 +45,8 @@ from fedveil.experiments.evaluate import evaluate_run
 from fedveil.experiments.in_process import run_in_process
 from fedveil.strategies.job import configure
 
+pytestmark = pytest.mark.rough_prices
+
 WIDTH = 8
 
 

@@ -25,6 +25,8 @@ from fedveil.experiments.evaluate import evaluate_run
 from fedveil.experiments.in_process import run_in_process
 from fedveil.strategies.job import configure
 
+pytestmark = [pytest.mark.slow, pytest.mark.rough_prices, pytest.mark.one_length]
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -37,6 +37,8 @@ from fedveil.experiments.sweep.rows import read_rows, results_file, write_rows
 from fedveil.strategies import STRATEGIES
 from fedveil.strategies.job import configure
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MADE_FILES = made()

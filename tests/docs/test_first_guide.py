@@ -16,6 +16,8 @@ from audits.tiny_models import write_reviews
 from fedveil.common.config.text import to_toml
 from fedveil.experiments.in_process import run_in_process
 
+pytestmark = pytest.mark.rough_prices
+
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "guides" / "first.md"
 MOST = 10
 PATIENCE = 3600.0

@@ -29,6 +29,8 @@ from fedveil.strategies.ffa_lora import FFALoRA
 from fedveil.strategies.job import configure
 from fedveil.strategies.refused import REFUSED_STRATEGIES
 
+pytestmark = [pytest.mark.rough_prices, pytest.mark.one_length, pytest.mark.peft]
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -29,6 +29,8 @@ from fedveil.strategies.job import configure
 from fedveil.strategies.options import known_settings
 from fedveil.strategies.payload import payload, preset_adapter
 
+pytestmark = [pytest.mark.rough_prices, pytest.mark.one_length]
+
 PRIVACY_FIELDS = [
     *("round", "site", "unit", "adjacency", "adversary", "sampler", "purpose", "event"),
     *("steps_round", "steps_total", "delta", "epsilon_round", "epsilon_total", "epsilon_budget", "epsilon_remaining"),

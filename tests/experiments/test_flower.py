@@ -23,6 +23,8 @@ from fedveil.common.run_lines import PrivacyLine, ResultFile, RoundLine, read_fi
 from fedveil.deploy.app import app_folder
 from fedveil.server.submission import OVERRIDES, refuse_wrong_settings
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 FEDVEIL = Path(sys.executable).parent / "fedveil"
 

@@ -26,6 +26,8 @@ from fedveil.common.model.files import files_of
 from fedveil.experiments.in_process import run_in_process
 from fedveil.experiments.serving.gguf import export_gguf, turned
 
+pytestmark = pytest.mark.rough_prices
+
 Folder = Callable[[str], str]
 NAMES = {
     "llama": {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "mlp.down_proj": "ffn_down"},

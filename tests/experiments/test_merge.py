@@ -24,6 +24,8 @@ from fedveil.experiments.serving.ask import ask_run
 from fedveil.experiments.serving.merge import merge_run
 from fedveil.strategies.job import configure
 
+pytestmark = [pytest.mark.rough_prices, pytest.mark.one_length]
+
 TEXTS = ["a warm and joyful film", "the story is dull", "quite a tired scene with a very cold actor " * 4]
 CLOSE = 1e-5
 

@@ -19,6 +19,8 @@ from fedveil.reports import markdown_report, report_of
 from fedveil.reports.page import to_html
 from fedveil.reports.scores import label_reports, wilson
 
+pytestmark = pytest.mark.rough_prices
+
 
 @pytest.mark.parametrize(("right", "records"), [(0, 1), (0, 40), (1, 7), (40, 40), (731, 1000), (764, 1000)])
 def test_the_interval_is_wilsons(right: int, records: int) -> None:

@@ -27,6 +27,8 @@ from fedveil.experiments.in_process import run_in_process
 from fedveil.experiments.serving.merge import merge_run
 from fedveil.strategies.recipes.metric import FEWEST, PublicMetricRecipe
 
+pytestmark = pytest.mark.rough_prices
+
 ROOT = Path(__file__).resolve().parents[2]
 OURS = sorted(package.parent.name for package in ROOT.glob("*/__init__.py"))
 """Every package of this project, as it lies at the top of the repository."""

@@ -27,6 +27,8 @@ from fedveil.experiments.serving.ask import ask_run
 from fedveil.experiments.serving.merge import load_finished, merge_run
 from fedveil.strategies.job import configure
 
+pytestmark = pytest.mark.rough_prices
+
 SIZES = {
     "hidden_size": 16,
     "num_hidden_layers": 2,

@@ -32,6 +32,8 @@ from fedveil.experiments.sweep.rows import Row, columns, line_of, read_rows, wri
 from fedveil.experiments.sweep.summary import markdown_of
 from fedveil.server.lock import only_writer
 
+pytestmark = [pytest.mark.slow, pytest.mark.rough_prices]
+
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "experiments" / "sweeps" / "tiny.toml"
 PATIENCE = 240.0

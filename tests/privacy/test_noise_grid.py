@@ -28,6 +28,8 @@ from fedveil.privacy.dpsgd import PrivateSteps
 from fedveil.privacy.entropy import replaced_entropy
 from fedveil.privacy.randomness import add_private_noise, noise_grid
 
+pytestmark = pytest.mark.system_entropy
+
 EXACT = MPContext()
 EXACT.prec = 400
 Draw = Callable[[float, float, float, int], Tensor]

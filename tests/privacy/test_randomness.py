@@ -23,6 +23,8 @@ from fedveil.common.errors import ConfigError
 from fedveil.privacy.entropy import Source, system_integers
 from fedveil.privacy.randomness import add_private_noise, noise_grid, private_poisson_sample, stream
 
+pytestmark = pytest.mark.system_entropy
+
 Normal = Callable[[tuple[int, ...], float], Tensor]
 Sampler = Callable[[int, float], Tensor]
 

@@ -31,6 +31,8 @@ from fedveil.reports.data import NO_BOUND
 from fedveil.reports.declared import Declared, declare, read_declared
 from fedveil.reports.markdown import plain
 
+pytestmark = pytest.mark.rough_prices
+
 
 def fedveil(*words: Any) -> tuple[int, str]:
     done = CliRunner().invoke(app, [str(word) for word in words])

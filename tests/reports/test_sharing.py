@@ -31,6 +31,8 @@ from fedveil.reports.sharing import sharing_of
 from fedveil.reports.signature import make_key
 from fedveil.reports.sites import fewest_summed, site_reports
 
+pytestmark = pytest.mark.rough_prices
+
 SITES = {f"clinic-{i}": 2000 for i in range(4)}
 Marked = dict[str, set[str]]
 """By a figure as it is printed: what must stand beside it, one of these."""

@@ -24,6 +24,8 @@ from fedveil.reports.page import to_html
 from fedveil.server.model import ServerModel
 from fedveil.strategies.job import configure
 
+pytestmark = pytest.mark.rough_prices
+
 
 def with_regions(folder: Path, regions: tuple[str, ...] = ("north", "south", "<b>east")) -> Path:
     """Write a test file with a column of regions beside text and label."""

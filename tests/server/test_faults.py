@@ -44,6 +44,8 @@ from fedveil.server.marks import mark_of
 from fedveil.server.replies import read_reply, refusal
 from fedveil.server.sites import Exchange
 
+pytestmark = pytest.mark.rough_prices
+
 Tamper = Callable[[TrainResult], Any]
 
 

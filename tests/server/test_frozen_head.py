@@ -13,6 +13,8 @@ from fedveil.common.messages.round import Refusal
 from fedveil.server.model import ServerModel
 from fedveil.strategies.job import configure
 
+pytestmark = pytest.mark.rough_prices
+
 # Neither word is in the tiny tokenizer's vocabulary, so both labels' features are those of an unknown word.
 ALIKE = {"head.policy": "frozen", "head.start": "label-words", "head.phrases": "excellent;terrible"}
 

@@ -67,6 +67,8 @@ from fedveil.server.collect import drop_outs
 from fedveil.server.collect import masked as masked_rounds
 from fedveil.strategies.job import configure
 
+pytestmark = pytest.mark.rough_prices
+
 SITES, DROP_OUTS = 6, 2
 STAGES: Mapping[str, type[Task]] = {"shares": ShareTask, "vector": TrainTask, "list": SurvivorTask, "end": UnmaskTask}
 

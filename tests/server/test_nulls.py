@@ -25,6 +25,8 @@ from fedveil.server.terms import paid_plan
 from fedveil.strategies import Contribution, ServerState
 from fedveil.strategies.job import Job, configure
 
+pytestmark = pytest.mark.rough_prices
+
 SHARES = (0.4, 0.3, 0.2, 0.1)
 NOISES = (2.0, 1.0, 0.5, 0.7)
 SHAPE = (96, 8)

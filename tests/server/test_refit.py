@@ -43,6 +43,8 @@ from fedveil.server.optimizer import server_step
 from fedveil.strategies import ServerState
 from fedveil.strategies.job import configure, with_recipe
 
+pytestmark = [pytest.mark.rough_prices, pytest.mark.one_length]
+
 Folder = Callable[[str], str]
 DATA = Dataset("made-up", (), ())
 LAST = Computation("1", 0, 0, "", "")

@@ -21,6 +21,8 @@ from fedveil.experiments.in_process import run_in_process
 from fedveil.server.marks import mark_of
 from fedveil.server.registered import NODES, misnamed, names_in, registered_names
 
+pytestmark = pytest.mark.rough_prices
+
 RUN = "named"
 NAMES = {0: "site-0", 1: "site-1", 2: "site-2"}
 

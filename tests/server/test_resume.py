@@ -39,6 +39,8 @@ from fedveil.server.sites import Exchange
 from fedveil.strategies import STRATEGIES, ServerState
 from fedveil.strategies.job import configure
 
+pytestmark = [pytest.mark.rough_prices, pytest.mark.one_length]
+
 
 class Killed(BaseException):
     """What nothing catches: the process is gone."""

@@ -25,6 +25,8 @@ from fedveil.strategies.fed_svd import FedSVD
 from fedveil.strategies.ffa_lora import FFALoRA
 from fedveil.strategies.job import configure
 
+pytestmark = [pytest.mark.slow, pytest.mark.rough_prices, pytest.mark.one_length]
+
 CONFIG = resolve(
     RunSettings(
         rounds=6,

@@ -77,6 +77,8 @@ from fedveil.server.tracking import rounds_of
 from fedveil.strategies import STRATEGIES, ServerState
 from fedveil.strategies.job import Job, configure
 
+pytestmark = pytest.mark.one_length
+
 SITE = {"privacy.mode": "client-level", "privacy.unit": "site", "privacy.noise-multiplier": 2.0}
 CLIP, COHORT_SIZE = 0.5, 8
 

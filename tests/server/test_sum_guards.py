@@ -27,6 +27,8 @@ from fedveil.server.collect.masked import MaskedCollector
 from fedveil.server.collect.masked_sum import other_releases
 from fedveil.strategies.job import configure
 
+pytestmark = pytest.mark.rough_prices
+
 
 @pytest.fixture
 def summed(toy_settings: dict[str, Any]) -> dict[str, Any]:

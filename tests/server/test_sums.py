@@ -56,6 +56,8 @@ from fedveil.server.collect import masked_sum
 from fedveil.server.collect.base import Collected
 from fedveil.strategies.job import configure
 
+pytestmark = [pytest.mark.rough_prices, pytest.mark.one_length]
+
 SUMMED: dict[str, Any] = {
     "privacy.mode": "secure-sum",
     "privacy.honest-sites": 2,

@@ -33,6 +33,8 @@ from fedveil.server.terminal import round_line
 from fedveil.server.tracking import Tracking, rounds_of
 from fedveil.strategies.job import configure
 
+pytestmark = pytest.mark.rough_prices
+
 
 class Recorder(RunObserver):
     """A row that keeps what it is told; it fails in the rounds of ``broken``."""

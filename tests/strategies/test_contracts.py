@@ -30,6 +30,8 @@ from fedveil.common.tasks import TASKS
 from fedveil.common.tasks.examples import Example
 from fedveil.strategies import ROWS
 
+pytestmark = [pytest.mark.slow, pytest.mark.rough_prices]
+
 
 @pytest.fixture(scope="module")
 def contracts(tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[[str], str]) -> Iterator[Contracts]:

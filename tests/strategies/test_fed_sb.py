@@ -42,6 +42,8 @@ from fedveil.strategies import Contribution, ServerState, mean
 from fedveil.strategies.fed_sb import FedSB
 from fedveil.strategies.job import Job, configure
 
+pytestmark = pytest.mark.peft
+
 OUT, IN, RANK = 7, 12, 3
 SHAPES = {"wide": (5, 11), "tall": (13, 6)}
 ADAPTER = LoRASB(RANK, 16.0, ("x",))

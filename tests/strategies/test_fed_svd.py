@@ -26,6 +26,8 @@ from fedveil.strategies.fed_svd import FedSVD, refactor
 from fedveil.strategies.ffa_lora import FFALoRA
 from fedveil.strategies.job import configure
 
+pytestmark = [pytest.mark.rough_prices, pytest.mark.peft]
+
 SHAPES = {"wide": (5, 11), "tall": (13, 6)}
 RANK = 3
 

@@ -28,6 +28,8 @@ from fedveil.experiments.in_process import run_in_process
 from fedveil.server.model import ServerModel
 from fedveil.strategies.job import configure
 
+pytestmark = [pytest.mark.slow, pytest.mark.rough_prices]
+
 Folder = Callable[[str], str]
 SEPARATOR = 3
 """Token of ``[SEP]``, which ends each of a pair's segments."""

@@ -35,6 +35,8 @@ from fedveil.server.model import ServerModel
 from fedveil.server.sites import Exchange
 from fedveil.strategies.job import configure
 
+pytestmark = [pytest.mark.rough_prices, pytest.mark.peft]
+
 Folder = Callable[[str], str]
 LABELS = Labels(("bad", "good"), (("dull film", "awful story", "cold"), ("warm film", "lovely story", "joyful")))
 

@@ -11,6 +11,8 @@ from fedveil.experiments.evaluate import evaluate_run
 from fedveil.experiments.in_process import run_in_process
 from fedveil.strategies import STRATEGIES
 
+pytestmark = pytest.mark.rough_prices
+
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
