@@ -29,7 +29,7 @@ from audits.hostile_bundle import (
     audit_submitted,
 )
 from audits.hostile_models import UNCOMPARED, UNREHEARSED, audit_files, audit_models
-from audits.hostile_state import NEIGHBOURS, audit_state, default_model
+from audits.hostile_state import BEHIND_CHARGE, NEIGHBOURS, UNCHECKED, audit_masks, audit_state, default_model
 from audits.tiny_site import tiny_site
 from fedveil.client.ledger.ledger import Ledger
 from fedveil.client.ledger.rows import Charge
@@ -120,6 +120,7 @@ def hostile_server(folder: Path) -> Iterator[Finding]:
         audit_dear_bundles: (DEAR, EAGER),
         audit_submitted: (SUBMITTED,),
         audit_rounds: (UNPAID, FORGOTTEN),
+        audit_masks: (UNCHECKED, BEHIND_CHARGE),
     }
     for audit, faults in parts.items():
         for fault in (SOUND, *faults):

@@ -2,12 +2,17 @@
 
 Any finite state is installed. With large factors the layers of a deep model blow rounding up until another
 rounding is another answer. What must hold all the same is that a record moves nothing but its own gradient.
+
+A mask of trained columns is the one part of a state that chooses what is trained: a site refuses one that has other
+numbers than 0 and 1, before it prepares a record and before it writes a charge.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -17,14 +22,21 @@ from torch.optim import SGD
 
 from audits.faults import SOUND, Fault
 from audits.finding import judged
+from audits.tiny_site import tiny_site
 from audits.worlds import minus, norm, plan
+from fedveil.client.cache import RecordCache
+from fedveil.client.ledger.ledger import Ledger
 from fedveil.client.rehearsal import rehearse
 from fedveil.common.data.sources import train_and_test
+from fedveil.common.messages.columns import positions_of
+from fedveil.common.messages.round import Refusal
+from fedveil.common.messages.state import AdapterState
 from fedveil.common.model.base import load_base_model
 from fedveil.common.model.batching import length_batches
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.run_lines import Finding
 from fedveil.common.tasks import TASKS, Record
+from fedveil.contrib.strategies.columns import MASK
 from fedveil.privacy.dpsgd import PrivateSteps
 from fedveil.strategies.job import configure
 
@@ -111,3 +123,84 @@ def audit_state(model: FederatedModel, records: Sequence[Record], fault: Fault =
         "threads": torch.get_num_threads(),
     }
     return judged("hostile state", fault.name, moved > MOST, figures)
+
+
+POSITIONS = "fedveil.contrib.strategies.columns.positions_of"
+"""Where a strategy checks the masks that it was sent."""
+BAD_MASKS = (0.5, -1.0, 2.0, float("nan"))
+"""Numbers that a lying server puts into the first place of every mask."""
+
+
+def any_columns(mask: Tensor, what: str) -> Tensor:
+    """Return the columns whose number in a mask is not 0, unchecked."""
+    del what
+    return mask.nonzero()[:, 0]
+
+
+def unchecked() -> AbstractContextManager[Any]:
+    """A mask may have any numbers."""
+    return patch(POSITIONS, any_columns)
+
+
+@contextmanager
+def checked_behind_charge() -> Iterator[None]:
+    """A mask may have any numbers until the round is charged."""
+    charge, charged = Ledger.charge, list[bool]()
+
+    def noting(ledger: Ledger, *words: Any, **terms: Any) -> Any:
+        receipt = charge(ledger, *words, **terms)
+        charged.append(True)
+        return receipt
+
+    def late(mask: Tensor, what: str) -> Tensor:
+        return (positions_of if charged else any_columns)(mask, what)
+
+    with patch.object(Ledger, "charge", noting), patch(POSITIONS, late):
+        yield
+
+
+UNCHECKED = Fault("masks of any numbers", unchecked)
+BEHIND_CHARGE = Fault("masks checked behind the charge", checked_behind_charge)
+
+
+def audit_masks(folder: Path, fault: Fault = SOUND) -> Finding:
+    """Return what a server gets that sends masks of trained columns with other numbers than 0 and 1.
+
+    Args:
+        folder: empty; model, records and ledger go there.
+        fault: SOUND, UNCHECKED or BEHIND_CHARGE.
+    """
+    prepare, prepared, wrong = RecordCache.prepare, list[bool](), list[str]()
+    site = tiny_site(folder, strategy="switchlora")
+
+    def noting(cache: RecordCache, *words: Any) -> Any:
+        prepared.append(True)
+        return prepare(cache, *words)
+
+    if isinstance(site.ask(site.task()), Refusal):
+        wrong.append("an honest mask is refused")
+    for number, lie in enumerate(BAD_MASKS):
+        task = site.task(run=f"lie-{number}", change=partial(_with_mask, lie))
+        charges = site.charges()
+        prepared.clear()
+        with fault.plant(), patch.object(RecordCache, "prepare", noting):
+            reply = site.ask(task)
+        if not isinstance(reply, Refusal) or reply.kind != "task":
+            wrong.append(f"{lie}: is not refused as a wrong task")
+        if prepared:
+            wrong.append(f"{lie}: records are prepared")
+        if site.charges() != charges:
+            wrong.append(f"{lie}: the round is charged")
+    figures: dict[str, int | float | str] = {"masks": len(BAD_MASKS), "wrong": "; ".join(wrong) or "nothing"}
+    return judged("masks of columns", fault.name, bool(wrong), figures)
+
+
+def _with_mask(number: float, state: AdapterState) -> AdapterState:
+    """Return a state with this number in the first place of every mask."""
+    return {
+        layer: {
+            name: torch.cat([torch.tensor([number]), tensor[1:]]) if name == MASK else tensor
+            for name, tensor in factors.items()
+        }
+        for layer, factors in state.items()
+    }

@@ -20,6 +20,7 @@ from audits.hostile_bundle import (
 from audits.hostile_models import UNCOMPARED, UNREHEARSED, audit_files, audit_models
 from audits.hostile_records import APART, COLUMNS, DIVISIONS, ROWS, audit_records
 from audits.hostile_server import FORGOTTEN, UNPAID, audit_rounds
+from audits.hostile_state import BEHIND_CHARGE, UNCHECKED, audit_masks
 from fedveil.common.run_lines import Finding
 
 Audit = Callable[[Path, Fault], Finding]
@@ -31,6 +32,7 @@ CASES: dict[Audit, tuple[Fault, ...]] = {
     audit_dear_bundles: (DEAR, EAGER),
     audit_submitted: (SUBMITTED,),
     audit_rounds: (UNPAID, FORGOTTEN),
+    audit_masks: (UNCHECKED, BEHIND_CHARGE),
 }
 
 
