@@ -20,8 +20,7 @@ from fedveil.cli.plan import plan
 from fedveil.cli.report import keygen, print_summary, report, verify, watch
 from fedveil.cli.serving import ask, export, merge
 from fedveil.cli.settings import settings
-from fedveil.cli.sweep import pictures, sweep
-from fedveil.cli.tune import tune
+from fedveil.cli.sweep import pictures, sweep, tune
 from fedveil.common.ends import end_as_by_ctrl_c
 from fedveil.common.paths import check_adapter
 from fedveil.common.words import counted, decimal_text, names_text, natural, visible

@@ -1,8 +1,9 @@
-"""``fedveil sweep`` and ``fedveil pictures``: many runs in one table, and the table in pictures."""
+"""``fedveil sweep``, ``fedveil tune`` and ``fedveil pictures``: many runs, a choice between them, their pictures."""
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -14,9 +15,12 @@ from rich.console import Console
 from fedveil.cli.errors import for_people
 from fedveil.common.ends import end_as_by_ctrl_c
 from fedveil.common.errors import ConfigError, DataError
+from fedveil.common.words import visible
+from fedveil.privacy.figures import epsilon_text
 
 if TYPE_CHECKING:
     from fedveil.experiments.sweep.rows import Row
+    from fedveil.experiments.tune import Conduct
 
 console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
 
@@ -55,12 +59,8 @@ def sweep(
     read = read_sweep(file)
     output = output or Path("runs") / "sweeps" / read.name
     results = results or output
-    try:
+    with _folder_said(output):
         ended = run_sweep(read, output, results, _say, jobs=jobs, flower=flower, any_code=any_code, only=only)
-    except BaseException:
-        with suppress(OSError):  # of a terminal that is gone
-            _say(f"folder: {output} (the same command goes on)")
-        raise
     table = results_file(results, read.name)
     text = markdown_of(ended.rows)
     replace_file(table.with_suffix(".md"), text.encode())
@@ -71,6 +71,59 @@ def sweep(
         for failed in ended.failed:
             _say(f"  {failed.cell.said}: {failed.reason}; log: {failed.log}")
         raise typer.Exit(1)
+
+
+@for_people
+def tune(
+    file: Annotated[Path, typer.Argument(help="A sweep's file, with one seed and one ε: that of all together.")],
+    output: Annotated[Path | None, typer.Option(help="Folder of the trials; in runs/tune if not said.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask once the total is printed.")] = False,
+    server: Annotated[
+        Path | None, typer.Option(help="A server's folder: the trials run on its sites, not on simulated ones.")
+    ] = None,
+    sites: Annotated[int, typer.Option(min=1, help="With --server: sites that must be online first.")] = 1,
+    ledger_epsilon: Annotated[
+        float | None, typer.Option(min=0, help="With --server: ε that a ledger may hold, with what it held before.")
+    ] = None,
+) -> None:
+    """Print what all variants cost together, ask, run each with the same noise, charged in full, and name the best."""
+    from fedveil.experiments import tune as trials
+
+    end_as_by_ctrl_c()
+    tuning = trials.read_tuning(file)
+    output = output or Path("runs") / "tune" / tuning.name
+    for name, alone in tuning.alone.items():
+        _say(f"{name}: ε {epsilon_text(alone)} alone")
+    count, delta, noise = len(tuning.trials), f"at δ {tuning.delta:g}", f"{tuning.noise_multiplier:.4g}"
+    _say(
+        f"all {count} together: ε {epsilon_text(tuning.epsilon)} of {tuning.budget:g} {delta}, with noise multiplier "
+        f"{noise} in each. Every site is charged that, whichever is chosen: the server sees every "
+        "trial, so no discount for publishing one holds."
+    )
+    conduct = _deployed(server, sites, ledger_epsilon) if server else trials.simulated(tuning, output)
+    if not yes and not typer.confirm("Run them?"):
+        _say("nothing was run, and nothing is charged")
+        return
+    with _folder_said(output):
+        best, charged = trials.tune(tuning, output, conduct, _say)
+    _say(f"charged to each ledger, at most: ε {epsilon_text(charged)} {delta}")
+    _say(
+        f"best is {best}. It is the best of {count} on the same public records, so its score is flattered: measure it "
+        "on others before it is quoted."
+    )
+    _say(f"report: {best.folder / 'report.html'}")
+
+
+def _deployed(server: Path, sites: int, ledger_epsilon: float | None) -> Conduct:
+    """Return what submits a trial to a server's sites, whose own ledgers and policies decide."""
+    from fedveil.deploy.server_folder import open_server
+    from fedveil.deploy.submit import submit
+    from fedveil.experiments.tune import BUDGET
+
+    folder = open_server(server)
+    limit = {} if ledger_epsilon is None else {BUDGET: ledger_epsilon}
+    # ``once``: a trial that ended before it was written down is not run, and paid, again.
+    return lambda _, settings: submit(folder, {**settings, **limit}, _say, sites=sites, once=True)
 
 
 @for_people
@@ -133,5 +186,16 @@ def _named(row: Row, patterns: list[str]) -> list[int]:
     return [i for i, pattern in enumerate(patterns) if any(fnmatchcase(name, pattern) for name in names)]
 
 
+@contextmanager
+def _folder_said(output: Path) -> Iterator[None]:
+    """Say where to go on if what runs within is cut off."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # of a terminal that is gone
+            _say(f"folder: {output} (the same command goes on)")
+        raise
+
+
 def _say(line: str) -> None:
-    print(line, flush=True)
+    print(*map(visible, line.split("\n")), sep="\n", flush=True)

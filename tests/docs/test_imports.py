@@ -433,7 +433,6 @@ PRICED_AS_FIXED = {
     "experiments/planner/find.py": {KEPT_TO},  # before anything is released
     "experiments/planner/forecast.py": {KEPT_TO},  # the same
     "experiments/planner/price.py": {KEPT_TO},  # the same
-    "experiments/tune.py": {KEPT_TO},  # the same; all trials have the filter's price
     "reports/meaning.py": {"meaning_of"},  # of a run that keeps to its plan: a departure is told beside it
     "server/last_rounds.py": {KEPT_TO},  # of a site's own lines, to end a run early: no charge follows from it
     # What a run's own lines cost, which is compared with its ledger's price; the larger one is told.

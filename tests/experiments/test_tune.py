@@ -214,7 +214,7 @@ def test_trials_without_privacy_and_trials_that_fit_no_budget_are_refused(
     with pytest.raises(ConfigError, match="'secure-sum', whose price is not each site's own: choose under 'dp-sgd'"):
         read_tuning(trials_file(tmp_path, {**base, **summed}, THREE))
     monkeypatch.setattr(tune, "paid_before", lambda _: [Release(sampled_gaussian(0.5, 0.5), 10)])
-    with pytest.raises(PrivacyError, match="their starts alone cost more"):
+    with pytest.raises(PrivacyError, match="no noise keeps all trials, their initialisations included"):
         read_tuning(trials_file(tmp_path, base, THREE))
 
 
