@@ -11,15 +11,17 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from fedveil.cli.deployment import doctor_app, server_app, site_app
+from fedveil.cli.doctor import doctor
 from fedveil.cli.errors import Commands
 from fedveil.cli.errors import for_people as _for_people
 from fedveil.cli.ledger import ledger_app
 from fedveil.cli.notes import print_notes
 from fedveil.cli.plan import plan
 from fedveil.cli.report import keygen, print_summary, report, verify, watch
+from fedveil.cli.server import server_app
 from fedveil.cli.serving import ask, export, merge
 from fedveil.cli.settings import settings
+from fedveil.cli.site import site_app
 from fedveil.cli.sweep import pictures, sweep, tune
 from fedveil.common.ends import end_as_by_ctrl_c
 from fedveil.common.paths import check_adapter
@@ -32,11 +34,8 @@ app = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, pret
 app.add_typer(ledger_app, name="ledger")
 app.add_typer(server_app, name="server")
 app.add_typer(site_app, name="site")
-app.add_typer(doctor_app, name="doctor")
-app.command()(plan)
-for command in (report, watch, verify, keygen, merge, export, ask, sweep, pictures, tune):
+for command in (plan, doctor, report, watch, verify, keygen, merge, export, ask, sweep, pictures, tune, settings):
     app.command()(command)
-app.command()(settings)
 console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
 
 Overrides = Annotated[
@@ -135,12 +134,20 @@ def run(
 @app.command()
 @_for_people
 def stop(
-    run: Annotated[str, typer.Argument(help="The run's folder, or its id.")],
+    run: Annotated[str, typer.Argument(help="A run's folder or its id, or a server's folder for its last job.")],
     output: Annotated[Path | None, typer.Option(help="Folder of the runs; runs if not said.")] = None,
 ) -> None:
-    """End the `fedveil run` that is under way, as Ctrl-C in its terminal does, and wait until it is over."""
+    """End the `fedveil run` that is under way, as Ctrl-C in its terminal does, or the run of a server's last job.
+
+    What sites have paid stays paid, and 'resume' goes on after the last round.
+    """
+    from fedveil.deploy.server_folder import is_server, open_server
+    from fedveil.deploy.submit import stop_job
     from fedveil.experiments.under_way import stop, ways_on
 
+    if is_server(Path(run)):
+        print(stop_job(open_server(Path(run))))
+        return
     folder, process = stop(run, output)
     console.print(visible(f"ended: `fedveil run`, process {process}"))
     console.print(ways_on(folder))

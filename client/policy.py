@@ -182,7 +182,7 @@ class Policy:
             if not name or any(len(digits) < MODEL_DIGITS or not set(digits) <= HEXADECIMAL for digits in hashes):
                 raise ConfigError(
                     f"models names {entry!r}: write NAME=FINGERPRINT+FILES, the job's model.name and at least "
-                    f"{MODEL_DIGITS} digits (0-9, a-f) of each hash, as 'fedveil doctor server' shows them"
+                    f"{MODEL_DIGITS} digits (0-9, a-f) of each hash, as 'fedveil doctor' shows them"
                 )
         for name in _names(self.bundles):
             if len(name) != HASH_DIGITS or not set(name) <= HEXADECIMAL:

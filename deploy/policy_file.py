@@ -149,6 +149,6 @@ def models_of(name: str, fingerprint: str) -> list[str]:
 
     if not fingerprint and name not in NAMED_MODELS:
         raise ConfigError(
-            f"the fingerprint of the base model {name!r} is needed: the coordinator's 'fedveil doctor server' shows it"
+            f"the fingerprint of the base model {name!r} is needed: the coordinator's 'fedveil doctor' shows it"
         )
     return [f"{name}={fingerprint}"] if fingerprint else []

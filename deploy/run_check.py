@@ -121,7 +121,7 @@ def _examined(checks: Iterable[tuple[str, Check]]) -> Iterator[CheckResult]:
         try:
             yield from examine([(what, check)])
         except (OSError, ValueError, RuntimeError) as error:
-            why = f"it could not be looked at ({type(error).__name__}): run 'fedveil doctor server' by hand"
+            why = f"it could not be looked at ({type(error).__name__}): run 'fedveil doctor' by hand"
             yield CheckResult(False, what, why)
 
 

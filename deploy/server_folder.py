@@ -105,6 +105,11 @@ class ServerFolder:
         return self.path / "runs"
 
 
+def is_server(path: Path) -> bool:
+    """Return whether a folder is one that ``fedveil server init`` made."""
+    return (expanded(path) / "server.toml").is_file()
+
+
 def open_server(path: Path) -> ServerFolder:
     """Return the folder that ``fedveil server init`` made.
 

@@ -125,7 +125,7 @@ def _follow_until_stopped(
         _follow(control, run, path, say, since=since)
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(
-            f"run {run} goes on at the server, and its sites go on paying: 'fedveil server stop {folder.path}' ends "
+            f"run {run} goes on at the server, and its sites go on paying: 'fedveil stop {folder.path}' ends "
             "it, and the same command with --once follows it again"
         ) from stop
 

@@ -50,6 +50,6 @@ def own_check(runs: Path, reach: Reach, command: Sequence[str] = (sys.executable
         done = subprocess.run([*command, str(runs), named], capture_output=True, timeout=PATIENCE, check=True)
         return from_json(OwnCheck, json.loads(done.stdout), "the server's check")
     except (OSError, ValueError, subprocess.SubprocessError, DataError) as error:
-        why = f"it could not be done ({place_of(error)}): run 'fedveil doctor server' by hand"
+        why = f"it could not be done ({place_of(error)}): run 'fedveil doctor' by hand"
         line = CheckLine(False, "the server's own check", why)
         return OwnCheck(named=bool(named), checks=[line])

@@ -35,6 +35,7 @@ LIMITS = {
     "contrib lines, rows": 6000,
     "contrib lines, tests": 8000,
     "policy keys": 32,
+    "commands": 36,
     "server/rounds imports": 12,
     "server/rounds reaches": 110,
     "questions of kind": 60,

@@ -203,7 +203,7 @@ def test_the_guides_end_in_a_finished_run(
             *("--runtime-port", str(runtime.pop())),
             *("--model", model_folder("bert"), "--fingerprint", fingerprint),
         ],
-        ("doctor", "server"): lambda: ["--model", model_folder("bert")],
+        ("doctor", f"{tmp_path}/server"): lambda: ["--model", model_folder("bert")],
         ("server", "submit"): lambda: ["-c", "toy.toml"],
     }
     seen = []
@@ -392,9 +392,9 @@ def test_three_stewards_who_follow_the_page_of_secure_sums_end_in_one_sum(
         (line,) = (line for line in text.splitlines() if "mechanisms" in line and not line.startswith("#"))
         told = textwrap.dedent(rules).replace("64 hexadecimal digits", digest).replace("9.0", "90.0")
         policy.write_text(text + told, encoding="utf-8")
-        assert "a key stands there for the second time (at line" in ask("doctor", "site", name, code=1)
+        assert "a key stands there for the second time (at line" in ask("doctor", name, code=1)
         policy.write_text(text.replace(line, told.rstrip()), encoding="utf-8")
-        seen = ask("doctor", "site", name)
+        seen = ask("doctor", name)
         assert f"3 of the 3 sites {', '.join(names)} count as honest, ε alone at most 90" in seen
         assert digest in seen
     assert len(digests) == 1, "stewards who read their hashes to each other would not agree"
@@ -960,7 +960,7 @@ def test_the_doctor_fails_on_open_keys_and_a_damaged_ledger(tmp_path: Path) -> N
 def test_the_doctor_s_exit_code_says_that_something_failed(tmp_path: Path) -> None:
     server = make_server(tmp_path / "server", ["127.0.0.1"])
     site = site_for(tmp_path, free_ports(1)[0], server.path)
-    done = CliRunner().invoke(app, ["doctor", "site", str(site.path)])
+    done = CliRunner().invoke(app, ["doctor", str(site.path)])
     assert done.exit_code == 1
     assert "failed  server: " in done.stdout
 
@@ -1543,7 +1543,7 @@ def test_who_stops_following_a_job_is_told_that_it_goes_on_and_stop_ends_it(
     server = make_server(tmp_path / "server", ["127.0.0.1"])
     words = [str(server.path)]
     control = fake_control("completed", statuses=("running", "finished:stopped"))
-    none = CliRunner().invoke(app, ["server", "stop", *words])
+    none = CliRunner().invoke(app, ["stop", *words])
     assert (none.exit_code, none.output.count("\n")) == (1, 1)
     assert "no job was submitted from" in none.output
 
@@ -1553,11 +1553,11 @@ def test_who_stops_following_a_job_is_told_that_it_goes_on_and_stop_ends_it(
     monkeypatch.setattr(submission, "_follow", interrupted)
     left = CliRunner().invoke(app, ["server", "submit", *words])
     assert left.exit_code == 130
-    assert f"run 101 goes on at the server, and its sites go on paying: 'fedveil server stop {words[0]}'" in left.output
-    stopped = CliRunner().invoke(app, ["server", "stop", *words])
+    assert f"run 101 goes on at the server, and its sites go on paying: 'fedveil stop {words[0]}'" in left.output
+    stopped = CliRunner().invoke(app, ["stop", *words])
     assert stopped.output == "run 101 is stopped, and what sites have paid stays paid\n"
     assert control.stopped == ["101"]
-    again = CliRunner().invoke(app, ["server", "stop", *words])
+    again = CliRunner().invoke(app, ["stop", *words])
     assert "run 101 has ended before" in again.output
     assert control.stopped == ["101"]
 

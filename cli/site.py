@@ -1,8 +1,7 @@
-"""``fedveil server``, ``fedveil site`` and ``fedveil doctor``."""
+"""``fedveil site``: a site's keys, policy and node."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -12,14 +11,8 @@ from fedveil.cli.column_options import with_columns
 from fedveil.cli.errors import Commands, for_people
 from fedveil.common.errors import ConfigError
 from fedveil.common.files import expanded
-from fedveil.deploy.check_results import CheckResult
 
-server_app = typer.Typer(cls=Commands, no_args_is_help=True, help="The coordinator's side: keys, sites, jobs.")
 site_app = typer.Typer(cls=Commands, no_args_is_help=True, help="A site's side: keys, policy, the node.")
-doctor_app = typer.Typer(
-    cls=Commands, no_args_is_help=True, help="Look a server's or a site's folder over; exit code 1 if anything fails."
-)
-
 EPSILON, DELTA = 8.0, 1e-5
 """The budget of a new policy for which none is named."""
 Labels = Annotated[
@@ -32,117 +25,8 @@ MaxLength = Annotated[int, typer.Option(help="Most tokens that a job may cut a r
 Fingerprint = Annotated[
     str, typer.Option(help="Its fingerprint and its files' hash, FINGERPRINT+FILES, from the coordinator.")
 ]
-Folder = Annotated[Path, typer.Argument(help="The server's or the site's folder.")]
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
-
-
-@server_app.command("init")
-@for_people
-def server_init(
-    folder: Folder,
-    name: Annotated[list[str], typer.Option(help="Host name or address that sites dial; may be given again.")],
-    authority: Annotated[
-        Path | None, typer.Option(help="Folder of the certificate authority; by default FOLDER-authority.")
-    ] = None,
-    fleet_port: Annotated[int, typer.Option(help="Port for sites.")] = 9092,
-    control_host: Annotated[str, typer.Option(help="Address of the Control API; keep it local.")] = "127.0.0.1",
-    control_port: Annotated[int, typer.Option(help="Port of the Control API.")] = 8000,
-) -> None:
-    """Make a server's folder: certificate authority, certificate, Flower's connection, service unit."""
-    from fedveil.deploy.certificates import fingerprint, read_certificate
-    from fedveil.deploy.server_folder import make_server
-    from fedveil.deploy.units import server_steps, server_unit
-
-    made = make_server(
-        folder,
-        name,
-        authority=authority,
-        control_host=control_host,
-        control_port=control_port,
-        fleet_port=fleet_port,
-        unit=server_unit(folder, authority),
-    )
-    authority_certificate = read_certificate((made.path / "ca.crt").read_bytes(), "the authority")
-    _say(server_steps(made, fingerprint(authority_certificate), authority))
-
-
-@server_app.command("renew")
-@for_people
-def server_renew(
-    folder: Folder,
-    authority: Annotated[
-        Path | None, typer.Option(help="Folder of the certificate authority; by default FOLDER-authority.")
-    ] = None,
-) -> None:
-    """Issue a new certificate and key for the server; sites need nothing new. Restart the server afterwards."""
-    from fedveil.deploy.server_folder import open_server, renew_server
-
-    renew_server(open_server(folder), authority)
-    _say("the server has a new certificate; restart it to use it")
-
-
-@server_app.command("start")
-@for_people
-def server_start(folder: Folder) -> None:
-    """Run the SuperLink and its runner in the foreground, as the service unit does."""
-    from fedveil.deploy.server_folder import open_server
-    from fedveil.deploy.start import start_server
-
-    start_server(open_server(folder), _say)
-
-
-@server_app.command("register")
-@for_people
-def server_register(
-    folder: Folder, key: Annotated[Path, typer.Argument(help="The site's node.pub; its comment is the site's name.")]
-) -> None:
-    """Let a site in. The server must be running."""
-    from fedveil.deploy.registry import register_site
-    from fedveil.deploy.server_folder import open_server
-
-    _say(register_site(open_server(folder), key))
-
-
-@server_app.command("revoke")
-@for_people
-def server_revoke(folder: Folder, site: Annotated[str, typer.Argument(help="The site's name.")]) -> None:
-    """Shut a site out, from its next call on. The server must be running."""
-    from fedveil.deploy.registry import revoke_site
-    from fedveil.deploy.server_folder import open_server
-
-    _say(revoke_site(open_server(folder), site))
-
-
-@server_app.command("submit")
-@for_people
-def server_submit(
-    folder: Folder,
-    config: Annotated[list[str] | None, typer.Option("-c", "--config", help="Settings, as of 'fedveil run'.")] = None,
-    sites: Annotated[int, typer.Option(min=1, help="Sites that must be online first.")] = 1,
-    patience: Annotated[float, typer.Option(min=0, help="Seconds to wait for them.")] = 300.0,
-    once: Annotated[bool, typer.Option(help="Do not run a job again that ended well with the same settings.")] = False,
-) -> None:
-    """Run a job on the sites, follow it to its end, and say by the exit code how it ended."""
-    from fedveil.cli.report import print_summary
-    from fedveil.common.config.text import parse_settings
-    from fedveil.deploy.server_folder import open_server
-    from fedveil.deploy.submit import submit
-
-    run = submit(open_server(folder), parse_settings(config or []), _say, sites=sites, patience=patience, once=once)
-    print_summary(run)
-
-
-@server_app.command("stop")
-@for_people
-def server_stop(folder: Folder) -> None:
-    """End the run of the last job. What its sites have paid stays paid, and 'resume' goes on after its last round."""
-    from fedveil.deploy.server_folder import open_server
-    from fedveil.deploy.submit import stop_job
-
-    _say(stop_job(open_server(folder)))
+Folder = Annotated[Path, typer.Argument(help="The site's folder.")]
+Node = Annotated[str, typer.Option(help="Node settings that win over the folder's.")]
 
 
 @site_app.command("init")
@@ -210,10 +94,7 @@ def site_init(
 
 @site_app.command("check")
 @for_people
-def site_check(
-    folder: Folder,
-    node: Annotated[str, typer.Option(help="Node settings that win over the folder's.")] = "",
-) -> None:
+def site_check(folder: Folder, node: Node = "") -> None:
     """Read the site's records as a round does, and list the rows that are none, by number and reason."""
     from fedveil.deploy.site_check import check_site
     from fedveil.deploy.site_folder import open_site_folder
@@ -280,7 +161,7 @@ def site_peers(
 def site_withdraw(
     folder: Folder,
     reason: Annotated[str, typer.Option(help="Why; it stays in the ledger, and does not leave the site.")],
-    node: Annotated[str, typer.Option(help="Node settings that win over the folder's.")] = "",
+    node: Node = "",
 ) -> None:
     """Stop this site's records for good, under any name. No command takes it back, and what was sent stays sent."""
     from fedveil.deploy.site_folder import open_site_folder
@@ -291,10 +172,7 @@ def site_withdraw(
 
 @site_app.command("start")
 @for_people
-def site_start(
-    folder: Folder,
-    node: Annotated[str, typer.Option(help="Node settings that win over the folder's.")] = "",
-) -> None:
+def site_start(folder: Folder, node: Node = "") -> None:
     """Wait until the server lets this site in, then run its node in the foreground, as the service unit does."""
     from fedveil.deploy.site_folder import open_site_folder
     from fedveil.deploy.start import start_site
@@ -302,35 +180,5 @@ def site_start(
     start_site(open_site_folder(folder), _say, node)
 
 
-@doctor_app.command("server")
-@for_people
-def doctor_server(
-    folder: Folder,
-    model: Annotated[str, typer.Option(help="Base model to show the fingerprint of.")] = "all-MiniLM-L6-v2",
-    task: Annotated[str, typer.Option(help="What it is used for, as the setting model.task.")] = "classification",
-) -> None:
-    """Look a server's folder over."""
-    from fedveil.deploy.doctor import examine_server
-    from fedveil.deploy.server_folder import open_server
-
-    _report(examine_server(open_server(folder), model, task))
-
-
-@doctor_app.command("site")
-@for_people
-def doctor_site(folder: Folder) -> None:
-    """Look a site's folder over; asks the server, and does not go online."""
-    from fedveil.deploy.doctor import examine_site
-    from fedveil.deploy.site_folder import open_site_folder
-
-    _report(examine_site(open_site_folder(folder)))
-
-
-def _report(findings: Iterable[CheckResult]) -> None:
-    failed = 0
-    for finding in findings:
-        failed += not finding.ok
-        _say(finding.line())
-    if failed:
-        _say(f"{failed} failed")
-        raise typer.Exit(1)
+def _say(line: str) -> None:
+    print(line, flush=True)
