@@ -49,7 +49,7 @@ SIZES = {"query": 30.0, "value": 3.0}
 
 def by_neighbours(model: FederatedModel, records: Sequence[Record]) -> Iterable[Any]:
     """Cut a batch into as few tokens as fit, so that a record's shape depends on who is beside it (a fault)."""
-    for group in length_batches([model.task.size(record) for record in records], 64):
+    for group in length_batches([model.collator.size(record) for record in records], 64):
         yield model.batch([records[i] for i in group])
 
 
@@ -114,7 +114,7 @@ def audit_state(model: FederatedModel, records: Sequence[Record], fault: Fault =
         records: its records, of which those in the middle by length are left out in turn: they have most neighbours.
         fault: what is built in.
     """
-    middle = sorted(range(len(records)), key=lambda i: model.task.size(records[i]))[8:17:4]
+    middle = sorted(range(len(records)), key=lambda i: model.collator.size(records[i]))[8:17:4]
     with fault.plant():
         moved = clips_moved(model, records, middle)
     figures: dict[str, int | float | str] = {

@@ -59,7 +59,7 @@ def measured(case: str, again: bool) -> tuple[float, float]:
         precision="float32",
         checkpointing=again,
     )
-    invent = model.task.inventor(model.base, model.max_length)
+    invent = model.collator.inventor(model.base, model.max_length)
     batch = model.fixed_batch([invent(length, i, i % 2) for i in range(rows)], length + 1, rows)
     trained = [p for p in model.module.parameters() if p.requires_grad]
     plan = gaussian_plan(1.0, 1.0, 1.0, float(rows), 1e-5, 1.0)

@@ -159,7 +159,7 @@ def main() -> None:
     padded, sorted_tokens, fixed_tokens, own_tokens = 0, 0, 0, 0
     for repeat in range(arguments.repeats + 1):
         chosen = [order[(repeat * arguments.records + i) % len(order)] for i in range(arguments.records)]
-        lengths = [ours.task.size(records[i]) for i in chosen]
+        lengths = [ours.collator.size(records[i]) for i in chosen]
         for name, loop in loops.items():
             began = time.perf_counter()
             loop(chosen)

@@ -209,7 +209,7 @@ def _vectors(model: FederatedModel, records: Sequence[Record], before_pass: Call
         # Its samples alone are taken: nothing of them is stepped or released here.
         optimizer = torch.optim.SGD(trained, lr=0.0)
         with model.many_passes(), PrivateSteps(model.module, optimizer, _PLAN) as steps:
-            for length, group in model.shapes.groups([model.task.size(record) for record in records]):
+            for length, group in model.shapes.groups([model.collator.size(record) for record in records]):
                 chosen = [records[i] for i in group]
                 batch = model.fixed_batch(chosen, length, model.shapes.rows_of(length))
                 _compute(model, steps, order, batch, group, found, before_pass)

@@ -96,7 +96,7 @@ def _one(model: FederatedModel, example: Example) -> Record | None:
 
 def _fits(model: FederatedModel, record: Record) -> bool:
     try:
-        return model.task.fits(model.base, record, model.max_length)
+        return model.collator.fits(model.base, record, model.max_length)
     except Exception as error:  # of a token that is no number, say: some tokenizers have none for what they do not know
         log.warning("a record could not be measured: %s", place_of(error))
         return False

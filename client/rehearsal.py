@@ -38,7 +38,8 @@ from fedveil.common.model.federated import FederatedModel
 from fedveil.common.model.shapes import FixedBatch, Shapes
 from fedveil.common.starts import PaidStart
 from fedveil.common.starts.gradient import initial_shapes
-from fedveil.common.tasks import Record, Task
+from fedveil.common.tasks import Record
+from fedveil.common.tasks.featured import Collator
 from fedveil.privacy.dpsgd import PrivateSteps
 from fedveil.privacy.entropy import rehearsal_entropy
 from fedveil.privacy.plan import gaussian_plan
@@ -123,7 +124,7 @@ class _Rehearsal:
         self.model = model
         self.trained = [p for p in model.module.parameters() if p.requires_grad]
         self.layers = {id(p): _layer_of(name) for name, p in model.module.named_parameters()}
-        self.invent = _inventor(model, model.task)
+        self.invent = _inventor(model, model.collator)
         self.seconds: dict[int, float] = {}
         numbers = sum(p.numel() for p in model.base.module.parameters())
         self.small = numbers < FEW
@@ -366,7 +367,7 @@ class _OfFeatures(_Rehearsal):
         super().__init__(model)
         self.trained = [nn.Parameter(torch.zeros(0))]  # stands for them: nothing below the head has a gradient
         self.layers = {id(self.trained[0]): "features"}
-        self.invent = _inventor(model, model.reading)
+        self.invent = _inventor(model, model.task)
 
     @property
     def shapes(self) -> Shapes:
@@ -405,9 +406,9 @@ class _FeatureSteps:
         return []
 
 
-def _inventor(model: FederatedModel, task: Task) -> Callable[[int, int], Record]:
+def _inventor(model: FederatedModel, collator: Collator) -> Callable[[int, int], Record]:
     """Return what makes up a record of so many tokens; the number picks what it holds and its label."""
-    made_up, classes = task.inventor(model.base, model.max_length), max(1, model.classes)
+    made_up, classes = collator.inventor(model.base, model.max_length), max(1, model.classes)
     return lambda length, number: made_up(length, number, number % classes)
 
 

@@ -42,7 +42,7 @@ class ExposingPlan(Plan):
         """Yield the batches of one order for the whole run: a round goes on where the last one ended."""
         from fedveil.common.model.batching import epoch_batches
 
-        return epoch_batches([model.task.size(record) for record in records], self.sample_rate, public, first)
+        return epoch_batches([model.collator.size(record) for record in records], self.sample_rate, public, first)
 
     def parts(self, model: FederatedModel, records: Sequence[Record]) -> Iterable[Batch]:
         """Return batches of like length, each within the token budget of a pass."""

@@ -68,10 +68,10 @@ def adapter_form(data: ReportData) -> Form:
     task = TASKS[str(setting_of(data, "model.task"))]
     files = {name.rpartition("/")[2]: digest for name, digest in data.origin.files.items()}
     tuned, settings = "adapter_config.json" in files, {setting.key: setting.value for setting in data.settings}
-    code = task.with_pool(settings["head.pool"]).adapter_code(_shown_base(data), settings, tuned=tuned)
+    code = task.with_pool(settings["head.pool"]).export.adapter_code(_shown_base(data), settings, tuned=tuned)
     if not tuned:
         return Form("finetune", OWN_LIBRARY, code, files)
-    return Form("adapter", "peft", code, files, "" if task.labelled else task.hub_task)
+    return Form("adapter", "peft", code, files, "" if task.labelled else task.export.hub_task)
 
 
 def card_of(data: ReportData, declared: Declared, form: Form, report: bytes) -> str:
@@ -159,7 +159,7 @@ def _metadata(data: ReportData, declared: Declared, form: Form) -> dict[str, Any
     if head.accuracy_after is not None:
         metric = {"type": "accuracy", "value": round(head.accuracy_after, 4)}
         data_set = {"name": "the run's public test part", "type": "public-test-part"}
-        result = {"task": {"type": task.hub_task}, "dataset": data_set, "metrics": [metric]}
+        result = {"task": {"type": task.export.hub_task}, "dataset": data_set, "metrics": [metric]}
         meta["model-index"] = [{"name": f"run {visible(data.run)}", "results": [result]}]
     return meta
 

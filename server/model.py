@@ -17,7 +17,7 @@ from fedveil.common.messages.wire import Layout, layout_of
 from fedveil.common.model.federated import FederatedModel, phrases_of
 from fedveil.common.model.score import Score
 from fedveil.common.starts import Labels
-from fedveil.common.tasks import Record
+from fedveil.common.tasks import Record, wording_of
 from fedveil.common.tasks.examples import Example
 from fedveil.strategies.job import Job
 from fedveil.strategies.state import ServerState
@@ -110,13 +110,13 @@ class ServerModel:
 
         task = self.model.task
         examples: list[Example] = [
-            replace(task.of_phrase(text), label=label)
+            replace(wording_of(task).phrase(text), label=label)
             for label, texts in enumerate(self._phrases())
             for text in texts
             if task.labelled
         ]
         if not task.labelled:
-            examples = [task.of_text(text) for text in read_text(PACKAGED, known_sha256(PACKAGED))]
+            examples = [wording_of(task).text(text) for text in read_text(PACKAGED, known_sha256(PACKAGED))]
         return calibrated(self.model, adapter, self.model.prepare(examples))
 
     def _phrases(self) -> list[Sequence[str]]:

@@ -259,7 +259,7 @@ def with_recipe(values: Mapping[str, Scalar], *, divided: bool = True, sites: in
     labels = count_labels(data, kind) if named == AUTO and TASKS[kind].labelled and not known_labels(data) else 0
     recipe, note, asked = _recipe(told, labels, sites)
     counts = RECIPES[named].by_records if named != AUTO else not own_method(asked)
-    if not (divided and counts and TASKS[kind].worded) or data.records or not (found := count_records(data, kind)):
+    if not (divided and counts and TASKS[kind].wording) or data.records or not (found := count_records(data, kind)):
         return {**values, "recipe": recipe.name}, note
     recipe, note, _ = _recipe({**told, "data.records": found}, labels, sites)
     return {**values, "data.records": found, "recipe": recipe.name}, note
@@ -469,7 +469,7 @@ def _check_calibration(config: RunConfig, strategy: Strategy, origin: Start) -> 
             f"adapter.alpha is 0, to be calibrated, but {strategy.name!r} gives A another length: give it a number"
         )
     task = TASKS[config.model.task]
-    if not task.worded:
+    if not task.wording:
         raise ConfigError(
             f"adapter.alpha is 0, to be calibrated on public phrases, but model.task {task.name!r} holds no words: "
             "give it a number"

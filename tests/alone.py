@@ -29,7 +29,7 @@ def away_from_zero(model: FederatedModel) -> FederatedModel:
 
 def records_of(model: FederatedModel, sizes: Sequence[int] = SIZES) -> list[Record]:
     """Return made-up records of these lengths, of both labels."""
-    invent = model.task.inventor(model.base, model.max_length)
+    invent = model.collator.inventor(model.base, model.max_length)
     return [invent(size, i, i % 2) for i, size in enumerate(sizes)]
 
 

@@ -39,7 +39,7 @@ class UserFile:
 
 @dataclass(frozen=True)
 class NamedDataset:
-    """A data set with a name: a table, or a folder that its task reads by itself (``Task.reads``)."""
+    """A data set with a name: a table, or a folder that its task reads by itself (``Task.read_source``)."""
 
     name: str
     """What ``data.name`` calls it."""

@@ -21,8 +21,6 @@ from fedveil.common.tasks.layouts import known_layout
 from fedveil.common.tasks.roles import LABEL, Column
 from fedveil.common.tasks.tables import Table, Unfit, separated_otherwise
 
-NOTHING: Mapping[str, str] = {}
-
 
 def read_rows(
     name: str,
@@ -32,7 +30,6 @@ def read_rows(
     labels: tuple[str, ...] = (),
     *,
     protected: bool = False,
-    left_out: Mapping[str, str] = NOTHING,
 ) -> tuple[Dataset, list[Unfit], dict[Path, FileState]]:
     """Return the rows that are records, in their order, those that are not, and files that ``protected`` cells name.
 
@@ -45,7 +42,6 @@ def read_rows(
         example: what a row becomes; it has a field for each role.
         labels: names of the labels in order; empty: the source's own, else the sorted distinct values.
         protected: whether a row that does not fit is left out; else it is an error. Then ``labels`` must be given.
-        left_out: columns that no row may fill in unless they are among ``columns``, each with what to do about it.
 
     Raises:
         DataError: a header lacks a column. Of public data also: a row does not fit, no JSON line has a column, or
@@ -83,7 +79,7 @@ def read_rows(
         for row in range(table.size):
             for path in _files_named(table, row, columns) if protected else ():
                 files.setdefault(path, state_of(path))
-            found = _filled_in(table, row, columns, left_out) or _record(table, row, columns, example, index)
+            found = _filled_in(table, row, columns, example.left_out) or _record(table, row, columns, example, index)
             if isinstance(found, Example):
                 examples.append(found)
             elif protected:

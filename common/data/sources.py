@@ -8,10 +8,10 @@ written: a quote is a quote. Row numbers in messages count records from 1, witho
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from string import Formatter
 
@@ -27,7 +27,7 @@ from fedveil.common.labels import labels_of, labels_text
 from fedveil.common.tasks import TASKS
 from fedveil.common.tasks.cells import is_missing
 from fedveil.common.tasks.examples import Dataset
-from fedveil.common.tasks.roles import KEY, LABEL, PERSON, SLICE, Column
+from fedveil.common.tasks.roles import KEY, LABEL, PERSON, SLICE, Column, columns_of
 from fedveil.common.tasks.tables import READERS, Table, Unfit, read_file, read_hub
 
 MOST_SLICES = 50
@@ -122,10 +122,8 @@ def _load(
         more = [Column(KEY, key)] if key else []
         more += [Column(PERSON, person)] if person else []
         more += [Column(SLICE, config.slice)] if config.slice and source == config.test and not protected else []
-        columns = (*kind.columns(config), *more)
-        dataset, unfit, files = read_rows(
-            source, tables, columns, kind.example, labels, protected=protected, left_out=kind.left_out
-        )
+        columns = (*columns_of(kind.roles, config), *more)
+        dataset, unfit, files = read_rows(source, tables, columns, kind.example, labels, protected=protected)
         reading = Reading(dataset, tuple(unfit), tuple(unreadable), files)
     dataset = reading.dataset
     phrases = _phrases_of(config, dataset.label_names)
@@ -148,15 +146,22 @@ def _tables(source: str, task: str, *, protected: bool, line_breaks: bool) -> tu
     if source.startswith("hub:"):
         return [read_hub(source)], []
     tables, unreadable = list[Table](), list[str]()
-    whole = expanded(source)
-    own = [whole] if whole.exists() and TASKS[task].reads(whole) else []
-    for path in own or _files_of(source):
+
+    def read(path: Path, reader: Callable[[Path], Table | None]) -> bool:
         try:
-            tables.append(TASKS[task].read_source(path) if own else read_file(path, by_line=not line_breaks))
+            table = reader(path)
         except UnreadableFile as error:
             if not protected:
                 raise
             unreadable.append(str(error))
+            return True
+        tables.extend([table] if table else [])
+        return table is not None
+
+    whole = expanded(source)
+    if not (whole.exists() and read(whole, TASKS[task].read_source)):
+        for path in _files_of(source):
+            read(path, partial(read_file, by_line=not line_breaks))
     return tables, unreadable
 
 
@@ -173,7 +178,7 @@ def is_paired(data: DataConfig, task: str) -> bool:
     """Return whether a run's records are pairs of texts, as its settings or its named data set say."""
     if data.name in DATASETS:
         return "text_pair" in DATASETS[data.name].fields
-    return any(column.role.field == "text_pair" for column in TASKS[task].columns(data))
+    return any(column.role.field == "text_pair" for column in columns_of(TASKS[task].roles, data))
 
 
 def public_names() -> tuple[str, ...]:
@@ -236,7 +241,10 @@ def _load_named(name: str, key: str, person: str) -> Dataset:
     kind = TASKS[named.task]
     if named.is_folder:
         with _located(name, named.file) as folder:
-            table = dataclasses.replace(kind.read_source(folder), origin=name, folder=None)
+            table = kind.read_source(folder)
+        if table is None:
+            raise DataError(f"the data set {name!r} is no folder that model.task {named.task!r} reads")
+        table = dataclasses.replace(table, origin=name, folder=None)
         read = [Column(role, role.column) for role in kind.roles]
     else:
         table = _table_of(name, named)

@@ -37,10 +37,10 @@ from fedveil.common.model.lowered import lowered
 from fedveil.common.model.recomputed import computed_once, recompute_layers
 from fedveil.common.model.score import Score
 from fedveil.common.model.shapes import FixedBatch, Shapes
-from fedveil.common.tasks import TASKS, Batch, Record, Task
+from fedveil.common.tasks import TASKS, Batch, Record, Task, wording_of
 from fedveil.common.tasks.base import OWNER
 from fedveil.common.tasks.examples import Example
-from fedveil.common.tasks.featured import FEATURES, TANGENTS, Featured, put_features
+from fedveil.common.tasks.featured import FEATURES, TANGENTS, Collator, FeatureCollator, put_features
 from fedveil.common.tasks.module import Metric
 from fedveil.common.tasks.tangent import Tangent
 from fedveil.privacy.randomness import stream
@@ -74,8 +74,7 @@ class FederatedModel:
         tokens = choose_private_tokens(self.device)
         self.head_only = not adapter.trained
         """Whether sites train the head alone, so that what is below it says the same of a record in every round."""
-        self.reading = task
-        """The task, as records are read."""
+        self.task = task
         self.feature_shapes = task.shapes(base, self.max_length, tokens)
         """What features are computed in where the head alone is trained; ``client.rehearsal`` narrows it alike."""
         self.precision = choose_precision(precision, self.device)
@@ -85,8 +84,8 @@ class FederatedModel:
         self.peft_model = adapter.attach(base.module, seed)
         self.module = task.module(self.peft_model, base, self.classes if task.labelled else 0, feature_scale)
         self.module.to(self.device)
-        self.task: Task = Featured(task, self.module.width) if self.head_only else task
-        self.shapes = self.task.shapes(base, self.max_length, tokens)
+        self.collator: Collator = FeatureCollator(task, self.module.width) if self.head_only else task
+        self.shapes = self.collator.shapes(base, self.max_length, tokens)
         """What private gradients are computed in; ``client.rehearsal`` narrows it where the device demands that."""
         self.initial_shapes: Shapes | None = None
         """The same of round 0, once it is rehearsed."""
@@ -186,7 +185,7 @@ class FederatedModel:
         if not self.head_only:
             return list(records)
         left = [record for record in records if FEATURES not in record]
-        for length, group in self.feature_shapes.groups([self.task.size(record) for record in left]):
+        for length, group in self.feature_shapes.groups([self.collator.size(record) for record in left]):
             chosen = [left[i] for i in group]
             self._featurise(chosen, self.fixed_batch(chosen, length, self.feature_shapes.rows_of(length)), before_pass)
         return [record for record in records if FEATURES in record]
@@ -214,7 +213,7 @@ class FederatedModel:
 
     def batch(self, records: Sequence[Record]) -> Batch:
         """Return ``records`` as tensors on the model's device."""
-        return {k: v.to(self.device) for k, v in self.task.collate(self.base, _bare(records)).items()}
+        return {k: v.to(self.device) for k, v in self.collator.collate(self.base, _bare(records)).items()}
 
     def fixed_batches(self, records: Sequence[Record], shapes: Shapes | None = None) -> Iterator[FixedBatch]:
         """Yield ``records`` in batches whose shapes follow from each record alone, by ``shapes`` or the model's own."""
@@ -226,19 +225,19 @@ class FederatedModel:
     ) -> Iterator[tuple[FixedBatch, list[int]]]:
         """Yield the same with the positions of each batch's records; of one length they keep their order."""
         shapes = shapes or self.shapes
-        for length, group in shapes.groups([self.task.size(record) for record in records]):
+        for length, group in shapes.groups([self.collator.size(record) for record in records]):
             yield self.fixed_batch([records[i] for i in group], length, shapes.rows_of(length)), group
 
     def length_batches(self, records: Sequence[Record], budget: int) -> Iterator[Batch]:
         """Yield ``records`` in batches of like length, each of at most ``budget`` tokens (``length_batches``)."""
-        for group in length_batches([self.task.size(record) for record in records], budget):
+        for group in length_batches([self.collator.size(record) for record in records], budget):
             yield self.batch([records[i] for i in group])
 
     def fixed_batch(self, records: Sequence[Record], length: int, rows: int) -> FixedBatch:
         """Return ``records`` (at least one, at most ``rows``) as ``rows`` rows of ``length`` tokens."""
         records = _bare(records)
-        filler = [self.task.filler(self.base, records[0])] * (rows - len(records))
-        tensors = self.task.collate(self.base, [*records, *filler], length)
+        filler = [self.collator.filler(self.base, records[0])] * (rows - len(records))
+        tensors = self.collator.collate(self.base, [*records, *filler], length)
         moved = {key: value.to(self.device) for key, value in tensors.items()}
         return FixedBatch(moved, len(records))
 
@@ -327,15 +326,15 @@ class FederatedModel:
         """Take records as vectors, and no gradient anywhere; put all back afterwards."""
         self._needed_head()
         before = [(p, p.requires_grad) for p in self.module.parameters()]
-        task, shapes, only = self.task, self.shapes, self.head_only
+        collator, shapes, only = self.collator, self.shapes, self.head_only
         self.module.requires_grad_(False)
-        self.task, self.head_only = Featured(self.reading, self.module.width, tangents), True
-        self.shapes = self.vector_shapes.get(tangents) or self.task.shapes(self.base, self.max_length, 0)
+        self.collator, self.head_only = FeatureCollator(self.task, self.module.width, tangents), True
+        self.shapes = self.vector_shapes.get(tangents) or self.collator.shapes(self.base, self.max_length, 0)
         try:
             yield
         finally:
             self.vector_shapes[tangents] = self.shapes
-            self.task, self.shapes, self.head_only = task, shapes, only
+            self.collator, self.shapes, self.head_only = collator, shapes, only
             for parameter, wanted in before:
                 parameter.requires_grad_(wanted)
                 parameter.grad = None
@@ -352,14 +351,23 @@ class FederatedModel:
     def losses(self, batch: Batch) -> Tensor:
         """Return one loss per record under the run's precision, shape (records,), float32; filler has none."""
         with autocast(self.device, self.precision):
-            losses = self.task.losses(self.module, batch)
+            losses = self.task.sums(self.module, batch).losses
         if self.statistic is not None:
             losses = self.statistic(batch)
         return losses[: batch.records] if isinstance(batch, FixedBatch) else losses
 
     def score(self, records: Sequence[Record], slices: Sequence[int] = ()) -> Score:
         """Return accuracy and mean loss on ``records`` (at least one); ``slices`` as of score_records."""
-        return score_records(self.module, self.task, self.base, records, self.device, self.precision, slices=slices)
+        return score_records(
+            self.module,
+            self.task,
+            self.base,
+            records,
+            self.device,
+            self.precision,
+            slices=slices,
+            collator=self.collator,
+        )
 
 
 def _bare(records: Sequence[Record]) -> list[Record]:
@@ -377,17 +385,22 @@ def score_records(
     precision: torch.dtype,
     batch_tokens: int = 0,
     slices: Sequence[int] = (),
+    collator: Collator | None = None,
 ) -> Score:
     """Return accuracy and mean loss of any module of the task's kind on ``records`` (at least one).
 
-    ``slices`` are each record's slice of the test data, by its number; empty: there is none.
+    ``slices`` are each record's slice of the test data, by its number; empty: there is none. ``collator`` makes the
+    batches; None: the task does.
     """
+    collator = collator or task
     was_training = module.training
     module.eval()
     totals, right, of_label = torch.zeros(3, dtype=torch.float64), Counter[int](), Counter[int]()
     slice_right, of_slice = Counter[int](), Counter(slices)
-    for group in length_batches([task.size(record) for record in records], choose_batch_tokens(batch_tokens, device)):
-        batch = {k: v.to(device) for k, v in task.collate(base, [records[i] for i in group]).items()}
+    for group in length_batches(
+        [collator.size(record) for record in records], choose_batch_tokens(batch_tokens, device)
+    ):
+        batch = {k: v.to(device) for k, v in collator.collate(base, [records[i] for i in group]).items()}
         with autocast(device, precision):
             sums = task.sums(module, batch)
         totals += torch.stack([sums.loss.sum(), sums.correct.sum(), sums.weight.sum()]).double().cpu()
@@ -479,7 +492,7 @@ def phrases_of(
 
 
 def _mean_features(model: FederatedModel, phrases: Sequence[str]) -> Tensor:
-    records = model.prepare([model.task.of_phrase(phrase) for phrase in phrases])
+    records = model.prepare([wording_of(model.task).phrase(phrase) for phrase in phrases])
     # One phrase at a time and in float32: the start must not depend on batching or on the device's precision.
     features = torch.cat([model.module.features(model.batch([record])) for record in records])
     return features.mean(0)

@@ -23,7 +23,7 @@ from fedveil.common.starts.public_text import (
     known_sha256,
     read_text,
 )
-from fedveil.common.tasks import TASKS, Record
+from fedveil.common.tasks import TASKS, Record, wording_of
 from fedveil.common.tasks.text import TOKENS
 
 
@@ -56,7 +56,7 @@ class FromText(Start):
                 "it empty, or name a file as start.text"
             )
         check_named(found.text, found.text_sha256, config.data)
-        if found.text != MADE_UP and not TASKS[config.model.task].worded:
+        if found.text != MADE_UP and not TASKS[config.model.task].wording:
             raise ConfigError(
                 f"start.text is {found.text!r}, and the records of model.task {config.model.task!r} hold no words: set "
                 "start.text to 'made-up'"
@@ -94,11 +94,13 @@ class FromText(Start):
         given = labels or [0] * self.records
         text = self.resolved().text
         if text == MADE_UP:
-            invent = model.reading.measuring_inventor(model.base, model.max_length)
+            invent = model.task.inventor(model.base, model.max_length, lifelike=True)
             sizes = [min(model.max_length, 6 + 7 * i % 35) for i in range(self.records)]
             return [invent(size, i, label) for i, (size, label) in enumerate(zip(sizes, given, strict=True))]
         texts = read_text(text, self.fingerprint)[: self.records]
-        return model.prepare([replace(model.task.of_phrase(t), label=i) for t, i in zip(texts, given, strict=False)])
+        return model.prepare(
+            [replace(wording_of(model.task).phrase(t), label=i) for t, i in zip(texts, given, strict=False)]
+        )
 
     def pairs(self, model: FederatedModel, labels: Sequence[int]) -> list[Record]:
         """Return each text with the next one as a pair, of its label; errors as of ``texts``.
@@ -107,17 +109,19 @@ class FromText(Start):
         """
         text = self.resolved().text
         if text == MADE_UP:
-            invent = model.reading.measuring_inventor(model.base, model.max_length)
+            invent = model.task.inventor(model.base, model.max_length, lifelike=True)
             sizes = [min(max(1, model.max_length // 2 - 2), 6 + 7 * i % 35) for i in range(self.records)]
             found = [model.base.processor.decode(invent(size, i, 0)[TOKENS]) for i, size in enumerate(sizes)]
         else:
             found = read_text(text, self.fingerprint)[: self.records]
         both = zip(found, [*found[1:], *found[:1]], labels, strict=False)
-        return model.prepare([replace(model.task.of_pair(a, b), label=label) for a, b, label in both])
+        return model.prepare([replace(wording_of(model.task).pair(a, b), label=label) for a, b, label in both])
 
     def completions(self, model: FederatedModel) -> list[Record]:
         """Return the texts as prompts and completions; errors as of ``texts``."""
         text = self.resolved().text
         if text == MADE_UP:
             return self.texts(model)
-        return model.prepare([model.task.of_text(t) for t in read_text(text, self.fingerprint)[: self.records]])
+        return model.prepare(
+            [wording_of(model.task).text(t) for t in read_text(text, self.fingerprint)[: self.records]]
+        )

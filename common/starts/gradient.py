@@ -41,7 +41,7 @@ def initial_shapes(model: FederatedModel) -> Shapes:
 
 def shapes_of(model: FederatedModel, size: int) -> Shapes:
     """Return the shapes in which statistics of round 0 are computed that take ``size`` bytes a record."""
-    return model.task.shapes(model.base, model.max_length, BATCH_TOKENS, max(1, BATCH_BYTES // size))
+    return model.collator.shapes(model.base, model.max_length, BATCH_TOKENS, max(1, BATCH_BYTES // size))
 
 
 def mean_gradient(model: FederatedModel, parts: Iterable[Batch]) -> AdapterState:

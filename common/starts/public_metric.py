@@ -37,7 +37,7 @@ from fedveil.common.starts.directions import leading_rows, with_fixed_signs
 from fedveil.common.starts.from_text import FromText
 from fedveil.common.starts.gradient import gradients_in, open_weights
 from fedveil.common.starts.public_text import MADE_UP
-from fedveil.common.tasks import TASKS, Record
+from fedveil.common.tasks import TASKS, Record, wording_of
 from fedveil.privacy.randomness import stream
 
 Gradients = Iterator[dict[str, Tensor]]
@@ -97,7 +97,7 @@ class PublicMetric(FromText):
             return (
                 "no phrase about a label is a pair, so B's columns are those of public texts in pairs, of drawn labels"
             )
-        if self.outputs == "public" and not TASKS[config.model.task].worded:
+        if self.outputs == "public" and not TASKS[config.model.task].wording:
             return "records hold no words, so B's columns are those of made-up ones, of drawn labels"
         return ""
 
@@ -142,7 +142,7 @@ class PublicMetric(FromText):
         texts = self._wording(model, config, labels)
         paired = is_paired(config.data, config.model.task)
         state: AdapterState = {}
-        told_by_texts = paired or not labels.names or not model.reading.worded
+        told_by_texts = paired or not labels.names or not model.task.wording
         telling = texts[:TELLING] if told_by_texts else _labelled(model, labels)
         columns = self._columns(model, telling) if model.adapter.directions else {}
         scaling = model.adapter.scaling
@@ -239,7 +239,9 @@ def _silent(model: FederatedModel) -> bool:
 def _labelled(model: FederatedModel, labels: Labels) -> list[Record]:
     """Return the phrases about each label as records of it."""
     examples = [
-        replace(model.task.of_phrase(text), label=label) for label, texts in enumerate(labels.phrases) for text in texts
+        replace(wording_of(model.task).phrase(text), label=label)
+        for label, texts in enumerate(labels.phrases)
+        for text in texts
     ]
     return model.prepare(examples)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from fedveil.common.tasks.base import Answer, Batch, Finished, Record, Sums, Task
+from fedveil.common.tasks.base import Batch, Record, Sums, Task, wording_of
 from fedveil.common.tasks.causal_lm import CausalLM
 from fedveil.common.tasks.chat import Chat
 from fedveil.common.tasks.classification import Classification
+from fedveil.common.tasks.finished import Answer, Finished
 from fedveil.common.tasks.image_classification import ImageClassification
 from fedveil.common.tasks.instruction import Instruction
 from fedveil.common.tasks.roles import Role
@@ -36,4 +37,5 @@ __all__ = [
     "Sums",
     "Task",
     "roles_of_all",
+    "wording_of",
 ]

@@ -7,12 +7,13 @@ bound what one record can change (pitfall 5 in ``docs/concepts/evidence.md``).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from fedveil.common.errors import DataError, ModelNotLoaded
-from fedveil.common.tasks.base import Answer, Batch, Finished, Record, Sums
+from fedveil.common.tasks.base import Batch, Record, Sums, Wording
 from fedveil.common.tasks.examples import Example
+from fedveil.common.tasks.finished import Answer, Export, Finished, Questions
 from fedveil.common.tasks.loading import OWN_CODE
 from fedveil.common.tasks.roles import Role
 from fedveil.common.tasks.text import TOKENS, TextExample, TextTask, pad_id, padded
@@ -32,28 +33,78 @@ MOST_NEW = 64
 """Tokens of an answer, at most."""
 
 
+class DecoderExport(Export):
+    """A decoder as it is, with its own language-model head."""
+
+    hub_task = "text-generation"
+    loader = "AutoModelForCausalLM"
+
+    def adapter_code(self, base: str, settings: Mapping[str, Scalar], *, tuned: bool) -> str:
+        """Return code that completes a prompt."""
+        del settings
+        return self._loads(base, "AutoTokenizer", tuned=tuned) + (
+            f"tokenizer = AutoTokenizer.from_pretrained({base!r})\n"
+            'prompt = tokenizer("a prompt", return_tensors="pt")\n'
+            "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=32)[0]))\n"
+        )
+
+
+def halves(text: str) -> tuple[str, str]:
+    """Return the first and the second half of a text's words."""
+    words = text.split()
+    middle = len(words) // 2
+    return " ".join(words[:middle]), " ".join(words[middle:])
+
+
+def _completed(prompt: str, completion: str) -> Example:
+    return TextExample(text=prompt, completion=f" {completion}" if prompt else completion)
+
+
+def prompt_tokens(tokenizer: Any, example: Example) -> list[int]:
+    """Return the tokens of an example's prompt."""
+    tokens: list[int] = tokenizer(cast(TextExample, example).text)[TOKENS]
+    return tokens
+
+
+def complete(
+    model: Finished, example: Example, prompt_of: Callable[[Any, Example], list[int]] = prompt_tokens
+) -> list[Answer]:
+    """Return the likeliest next tokens, one after another, up to the end mark or ``MOST_NEW`` of them.
+
+    The prompt is read as in training, and loses its beginning where it leaves no room for an answer.
+    """
+    import torch
+
+    tokenizer, decoder = model.base.processor, cast(Any, model.module.encoder)
+    room = min(MOST_NEW, max(1, model.limit // 2))
+    prompt = prompt_of(tokenizer, example)[-(model.limit - room) :] or [tokenizer.eos_token_id or 0]
+    tokens = torch.tensor([prompt], device=next(decoder.parameters()).device)
+    with torch.no_grad():
+        out = decoder.generate(
+            input_ids=tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=room,
+            do_sample=False,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=pad_id(model.base),
+        )
+    return [Answer(tokenizer.decode(out[0, tokens.shape[1] :], skip_special_tokens=True).strip(), None)]
+
+
 class CausalLM(TextTask):
     """Prompt and completion; the loss is the mean negative log-likelihood of the completion's tokens."""
 
     name: ClassVar[str] = "causal-lm"
     roles: ClassVar[tuple[Role, ...]] = (
         Role("prompt", "text", "the prompt", optional=True, usual=True),
-        Role("completion", "completion", "the completion"),
+        Role("completion", "completion", "the completion", in_question=False),
     )
 
-    answered: ClassVar[frozenset[str]] = frozenset({"completion"})
-    hub_task: ClassVar[str] = "text-generation"
-    loader: ClassVar[str] = "AutoModelForCausalLM"
-
-    def of_phrase(self, phrase: str) -> Example:
-        """Return the phrase as a completion of nothing."""
-        return TextExample(text="", completion=phrase.strip())
-
-    def of_text(self, text: str) -> Example:
-        """Return the second half of the text's words as the completion of the first."""
-        words = text.split()
-        half = len(words) // 2
-        return TextExample(text=" ".join(words[:half]), completion=f"{' ' if half else ''}{' '.join(words[half:])}")
+    wording: ClassVar[Wording | None] = Wording(
+        phrase=lambda phrase: TextExample(completion=phrase.strip()), text=lambda text: _completed(*halves(text))
+    )
+    questions: ClassVar[Questions | None] = Questions(lambda words: TextExample(*words), complete)
+    export: ClassVar[Export] = DecoderExport()
 
     def load(self, name: str) -> tuple[nn.Module, Any]:
         """Return the decoder with its own language-model head."""
@@ -125,42 +176,6 @@ class CausalLM(TextTask):
         loss = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none", ignore_index=IGNORED)
         correct = (logits.argmax(-1) == targets).float() * mask
         return Sums((loss * mask).sum(1), correct.sum(1), mask.sum(1).clamp(min=1))
-
-    def adapter_code(self, base: str, settings: Mapping[str, Scalar], *, tuned: bool) -> str:
-        """Return code that completes a prompt."""
-        del settings
-        return self._loads(base, self.loader, "AutoTokenizer", tuned=tuned) + (
-            f"tokenizer = AutoTokenizer.from_pretrained({base!r})\n"
-            'prompt = tokenizer("a prompt", return_tensors="pt")\n'
-            "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=32)[0]))\n"
-        )
-
-    def prompt(self, tokenizer: Any, example: Example) -> list[int]:
-        """Return the tokens that an example asks with."""
-        tokens: list[int] = tokenizer(cast(TextExample, example).text)[TOKENS]
-        return tokens
-
-    def answer(self, model: Finished, example: Example) -> list[Answer]:
-        """Return the likeliest next tokens, one after another, up to the end mark or ``MOST_NEW`` of them.
-
-        The prompt is read as in training, and loses its beginning where it leaves no room for an answer.
-        """
-        import torch
-
-        tokenizer, decoder = model.base.processor, cast(Any, model.module.encoder)
-        room = min(MOST_NEW, max(1, model.limit // 2))
-        prompt = self.prompt(tokenizer, example)[-(model.limit - room) :]
-        tokens = torch.tensor([prompt or [tokenizer.eos_token_id or 0]], device=next(decoder.parameters()).device)
-        with torch.no_grad():
-            out = decoder.generate(
-                input_ids=tokens,
-                attention_mask=torch.ones_like(tokens),
-                max_new_tokens=room,
-                do_sample=False,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=pad_id(model.base),
-            )
-        return [Answer(tokenizer.decode(out[0, tokens.shape[1] :], skip_special_tokens=True).strip(), None)]
 
 
 def _logits(decoder: nn.Module, batch: Batch) -> Tensor:

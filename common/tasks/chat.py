@@ -10,14 +10,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from fedveil.common.errors import ConfigError, DataError
-from fedveil.common.tasks.base import Record
-from fedveil.common.tasks.causal_lm import IGNORED, CausalLM
+from fedveil.common.tasks.base import Record, Wording
+from fedveil.common.tasks.causal_lm import IGNORED, CausalLM, complete, halves
 from fedveil.common.tasks.cells import CELL_CHARACTERS, Misfit, is_missing, read_optional, read_text
 from fedveil.common.tasks.examples import Example
+from fedveil.common.tasks.finished import Questions
 from fedveil.common.tasks.roles import Role
 from fedveil.common.tasks.text import TOKENS
 
@@ -35,11 +37,17 @@ MOST_TURNS = 256
 
 Turn = tuple[str, str]
 """Who speaks, and the words."""
+LEFT_OUT = {
+    "system": "set data.system to 'system', or remove the column",
+    "tools": "tools are not read: remove the rows that have any, or the column",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation(Example):
     """One record: turns up to the assistant's last one."""
+
+    left_out: ClassVar[Mapping[str, str]] = LEFT_OUT
 
     turns: tuple[Turn, ...]
     system: str = ""
@@ -132,11 +140,21 @@ def _turn(item: object) -> list[Turn]:
     return [] if who == SYSTEM and is_missing(given[form[1]]) else [(who, read_text(given[form[1]]))]
 
 
-SYSTEM_ROLE = Role("system", "system", "what the system says first", optional=True, read=read_optional)
-LEFT_OUT = {
-    "system": "set data.system to 'system', or remove the column",
-    "tools": "tools are not read: remove the rows that have any, or the column",
-}
+SYSTEM_ROLE = Role(
+    "system", "system", "what the system says first", optional=True, in_question=False, read=read_optional
+)
+
+
+def exchange(question: str, answer: str) -> Example:
+    """Return a conversation of one question and its answer."""
+    return Conversation(turns=((USER, question), (ASSISTANT, answer)))
+
+
+def prompt_tokens(tokenizer: Any, example: Example) -> list[int]:
+    """Return the tokens of a conversation, up to where the assistant's next answer begins."""
+    text = _text(tokenizer, cast(Conversation, example).spoken, asking=True)
+    tokens: list[int] = tokenizer(text, add_special_tokens=False)[TOKENS]
+    return tokens
 
 
 class Chat(CausalLM):
@@ -149,22 +167,13 @@ class Chat(CausalLM):
         SYSTEM_ROLE,
     )
     example: ClassVar[type[Example]] = Conversation
-    answered: ClassVar[frozenset[str]] = frozenset({"system"})
-    left_out: ClassVar[Mapping[str, str]] = LEFT_OUT
-
-    def of_phrase(self, phrase: str) -> Example:
-        """Return the phrase as an answer to a user who says nothing."""
-        return Conversation(turns=((USER, ""), (ASSISTANT, phrase.strip())))
-
-    def of_text(self, text: str) -> Example:
-        """Return the second half of the text's words as the answer to the first."""
-        words = text.split()
-        half = len(words) // 2
-        return Conversation(turns=((USER, " ".join(words[:half])), (ASSISTANT, " ".join(words[half:]))))
-
-    def asked(self, words: Sequence[str]) -> Example:
-        """Return the conversation that the user begins."""
-        return Conversation(turns=((USER, words[0]),))
+    wording: ClassVar[Wording | None] = Wording(
+        phrase=lambda phrase: exchange("", phrase.strip()), text=lambda text: exchange(*halves(text))
+    )
+    questions: ClassVar[Questions | None] = Questions(
+        lambda words: Conversation(turns=((USER, words[0]),)),
+        partial(complete, prompt_of=prompt_tokens),
+    )
 
     def processor_parts(self, processor: Any) -> Mapping[str, Any]:
         """Return what of the tokenizer counts, its chat template among it."""
@@ -210,12 +219,6 @@ class Chat(CausalLM):
             kept = slice(max(0, end - max_length), end)
             records.append({TOKENS: tokens[kept], "attention_mask": [1] * len(tokens[kept]), "labels": labels[kept]})
         return records
-
-    def prompt(self, tokenizer: Any, example: Example) -> list[int]:
-        """Return the tokens of the conversation and of the words by which the assistant is asked for an answer."""
-        text = _text(tokenizer, cast(Conversation, example).spoken, asking=True)
-        tokens: list[int] = tokenizer(text, add_special_tokens=False)[TOKENS]
-        return tokens
 
 
 def _check_template(tokenizer: Any) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedveil.common.errors import ConfigError, DataError
-from fedveil.common.tasks.base import Batch, Finished, Record, Sums, Task, classified
+from fedveil.common.tasks.base import Batch, Record, Sums, Task, classified
+from fedveil.common.tasks.finished import Export, Finished
 from fedveil.common.tasks.loading import OWN_CODE
 from fedveil.common.tasks.roles import LABEL, Role
 from fedveil.common.tasks.sentence_modules import ENCODER, LOGITS_CODE, write_modules
@@ -25,6 +26,65 @@ if TYPE_CHECKING:
 
 
 PAIR = "text-pair"
+_HEAD_CODE = """\
+tokenizer, head = AutoTokenizer.from_pretrained({base!r}), load_file("adapter/head.safetensors")
+with open("adapter/fedveil.json", encoding="utf-8") as file:
+    labels = json.load(file)["label_names"]
+tokens = tokenizer({words}, truncation=True, max_length={limit}, return_tensors="pt")
+with torch.no_grad():
+    features = {features}
+logits = features @ head["weight"].T + head["bias"]
+print(dict(zip(labels, logits[0].softmax(-1).tolist())))
+"""
+
+
+class SentenceExport(Export):
+    """An encoder and a head on the mean of its tokens, as modules of sentence-transformers."""
+
+    hub_task = "text-classification"
+    library = "sentence-transformers"
+
+    def write_head_adapter(self, model: Finished, adapter: Path, folder: Path) -> None:
+        """Raise ConfigError: PEFT's stock classifier reads the pooler."""
+        raise ConfigError(
+            "no stock class computes what this run's head reads: merge it without --form or run it again with "
+            "head.pool 'stock'"
+        )
+
+    def write(self, model: Finished, folder: Path) -> None:
+        """Write the encoder, and the head with its pooling as modules of sentence-transformers."""
+        super().write(model, folder / ENCODER)
+        if model.module.head is not None:
+            write_modules(folder, model.module.head, model.labels, model.module.feature_scale, model.limit)
+
+    def write_processor(self, model: Finished, folder: Path) -> None:
+        """Write the tokenizer, which knows what the run cut records to."""
+        model.base.processor.model_max_length = model.limit
+        super().write_processor(model, folder)
+
+    def pipeline(self, model: Finished) -> str:
+        """Return that none computes a linear head on the mean of tokens."""
+        del model
+        return ""
+
+    def adapter_code(self, base: str, settings: Mapping[str, Scalar], *, tuned: bool) -> str:
+        """Return code that computes a text's probabilities, or a pair's, from the features and the head beside."""
+        pooled = "pooler_output" if settings["head.pool"] == "stock" else "last_hidden_state.mean(1)"
+        features, scale = f"model(**tokens).{pooled}", settings["model.feature-scale"]
+        if scale:
+            features = f"{scale} * torch.nn.functional.normalize({features}, dim=-1)"
+        libraries = "from safetensors.torch import load_file\n"
+        code = self._loads(base, "AutoTokenizer", tuned=tuned, imports=libraries)
+        return f"import json\nimport torch\n{code}" + _HEAD_CODE.format(
+            base=base,
+            words='"a text", "its pair"' if settings["data.text-pair"] else '"a text"',
+            limit=settings["model.max-length"],
+            features=features,
+        )
+
+    def code(self, model: Finished, folder: str) -> str:
+        """Return code that computes a text's probabilities, or a pair's, with sentence-transformers."""
+        return LOGITS_CODE.format(folder=folder, words='["a text", "its pair"]' if PAIR in model.inputs else '"a text"')
 
 
 class Classification(TextTask):
@@ -37,17 +97,9 @@ class Classification(TextTask):
         LABEL,
     )
     counted: ClassVar[bool] = True
-    hub_task: ClassVar[str] = "text-classification"
-    library: ClassVar[str] = "sentence-transformers"
-    pools: ClassVar[tuple[str, ...]] = ("mean", "stock")
+    export: ClassVar[Export] = SentenceExport()
     readings: ClassVar[dict[str, type[Classification]]] = {}
-    """By ``head.pool``: what reads features otherwise than this class; each says so itself."""
-
-    def __init_subclass__(cls, *, pool: str = "", **more: Any) -> None:
-        """Take down a reading of features by another ``head.pool``."""
-        super().__init_subclass__(**more)
-        if pool:
-            Classification.readings[pool] = cls
+    """What reads features otherwise than this class, by ``head.pool``; filled in by the files that have one."""
 
     def check(self, config: RunConfig) -> None:
         """As every task's; and a stock head takes features as they are."""
@@ -109,53 +161,6 @@ class Classification(TextTask):
     def sums(self, module: nn.Module, batch: Batch) -> Sums:
         """Return cross-entropy and hits, one unit a record."""
         return classified(module, batch)
-
-    def write_stock(self, model: Finished, folder: Path) -> None:
-        """Write the encoder, and the head with its pooling as modules of sentence-transformers."""
-        super().write_stock(model, folder / ENCODER)
-        if model.module.head is not None:
-            write_modules(folder, model.module.head, model.labels, model.module.feature_scale, model.limit)
-
-    def write_processor(self, model: Finished, folder: Path) -> None:
-        """Write the tokenizer, which knows what the run cut records to."""
-        model.base.processor.model_max_length = model.limit
-        super().write_processor(model, folder)
-
-    def pipeline(self, model: Finished) -> str:
-        """Return that none computes a linear head on the mean of tokens."""
-        del model
-        return ""
-
-    def adapter_code(self, base: str, settings: Mapping[str, Scalar], *, tuned: bool) -> str:
-        """Return code that computes a text's probabilities, or a pair's, from the features and the head beside."""
-        pooled = "pooler_output" if settings["head.pool"] == "stock" else "last_hidden_state.mean(1)"
-        features, scale = f"model(**tokens).{pooled}", settings["model.feature-scale"]
-        if scale:
-            features = f"{scale} * torch.nn.functional.normalize({features}, dim=-1)"
-        libraries = "from safetensors.torch import load_file\n"
-        code = self._loads(base, self.loader, "AutoTokenizer", tuned=tuned, more=libraries)
-        return f"import json\nimport torch\n{code}" + _HEAD_CODE.format(
-            base=base,
-            words='"a text", "its pair"' if settings["data.text-pair"] else '"a text"',
-            limit=settings["model.max-length"],
-            features=features,
-        )
-
-    def stock_code(self, model: Finished, folder: str) -> str:
-        """Return code that computes a text's probabilities, or a pair's, with sentence-transformers."""
-        return LOGITS_CODE.format(folder=folder, words='["a text", "its pair"]' if PAIR in model.asked else '"a text"')
-
-
-_HEAD_CODE = """\
-tokenizer, head = AutoTokenizer.from_pretrained({base!r}), load_file("adapter/head.safetensors")
-with open("adapter/fedveil.json", encoding="utf-8") as file:
-    labels = json.load(file)["label_names"]
-tokens = tokenizer({words}, truncation=True, max_length={limit}, return_tensors="pt")
-with torch.no_grad():
-    features = {features}
-logits = features @ head["weight"].T + head["bias"]
-print(dict(zip(labels, logits[0].softmax(-1).tolist())))
-"""
 
 
 def _pooled(encoder: nn.Module, batch: Batch) -> Tensor:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from typing import ClassVar
 
 BESIDE = ("key", "person", "slice")
 """Fields that are about a record, and none of what it holds."""
@@ -13,6 +15,10 @@ BESIDE = ("key", "person", "slice")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example(ABC):
     """One record as it was read. A kind of record adds what it holds as fields, which the roles of its task name."""
+
+    left_out: ClassVar[Mapping[str, str]] = {}
+    """Columns of other programs' layouts that change what a record says, each with what to do about it. A row that
+    fills in one which no setting names is no record: without it, it would say something else."""
 
     label: int | None = None
     """Index into the data set's ``label_names``."""

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
+from fedveil.common.tasks.causal_lm import complete
 from fedveil.common.tasks.cells import CELL_CHARACTERS, Misfit, is_missing, read_optional, read_text
-from fedveil.common.tasks.chat import ASSISTANT, LEFT_OUT, MOST_TURNS, SYSTEM, SYSTEM_ROLE, USER, Chat, Turn
+from fedveil.common.tasks.chat import (
+    ASSISTANT,
+    LEFT_OUT,
+    MOST_TURNS,
+    SYSTEM,
+    SYSTEM_ROLE,
+    USER,
+    Chat,
+    Turn,
+    prompt_tokens,
+)
 from fedveil.common.tasks.examples import Example
+from fedveil.common.tasks.finished import Questions
 from fedveil.common.tasks.roles import Role
 
 
@@ -48,6 +61,11 @@ PAIRS = "write [['a question', 'its answer'], ...] as JSON"
 @dataclass(frozen=True, slots=True)
 class Exchange(Example):
     """One record: what is asked, what that is about, and the answer, behind what was said before."""
+
+    left_out: ClassVar[Mapping[str, str]] = {
+        **LEFT_OUT,
+        "history": "set data.history to 'history', or remove the column",
+    }
 
     instruction: str
     output: str = ""
@@ -96,17 +114,12 @@ class Instruction(Chat):
     roles: ClassVar[tuple[Role, ...]] = (
         Role("instruction", "instruction", "the instruction"),
         Role("input", "input", "what the instruction is about", optional=True, usual=True, read=read_optional),
-        Role("output", "output", "the answer"),
+        Role("output", "output", "the answer", in_question=False),
         SYSTEM_ROLE,
-        Role("history", "history", "earlier exchanges", optional=True, read=read_history),
+        Role("history", "history", "earlier exchanges", optional=True, in_question=False, read=read_history),
     )
     example: ClassVar[type[Example]] = Exchange
-    answered: ClassVar[frozenset[str]] = frozenset({"output", "system", "history"})
-    left_out: ClassVar[Mapping[str, str]] = {
-        **LEFT_OUT,
-        "history": "set data.history to 'history', or remove the column",
-    }
-
-    def asked(self, words: Sequence[str]) -> Example:
-        """Return the instruction, and its input if there is one, without an answer, and with nothing before."""
-        return Exchange(instruction=words[0], input="".join(words[1:]))
+    questions: ClassVar[Questions | None] = Questions(
+        lambda words: Exchange(instruction=words[0], input="".join(words[1:])),
+        partial(complete, prompt_of=prompt_tokens),
+    )

@@ -6,9 +6,14 @@ pins every one of them (``client.pins``), so a task or a column that is added is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from fedveil.common.tasks.cells import Namer, Reader, names_no_file, read_text, read_word
+
+if TYPE_CHECKING:
+    from fedveil.common.config.sections import DataConfig
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,8 @@ class Role:
     """Whether a job may leave the setting empty, and then no such column is read."""
     usual: bool = False
     """Whether an optional column is read unless a job leaves the setting empty."""
+    in_question: bool = True
+    """Whether a question to the finished model gives it; no answer and nothing that was said before is given."""
     read: Reader = read_text
     """How a cell becomes the field's value."""
     file: Namer = names_no_file
@@ -50,7 +57,7 @@ class Column:
         return f"data.{self.role.setting}"
 
 
-LABEL = Role("label", "label", "the label", read=read_word)
+LABEL = Role("label", "label", "the label", read=read_word, in_question=False)
 """Holds one of ``data.labels``; the field is its number among them."""
 KEY = Role("key", "key", "the natural partition", read=read_word)
 """Column of the natural partition: of no task, and never read of records that somebody protects."""
@@ -58,3 +65,9 @@ SLICE = Role("slice", "slice", "the part of the public test data that a record i
 """Column of the public test file alone, by which scores are given as well."""
 PERSON = Role("person", "person", "whose the record is", read=read_word)
 """Column of persons: of no task; at a site with records of its own it is the one that its policy pins."""
+
+
+def columns_of(roles: Sequence[Role], data: DataConfig) -> tuple[Column, ...]:
+    """Return the columns that a run reads for ``roles``; an optional one that the run does not name is left out."""
+    named = [Column(role, data.columns[role.setting]) for role in roles]
+    return tuple(column for column in named if column.name or not column.role.optional)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedveil.common.tasks.base import LABELS
+from fedveil.common.tasks.finished import LABELS
 
 if TYPE_CHECKING:
     from torch import nn

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fedveil.common.errors import ModelError
-from fedveil.common.tasks.base import Finished
+from fedveil.common.tasks.finished import Finished
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,9 +58,9 @@ def _compare(model: Finished, stock: Any) -> None:
     for size in (model.limit, max(1, model.limit // 2)):
         batch = model.task.collate(model.base, [invent(size, number, 0) for number in range(4)])
         with torch.no_grad():
-            own = model.module(batch)
-            found = stock(**{key: value for key, value in batch.items() if key != "labels"}).logits
-        if not float((own - found).abs().max()) <= CLOSE * max(1.0, float(own.abs().max())):
+            logits = model.module(batch)
+            stock_logits = stock(**{key: value for key, value in batch.items() if key != "labels"}).logits
+        if not float((logits - stock_logits).abs().max()) <= CLOSE * max(1.0, float(logits.abs().max())):
             raise ModelError(
                 f"{type(stock).__name__} has other logits than this run's head for records of {size} tokens: merge it "
                 "with the versions that trained it"

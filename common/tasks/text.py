@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from fedveil.common.errors import ConfigError
-from fedveil.common.tasks.base import Batch, Inventor, Record, Task
+from fedveil.common.tasks.base import Batch, Inventor, Record, Task, Wording, wording_of
 from fedveil.common.tasks.examples import Example
+from fedveil.common.tasks.finished import Questions
 from fedveil.common.tasks.loading import UNCOUNTED
 
 if TYPE_CHECKING:
@@ -44,23 +45,17 @@ class TextExample(Example):
         return " ".join((self.text or self.completion or "").split()).casefold()
 
 
+def text_of(text: str, pair: str | None = None) -> Example:
+    """Return an example of a text, or of two, that has the first label."""
+    return TextExample(text=text.strip(), text_pair=pair and pair.strip(), label=0)
+
+
 class TextTask(Task):
     """Texts, cut to so many tokens; a record's size is its number of tokens."""
 
     example: ClassVar[type[Any]] = TextExample
-    worded: ClassVar[bool] = True
-
-    def of_phrase(self, phrase: str) -> Example:
-        """Return the phrase as a record's text."""
-        return self.example(text=phrase.strip(), label=0)
-
-    def of_pair(self, first: str, second: str) -> Example:
-        """Return the texts as a record's two."""
-        return self.example(text=first.strip(), text_pair=second.strip(), label=0)
-
-    def asked(self, words: Sequence[str]) -> Example:
-        """Return the text, and the pair if there is one, as a record of the first label."""
-        return self.example(words[0], *words[1:], label=0)
+    wording: ClassVar[Wording | None] = Wording(text_of, text_of, text_of)
+    questions: ClassVar[Questions | None] = Questions(lambda words: TextExample(*words, label=0))
 
     def processor_parts(self, processor: Any) -> Mapping[str, Any]:
         """Return the tokenizer's rules and special tokens; files count by their content, wherever they lie."""
@@ -103,12 +98,12 @@ class TextTask(Task):
         """Return a record of one token of padding."""
         return self.made_up(like, [pad_id(base)])
 
-    def inventor(self, base: BaseModel, limit: int) -> Inventor:
+    def inventor(self, base: BaseModel, limit: int, *, lifelike: bool = False) -> Inventor:
         """Return what draws the tokens of a record, none of them special, by the record's size and number."""
         special = set(base.processor.all_special_ids)
         known = min(len(base.processor), _embeddings(base))
         usual = [token for token in range(known) if token not in special]
-        (like,) = self.prepare(base, [self.of_text("one two")], limit)
+        (like,) = self.prepare(base, [wording_of(self).text("one two")], limit)
 
         def invent(size: int, number: int, label: int) -> Record:
             draw = random.Random(f"{size}/{number}")  # noqa: S311 - nothing secret: the record is no one's

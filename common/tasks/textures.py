@@ -18,6 +18,13 @@ SCALES = (2, 4, 8, 16, 32, 64)
 WAVES, MOST_SHAPES = 3, 6
 
 
+def made_up_pixels(number: int, side: int) -> Tensor:
+    """Return the image of this number whose pixels are drawn one by one, shape (3, side, side), uint8."""
+    import torch
+
+    return torch.randint(256, (3, side, side), generator=torch.Generator().manual_seed(number), dtype=torch.uint8)
+
+
 def made_up_image(number: int, side: int) -> Tensor:
     """Return the image of this number, shape (3, side, side), uint8."""
     import torch

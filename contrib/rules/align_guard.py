@@ -31,7 +31,7 @@ from fedveil.common.messages.state import AdapterState
 from fedveil.common.messages.tensors import entries
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.starts.public_text import MADE_UP, PACKAGED, check_apart, check_named, known_sha256, read_text
-from fedveil.common.tasks import TASKS
+from fedveil.common.tasks import TASKS, wording_of
 from fedveil.strategies.base import Strategy
 from fedveil.strategies.rules.base import Known, ServerRule
 
@@ -74,7 +74,7 @@ class AlignGuard(ServerRule):
                 "lets rest are to stay: set strategy to 'ffa-lora'"
             )
         task = TASKS[config.model.task]
-        if task.labelled or not task.worded:
+        if task.labelled or not task.wording:
             raise ConfigError(
                 f"server.rule {self.name!r} guards what a language model answers, and model.task {task.name!r} "
                 "answers labels: set server.rule to 'none'"
@@ -90,7 +90,7 @@ class AlignGuard(ServerRule):
         """Return √(c / (1 + c)) u of every guarded direction, shape (directions, *factor's) for each trained factor."""
         texts = read_text(self.text, self.text_sha256 or known_sha256(self.text))[: self.records]
         check_apart(self.text, texts, config.data, config.model.task)
-        records = model.prepare([model.task.of_text(text) for text in texts])
+        records = model.prepare([wording_of(model.task).text(text) for text in texts])
         places = model.trained()
         order = [(layer, name, p) for layer, name, p in entries(places)]  # type: ignore[arg-type]
         was_training = model.module.training

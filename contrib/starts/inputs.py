@@ -81,7 +81,7 @@ def shared_inputs(model: FederatedModel) -> dict[str, str]:
     was_training = model.module.training
     model.module.eval()
     try:
-        made_up = model.task.inventor(model.base, model.max_length)(min(4, model.max_length), 0, 0)
+        made_up = model.collator.inventor(model.base, model.max_length)(min(4, model.max_length), 0, 0)
         model.losses(model.batch([made_up]))
     finally:
         model.module.train(was_training)

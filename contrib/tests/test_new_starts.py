@@ -34,7 +34,7 @@ from fedveil.common.starts.calibration import calibrated
 from fedveil.common.starts.directions import leading_rows, minor_rows, orthonormal_rows, spanned_rows, with_fixed_signs
 from fedveil.common.starts.gradient import mean_gradient
 from fedveil.common.starts.public_text import known_sha256, read_text
-from fedveil.common.tasks import TASKS
+from fedveil.common.tasks import TASKS, wording_of
 from fedveil.common.tasks.text import TextExample
 from fedveil.contrib.starts.eva import EVA, input_moments
 from fedveil.experiments.evaluate import evaluate_run
@@ -386,13 +386,13 @@ TEXTS = ["the film was bright", " ".join(FILLER[:7]), " ".join(GOOD), "dull", "a
 
 
 def moments(model: FederatedModel, texts: list[str]) -> AdapterState:
-    return input_moments(model, model.prepare([model.task.of_phrase(text) for text in texts]))
+    return input_moments(model, model.prepare([wording_of(model.task).phrase(text) for text in texts]))
 
 
 def inputs_of(model: FederatedModel, texts: list[str]) -> dict[str, Tensor]:
     """Return every token that reaches each layer, off hooks of its own, all texts in one padded batch."""
     kept: dict[str, Tensor] = {}
-    records = model.prepare([model.task.of_phrase(text) for text in texts])
+    records = model.prepare([wording_of(model.task).phrase(text) for text in texts])
     batch = model.batch(records)
     mask = batch["attention_mask"].bool()
     hooks = [
@@ -442,7 +442,8 @@ def test_eva_spans_the_principal_directions_of_the_inputs_and_layers_of_one_inpu
 def test_pooled_moments_are_those_of_all_texts_and_averaged_directions_are_not(model_folder: Folder) -> None:
     model = tiny(model_folder("bert"), "bert", EVA())
     parts = [TEXTS[:2], TEXTS[2:]]
-    tokens = [sum(len(r["input_ids"]) for r in model.prepare([model.task.of_phrase(t) for t in p])) for p in parts]
+    examples = [[wording_of(model.task).phrase(text) for text in part] for part in parts]
+    tokens = [sum(len(record["input_ids"]) for record in model.prepare(part)) for part in examples]
     first, second, whole = moments(model, parts[0]), moments(model, parts[1]), moments(model, TEXTS)
     for name, held in whole.items():
         pooled = (tokens[0] * first[name]["M"] + tokens[1] * second[name]["M"]) / sum(tokens)
@@ -699,7 +700,7 @@ def test_a_square_layer_that_is_stored_transposed_is_calibrated_as_it_computes(
     monkeypatch.setitem(TARGETS, "gpt2", "attn.c_proj")
     model = tiny(model_folder("gpt2"), "gpt2", STARTS["svd-of-weights"]())
     assert all(stored_transposed(layer) for layer in model.adapter.layers(model.peft_model).values())
-    records = model.prepare([model.task.of_text(text) for text in TEXTS])
+    records = model.prepare([wording_of(model.task).text(text) for text in TEXTS])
     squares = torch.zeros(2, len(records), dtype=torch.float64)
     for i, record in enumerate(records):
         for layer, held in mean_gradient(model, [model.batch([record])]).items():

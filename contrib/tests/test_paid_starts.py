@@ -32,7 +32,7 @@ from fedveil.common.starts import STARTS, PaidStart, Start
 from fedveil.common.starts.calibration import calibrated
 from fedveil.common.starts.directions import leading_rows, leading_singular_triple, orthonormal_rows
 from fedveil.common.starts.gradient import initial_shapes, mean_gradient
-from fedveil.common.tasks import TASKS, Record
+from fedveil.common.tasks import TASKS, Record, wording_of
 from fedveil.common.tasks.text import TextExample
 from fedveil.contrib.starts.dp_eva import DPEVA
 from fedveil.contrib.starts.dp_lora_ga import DPLoRAGA, sketching
@@ -82,7 +82,7 @@ def tiny(model_folder: Callable[[str], str]) -> Make:
 def records_of(model: FederatedModel, texts: list[str] = TEXTS) -> list[Record]:
     if model.task.labelled:
         return model.prepare([TextExample(text=text, label=i % 2) for i, text in enumerate(texts)])
-    return model.prepare([model.task.of_text(text) for text in texts])
+    return model.prepare([wording_of(model.task).text(text) for text in texts])
 
 
 def moments(model: FederatedModel, texts: list[str] = TEXTS) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from fedveil.common.errors import DataError, ModelError
 from fedveil.common.files import sha256_of, with_usual_mode
 from fedveil.common.paths import check_vacant
 from fedveil.common.tasks import Finished
+from fedveil.common.tasks.roles import columns_of
 from fedveil.experiments.evaluate import load_result
 from fedveil.reports import report_of, to_json
 from fedveil.reports.card import NAME as CARD
@@ -52,10 +53,11 @@ def merge_run(run: Path, target: Path, form: str = "merged") -> str:
     try:
         partial.mkdir(parents=True)
         if form == "merged":
-            finished.task.write_stock(finished, partial)
-            relation, library, pipeline = "finetune", finished.task.library, finished.task.pipeline(finished)
+            finished.task.export.write(finished, partial)
+            export = finished.task.export
+            relation, library, pipeline = "finetune", export.library, export.pipeline(finished)
         else:
-            finished.task.write_head_adapter(finished, run / "adapter", partial)
+            finished.task.export.write_head_adapter(finished, run / "adapter", partial)
             relation, library, pipeline = "adapter", "peft", ""  # which would name the labels by their numbers
         _write_card(run, Form(relation, library, _code(finished, form, target.name), {}, pipeline), partial)
         with_usual_mode(partial)
@@ -70,8 +72,8 @@ def merge_run(run: Path, target: Path, form: str = "merged") -> str:
 def _code(finished: Finished, form: str, folder: str) -> str:
     """Return Python code that loads what was written into ``folder``, whatever characters its name has."""
     if form == "merged":
-        return finished.task.stock_code(finished, folder)
-    words = ["a text", "its pair"][: len(finished.asked)]
+        return finished.task.export.code(finished, folder)
+    words = ["a text", "its pair"][: len(finished.inputs)]
     return _PEFT_CODE.format(folder=folder, labels=list(finished.labels), words=", ".join(map(repr, words)))
 
 
@@ -110,5 +112,6 @@ def load_finished(run: Path) -> Finished:
         except ValueError as error:
             raise ModelError(f"the adapter of {run} cannot be merged ({error}): its numbers are not finite") from error
     labels, limit = tuple(result.about.label_names), task.limit(base, result.about.max_length)
-    asked = task.asked_with(configure(result.about.settings).config.data)
-    return Finished(task, module.eval(), base, labels, limit, asked)
+    columns = columns_of(task.roles, configure(result.about.settings).config.data)
+    inputs = tuple(column.role.setting for column in columns if column.role.in_question)
+    return Finished(task, module.eval(), base, labels, limit, inputs)

@@ -42,7 +42,7 @@ class HeadOnly(Recipe):
     def settings(self, asked: Asked) -> Mapping[str, Scalar]:
         """Return the whole method."""
         run = asked.settings
-        worded = TASKS[run.model.task].worded
+        worded = TASKS[run.model.task].wording
         common: dict[str, Scalar] = {
             "adapter.name": "none",
             "adapter.start": "public-metric",

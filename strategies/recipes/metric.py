@@ -94,7 +94,7 @@ class PublicMetricRecipe(Recipe):
         """Return what is not for it: another method, many labels, few rounds."""
         if told := own_method(asked):
             return told
-        if not TASKS[asked.settings.model.task].worded:
+        if not TASKS[asked.settings.model.task].wording:
             return f"{LORA} starts from words, and model.task is {asked.settings.model.task!r}"
         if not asked.labels:
             return "nothing here says how many labels there are: name a file that can be read, or data.labels"

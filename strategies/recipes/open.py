@@ -39,7 +39,7 @@ class Open(Recipe):
         if told := own_method(asked, claims=self.claims):
             return told
         task, rounds = TASKS.get(asked.settings.model.task), asked.settings.rounds
-        if not (task and task.worded):
+        if not (task and task.wording):
             return f"model.task is {asked.settings.model.task!r}"
         few = "rounds" in asked.given and rounds < FEWEST
         return f"rounds is {rounds}, and {self.name!r} needs {FEWEST} or more" if few else ""

@@ -28,5 +28,5 @@ class Plain(Recipe):
     def settings(self, asked: Asked) -> Mapping[str, Scalar]:
         """Return none, but for a head that no words can start, and for records without labels."""
         task = TASKS.get(asked.settings.model.task)
-        unworded = task and task.labelled and not task.worded
+        unworded = task and task.labelled and not task.wording
         return {**asked.unlabelled, **({"head.start": "zeros"} if unworded else {})}

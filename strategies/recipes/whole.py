@@ -44,7 +44,7 @@ def own_method(asked: Asked, *, claims: bool = True) -> str:
     if run.model.quantise != "none" or run.model.checkpointing:
         return "model.quantise or model.checkpointing is set"
     own = sorted(filter(is_method, asked.given))
-    if not task.worded and run.head.start == "zeros":
+    if not task.wording and run.head.start == "zeros":
         own = [key for key in own if key != "head.start"]  # there is no other but a random one
     return f"{own[0]} is set" if own else ""
 

@@ -311,7 +311,7 @@ def features_of(model: FederatedModel, records: Sequence[Record]) -> list[Record
 def by_neighbours(model: FederatedModel, records: Sequence[Record], length: int, rows: int) -> Any:
     """The planted fault: a batch as long as its longest record, with padding that counts, and of its records alone."""
     del length, rows
-    batch = batch_of(model, records, max(model.task.size(record) for record in records), len(records))
+    batch = batch_of(model, records, max(model.collator.size(record) for record in records), len(records))
     batch["attention_mask"].fill_(1)
     return batch
 

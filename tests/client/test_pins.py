@@ -81,7 +81,7 @@ def of_task(name: str) -> dict[str, Scalar]:
     head: dict[str, Scalar] = {"data.labels": "bad,good"} if task.labelled else {"head.policy": "frozen"}
     if isinstance(task, CausalLM):
         return {**head, "model.name": "SmolLM2-135M-Instruct"}
-    return head if task.worded else {**head, "head.start": "zeros", "model.name": "dinov2-small"}
+    return head if task.wording else {**head, "head.start": "zeros", "model.name": "dinov2-small"}
 
 
 def node_for(task: str, folder: Path, settings: dict[str, Scalar]) -> dict[str, Scalar]:

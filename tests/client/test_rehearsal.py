@@ -239,7 +239,7 @@ def test_an_expert_that_gets_others_tokens_moves_a_record_which_is_why(
     rehearse(model)
     rows = model.shapes.rows_of(8)
     assert rows > 1, "the bits in all rows of a batch of one record tell of experts, too"
-    records = [model.task.inventor(model.base, model.max_length)(7, number, 0) for number in range(rows)]
+    records = [model.collator.inventor(model.base, model.max_length)(7, number, 0) for number in range(rows)]
     with PrivateSteps(model.module, torch.optim.SGD(model_parameters(model), lr=0.0), rehearsal._PLAN) as steps:
         alone, beside = (
             [s[0] for s in steps.samples(model.fixed_batch(r, 8, rows), model.losses)] for r in (records[:1], records)

@@ -21,7 +21,7 @@ from fedveil.common.tasks import TASKS, Chat, Instruction
 from fedveil.common.tasks.base import Batch
 from fedveil.common.tasks.causal_lm import IGNORED, CausalLM
 from fedveil.common.tasks.cells import Misfit
-from fedveil.common.tasks.chat import MOST_TURNS, Conversation, read_turns
+from fedveil.common.tasks.chat import MOST_TURNS, Conversation, prompt_tokens, read_turns
 from fedveil.common.tasks.instruction import Exchange, read_history
 from fedveil.experiments.in_process import run_in_process
 from fedveil.experiments.serving.ask import ask_run
@@ -102,7 +102,7 @@ def test_the_parts_together_are_the_whole_conversation_and_begin_as_it_is_asked(
     (record,) = Chat().prepare(base, [Conversation(turns=TURNS)], 40)
     whole = base.processor.apply_chat_template(SENT, tokenize=False)
     assert record["input_ids"] == base.processor(whole, add_special_tokens=False)["input_ids"]
-    asked = Chat().prompt(base.processor, Conversation(turns=TURNS[:-1]))
+    asked = prompt_tokens(base.processor, Conversation(turns=TURNS[:-1]))
     assert record["input_ids"][: len(asked)] == asked, "the model is asked otherwise than it was taught"
 
 
@@ -132,7 +132,7 @@ def test_one_loss_a_record_whoever_else_is_in_the_batch(base: BaseModel) -> None
 
     def losses(batch: Batch) -> torch.Tensor:
         with torch.no_grad():
-            return task.losses(model, batch)
+            return task.sums(model, batch).losses
 
     alone = torch.cat([losses(task.collate(base, [record])) for record in records])
     assert torch.allclose(alone, losses(task.collate(base, records)), rtol=1e-6, atol=1e-6)

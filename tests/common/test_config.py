@@ -283,7 +283,7 @@ CHOICES = {
 def test_a_choice_is_one_of_its_list_and_the_nearest_is_named(key: str) -> None:
     for choice in CHOICES[key]:
         context = {"head.policy": "frozen", "data.key": "author"} if key in ("model.task", "data.partition") else {}
-        if key == "model.task" and not choices.TASKS[choice].worded:
+        if key == "model.task" and not choices.TASKS[choice].wording:
             context["head.start"] = "random"
         if key == "privacy.mode" and MECHANISMS[choice].needs:
             context |= {MECHANISMS[choice].needs: 2, "privacy.unit": MECHANISMS[choice].unit.name}

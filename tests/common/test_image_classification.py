@@ -33,7 +33,7 @@ from fedveil.common.model.base import load_base_model
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.run_lines import PrivacyLine, RoundLine, read_lines
 from fedveil.common.starts import STARTS, Labels, class_means
-from fedveil.common.tasks import TASKS, Record, images
+from fedveil.common.tasks import TASKS, Record, images, patches
 from fedveil.common.tasks import image_classification as images_task
 from fedveil.common.tasks.image_classification import CHANCE, ImageExample
 from fedveil.common.tasks.image_processor import ImageProcessor
@@ -222,7 +222,7 @@ def test_a_length_without_room_for_a_patch_is_refused(vit: Callable[[str], str])
 
 
 def test_a_model_of_one_size_says_so(vit: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images_task, "_options", lambda _: {})
+    monkeypatch.setattr(patches, "position_options", lambda _: {})
     assert federated(vit("vit"), TOKENS, ("q_proj",)).max_length == TOKENS
     with pytest.raises(ConfigError, match=rf"takes images of {SIDE} pixels alone: set it to {TOKENS}"):
         federated(vit("vit"), TOKENS - 1, ("q_proj",))

@@ -129,7 +129,7 @@ class Numbers(Task):
     def filler(self, base: BaseModel, like: Record) -> Record:
         return {"numbers": (0.0,) * WIDTH, "labels": 0}
 
-    def inventor(self, base: BaseModel, limit: int) -> Inventor:
+    def inventor(self, base: BaseModel, limit: int, *, lifelike: bool = False) -> Inventor:
         def invent(size: int, number: int, label: int) -> Record:
             draw = random.Random(number)
             return {"numbers": tuple(draw.gauss(0, 1) for _ in range(limit)), "labels": label}
@@ -160,10 +160,9 @@ class Mixing(Numbers):
 class Folders(Numbers):
     """Numbers whose files are the task's own: one folder a label, one file a record."""
 
-    def reads(self, source: Path) -> bool:
-        return source.is_dir() and any(entry.is_dir() for entry in source.iterdir())
-
-    def read_source(self, source: Path) -> Table:
+    def read_source(self, source: Path) -> Table | None:
+        if not source.is_dir() or not any(entry.is_dir() for entry in source.iterdir()):
+            return None
         files = sorted(source.glob("*/*.json"))
         columns: dict[str, list[object]] = {
             "vector": [json.loads(file.read_text()) for file in files],

@@ -199,7 +199,7 @@ def test_class_losses_are_one_cross_entropy_per_record(loaded: Loaded) -> None:
     records = task.tokenise(loaded("bert").processor, SINGLE, 40)
     with torch.no_grad():
         losses, sums = (
-            task.losses(model, task.collate(loaded("bert"), records)),
+            task.sums(model, task.collate(loaded("bert"), records)).losses,
             task.sums(model, task.collate(loaded("bert"), records)),
         )
         for i, record in enumerate(records):
@@ -263,7 +263,7 @@ def test_the_loss_is_the_mean_over_the_records_own_completion(family: str, loade
     base, task = loaded(family), CausalLM()
     records = task.tokenise(base.processor, PROMPTS, 40)
     with torch.no_grad():
-        losses = task.losses(task.module(base.module, base, 0, 0.0), task.collate(base, records))
+        losses = task.sums(task.module(base.module, base, 0, 0.0), task.collate(base, records)).losses
         for i, record in enumerate(records):
             logits = base.module(input_ids=torch.tensor([record["input_ids"]])).logits[0].double()
             ids, start = record["input_ids"], record["labels"].count(IGNORED)
@@ -286,7 +286,7 @@ def test_the_prompts_own_tokens_are_never_targets(family: str, loaded: Loaded) -
         def forward(self, batch: dict[str, Tensor]) -> Tensor:
             return logits
 
-    task.losses(Fixed(), task.collate(base, [record])).sum().backward()
+    task.sums(Fixed(), task.collate(base, [record])).losses.sum().backward()
     assert logits.grad is not None
     touched = [t for t in range(logits.shape[1]) if logits.grad[0, t].abs().max() > 0]
     start = record["labels"].count(IGNORED)
@@ -297,7 +297,7 @@ def test_the_prompts_own_tokens_are_never_targets(family: str, loaded: Loaded) -
 def test_completion_losses_do_not_depend_on_batch_mates_or_padding(family: str, loaded: Loaded) -> None:
     base, task = loaded(family), CausalLM()
     records, model = task.tokenise(base.processor, PROMPTS, 40), task.module(base.module, base, 0, 0.0).eval()
-    alone, together = alone_and_together(task, base, lambda batch: task.losses(model, batch), records)
+    alone, together = alone_and_together(task, base, lambda batch: task.sums(model, batch).losses, records)
     assert torch.allclose(alone, together, rtol=1e-6, atol=1e-6)
 
     def token_mean(batch: dict[str, Tensor]) -> Tensor:

@@ -43,7 +43,9 @@ def logits_of(run: Path, texts: list[Any]) -> Tensor:
     result = load_result(run / "adapter")
     module, task, base = result.module, result.task, result.base
     columns = [text if isinstance(text, list) else [text] for text in texts]
-    records = task.prepare(base, [task.asked(words) for words in columns], task.limit(base, result.about.max_length))
+    assert task.questions is not None
+    examples = [task.questions.example(words) for words in columns]
+    records = task.prepare(base, examples, task.limit(base, result.about.max_length))
     with torch.no_grad():
         return torch.cat([module.eval()(task.collate(base, [record])) for record in records])
 

@@ -140,7 +140,7 @@ def bytes_held(world: World, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_the_sums_of_units_are_held_within_their_bound(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of three persons two fit, then all; their rows have several shapes, which pass one after the other."""
     records, numbers = owned(world), sum(p.numel() for p in world.trained)
-    assert len({world.model.task.size(record) for record in records}) > 1
+    assert len({world.model.collator.size(record) for record in records}) > 1
     for fit, units in ((2, [2, 1]), (3, [3])):
         monkeypatch.setattr(together, "MOST_BYTES", fit * together.NUMBER * numbers + together.NUMBER)
         assert [t.units for t in together.together(world.model, records, PERSON.members(records))] == units

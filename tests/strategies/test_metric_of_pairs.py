@@ -21,7 +21,7 @@ from fedveil.common.model.federated import FederatedModel
 from fedveil.common.run_lines import RoundLine, read_lines
 from fedveil.common.starts.from_text import FromText
 from fedveil.common.starts.gradient import open_weights
-from fedveil.common.tasks import Record
+from fedveil.common.tasks import Record, wording_of
 from fedveil.common.tasks.text import TOKENS
 from fedveil.experiments.evaluate import evaluate_run
 from fedveil.experiments.in_process import run_in_process
@@ -124,7 +124,7 @@ def test_public_pairs_have_two_segments_of_text(from_file: bool, pairs: dict[str
     assert all(len(record[TOKENS]) <= 24 for record in records)
     assert len({tuple(record[TOKENS]) for record in records}) > 12
     if from_file:
-        own = model.prepare([model.task.of_pair(LINES[0], LINES[1])])
+        own = model.prepare([wording_of(model.task).pair(LINES[0], LINES[1])])
         assert records[0][TOKENS] == own[0][TOKENS]
 
 

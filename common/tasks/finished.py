@@ -1,0 +1,161 @@
+"""The model that a run ended with: what it answers, and how stock libraries load it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from fedveil.common.errors import ConfigError
+from fedveil.common.tasks.examples import Example
+
+if TYPE_CHECKING:
+    from fedveil.common.config.sections import Scalar
+    from fedveil.common.model.base import BaseModel
+    from fedveil.common.tasks.base import Task
+    from fedveil.common.tasks.module import TaskModule
+
+LABELS = "labels.json"
+"""File with the labels of a head that no stock class computes, in the order of its rows."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer of a model."""
+
+    text: str
+    """A label, or a completion."""
+    probability: float | None
+    """None of a completion."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished model: the adapter is merged into it, and the head takes features as they are."""
+
+    task: Task
+    module: TaskModule
+    """In eval mode; its encoder is a stock model again."""
+    base: BaseModel
+    """As it was loaded; its module is the encoder's."""
+    labels: tuple[str, ...]
+    """In the order of the head's rows; empty without labels."""
+    limit: int
+    """Tokens that records are cut to."""
+    inputs: tuple[str, ...]
+    """Settings of the columns that a question gives, such as ``text`` and ``text-pair``, in the order of its words."""
+
+    def answer(self, words: Sequence[str]) -> list[Answer]:
+        """Return what the model answers, the likeliest first.
+
+        Args:
+            words: one for each of ``inputs``: a text and its pair, a prompt, an image's path.
+
+        Raises:
+            ConfigError: there are more words, or fewer, than ``inputs``, or the task takes no questions.
+            DataError: a word names nothing that can be read.
+        """
+        if len(words) != len(self.inputs):
+            names = " and ".join(self.inputs)
+            raise ConfigError(f"this run's records are asked with {names}: give {len(self.inputs)}, not {len(words)}")
+        questions = self.task.questions
+        if questions is None:
+            raise ConfigError(f"a model of model.task {self.task.name!r} cannot be asked with words")
+        return questions.answer(self, questions.example(words))
+
+
+def label_probabilities(model: Finished, example: Example) -> list[Answer]:
+    """Return every label with its probability, the likeliest first.
+
+    Raises:
+        ConfigError: the model has no labels.
+    """
+    if not model.labels:
+        raise ConfigError(f"a model of model.task {model.task.name!r} has no labels to answer with")
+    import torch
+
+    batch = model.task.collate(model.base, model.task.prepare(model.base, [example], model.limit))
+    with torch.no_grad():
+        probabilities = model.module(batch)[0].double().softmax(-1).tolist()
+    answers = [Answer(label, probability) for label, probability in zip(model.labels, probabilities, strict=True)]
+    return sorted(answers, key=lambda answer: -(answer.probability or 0.0))
+
+
+@dataclass(frozen=True)
+class Questions:
+    """How the finished model of a task is asked."""
+
+    example: Callable[[Sequence[str]], Example]
+    """Makes the example of a question, given a word for each role with ``in_question``; DataError as of a reader."""
+    answer: Callable[[Finished, Example], list[Answer]] = label_probabilities
+    """Returns what the model answers, the likeliest first."""
+
+
+class Export:
+    """How a task's finished model is written for stock libraries, and the code that loads it."""
+
+    hub_task: ClassVar[str] = "feature-extraction"
+    """The task's name on the hub, for a model card."""
+    library: ClassVar[str] = "transformers"
+    """Library that loads what ``write`` wrote, by its name on the hub."""
+    loader: ClassVar[str] = "AutoModel"
+    """Class of transformers that loads the base model."""
+
+    def write(self, model: Finished, folder: Path) -> None:
+        """Write a finished model and its processor into an empty folder, as stock libraries load them.
+
+        Where no stock class computes the head, the encoder has a folder of its own in it, with ``LABELS`` beside: a
+        stock class that is given the whole folder refuses it, where it would make a head at random.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        encoder: Any = model.module.encoder
+        encoder.save_pretrained(folder)
+        self.write_processor(model, folder)
+
+    def write_processor(self, model: Finished, folder: Path) -> None:
+        """Write what turns a record into the model's input."""
+        model.base.processor.save_pretrained(folder)
+
+    def write_head_adapter(self, model: Finished, adapter: Path, folder: Path) -> None:
+        """Write the run's ``adapter/`` for a stock classifier, the head in it (PEFT's ``SEQ_CLS``).
+
+        Raises:
+            ConfigError: no stock class computes the run's head, or there is no adapter.
+            OSError: the folder cannot be written.
+        """
+        raise ConfigError("no stock class computes what this run's head reads: merge it without --form")
+
+    def pipeline(self, model: Finished) -> str:
+        """Return the pipeline of transformers that computes what ``write`` wrote; empty: none does."""
+        del model
+        return self.hub_task
+
+    def code(self, model: Finished, folder: str) -> str:
+        """Return Python code that loads what ``write`` wrote into ``folder``, without FedVeil."""
+        kind = type(model.module.encoder).__name__
+        return (
+            f"from transformers import AutoTokenizer, {kind}\n\n"
+            f"model = {kind}.from_pretrained({folder!r})\n"
+            f"tokenizer = AutoTokenizer.from_pretrained({folder!r})\n"
+        )
+
+    def adapter_code(self, base: str, settings: Mapping[str, Scalar], *, tuned: bool) -> str:
+        """Return Python code that loads a run's ``adapter/`` onto its base model, without FedVeil.
+
+        Args:
+            base: the base model's hub id, or its folder.
+            settings: of the run, flat.
+            tuned: whether there is an adapter in PEFT's format, and not the head alone.
+        """
+        del settings
+        return self._loads(base, tuned=tuned)
+
+    def _loads(self, base: str, *others: str, tuned: bool, imports: str = "") -> str:
+        """Return code that makes ``model``; ``others`` are more names to import from transformers."""
+        peft = "from peft import PeftModel\n" if tuned else ""
+        code = f"{peft}{imports}from transformers import {', '.join((self.loader, *others))}\n\n"
+        code += f"model = {self.loader}.from_pretrained({base!r}).eval()\n"
+        return code + ('model = PeftModel.from_pretrained(model, "adapter").eval()\n' if tuned else "")
