@@ -3,86 +3,43 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
+from paid_worlds import RANK, TEXTS, Make, _clip_each, draw, each_family, noiseless, plan_of, records_of
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from audits.tiny_models import FILLER, GOOD, TARGETS
 from fedveil.client import budget
 from fedveil.client.ledger.ledger import Ledger
 from fedveil.client.ledger.rows import Terms
 from fedveil.client.rehearsal import rehearse_initial
 from fedveil.client.site import Site
-from fedveil.common.adapters import ADAPTERS
-from fedveil.common.config.sections import HeadConfig
 from fedveil.common.errors import ConfigError, ModelError
 from fedveil.common.messages.state import AdapterState
 from fedveil.common.messages.tensors import weighted_sum
-from fedveil.common.model.base import load_base_model
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.nulls import without_lift
 from fedveil.common.run_lines import PrivacyLine, RoundLine, read_lines
-from fedveil.common.starts import STARTS, PaidStart, Start
+from fedveil.common.starts import STARTS, PaidStart
 from fedveil.common.starts.calibration import calibrated
-from fedveil.common.starts.directions import leading_rows, leading_singular_triple, orthonormal_rows
-from fedveil.common.starts.gradient import initial_shapes, mean_gradient
-from fedveil.common.tasks import TASKS, Record, wording_of
-from fedveil.common.tasks.text import TextExample
+from fedveil.common.starts.directions import leading_rows, orthonormal_rows
+from fedveil.common.starts.gradient import mean_gradient
 from fedveil.contrib.starts.dp_eva import DPEVA
 from fedveil.contrib.starts.dp_lora_ga import DPLoRAGA, sketching
 from fedveil.contrib.starts.eva import EVA, input_moments
 from fedveil.contrib.starts.inputs import mean_moments, open_moments, packed, shared_inputs, unpacked
-from fedveil.contrib.starts.lora_ga import LoRAGA
 from fedveil.contrib.starts.nonprivate_eva import NonprivateEVA
 from fedveil.experiments.in_process import run_in_process
 from fedveil.privacy import dpsgd
 from fedveil.privacy.dpsgd import PrivateSteps
-from fedveil.privacy.plan import PrivacyPlan, gaussian_plan
 from fedveil.privacy.privacy_filter import promised
 from fedveil.server.model import ServerModel
 from fedveil.strategies.job import configure
 
 pytestmark = [pytest.mark.rough_prices, pytest.mark.peft]
-
-RANK = 3
-TEXTS = ["the film was bright", " ".join(FILLER[:7]), " ".join(GOOD), "dull", "a cold story and an awful actor"]
-each_family = pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
-Make = Callable[[str, Start], FederatedModel]
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.fixture
-def tiny(model_folder: Callable[[str], str]) -> Make:
-    def make(family: str, start: Start) -> FederatedModel:
-        task = "classification" if family == "bert" else "causal-lm"
-        return FederatedModel(
-            load_base_model(model_folder(family), task),
-            ADAPTERS["lora-frozen-a"](RANK, 3.0, tuple(TARGETS[family].split(",")), start),
-            TASKS[task],
-            HeadConfig(policy="trained" if family == "bert" else "frozen", start="random"),
-            seed=1,
-            label_names=("bad", "good"),
-            max_length=24,
-            device="cpu",
-            precision="float32",
-        )
-
-    return make
-
-
-def records_of(model: FederatedModel, texts: list[str] = TEXTS) -> list[Record]:
-    if model.task.labelled:
-        return model.prepare([TextExample(text=text, label=i % 2) for i, text in enumerate(texts)])
-    return model.prepare([wording_of(model.task).text(text) for text in texts])
 
 
 def moments(model: FederatedModel, texts: list[str] = TEXTS) -> dict[str, Tensor]:
@@ -90,17 +47,7 @@ def moments(model: FederatedModel, texts: list[str] = TEXTS) -> dict[str, Tensor
     return {name: held["M"] for name, held in mean_moments(model, [model.batch(records_of(model, texts))]).items()}
 
 
-def noiseless(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(dpsgd, "add_private_noise", lambda total, std: total.double())
-
-
-def plan_of(start: PaidStart, clip: float = 1.0, divisor: float = 1.0) -> PrivacyPlan:
-    return gaussian_plan(clip, start.noise_multiplier, 1.0, divisor, 1e-5, 50.0)
-
-
 # --- EVA: the statistic -----------------------------------------------------------------------------------------------
-
-
 @each_family
 def test_invariant_25_a_records_moment_is_the_mean_of_unit_tokens_whatever_is_beside_it(
     tiny: Make, family: str
@@ -172,14 +119,6 @@ def test_invariant_25_removing_a_record_moves_the_sum_by_the_clip_over_all_input
     assert moved(0.5) > 0.5 + 0.1, "the check has no teeth"
 
 
-def _clip_each(self: Any) -> None:
-    for parameter, sample in zip(self.params, self.grad_samples, strict=True):
-        flat = sample.flatten(1).double()
-        factors = self.max_grad_norm / flat.norm(dim=1).clamp(min=self.max_grad_norm)
-        clipped = (factors @ flat).view(parameter.shape)
-        parameter.summed_grad = clipped if parameter.summed_grad is None else parameter.summed_grad + clipped
-
-
 def test_invariant_23_the_sites_mean_is_that_of_all_records_in_any_order(tiny: Make) -> None:
     model = tiny("bert", DPEVA())
     whole, turned = moments(model), moments(model, TEXTS[::-1])
@@ -225,8 +164,6 @@ def test_invariant_29_layers_that_share_an_input_share_a(tiny: Make, family: str
 
 
 # --- EVA: the noise ---------------------------------------------------------------------------------------------------
-
-
 def test_invariant_26_noise_is_symmetric_of_half_the_variance_beside_the_diagonal_and_reaches_its_edge() -> None:
     n, tau = 240, 0.3
     noise = unpacked(packed(tau * draw(n, n, seed=5)))
@@ -347,159 +284,7 @@ def test_the_rehearsal_passes_the_moments_and_the_sketches_and_finds_what_mixes_
         rehearse_initial(model, DPEVA())
 
 
-# --- LoRA-GA ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("out", "into"), [(9, 14), (14, 9), (10, 10)])
-def test_invariants_18_and_19_the_first_step_is_the_best_of_its_rank(out: int, into: int, kept: torch.dtype) -> None:
-    near = {torch.float32: 1e-5, torch.float64: 1e-10}[kept]
-    G, eta, s = draw(out, into, seed=out), 0.3, 1.7
-    made = {name: t.double() for name, t in LoRAGA(data="p").from_statistic({"G": G}, RANK).items()}
-    A, B = made["A"], made["B"]
-    U, S, Vt = torch.linalg.svd(G, full_matrices=False)
-    step = B @ B.T @ G + G @ A.T @ A
-    assert (step - U[:, : 2 * RANK] @ torch.diag(S[: 2 * RANK]) @ Vt[: 2 * RANK]).abs().max() < near
-    first = s * (-eta * (s * G @ A.T)) @ A  # B one step of plain SGD from 0
-    assert (first + eta * s**2 * U[:, :RANK] @ torch.diag(S[:RANK]) @ Vt[:RANK]).abs().max() < near
-    same_side = LoRAGA(data="p").from_statistic({"G": G}, RANK)["A"].double()
-    worse = U[:, :RANK] @ U[:, :RANK].T @ G + G @ same_side.T @ same_side
-    best = U[:, : 2 * RANK] @ torch.diag(S[: 2 * RANK]) @ Vt[: 2 * RANK]
-    assert (worse - best).norm() > 0.1 * best.norm(), "with B among the first columns too nothing would be proved"
-
-
-def test_a_layer_with_fewer_directions_than_two_ranks_gives_its_last_ones() -> None:
-    B = LoRAGA(data="p").from_statistic({"G": draw(4, 9)}, RANK)["B"].double()
-    assert B.shape == (4, RANK)
-    assert (B.T @ B - torch.eye(RANK)).abs().max() < 1e-6
-
-
-def test_invariant_20_pefts_lora_ga_scales_b_by_the_singular_values_and_leaves_a_of_unit_rows() -> None:
-    """The authors' code gives both factors m^(1/4) / γ^(1/2) and unit vectors: where PEFT follows, our docstring ends.
-
-    Golden: PEFT 0.19 to 0.21, ``tuners/lora/layer.py``.
-    """
-    import peft
-
-    G = torch.diag_embed(torch.arange(8.0, 0.0, -1.0)) @ orthonormal_rows(8, 12, torch.Generator().manual_seed(2))
-    base = nn.Sequential(nn.Linear(12, 8))
-    base[0]._peft_loraga_grad = G  # type: ignore[assignment]
-    how = peft.LoraConfig(
-        r=2, target_modules=["0"], init_lora_weights="lora_ga", lora_ga_config=peft.LoraGAConfig(stable_gamma=16)
-    )
-    layer = peft.get_peft_model(base, how).base_model.model[0]
-    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    assert torch.allclose(A.norm(dim=1), torch.ones(2), atol=1e-4)
-    columns, ours = B.norm(dim=0), LoRAGA(data="p").from_statistic({"G": G}, 2)
-    assert torch.allclose(columns, torch.tensor([6.0, 5.0]) * 8**0.25 / 16**0.5, rtol=1e-3)
-    assert torch.allclose(A.abs(), ours["A"].abs(), atol=1e-3)
-    assert torch.allclose((B / columns).abs(), ours["B"].abs(), atol=1e-3)
-
-
-def test_invariant_21_what_noise_leaves_of_the_right_vector() -> None:
-    m, n = 60, 220
-    u, v = (torch.nn.functional.normalize(draw(size, seed=size), dim=0) for size in (m, n))
-    for times in (2.0, 0.5):
-        t = times * (m * n) ** 0.25
-        found = []
-        for seed in range(6):
-            U, _, Vt = leading_singular_triple(t * torch.outer(u, v) + draw(m, n, seed=90 + seed), 1)
-            found.append((float(Vt[0] @ v) ** 2, float(U[:, 0] @ u) ** 2))
-        right, left = torch.tensor(found).mean(0).tolist()
-        wanted_right = max(0.0, (t**4 - m * n) / (t**4 + n * t**2))
-        wanted_left = max(0.0, (t**4 - m * n) / (t**4 + m * t**2))
-        assert right == pytest.approx(wanted_right, abs=0.08)
-        assert left == pytest.approx(wanted_left, abs=0.12)
-        if times > 1:
-            assert abs(wanted_right - wanted_left) > 0.1, "with equal sides a swap would not show"
-
-
-@each_family
-def test_invariant_22_a_sketch_is_the_gradient_of_a_with_b_frozen_and_clipped_as_one(
-    tiny: Make, family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    start = DPLoRAGA(oversampling=1)
-    model = tiny(family, start)
-    records = records_of(model)
-    noiseless(monkeypatch)
-    sent = start.privatise(model, records, plan_of(start, clip=1e6, divisor=float(len(records))))
-    shapes = {name: tuple(held["S"].shape) for name, held in sent.items()}
-    assert shapes == {name: held["S"] for name, held in start.layout(model).items()}
-    whole = mean_gradient(model, [model.batch([record]) for record in records])
-    for name, held in sent.items():
-        G = whole[name]["G"]
-        assert held["S"].shape == (RANK + 1, G.shape[1])
-        wanted = sketching(name, G.shape[0], RANK + 1).double().T @ G.double()
-        assert (held["S"].double() - wanted).abs().max() < 1e-5 * max(1.0, float(wanted.abs().max()))
-        A = start.from_statistic(held, RANK)["A"].double()
-        top = torch.linalg.svd(wanted, full_matrices=False).Vh[:RANK]
-        assert (A @ A.T - torch.eye(RANK)).abs().max() < 1e-6
-        assert float((A @ top.T).norm()) == pytest.approx(math.sqrt(RANK), abs=0.02)
-
-    assert moved_by_a_record(start, model, records) == pytest.approx(SHORT, abs=1e-6), "the clip is not attained"
-    # Planted: a clip that each layer has for itself is the promise broken.
-    monkeypatch.setattr(dpsgd.ClipAndNoise, "clip_and_accumulate", _clip_each)
-    assert moved_by_a_record(start, model, records) > 1.1 * SHORT, "the check has no teeth"
-
-
-SHORT = 0.01
-"""A clip that every record's sketch is longer than."""
-
-
-def moved_by_a_record(start: DPLoRAGA, model: FederatedModel, records: list[Record]) -> float:
-    """Return how far the first record moves the sum of all sketches together."""
-    whole, rest = (start.privatise(model, some, plan_of(start, SHORT)) for some in (records, records[1:]))
-    return float(torch.cat([(whole[name]["S"] - rest[name]["S"]).double().flatten() for name in whole]).norm())
-
-
-@each_family
-def test_invariant_22_before_rounding_a_sketch_is_the_noised_step_of_a_behind_that_b(
-    tiny: Make, family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Against B = Ω frozen in PEFT's own layers, one record after another, in float64."""
-    monkeypatch.setattr(Tensor, "float", Tensor.double)
-    monkeypatch.setattr(FederatedModel, "many_passes", lambda self: nullcontext())  # which holds weights in float32
-    monkeypatch.setattr(dpsgd, "add_private_noise", lambda total, std: total + std * draw(*total.shape, seed=7))
-    start, divisor = DPLoRAGA(noise_multiplier=2.0), 4.0
-    model, slow = tiny(family, start), tiny(family, start)
-    model.module.double()
-    slow.module.double().requires_grad_(False).train()
-    assert slow.adapter.scaling == 1
-    layers = slow.adapter.layers(slow.peft_model)
-    rows = []
-    with torch.no_grad():
-        for name, layer in layers.items():
-            factors = slow.adapter.factors_of(layer)
-            factors["B"].copy_(sketching(name, len(factors["B"]), RANK))
-            rows.append(factors["A"].zero_().requires_grad_())
-    records = records_of(model)
-    # In the shapes of the release: Llama's norms are in float32 whatever the model is in, and follow the shape.
-    parts = [next(iter(slow.fixed_batches([record], initial_shapes(slow)))) for record in records]
-    gradients = [torch.autograd.grad(slow.losses(part).sum(), rows) for part in parts]
-    norms = [float(torch.cat([g.flatten() for g in gradient]).norm()) for gradient in gradients]
-    clip = sorted(norms)[2]
-    assert norms.count(clip) == 1 < len(norms), "some are clipped and some are not"
-    with in_float64():
-        sent = start.privatise(model, records, plan_of(start, clip, divisor))
-    for i, name in enumerate(layers):
-        total = sum((g[i] * min(1.0, clip / norm) for g, norm in zip(gradients, norms, strict=True)), torch.zeros(()))
-        wanted = (total + 2.0 * clip * draw(*total.shape, seed=7)) / divisor
-        assert (sent[name]["S"] - wanted).abs().max() < 1e-12, f"{name}: another step"
-
-
-@contextmanager
-def in_float64() -> Iterator[None]:
-    """Make new parameters in float64."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 # --- runs -------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("start", "strategy"), [("dp-eva", "ffa-lora"), ("dp-lora-ga", "ffa-lora")])
 def test_invariant_27_a_private_run_pays_one_initialisation_and_sends_a_once(
     start: str, strategy: str, toy_settings: dict[str, Any]
@@ -573,8 +358,6 @@ def test_invariant_27_raw_moments_are_refused_in_a_private_run_and_had_in_an_ope
 
 
 # --- calibration ------------------------------------------------------------------------------------------------------
-
-
 def test_invariant_43_after_calibration_the_median_gradient_is_that_of_random_rows_for_every_start(tiny: Make) -> None:
     model = tiny("bert", STARTS["orthonormal"]())
     records = records_of(model)

@@ -8,15 +8,7 @@ from pathlib import Path
 import pytest
 
 from audits.faults import SOUND, Fault
-from audits.hostile_bundle import (
-    BUNDLES,
-    DEAR,
-    EAGER,
-    SUBMITTED,
-    audit_bundle,
-    audit_dear_bundles,
-    audit_submitted,
-)
+from audits.hostile_bundle import BUNDLES, DEAR, EAGER, SUBMITTED, audit_bundle, audit_dear_bundles, audit_submitted
 from audits.hostile_models import UNCOMPARED, UNREHEARSED, audit_files, audit_models
 from audits.hostile_records import APART, COLUMNS, DIVISIONS, ROWS, audit_records
 from audits.hostile_server import FORGOTTEN, UNPAID, audit_rounds

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_report import fedveil
+from report_forms import fedveil
 
 
 @pytest.mark.parametrize(

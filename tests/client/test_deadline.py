@@ -2,68 +2,43 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import math
 import random
-import sqlite3
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from flwr.app import Context, RecordDict
-from flwr.app.message import make_message
-from flwr.app.metadata import Metadata
+from timed_site import Clock, Played, timing
 
 from audits.tiny_site import OneSite, clinic
-from fedveil.client import app, budget, cache, deadline, local_training, process, rehearsal, rehearsals
+from fedveil.client import app, budget, cache, deadline, process, rehearsal, rehearsals
 from fedveil.client.cache import Prepared
 from fedveil.client.deadline import TRAINED, Deadline, Timing, TooLate, most_drawn
-from fedveil.client.ledger import file as ledger_file
-from fedveil.client.ledger import ledger
-from fedveil.client.ledger.ledger import Ledger
-from fedveil.client.ledger.rows import price
 from fedveil.client.process import SiteProcess
 from fedveil.client.rehearsal import rehearse
 from fedveil.client.site import open_site
 from fedveil.common.errors import PolicyRefusal
-from fedveil.common.messages.round import Refusal, Reply, TrainResult
-from fedveil.common.messages.tensors import entries
-from fedveil.common.messages.wire import encode_task
+from fedveil.common.messages.round import Refusal, TrainResult
 from fedveil.common.model.federated import FederatedModel
-from fedveil.privacy import dpsgd, randomness
-from fedveil.privacy.dpsgd import PrivateSteps
+from fedveil.privacy import dpsgd
 from fedveil.strategies.job import configure
+
+
+@pytest.fixture
+def site(toy_settings: dict[str, Any], tmp_path: Path) -> OneSite:
+    return clinic({**toy_settings, "training.sample-rate": 0.1, "training.local-steps": 10}, tmp_path)
+
 
 TIMING = Timing(passes={8: 0.1, 24: 0.3}, rows={8: 40, 24: 10}, empty=0.5, score=0.01)
 
 
-class Clock:
-    """Hands that a sleep moves, which takes no time; it stands for the module ``time``.
-
-    On the real clock a busy machine would move them as well, and what is right would be late now and then.
-    """
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-
-
 # --- the worst round --------------------------------------------------------------------------------------------------
-
-
 def test_the_worst_round_has_the_most_records_in_the_slowest_shape_and_one_in_every_other() -> None:
     # 25 expected records: 64 at most. A pass of each length, and 63 records more at 0.03 seconds each.
     step = 0.1 + 0.3 + 63 * 0.03 + 0.5
@@ -131,8 +106,6 @@ def test_a_pass_is_timed_with_its_clip(site: OneSite, monkeypatch: pytest.Monkey
 
 
 # --- the clock --------------------------------------------------------------------------------------------------------
-
-
 def test_a_time_below_the_worst_is_refused_and_none_is_as_fast_as_it_goes() -> None:
     worst = TIMING.worst(2, 25.0, 0)
     says = r"reply-after = 9, of which a round has 6\.75 seconds; by made-up records a round of this run may take 7\.4"
@@ -201,403 +174,6 @@ def test_an_answer_behind_its_time_is_said_at_the_site(caplog: pytest.LogCapture
     assert "is not covered by the claim" in caplog.text
 
 
-# --- the collector of garbage, which takes the longer the more records are held ---------------------------------------
-
-
-@contextmanager
-def collected_by(clock: Clock, held: object) -> Iterator[None]:
-    """Have the collector run often, and take a second wherever it goes over ``held``."""
-
-    def takes_a_second(phase: str, _: object) -> None:
-        if phase == "start" and any(found is held for found in gc.get_objects()):
-            clock.sleep(1.0)
-
-    usual = gc.get_threshold()
-    gc.callbacks.append(takes_a_second)
-    gc.set_threshold(50, 1, 1)
-    try:
-        yield
-    finally:
-        gc.set_threshold(*usual)
-        gc.callbacks.remove(takes_a_second)
-
-
-def make_garbage() -> None:
-    for _ in range(500):
-        circle: list[object] = []
-        circle.append(circle)
-
-
-def time_of_an_answer(held: list[object], monkeypatch: pytest.MonkeyPatch) -> float:
-    """Return when an answer leaves, with garbage wherever its time stands still, and from a thread of the node's."""
-    clock = Clock()
-    monkeypatch.setattr(deadline, "time", clock)
-    own_sleep = clock.sleep
-
-    def sleep(seconds: float) -> None:
-        own_sleep(seconds)
-        if seconds != 1.0:
-            make_garbage()  # by the thread that says to the node that the task is being worked on
-
-    at = Deadline(60.0, began=clock.now)
-    gc.freeze()  # all but what is held, or a collection would take long
-    held.append([])
-    with collected_by(clock, held[0]):
-        make_garbage()
-        with at.extended():
-            make_garbage()
-            with at.extended():
-                make_garbage()
-            make_garbage()
-        make_garbage()
-        clock.sleep = sleep  # type: ignore[method-assign]
-        at.wait()
-        make_garbage()  # as the reply is handed over
-    assert gc.isenabled()
-    return clock.now
-
-
-def test_when_an_answer_leaves_does_not_follow_from_how_much_garbage_is_looked_for_among(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    held: list[object] = []
-    assert time_of_an_answer(held, monkeypatch) == 1060.0
-    assert not any(found is held[0] for found in gc.get_objects()), "nor does when the next task is asked for"
-    Deadline(60.0)
-    assert any(found is held[0] for found in gc.get_objects()), "what is held is garbage at some time, and then goes"
-    with Deadline().extended():
-        assert gc.isenabled()
-    gc.freeze()  # as for all tests
-
-
-@pytest.mark.parametrize("call", ["disable", "freeze"])
-def test_a_collector_that_runs_where_time_does_not_count_is_found(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    freeze, calls = gc.freeze, list[None]()
-
-    def planted() -> None:
-        calls.append(None)
-        if call == "freeze" and len(calls) == 1:
-            freeze()  # the test's own
-
-    monkeypatch.setattr(deadline.gc, call, planted)
-    assert time_of_an_answer([], monkeypatch) > 1060.0
-
-
-# --- a site's answers, through Flower's own entry ---------------------------------------------------------------------
-
-
-class Played:
-    """A site that is asked as Flower asks it, with times of passes and noise of the test's own."""
-
-    def __init__(self, site: OneSite, timing: Timing, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.site, self.timing, self.deadlines, self.clock = site, timing, list[Deadline](), Clock()
-        self.postpones, self.passes_postpone = False, False
-        played = self
-
-        class Watched(Deadline):
-            def __init__(self, seconds: float) -> None:
-                super().__init__(seconds, began=played.clock.monotonic())
-                played.deadlines.append(self)
-
-            @contextmanager
-            def extended(self) -> Iterator[None]:
-                with super().extended():
-                    played.postpones = True
-                    yield
-                played.postpones = False
-
-        replies, answer = list[Reply](), app.answer
-        self.replies = replies
-
-        def answered(*words: Any) -> Reply:
-            replies.append(answer(*words))
-            return replies[-1]
-
-        monkeypatch.setattr(deadline, "time", self.clock)
-        monkeypatch.setattr(app, "answer", answered)
-        monkeypatch.setattr(app, "Deadline", Watched)
-        monkeypatch.setattr(app, "process", SiteProcess())
-        monkeypatch.setattr(rehearsals, "rehearse", lambda _: timing)
-        noise = dpsgd.ClipAndNoise.add_noise
-
-        def later(mechanism: Any) -> None:
-            played.clock.sleep(timing.empty)
-            noise(mechanism)
-
-        monkeypatch.setattr(dpsgd.ClipAndNoise, "add_noise", later)
-        self.slower = 1.0
-        losses = FederatedModel.losses
-
-        def passes(model: FederatedModel, batch: Any) -> Any:
-            self.passes_postpone |= self.postpones
-            self.clock.sleep(self.slower * timing.passes[batch["input_ids"].shape[1]])
-            return losses(model, batch)
-
-        monkeypatch.setattr(FederatedModel, "losses", passes)
-
-        class Waiting(sqlite3.Connection):
-            """Moves the hands by as long as it waits for the lock: SQLite knows the real clock alone."""
-
-            def execute(self, *words: Any) -> sqlite3.Cursor:
-                if words[0] != "BEGIN IMMEDIATE":
-                    return super().execute(*words)
-                began = time.monotonic()
-                try:
-                    return super().execute(*words)
-                finally:
-                    played.clock.sleep(time.monotonic() - began)
-
-        monkeypatch.setattr(ledger_file.sqlite3, "connect", partial(sqlite3.connect, factory=Waiting))
-
-    @property
-    def least(self) -> float:
-        """The shortest reply-after that the run is not refused for."""
-        training = configure(self.site.settings).config.training
-        return self.timing.worst(training.local_steps, training.sample_rate * 50, 0) / TRAINED + 0.01
-
-    def ask(self, number: int = 1) -> tuple[Reply, float, float]:
-        """Return the reply, the seconds from the task to it, and those of them that did not postpone it."""
-        task = self.site.task(number)
-        if not number:
-            task = replace(task, state={}, basis={}, basis_fingerprint="")
-        message = make_message(Metadata(1, "one", 1, 7, "", "1", time.time(), 600.0, "train"), encode_task(task))
-        context = Context(1, 7, dict(self.site.node), RecordDict(), dict(self.site.settings), series_id=0)
-        began = self.clock.monotonic()
-        app.train(message, context)
-        now = self.clock.monotonic()
-        return self.replies[-1], now - began, now - self.deadlines[-1].began
-
-    def at_its_time(self, reply_after: float) -> tuple[Reply, float]:
-        """Ask under this ``reply-after``; the answer must leave at it. Return it, and the seconds it took in all."""
-        self.site.rule(reply_after=reply_after)
-        reply, whole, counted = self.ask()
-        assert counted == pytest.approx(reply_after), f"{counted:.2f} seconds, reply-after = {reply_after:.2f}"
-        return reply, whole
-
-    @property
-    def failures(self) -> int:
-        with Ledger(self.site.ledger) as opened:
-            return len(opened.failures())
-
-
-def timing(long: float = 0.0, empty: float = 0.0) -> Timing:
-    """Return the seconds of the toy model's lengths, of which only the greatest is slow."""
-    rows = {8: 48, 16: 24, 24: 16, 32: 12}
-    return Timing({length: long if length == 32 else long / 16 for length in rows}, rows, empty, 0.0)
-
-
-@pytest.fixture
-def site(toy_settings: dict[str, Any], tmp_path: Path) -> OneSite:
-    return clinic({**toy_settings, "training.sample-rate": 0.1, "training.local-steps": 10}, tmp_path)
-
-
-def fill(site: OneSite, words: int) -> None:
-    """Give the site records of so many words."""
-    rows = [f"{' '.join(['film'] * words)} n{i},{('bad', 'good')[i % 2]},a" for i in range(40)]
-    Path(str(site.node["data"])).write_text("\n".join(["text,label,author", *rows]), encoding="utf-8")
-
-
-def check_that_lengths_do_not_show(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, words in (("short", 2), ("long", 40)):
-        with monkeypatch.context() as patch:
-            path = site.ledger.with_name(f"{name}.csv")
-            site.node["data"], site.node["ledger"] = str(path), str(path.with_suffix(".sqlite"))
-            fill(site, words)
-            played = Played(site, timing(long=0.04, empty=0.02), patch)
-            reply, _ = played.at_its_time(played.least)
-            assert isinstance(reply, TrainResult), reply
-            assert not played.failures
-            assert not played.passes_postpone, "passes postpone the answer: it follows from the records when it leaves"
-
-
-def test_an_answer_leaves_at_its_time_for_short_records_and_for_long_ones(
-    site: OneSite, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    check_that_lengths_do_not_show(site, monkeypatch)
-
-
-def no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Deadline, "wait", lambda _: None)
-
-
-def training_postpones(monkeypatch: pytest.MonkeyPatch) -> None:
-    trained = local_training._take_steps
-
-    def postponed(*words: Any) -> None:
-        (at,) = (word for word in words if isinstance(word, Deadline))
-        with at.extended():
-            trained(*words)
-
-    monkeypatch.setattr(local_training, "_take_steps", postponed)
-
-
-@pytest.mark.parametrize("plant", [no_wait, training_postpones])
-def test_an_answer_whose_time_follows_from_lengths_is_found_out(
-    plant: Callable[[pytest.MonkeyPatch], None], site: OneSite, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plant(monkeypatch)
-    with pytest.raises(AssertionError, match=r"reply-after|postpone"):
-        check_that_lengths_do_not_show(site, monkeypatch)
-
-
-def check_that_noise_is_in_time(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every pass take three times what it was rehearsed to take, in a round that draws all records in each step."""
-    fill(site, 40)
-    played = Played(site, timing(long=0.04, empty=0.1), monkeypatch)
-    played.slower = 3.0
-    monkeypatch.setattr(randomness, "private_poisson_sample", lambda size, _: torch.arange(size))
-    reply, _ = played.at_its_time(played.least)
-    assert isinstance(reply, TrainResult), reply
-    state = site.task(1).state
-    moved = [float((t != state[layer][name]).double().mean()) for layer, name, t in entries(reply.contribution)]
-    assert all(share > 0.9 for share in moved)
-    assert len(site.charges()) == played.failures == 1
-
-
-def test_a_round_that_would_be_late_sends_noise_in_time(
-    site: OneSite, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    check_that_noise_is_in_time(site, monkeypatch)
-    assert any("noise alone is sent: TooLate" in record.getMessage() for record in caplog.records)
-
-
-def test_a_reserve_for_the_noise_of_two_steps_is_found_out(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Timing, "reserve", lambda self, steps: max(self.passes.values()) + 2 * self.empty)
-    with pytest.raises(AssertionError, match="reply-after"):
-        check_that_noise_is_in_time(site, monkeypatch)
-
-
-def test_steps_that_draw_no_record_take_nothing_of_the_time_that_noise_needs(
-    site: OneSite, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One pass takes nearly all the time, nine steps take noise alone, and the last one has a pass again."""
-    played = Played(site, timing(empty=0.15), monkeypatch)
-    allowed = played.least
-    slow = (1 - deadline.NOTED) * allowed - played.timing.reserve(10) - 0.1
-    losses = FederatedModel.losses
-
-    def once(model: FederatedModel, batch: Any) -> Any:
-        played.clock.sleep(slow)
-        return losses(model, batch)
-
-    drawn = itertools.cycle([1, *[0] * 8, 1])
-    monkeypatch.setattr(FederatedModel, "losses", once)
-    monkeypatch.setattr(randomness, "private_poisson_sample", lambda size, _: torch.arange(min(size, next(drawn))))
-    reply, _ = played.at_its_time(allowed)
-    assert isinstance(reply, TrainResult), reply
-    assert played.failures == 1
-
-
-@contextmanager
-def locked(path: Path, seconds: float = math.inf) -> Iterator[None]:
-    """Hold a ledger's lock as another process would, at most so long."""
-    other = sqlite3.connect(path, timeout=5.0, isolation_level=None, check_same_thread=False)
-    other.execute("BEGIN IMMEDIATE")
-    timer = threading.Timer(min(seconds, 1e6), other.close)
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-        timer.join()
-        other.close()
-
-
-@pytest.mark.parametrize("initial", [False, True], ids=["a round", "round 0"])
-def test_a_failure_is_noted_once_the_reply_is_there_and_no_lock_makes_that_late(
-    initial: bool, site: OneSite, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    site.settings["training.local-steps"] = 1
-    if initial:
-        site.settings |= {"strategy": "fed-sb", "adapter.start": "dp-gradient", "start.sample-rate": 1.0}
-        site.settings |= {"privacy.epsilon": 50.0}
-    played = Played(site, timing(), monkeypatch)
-    monkeypatch.setattr(rehearsals, "rehearse_initial", lambda *_: played.timing)
-    privatise, held = PrivateSteps._privatise, list[Any]()
-
-    def fail(steps: PrivateSteps, batches: Any, losses: Any) -> None:
-        if parts := list(batches):
-            held.append(locked(site.ledger))
-            held[-1].__enter__()
-            raise MemoryError
-        held.append("noise")
-        privatise(steps, parts, losses)
-
-    noted = local_training.note_failure
-
-    def note(*words: Any) -> None:
-        held.append("noted")
-        noted(*words)
-
-    monkeypatch.setattr(PrivateSteps, "_privatise", fail)
-    monkeypatch.setattr(local_training, "note_failure", note)
-    site.rule(reply_after=2.0)
-    reply, _, counted = played.ask(0 if initial else 1)
-    held[0].__exit__(None, None, None)
-    assert isinstance(reply, TrainResult), reply
-    assert held[1:] == ["noise", "noted"]
-    assert counted == pytest.approx(2.0)
-    assert "the ledger has no row of a round that failed" in caplog.text
-    assert not played.failures
-
-
-def check_that_what_follows_from_no_record_postpones(slow: str, site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
-    site.settings["training.local-steps"] = 1
-    played = Played(site, timing(), monkeypatch)
-    Ledger(site.ledger).close()
-    if slow == "a price":
-
-        def priced(*terms: Any) -> Any:
-            played.clock.sleep(2.0)
-            return price(*terms)
-
-        monkeypatch.setattr(ledger, "price", priced)
-    if slow == "a search for noise":
-        planned = budget.plan_of
-
-        def searched(*terms: Any) -> Any:
-            played.clock.sleep(2.0)
-            return planned(*terms)
-
-        monkeypatch.setattr(budget, "plan_of", searched)
-    held = 0.4  # of the real clock, from the moment that the site first wants to write
-    if slow == "a lock":
-        lowered = Ledger.lower_budget
-
-        def waited(*terms: Any) -> Any:
-            with locked(site.ledger, held):
-                return lowered(*terms)
-
-        monkeypatch.setattr(Ledger, "lower_budget", waited)
-    reply, whole = played.at_its_time(1.5)
-    assert isinstance(reply, TrainResult), reply
-    assert whole > 1.5 + (held / 2 if slow == "a lock" else 1.5)
-    assert not played.failures, "noise alone was sent"
-
-
-SLOW = ["a price", "a search for noise", "a lock"]
-
-
-@pytest.mark.parametrize("slow", SLOW)
-def test_what_follows_from_no_record_postpones_the_answer_and_takes_nothing_of_the_round(
-    slow: str, site: OneSite, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    check_that_what_follows_from_no_record_postpones(slow, site, monkeypatch)
-
-
-@pytest.mark.parametrize("slow", SLOW)
-def test_a_price_or_a_lock_that_takes_the_rounds_time_is_found_out(
-    slow: str, site: OneSite, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    @contextmanager
-    def counted(_: Deadline) -> Iterator[None]:
-        yield
-
-    monkeypatch.setattr(Deadline, "extended", counted)
-    with pytest.raises(AssertionError):
-        check_that_what_follows_from_no_record_postpones(slow, site, monkeypatch)
-
-
 @pytest.mark.parametrize(("place", "name"), [(process, "open_site"), (cache, "prepared"), (budget, "record_hashes")])
 @pytest.mark.parametrize(("seconds", "refused"), [(0.05, False), (0.6, True)])
 def test_records_that_take_more_than_their_share_are_refused_before_the_charge(
@@ -620,8 +196,6 @@ def test_records_that_take_more_than_their_share_are_refused_before_the_charge(
 
 
 # --- what is refused, and what is not ---------------------------------------------------------------------------------
-
-
 def test_a_policy_whose_time_is_too_short_refuses_before_the_charge(site: OneSite) -> None:
     site.train(1, run="warm")
     site.rule(reply_after=1e-6)
@@ -634,6 +208,8 @@ HEAD_FIRST, HEAD_LAST = (
     "1 head on features, 2 adapter on jacobians every 1",
     "2 adapter on jacobians every 1, 1 head on features",
 )
+
+
 LATER = {"rehearse": HEAD_FIRST, "rehearse_linearised": HEAD_FIRST, "rehearse_head": HEAD_LAST}
 """What times the Jacobians of a round, its steps on them, and its steps on features; with phases that begin otherwise.
 """

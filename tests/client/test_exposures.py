@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from made_run import MadeRun
-from test_report import fedveil
+from report_forms import fedveil
 
 from audits.tiny_models import write_reviews
 from audits.tiny_site import OneSite, clinic, pins

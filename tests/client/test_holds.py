@@ -13,7 +13,7 @@ import pytest
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from ledgers import DELTA, ROUND, charge, cost_of
-from test_report import fedveil
+from report_forms import fedveil
 
 from audits.tiny_site import OneSite, clinic, pins
 from fedveil.client.ledger.file import withdrawn_in

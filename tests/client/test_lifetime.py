@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from bundles import own_bundle
 from runtime_api import SECRET, runtime_api
 
 from audits.tiny_site import OneSite, clinic
@@ -17,10 +18,9 @@ from fedveil.client import site as site_module
 from fedveil.client.cache import RecordCache
 from fedveil.client.ledger.ledger import Ledger
 from fedveil.client.process import SiteProcess
-from fedveil.common.bundle import PROJECT, files_of
 from fedveil.common.errors import ProtocolError
 from fedveil.common.messages.wire import encode_task
-from fedveil.common.model.federated import FederatedModel, model_of
+from fedveil.common.model.federated import FederatedModel
 from fedveil.common.runtime import ANEW, NODE_TOO
 from fedveil.common.tasks import Record
 from fedveil.common.tasks.featured import FEATURES
@@ -30,17 +30,8 @@ HEAD = {"strategy": "fedavg-lora", "adapter.name": "none", "training.sample-rate
 """Records become features."""
 LINEARISED = {"phases": "4 adapter on jacobians", "training.local-steps": 1, "training.sample-rate": 0.5}
 """They get derivatives."""
+pytestmark = pytest.mark.usefixtures("fresh_process")
 each_kind = pytest.mark.parametrize("own", [HEAD, LINEARISED], ids=["features", "derivatives"])
-
-
-@pytest.fixture(autouse=True)
-def fresh_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    model_of.cache_clear()
-    app.process.forget()
-    monkeypatch.setattr(app, "process", SiteProcess())
-    yield
-    app.process.forget()
-    model_of.cache_clear()
 
 
 def computed() -> set[str]:
@@ -212,12 +203,6 @@ def test_sites_of_one_process_keep_theirs_while_another_ends(
 
 
 # --- a worker ---------------------------------------------------------------------------------------------------------
-
-
-def own_bundle() -> bytes:
-    from flwr.cli.build import build_fab_from_files
-
-    return build_fab_from_files(files_of(PROJECT))[0]
 
 
 class Ends(runtime.Node):

@@ -15,7 +15,7 @@ from digits import digits, encoded
 from flwr.app import Context, Message, RecordDict
 from flwr.app.message import make_message
 from flwr.app.metadata import Metadata
-from test_deadline import Clock
+from timed_site import Clock
 
 from fedveil.client import app, deadline, lookout, worker
 from fedveil.client import site as site_module
@@ -37,12 +37,7 @@ PICTURES = DataConfig(labels="0,1", partition="iid", columns=Columns({"image": "
 NAMES = ("a.png", "deep/b.png", "broken.png", "absent.png", "../outside.png")
 
 
-@pytest.fixture(autouse=True)
-def fresh_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    app.process.forget()
-    monkeypatch.setattr(app, "process", SiteProcess())
-    yield
-    app.process.forget()
+pytestmark = pytest.mark.usefixtures("fresh_process")
 
 
 # --- files that cells name --------------------------------------------------------------------------------------------

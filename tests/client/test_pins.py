@@ -47,11 +47,6 @@ from fedveil.common.tasks.roles import Role
 from fedveil.strategies.job import configure
 
 
-@pytest.fixture
-def site(toy_settings: dict[str, Any], tmp_path: Path) -> OneSite:
-    return clinic(toy_settings, tmp_path)
-
-
 def test_twelve_questions_of_a_hostile_server_are_refused_unread_in_the_same_words(
     site: OneSite, tmp_path: Path
 ) -> None:

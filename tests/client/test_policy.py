@@ -46,11 +46,6 @@ PUBLIC = 50
 WHOLE = 'task = "classification"\ntext = "text"\nlabel = "label"\nlabels = ["bad", "good"]\nmax-length = 128\n'
 
 
-@pytest.fixture
-def site(toy_settings: dict[str, Any], tmp_path: Path) -> OneSite:
-    return clinic(toy_settings, tmp_path)
-
-
 def spent(site: OneSite, round_number: int = 1, run: str = "1") -> Spending:
     spending = site.train(round_number, run).spending
     assert spending is not None

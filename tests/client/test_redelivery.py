@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from audits.tiny_site import OneSite, clinic
+from audits.tiny_site import OneSite
 from fedveil.client.local_training import train_round
 from fedveil.client.memory import Memory
 from fedveil.common.messages.round import Refusal, TrainResult, TrainTask
@@ -18,11 +17,6 @@ from fedveil.common.messages.tensors import entries, fingerprint, scale
 from fedveil.common.messages.wire import encode_state, layout_of
 
 pytestmark = pytest.mark.rough_prices
-
-
-@pytest.fixture
-def site(toy_settings: dict[str, Any], tmp_path: Path) -> OneSite:
-    return clinic(toy_settings, tmp_path)
 
 
 def same(left: TrainResult, right: TrainResult) -> bool:

@@ -75,11 +75,6 @@ BROKEN_LINES = {
 """Lines that are no rows of a CSV file with the columns text and label."""
 
 
-@pytest.fixture
-def site(toy_settings: dict[str, Any], tmp_path: Path) -> OneSite:
-    return clinic(toy_settings, tmp_path)
-
-
 def data_of(site: OneSite) -> Path:
     return Path(str(site.node["data"]))
 

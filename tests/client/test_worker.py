@@ -16,13 +16,14 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from bundles import own_bundle
 from flwr.app import Context, Message, RecordDict
 from flwr.app.message import make_message
 from flwr.app.metadata import Metadata
 from flwr.cli.build import build_fab_from_files
 from flwr.common.constant import ErrorCode
 from flwr.supercore.heartbeat import HeartbeatSender
-from runtime_api import SECRET, RuntimeApi, runtime_api
+from runtime_api import SECRET, OneTask, RuntimeApi, runtime_api
 
 from audits.tiny_models import TARGETS
 from audits.tiny_site import OneSite, clinic
@@ -36,50 +37,16 @@ from fedveil.common import runtime as flower
 from fedveil.common.bundle import PROJECT, bundle_digest, files_of, own_digest
 from fedveil.common.messages.round import Refusal, TrainResult
 from fedveil.common.messages.wire import decode_reply, encode_task
-from fedveil.common.model.federated import model_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.rough_prices]
+pytestmark = [pytest.mark.slow, pytest.mark.rough_prices, pytest.mark.usefixtures("fresh_process")]
 
 FLWR_CLIENTAPP = Path(sys.executable).parent / "flwr-clientapp"
-
-
-def own_bundle(**replaced: str) -> bytes:
-    """Return the bundle that Flower builds of this version, with the texts of some files replaced."""
-    files = files_of(PROJECT) | {path.replace("__", "/") + ".py": text.encode() for path, text in replaced.items()}
-    return build_fab_from_files(files)[0]
 
 
 @pytest.fixture
 def api() -> Iterator[RuntimeApi]:
     with runtime_api() as served:
         yield served
-
-
-@pytest.fixture(autouse=True)
-def fresh_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As after a start: no model is kept, and what a test does to one goes into no other test."""
-    model_of.cache_clear()
-    monkeypatch.setattr(installed, "process", SiteProcess())
-    yield
-    model_of.cache_clear()
-
-
-@pytest.fixture
-def site(toy_settings: dict[str, Any], tmp_path: Path) -> OneSite:
-    return clinic(toy_settings, tmp_path)
-
-
-class OneTask(runtime.Node):
-    """Asks until it has had one task, and then takes the node for somebody else's, which ends the worker."""
-
-    had = False
-
-    def acquire(self) -> str:
-        if self.had:
-            raise flower.NotOurNode("enough")
-        token = super().acquire()
-        self.had = bool(token)
-        return token
 
 
 def work(api: RuntimeApi, site: OneSite, secret: bytes = SECRET) -> int:

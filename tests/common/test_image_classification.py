@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import math
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,35 +11,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from digits import PATCH, PROCESSOR, SIDE, TOKENS, digits, encoded, save_vit, write_folder
-from made_run import spent
+from digits import PATCH, PROCESSOR, SIDE, TOKENS, digits, encoded, save_vit
+from image_worlds import NAME, example, noise, targets_of
 from PIL import Image
 from torch import nn
 
-from audits.tiny_site import OneSite
 from audits.worlds import Gradient, Recorder, minus, norm, plan
 from fedveil.client.own_records import prepared
 from fedveil.client.rehearsal import SHOWN, _fewer, _Rehearsal, rehearse
 from fedveil.common.adapters import ADAPTERS
-from fedveil.common.config.sections import DataConfig, HeadConfig
-from fedveil.common.data.sources import load_dataset
-from fedveil.common.errors import ConfigError, DataError, ModelError, ModelNotLoaded
-from fedveil.common.messages.round import TrainResult
+from fedveil.common.config.sections import HeadConfig
+from fedveil.common.errors import ConfigError, ModelError, ModelNotLoaded
 from fedveil.common.model.base import load_base_model
 from fedveil.common.model.federated import FederatedModel
-from fedveil.common.run_lines import PrivacyLine, RoundLine, read_lines
-from fedveil.common.starts import STARTS, Labels, class_means
-from fedveil.common.tasks import TASKS, Record, images, patches
+from fedveil.common.starts import STARTS, Labels
+from fedveil.common.tasks import TASKS, Record, patches
 from fedveil.common.tasks import image_classification as images_task
-from fedveil.common.tasks.image_classification import CHANCE, ImageExample
+from fedveil.common.tasks.image_classification import CHANCE
 from fedveil.common.tasks.image_processor import ImageProcessor
-from fedveil.common.tasks.images import Picture, read_image
+from fedveil.common.tasks.images import read_image
 from fedveil.common.tasks.textures import made_up_image
 from fedveil.demo import dinov2
-from fedveil.experiments.evaluate import evaluate_run
-from fedveil.experiments.in_process import run_in_process
-from fedveil.experiments.serving.ask import ask_run
-from fedveil.experiments.serving.merge import merge_run
 from fedveil.privacy.dpsgd import PrivateSteps
 from fedveil.privacy.plan import gaussian_plan
 from fedveil.privacy.together import together
@@ -51,26 +39,17 @@ from fedveil.strategies.job import configure
 
 pytestmark = [pytest.mark.slow, pytest.mark.rough_prices]
 
-NAME = "image-classification"
+
 TASK = TASKS[NAME]
+
+
 TARGETS = {"vit": "query,value", "clip": "q_proj,v_proj"}
+
+
 KINDS = ("dinov2", "registers", "vit", "clip")
-QUOTED = "merged'\"\nraise SystemExit #"
+
+
 STEP = gaussian_plan(1.0, 1.0, 1.0, 1.0, 1e-5, 1.0)
-
-
-def example(pixels: np.ndarray, label: int = 0) -> ImageExample:
-    return ImageExample(image=read_image(encoded(pixels)), label=label)
-
-
-def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def targets_of(folder: str) -> tuple[str, ...]:
-    """Return the names of the attention's projections of queries and values, as this kind of model calls them."""
-    names = {name.rpartition(".")[2] for name, _ in load_base_model(folder, NAME).module.named_modules()}
-    return ("q_proj", "v_proj") if "q_proj" in names else ("query", "value")
 
 
 def federated(folder: str, max_length: int = TOKENS, targets: tuple[str, ...] = (), **options: Any) -> FederatedModel:
@@ -87,21 +66,7 @@ def federated(folder: str, max_length: int = TOKENS, targets: tuple[str, ...] = 
     )
 
 
-@pytest.fixture(scope="session")
-def vit(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
-    made: dict[str, str] = {}
-
-    def make(kind: str = "dinov2") -> str:
-        if kind not in made:
-            made[kind] = save_vit(tmp_path_factory.mktemp(f"tiny-{kind}"), kind)
-        return made[kind]
-
-    return make
-
-
 # What the processor's settings say.
-
-
 @pytest.mark.parametrize(
     ("settings", "side", "edge"),
     [
@@ -182,8 +147,6 @@ def test_what_is_scaled_is_only_what_is_kept(monkeypatch: pytest.MonkeyPatch) ->
 
 
 # What is read of a model.
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_records_tokens_are_those_that_the_model_has(kind: str, vit: Callable[[str], str]) -> None:
     model = federated(vit(kind))
@@ -428,95 +391,17 @@ def test_the_processors_settings_are_part_of_the_fingerprint(tmp_path: Path, vit
     assert load_base_model(other, NAME).fingerprint != load_base_model(same, NAME).fingerprint
 
 
-def test_a_head_cannot_start_from_words(toy: dict[str, Any]) -> None:
+def test_a_head_cannot_start_from_words(toy_images: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"hold no words: set head\.start to 'random' or 'zeros'"):
-        configure({**toy, "head.start": "label-words"})
+        configure({**toy_images, "head.start": "label-words"})
 
 
 def test_without_pillow_a_job_is_refused_before_a_record_is_read(
-    toy: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    toy_images: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(images_task, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs the library Pillow: pip install 'fedveil\[vision\]'"):
-        configure(toy)
-
-
-# A federation.
-
-
-@pytest.fixture
-def toy(vit: Callable[[str], str], tmp_path: Path) -> dict[str, Any]:
-    """Return settings of a private run on 240 digits, noughts and ones."""
-    return toy_digits(vit, tmp_path)
-
-
-def toy_digits(vit: Callable[..., str], folder: Path) -> dict[str, Any]:
-    return {
-        "strategy": "ffa-lora",
-        "model.name": vit("dinov2"),
-        "model.task": NAME,
-        "model.max-length": TOKENS,
-        "model.feature-scale": 8.0,
-        "data.name": str(write_folder(folder / "digits", digits(count=240))),
-        "data.labels": "0,1",
-        "data.test-size": 40,
-        "data.partition": "iid",
-        "adapter.rank": 3,
-        "adapter.targets": "q_proj,v_proj,fc1",
-        "head.start": "zeros",
-        "rounds": 3,
-        "server.optimizer": "none",
-        "training.optimizer": "adam",
-        "training.learning-rate": 0.03,
-        "training.local-steps": 8,
-        "training.sample-rate": 0.5,
-        "privacy.delta": 1e-3,
-        "privacy.noise-multiplier": 0.2,
-        "privacy.epsilon": 1000.0,
-        "precision": "float32",
-        "device": "cpu",
-        "output": str(folder / "runs"),
-    }
-
-
-@pytest.mark.parametrize(
-    ("strategy", "least"), [("fedavg-lora", 0.8), ("ffa-lora", 0.8), ("fed-sb", 0.65), ("fed-svd", 0.8)]
-)
-def test_a_private_federation_on_digits_learns_and_its_adapter_scores_as_the_run_says(
-    strategy: str, least: float, toy: dict[str, Any]
-) -> None:
-    folder = run_in_process({**toy, "strategy": strategy}, 2)
-    lines = read_lines(RoundLine, folder)
-    assert not any(line.refusals or line.failures for line in lines)
-    assert [len(line.participants) for line in lines] == [2, 2, 2]
-    assert all(spent(line).epsilon_total > 0 for line in read_lines(PrivacyLine, folder))
-    scored = evaluate_run(folder)
-    assert (scored.accuracy, scored.loss) == (lines[-1].accuracy, lines[-1].loss)
-    assert scored.accuracy > least, "nothing was learned"
-
-
-OWN = ("strategy", "adapter.rank", "adapter.targets", "head.start", "rounds", "server.optimizer")
-"""What ``toy`` says of its method, beside ``training.*``."""
-
-
-@pytest.mark.parametrize(
-    ("privacy", "paid"),
-    [({}, 3), ({"privacy.mode": "secure-sum", "privacy.honest-sites": 2, "start.records": 64}, 0)],
-    ids=["dp-sgd", "secure-sum"],
-)
-def test_a_private_run_that_says_nothing_of_its_method_learns(
-    privacy: dict[str, Any], paid: int, toy: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(class_means, "MADE", 64)
-    said = {key: value for key, value in toy.items() if key not in OWN and not key.startswith("training.")}
-    folder = run_in_process({**said, "privacy.noise-multiplier": 0.5, **privacy}, 3)
-    lines = read_lines(RoundLine, folder)
-    assert not any(line.refusals or line.failures for line in lines)
-    assert [line.round_number for line in lines] == list(range(17))
-    assert len(lines[0].participants) == paid, "the sites' mean is a release of its own, and a sum has none"
-    scored = evaluate_run(folder)
-    assert (scored.accuracy, scored.loss) == pytest.approx((lines[-1].accuracy, lines[-1].loss), abs=1e-5)
-    assert scored.accuracy > 0.8, "nothing was learned"
+        configure(toy_images)
 
 
 def test_made_up_images_are_the_same_by_their_number_unlike_each_other_and_spread(vit: Callable[[str], str]) -> None:
@@ -532,9 +417,9 @@ def test_made_up_images_are_the_same_by_their_number_unlike_each_other_and_sprea
     assert (steps / flat.std(1)).median() < 0.9
 
 
-def test_a_start_from_text_takes_made_up_images_and_no_other(toy: dict[str, Any]) -> None:
+def test_a_start_from_text_takes_made_up_images_and_no_other(toy_images: dict[str, Any]) -> None:
     own: dict[str, Any] = {"strategy": "ffa-lora", "adapter.start": "eva", "start.records": 8}
-    job = configure({**toy, **own, "start.text": "made-up"})
+    job = configure({**toy_images, **own, "start.text": "made-up"})
     model = job.model(("0", "1"))
     made = job.origin.from_public(model, job.config, Labels(("0", "1"), (("0",), ("1",))))
     assert all(
@@ -542,172 +427,4 @@ def test_a_start_from_text_takes_made_up_images_and_no_other(toy: dict[str, Any]
     )
     for text in ("auto", "prose"):
         with pytest.raises(ConfigError, match=r"hold no words: set start\.text to 'made-up'"):
-            configure({**toy, **own, "start.text": text})
-
-
-MERGED = ("dinov2", "vit")
-ASK = """
-import json, os, sys
-sys.modules.update(common=None)
-for folder, code in json.load(sys.stdin).items():
-    os.chdir(folder)
-    exec(code, {})
-"""
-
-
-@pytest.fixture(scope="module")
-def merged(
-    vit: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, tuple[Path, Path, list[float]]]:
-    """Return of each kind the folder of its merged model, its run, and the shares that the printed code tells.
-
-    It runs in another process: one for all kinds, as libraries load slowly.
-    """
-    runs, codes = dict[str, Path](), dict[str, str]()
-    for kind in MERGED:
-        folder = tmp_path_factory.mktemp(kind)
-        own = {"model.name": vit(kind), "adapter.targets": ",".join(targets_of(vit(kind))), "model.feature-scale": 2.0}
-        runs[kind] = run_in_process({**toy_digits(vit, folder), **own, "rounds": 1}, 2)
-        (folder / "image.png").write_bytes(encoded(digits(count=1)[0][0]))
-        codes[str(folder)] = merge_run(runs[kind], folder / QUOTED)
-    words = [sys.executable, "-P", "-c", ASK]
-    done = subprocess.run(words, input=json.dumps(codes), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    said = [list(ast.literal_eval(line).values()) for line in done.stdout.splitlines()]
-    return {kind: (Path(folder), runs[kind], shares) for kind, folder, shares in zip(MERGED, codes, said, strict=True)}
-
-
-@pytest.mark.parametrize("kind", MERGED)
-def test_a_merged_model_of_images_answers_as_the_run_by_the_code_that_merge_prints(
-    merged: dict[str, tuple[Path, Path, list[float]]], vit: Callable[[str], str], tmp_path: Path, kind: str
-) -> None:
-    folder, run, shares = merged[kind]
-    answers = {answer.text: answer.probability for answer in ask_run(run, [str(folder / "image.png")])}
-    assert [answers["0"], answers["1"]] == pytest.approx(shares, abs=1e-5)
-    assert max(shares) < 0.999, "an answer that is as good as sure is the same of other features"
-    made = ImageProcessor.from_settings(
-        json.loads((folder / QUOTED / "encoder" / "preprocessor_config.json").read_text())
-    )
-    assert made == load_base_model(vit(kind), NAME).processor
-    with pytest.raises(DataError, match="check the path"):
-        ask_run(run, [str(tmp_path / "none.png")])
-    (tmp_path / "image.png").write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"image\.png"):
-        ask_run(run, [str(tmp_path / "image.png")])
-
-
-def test_the_head_alone_trains_on_images_whose_features_are_wider_than_the_model(toy: dict[str, Any]) -> None:
-    folder = run_in_process({**toy, "strategy": "fedavg-lora", "adapter.name": "none"}, 2)
-    lines = read_lines(RoundLine, folder)
-    assert not any(line.refusals or line.failures for line in lines)
-    assert [len(line.participants) for line in lines] == [2, 2, 2]
-    assert evaluate_run(folder).loss == pytest.approx(lines[-1].loss, rel=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["vit", "clip"])
-def test_other_vision_transformers_train_too(kind: str, toy: dict[str, Any], vit: Callable[[str], str]) -> None:
-    settings = {**toy, "model.name": vit(kind), "adapter.targets": ",".join(targets_of(vit(kind))), "rounds": 1}
-    folder = run_in_process(settings, 2)
-    (line,) = read_lines(RoundLine, folder)
-    assert not [*line.refusals, *line.failures]
-    assert evaluate_run(folder).loss == line.loss
-
-
-@pytest.fixture
-def site(toy: dict[str, Any], tmp_path: Path) -> OneSite:
-    """A site with forty digits of its own."""
-    own = write_folder(tmp_path / "own", digits(start=240, count=40))
-    node = {"site": "clinic", "data": str(own), "public-size": 40, "ledger": str(tmp_path / "clinic.sqlite")}
-    clinic = OneSite(toy, dict(node))
-    clinic.rule(send_noised_metrics=True, metrics_noise=5.0)
-    return clinic
-
-
-def test_a_round_at_a_site_with_a_folder_is_charged_trained_and_counted(site: OneSite) -> None:
-    result = site.train()
-    assert result.noised_correct is not None
-    assert site.charges() == [("1", 1, "training"), ("1", 1, "evaluation")]
-
-
-def test_a_file_that_is_no_record_changes_no_bit_of_what_a_site_prepares(site: OneSite) -> None:
-    folder, config, model = Path(str(site.node["data"])), configure(site.settings).config, site.model()
-    before = load_dataset(config.data, NAME, str(folder))
-    task = site.task()
-    (folder / "0" / "a-broken.png").write_bytes(b"\x89PNG\r\n\x1a\nhello")
-    (folder / "7").mkdir()
-    (folder / "7" / "seven.png").write_bytes(encoded(digits((7,), count=1)[0][0]))
-    assert isinstance(site.ask(task), TrainResult)
-    from fedveil.common.data.sources import load_protected
-
-    after = load_protected(config.data, NAME, str(folder))
-    assert len(after.unfit) == 2
-    assert after.dataset.examples == before.examples
-    assert len(prepared(model, after.dataset.examples)) == 40
-
-
-def test_an_image_that_no_longer_decodes_contributes_zero_and_the_rest_stay(site: OneSite) -> None:
-    model = site.model()
-    good = example(digits(count=1)[0][0])
-    bad = ImageExample(image=Picture("0" * 64, b"gone"), label=0)
-    assert len(prepared(model, [good, bad, good])) == 2
-
-
-def test_the_ledger_knows_images_again_however_they_are_encoded(site: OneSite, tmp_path: Path) -> None:
-    first = site.train().spending
-    assert first is not None
-    again, others = tmp_path / "again", write_folder(tmp_path / "others", digits(start=280, count=40))
-    for i, (pixels, label) in enumerate(digits(start=240, count=40)):
-        (again / str(label)).mkdir(parents=True, exist_ok=True)
-        (again / str(label) / f"scan-{90 - i}.png").write_bytes(encoded(np.dstack([pixels] * 3), compress_level=0))
-    for name, folder, known in (("again", again, True), ("others", others, False)):
-        site.node |= {"data": str(folder), "dataset-id": name}
-        spent = site.train(run=name).spending
-        assert spent is not None
-        assert (spent.epsilon_total > first.epsilon_total + 0.1) is known, f"the records of {name} are taken for others"
-
-
-def test_a_ledger_that_hashes_files_is_found_out(
-    site: OneSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The fault: an image is told by its file and not by its pixels."""
-    import hashlib
-
-    for method in ("canonical", "likeness"):
-        monkeypatch.setattr(ImageExample, method, lambda self, *_: hashlib.sha256(self.image.content).hexdigest())
-    with pytest.raises(AssertionError, match="records of again"):
-        test_the_ledger_knows_images_again_however_they_are_encoded(site, tmp_path)
-
-
-def test_the_ledger_knows_a_file_again_that_another_decoder_reads(
-    site: OneSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Versions of Pillow may round a JPEG otherwise; the file with its label is hashed beside the pixels."""
-    first = site.train().spending
-    assert first is not None
-    decoded = images.decoded
-    monkeypatch.setattr(images, "decoded", lambda content: decoded(content).point(lambda tone: max(tone, 1)))
-    copy = Path(shutil.copytree(str(site.node["data"]), tmp_path / "copy"))
-    pixels = {e.likeness() for e in load_dataset(configure(site.settings).config.data, NAME, str(copy)).examples}
-    monkeypatch.undo()
-    assert not pixels & {
-        e.likeness() for e in load_dataset(configure(site.settings).config.data, NAME, str(copy)).examples
-    }
-    monkeypatch.setattr(images, "decoded", lambda content: decoded(content).point(lambda tone: max(tone, 1)))
-    site.node |= {"data": str(copy), "dataset-id": "copy"}
-    spent = site.train(run="copy").spending
-    assert spent is not None
-    assert spent.epsilon_total > first.epsilon_total + 0.1, "the same files are taken for others"
-
-
-def test_images_that_are_alike_are_on_one_side_of_the_split(toy: dict[str, Any], tmp_path: Path) -> None:
-    from fedveil.common.data.sources import train_and_test
-
-    folder = tmp_path / "twice"
-    for name in ("first", "second"):
-        for i, (pixels, label) in enumerate(digits(count=30)):
-            (folder / str(label)).mkdir(parents=True, exist_ok=True)
-            level = 0 if name == "first" else 9
-            (folder / str(label) / f"{name}-{i}.png").write_bytes(encoded(pixels, compress_level=level))
-    train, test = train_and_test(DataConfig(name=str(folder), labels="0,1", test_size=20), NAME)
-    assert len(test.examples) == 20
-    assert not {e.likeness() for e in train.examples} & {e.likeness() for e in test.examples}
+            configure({**toy_images, **own, "start.text": text})

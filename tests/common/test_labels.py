@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_report import fedveil
+from report_forms import fedveil
 
 from fedveil.client.policy import load_policy
 from fedveil.client.site import check_job

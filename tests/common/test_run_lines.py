@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from made_run import MadeRun, adapter_told
-from test_report import fedveil
+from report_forms import fedveil
 
 from fedveil.common.errors import DataError
 from fedveil.common.files import append_lines, finite, whole_lines

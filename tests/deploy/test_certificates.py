@@ -15,7 +15,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519
-from test_deploy import site_for
+from deployed import site_for
 from typer.testing import CliRunner
 
 from fedveil.cli.main import app

@@ -21,8 +21,8 @@ from fedveil.client.sums import party_of
 from fedveil.common.config.text import parse_settings
 from fedveil.common.errors import ConfigError, PolicyRefusal
 from fedveil.deploy import container
-from fedveil.deploy.commands import node_config
-from fedveil.deploy.server_folder import CONTROL_PORT, FLEET_PORT
+from fedveil.deploy.commands import node_config, superlink_command
+from fedveil.deploy.server_folder import CONTROL_PORT, FLEET_PORT, open_server
 from fedveil.deploy.site_folder import node_settings, open_site_folder
 from fedveil.deploy.start import start_site
 from fedveil.privacy.secure_sum.roster import load_roster
@@ -39,6 +39,18 @@ ONCE = ["keys", "job"]
 
 def networks_of(service: str) -> set[str]:
     return set(SERVICES[service].get("networks", ()))
+
+
+def volumes(folder: Path) -> Path:
+    """Make what the keys' container is given, empty, in a folder."""
+    for name in ("authority", "server", "coordinator", *SITES):
+        (folder / name).mkdir(parents=True)
+    return folder
+
+
+@pytest.fixture
+def pki(tmp_path: Path) -> Path:
+    return volumes(tmp_path)
 
 
 def volumes_of(service: str) -> dict[str, str]:
@@ -68,6 +80,7 @@ def test_every_service_is_hardened(service: str) -> None:
 def test_there_are_the_services_that_the_page_names_and_one_builds() -> None:
     assert set(SERVICES) == {"keys", "superlink", "job", *SITES}
     assert [name for name, service in SERVICES.items() if "build" in service] == ["keys"]
+    assert SERVICES["keys"]["environment"]["FEDVEIL_SETTINGS"] == SERVICES["job"]["environment"]["FEDVEIL_SETTINGS"]
 
 
 def test_what_runs_on_has_a_health_check_and_comes_back() -> None:
@@ -103,14 +116,9 @@ def test_the_control_port_listens_for_the_job_alone() -> None:
     assert (container.FLEET_PORT, container.CONTROL_PORT) == (FLEET_PORT, CONTROL_PORT)
 
 
-def test_the_superlink_binds_its_control_port_to_that_network(tmp_path: Path) -> None:
-    from fedveil.deploy.commands import superlink_command
-    from fedveil.deploy.server_folder import open_server
-
-    for name in ("authority", "server", "coordinator"):
-        (tmp_path / name).mkdir()
-    container.make_keys(0, 8.0, 1e-5, tmp_path)
-    server = open_server(tmp_path / "server")
+def test_the_superlink_binds_its_control_port_to_that_network(pki: Path) -> None:
+    container.make_keys(0, 8.0, 1e-5, pki)
+    server = open_server(pki / "server")
     words = superlink_command(server)
     for option, name in (("ca-certfile", "ca.crt"), ("certfile", "server.pem"), ("keyfile", "server.key")):
         assert words[words.index(f"--ssl-{option}") + 1] == str(server.path / name)
@@ -122,20 +130,18 @@ def test_the_superlink_binds_its_control_port_to_that_network(tmp_path: Path) ->
 
 
 def test_the_data_are_divided_once_whatever_number_of_sites_comes_later(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pki: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("authority", "server", "coordinator", *SITES):
-        (tmp_path / name).mkdir()
     for sites in (3, 2, 4):
-        container.make_keys(sites, 8.0, 1e-5, tmp_path)
-    parts = [node_settings(open_site_folder(tmp_path / name)) for name in SITES[:4]]
+        container.make_keys(sites, 8.0, 1e-5, pki)
+    parts = [node_settings(open_site_folder(pki / name)) for name in SITES[:4]]
     assert [(part.get("partition-id"), part.get("num-partitions")) for part in parts] == [
         *((number, 3) for number in range(3)),
         (None, None),
     ]
     assert "site-4 has no part of the job's data, which are divided among 3 sites" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="this site has no records"):
-        start_site(open_site_folder(tmp_path / "site-4"), pytest.fail)
+        start_site(open_site_folder(pki / "site-4"), pytest.fail)
 
 
 TRUSTED = "privacy.mode='client-level' privacy.unit='site' privacy.cohort=4 privacy.delta=0.01"
@@ -156,15 +162,13 @@ PERSONS = "privacy.unit='person' data.person='author' data.labels='bad,good' dat
     ids=str,
 )
 def test_policies_let_in_what_the_variables_say_and_no_trusted_server_by_themselves(
-    settings: str, variables: dict[str, Any], let_in: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    settings: str, variables: dict[str, Any], let_in: str, pki: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("authority", "server", "coordinator", *SITES):
-        (tmp_path / name).mkdir()
-    container.make_keys(4, 8.0, 1e-5, tmp_path, settings=settings, **variables)
+    container.make_keys(4, 8.0, 1e-5, pki, settings=settings, **variables)
     assert ("site-4 will refuse this job" in capsys.readouterr().out) == bool(let_in)
     job, rosters = configure(parse_settings([settings])), set()
     for name in SITES[:4]:
-        folder = open_site_folder(tmp_path / name)
+        folder = open_site_folder(pki / name)
         policy, node = load_policy(folder.path / "policy.toml"), node_settings(folder)
         if let_in:
             with pytest.raises(PolicyRefusal, match=let_in):
@@ -239,53 +243,45 @@ def test_a_disk_that_refuses_is_one_line_and_an_unknown_part_is_no_success(
     assert container.main("key") == 2
 
 
-def test_a_site_s_folder_is_of_the_job_s_model(tmp_path: Path) -> None:
-    for name in ("authority", "server", "coordinator", *SITES):
-        (tmp_path / name).mkdir()
+def test_a_site_s_folder_is_of_the_job_s_model(pki: Path) -> None:
     asked = "model.name='/data/model' model.task='causal-lm'"
     digits = "+".join(["0123456789abcdef" * 4] * 2)
-    container.make_keys(1, 8.0, 1e-5, tmp_path, settings=asked, fingerprint=digits)
-    folder = open_site_folder(tmp_path / "site-1")
+    container.make_keys(1, 8.0, 1e-5, pki, settings=asked, fingerprint=digits)
+    folder = open_site_folder(pki / "site-1")
     assert (folder.model, folder.task, folder.fingerprint) == ("/data/model", "causal-lm", digits)
     assert load_policy(folder.path / "policy.toml").models == f"/data/model={digits}"
-    assert (tmp_path / "coordinator" / "nodes").is_dir(), "the SuperLink cannot read who is registered"
+    assert (pki / "coordinator" / "nodes").is_dir(), "the SuperLink cannot read who is registered"
 
 
-def test_a_coordinator_s_links_lead_into_no_site_s_folder(tmp_path: Path) -> None:
+def test_a_coordinator_s_links_lead_into_no_site_s_folder(pki: Path) -> None:
     """The keys' container alone reaches all volumes; what the coordinator's one holds is the coordinator's word."""
-    for name in ("authority", "server", "coordinator", *SITES):
-        (tmp_path / name).mkdir()
-    container.make_keys(2, 8.0, 1e-5, tmp_path)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    container.make_keys(2, 8.0, 1e-5, pki)
+    before = {path: path.read_bytes() for path in pki.rglob("*") if path.is_file()}
     aims = {
-        "ca.crt": tmp_path / "site-1" / "policy.toml",
-        "server.toml": tmp_path / "site-1" / "site.toml",
-        "keys/site-1.pub": tmp_path / "authority" / "ca.key",
-        "keys/site-2.pub": tmp_path / "site-1" / "identity.key",
+        "ca.crt": pki / "site-1" / "policy.toml",
+        "server.toml": pki / "site-1" / "site.toml",
+        "keys/site-1.pub": pki / "authority" / "ca.key",
+        "keys/site-2.pub": pki / "site-1" / "identity.key",
     }
     for name, aim in aims.items():
         assert aim.is_file()
-        (tmp_path / "coordinator" / name).unlink()
-        (tmp_path / "coordinator" / name).symlink_to(aim)
-    container.make_keys(2, 8.0, 1e-5, tmp_path)
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+        (pki / "coordinator" / name).unlink()
+        (pki / "coordinator" / name).symlink_to(aim)
+    container.make_keys(2, 8.0, 1e-5, pki)
+    assert {path: path.read_bytes() for path in pki.rglob("*") if path.is_file()} == before
 
 
-def test_a_policy_that_joins_no_sum_stays_as_it_is(tmp_path: Path) -> None:
-    for name in ("authority", "server", "coordinator", *SITES):
-        (tmp_path / name).mkdir()
-    container.make_keys(3, 8.0, 1e-5, tmp_path, settings=SUM)
-    before = [(tmp_path / name / "policy.toml").read_bytes() for name in SITES[:3]]
-    container.make_keys(4, 8.0, 1e-5, tmp_path, settings=SUM, honest=3, alone=9.0)
-    assert [(tmp_path / name / "policy.toml").read_bytes() for name in SITES[:3]] == before
+def test_a_policy_that_joins_no_sum_stays_as_it_is(pki: Path) -> None:
+    container.make_keys(3, 8.0, 1e-5, pki, settings=SUM)
+    before = [(pki / name / "policy.toml").read_bytes() for name in SITES[:3]]
+    container.make_keys(4, 8.0, 1e-5, pki, settings=SUM, honest=3, alone=9.0)
+    assert [(pki / name / "policy.toml").read_bytes() for name in SITES[:3]] == before
 
 
-def test_a_site_that_comes_later_is_in_the_roster_of_all(tmp_path: Path) -> None:
-    for name in ("authority", "server", "coordinator", *SITES):
-        (tmp_path / name).mkdir()
+def test_a_site_that_comes_later_is_in_the_roster_of_all(pki: Path) -> None:
     for sites in (3, 4):
-        container.make_keys(sites, 8.0, 1e-5, tmp_path, settings=SUM, honest=3, alone=9.0)
-    folders = [open_site_folder(tmp_path / name) for name in SITES[:4]]
+        container.make_keys(sites, 8.0, 1e-5, pki, settings=SUM, honest=3, alone=9.0)
+    folders = [open_site_folder(pki / name) for name in SITES[:4]]
     rosters = [load_roster(folder.path / "peers.toml") for folder in folders]
     assert [set(roster.keys) for roster in rosters] == [set(SITES[:4])] * 4
     pinned = [load_policy(folder.path / "policy.toml").peers_hash for folder in folders]
@@ -294,26 +290,22 @@ def test_a_site_that_comes_later_is_in_the_roster_of_all(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("broken", [b"epsilon = \n", b"\xff\xfe", b"honest-sites = 'three'\n"])
 def test_a_policy_that_is_none_is_said_and_the_others_get_the_roster(
-    broken: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    broken: bytes, pki: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("authority", "server", "coordinator", *SITES):
-        (tmp_path / name).mkdir()
-    container.make_keys(3, 8.0, 1e-5, tmp_path, settings=SUM, honest=3, alone=9.0)
-    (tmp_path / "site-1" / "policy.toml").write_bytes(broken)
+    container.make_keys(3, 8.0, 1e-5, pki, settings=SUM, honest=3, alone=9.0)
+    (pki / "site-1" / "policy.toml").write_bytes(broken)
     capsys.readouterr()
-    container.make_keys(4, 8.0, 1e-5, tmp_path, settings=SUM, honest=3, alone=9.0)
+    container.make_keys(4, 8.0, 1e-5, pki, settings=SUM, honest=3, alone=9.0)
     assert "site-1 will refuse this job: the policy " in capsys.readouterr().out
-    assert (tmp_path / "site-1" / "policy.toml").read_bytes() == broken
+    assert (pki / "site-1" / "policy.toml").read_bytes() == broken
     for name in ("site-2", "site-3", "site-4"):
-        policy = load_policy(tmp_path / name / "policy.toml")
-        assert policy.peers_hash == load_roster(tmp_path / name / "peers.toml").digest
+        policy = load_policy(pki / name / "policy.toml")
+        assert policy.peers_hash == load_roster(pki / name / "peers.toml").digest
 
 
 def check_that_parts_are_handed_out_once(pki: Path) -> None:
     """Play M4: make keys for a job, then ask site 1 with settings that would give it records of others."""
-    for name in ("authority", "server", "coordinator", *SITES):
-        (pki / name).mkdir(parents=True)
-    container.make_keys(4, 8.0, 1e-5, pki, settings="rounds=2 data.seed=46 data.partition='iid'")
+    container.make_keys(4, 8.0, 1e-5, volumes(pki), settings="rounds=2 data.seed=46 data.partition='iid'")
     shutil.rmtree(pki / "site-4")
     (pki / "site-4").mkdir()
     container.make_keys(4, 8.0, 1e-5, pki, settings="data.seed=47")  # the rest of what was begun with other settings
@@ -337,9 +329,8 @@ def test_a_job_that_divides_the_data_otherwise_than_when_they_were_handed_out_is
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check_that_parts_are_handed_out_once(tmp_path / "fixed")
-    monkeypatch.setattr(
-        "fedveil.client.site.check_division", lambda *_: None
-    )  # planted: the job's settings divide anew
+    # Planted: the job's settings divide again.
+    monkeypatch.setattr("fedveil.client.site.check_division", lambda *_: None)
     with pytest.raises(pytest.fail.Exception):
         check_that_parts_are_handed_out_once(tmp_path / "anew")
 
@@ -362,10 +353,6 @@ def test_the_job_becomes_its_submission_and_says_what_stops_it(
     monkeypatch.setenv("SITES", "0")
     assert container.main("job") == 1
     assert "SITES is '0': write a whole number of at least 1" in capsys.readouterr().err, "no site was shut out"
-
-
-def test_the_keys_are_made_with_the_settings_of_the_job() -> None:
-    assert SERVICES["keys"]["environment"]["FEDVEIL_SETTINGS"] == SERVICES["job"]["environment"]["FEDVEIL_SETTINGS"]
 
 
 def test_keys_stay_on_their_volumes() -> None:
@@ -422,31 +409,13 @@ def test_the_image_runs_as_nobody_in_particular_and_holds_no_history() -> None:
     ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
     assert "*" in ignored, ".dockerignore must name what goes in, not what stays out"
     kept = {line[1:] for line in ignored if line.startswith("!")}
-    assert kept == {
-        "pyproject.toml",
-        "README.md",
-        "LICENSE",
-        "requirements",
-        "fedveil",
-        "common",
-        "privacy",
-        "strategies",
-        "contrib",
-        "client",
-        "server",
-        "reports",
-        "demo",
-        "deploy",
-        "experiments",
-        "cli",
-    }
+    rooms = "common privacy strategies contrib client server reports demo deploy experiments cli"
+    assert kept == {"pyproject.toml", "README.md", "LICENSE", "requirements", "fedveil", *rooms.split()}
 
 
 def engine() -> bool:
-    return (
-        bool(shutil.which("docker"))
-        and not subprocess.run(["docker", "version"], capture_output=True, check=False).returncode
-    )
+    found = shutil.which("docker")
+    return bool(found) and not subprocess.run([found, "version"], capture_output=True, check=False).returncode
 
 
 def compose(*words: str) -> subprocess.CompletedProcess[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_report import fedveil
+from report_forms import fedveil
 
 from audits.tiny_models import write_reviews
 from fedveil.common.config.text import to_toml

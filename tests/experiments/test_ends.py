@@ -67,7 +67,7 @@ def a_tree(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
         f"subprocess.run([sys.executable, '-c', {orphan!r}], start_new_session=True)\n" + sleeper("a.pid")
     )
     starter = (
-        "import os, sys, time\nfrom pathlib import Path\nfrom experiments import keeper\n"
+        "import os, sys, time\nfrom pathlib import Path\nfrom fedveil.experiments import keeper\n"
         f"kept = keeper.start(Path({str(own)!r}), [sys.executable, '-c', {command!r}], os.environ)\n"
         f"Path({str(folder / 'd.pid')!r}).write_text(str(kept.pid))\ntime.sleep(1000)\n"
     )
@@ -107,7 +107,7 @@ def test_the_end_waits_for_a_site_at_work_and_lets_no_other_begin(tmp_path: Path
     own = tmp_path / "own"
     own.mkdir()
     at_work = (
-        "import os, sys, threading, time\nfrom pathlib import Path\nfrom client import door\n"
+        "import os, sys, threading, time\nfrom pathlib import Path\nfrom fedveil.client import door\n"
         "door.LAST_SECONDS = 1000.0\n"
         f"folder = Path({str(tmp_path)!r})\n"
         "with door.at_work():\n"

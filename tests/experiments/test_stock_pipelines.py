@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 from digits import digits, encoded, save_vit
-from test_image_classification import TOKENS, toy_digits
+from image_worlds import toy_digits
+from test_image_classification import TOKENS
 from test_served import stock_job
 
 from audits.tiny_models import toy_run

@@ -19,7 +19,6 @@ from typer.testing import CliRunner
 from fedveil.cli.main import app
 from fedveil.common.adapters import ADAPTERS
 from fedveil.common.errors import ConfigError, DataError
-from fedveil.experiments.sweep.arms import ARMS
 from fedveil.experiments.sweep.conduct import row_words
 from fedveil.experiments.sweep.pictures import bytes_figure, epsilon_figure, write_pictures
 from fedveil.experiments.sweep.published import SHIPPED, Published, read_published
@@ -78,16 +77,6 @@ SITES = [alone(0.6, 0, 1), alone(0.7, 1, 1), alone(0.7, 0, 2), alone(0.9, 1, 2)]
 OPEN = [row(0.85, epsilon_asked=None, epsilon=None, delta=None)]
 
 
-@pytest.mark.parametrize(("count", "t"), [(2, 12.706), (3, 4.303), (5, 2.776), (10, 2.262)])
-def test_an_interval_has_the_tables_t(count: int, t: float) -> None:
-    values = [0.7 + 0.01 * (i % 2) for i in range(count)]
-    mean = sum(values) / count
-    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
-    found = interval(values)
-    assert found.half == pytest.approx(t * deviation / math.sqrt(count), rel=1e-3)
-    assert (found.low, found.high) == (found.mean - (found.half or 0), found.mean + (found.half or 0))
-
-
 @given(st.lists(st.integers(0, 1000).map(lambda right: right / 1000), min_size=2, max_size=12, unique=True))
 def test_an_interval_is_scipys(values: list[float]) -> None:
     found = interval(values)
@@ -95,15 +84,12 @@ def test_an_interval_is_scipys(values: list[float]) -> None:
     assert (found.low, found.high) == pytest.approx((low, high), abs=1e-9)
 
 
-def test_values_of_a_model_that_diverged_have_no_interval() -> None:
-    assert [str(interval(values)) for values in ([1.0, math.inf], [math.nan, 1.0])] == [
-        "Interval(mean=inf, half=None)",
-        "Interval(mean=nan, half=None)",
-    ]
-
-
-def test_one_run_has_no_interval() -> None:
+def test_one_run_and_runs_of_a_model_that_diverged_have_no_interval() -> None:
     assert (interval([0.7]).mean, interval([0.7]).half) == (0.7, None)
+    assert [(str(found.mean), found.half) for found in map(interval, ([1.0, math.inf], [math.nan, 1.0]))] == [
+        ("inf", None),
+        ("nan", None),
+    ]
 
 
 def test_a_seeds_value_of_sites_alone_is_their_mean_and_a_seed_without_one_does_not_count() -> None:
@@ -143,12 +129,6 @@ def test_a_line_about_a_sum_says_on_how_many_honest_sites_its_epsilon_counts() -
     assert replace(summed, epsilon=None).honest == 0
 
 
-def test_a_sweeps_own_table_names_the_recipe_of_each_variant() -> None:
-    header, _, line, *_ = markdown_of(SEEDS).splitlines()
-    assert header.startswith("| variant | recipe | arm |")
-    assert line.startswith("| `wide` | metric | federated |")
-
-
 def test_columns_of_newer_rows_stand_where_a_row_has_them() -> None:
     plain = row(0.75, sent=36_864, processor_seconds=90.0)
     settings = {**plain.settings, "strategy": "fedavg-lora", "adapter.name": "lora"}
@@ -181,29 +161,14 @@ def test_a_seeds_processor_time_is_that_of_all_its_sites_alone() -> None:
 
 def test_the_words_below_say_what_a_seed_is_and_what_the_intervals_leave_out() -> None:
     shared = markdown_of(SEEDS)
-    assert "the division is the same for all" in shared
     assert "a standard error of 1.4 points, which is not in the intervals" in shared
-    assert "sampling and noise are never seeded" in shared
     divided = markdown_of([replace(r, settings={**r.settings, "data.seed": r.seed}) for r in SEEDS])
-    assert "it divides the records and cuts the test part, too" in divided
     assert "not in the intervals" not in divided
-    rows = [replace(r, settings={**r.settings, "data.seed": r.seed, "data.test": "held-out.csv"}) for r in SEEDS]
-    assert "it divides the records, too" in markdown_of(rows)
-    assert "not in the intervals" in markdown_of(rows)
     assert "ε is per record, of the site that has spent most, at δ 1e-05" in divided
+    rows = [replace(r, settings={**r.settings, "data.seed": r.seed, "data.test": "held-out.csv"}) for r in SEEDS]
+    assert "not in the intervals" in markdown_of(rows)
     assert "never seeded" not in markdown_of(OPEN), "there is no noise in these"
     assert "code aaaaaaaaaaaa, bbbbbbbbbbbb." in markdown_of([SEEDS[0], replace(SEEDS[1], code="b" * 64)])
-
-
-def test_what_every_reader_needs_stands_below_the_table_and_the_rest_is_folded_away() -> None:
-    many = [replace(SEEDS[0], seed=i, code=str(i) * 64) for i in range(4)]
-    needed, _, folded = markdown_of(many).partition("<details>")
-    for said in ("in brackets each seed.", "ε is per record, of the site", "a standard error of"):
-        assert said in needed
-    for said in ("* Arms: federated", "* A seed gives", "4 states of the code, of which each row names its own."):
-        assert said in folded
-    assert folded.endswith("\n\n</details>\n"), "what comes after the table would be folded away as well"
-    assert len(needed.splitlines()[-2]) < 400
 
 
 def test_an_epsilon_that_counts_on_honest_sites_names_them_wherever_runs_stand_beside_each_other() -> None:
@@ -322,38 +287,29 @@ def test_bytes_are_of_what_travels_with_a_part_for_each_epsilon() -> None:
 
 
 def test_the_command_draws_tables_together_and_says_what_is_missing(tmp_path: Path) -> None:
+    others = [replace(SEEDS[0], sweep="other", variant=name, accuracy=0.9) for name in ("wide", "narrow-x")]
     write_rows(tmp_path / "one.jsonl", SEEDS)
-    write_rows(tmp_path / "two.jsonl", [replace(SEEDS[0], sweep="other", accuracy=0.9)])
-    both = [str(tmp_path / name) for name in ("one.jsonl", "two.jsonl")]
-    answer = CliRunner().invoke(app, ["pictures", *both, "--output", str(tmp_path / "drawn")])
-    assert answer.exit_code == 0, answer.output
-    page = (tmp_path / "drawn" / "one.html").read_text(encoding="utf-8")
-    assert "other: wide" in page
+    write_rows(tmp_path / "two.jsonl", others)
+
+    def drawn(*words: str, tables: tuple[str, ...] = ("one", "two")) -> tuple[int, str]:
+        named = [str(tmp_path / f"{table}.jsonl") for table in tables]
+        answer = CliRunner().invoke(app, ["pictures", *named, "--output", str(tmp_path / "drawn"), *words])
+        page = tmp_path / "drawn" / "one.html"
+        return answer.exit_code, page.read_text("utf-8") if not answer.exit_code else " ".join(answer.output.split())
+
+    code, page = drawn()
+    assert (code, "other: wide" in page) == (0, True)
     assert "made: wide" not in page, "the first table's names are plain"
-    assert "RoBERTa" not in page, "others' figures of other data stand beside ours unasked"
-    assert "ublished" not in page
-    answer = CliRunner().invoke(app, ["pictures", *both, "--output", str(tmp_path / "more"), "--published", "shipped"])
-    assert answer.exit_code == 0, answer.output
-    assert "RoBERTa" in (tmp_path / "more" / "one.html").read_text(encoding="utf-8")
-    write_rows(tmp_path / "two.jsonl", [replace(SEEDS[0], sweep="other", variant="narrow-x", accuracy=0.9)])
-    answer = CliRunner().invoke(app, ["pictures", *both, "--output", str(tmp_path / "few"), "--without", "narrow*"])
-    assert answer.exit_code == 0, answer.output
-    assert "narrow" not in (tmp_path / "few" / "one.html").read_text(encoding="utf-8")
-    answer = CliRunner().invoke(app, ["pictures", *both, "--without", "narrow*, gone"])
-    assert answer.exit_code == 1
-    assert "no variant is 'gone'" in " ".join(answer.output.split())
-    for chosen, order in (("narrow*,wide,w*", ["other: narrow-x", "wide"]), ("made: *", ["wide"])):
-        some = ["--output", str(tmp_path / "some"), "--only", chosen]
-        answer = CliRunner().invoke(app, ["pictures", *both, *some])
-        assert answer.exit_code == 0, answer.output
-        page = (tmp_path / "some" / "one.html").read_text(encoding="utf-8")
-        assert re.findall(r"<tr><td>([^<]+)</td>", page) == order, "not as they were named, once each"
-    answer = CliRunner().invoke(app, ["pictures", *both, "--only", "wide,gone*"])
-    assert answer.exit_code == 1
-    assert "--only: no variant is 'gone*'" in " ".join(answer.output.split())
-    answer = CliRunner().invoke(app, ["pictures", str(tmp_path / "three.jsonl")])
-    assert answer.exit_code == 1
-    assert "three.jsonl is not there" in answer.output
+    assert "ublished" not in page, "others' figures of other data stand beside ours unasked"
+    assert "RoBERTa" in drawn("--published", "shipped")[1]
+    assert "narrow" not in drawn("--without", "narrow*")[1]
+    for chosen, order in (("narrow*,wide,w*", ["other: narrow-x", "wide", "other: wide"]), ("made: *", ["wide"])):
+        rows = re.findall(r"<tr><td>([^<]+)</td>", drawn("--only", chosen)[1])
+        assert rows == order, "not as they were named, once each"
+    for words in (("--without", "narrow*, gone"), ("--only", "wide,gone*")):
+        code, said = drawn(*words)
+        assert (code, "no variant is 'gone" in said) == (1, True)
+    assert "three.jsonl is not there" in drawn(tables=("three",))[1]
 
 
 @pytest.mark.parametrize("length", [5, 40, 90])
@@ -368,32 +324,11 @@ def test_no_name_in_a_legend_is_cut_off(length: int) -> None:
         assert told.x1 <= whole.x1, f"{length} letters are cut off"
 
 
-@pytest.mark.parametrize("count", [1, 40])
-def test_many_names_take_no_height_from_the_plot(count: int) -> None:
-    rows = [row(0.75, variant=f"variant-of-some-length-{i}") for i in range(count)]
-    for figure in (epsilon_figure(groups(rows), read_published(SHIPPED)), bytes_figure(groups(rows))):
-        figure.canvas.draw()
-        inches = figure.axes[0].get_window_extent().height / figure.dpi
-        assert inches > 3.0
-
-
-def test_no_result_is_no_picture(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="there is no result to draw"):
-        write_pictures([], PUBLISHED, tmp_path, "made")
-
-
 def test_without_matplotlib_it_is_said_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ConfigError, match="pip install 'matplotlib"):
         write_pictures(SEEDS, [], tmp_path, "made")
-
-
-def test_what_is_to_be_installed_is_what_the_project_asks_for() -> None:
-    project = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text(encoding="utf-8")
-    (asked,) = re.findall(r'^pictures = \["(.*)"\]', project, flags=re.M)
-    code = (Path(__file__).resolve().parents[2] / "experiments" / "sweep" / "pictures.py").read_text(encoding="utf-8")
-    assert f"pip install '{asked}'" in code
 
 
 # Published figures
@@ -422,10 +357,6 @@ def test_a_published_figure_that_is_none_is_named(text: str, said: str, tmp_path
         read_published(tmp_path / "published.toml")
     with pytest.raises(ConfigError, match="cannot read the published figures"):
         read_published(tmp_path / "none.toml")
-
-
-def test_every_arm_has_a_dash_and_a_fill_of_its_own() -> None:
-    assert len({arm.dash for arm in ARMS.values()}) == len({arm.fill for arm in ARMS.values()}) == len(ARMS)
 
 
 # A task without labels

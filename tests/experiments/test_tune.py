@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 from made_run import MadeRun
+from report_forms import fedveil
 from test_card import with_adapter
 from test_meaning import composed_losses, epsilon_at
-from test_report import fedveil
 
 from audits.tiny_models import write_reviews
 from fedveil.client.ledger.ledger import Ledger

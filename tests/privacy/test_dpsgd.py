@@ -6,18 +6,18 @@ Statistical checks raise a false alarm about once in a million runs; every band 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from dpsgd_worlds import FAMILIES, WorldOf, deviation, unchanged, values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from opacus.optimizers import DPOptimizer
 from scipy import stats
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import SGD
 
 from audits.bands import related
@@ -28,27 +28,12 @@ from audits.faults import (
     same_seeds,
     shared_seed,
     token_mean_loss,
-    zero_noise,
 )
 from audits.noise_law import NOISY, noise_faults, noise_only
 from audits.sensitivity import sensitivity, with_one_long_record
 from audits.site_rounds import Round, SiteRounds
-from audits.worlds import (
-    Gradient,
-    Losses,
-    Recorder,
-    World,
-    alone,
-    flat,
-    fresh_world,
-    norm,
-    plan,
-    released,
-)
-from fedveil.common.errors import MechanismError
+from audits.worlds import Gradient, Losses, Recorder, World, alone, flat, fresh_world, norm, plan, released
 from fedveil.common.model.batching import length_batches
-from fedveil.common.model.shapes import FixedBatch
-from fedveil.common.tasks import Batch
 from fedveil.privacy import dpsgd
 from fedveil.privacy.dpsgd import PrivateSteps
 from fedveil.privacy.randomness import add_private_noise
@@ -68,25 +53,6 @@ CASES = [
     ("bert", "lora-metric", "trained"),
     ("gpt2", "lora-metric", "frozen"),
 ]
-FAMILIES = [("bert", "lora", "trained"), ("gpt2", "lora", "frozen"), ("llama", "lora-frozen-a", "frozen")]
-# --- small worlds -----------------------------------------------------------------------------------------------------
-
-
-WorldOf = Callable[..., World]
-
-
-@pytest.fixture(scope="module")
-def world_of(model_folder: Callable[[str], str]) -> WorldOf:
-    """Return a function from (family, adapter, head policy, precision) to its world; tests must leave it unchanged."""
-    made: dict[tuple[str, ...], World] = {}
-
-    def make(family: str, adapter: str = "lora", head: str = "trained", precision: str = "float32") -> World:
-        key = (family, adapter, head, precision)
-        if key not in made:
-            made[key] = fresh_world(model_folder(family), *key)
-        return made[key]
-
-    return make
 
 
 def clipped_sum(gradients: Sequence[Gradient], clip: float) -> Gradient:
@@ -98,14 +64,7 @@ def clipped_sum(gradients: Sequence[Gradient], clip: float) -> Gradient:
     return total
 
 
-def deviation(got: Gradient, want: Gradient) -> float:
-    """Return the greatest distance of a tensor from what it should be, over the joint norm of what it should be."""
-    return max(float((a.double() - b).norm()) for a, b in zip(got, want, strict=True)) / norm(want)
-
-
 # --- per-record gradients ---------------------------------------------------------------------------------------------
-
-
 def samples_seen(world: World, losses: Losses, monkeypatch: pytest.MonkeyPatch) -> list[Gradient]:
     """Return each record's gradient as the mechanism sees it before the clip, all records in one padded batch."""
     seen: list[Gradient] = []
@@ -140,8 +99,6 @@ def test_per_record_gradients_equal_a_loop_over_records(
 
 
 # --- the clip ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("share", [0.5, 1.5], ids=["some records clipped", "clip near the largest"])
 @pytest.mark.parametrize(("family", "adapter", "head"), CASES)
 def test_an_sgd_step_is_the_jointly_clipped_sum_over_the_public_divisor(
@@ -251,8 +208,6 @@ def test_under_bfloat16_the_step_stays_near_the_clipped_sum(world_of: WorldOf) -
 
 
 # --- sensitivity ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("loss_factor", [1.0, 1e6], ids=["plain", "one extreme loss"])
 @pytest.mark.parametrize(("family", "adapter", "head"), CASES)
 def test_one_record_changes_the_sum_by_at_most_the_clip(
@@ -292,8 +247,6 @@ def test_the_sensitivity_check_finds_a_clip_at_twice_the_bound(world_of: WorldOf
 
 
 # --- what is trained --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("family", "adapter", "head"), CASES)
 def test_exactly_the_trained_factors_carry_gradients_and_move(
     family: str, adapter: str, head: str, model_folder: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
@@ -320,8 +273,6 @@ def test_exactly_the_trained_factors_carry_gradients_and_move(
 
 
 # --- noise ------------------------------------------------------------------------------------------------------------
-
-
 def test_noise_is_independent_gaussian_of_the_plans_size_also_on_empty_batches(world_of: WorldOf) -> None:
     given = noise_only(world_of("bert"), NOISY, 40)
     assert sum(flat(gradient).numel() for gradient in given) >= 50_000
@@ -425,8 +376,6 @@ def test_a_site_without_a_record_in_the_batch_moves_as_much_as_its_noise(
 
 
 # --- a release without a step ---------------------------------------------------------------------------------------
-
-
 def test_a_release_is_what_a_step_would_hand_over_and_moves_nothing(world_of: WorldOf) -> None:
     world = world_of("bert")
     before = values(world.model.module)
@@ -445,15 +394,6 @@ def test_a_release_carries_the_same_noise_as_a_step(world_of: WorldOf) -> None:
     with PrivateSteps(world.model.module, Recorder(world.trained), NOISY) as steps:
         given = [[g.double() for g in steps.release([], world.model.losses)] for _ in range(20)]
     assert noise_faults(given, NOISY.gradient_noise_std) == set()
-
-
-# --- records that are not finite --------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def silence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take the noise away altogether, so that zero can be told from nearly zero."""
-    monkeypatch.setattr(dpsgd, "add_private_noise", zero_noise)
 
 
 POISONS = [float("nan"), float("inf"), -float("inf")]
@@ -510,8 +450,6 @@ def test_a_batch_of_only_poison_is_noise_only(
 
 
 # --- the divisor ------------------------------------------------------------------------------------------------------
-
-
 def divisors(world: World) -> list[float]:
     """Return by which number batches of different realised size were divided."""
     gradients = [alone(world, record) for record in world.records]
@@ -544,291 +482,3 @@ def test_an_empty_batch_is_divided_by_the_same_constant(world_of: WorldOf, monke
     for parts in ([], [world.records], [[record] for record in world.records]):
         got = released(world, parts, plan(0.5, divisor=8.0), zero_loss(world))
         assert all(torch.allclose(g, torch.full_like(g, 1 / 8)) for g in got)
-
-
-# --- the guard --------------------------------------------------------------------------------------------------------
-
-
-class Toy(nn.Module):
-    """One used and one unused layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.used, self.unused = nn.Linear(3, 2), nn.Linear(3, 2)
-
-    def losses(self, batch: Tensor) -> Tensor:
-        output: Tensor = self.used(batch)
-        return output.sum(1)
-
-
-@pytest.fixture
-def toy() -> Toy:
-    toy = Toy()
-    toy.unused.requires_grad_(False)
-    return toy
-
-
-def used(toy: nn.Module) -> list[nn.Parameter]:
-    return [p for p in toy.parameters() if p.requires_grad]
-
-
-BATCH = torch.tensor([[1.0, 2.0, 3.0], [0.5, -1.0, 2.0]])
-
-
-def values(module: nn.Module) -> list[Tensor]:
-    return [p.detach().clone() for p in module.parameters()]
-
-
-def unchanged(module: nn.Module, before: list[Tensor]) -> bool:
-    return all(torch.equal(p.detach(), b) for p, b in zip(module.parameters(), before, strict=True))
-
-
-def test_a_raw_gradient_cannot_be_stepped_with_inside_the_context(toy: Toy) -> None:
-    optimizer = SGD(used(toy), lr=1.0)
-    before = values(toy)
-    with PrivateSteps(toy, optimizer, plan()):
-        toy.losses(BATCH).sum().backward()
-        with pytest.raises(MechanismError, match="did not pass clip and noise"):
-            optimizer.step()
-    assert unchanged(toy, before)
-
-
-def test_a_released_gradient_cannot_be_used_twice(toy: Toy) -> None:
-    optimizer = SGD(used(toy), lr=1.0)
-    with PrivateSteps(toy, optimizer, plan()) as steps:
-        steps.step([BATCH], toy.losses)
-        before = values(toy)
-        with pytest.raises(MechanismError):
-            optimizer.step()
-        assert unchanged(toy, before)
-
-
-@pytest.mark.parametrize("when", ["before the context", "after the context"])
-def test_a_raw_gradient_cannot_be_stepped_with_outside_the_context(toy: Toy, when: str) -> None:
-    optimizer = SGD(used(toy), lr=1.0)
-    steps = PrivateSteps(toy, optimizer, plan())
-    if when == "after the context":
-        with steps:
-            steps.step([BATCH], toy.losses)
-    toy.losses(BATCH).sum().backward()
-    with pytest.raises(MechanismError):
-        optimizer.step()
-
-
-def test_a_step_outside_the_context_is_refused_before_anything_moves(toy: Toy) -> None:
-    before = values(toy)
-    steps = PrivateSteps(toy, SGD(used(toy), lr=1.0), plan())
-    with pytest.raises(MechanismError, match="no gradient of its own"):
-        steps.step([BATCH], toy.losses)
-    assert unchanged(toy, before)
-
-
-@pytest.mark.parametrize("fixed", [False, True], ids=["a batch", "of a fixed shape"])
-def test_each_pass_of_a_step_is_asked_for_first_and_a_refusal_ends_the_step(toy: Toy, fixed: bool) -> None:
-    part: Any = FixedBatch({"x": BATCH}, 2) if fixed else BATCH
-    passed: list[int] = []
-
-    def ask() -> None:
-        passed.append(len(passed))
-        if len(passed) == 3:
-            raise TimeoutError
-
-    before = values(toy)
-    with PrivateSteps(toy, SGD(used(toy), lr=1.0), plan(), before_pass=ask) as steps, pytest.raises(TimeoutError):
-        steps.step([part] * 4, lambda batch: toy.losses(batch["x"] if fixed else batch))
-    assert passed == [0, 1, 2]
-    assert unchanged(toy, before)
-
-
-@pytest.mark.parametrize("change", ["in place", "replaced"])
-def test_a_gradient_changed_after_its_release_is_refused(toy: Toy, change: str) -> None:
-    optimizer = SGD(used(toy), lr=1.0)
-
-    def tamper(*_: Any) -> None:
-        if change == "in place":
-            toy.used.weight.grad.mul_(2.0)  # type: ignore[union-attr]
-        else:
-            toy.used.weight.grad = torch.ones_like(toy.used.weight)
-
-    optimizer.register_step_pre_hook(tamper)
-    before = values(toy)
-    with PrivateSteps(toy, optimizer, plan()) as steps, pytest.raises(MechanismError):
-        steps.step([BATCH], toy.losses)
-    assert unchanged(toy, before)
-
-
-@pytest.mark.parametrize("covered", ["one too few", "one too many", "another"])
-def test_an_optimiser_over_other_tensors_than_the_trained_is_refused(toy: Toy, covered: str) -> None:
-    parameters = {
-        "one too few": used(toy)[:-1],
-        "one too many": [*used(toy), toy.unused.weight],
-        "another": [*used(toy)[:-1], toy.unused.weight],
-    }[covered]
-    with pytest.raises(MechanismError, match="every trained tensor, and no other"):
-        PrivateSteps(toy, SGD(parameters, lr=1.0), plan())
-
-
-def test_a_tensor_slipped_into_the_optimiser_later_stops_the_step(toy: Toy) -> None:
-    optimizer = SGD(used(toy), lr=1.0)
-    before = values(toy)
-    with PrivateSteps(toy, optimizer, plan()) as steps:
-        extra = nn.Parameter(torch.zeros(2))
-        extra.grad = torch.ones(2)
-        optimizer.add_param_group({"params": [extra]})
-        with pytest.raises((MechanismError, ValueError), match=r"(?i)gradient"):
-            steps.step([BATCH], toy.losses)
-    assert unchanged(toy, before)
-    assert (extra == 0).all()
-
-
-def test_a_trained_layer_that_the_model_does_not_use_is_refused() -> None:
-    toy = Toy()
-    before = values(toy)
-    with (
-        PrivateSteps(toy, SGD(toy.parameters(), lr=1.0), plan()) as steps,
-        pytest.raises(MechanismError, match="does not use it"),
-    ):
-        steps.step([BATCH], toy.losses)
-    assert unchanged(toy, before)
-
-
-@pytest.mark.parametrize("norm", [nn.BatchNorm1d(3), nn.SyncBatchNorm(3)], ids=["one device", "many"])
-@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
-def test_a_model_that_normalises_by_its_batch_is_refused(norm: nn.Module, frozen: bool) -> None:
-    def steps_of(norm: nn.Module) -> PrivateSteps:
-        model = nn.Sequential(nn.Sequential(norm.requires_grad_(not frozen)), nn.Linear(3, 2))
-        return PrivateSteps(model, SGD(used(model), lr=1.0), plan())
-
-    with pytest.raises(MechanismError, match=r"'0\.0' is a .*BatchNorm"):
-        steps_of(norm)
-    steps_of(nn.LayerNorm(3))
-
-
-def test_a_loss_that_is_not_one_per_record_is_refused_without_a_word_on_how_many_there_were(toy: Toy) -> None:
-    words = set()
-    for records in (BATCH[:1], BATCH, BATCH.repeat(3, 1)):
-        with (
-            PrivateSteps(toy, SGD(used(toy), lr=1.0), plan()) as steps,
-            pytest.raises(MechanismError, match="each record") as caught,
-        ):
-            steps.step([records], lambda batch: toy.losses(batch).mean().repeat(len(batch) + 1))
-        words.add(str(caught.value))
-    assert len(words) == 1, f"the refusal tells batches apart: {words}"
-
-
-# --- what stays behind ------------------------------------------------------------------------------------------------
-
-
-def traces(module: nn.Module) -> set[str]:
-    """Return what of records or of the mechanism is on the model."""
-    left = set()
-    for parameter in module.parameters():
-        left.update(name for name in ("grad_sample", "summed_grad", "_current_grad_sample") if hasattr(parameter, name))
-        left.update({"grad"} if parameter.grad is not None else set())
-    for child in module.modules():
-        left.update({"hooks"} if child._forward_hooks or child._backward_hooks else set())
-        left.update({"activations"} if getattr(child, "activations", None) else set())
-        left.update({"max_batch_len"} if hasattr(child, "max_batch_len") else set())
-    return left
-
-
-def test_traces_are_seen_inside_the_context(toy: Toy) -> None:
-    with PrivateSteps(toy, SGD(used(toy), lr=1.0), plan()):
-        losses = toy.losses(BATCH)
-        assert {"hooks", "activations"} <= traces(toy)
-        losses.sum().backward()
-        assert {"grad", "grad_sample", "summed_grad"} <= traces(toy)
-
-
-def test_leaving_the_context_leaves_nothing_of_the_records_behind(world_of: WorldOf) -> None:
-    world = world_of("bert")
-    with PrivateSteps(world.model.module, Recorder(world.trained), plan()) as steps:
-        steps.step([world.batch()], world.model.losses)
-        steps.step([], world.model.losses)
-    assert traces(world.model.module) == set()
-
-
-def _broken(moment: str, world: World) -> Losses:
-    """Return losses that fail on a part of one record, before or after its forward pass or in its backward pass."""
-
-    class Burst(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, losses: Tensor) -> Tensor:
-            return losses.clone()
-
-        @staticmethod
-        def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-            raise RuntimeError("out of memory")
-
-    def losses(batch: Batch) -> Tensor:
-        fails = len(batch["input_ids"]) == 1
-        if fails and moment == "before the forward pass":
-            raise RuntimeError("out of memory")
-        values = world.model.losses(batch)
-        if fails and moment == "after the forward pass":
-            raise RuntimeError("out of memory")
-        result: Tensor = Burst.apply(values) if fails else values
-        return result
-
-    return losses
-
-
-MOMENTS = [
-    "before the forward pass",
-    "after the forward pass",
-    "in the backward pass",
-]
-
-
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_a_failure_in_the_middle_leaves_nothing_of_the_records_behind(
-    moment: str, model_folder: Callable[[str], str]
-) -> None:
-    world = fresh_world(model_folder("bert"), "bert", "lora", "trained")
-    optimizer = Recorder(world.trained)
-    with (
-        pytest.raises(RuntimeError, match="out of memory"),
-        PrivateSteps(world.model.module, optimizer, plan()) as steps,
-    ):
-        steps.step([world.batch(), world.batch(world.records[:1])], _broken(moment, world))
-    assert optimizer.given == []
-    assert traces(world.model.module) == set()
-
-
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_after_a_failure_the_same_model_steps_as_if_nothing_had_been(
-    moment: str, model_folder: Callable[[str], str]
-) -> None:
-    world = fresh_world(model_folder("bert"), "bert", "lora", "trained")
-    parts = [world.records[:4], world.records[4:6], world.records[6:]]
-    want = released(world, parts)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        released(world, [world.records[:3], world.records[:1]], losses=_broken(moment, world))
-    assert deviation(released(world, parts), want) < 1e-5
-
-
-# --- no chance but the mechanism's ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("family", "adapter", "head"), FAMILIES)
-@pytest.mark.usefixtures("silence")
-def test_two_noiseless_steps_on_the_same_records_are_identical(
-    family: str, adapter: str, head: str, world_of: WorldOf
-) -> None:
-    world = world_of(family, adapter, head)
-    assert world.model.module.training
-    first, second = released(world, [world.records]), released(world, [world.records])
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), "something in the model is random"
-    dropouts = [child for child in world.model.module.modules() if isinstance(child, nn.Dropout)]
-    if dropouts:
-        dropouts[0].p = 0.5
-        shaken = released(world, [world.records])
-        dropouts[0].p = 0.0
-        assert deviation(shaken, first) > 1e-3, "dropout went unnoticed"
-
-
-def test_the_world_is_left_as_it_was(world_of: WorldOf) -> None:
-    world = world_of("bert")
-    before = values(world.model.module)
-    released(world, [world.records], replace(NOISY, event=NOISY.event.having(noise_multiplier=50.0)))
-    assert unchanged(world.model.module, before)

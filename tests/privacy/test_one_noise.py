@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from scipy.optimize import brentq
 from scipy.stats import norm
-from test_sums import SUMMED
+from summed_runs import SUMMED
 
 from audits.sum_site import SumSite
 from audits.tiny_models import write_reviews

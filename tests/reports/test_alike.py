@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from made_run import MadeRun
-from test_report import fedveil
+from report_forms import fedveil
 
 from fedveil.common.words import EACH, names_text, natural
 from fedveil.reports import ReportData, report_of

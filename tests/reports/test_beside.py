@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from made_run import MadeRun
-from test_report import fedveil, forms
+from report_forms import fedveil, forms
 from test_sweep_summary import OPEN, SEEDS, SITES
 
 from fedveil.experiments.sweep.rows import write_rows

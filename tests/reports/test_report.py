@@ -12,16 +12,12 @@ from typing import Any
 
 import pytest
 from made_run import DELTA, MadeRun
-from typer.testing import CliRunner
+from report_forms import audit_file, fedveil, forms, found
 
-from fedveil.cli.main import app
-from fedveil.client.ledger.ledger import Ledger
-from fedveil.client.ledger.rows import Charge
-from fedveil.common.errors import BudgetExhausted, DataError
-from fedveil.common.run_lines import AuditFile, Finding, Reached
+from fedveil.common.errors import DataError
+from fedveil.common.run_lines import Finding, Reached
 from fedveil.common.words import names_text
 from fedveil.privacy.accounting import gaussian_release
-from fedveil.privacy.figures import epsilon_text
 from fedveil.privacy.privacy_filter import promised
 from fedveil.reports import federation_epsilon, markdown_report, report_of, to_json, write_reports
 from fedveil.reports.audits import WHOSE
@@ -31,17 +27,6 @@ from fedveil.reports.page import to_html
 from fedveil.reports.sites import Recomputed, _compare, site_reports
 
 HOSTILE = "<script>alert(1)</script>\x1b[2K\u202e|`*"
-
-
-def forms(folder: Path) -> dict[str, str]:
-    """Return the report in its three forms."""
-    write_reports(folder)
-    return {name: (folder / f"report.{name}").read_text(encoding="utf-8") for name in ("md", "html", "json")}
-
-
-def fedveil(*words: Any) -> tuple[int, str]:
-    done = CliRunner().invoke(app, [str(word) for word in words])
-    return done.exit_code, done.output
 
 
 @pytest.fixture
@@ -337,15 +322,6 @@ def test_the_json_is_canonical_and_repeatable(made: MadeRun) -> None:
     assert json.loads(to_json(endless))["headline"]["epsilon"] == "inf"
 
 
-def audit_file(*findings: Finding, torch: str = "2.13.0") -> AuditFile:
-    """Return a file that says "passed", which is never believed: the findings are what counts."""
-    return AuditFile(True, "2026-11-25T08:00:00+00:00", {"fedveil": "0.1.0", "torch": torch}, list(findings))
-
-
-def found(audit: str, fault: str = "", passed: bool = True) -> Finding:
-    return Finding(audit, fault or "as it is", bool(fault), passed, {})
-
-
 def all_forms(made: MadeRun) -> tuple[str, str, dict[str, Any], str]:
     """Return the report as Markdown, page and JSON, and what the terminal says."""
     code, words = fedveil("report", made.folder)
@@ -457,115 +433,6 @@ def test_what_is_no_key_is_said_in_one_line(made: MadeRun, tmp_path: Path) -> No
         assert code == 1
         assert said.startswith("fedveil: ")
         assert said.count("\n") == 1
-
-
-@pytest.fixture
-def ledger_file(tmp_path: Path) -> Path:
-    path = tmp_path / "ledger.sqlite"
-    with Ledger(path) as ledger:
-        ledger.set_budget("clinic", 3.0, DELTA)
-        terms: dict[str, Any] = {"run": "7", "delta": DELTA, "max_epsilon": 3.0}
-        ledger.charge(Charge("clinic", round_number=1, releases=(gaussian_release(1.2, 0.05, 5),), **terms))
-        ledger.charge(Charge("clinic", round_number=2, releases=(gaussian_release(1.2, 0.05, 5),), **terms))
-    return path
-
-
-def test_the_steward_sees_what_is_left(ledger_file: Path) -> None:
-    spent = promised([gaussian_release(1.2, 0.05, 10)], DELTA)[0]
-    code, words = fedveil("ledger", "remaining", ledger_file, "--dataset", "clinic")
-    assert code == 0
-    assert float(re.findall(r"ε ([\d.]+)", words)[0]) == pytest.approx(3.0 - spent, abs=1e-4)
-    assert float(re.findall(r"ε ([\d.]+)", words)[0]) <= 3.0 - spent
-    code, words = fedveil("ledger", "remaining", ledger_file, "--dataset", "clinic", "--epsilon", "100")
-    assert "of 3 is left" in words, "a larger budget than the ledger's own counted"
-    code, words = fedveil("ledger", "remaining", ledger_file, "--dataset", "clinic", "--epsilon", "0.01")
-    assert "refuses every further round" in words
-
-
-def test_a_steward_raises_and_lowers_a_budget_on_the_record(ledger_file: Path) -> None:
-    spent = promised([gaussian_release(1.2, 0.05, 10)], DELTA)[0]
-    code, words = fedveil("ledger", "budget", ledger_file, "--dataset", "clinic", "--epsilon", "5")
-    assert code == 0
-    assert "budget ε 5 at δ 1e-05 (was 3)" in words
-    assert f"{math.ceil(spent * 1e4) / 1e4:.4f} is spent" in words
-    assert "policy" in words, "a stricter policy takes a raise back, and nobody said so"
-    code, words = fedveil("ledger", "budget", ledger_file, "--dataset", "clinic", "--epsilon", spent / 2)
-    assert code == 0
-    assert "refuses every further round" in words, "a budget below what is spent was set without a word"
-    terms: dict[str, Any] = {"run": "7", "delta": DELTA, "max_epsilon": 100.0}
-    with Ledger(ledger_file) as ledger, pytest.raises(BudgetExhausted):
-        ledger.charge(Charge("clinic", round_number=3, releases=(gaussian_release(1.2, 0.05, 5),), **terms))
-    shown = fedveil("ledger", "show", ledger_file)[1].splitlines()
-    assert [line.split("  ")[-1] for line in shown if "budget set" in line] == [
-        "budget set to ε 3, at δ 1e-05",
-        "budget set to ε 5, was 3, at δ 1e-05",
-        f"budget set to ε {spent / 2:g}, was 5, at δ 1e-05",
-    ]
-    assert all(re.match(r"  \d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", line) for line in shown[1:]), "an event without its time"
-    budgets = json.loads(fedveil("ledger", "export", ledger_file)[1])["budgets"]
-    assert [(b["replaced"], b["epsilon"]) for b in budgets] == [(None, 3.0), (3.0, 5.0), (5.0, spent / 2)]
-    assert all(b["set_at"] for b in budgets)
-
-
-def test_a_smaller_delta_holds_from_then_on_and_a_larger_one_never(ledger_file: Path) -> None:
-    words = fedveil("ledger", "budget", ledger_file, "--dataset", "clinic", "--epsilon", "5", "--delta", "1e-3")[1]
-    assert "δ 1e-05 holds instead of 0.001" in words
-    words = fedveil("ledger", "budget", ledger_file, "--dataset", "clinic", "--epsilon", "5", "--delta", "1e-7")[1]
-    spent = promised([gaussian_release(1.2, 0.05, 10)], 1e-7)[0]
-    assert f"at δ 1e-07 (was 5); {epsilon_text(spent, decimals=4)} is spent" in words
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (("--dataset", "clinic", "--epsilon", "0"), "epsilon must be above 0"),
-        (("--dataset", "clinic", "--epsilon", "-1"), "epsilon must be above 0"),
-        (("--dataset", "clinic", "--epsilon", "nan"), "epsilon must be above 0"),
-        (("--dataset", "clinic", "--epsilon", "inf"), "epsilon must be above 0"),
-        (("--dataset", "clinic", "--epsilon", "3", "--delta", "0.5"), "delta must be below 0.5"),
-        (("--dataset", "clinic", "--epsilon", "3", "--delta", "0"), "delta must be above 0"),
-        (("--dataset", "clnic", "--epsilon", "3"), "did you mean 'clinic'?"),
-    ],
-    ids=lambda value: " ".join(value[1::2]) if isinstance(value, tuple) else "",
-)
-def test_a_nonsensical_budget_is_refused_in_one_line(ledger_file: Path, options: tuple[str, ...], said: str) -> None:
-    before = ledger_file.read_bytes()
-    code, words = fedveil("ledger", "budget", ledger_file, *options)
-    assert (code, said in words, words.count("\n")) == (1, True, 1), words
-    assert ledger_file.read_bytes() == before
-
-
-def test_an_unknown_data_set_or_ledger_is_said_in_one_line(ledger_file: Path, tmp_path: Path) -> None:
-    code, words = fedveil("ledger", "remaining", ledger_file, "--dataset", "clnic")
-    assert (code, "did you mean 'clinic'?" in words, words.count("\n")) == (1, True, 1)
-    of_one = ("--dataset", "x")
-    for command in (("show",), ("export",), ("remaining", *of_one), ("budget", *of_one, "--epsilon", 3)):
-        code, words = fedveil("ledger", command[0], tmp_path / "none.sqlite", *command[1:])
-        assert (code, words.count("\n")) == (1, 1), f"fedveil ledger {command[0]}: {words}"
-    assert not (tmp_path / "none.sqlite").exists(), "looking made a ledger"
-
-
-def test_a_ledger_is_exported_whole(ledger_file: Path, tmp_path: Path) -> None:
-    words = fedveil("ledger", "export", ledger_file)[1]
-    value = json.loads(words)
-    assert [charge["count"] for charge in value["charges"]] == [5, 5]
-    assert value["budgets"][0]["epsilon"] == 3.0
-    target = tmp_path / "ledger.csv"
-    assert fedveil("ledger", "export", ledger_file, "--format", "csv", "-o", target)[0] == 0
-    rows = target.read_text().splitlines()
-    assert len(rows) == 3
-    assert rows[0].startswith("id,dataset,run,round_number,purpose,unit,event,clip_norm,noise_multiplier")
-    assert fedveil("ledger", "export", ledger_file, "--format", "xml")[0] == 1
-    assert fedveil("ledger", "export", ledger_file, "-o", tmp_path / "no" / "where")[0] == 1
-
-
-def test_the_ledger_shows_charges_and_budget(ledger_file: Path) -> None:
-    code, words = fedveil("ledger", "show", ledger_file)
-    assert code == 0
-    assert "of 3 at δ 1e-05" in words
-    step = "5 × sampled-gaussian (clip norm 1, noise multiplier 1.2, sample rate 0.05)"
-    assert words.count(f"training: {step}") == 2
-    assert words.count(f"first plan, by which all is priced: {step}") == 1
 
 
 @pytest.mark.parametrize("absurd", [1e200, 1e-200])

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 from made_run import MadeRun
+from report_forms import audit_file, fedveil, found
 from test_card import with_adapter
-from test_report import audit_file, fedveil, found
 
 from fedveil.common.errors import DataError
 from fedveil.common.files import replace_file

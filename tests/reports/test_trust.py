@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from made_run import MadeRun
-from test_report import audit_file, fedveil, forms
+from report_forms import audit_file, fedveil, forms
 
 from fedveil.common.run_lines import Finding
 from fedveil.privacy import MECHANISMS

@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import pytest
 from made_run import MadeRun
+from report_forms import fedveil
 from rich_run import MANY, ODD_NOISE, REFUSED, unlike
-from test_report import fedveil
 
 from fedveil.common.run_lines import Absence
 from fedveil.common.words import EACH, natural

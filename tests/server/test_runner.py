@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bundles import own_bundle
 from flwr.cli.build import build_fab_from_files
 from flwr.proto.runtime_pb2 import PullTaskInputRequest
 from flwr.supercore.constant import TaskType
@@ -43,12 +44,6 @@ app = ServerApp()
 def main(grid, context):
     pass
 """
-
-
-def own_bundle(**replaced: str) -> bytes:
-    """Return the bundle that Flower builds of this version, with the texts of some files replaced."""
-    files = files_of(PROJECT) | {path.replace("__", "/") + ".py": text.encode() for path, text in replaced.items()}
-    return build_fab_from_files(files)[0]
 
 
 def foreign_bundle(mark: Path) -> bytes:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from test_sums import SUMMED, spent, uneven, words_of
+from summed_runs import SUMMED, spent, uneven, words_of
 
 from fedveil.client import sums
 from fedveil.client.ledger.sums import Sums

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_sums import SUMMED
+from summed_runs import SUMMED
 
 from audits.sum_site import SumSite
 from audits.tiny_site import clinic
