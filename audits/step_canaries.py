@@ -24,6 +24,7 @@ from fedveil.privacy.accounting import epsilon, gaussian_release
 from fedveil.privacy.dpsgd import PrivateSteps
 from fedveil.privacy.plan import gaussian_plan
 from fedveil.strategies import STRATEGIES
+from fedveil.strategies.base import chooses
 from fedveil.strategies.job import configure
 
 CANARIES, STEPS = 100, 50
@@ -41,7 +42,7 @@ def audited() -> list[str]:
     return [
         name
         for name, kind in sorted(STRATEGIES.items())
-        if issubclass(ADAPTERS[kind.adapter], LowRank) and not kind.chooses()
+        if issubclass(ADAPTERS[kind.adapters.default], LowRank) and not chooses(kind)
     ]
 
 

@@ -84,9 +84,6 @@ class Terminal(Observer):
         number, shown = outcome.round_number, self._folder.shown
         own = shown.by_lines(lambda: self._epsilon(number))
         self._folder.say(round_line(shown, outcome, members, own), number)
-        told = self._job.strategy.told(state)
-        if told and number < self._job.config.rounds:
-            self._folder.say(f"  {told}", number)
 
     def stopped(self, reason: str) -> None:
         """Say why the run ends early."""

@@ -12,6 +12,7 @@ from fedveil.common.messages.round import Refusal, Reply, SumReply, Task, TrainR
 from fedveil.common.messages.wire import Layout, decode_reply, decode_sum_reply, round_of
 from fedveil.common.words import clean
 from fedveil.server.marks import mark_of
+from fedveil.strategies.base import chooses
 from fedveil.strategies.job import Job
 
 
@@ -26,7 +27,7 @@ def refusal(task: Task, node: int, kind: str, reason: str) -> Refusal:
 def replies_to(task: Task, job: Job, layout: Layout) -> Layout | Callable[[int], Layout]:
     """Return what a site may send in answer to a task, from the whole layout: by its rank where it declares one."""
     strategy = job.strategy
-    if not isinstance(task, TrainTask) or not (strategy.chooses() and task.round_number):
+    if not isinstance(task, TrainTask) or not (chooses(type(strategy)) and task.round_number):
         return layout
 
     def of_rank(rank: int) -> Layout:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, final
+from typing import final
 
-from fedveil.common.adapters import Adapter
+from fedveil.common.config.sections import RunConfig
 from fedveil.common.messages.state import AdapterState
 from fedveil.common.messages.tensors import merge
 from fedveil.strategies.base import Strategy, mean
@@ -21,13 +21,8 @@ from fedveil.strategies.state import Contribution, ServerState
 class Average(Strategy):
     """The server averages what sites train, whatever the adapter."""
 
-    needs: ClassVar[Literal["mean", "each"]] = "mean"
-    privacy: ClassVar[str] = "dp-sgd, secure-sum, client-level, none"
-
-    @classmethod
-    def exact(cls, adapter: type[Adapter]) -> bool:
-        """Return whether the weights are linear in what is averaged."""
-        return adapter.linear
+    def check(self, config: RunConfig) -> None:
+        """Accept every mechanism: ``combine`` passes on the mean alone."""
 
     @final
     def combine(self, state: ServerState, contributions: Sequence[Contribution]) -> ServerState:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from fedveil.common.adapters import Adapter
@@ -19,8 +19,38 @@ from fedveil.common.errors import ConfigError, ProtocolError
 from fedveil.common.messages.columns import Chosen
 from fedveil.common.messages.state import HEAD, AdapterState
 from fedveil.common.messages.tensors import merge, select, weighted_sum
-from fedveil.privacy import Mechanism
 from fedveil.strategies.state import Contribution, ServerState, ServerStep
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a row declares of a strategy beside its name."""
+
+    paper: str
+    noise: str = ""
+    """How a site's noise enters a layer's weights; empty: as the adapter says."""
+    exact: Literal["linear", "always", "never"] = "never"
+    """Where the new weights are exactly the mean of the sites' weights: ``linear`` if they are linear in what an
+    adapter trains."""
+    moves_frozen: bool = False
+    """Whether the server changes the length or direction of frozen factors, so that their initialisation does not
+    last."""
+    requires: Mapping[str, Scalar] = field(default_factory=dict)
+    """Settings that must have these values, such as ``server.optimizer``; an open one gets its value here."""
+
+
+@dataclass(frozen=True)
+class Takes:
+    """The adapters that a strategy works on."""
+
+    default: str
+    """The one that ``adapter.name = "auto"`` gives."""
+    trains: tuple[str, ...] = ()
+    """The factors that an adapter must train, these and no other; empty: any."""
+    freezes: tuple[str, ...] = ()
+    """The factors that an adapter must freeze, at least."""
+    others: bool = True
+    """Whether another adapter than the default one may be set."""
 
 
 @dataclass(frozen=True)
@@ -45,56 +75,19 @@ class Strategy(ABC):
     """
 
     name: ClassVar[str]
-    paper: ClassVar[str]
-    adapter: ClassVar[str]
-    """The adapter that ``adapter.name = "auto"`` stands for; any other that fits ``trains`` and ``freezes`` may be
-    chosen."""
-    trains: ClassVar[tuple[str, ...]] = ()
-    """The factors that an adapter must train, these and no other; empty: any."""
-    freezes: ClassVar[tuple[str, ...]] = ()
-    """The factors that an adapter must keep frozen, at least."""
-    moves_frozen: ClassVar[bool] = False
-    """Whether the server gives frozen factors another length or direction, so that how they began does not last."""
-    requires: ClassVar[Mapping[str, Scalar]] = {}
-    """Settings that must have these values, such as ``server.optimizer``; one that is left open gets it."""
-    needs: ClassVar[Literal["mean", "each"]] = "each"
-    """What the server takes of the sites: their weighted mean alone, or what each has sent."""
-    noise: ClassVar[str] = ""
-    """How a site's noise enters a layer's weights; empty: as the adapter says."""
-    privacy: ClassVar[str] = "dp-sgd, none"
-    """Privacy modes it may run in."""
+    facts: ClassVar[Facts]
+    adapters: ClassVar[Takes]
 
     def __post_init__(self) -> None:
         check_fields(self, f"{self.name}.")
 
-    def check(self, mechanism: Mechanism) -> None:
-        """Raise ConfigError, saying what to do, if the strategy or its options do not fit the run's mechanism."""
-        if (only_sum := mechanism.only_a_sum) and self.needs != "mean":
+    def check(self, config: RunConfig) -> None:
+        """Raise ConfigError, saying what to do, if a run of this configuration cannot have the strategy."""
+        if only_sum := config.privacy.mechanism.only_a_sum:
             raise ConfigError(
                 f"strategy {self.name!r} takes more of the sites than the mean of what they trained, and {only_sum} "
                 "more than a sum: choose another"
             )
-
-    def check_run(self, config: RunConfig) -> None:
-        """Raise ConfigError, saying what to do, if a run of this configuration cannot have the strategy."""
-        del config
-
-    @classmethod
-    def check_adapter(cls, adapter: type[Adapter]) -> None:
-        """Raise ConfigError, saying what to do, if this strategy is not defined for the adapter."""
-        fits = (not cls.trains or set(cls.trains) == set(adapter.trained)) and set(cls.freezes) <= set(adapter.frozen)
-        if not fits:
-            raise ConfigError(
-                f"strategy {cls.name!r} works on an adapter that {_factors(cls.trains, cls.freezes)}, "
-                f"not on {adapter.name!r}, which {_factors(adapter.trained, adapter.frozen)}: "
-                f"leave adapter.name at 'auto', which is {cls.adapter!r} here, and recipe at 'auto' or 'plain'"
-            )
-
-    @classmethod
-    def exact(cls, adapter: type[Adapter]) -> bool:
-        """Return whether the new weights are exactly the mean of the sites' weights."""
-        del adapter
-        return False
 
     def start(self, adapter: AdapterState, trained: tuple[str, ...]) -> ServerState:
         """Return the state before anything is trained, from the adapter's start and the factors that sites train."""
@@ -118,11 +111,6 @@ class Strategy(ABC):
         """Site: return what to write into the model, from the shared start and what was received."""
         return merge(start, received)
 
-    @classmethod
-    def chooses(cls) -> bool:
-        """Return whether some round trains a part of the adapter alone."""
-        return cls.trained_columns is not Strategy.trained_columns
-
     def trained_columns(self, received: AdapterState, round_number: int, rank: int) -> Chosen | None:
         """Return the columns of every factor that a site trains in a round; None: every tensor whole.
 
@@ -136,11 +124,6 @@ class Strategy(ABC):
         """
         del received, round_number, rank
         return None
-
-    def told(self, state: ServerState) -> str:
-        """Server: return what there is to say of the next round, in words; empty: nothing."""
-        del state
-        return ""
 
     @abstractmethod
     def combine(self, state: ServerState, contributions: Sequence[Contribution]) -> ServerState:
@@ -172,6 +155,34 @@ def mean(contributions: Sequence[Contribution]) -> AdapterState:
     if not contributions or any(not c.weight > 0 for c in contributions):
         raise ProtocolError("averaging needs at least one contribution, each of a public size above 0")
     return weighted_sum([c.weight / total for c in contributions], [c.state for c in contributions])
+
+
+def check_adapter(strategy: type[Strategy], adapter: type[Adapter]) -> None:
+    """Raise ConfigError, saying what to do, if a strategy is not defined for an adapter."""
+    takes = strategy.adapters
+    trains = not takes.trains or set(takes.trains) == set(adapter.trained)
+    if not (trains and set(takes.freezes) <= set(adapter.frozen)):
+        raise ConfigError(
+            f"strategy {strategy.name!r} works on an adapter that {_factors(takes.trains, takes.freezes)}, "
+            f"not on {adapter.name!r}, which {_factors(adapter.trained, adapter.frozen)}: "
+            f"leave adapter.name at 'auto', which is {takes.default!r} here, and recipe at 'auto' or 'plain'"
+        )
+    if not takes.others and adapter.name != takes.default:
+        raise ConfigError(
+            f"strategy {strategy.name!r} trains columns of B as {takes.default!r} has it, and the adapter is "
+            f"{adapter.name!r}: leave adapter.name at 'auto'"
+        )
+
+
+def is_exact(strategy: type[Strategy], adapter: type[Adapter]) -> bool:
+    """Return whether the new weights are exactly the mean of the sites' weights."""
+    exact = strategy.facts.exact
+    return exact == "always" or (exact == "linear" and adapter.linear)
+
+
+def chooses(strategy: type[Strategy]) -> bool:
+    """Return whether a strategy trains only a part of the adapter in some round."""
+    return strategy.trained_columns is not Strategy.trained_columns
 
 
 def _factors(trained: Sequence[str], frozen: Sequence[str]) -> str:

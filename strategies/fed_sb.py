@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedveil.strategies.average import Average
+from fedveil.strategies.base import Facts, Takes
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,5 @@ class FedSB(Average):
     """Sites train R; the server averages it."""
 
     name: ClassVar[str] = "fed-sb"
-    paper: ClassVar[str] = "Singhal et al. 2025"
-    adapter: ClassVar[str] = "lora-sb"
-    trains: ClassVar[tuple[str, ...]] = ("R",)
-    freezes: ClassVar[tuple[str, ...]] = ("A", "B")
+    facts: ClassVar[Facts] = Facts("Singhal et al. 2025", exact="linear")
+    adapters: ClassVar[Takes] = Takes("lora-sb", trains=("R",), freezes=("A", "B"))

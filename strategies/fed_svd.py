@@ -31,6 +31,7 @@ from fedveil.common.config.fields import Unit
 from fedveil.common.messages.state import AdapterState
 from fedveil.common.messages.tensors import merge, select
 from fedveil.strategies.average import Average
+from fedveil.strategies.base import Facts, Takes
 from fedveil.strategies.state import ServerState
 
 NEGLIGIBLE = 1e-7
@@ -42,12 +43,13 @@ class FedSVD(Average):
     """Sites train B; the server averages it, re-factorises, and sends B and the rotation M."""
 
     name: ClassVar[str] = "fed-svd"
-    paper: ClassVar[str] = "Lee et al. 2025"
-    adapter: ClassVar[str] = "lora-frozen-a"
-    trains: ClassVar[tuple[str, ...]] = ("B",)
-    freezes: ClassVar[tuple[str, ...]] = ("A",)
-    moves_frozen: ClassVar[bool] = True
-    noise: ClassVar[str] = "s x_B A, A orthonormal after round 1: norm s σC/b √(m r)"
+    facts: ClassVar[Facts] = Facts(
+        "Lee et al. 2025",
+        noise="s x_B A, A orthonormal after round 1: norm s σC/b √(m r)",
+        exact="linear",
+        moves_frozen=True,
+    )
+    adapters: ClassVar[Takes] = Takes("lora-frozen-a", trains=("B",), freezes=("A",))
 
     period: Annotated[int, POSITIVE, Unit("rounds")] = 1
     """From one re-factorisation to the next."""

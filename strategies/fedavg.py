@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedveil.strategies.average import Average
+from fedveil.strategies.base import Facts, Takes
 
 
 @dataclass(frozen=True)
@@ -21,5 +22,5 @@ class FedAvgLoRA(Average):
     """Sites train A and B; the server averages each."""
 
     name: ClassVar[str] = "fedavg-lora"
-    paper: ClassVar[str] = "McMahan et al. 2017; Zhang et al. 2024 (FedIT)"
-    adapter: ClassVar[str] = "lora"
+    facts: ClassVar[Facts] = Facts("McMahan et al. 2017; Zhang et al. 2024 (FedIT)", exact="linear")
+    adapters: ClassVar[Takes] = Takes("lora")

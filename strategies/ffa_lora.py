@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedveil.strategies.average import Average
+from fedveil.strategies.base import Facts, Takes
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,5 @@ class FFALoRA(Average):
     """Sites train B under one frozen A; the server averages B."""
 
     name: ClassVar[str] = "ffa-lora"
-    paper: ClassVar[str] = "Sun et al. 2024"
-    adapter: ClassVar[str] = "lora-frozen-a"
-    trains: ClassVar[tuple[str, ...]] = ("B",)
-    freezes: ClassVar[tuple[str, ...]] = ("A",)
+    facts: ClassVar[Facts] = Facts("Sun et al. 2024", exact="linear")
+    adapters: ClassVar[Takes] = Takes("lora-frozen-a", trains=("B",), freezes=("A",))

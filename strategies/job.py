@@ -26,7 +26,7 @@ from fedveil.privacy.claim import Claim
 from fedveil.privacy.events import Event
 from fedveil.privacy.plan import Plan, PrivacyPlan
 from fedveil.strategies import ROWS
-from fedveil.strategies.base import Strategy
+from fedveil.strategies.base import Strategy, check_adapter, chooses
 from fedveil.strategies.options import START, declared_settings, known_settings, tables, unnamed, with_options
 from fedveil.strategies.phases import check_phases
 from fedveil.strategies.recipes import AUTO, RECIPES, Asked, Recipe, choose, is_open, own_method, without_open
@@ -303,12 +303,11 @@ def _compose(filled: _Filled, given: Mapping[str, Scalar]) -> Job:
             "may draw the model as far as it likes: set shorten-updates to true"
         )
     config.privacy.mechanism.check_row()
-    strategy.check(config.privacy.mechanism)
+    strategy.check(config)
     config.privacy.mechanism.check_run(config)
     _check_required(strategy, config)
-    strategy.check_run(config)
-    name = strategy.adapter if named == "auto" else named
-    strategy.check_adapter(ADAPTERS[name])
+    name = strategy.adapters.default if named == "auto" else named
+    check_adapter(type(strategy), ADAPTERS[name])
     ADAPTERS[name].check(config)
     config = replace(config, adapter=replace(config.adapter, name=name))
     asked_start = _start(config.adapter.start, settings, given)
@@ -337,7 +336,7 @@ def _compose(filled: _Filled, given: Mapping[str, Scalar]) -> Job:
     rule.check(config, strategy, adapter)
     if config.server.scores:
         _check_scores(config, strategy, adapter)
-    if config.server.rule != "none" and strategy.chooses():
+    if config.server.rule != "none" and chooses(type(strategy)):
         raise ConfigError(
             f"strategy {strategy.name!r} chooses what is trained in a round, and server.rule {config.server.rule!r} "
             "would move what rests: set server.rule to 'none'"
@@ -370,14 +369,14 @@ def _check_quantise(config: RunConfig, origin: Start, adapter: type[Adapter]) ->
 def _with_required(settings: Mapping[str, Scalar]) -> dict[str, Scalar]:
     """Return settings with the values that the strategy requires, where they are left open."""
     name = settings.get("strategy")
-    required = ROWS[name].requires if isinstance(name, str) and name in ROWS else {}
+    required = ROWS[name].facts.requires if isinstance(name, str) and name in ROWS else {}
     return {**settings, **{key: value for key, value in required.items() if settings.get(key, AUTO) == AUTO}}
 
 
 def _check_required(strategy: Strategy, config: RunConfig) -> None:
     """Raise ConfigError unless every setting has the value that the strategy requires."""
     values = to_mapping(as_asked(config))
-    for key, value in strategy.requires.items():
+    for key, value in strategy.facts.requires.items():
         if values[key] != value:
             raise ConfigError(
                 f"strategy {strategy.name!r} requires {key} {value!r}, and it is {values[key]!r}: set {key} to "
@@ -449,7 +448,7 @@ def _check_scores(config: RunConfig, strategy: Strategy, adapter: Adapter) -> No
             "in a change: set training.local-steps to 1, training.optimizer to 'sgd' and training.weight-decay to 0, "
             "or server.scores to false"
         )
-    if strategy.chooses() or adapter.name not in ("lora", "lora-frozen-a", "lora-frozen-b"):
+    if chooses(type(strategy)) or adapter.name not in ("lora", "lora-frozen-a", "lora-frozen-b"):
         raise ConfigError(
             f"server.scores is true, and LoRAPrune's criterion is made of changes of all of A or B, which "
             f"strategy {strategy.name!r} with the adapter {adapter.name!r} does not send in every round: set "
@@ -464,7 +463,7 @@ def _check_calibration(config: RunConfig, strategy: Strategy, origin: Start) -> 
         raise ConfigError(
             f"adapter.alpha is 0, to be calibrated, but adapter.start {origin.name!r} {does}: give it a number"
         )
-    if strategy.moves_frozen:
+    if strategy.facts.moves_frozen:
         raise ConfigError(
             f"adapter.alpha is 0, to be calibrated, but {strategy.name!r} gives A another length: give it a number"
         )

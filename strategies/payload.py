@@ -37,7 +37,7 @@ def payload(strategy: Strategy, adapter: Adapter, layers: Sequence[tuple[int, in
 
 def preset_adapter(strategy: type[Strategy], rank: int) -> Adapter:
     """Return the adapter that a strategy takes by default, at a rank, on no layer in particular."""
-    return ADAPTERS[strategy.adapter](rank, float(rank), ())
+    return ADAPTERS[strategy.adapters.default](rank, float(rank), ())
 
 
 def _numbers(state: AdapterState) -> int:

@@ -7,7 +7,7 @@ from fedveil.common.config.phases import Schedule
 from fedveil.common.config.sections import RunConfig
 from fedveil.common.errors import ConfigError
 from fedveil.common.tasks import TASKS
-from fedveil.strategies.base import Strategy
+from fedveil.strategies.base import Strategy, chooses
 
 
 def check_phases(config: RunConfig, strategy: Strategy, adapter: type[Adapter]) -> None:
@@ -29,7 +29,7 @@ def check_phases(config: RunConfig, strategy: Strategy, adapter: type[Adapter]) 
             f"phases has features or jacobians, which are for labels, and model.task {config.model.task!r} has none: "
             "leave phases empty"
         )
-    if strategy.chooses():
+    if chooses(type(strategy)):
         raise ConfigError(
             f"strategy {strategy.name!r} chooses what is trained in a round by a rule of its own, which steps on "
             "features and jacobians have not: leave phases empty"
@@ -60,7 +60,7 @@ def _check_trained(config: RunConfig, schedule: Schedule, adapter: type[Adapter]
 
 
 def _check_jacobians(config: RunConfig, schedule: Schedule, strategy: Strategy) -> None:
-    if strategy.moves_frozen and any((p.every or p.rounds) > 1 for p in schedule.with_inputs("jacobians")):
+    if strategy.facts.moves_frozen and any((p.every or p.rounds) > 1 for p in schedule.with_inputs("jacobians")):
         raise ConfigError(
             f"strategy {strategy.name!r} turns frozen factors between rounds, and jacobians are of those of one round: "
             "write 'every 1' behind them in phases"

@@ -38,6 +38,7 @@ from fedveil.privacy import MECHANISMS
 from fedveil.server import conduct
 from fedveil.server.model import ServerModel
 from fedveil.strategies import ROWS, STRATEGIES
+from fedveil.strategies.base import check_adapter
 from fedveil.strategies.job import Job, configure
 from fedveil.strategies.options import known_settings
 
@@ -331,7 +332,7 @@ def refused_by_tables(*, core: bool = False) -> set[Pair]:
         if ADAPTERS[adapter].directions and refuses(check_directions, STARTS[start](), ADAPTERS[adapter]):
             found.add((("adapter", adapter), ("start", start)))
     for adapter, strategy in product(rows["adapter"], rows["strategy"]):
-        if refuses(ROWS[strategy].check_adapter, ADAPTERS[adapter]):
+        if refuses(check_adapter, ROWS[strategy], ADAPTERS[adapter]):
             found.add((("adapter", adapter), ("strategy", strategy)))
     for start, mechanism in product(rows["start"], rows["mechanism"]):
         if STARTS[start].needs not in MECHANISMS[mechanism.split(" ")[0]].starts:

@@ -32,7 +32,7 @@ from fedveil.common.messages.tensors import entries
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.starts.public_text import MADE_UP, PACKAGED, check_apart, check_named, known_sha256, read_text
 from fedveil.common.tasks import TASKS, wording_of
-from fedveil.strategies.base import Strategy
+from fedveil.strategies.base import Strategy, chooses
 from fedveil.strategies.rules.base import Known, ServerRule
 
 
@@ -63,12 +63,12 @@ class AlignGuard(ServerRule):
                 f"{adapter.name!r} trains {' and '.join(adapter.trained) or 'none'}: set adapter.name to "
                 "'lora-frozen-a' or 'lora-sb'"
             )
-        if strategy.moves_frozen:
+        if strategy.facts.moves_frozen:
             raise ConfigError(
                 f"server.rule {self.name!r} guards directions in the run's first coordinates, which strategy "
                 f"{strategy.name!r} turns: set strategy to 'ffa-lora'"
             )
-        if strategy.chooses():
+        if chooses(type(strategy)):
             raise ConfigError(
                 f"server.rule {self.name!r} pulls all of B in every round, and columns that strategy {strategy.name!r} "
                 "lets rest are to stay: set strategy to 'ffa-lora'"

@@ -37,7 +37,7 @@ from fedveil.common.config.fields import RATIO
 from fedveil.common.config.sections import RunConfig
 from fedveil.common.errors import ConfigError
 from fedveil.common.messages.state import Factors
-from fedveil.strategies.base import Strategy
+from fedveil.strategies.base import Strategy, chooses
 from fedveil.strategies.rules.base import ServerRule
 
 NEGLIGIBLE = 1e-7
@@ -69,7 +69,7 @@ class LoRAPro(ServerRule):
                 f"{' and '.join(adapter.trained) or 'none of them'}, where it would be a rate alone: set server.rule "
                 "to 'none', or strategy to 'fedavg-lora'"
             )
-        if strategy.chooses():
+        if chooses(type(strategy)):
             raise ConfigError(
                 f"server.rule {self.name!r} joins the gradients of A and B, and strategy {strategy.name!r} trains them "
                 "in turns: set server.rule to 'none', or strategy to 'fedavg-lora'"

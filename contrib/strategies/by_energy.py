@@ -18,7 +18,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -34,8 +33,6 @@ from fedveil.strategies.state import Contribution, ServerState
 
 SCORE = "z"
 """How far a layer's score of the last round is above the least of one that learns, shape (1,): above 0 it learns."""
-SHOWN = 6
-"""Layers that a line names."""
 NONE = -1e9
 """Stands for it where there is no score."""
 
@@ -44,10 +41,9 @@ NONE = -1e9
 class ByEnergy(Columns):
     """Sites train the columns that the server's masks have, and it makes the next masks by the layers' scores."""
 
-    privacy: ClassVar[str] = "dp-sgd, none"
-
-    def check_run(self, config: RunConfig) -> None:
+    def check(self, config: RunConfig) -> None:
         """Refuse a run in which the noise of a site's change does not follow from what is public."""
+        super().check(config)
         training = config.training
         if not config.privacy.mechanism.charged:
             return
@@ -88,17 +84,6 @@ class ByEnergy(Columns):
         held = select(state.memory, (SCORE,))
         scores = {layer: float(factors[SCORE]) for layer, factors in held.items() if factors[SCORE] > NONE}
         return self.choose(state, scores) if scores else state
-
-    def told(self, state: ServerState) -> str:
-        """Return how many columns each layer trains next, those with the most first."""
-        layers: dict[int, list[str]] = {}
-        for layer, held in sorted(state.memory.items()):
-            layers.setdefault(int(held[MASK].sum()), []).append(layer)
-        said = []
-        for columns, names in sorted(layers.items(), reverse=True):
-            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-            said.append(f"{columns} in {', '.join(names[:SHOWN])}{more}")
-        return f"columns that are trained next: {'; '.join(said)}"
 
     def _scores(self, state: ServerState, contributions: Sequence[Contribution]) -> dict[str, float]:
         """Return how far every trained layer's score is above the least; nothing of one site, or of unknown noise.

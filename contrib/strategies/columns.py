@@ -19,12 +19,10 @@ from typing import ClassVar
 
 import torch
 
-from fedveil.common.adapters import Adapter
-from fedveil.common.errors import ConfigError
 from fedveil.common.messages.columns import FACTOR, Chosen, positions_of, shares_of_columns, widened
 from fedveil.common.messages.state import OWN, AdapterState
 from fedveil.common.messages.tensors import merge, select
-from fedveil.strategies.base import Strategy, mean
+from fedveil.strategies.base import Strategy, Takes, mean
 from fedveil.strategies.state import Contribution, ServerState
 
 MASK = "S"
@@ -35,24 +33,7 @@ MASK = "S"
 class Columns(Strategy):
     """Sites train columns of B; the server adds the mean of their increments to it."""
 
-    adapter: ClassVar[str] = "lora-frozen-a"
-    trains: ClassVar[tuple[str, ...]] = (FACTOR,)
-    freezes: ClassVar[tuple[str, ...]] = ("A",)
-
-    @classmethod
-    def check_adapter(cls, adapter: type[Adapter]) -> None:
-        """Refuse also an adapter that puts something of its own in front of B."""
-        super().check_adapter(adapter)
-        if adapter.name != cls.adapter:
-            raise ConfigError(
-                f"strategy {cls.name!r} trains columns of B as {cls.adapter!r} has it, and the adapter is "
-                f"{adapter.name!r}: leave adapter.name at 'auto'"
-            )
-
-    @classmethod
-    def exact(cls, adapter: type[Adapter]) -> bool:
-        """Return whether the weights are linear in what is averaged."""
-        return adapter.linear
+    adapters: ClassVar[Takes] = Takes("lora-frozen-a", trains=(FACTOR,), freezes=("A",), others=False)
 
     def downlink(self, state: ServerState) -> AdapterState:
         """Return all of B, the masks if the server makes them, and the head."""

@@ -28,6 +28,7 @@ from fedveil.common.messages.state import AdapterState
 from fedveil.common.messages.tensors import merge
 from fedveil.contrib.strategies.by_energy import ByEnergy
 from fedveil.contrib.strategies.columns import MASK
+from fedveil.strategies.base import Facts
 from fedveil.strategies.state import ServerState
 
 
@@ -36,8 +37,11 @@ class DiffoRA(ByEnergy):
     """Sites train B in every layer at first, and then in the layers that the server keeps."""
 
     name: ClassVar[str] = "diffora"
-    paper: ClassVar[str] = "Jiang et al. 2025"
-    noise: ClassVar[str] = "s x_B A in kept layers: norm s σC/b √m ‖A‖"
+    facts: ClassVar[Facts] = Facts(
+        "Jiang et al. 2025",
+        noise="s x_B A in kept layers: norm s σC/b √m ‖A‖",
+        exact="linear",
+    )
 
     warmup: Annotated[int, POSITIVE, Unit("rounds")] = 1
     """Rounds in which every layer is trained, before some are dropped."""

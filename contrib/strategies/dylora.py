@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedveil.strategies.average import Average
+from fedveil.strategies.base import Facts, Takes
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,5 @@ class DyLoRA(Average):
     """Sites train B under one frozen A, each record through a rank of its own; the server averages B."""
 
     name: ClassVar[str] = "dylora"
-    paper: ClassVar[str] = "Valipour et al. 2023"
-    adapter: ClassVar[str] = "lora-nested"
-    trains: ClassVar[tuple[str, ...]] = ("B",)
-    freezes: ClassVar[tuple[str, ...]] = ("A",)
+    facts: ClassVar[Facts] = Facts("Valipour et al. 2023", exact="linear")
+    adapters: ClassVar[Takes] = Takes("lora-nested", trains=("B",), freezes=("A",))

@@ -16,12 +16,11 @@ Under privacy each site's noise on A meets its noise on B in E: the quadratic pa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedveil.common.config.sections import Scalar
 from fedveil.contrib.strategies.merging import Merging
+from fedveil.strategies.base import Facts
 
 
 @dataclass(frozen=True)
@@ -29,5 +28,10 @@ class FedExLoRA(Merging):
     """Sites train A and B; the server averages both and keeps the sites' covariance beside the base."""
 
     name: ClassVar[str] = "fedex-lora"
-    paper: ClassVar[str] = "Singhal et al. 2025 (FedEx-LoRA)"
-    requires: ClassVar[Mapping[str, Scalar]] = {"server.optimizer": "none"}
+    facts: ClassVar[Facts] = Facts(
+        "Singhal et al. 2025 (FedEx-LoRA)",
+        noise="s (B x_A + x_B A + Σ p_k x_Bk x_Ak): quadratic, K times that of averaged factors",
+        exact="always",
+        moves_frozen=True,
+        requires={"server.optimizer": "none"},
+    )

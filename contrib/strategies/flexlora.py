@@ -20,6 +20,7 @@ from typing import ClassVar
 
 from fedveil.common.messages.state import AdapterState
 from fedveil.contrib.strategies.heterogeneous_ranks import HeterogeneousRanks
+from fedveil.strategies.base import Facts
 from fedveil.strategies.fed_svd import FedSVD
 from fedveil.strategies.state import ServerState
 
@@ -32,9 +33,12 @@ class FlexLoRA(HeterogeneousRanks):
     """Sites train the columns of B with the largest singular values, as many as each declares."""
 
     name: ClassVar[str] = "flexlora"
-    paper: ClassVar[str] = "Bai et al. 2024 (FlexLoRA), by increments"
-    moves_frozen: ClassVar[bool] = True
-    noise: ClassVar[str] = "s x_B A on r_k columns, A orthonormal after round 1: norm s σC/b √(m r_k)"
+    facts: ClassVar[Facts] = Facts(
+        "Bai et al. 2024 (FlexLoRA), by increments",
+        noise="s x_B A on r_k columns, A orthonormal after round 1: norm s σC/b √(m r_k)",
+        exact="linear",
+        moves_frozen=True,
+    )
 
     def start(self, adapter: AdapterState, trained: tuple[str, ...]) -> ServerState:
         """Return A₀ and B₀ with M = I in every layer."""

@@ -23,6 +23,7 @@ from fedveil.common.messages.state import OWN, AdapterState
 from fedveil.common.messages.tensors import merge
 from fedveil.contrib.strategies.merging import Merging
 from fedveil.privacy.randomness import stream
+from fedveil.strategies.base import Facts
 from fedveil.strategies.state import ServerState
 
 
@@ -31,8 +32,12 @@ class FLoRA(Merging):
     """Sites train A and B; the server merges the sum of their products, and all begin anew."""
 
     name: ClassVar[str] = "flora"
-    paper: ClassVar[str] = "Wang et al. 2024 (FLoRA)"
-    noise: ClassVar[str] = "s (x_B A + Σ p_k x_Bk x_Ak), B = 0 in every round: quadratic"
+    facts: ClassVar[Facts] = Facts(
+        "Wang et al. 2024 (FLoRA)",
+        noise="s (x_B A + Σ p_k x_Bk x_Ak), B = 0 in every round: quadratic",
+        exact="always",
+        moves_frozen=True,
+    )
 
     def settle(self, state: ServerState) -> ServerState:
         """Return the same model with B = 0, A drawn anew, and their product in D."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedveil.strategies.average import Average
+from fedveil.strategies.base import Facts, Takes
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,5 @@ class FlyLoRA(Average):
     """Sites train B under one frozen A, each position through the directions that answer it most."""
 
     name: ClassVar[str] = "flylora"
-    paper: ClassVar[str] = "FlyLoRA"
-    adapter: ClassVar[str] = "lora-routed"
-    trains: ClassVar[tuple[str, ...]] = ("B",)
-    freezes: ClassVar[tuple[str, ...]] = ("A",)
+    facts: ClassVar[Facts] = Facts("FlyLoRA", exact="linear")
+    adapters: ClassVar[Takes] = Takes("lora-routed", trains=("B",), freezes=("A",))

@@ -21,6 +21,7 @@ from typing import ClassVar
 from fedveil.common.messages.columns import Chosen
 from fedveil.common.messages.state import AdapterState
 from fedveil.contrib.strategies.columns import Columns
+from fedveil.strategies.base import Facts
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,11 @@ class HeterogeneousRanks(Columns):
     """Sites train the first columns of B, as many as each declares."""
 
     name: ClassVar[str] = "heterogeneous-ranks"
-    paper: ClassVar[str] = "Cho et al. 2024, by increments"
-    noise: ClassVar[str] = "s x_B A on r_k columns: norm s σC/b √m ‖A_k‖, with rows of length 1 √(m r_k)"
+    facts: ClassVar[Facts] = Facts(
+        "Cho et al. 2024, by increments",
+        noise="s x_B A on r_k columns: norm s σC/b √m ‖A_k‖, with rows of length 1 √(m r_k)",
+        exact="linear",
+    )
 
     def trained_columns(self, received: AdapterState, round_number: int, rank: int) -> Chosen:
         """Return the columns below a site's own rank."""

@@ -21,14 +21,13 @@ from typing import ClassVar
 
 import torch
 
-from fedveil.common.adapters import Adapter
+from fedveil.common.config.sections import RunConfig
 from fedveil.common.errors import ConfigError
 from fedveil.common.messages.columns import FACTOR, widened
 from fedveil.common.messages.state import OWN, AdapterState
 from fedveil.common.messages.tensors import apply, merge
 from fedveil.contrib.strategies.heterogeneous_ranks import HeterogeneousRanks
-from fedveil.privacy import Mechanism
-from fedveil.strategies.base import mean
+from fedveil.strategies.base import Facts, mean
 from fedveil.strategies.state import Contribution, ServerState
 
 
@@ -37,18 +36,12 @@ class HetLoRA(HeterogeneousRanks):
     """Sites train the first columns of B; the server averages padded states by the length of their products."""
 
     name: ClassVar[str] = "hetlora"
-    paper: ClassVar[str] = "Cho et al. 2024 (HetLoRA)"
-    privacy: ClassVar[str] = "none"
+    facts: ClassVar[Facts] = Facts("Cho et al. 2024 (HetLoRA)")
 
-    @classmethod
-    def exact(cls, adapter: type[Adapter]) -> bool:
-        """Return False: padding is the mean of truncated models."""
-        del adapter
-        return False
-
-    def check(self, mechanism: Mechanism) -> None:
+    def check(self, config: RunConfig) -> None:
         """Raise ConfigError under a mechanism that protects records."""
-        super().check(mechanism)
+        super().check(config)
+        mechanism = config.privacy.mechanism
         if mechanism.claims:
             raise ConfigError(
                 "strategy 'hetlora' weighs sites by the length of what they send, which under noise is the noise's: "

@@ -25,6 +25,7 @@ from fedveil.common.messages.state import AdapterState
 from fedveil.common.messages.tensors import merge
 from fedveil.contrib.strategies.by_energy import ByEnergy, first_columns
 from fedveil.contrib.strategies.columns import MASK
+from fedveil.strategies.base import Facts
 from fedveil.strategies.state import ServerState
 
 
@@ -33,8 +34,11 @@ class IncreLoRA(ByEnergy):
     """Sites train the first columns of B, in every layer as many as the server has given it by then."""
 
     name: ClassVar[str] = "increlora"
-    paper: ClassVar[str] = "Zhang et al. 2023"
-    noise: ClassVar[str] = "s x_B A on r_l columns: norm s σC/b √m ‖A_l‖, with rows of length 1 √(m r_l)"
+    facts: ClassVar[Facts] = Facts(
+        "Zhang et al. 2023",
+        noise="s x_B A on r_l columns: norm s σC/b √m ‖A_l‖, with rows of length 1 √(m r_l)",
+        exact="linear",
+    )
 
     start_columns: Annotated[int, POSITIVE, Unit("columns")] = 2
     """How many of every layer are trained in round 1."""

@@ -13,10 +13,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fedveil.common.adapters import Adapter
 from fedveil.common.messages.state import OWN, AdapterState
 from fedveil.common.messages.tensors import merge, select
-from fedveil.strategies.base import Strategy, mean
+from fedveil.strategies.base import Strategy, Takes, mean
 from fedveil.strategies.state import Contribution, ServerState
 
 
@@ -24,17 +23,7 @@ from fedveil.strategies.state import Contribution, ServerState
 class Merging(Strategy):
     """Sites train A and B; the server averages both, and puts what their product misses into D."""
 
-    adapter: ClassVar[str] = "lora-merged"
-    trains: ClassVar[tuple[str, ...]] = ("A", "B")
-    freezes: ClassVar[tuple[str, ...]] = ("D",)
-    moves_frozen: ClassVar[bool] = True
-    noise: ClassVar[str] = "s (B x_A + x_B A + Σ p_k x_Bk x_Ak): quadratic, K times that of averaged factors"
-
-    @classmethod
-    def exact(cls, adapter: type[Adapter]) -> bool:
-        """Return True: the weights are the mean of the sites' weights."""
-        del adapter
-        return True
+    adapters: ClassVar[Takes] = Takes("lora-merged", trains=("A", "B"), freezes=("D",))
 
     def basis(self, state: ServerState) -> AdapterState:
         """Return nothing: D begins at 0 everywhere, and travels in every round."""

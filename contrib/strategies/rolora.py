@@ -17,10 +17,10 @@ from typing import ClassVar
 
 import torch
 
-from fedveil.common.adapters import Adapter
 from fedveil.common.messages.columns import Chosen, whole_factors
 from fedveil.common.messages.state import HEAD, AdapterState
 from fedveil.strategies.average import Average
+from fedveil.strategies.base import Facts, Takes
 from fedveil.strategies.state import ServerState
 
 TURNS = (("B",), ("A",))
@@ -32,16 +32,12 @@ class RoLoRA(Average):
     """Sites train B in odd rounds and A in even ones; the server averages what was trained."""
 
     name: ClassVar[str] = "rolora"
-    paper: ClassVar[str] = "Chen et al. 2024 (RoLoRA)"
-    adapter: ClassVar[str] = "lora"
-    trains: ClassVar[tuple[str, ...]] = ("A", "B")
-    noise: ClassVar[str] = "in turns s x_B A and s B x_A: norm s σC/b √m ‖A‖ and s σC/b √n ‖B‖"
-
-    @classmethod
-    def exact(cls, adapter: type[Adapter]) -> bool:
-        """Return True: the weights are linear in each factor alone."""
-        del adapter
-        return True
+    facts: ClassVar[Facts] = Facts(
+        "Chen et al. 2024 (RoLoRA)",
+        noise="in turns s x_B A and s B x_A: norm s σC/b √m ‖A‖ and s σC/b √n ‖B‖",
+        exact="always",
+    )
+    adapters: ClassVar[Takes] = Takes("lora", trains=("A", "B"))
 
     def trained_columns(self, received: AdapterState, round_number: int, rank: int) -> Chosen:
         """Return all of B in odd rounds, all of A in even ones."""
@@ -54,7 +50,7 @@ class RoLoRA(Average):
         active = {
             layer: {
                 name: torch.full((factors[name].shape[-1],), float(name in turn), dtype=torch.float64)
-                for name in self.trains
+                for name in self.adapters.trains
                 if name in factors
             }
             for layer, factors in state.adapter.items()

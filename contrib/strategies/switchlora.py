@@ -27,6 +27,7 @@ from fedveil.common.config.fields import Unit
 from fedveil.common.messages.columns import FACTOR
 from fedveil.common.messages.state import OWN, AdapterState
 from fedveil.contrib.strategies.columns import MASK, Columns
+from fedveil.strategies.base import Facts
 from fedveil.strategies.state import ServerState
 
 
@@ -35,8 +36,11 @@ class SwitchLoRA(Columns):
     """Sites train the columns of B in the round's window."""
 
     name: ClassVar[str] = "switchlora"
-    paper: ClassVar[str] = "Zhou et al. 2024"
-    noise: ClassVar[str] = "s x_B A on the window's w columns: norm s σC/b √m ‖A_w‖, with rows of length 1 √(m w)"
+    facts: ClassVar[Facts] = Facts(
+        "Zhou et al. 2024",
+        noise="s x_B A on the window's w columns: norm s σC/b √m ‖A_w‖, with rows of length 1 √(m w)",
+        exact="linear",
+    )
 
     window: Annotated[int, POSITIVE, Unit("columns")] = 4
     """How many columns of each layer are trained at a time; ``adapter.rank`` is how many there are."""

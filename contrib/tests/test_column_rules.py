@@ -220,7 +220,6 @@ def test_increlora_gives_columns_to_the_layer_that_learns_and_to_no_other() -> N
             assert torch.equal(state.adapter[layer]["B"][:, resting:], before[layer][:, resting:])
     assert [held["dense"] for held in seen] == [2, 5, 6, 6]
     assert [held["query"] for held in seen] == [2, 2, 2, 2]
-    assert strategy.told(state) == "columns that are trained next: 6 in dense; 2 in query"
 
 
 def test_a_layers_score_is_the_energy_of_its_sites_shares_and_noises_less_the_least_of_so_many_layers() -> None:
@@ -537,8 +536,6 @@ def test_a_run_of_increlora_and_of_diffora_sends_less_and_scores_like_its_export
         lines = read_lines(RoundLine, folder)
         sent[strategy] = [line.bytes_up for line in lines]
         assert lines[-1].accuracy == evaluate_run(folder).accuracy, "the saved adapter does not score like the run"
-        log = (folder / "run.log").read_text(encoding="utf-8")
-        assert log.count("columns that are trained next") == 2, "after the last round there is no next one"
     assert sent["increlora"][0] < sent["increlora"][-1]
     assert sent["diffora"][0] > sent["diffora"][-1]
 

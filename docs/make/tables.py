@@ -12,7 +12,8 @@ from fedveil.common.errors import ConfigError
 from fedveil.common.starts import STARTS, Start
 from fedveil.common.tasks import TASKS
 from fedveil.demo.packaged import PackagedFile, PackagedTree
-from fedveil.strategies import STRATEGIES, Strategy
+from fedveil.strategies import STRATEGIES, Average, Strategy
+from fedveil.strategies.base import check_adapter, is_exact
 from fedveil.strategies.payload import payload, preset_adapter
 from fedveil.strategies.rules import RULES
 
@@ -30,9 +31,10 @@ def strategy_table() -> str:
     for strategy in STRATEGIES.values():
         adapter = preset_adapter(strategy, DEFAULT_RANK)
         down, up = payload(strategy(), adapter, DEFAULT_SHAPES)
-        exact = "yes" if strategy.exact(type(adapter)) else "no"
-        names = [f"`{strategy.name}` ({strategy.paper})", f"`{adapter.name}`", ", ".join(adapter.trained)]
-        rows.append([*names, f"{up:,}", f"{down:,}", exact, strategy.noise or adapter.noise, strategy.privacy])
+        exact = "yes" if is_exact(strategy, type(adapter)) else "no"
+        modes = "dp-sgd, secure-sum, client-level, none" if issubclass(strategy, Average) else "dp-sgd, none"
+        names = [f"`{strategy.name}` ({strategy.facts.paper})", f"`{adapter.name}`", ", ".join(adapter.trained)]
+        rows.append([*names, f"{up:,}", f"{down:,}", exact, strategy.facts.noise or adapter.noise, modes])
     return markdown(header, rows)
 
 
@@ -51,21 +53,21 @@ def pair_table() -> str:
     header = ("strategy", "adapter", "trained", "frozen", "averages are exact", "up, B", "down, B")
     rows = []
     for strategy in STRATEGIES.values():
-        own = ADAPTERS[strategy.adapter]
+        own = ADAPTERS[strategy.adapters.default]
         for adapter in (own, *(other for other in ADAPTERS.values() if other is not own)):
             if not _takes(strategy, adapter):
                 continue
             down, up = payload(strategy(), adapter(DEFAULT_RANK, float(DEFAULT_RANK), ()), DEFAULT_SHAPES)
             said = f"`{adapter.name}`" + (" (its own)" if adapter is own else "")
             factors = [", ".join(adapter.trained), ", ".join(adapter.frozen) or "none"]
-            exact = "yes" if strategy.exact(adapter) else "no"
+            exact = "yes" if is_exact(strategy, adapter) else "no"
             rows.append([f"`{strategy.name}`", said, *factors, exact, f"{up:,}", f"{down:,}"])
     return markdown(header, rows)
 
 
 def _takes(strategy: type[Strategy], adapter: type[Adapter]) -> bool:
     try:
-        strategy.check_adapter(adapter)
+        check_adapter(strategy, adapter)
     except ConfigError:
         return False
     return True

@@ -19,6 +19,7 @@ from fedveil.experiments.sweep.rows import Row
 from fedveil.privacy import mechanism_of
 from fedveil.privacy.figures import NO_CLAIM, epsilon_text
 from fedveil.strategies import ROWS
+from fedveil.strategies.base import is_exact
 
 CONFIDENCE = 0.95
 
@@ -158,7 +159,7 @@ def _of_a_seed(seeds: Sequence[Sequence[float | None]]) -> float | None:
 
 def _exact(settings: Mapping[str, Scalar]) -> bool:
     strategy, adapter = ROWS[str(settings["strategy"])], ADAPTERS[str(settings["adapter.name"])]
-    return strategy.exact(adapter)
+    return is_exact(strategy, adapter)
 
 
 def _intruders(rows: Sequence[Row]) -> tuple[float, float | None, int] | None:

@@ -31,6 +31,7 @@ from fedveil.common.run_lines import BaselineFile, PrivacyLine, RoundLine, read_
 from fedveil.experiments.in_process import run_in_process
 from fedveil.privacy.entropy import Source
 from fedveil.strategies import STRATEGIES
+from fedveil.strategies.base import chooses
 from fedveil.strategies.job import configure
 
 pytestmark = [pytest.mark.slow, pytest.mark.rough_prices, pytest.mark.one_length]
@@ -138,7 +139,7 @@ def test_the_private_default_lowers_the_loss_with_every_strategy(
     noise = {"privacy.noise-multiplier": 1.0, "privacy.epsilon": 50.0}
     # Those by columns of B train a part of what FFA-LoRA does.
     for strategy, kind in STRATEGIES.items():
-        if kind.chooses() and kind.trains == ("B",):
+        if chooses(kind) and kind.adapters.trains == ("B",):
             continue
         chosen = {**own, **data, **noise, "strategy": strategy, "rounds": 6}
         config = configure(chosen).config

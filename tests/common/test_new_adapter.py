@@ -25,6 +25,7 @@ from fedveil.experiments.in_process import run_in_process
 from fedveil.experiments.planner.forecast import forecast
 from fedveil.server.model import ServerModel
 from fedveil.strategies import STRATEGIES
+from fedveil.strategies.base import Facts, Takes
 from fedveil.strategies.fedavg import FedAvgLoRA
 from fedveil.strategies.job import configure
 from fedveil.strategies.payload import payload, preset_adapter, travels
@@ -80,8 +81,8 @@ class ScaledAverage(FedAvgLoRA):
     """The average over the made-up adapter."""
 
     name: ClassVar[str] = "scaled-average"
-    paper: ClassVar[str] = "none"
-    adapter: ClassVar[str] = "scaled"
+    facts: ClassVar[Facts] = Facts("none", exact="linear")
+    adapters: ClassVar[Takes] = Takes("scaled")
 
 
 @pytest.fixture(autouse=True)

@@ -26,6 +26,7 @@ from fedveil.experiments.sweep.rows import Row, write_rows
 from fedveil.experiments.sweep.summary import beside, groups, interval, markdown_of
 from fedveil.reports.scores import beside_cells
 from fedveil.strategies import ROWS
+from fedveil.strategies.base import is_exact
 from fedveil.strategies.job import configure
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -150,7 +151,7 @@ def test_a_row_of_every_rule_has_its_line_the_control_arms_too(strategy: str) ->
     plain = row(0.75, sent=36_864)
     settings = {**plain.settings, "strategy": strategy, "adapter.name": "lora"}
     line = markdown_of([replace(plain, settings=settings)]).splitlines()[2]
-    assert line.split("|")[-2] == (" yes " if ROWS[strategy].exact(ADAPTERS["lora"]) else " no ")
+    assert line.split("|")[-2] == (" yes " if is_exact(ROWS[strategy], ADAPTERS["lora"]) else " no ")
 
 
 def test_a_seeds_processor_time_is_that_of_all_its_sites_alone() -> None:

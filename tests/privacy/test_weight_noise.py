@@ -31,6 +31,7 @@ from fedveil.contrib.adapters.lora_merged import LoRAMerged
 from fedveil.contrib.rules.align_guard import guarded
 from fedveil.privacy import dpsgd
 from fedveil.strategies import STRATEGIES, Contribution
+from fedveil.strategies.base import chooses
 from fedveil.strategies.ffa_lora import FFALoRA
 from fedveil.strategies.job import configure
 from fedveil.strategies.rules import RULES
@@ -131,11 +132,11 @@ def test_every_strategy_has_a_prediction() -> None:
     assert said == set(STRATEGIES), f"nobody says what noise does under {said ^ set(STRATEGIES)}"
     for name in ALIKE:
         kind = STRATEGIES[name]
-        assert kind.chooses() or kind.adapter in ("lora-nested", "lora-routed")
-        assert issubclass(ADAPTERS[kind.adapter], ADAPTERS[FFALoRA.adapter])
+        assert chooses(kind) or kind.adapters.default in ("lora-nested", "lora-routed")
+        assert issubclass(ADAPTERS[kind.adapters.default], ADAPTERS[FFALoRA.adapters.default])
     for name in BOTH:
         kind = STRATEGIES[name]
-        assert kind.trains == ("A", "B")
+        assert kind.adapters.trains == ("A", "B")
 
 
 @pytest.mark.parametrize("name", PREDICTED)

@@ -37,6 +37,7 @@ from fedveil.server.records import RunFolder
 from fedveil.server.resume import settings_of_resumed, with_resumed
 from fedveil.server.sites import Exchange
 from fedveil.strategies import STRATEGIES, ServerState
+from fedveil.strategies.base import chooses
 from fedveil.strategies.job import configure
 
 pytestmark = [pytest.mark.rough_prices, pytest.mark.one_length]
@@ -95,7 +96,7 @@ def fixed_entropy(replace_entropy: Callable[[Source], None]) -> None:
         *(
             (name, {"server.optimizer": "none" if "server.optimizer" in kind.requires else "adam"})
             for name, kind in sorted(STRATEGIES.items())
-            if not (kind.chooses() and kind.trains == ("B",))
+            if not (chooses(kind) and kind.adapters.trains == ("B",))
         ),
         # Of those by columns, one whose masks follow from the round and one whose follow from what was sent.
         ("switchlora", {"server.optimizer": "adam", "switchlora.window": 2}),

@@ -23,6 +23,6 @@ def test_stock_peft_scores_a_runs_adapter_as_the_runs_last_line_does(
     folder = run_in_process({**settings, "training.learning-rate": 0.05, "server.optimizer": "none"}, 2)
     last, scored = read_lines(RoundLine, folder)[-1], evaluate_run(folder)
     # A change beside the base is added to its weights in the export: in bfloat16 that rounds them.
-    beside = precision == "bfloat16" and STRATEGIES[strategy].adapter == "lora-merged"
+    beside = precision == "bfloat16" and STRATEGIES[strategy].adapters.default == "lora-merged"
     assert scored.accuracy == last.accuracy
     assert scored.loss == pytest.approx(last.loss, rel=1e-3 if beside else 0, abs=0)

@@ -17,14 +17,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedveil.common.adapters import ADAPTERS, Adapter, LoRA, LoRAFrozenA
-from fedveil.common.errors import ProtocolError
+from fedveil.common.errors import ConfigError, ProtocolError
 from fedveil.common.messages.columns import narrowed, widened
 from fedveil.common.messages.state import HEAD, AdapterState
 from fedveil.common.messages.tensors import apply, entries, merge, scale, select
 from fedveil.common.messages.wire import decode_state, encode_state, layout_of
 from fedveil.strategies import STRATEGIES, base
 from fedveil.strategies.average import Average
-from fedveil.strategies.base import Strategy, mean
+from fedveil.strategies.base import Facts, Strategy, Takes, check_adapter, chooses, is_exact, mean
+from fedveil.strategies.job import configure
 from fedveil.strategies.payload import travels
 from fedveil.strategies.state import Contribution, ServerState
 
@@ -45,8 +46,8 @@ OTHERS: dict[str, tuple[str, ...]] = {"fedavg-lora": ("lora-frozen-a", "lora-sb"
 
 def on(kind: type[Strategy], adapter: str) -> Strategy:
     """Return a strategy whose preset is another adapter that it accepts."""
-    kind.check_adapter(ADAPTERS[adapter])
-    return type(kind.__name__, (kind,), {"adapter": adapter})()
+    check_adapter(kind, ADAPTERS[adapter])
+    return type(kind.__name__, (kind,), {"adapters": replace(kind.adapters, default=adapter)})()
 
 
 def variants() -> list[Strategy]:
@@ -57,8 +58,8 @@ def variants() -> list[Strategy]:
 
 def spoken(strategy: Strategy) -> str:
     changed = {k: v for k, v in vars(strategy).items() if v != getattr(type(strategy)(), k)}
-    if strategy.adapter != STRATEGIES[strategy.name].adapter:
-        changed["adapter"] = strategy.adapter
+    if (adapter := strategy.adapters.default) != STRATEGIES[strategy.name].adapters.default:
+        changed["adapter"] = adapter
     return strategy.name + "".join(f",{k}={v}" for k, v in changed.items())
 
 
@@ -66,11 +67,11 @@ each_strategy = pytest.mark.parametrize("strategy", variants(), ids=spoken)
 
 
 def adapter_of(strategy: Strategy) -> Adapter:
-    return ADAPTERS[strategy.adapter](RANK, 2.0 * RANK, ("query", "dense"))
+    return ADAPTERS[strategy.adapters.default](RANK, 2.0 * RANK, ("query", "dense"))
 
 
 def exact(strategy: Strategy) -> bool:
-    return strategy.exact(type(adapter_of(strategy)))
+    return is_exact(type(strategy), type(adapter_of(strategy)))
 
 
 def random_state(adapter: Adapter, factors: Sequence[str], seed: int, dtype: torch.dtype) -> AdapterState:
@@ -182,7 +183,7 @@ def earlier_rounds_leak(strategy: Strategy, update: Update) -> float:
     after = update(state, participants(strategy, state, [2, 3]))
     sites = participants(strategy, after, [4, 6, 7])
     second = weights_of(strategy, update(after, sites).adapter)
-    if strategy.needs == "each" and not exact(strategy):
+    if not isinstance(strategy, Average) and not exact(strategy):
         # No mean says what is right: a server does that saw nothing before.
         alone = replace(started(strategy), adapter=after.adapter, round_number=after.round_number)
         return distance(second, weights_of(strategy, update(alone, sites).adapter))
@@ -244,7 +245,7 @@ def test_a_planted_fault_breaks_the_invariant(
     try:
         gap = broken(strategy, fault(strategy))
     except ProtocolError:  # what rounds send is not alike, where factors take turns
-        assert strategy.chooses()
+        assert chooses(type(strategy))
         return
     assert gap > 1e-3, f"{broken.__name__} does not notice {fault.__name__}"
 
@@ -396,7 +397,7 @@ def test_only_ratios_of_weights_matter() -> None:
 def test_names_are_kept_in_one_table() -> None:
     assert all(strategy.name == name for name, strategy in STRATEGIES.items())
     for strategy in STRATEGIES.values():
-        strategy.check_adapter(ADAPTERS[strategy.adapter])
+        check_adapter(strategy, ADAPTERS[strategy.adapters.default])
     assert set(REBUILT) <= set(STRATEGIES)
     assert set(OPTIONS) <= set(STRATEGIES)
 
@@ -404,7 +405,7 @@ def test_names_are_kept_in_one_table() -> None:
 class Middle(Strategy):
     """The coordinate-wise median: a rule that no mean is enough for."""
 
-    name, paper, adapter = "middle", "none", "lora"
+    name, facts, adapters = "middle", Facts("none"), Takes("lora")
 
     def combine(self, state: ServerState, contributions: Sequence[Contribution]) -> ServerState:
         middle = apply(lambda *tensors: torch.stack(tensors).median(0).values, *(c.state for c in contributions))
@@ -418,7 +419,9 @@ def test_a_strategy_that_needs_each_contribution_gets_them_and_one_that_needs_th
     layer = next(iter(LAYERS))
     wanted = torch.stack([state[layer]["A"] for state in states]).sort(0).values[1]
     assert torch.equal(new.adapter[layer]["A"], wanted)
-    assert (Middle.needs, Middle.exact(LoRAFrozenA)) == ("each", False)
+    assert not is_exact(Middle, LoRAFrozenA)
+    with pytest.raises(ConfigError, match="more than a sum"):
+        Middle().check(configure({"privacy.mode": "secure-sum", "privacy.honest-sites": 2}).config)
 
     assert earlier_rounds_leak(Middle(), Middle().server_update) == 0
     seen: list[Contribution] = []
@@ -442,7 +445,6 @@ def test_a_strategy_that_needs_each_contribution_gets_them_and_one_that_needs_th
     assert [layout_of(state) for state in given] == [layout_of(states[0])]
     assert all(torch.equal(tensor, mean(sites)[layer][name]) for layer, name, tensor in entries(given[0]))
     for strategy in STRATEGIES.values():
-        assert (strategy.needs == "mean") == issubclass(strategy, Average)
         assert not issubclass(strategy, Average) or strategy.combine is Average.combine, "the mean is gone around"
 
 
