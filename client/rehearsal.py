@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from fedveil.client.deadline import Timing
 from fedveil.client.inner_shapes import follow_from_records
+from fedveil.common.adapters.base import parameters_of
 from fedveil.common.errors import MechanismError, ModelError
 from fedveil.common.messages.columns import Chosen
 from fedveil.common.messages.state import METRIC, AdapterState
@@ -434,7 +435,7 @@ def _away_from_zero(model: FederatedModel) -> Iterator[None]:
     """
     factors = [
         (name, parameter)
-        for layer in model.adapter.parameters(model.peft_model).values()
+        for layer in parameters_of(model.adapter, model.peft_model).values()
         for name, parameter in layer.items()
     ]
     head = list(model.head.values())
@@ -447,7 +448,7 @@ def _away_from_zero(model: FederatedModel) -> Iterator[None]:
     try:
         with torch.no_grad():
             for name, parameter in factors:
-                if name == model.adapter.scale_factor or name in model.adapter.divisors:
+                if name in model.adapter.traits.ones:
                     parameter.fill_(1.0)
                 else:
                     parameter.copy_(AWAY * torch.randn(parameter.shape, generator=draw))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 
-from fedveil.common.adapters.base import pefts_old_names
+from fedveil.common.adapters.attach import pefts_old_names
 from fedveil.common.data.sources import public_test
 from fedveil.common.errors import DataError, ModelError
 from fedveil.common.model.base import BaseModel, load_base_model

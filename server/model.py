@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from fedveil.common.adapters.base import base_weight
+from fedveil.common.adapters.layers import base_weight, layers_of
 from fedveil.common.data.sources import public_test, slices_of
 from fedveil.common.errors import ModelError
 from fedveil.common.messages.columns import chosen_factors
@@ -94,7 +94,7 @@ class ServerModel:
 
     def base_weight(self, layer: str) -> Tensor:
         """Return W0 of an adapted layer, shape (out, in), float64, on the CPU."""
-        return base_weight(self.model.adapter.layers(self.model.peft_model)[layer]).double().cpu()
+        return base_weight(layers_of(self.model.peft_model)[layer]).double().cpu()
 
     def rule_statistic(self, state: ServerState) -> AdapterState:
         """Return what the run's server rule takes from public text before round 1, as the function does."""

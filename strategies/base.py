@@ -177,7 +177,7 @@ def check_adapter(strategy: type[Strategy], adapter: type[Adapter]) -> None:
 def is_exact(strategy: type[Strategy], adapter: type[Adapter]) -> bool:
     """Return whether the new weights are exactly the mean of the sites' weights."""
     exact = strategy.facts.exact
-    return exact == "always" or (exact == "linear" and adapter.linear)
+    return exact == "always" or (exact == "linear" and adapter.traits.linear)
 
 
 def chooses(strategy: type[Strategy]) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from fedveil.common.adapters import ADAPTERS, ALIASES, Adapter, build_adapter
+from fedveil.common.adapters.none import check_head_alone
 from fedveil.common.check import nearest
 from fedveil.common.config.asked import RunSettings, as_asked, from_mapping, resolve
 from fedveil.common.config.sections import RunConfig, Scalar, defaults, from_section, to_mapping, typed
@@ -97,7 +98,7 @@ class Job:
         """Return every factor of one layer, in the directions that the statistic gives and in those of the seed."""
         of_seed = {name: derived[name] for name in self.origin.from_seed if name in self.adapter.directions}
         given = {**of_seed, **self.origin.from_statistic(statistic, self.adapter.rank)}
-        return self.adapter.fitted({**derived, **self.adapter.begin(given)})
+        return {**derived, **self.adapter.begin(given, derived)}
 
     def trained_columns(self, state: ServerState, rank: int = 0) -> Chosen | None:
         """Return the columns that a site of this rank trains in the round after ``state``; None: all."""
@@ -308,7 +309,8 @@ def _compose(filled: _Filled, given: Mapping[str, Scalar]) -> Job:
     _check_required(strategy, config)
     name = strategy.adapters.default if named == "auto" else named
     check_adapter(type(strategy), ADAPTERS[name])
-    ADAPTERS[name].check(config)
+    if not ADAPTERS[name].trained:
+        check_head_alone(config)
     config = replace(config, adapter=replace(config.adapter, name=name))
     asked_start = _start(config.adapter.start, settings, given)
     origin = asked_start.resolved().within(config.privacy)

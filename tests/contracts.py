@@ -26,6 +26,7 @@ from digits import TOKENS, digits, encoded, save_vit
 
 from audits.tiny_models import FILLER, write_reviews
 from fedveil.common.adapters import ADAPTERS
+from fedveil.common.adapters.layers import layers_of
 from fedveil.common.config.sections import defaults
 from fedveil.common.errors import ConfigError
 from fedveil.common.messages.state import OWN, AdapterState
@@ -289,13 +290,14 @@ class Contracts:
             assert moved(state.adapter, server.start), "what round 0 asked for moved nothing"
         shapes = {
             layer: job.adapter.shapes(int(held.out_features), int(held.in_features))  # type: ignore[call-overload]
-            for layer, held in server.model.adapter.layers(server.model.peft_model).items()
+            for layer, held in layers_of(server.model.peft_model).items()
         }
         for layer, wanted in shapes.items():
             factors = state.adapter.get(layer, {})
             assert {name: tuple(tensor.shape) for name, tensor in factors.items()} == wanted, layer
             assert all(bool(tensor.isfinite().all()) for tensor in factors.values()), layer
-            for name, tensor in job.adapter.fitted(factors).items():
+            given = {name: factors[name] for name in job.adapter.directions if name in factors}
+            for name, tensor in job.adapter.begin(given, factors).items():
                 assert torch.allclose(tensor, factors[name], atol=1e-5), f"{name} of {layer} fits another start"
         assert not shapes or set(state.adapter) - {*OWN} == {layer for layer, wanted in shapes.items() if wanted}
 

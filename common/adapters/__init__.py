@@ -31,15 +31,14 @@ def build_adapter(name: str, config: AdapterConfig, origin: Origin) -> Adapter:
         ConfigError: the adapter knows no such scale; or alpha is left open, and the adapter is not one whose scale a
             start may choose.
     """
-    if config.scale not in ADAPTERS[name].scales:
+    traits = ADAPTERS[name].traits
+    if config.scale not in traits.scales:
         raise ConfigError(
             f"adapter.scale {config.scale!r} has no effect on {name!r}, which has a scale of its own: "
-            f"leave it at {ADAPTERS[name].scales[0]!r}"
+            f"leave it at {traits.scales[0]!r}"
         )
-    if not config.alpha and not ADAPTERS[name].free_scale:
-        raise ConfigError(
-            f"adapter.alpha is 0, to be calibrated, but {name!r} {ADAPTERS[name].no_free_scale}: give it a number"
-        )
+    if not config.alpha and isinstance(traits.free_scale, str):
+        raise ConfigError(f"adapter.alpha is 0, to be calibrated, but {name!r} {traits.free_scale}: give it a number")
     of_scale_1 = math.sqrt(config.rank) if config.scale == "sqrt-rank" else float(config.rank)
     return ADAPTERS[name](config.rank, config.alpha or of_scale_1, config.target_modules, origin, config.scale)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from fedveil.common.adapters.base import ADAPTER_NAME, base_weight
+from fedveil.common.adapters.layers import ADAPTER_NAME, base_weight
 from fedveil.common.own_gradients import OwnGradients
 
 if TYPE_CHECKING:

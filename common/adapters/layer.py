@@ -11,8 +11,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fedveil.common.adapters.base import ADAPTER_NAME
 from fedveil.common.adapters.branch import Branch
+from fedveil.common.adapters.layers import ADAPTER_NAME
 from fedveil.common.adapters.low_bits import LOW_BITS
 from fedveil.common.errors import ModelError
 

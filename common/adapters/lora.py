@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
+from fedveil.common.adapters.base import Traits
 from fedveil.common.adapters.low_rank import LowRank, lora_modules
 from fedveil.common.messages.state import Factors
 
@@ -22,9 +23,11 @@ class LoRA(LowRank):
     name: ClassVar[str] = "lora"
     trained: ClassVar[tuple[str, ...]] = ("A", "B")
     frozen: ClassVar[tuple[str, ...]] = ()
-    linear: ClassVar[bool] = False
-    noise: ClassVar[str] = "s (B x_A + x_B A + x_B x_A): quadratic"
-    no_free_scale: ClassVar[str] = "trains A, so that a length given to it does not last"
+    traits: ClassVar[Traits] = Traits(
+        linear=False,
+        noise="s (B x_A + x_B A + x_B x_A): quadratic",
+        free_scale="trains A, so that a length given to it does not last",
+    )
 
     def shapes(self, out: int, into: int) -> dict[str, tuple[int, ...]]:
         """Return those of A, (rank, into), and B, (out, rank)."""
@@ -34,8 +37,9 @@ class LoRA(LowRank):
         """Return PEFT's A and B."""
         return lora_modules(layer)
 
-    def begin(self, given: Factors) -> Factors:
+    def begin(self, given: Factors, factors: Factors) -> Factors:
         """Return A; and B with s B A = B R A of a start that moves the weights."""
+        del factors
         moved = {"B": given["B"] @ given["R"] / self.scaling} if "R" in given else {}
         return {"A": given["A"], **moved}
 

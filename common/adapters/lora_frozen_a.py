@@ -8,14 +8,21 @@ products is the product of the mean, and noise on B enters the weights linearly.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedveil.common.adapters.base import FreeScale, Traits
+from fedveil.common.adapters.export import write_stock
+from fedveil.common.adapters.layers import base_weight, layers_of
 from fedveil.common.adapters.lora import LoRA
 from fedveil.common.messages.state import OWN, AdapterState, Factors
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 NEGLIGIBLE = 1e-6
 """Singular values of B below this share of the largest are float32's rounding."""
@@ -28,37 +35,36 @@ class LoRAFrozenA(LoRA):
     name: ClassVar[str] = "lora-frozen-a"
     trained: ClassVar[tuple[str, ...]] = ("B",)
     frozen: ClassVar[tuple[str, ...]] = ("A",)
-    linear: ClassVar[bool] = True
+    traits: ClassVar[Traits] = Traits(
+        linear=True,
+        noise="s x_B A: norm s σC/b √m ‖A‖",
+        free_scale=FreeScale(("A",), lambda factors, G: {"B": G @ factors["A"].T}, lambda rank, out, into: rank / into),
+    )
     free_scale: ClassVar[tuple[str, ...]] = ("A",)
-    noise: ClassVar[str] = "s x_B A: norm s σC/b √m ‖A‖"
 
-    def seen(self, factors: Factors, gradient: Tensor) -> Factors:
-        """Return G Aᵀ, shape (out, rank)."""
-        return {"B": gradient @ factors["A"].T}
+    def export(self, model: PeftModel, state: AdapterState, folder: Path, base_name: str) -> None:
+        """Write the columns of B that were trained: as many as B's rank, which a server rule may have lowered.
 
-    def share_seen(self, out: int, into: int) -> float:
-        """Return r / n."""
-        del out
-        return self.rank / into
-
-    def reduced(self, state: AdapterState) -> AdapterState:
-        """Return every B with as many columns that are not 0 as its rank: a server rule may have lowered that."""
-        return {layer: factors if layer in OWN else in_own_basis(factors) for layer, factors in state.items()}
-
-    def used(self, state: AdapterState) -> dict[str, Tensor]:
-        """Return the columns of B that are not 0, of every layer, where some layer has others: such were never trained.
-
-        Of a B that is 0 everywhere, as before round 1, all columns count.
+        A layer whose B is 0 is left out, unless all are, as before round 1.
         """
-        used = {
-            layer: factors["B"].ne(0).any(0).nonzero()[:, 0] for layer, factors in state.items() if layer not in OWN
+        pairs = {layer: in_own_basis(factors) for layer, factors in state.items() if layer not in OWN}
+        used = {layer: factors["B"].ne(0).any(0).nonzero()[:, 0] for layer, factors in pairs.items()}
+        kept = {layer: columns for layer, columns in used.items() if len(columns)}
+        ranks: dict[str, int] = {}
+        if kept and any(len(columns) < self.rank for columns in used.values()):
+            pairs = {layer: of_columns(pairs[layer], columns) for layer, columns in kept.items()}
+            ranks = {layer: len(columns) for layer, columns in kept.items()}
+        layers = {
+            name: self.exported(pairs[name], base_weight(layer).float().cpu())
+            for name, layer in layers_of(model).items()
+            if name in pairs
         }
-        some = any(len(columns) for columns in used.values())
-        return used if some and any(len(c) < self.rank for c in used.values()) else {}
+        write_stock(self, model, layers, folder, base_name, ranks=ranks)
 
-    def of_columns(self, factors: Factors, columns: Tensor) -> Factors:
-        """Return the rows of A and columns of B."""
-        return {"A": factors["A"][columns], "B": factors["B"][:, columns]}
+
+def of_columns(factors: Factors, columns: Tensor) -> Factors:
+    """Return these rows of A and columns of B."""
+    return {"A": factors["A"][columns], "B": factors["B"][:, columns]}
 
 
 def in_own_basis(factors: Factors) -> Factors:

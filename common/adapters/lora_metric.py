@@ -18,6 +18,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedveil.common.adapters.base import Traits
 from fedveil.common.adapters.mapped import Mapped, outer_sums
 from fedveil.common.messages.state import Factors
 
@@ -32,18 +33,21 @@ class LoRAMetric(Mapped):
     name: ClassVar[str] = "lora-metric"
     trained: ClassVar[tuple[str, ...]] = ("A",)
     frozen: ClassVar[tuple[str, ...]] = ("B", "V")
-    linear: ClassVar[bool] = True
+    traits: ClassVar[Traits] = Traits(
+        linear=True,
+        noise="s B x_A (I - VᵀV): norm s σC/b ‖B‖ ‖I - VᵀV‖",
+        free_scale="has a start that chooses the length itself (start.clip-share)",
+    )
     uses_projected: ClassVar[bool] = False
-    noise: ClassVar[str] = "s B x_A (I - VᵀV): norm s σC/b ‖B‖ ‖I - VᵀV‖"
     directions: ClassVar[tuple[str, ...]] = ("B", "V")
-    no_free_scale: ClassVar[str] = "has a start that chooses the length itself (start.clip-share)"
 
     def shapes(self, out: int, into: int) -> dict[str, tuple[int, ...]]:
         """Return those of A, (rank, into), B, (out, rank), and V, (shrunk(into), into)."""
         return {"A": (self.rank, into), "B": (out, self.rank), "V": (shrunk(into), into)}
 
-    def begin(self, given: Factors) -> Factors:
+    def begin(self, given: Factors, factors: Factors) -> Factors:
         """Return B and V; without a V nothing is shrunk."""
+        del factors
         return {factor: given[factor] for factor in ("B", "V") if factor in given}
 
     def change(

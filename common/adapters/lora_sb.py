@@ -16,11 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedveil.common.adapters.base import ADAPTER_NAME
+from fedveil.common.adapters.base import Traits
+from fedveil.common.adapters.layers import ADAPTER_NAME, layers_of
 from fedveil.common.adapters.low_rank import LowRank, lora_modules
 from fedveil.common.messages.state import Factors
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from peft.tuners.lora import LoraLayer
 
 
@@ -46,13 +48,13 @@ class LoRASB(LowRank):
     name: ClassVar[str] = "lora-sb"
     trained: ClassVar[tuple[str, ...]] = ("R",)
     frozen: ClassVar[tuple[str, ...]] = ("A", "B")
-    linear: ClassVar[bool] = True
-    noise: ClassVar[str] = "B x_R A: norm σC/b r, whatever m and n"
-    scales: ClassVar[tuple[str, ...]] = ("rank",)
-    directions: ClassVar[tuple[str, ...]] = ("A", "B")
-    no_free_scale: ClassVar[str] = (
-        "has orthonormal factors, so that R's gradient is the weight's own as far as they reach"
+    traits: ClassVar[Traits] = Traits(
+        linear=True,
+        noise="B x_R A: norm σC/b r, whatever m and n",
+        scales=("rank",),
+        free_scale="has orthonormal factors, so that R's gradient is the weight's own as far as they reach",
     )
+    directions: ClassVar[tuple[str, ...]] = ("A", "B")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "alpha", float(self.rank))
@@ -61,19 +63,21 @@ class LoRASB(LowRank):
         """Return those of A, (rank, into), B, (out, rank), and R, (rank, rank)."""
         return {"A": (self.rank, into), "B": (out, self.rank), "R": (self.rank, self.rank)}
 
-    def prepare(self, layer: LoraLayer) -> None:
+    def prepare(self, model: PeftModel) -> None:
         """Put R between PEFT's A and B."""
-        B = cast(nn.Linear, lora_modules(layer)["B"])
-        R = nn.Linear(self.rank, self.rank, bias=False, device=B.weight.device, dtype=B.weight.dtype)
-        layer.lora_B[ADAPTER_NAME] = _RThenB(R, B)
+        for layer in layers_of(model).values():
+            B = cast(nn.Linear, lora_modules(layer)["B"])
+            R = nn.Linear(self.rank, self.rank, bias=False, device=B.weight.device, dtype=B.weight.dtype)
+            layer.lora_B[ADAPTER_NAME] = _RThenB(R, B)
 
     def factor_modules(self, layer: LoraLayer) -> dict[str, nn.Module]:
         """Return PEFT's A, and the R and B that ``prepare`` put in a row."""
         R, B = cast(nn.Sequential, layer.lora_B[ADAPTER_NAME])
         return {"A": layer.lora_A[ADAPTER_NAME], "R": R, "B": B}
 
-    def begin(self, given: Factors) -> Factors:
+    def begin(self, given: Factors, factors: Factors) -> Factors:
         """Return A and B, and R of a start that moves the weights."""
+        del factors
         return {factor: given[factor] for factor in ("A", "B", "R") if factor in given}
 
     def delta(self, factors: Mapping[str, Tensor], base_weight: Tensor | None = None) -> Tensor:

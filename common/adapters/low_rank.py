@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from fedveil.common.adapters.base import ADAPTER_NAME, Adapter
+from fedveil.common.adapters.base import Adapter
+from fedveil.common.adapters.layers import ADAPTER_NAME
 from fedveil.common.messages.state import Factors
 
 if TYPE_CHECKING:
@@ -28,13 +29,9 @@ class LowRank(Adapter):
     def as_lora(self, factors: Mapping[str, Tensor]) -> Factors:
         """Return ``{"A", "B"}`` with ``scaling * B @ A == delta(factors)``, for export to stock PEFT."""
 
-    def factors_of(self, layer: LoraLayer) -> dict[str, nn.Parameter]:
-        """Return the weight of each factor's module."""
-        return {name: cast(nn.Parameter, module.weight) for name, module in self.factor_modules(layer).items()}
-
-    def hold(self, layer: LoraLayer, factor: str, tensor: nn.Parameter) -> None:
-        """Make ``tensor`` the weight of the factor's module."""
-        self.factor_modules(layer)[factor].weight = tensor
+    def places(self, layer: LoraLayer) -> dict[str, tuple[nn.Module, str]]:
+        """Return each factor's module and ``weight``."""
+        return {name: (module, "weight") for name, module in self.factor_modules(layer).items()}
 
     def exported(self, factors: Mapping[str, Tensor], base_weight: Tensor) -> dict[str, Tensor]:
         """Return the LoRA pair."""

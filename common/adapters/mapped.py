@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.func import vjp, vmap
 
 from fedveil.common.adapters.base import Adapter
+from fedveil.common.adapters.layers import layer_shape, layers_of
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from peft import PeftModel
     from peft.tuners.lora import LoraLayer
 
     from fedveil.common.adapters.layer import AdaptedLinear
@@ -94,24 +95,15 @@ class Mapped(Adapter):
         identity = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
         return self.change(factors, identity, weight.T, weight, self.scaling).T
 
-    def route(self, config: LoraConfig) -> None:
-        """Let PEFT put our layer where it would put its own."""
-        from fedveil.common.adapters.layer import AdaptedLinear
-
-        # Every kind of layer, so that one that cannot be adapted is refused and not left to PEFT's own.
-        config._register_custom_module({nn.Module: AdaptedLinear})
-
-    def prepare(self, layer: LoraLayer) -> None:
+    def prepare(self, model: PeftModel) -> None:
         """Put the branch beside the base."""
-        cast("AdaptedLinear", layer).grow(self)
+        for layer in layers_of(model).values():
+            cast("AdaptedLinear", layer).grow(self)
 
-    def factors_of(self, layer: LoraLayer) -> dict[str, nn.Parameter]:
-        """Return the branch's parameters."""
-        return cast("AdaptedLinear", layer).lora_branch.factors()
-
-    def hold(self, layer: LoraLayer, factor: str, tensor: nn.Parameter) -> None:
-        """Make ``tensor`` a parameter of the branch."""
-        cast("AdaptedLinear", layer).lora_branch.register_parameter(factor, tensor)
+    def places(self, layer: LoraLayer) -> dict[str, tuple[nn.Module, str]]:
+        """Return the branch, which has a parameter of each factor's name."""
+        branch = cast("AdaptedLinear", layer).lora_branch
+        return {factor: (branch, factor) for factor in self.shapes(*layer_shape(layer))}
 
 
 def outer_sums(left: Tensor, right: Tensor) -> Tensor:

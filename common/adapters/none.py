@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
-from fedveil.common.adapters.base import Adapter
+from fedveil.common.adapters.base import Adapter, Traits
 from fedveil.common.errors import ConfigError
 from fedveil.common.messages.state import Factors
 from fedveil.common.tasks import TASKS
@@ -32,44 +32,22 @@ class NoAdapter(Adapter):
     name: ClassVar[str] = "none"
     trained: ClassVar[tuple[str, ...]] = ()
     frozen: ClassVar[tuple[str, ...]] = ()
-    linear: ClassVar[bool] = True
-    noise: ClassVar[str] = "none: the head's alone"
+    traits: ClassVar[Traits] = Traits(linear=True, noise="none: the head's alone", free_scale="has no factor")
     directions: ClassVar[tuple[str, ...]] = ()
-    no_free_scale: ClassVar[str] = "has no factor"
-
-    @classmethod
-    def check(cls, config: RunConfig) -> None:
-        """Refuse a run that would train nothing."""
-        if not TASKS[config.model.task].labelled:
-            raise ConfigError(
-                f"adapter.name is 'none', and model.task {config.model.task!r} has no head to train: name an adapter"
-            )
-        if config.head.policy != "trained":
-            raise ConfigError("adapter.name is 'none' and head.policy 'frozen', so nothing is trained: change one")
-        if config.model.checkpointing:
-            raise ConfigError(
-                "model.checkpointing has no effect on adapter.name 'none', where no gradient passes the layers: set it "
-                "to false"
-            )
 
     def shapes(self, out: int, into: int) -> dict[str, tuple[int, ...]]:
         """Return none."""
         del out, into
         return {}
 
-    def factors_of(self, layer: LoraLayer) -> dict[str, nn.Parameter]:
+    def places(self, layer: LoraLayer) -> dict[str, tuple[nn.Module, str]]:
         """Return none."""
         del layer
         return {}
 
-    def hold(self, layer: LoraLayer, factor: str, tensor: nn.Parameter) -> None:
-        """Refuse: there is no factor."""
-        del layer, tensor
-        raise ConfigError(f"without an adapter there is no factor {factor!r}")
-
-    def begin(self, given: Factors) -> Factors:
+    def begin(self, given: Factors, factors: Factors) -> Factors:
         """Return none."""
-        del given
+        del given, factors
         return {}
 
     def delta(self, factors: Mapping[str, Tensor], base_weight: Tensor | None = None) -> Tensor:
@@ -84,17 +62,22 @@ class NoAdapter(Adapter):
         del factors, base_weight
         return {}
 
-    def attach(self, base: nn.Module, seed: int) -> PeftModel:
-        """Freeze ``base`` and return it."""
-        del seed
-        return cast("PeftModel", base.requires_grad_(False))
-
-    def layers(self, model: nn.Module) -> dict[str, LoraLayer]:
-        """Return none."""
-        del model
-        return {}
-
     def export(self, model: PeftModel, state: dict[str, Factors], folder: Path, base_name: str) -> None:
         """Make the folder; there is nothing for PEFT, and the head is written beside."""
         del model, state, base_name
         folder.mkdir(parents=True, exist_ok=True)
+
+
+def check_head_alone(config: RunConfig) -> None:
+    """Raise ConfigError, saying what to do, if a run without an adapter would train nothing."""
+    if not TASKS[config.model.task].labelled:
+        raise ConfigError(
+            f"adapter.name is 'none', and model.task {config.model.task!r} has no head to train: name an adapter"
+        )
+    if config.head.policy != "trained":
+        raise ConfigError("adapter.name is 'none' and head.policy 'frozen', so nothing is trained: change one")
+    if config.model.checkpointing:
+        raise ConfigError(
+            "model.checkpointing has no effect on adapter.name 'none', where no gradient passes the layers: set it "
+            "to false"
+        )

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from fedveil.common.adapters.base import ADAPTER_NAME, Adapter
+from fedveil.common.adapters.base import Adapter, parameters_of
+from fedveil.common.adapters.layers import ADAPTER_NAME, layers_of
 from fedveil.common.messages.columns import Chosen
 
 if TYPE_CHECKING:
@@ -60,9 +61,9 @@ def split_columns(adapter: Adapter, model: nn.Module, chosen: Chosen) -> Iterato
     """
     wholes: list[tuple[LoraLayer, nn.Linear]] = []
     resting: list[nn.Parameter] = []
-    layers = adapter.layers(model)
+    layers = layers_of(model)
     try:
-        for layer, factors in adapter.parameters(model).items():
+        for layer, factors in parameters_of(adapter, model).items():
             for name, parameter in factors.items():
                 if not parameter.requires_grad:
                     continue

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedveil.common.adapters import Adapter
+from fedveil.common.adapters.attach import attach, write_factors
+from fedveil.common.adapters.base import parameters_of
 from fedveil.common.adapters.split import split_columns
 from fedveil.common.config.sections import HeadConfig, ModelConfig
 from fedveil.common.errors import ConfigError, ModelError, ProtocolError
@@ -81,7 +83,7 @@ class FederatedModel:
         choose_attention(base.module, self.device)
         self.lowers = True
         """Whether ``many_passes`` lowers weights; off for a model that leaves autocast on its own."""
-        self.peft_model = adapter.attach(base.module, seed)
+        self.peft_model = attach(adapter, base.module, seed)
         self.module = task.module(self.peft_model, base, self.classes if task.labelled else 0, feature_scale)
         self.module.to(self.device)
         self.collator: Collator = FeatureCollator(task, self.module.width) if self.head_only else task
@@ -121,7 +123,7 @@ class FederatedModel:
 
         The head is part of the state only when it is trained: a frozen one never travels.
         """
-        places = self.adapter.parameters(self.peft_model)
+        places = parameters_of(self.adapter, self.peft_model)
         if self.head_trained and self.head:
             places[HEAD] = self.head
         if self.module.metric is not None:
@@ -159,7 +161,7 @@ class FederatedModel:
         for layer, name, tensor in own:
             if name not in places.get(layer, {}) or places[layer][name].shape != tensor.shape:
                 raise ProtocolError(f"the model has no {layer} tensor {name!r} of shape {tuple(tensor.shape)}")
-        self.adapter.write(self.peft_model, {k: v for k, v in state.items() if k not in OWN})
+        write_factors(self.adapter, self.peft_model, {k: v for k, v in state.items() if k not in OWN})
         with torch.no_grad():
             for layer, name, tensor in own:
                 places[layer][name].copy_(tensor)

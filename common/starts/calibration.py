@@ -2,10 +2,9 @@
 
 One clip covers the adapter and the head: a start whose A makes the adapter's gradients longer takes from the head what
 the clip leaves it. Where the factor that is trained stands in a product with frozen ones, only the product of these and
-the scale matters (``Adapter.free_scale``: A where B or a diagonal is trained, B where A is), so a frozen one is scaled
+the scale matters (``FreeScale``: A where B or a diagonal is trained, B where A is), so a frozen one is scaled
 and the scale stays 1. ``lora-increments`` trains both factors: there the length of neither is the scale, which is a
-number of its own before the whole change. Other adapters have none that a start may choose, and say why
-(``Adapter.no_free_scale``).
+number of its own before the whole change. Other adapters have none that a start may choose, and say why.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fedveil.common.adapters.base import stored_transposed
+from fedveil.common.adapters.layers import layers_of, stored_transposed
 from fedveil.common.errors import ModelError
 from fedveil.common.messages.state import OWN, AdapterState
 from fedveil.common.model.federated import FederatedModel
@@ -28,12 +27,14 @@ def calibrated(model: FederatedModel, adapter: AdapterState, records: Sequence[R
     It is the median over public records of ‖∇‖ with random orthonormal directions, over that with those at hand; ∇ is a
     record's gradient of all that is trained below the head where the model starts: G Aᵀ of a B, Bᵀ G of an A at 0, for
     the gradient G of an adapted weight. With random directions it is taken in the root of the mean square over all of
-    them, which for a B is r / n ‖G‖² of a layer with n inputs (``Adapter.share_seen``).
+    them, which for a B is r / n ‖G‖² of a layer with n inputs (``FreeScale.share``).
 
     Raises:
         ModelError: the median is 0, such as with a head that starts at zero.
     """
-    layers = model.adapter.layers(model.peft_model)
+    layers, free = layers_of(model.peft_model), model.adapter.traits.free_scale
+    if isinstance(free, str):
+        raise TypeError(f"the {model.adapter.name} adapter {free}")
     lengths = torch.zeros(2, len(records), dtype=torch.float64)
     model.write(adapter)
     was_training = model.module.training
@@ -42,9 +43,9 @@ def calibrated(model: FederatedModel, adapter: AdapterState, records: Sequence[R
         for i, record in enumerate(records):
             for name, gradient in gradients_in(model, weights, record).items():
                 G = (gradient.T if stored_transposed(layers[name]) else gradient).detach().cpu().double()
-                held = {factor: tensor.double() for factor, tensor in adapter[name].items()}
-                lengths[0, i] += model.adapter.share_seen(*G.shape) * G.square().sum()
-                lengths[1, i] += sum(part.square().sum() for part in model.adapter.seen(held, G).values())
+                factors = {factor: tensor.double() for factor, tensor in adapter[name].items()}
+                lengths[0, i] += free.share(model.adapter.rank, *G.shape) * G.square().sum()
+                lengths[1, i] += sum(part.square().sum() for part in free.gradients(factors, G).values())
     model.module.train(was_training)
     wanted, found = lengths.sqrt().median(dim=1).values.tolist()
     if not (wanted > 0 and found > 0):
@@ -52,8 +53,8 @@ def calibrated(model: FederatedModel, adapter: AdapterState, records: Sequence[R
             "adapter.alpha cannot be calibrated, because the public phrases have no gradient: set head.start to "
             "'label-words' or 'random', or give adapter.alpha a number"
         )
-    free, times = model.adapter.free_scale, wanted / found
+    times = wanted / found
     return {
-        layer: {name: t * times if (layer not in OWN and name in free) else t for name, t in factors.items()}
+        layer: {name: t * times if (layer not in OWN and name in free.factors) else t for name, t in factors.items()}
         for layer, factors in adapter.items()
     }

@@ -15,7 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from fedveil.common.adapters.base import layer_shape, stored_transposed
+from fedveil.common.adapters.layers import layer_shape, layers_of, stored_transposed
 from fedveil.common.errors import ModelError
 from fedveil.common.messages.state import AdapterState
 from fedveil.common.messages.wire import Layout
@@ -98,7 +98,7 @@ def released(
 
 def gradient_layout(model: FederatedModel) -> Layout:
     """Return ``G``, shape (out, in), of every adapted layer."""
-    return {name: {"G": layer_shape(layer)} for name, layer in model.adapter.layers(model.peft_model).items()}
+    return {name: {"G": layer_shape(layer)} for name, layer in layers_of(model.peft_model).items()}
 
 
 def gradient_basis(G: Tensor, rank: int, step: float, *, sign: bool) -> dict[str, Tensor]:
@@ -116,13 +116,13 @@ def gradient_basis(G: Tensor, rank: int, step: float, *, sign: bool) -> dict[str
 
 def record_bytes(model: FederatedModel) -> int:
     """Return what one record's gradient takes while records' gradients are apart, as under privacy."""
-    layers = model.adapter.layers(model.peft_model).values()
+    layers = layers_of(model.peft_model).values()
     return sum(math.prod(layer_shape(layer)) for layer in layers) * torch.float32.itemsize
 
 
 def _own_weights(model: FederatedModel) -> dict[str, nn.Parameter]:
     found = {}
-    for name, layer in sorted(model.adapter.layers(model.peft_model).items()):
+    for name, layer in sorted(layers_of(model.peft_model).items()):
         weight = layer.get_base_layer().weight
         if not isinstance(weight, nn.Parameter):
             raise ModelError(
@@ -164,7 +164,7 @@ def gradients_in(model: FederatedModel, weights: Mapping[str, Tensor], record: R
 
 
 def _oriented(model: FederatedModel, gradients: dict[str, Tensor]) -> AdapterState:
-    layers = model.adapter.layers(model.peft_model)
+    layers = layers_of(model.peft_model)
     if not any(bool(gradient.abs().max() > 0) for gradient in gradients.values()):
         raise ModelError("the initial gradient is zero everywhere: set head.start to 'label-words' or 'random'")
     return {

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fedveil.common.adapters import Adapter, Place
-from fedveil.common.adapters.base import stored_transposed
+from fedveil.common.adapters.layers import layers_of, stored_transposed
 from fedveil.common.adapters.lora_metric import shrunk
 from fedveil.common.check import POSITIVE, OneOf
 from fedveil.common.config.fields import RATIO
@@ -219,7 +219,7 @@ class PublicMetric(FromText):
     def _columns(self, model: FederatedModel, telling: Sequence[Record]) -> dict[str, Tensor]:
         """Return B's orthonormal columns of every layer, shape (out, rank), float64."""
         if self.outputs == "random" or self._pointless(model.task.labelled):
-            return {layer: model.start[layer]["B"].double() for layer in model.adapter.layers(model.peft_model)}
+            return {layer: model.start[layer]["B"].double() for layer in layers_of(model.peft_model)}
         grams: dict[str, Tensor] = {}
         for gradients in _gradients(model, telling):
             for layer, G in gradients.items():
@@ -265,7 +265,7 @@ def _moments(
 
 def _in_turn(model: FederatedModel, columns: dict[str, Tensor]) -> Iterator[list[str]]:
     """Yield the layers in groups whose moments together take at most ``MOMENTS`` bytes; one that takes more, alone."""
-    places, group, room = model.adapter.layers(model.peft_model), list[str](), MOMENTS
+    places, group, room = layers_of(model.peft_model), list[str](), MOMENTS
     for layer, B in columns.items():
         weight = places[layer].weight
         width = weight.shape[0 if stored_transposed(places[layer]) else 1]
@@ -298,7 +298,7 @@ def shrinking(moment: Tensor) -> Tensor:
 
 def _gradients(model: FederatedModel, records: Sequence[Record], only: Collection[str] = ()) -> Gradients:
     """Yield the gradients of each record; ``only`` of these layers, or of all."""
-    layers = model.adapter.layers(model.peft_model)
+    layers = layers_of(model.peft_model)
     was_training = model.module.training
     model.module.eval()
     try:

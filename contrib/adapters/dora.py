@@ -18,14 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedveil.common.adapters.base import base_weight
+from fedveil.common.adapters.base import Place, Traits, lora_config
 from fedveil.common.adapters.mapped import Mapped, outer_sums, position_sums
 from fedveil.common.errors import ModelError
 from fedveil.common.messages.state import Factors
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
-    from peft.tuners.lora import LoraLayer
+    from peft import PeftConfig
 
 
 @dataclass(frozen=True)
@@ -35,29 +34,31 @@ class DoRA(Mapped):
     name: ClassVar[str] = "dora"
     trained: ClassVar[tuple[str, ...]] = ("A", "B", "mu")
     frozen: ClassVar[tuple[str, ...]] = ()
-    linear: ClassVar[bool] = False
-    noise: ClassVar[str] = "diag(x_mu) V/c, norm σC/b √m; diag(mu/c) s (B x_A + x_B A) less its part along V's rows"
-    no_free_scale: ClassVar[str] = "trains A, whose length does not last, and magnitudes, which have no scale"
+    traits: ClassVar[Traits] = Traits(
+        linear=False,
+        noise="diag(x_mu) V/c, norm σC/b √m; diag(mu/c) s (B x_A + x_B A) less its part along V's rows",
+        free_scale="trains A, whose length does not last, and magnitudes, which have no scale",
+    )
 
     def shapes(self, out: int, into: int) -> dict[str, tuple[int, ...]]:
         """Return those of A, (rank, into), B, (out, rank), and mu, (out,)."""
         return {"A": (self.rank, into), "B": (out, self.rank), "mu": (out,)}
 
-    def begin(self, given: Factors) -> Factors:
+    def begin(self, given: Factors, factors: Factors) -> Factors:
         """Return A; B begins at 0, also where a start moves the weights, as mu are the lengths of the base's rows."""
+        del factors
         return {"A": given["A"]}
 
-    def start(self, layer_name: str, layer: LoraLayer, seed: int) -> Factors:
-        """Return A by the start, B = 0, and for mu the norms of the rows of W0 + s B A: the model starts as its base.
+    def constants(self, place: Place) -> Factors:
+        """Return for mu the norms of the rows of W0, where B is 0: the model starts as its base.
 
         Raises:
             ModelError: a row of W0 is zero, so it has no direction.
         """
-        factors = super().start(layer_name, layer, seed)
-        lengths_of_rows(layer_name, layer)
+        lengths_of_rows(place)
         # In float64, so that server and sites round to the same magnitudes.
-        weight = base_weight(layer).double().cpu()
-        return {**factors, "mu": row_norms(weight, factors["A"], factors["B"], self.scaling).float()}
+        A, B = (torch.zeros(shape) for shape in ((self.rank, place.into), (place.out, self.rank)))
+        return {"mu": row_norms(place.weight(), A, B, self.scaling).float()}
 
     def change(
         self, factors: Mapping[str, Tensor], inputs: Tensor, projected: Tensor, base_weight: Tensor, scale: float
@@ -95,23 +96,21 @@ class DoRA(Mapped):
             "lora_magnitude_vector": factors["mu"],
         }
 
-    def peft_config(self, *, fan_in_fan_out: bool = False) -> LoraConfig:
+    def peft_config(self, *, fan_in_fan_out: bool = False) -> PeftConfig:
         """Return LoRA's with ``use_dora``."""
-        config = super().peft_config(fan_in_fan_out=fan_in_fan_out)
-        config.use_dora = True
-        return config
+        return lora_config(self, fan_in_fan_out=fan_in_fan_out, use_dora=True)
 
 
-def lengths_of_rows(layer_name: str, layer: LoraLayer) -> Tensor:
+def lengths_of_rows(place: Place) -> Tensor:
     """Return the norms of the rows of a layer's W0, shape (out,), float32, CPU.
 
     Raises:
         ModelError: a row of W0 is zero, so it has no direction.
     """
-    norms = base_weight(layer).double().cpu().norm(dim=1)
+    norms = place.weight().norm(dim=1)
     if not bool(norms.all()):
         raise ModelError(
-            f"row {int(norms.argmin())} of {layer_name} is zero in the base model, and DoRA divides by its norm: "
+            f"row {int(norms.argmin())} of {place.layer} is zero in the base model, and DoRA divides by its norm: "
             "name other layers in adapter.targets, or set adapter.name to 'lora'"
         )
     return norms.float()

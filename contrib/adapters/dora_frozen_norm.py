@@ -22,14 +22,14 @@ from typing import TYPE_CHECKING, ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedveil.common.adapters.base import Place, Traits, lora_config
 from fedveil.common.adapters.mapped import Mapped, outer_sums, position_sums
 from fedveil.common.errors import ModelError
 from fedveil.common.messages.state import Factors
 from fedveil.contrib.adapters.dora import lengths_of_rows, row_norms
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
-    from peft.tuners.lora import LoraLayer
+    from peft import PeftConfig
 
 
 @dataclass(frozen=True)
@@ -39,25 +39,28 @@ class DoRAFrozenNorm(Mapped):
     name: ClassVar[str] = "dora-frozen-norm"
     trained: ClassVar[tuple[str, ...]] = ("B", "mu")
     frozen: ClassVar[tuple[str, ...]] = ("A", "c")
-    linear: ClassVar[bool] = True
+    traits: ClassVar[Traits] = Traits(
+        linear=True,
+        noise="diag(x_mu / c) W0 + s x_B A: norm σC/b √(m + s² m ‖A‖²)",
+        free_scale="trains magnitudes beside B, whose gradients no scale changes",
+        ones=("c",),
+    )
     divisors: ClassVar[tuple[str, ...]] = ("c",)
-    noise: ClassVar[str] = "diag(x_mu / c) W0 + s x_B A: norm σC/b √(m + s² m ‖A‖²)"
-    no_free_scale: ClassVar[str] = "trains magnitudes beside B, whose gradients no scale changes"
 
     def shapes(self, out: int, into: int) -> dict[str, tuple[int, ...]]:
         """Return those of A, (rank, into), B, (out, rank), and mu and c, (out,)."""
         return {"A": (self.rank, into), "B": (out, self.rank), "mu": (out,), "c": (out,)}
 
-    def begin(self, given: Factors) -> Factors:
+    def begin(self, given: Factors, factors: Factors) -> Factors:
         """Return A; and B with s B A = B R A of a start that moves the weights."""
+        del factors
         moved = {"B": given["B"] @ given["R"] / self.scaling} if "R" in given else {}
         return {"A": given["A"], **moved}
 
-    def start(self, layer_name: str, layer: LoraLayer, seed: int) -> Factors:
-        """Return A by the start, and the norms of W0's rows for mu and c; ModelError if a row is zero."""
-        factors = super().start(layer_name, layer, seed)
-        lengths = lengths_of_rows(layer_name, layer)
-        return {**factors, "mu": lengths, "c": lengths.clone()}
+    def constants(self, place: Place) -> Factors:
+        """Return the norms of W0's rows for mu and c; ModelError if a row is zero, for it has no direction."""
+        lengths = lengths_of_rows(place)
+        return {"mu": lengths, "c": lengths.clone()}
 
     def change(
         self, factors: Mapping[str, Tensor], inputs: Tensor, projected: Tensor, base_weight: Tensor, scale: float
@@ -99,8 +102,6 @@ class DoRAFrozenNorm(Mapped):
             "lora_magnitude_vector": lengthened * row_norms(base_weight.double(), A, B, self.scaling),
         }
 
-    def peft_config(self, *, fan_in_fan_out: bool = False) -> LoraConfig:
+    def peft_config(self, *, fan_in_fan_out: bool = False) -> PeftConfig:
         """Return LoRA's with ``use_dora``."""
-        config = super().peft_config(fan_in_fan_out=fan_in_fan_out)
-        config.use_dora = True
-        return config
+        return lora_config(self, fan_in_fan_out=fan_in_fan_out, use_dora=True)

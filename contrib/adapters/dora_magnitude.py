@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from fedveil.common.adapters.base import Place, Traits, lora_config
 from fedveil.common.adapters.mapped import Mapped, position_sums
 from fedveil.common.messages.state import Factors
 from fedveil.contrib.adapters.dora import lengths_of_rows
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
-    from peft.tuners.lora import LoraLayer
+    from peft import PeftConfig
 
 
 @dataclass(frozen=True)
@@ -32,28 +32,30 @@ class DoRAMagnitude(Mapped):
     name: ClassVar[str] = "dora-magnitude"
     trained: ClassVar[tuple[str, ...]] = ("mu",)
     frozen: ClassVar[tuple[str, ...]] = ("c",)
-    linear: ClassVar[bool] = True
+    traits: ClassVar[Traits] = Traits(
+        linear=True,
+        noise="diag(x_mu / c) W0: norm σC/b √m",
+        scales=("rank",),
+        free_scale="trains magnitudes alone, which have no scale",
+        ones=("c",),
+    )
     divisors: ClassVar[tuple[str, ...]] = ("c",)
-    noise: ClassVar[str] = "diag(x_mu / c) W0: norm σC/b √m"
-    scales: ClassVar[tuple[str, ...]] = ("rank",)
     directions: ClassVar[tuple[str, ...]] = ()
-    no_free_scale: ClassVar[str] = "trains magnitudes alone, which have no scale"
 
     def shapes(self, out: int, into: int) -> dict[str, tuple[int, ...]]:
         """Return those of mu and c, (out,)."""
         del into
         return {"mu": (out,), "c": (out,)}
 
-    def begin(self, given: Factors) -> Factors:
-        """Return nothing: mu begins at c, which follows from the base weight (``start``)."""
-        del given
+    def begin(self, given: Factors, factors: Factors) -> Factors:
+        """Return nothing: mu begins at c, which follows from the base weight."""
+        del given, factors
         return {}
 
-    def start(self, layer_name: str, layer: LoraLayer, seed: int) -> Factors:
-        """Return the norms of W0's rows for both; ModelError if a row is zero, for it has no direction."""
-        factors = super().start(layer_name, layer, seed)
-        lengths = lengths_of_rows(layer_name, layer)
-        return {**factors, "mu": lengths, "c": lengths.clone()}
+    def constants(self, place: Place) -> Factors:
+        """Return the norms of W0's rows for mu and c; ModelError if a row is zero, for it has no direction."""
+        lengths = lengths_of_rows(place)
+        return {"mu": lengths, "c": lengths.clone()}
 
     def change(
         self, factors: Mapping[str, Tensor], inputs: Tensor, projected: Tensor, base_weight: Tensor, scale: float
@@ -84,8 +86,6 @@ class DoRAMagnitude(Mapped):
             "lora_magnitude_vector": factors["mu"] / factors["c"] * base_weight.norm(dim=1),
         }
 
-    def peft_config(self, *, fan_in_fan_out: bool = False) -> LoraConfig:
+    def peft_config(self, *, fan_in_fan_out: bool = False) -> PeftConfig:
         """Return LoRA's of rank 1 with ``use_dora``."""
-        config = super().peft_config(fan_in_fan_out=fan_in_fan_out)
-        config.use_dora, config.r = True, 1
-        return config
+        return lora_config(self, fan_in_fan_out=fan_in_fan_out, use_dora=True, r=1)

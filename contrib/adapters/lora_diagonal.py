@@ -23,12 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedveil.common.adapters.base import ADAPTER_NAME
+from fedveil.common.adapters.base import FreeScale, Traits
+from fedveil.common.adapters.layers import ADAPTER_NAME, layers_of
 from fedveil.common.adapters.low_rank import LowRank, lora_modules
 from fedveil.common.messages.state import Factors
 from fedveil.common.own_gradients import OwnGradients
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from peft.tuners.lora import LoraLayer
 
 
@@ -62,6 +64,11 @@ class _DiagonalThenB(nn.Sequential):
         return F.linear(hidden, folded)
 
 
+def _gradients_at_0(factors: Factors, G: Tensor) -> Factors:
+    """Return the diagonal of Bᵀ G Aᵀ, shape (rank,)."""
+    return {"z": ((factors["B"].T @ G) * factors["A"]).sum(1)}
+
+
 @dataclass(frozen=True)
 class LoRADiagonal(LowRank):
     """Factors ``A`` (rank, in) and ``B`` (out, rank), frozen, and the vector ``z`` (rank,), trained from 0."""
@@ -69,37 +76,33 @@ class LoRADiagonal(LowRank):
     name: ClassVar[str] = "lora-diagonal"
     trained: ClassVar[tuple[str, ...]] = ("z",)
     frozen: ClassVar[tuple[str, ...]] = ("A", "B")
-    linear: ClassVar[bool] = True
-    noise: ClassVar[str] = "s B diag(x_z) A: norm s σC/b √r for unit columns of B and rows of A"
+    traits: ClassVar[Traits] = Traits(
+        linear=True,
+        noise="s B diag(x_z) A: norm s σC/b √r for unit columns of B and rows of A",
+        free_scale=FreeScale(("A",), _gradients_at_0, lambda rank, out, into: rank / (out * into)),
+    )
     directions: ClassVar[tuple[str, ...]] = ("A", "B")
-    free_scale: ClassVar[tuple[str, ...]] = ("A",)
 
     def shapes(self, out: int, into: int) -> dict[str, tuple[int, ...]]:
         """Return those of A, (rank, into), B, (out, rank), and z, (rank,)."""
         return {"A": (self.rank, into), "B": (out, self.rank), "z": (self.rank,)}
 
-    def prepare(self, layer: LoraLayer) -> None:
+    def prepare(self, model: PeftModel) -> None:
         """Put z between PEFT's A and B."""
-        B = cast(nn.Linear, lora_modules(layer)["B"])
-        layer.lora_B[ADAPTER_NAME] = _DiagonalThenB(Diagonal(B), B)
+        for layer in layers_of(model).values():
+            B = cast(nn.Linear, lora_modules(layer)["B"])
+            layer.lora_B[ADAPTER_NAME] = _DiagonalThenB(Diagonal(B), B)
 
     def factor_modules(self, layer: LoraLayer) -> dict[str, nn.Module]:
         """Return PEFT's A, and the z and B that ``prepare`` put in a row."""
         z, B = cast(nn.Sequential, layer.lora_B[ADAPTER_NAME])
         return {"A": layer.lora_A[ADAPTER_NAME], "z": z, "B": B}
 
-    def begin(self, given: Factors) -> Factors:
+    def begin(self, given: Factors, factors: Factors) -> Factors:
         """Return A and B; of a start that moves the weights by B R A, what a diagonal holds of it: R's."""
+        del factors
         moved = {"z": given["R"].diagonal() / self.scaling} if "R" in given else {}
         return {"A": given["A"], "B": given["B"], **moved}
-
-    def seen(self, factors: Factors, gradient: Tensor) -> Factors:
-        """Return the diagonal of Bᵀ G Aᵀ, shape (rank,)."""
-        return {"z": ((factors["B"].T @ gradient) * factors["A"]).sum(1)}
-
-    def share_seen(self, out: int, into: int) -> float:
-        """Return r / (m n)."""
-        return self.rank / (out * into)
 
     def delta(self, factors: Mapping[str, Tensor], base_weight: Tensor | None = None) -> Tensor:
         """Return s B diag(z) A."""

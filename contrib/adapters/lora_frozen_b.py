@@ -11,8 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
+from fedveil.common.adapters.base import FreeScale, Traits
 from fedveil.common.adapters.lora import LoRA
 from fedveil.common.messages.state import Factors
 
@@ -24,21 +23,15 @@ class LoRAFrozenB(LoRA):
     name: ClassVar[str] = "lora-frozen-b"
     trained: ClassVar[tuple[str, ...]] = ("A",)
     frozen: ClassVar[tuple[str, ...]] = ("B",)
-    linear: ClassVar[bool] = True
-    noise: ClassVar[str] = "s B x_A: norm s σC/b √n ‖B‖"
+    traits: ClassVar[Traits] = Traits(
+        linear=True,
+        noise="s B x_A: norm s σC/b √n ‖B‖",
+        free_scale=FreeScale(("B",), lambda factors, G: {"A": factors["B"].T @ G}, lambda rank, out, into: rank / out),
+    )
     directions: ClassVar[tuple[str, ...]] = ("B",)
-    free_scale: ClassVar[tuple[str, ...]] = ("B",)
 
-    def begin(self, given: Factors) -> Factors:
+    def begin(self, given: Factors, factors: Factors) -> Factors:
         """Return B, and A with s B A = B R A of a start that moves the weights."""
+        del factors
         moved = {"A": given["R"] @ given["A"] / self.scaling} if "R" in given else {}
         return {"B": given["B"], **moved}
-
-    def seen(self, factors: Factors, gradient: Tensor) -> Factors:
-        """Return Bᵀ G, shape (rank, in)."""
-        return {"A": factors["B"].T @ gradient}
-
-    def share_seen(self, out: int, into: int) -> float:
-        """Return r / m."""
-        del into
-        return self.rank / out

@@ -20,18 +20,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedveil.common.adapters.base import ADAPTER_NAME, layer_shape
+from fedveil.common.adapters.base import FreeScale, Traits, lora_config
+from fedveil.common.adapters.layers import ADAPTER_NAME, layer_shape, layers_of
 from fedveil.common.adapters.low_rank import LowRank, lora_modules
 from fedveil.common.messages.state import Factors
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from peft import PeftConfig, PeftModel
     from peft.tuners.lora import LoraLayer
 
 
@@ -82,6 +84,12 @@ class _OutOf(nn.Module):
         return F.linear(hidden, self.scale(torch.cat([self.moved.weight, self.frozen.weight], 1)))
 
 
+def _gradients_at_0(factors: Factors, G: Tensor) -> Factors:
+    """Return s Bᵀ G, shape (rank, in), and s G Aᵀ, shape (out, rank)."""
+    s = factors["s"]
+    return {"dA": s * (factors["B"].T @ G), "dB": s * (G @ factors["A"].T)}
+
+
 @dataclass(frozen=True)
 class LoRAIncrements(LowRank):
     """Factors ``A`` (rank, in), ``B`` (out, rank) and ``s`` (1,), frozen; ``dA`` and ``dB``, as A and B, from 0."""
@@ -89,12 +97,14 @@ class LoRAIncrements(LowRank):
     name: ClassVar[str] = "lora-increments"
     trained: ClassVar[tuple[str, ...]] = ("dA", "dB")
     frozen: ClassVar[tuple[str, ...]] = ("A", "B", "s")
-    linear: ClassVar[bool] = False
-    noise: ClassVar[str] = "s (B x_A + x_B A + x_B x_A), also at the start: quadratic"
-    scales: ClassVar[tuple[str, ...]] = ("rank",)
+    traits: ClassVar[Traits] = Traits(
+        linear=False,
+        noise="s (B x_A + x_B A + x_B x_A), also at the start: quadratic",
+        scales=("rank",),
+        free_scale=FreeScale(("s",), _gradients_at_0, lambda rank, out, into: rank / out + rank / into),
+        ones=("s",),
+    )
     directions: ClassVar[tuple[str, ...]] = ("A", "B")
-    free_scale: ClassVar[tuple[str, ...]] = ("s",)
-    scale_factor: ClassVar[str] = "s"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "alpha", float(self.rank))
@@ -104,35 +114,25 @@ class LoRAIncrements(LowRank):
         A, B = (self.rank, into), (out, self.rank)
         return {"A": A, "B": B, "s": (1,), "dA": A, "dB": B}
 
-    def prepare(self, layer: LoraLayer) -> None:
+    def prepare(self, model: PeftModel) -> None:
         """Put two maps side by side in the place of each of PEFT's."""
-        out, into = layer_shape(layer)
-        like = cast(nn.Linear, lora_modules(layer)["A"]).weight
-
-        def linear(inputs: int, outputs: int) -> nn.Linear:
-            return nn.Linear(inputs, outputs, bias=False, device=like.device, dtype=like.dtype)
-
-        layer.lora_A[ADAPTER_NAME] = _Into(linear(into, self.rank), linear(into, self.rank))
-        layer.lora_B[ADAPTER_NAME] = _OutOf(linear(self.rank, out), linear(self.rank, out))
+        for layer in layers_of(model).values():
+            out, into = layer_shape(layer)
+            like = cast(nn.Linear, lora_modules(layer)["A"]).weight
+            linear = partial(nn.Linear, bias=False, device=like.device, dtype=like.dtype)
+            layer.lora_A[ADAPTER_NAME] = _Into(linear(into, self.rank), linear(into, self.rank))
+            layer.lora_B[ADAPTER_NAME] = _OutOf(linear(self.rank, out), linear(self.rank, out))
 
     def factor_modules(self, layer: LoraLayer) -> dict[str, nn.Module]:
         """Return the four linear maps, and the scale."""
         first, last = cast(_Into, layer.lora_A[ADAPTER_NAME]), cast(_OutOf, layer.lora_B[ADAPTER_NAME])
         return {"A": first.frozen, "dA": first.moved, "B": last.frozen, "dB": last.moved, "s": last.scale}
 
-    def begin(self, given: Factors) -> Factors:
+    def begin(self, given: Factors, factors: Factors) -> Factors:
         """Return A and B, and 1 for s; and dB with dB A = B R A of a start that moves the weights."""
+        del factors
         moved = {"dB": given["B"] @ given["R"]} if "R" in given else {}
         return {"A": given["A"], "B": given["B"], "s": torch.ones(1), **moved}
-
-    def seen(self, factors: Factors, gradient: Tensor) -> Factors:
-        """Return s Bᵀ G, shape (rank, in), and s G Aᵀ, shape (out, rank)."""
-        s = factors["s"]
-        return {"dA": s * (factors["B"].T @ gradient), "dB": s * (gradient @ factors["A"].T)}
-
-    def share_seen(self, out: int, into: int) -> float:
-        """Return r / m + r / n: both factors are trained."""
-        return self.rank / out + self.rank / into
 
     def delta(self, factors: Mapping[str, Tensor], base_weight: Tensor | None = None) -> Tensor:
         """Return s (dB (A + dA) + B dA)."""
@@ -147,8 +147,6 @@ class LoRAIncrements(LowRank):
             "B": factors["s"] * torch.cat([factors["dB"], factors["B"]], 1),
         }
 
-    def peft_config(self, *, fan_in_fan_out: bool = False) -> LoraConfig:
+    def peft_config(self, *, fan_in_fan_out: bool = False) -> PeftConfig:
         """Return LoRA's at twice the rank, of scale 1."""
-        config = super().peft_config(fan_in_fan_out=fan_in_fan_out)
-        config.r = config.lora_alpha = 2 * self.rank
-        return config
+        return lora_config(self, fan_in_fan_out=fan_in_fan_out, r=2 * self.rank, lora_alpha=2 * self.rank)

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedveil.common.adapters.base import Traits
+from fedveil.common.adapters.layers import layers_of
 from fedveil.common.adapters.lora import LoRA
 from fedveil.common.adapters.mapped import Mapped, outer_sums
 from fedveil.common.messages.state import AdapterState, Factors
@@ -36,17 +38,20 @@ class LoRAMerged(Mapped):
     name: ClassVar[str] = "lora-merged"
     trained: ClassVar[tuple[str, ...]] = ("A", "B")
     frozen: ClassVar[tuple[str, ...]] = ("D",)
-    linear: ClassVar[bool] = False
+    traits: ClassVar[Traits] = Traits(
+        linear=False,
+        noise="s (B x_A + x_B A + x_B x_A): quadratic",
+        free_scale="trains A, so that a length given to it does not last",
+    )
     uses_projected: ClassVar[bool] = False
-    noise: ClassVar[str] = "s (B x_A + x_B A + x_B x_A): quadratic"
-    no_free_scale: ClassVar[str] = "trains A, so that a length given to it does not last"
 
     def shapes(self, out: int, into: int) -> dict[str, tuple[int, ...]]:
         """Return those of A, (rank, into), B, (out, rank), and D, (out, into)."""
         return {"A": (self.rank, into), "B": (out, self.rank), "D": (out, into)}
 
-    def begin(self, given: Factors) -> Factors:
+    def begin(self, given: Factors, factors: Factors) -> Factors:
         """Return A; and B with s B A = B R A of a start that moves the weights."""
+        del factors
         moved = {"B": given["B"] @ given["R"] / self.scaling} if "R" in given else {}
         return {"A": given["A"], **moved}
 
@@ -87,7 +92,7 @@ class LoRAMerged(Mapped):
 
     def export(self, model: PeftModel, state: AdapterState, folder: Path, base_name: str) -> None:
         """Write the whole change as a stock LoRA adapter of scale 1, padded with zeros to the largest layer's rank."""
-        pairs = {layer: pair_of(self.delta(state[layer])) for layer in self.layers(model)}
+        pairs = {layer: pair_of(self.delta(state[layer])) for layer in layers_of(model)}
         rank = max(len(pair["A"]) for pair in pairs.values())
         padded = {
             layer: {

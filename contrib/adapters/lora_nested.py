@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from fedveil.common.adapters.base import ADAPTER_NAME
-from fedveil.common.adapters.lora_frozen_a import LoRAFrozenA
+from fedveil.common.adapters.export import alpha_at
+from fedveil.common.adapters.layers import ADAPTER_NAME, layers_of
+from fedveil.common.adapters.lora_frozen_a import LoRAFrozenA, of_columns
 from fedveil.common.adapters.low_rank import lora_modules
 from fedveil.common.messages.state import OWN, AdapterState
 
@@ -92,27 +93,24 @@ class LoRANested(LoRAFrozenA):
 
     name: ClassVar[str] = "lora-nested"
 
-    def attach(self, base: nn.Module, seed: int) -> PeftModel:
-        """Put the adapter into ``base``, and records' ranks in front of every B; errors as of ``Adapter.attach``."""
-        model, ranks = super().attach(base, seed), Ranks(self.rank)
-        for layer in self.layers(model).values():
+    def prepare(self, model: PeftModel) -> None:
+        """Put the records' ranks in front of every B."""
+        ranks = Ranks(self.rank)
+        for layer in layers_of(model).values():
             B = lora_modules(layer)["B"]
             layer.lora_B[ADAPTER_NAME] = nn.Sequential(Nested(ranks), B).train(B.training)
         model.register_forward_pre_hook(ranks.read, with_kwargs=True)
-        return model
 
     def factor_modules(self, layer: LoraLayer) -> dict[str, nn.Module]:
-        """Return PEFT's A, and the B that may stand behind the records' ranks."""
-        B = layer.lora_B[ADAPTER_NAME]
-        return {"A": layer.lora_A[ADAPTER_NAME], "B": B[1] if isinstance(B, nn.Sequential) else B}
+        """Return PEFT's A, and the B that ``prepare`` put behind the records' ranks."""
+        return {"A": layer.lora_A[ADAPTER_NAME], "B": cast(nn.Sequential, layer.lora_B[ADAPTER_NAME])[1]}
 
     def export(self, model: PeftModel, state: AdapterState, folder: Path, base_name: str) -> None:
         """Write the adapter as of ``Adapter.export``, and each smaller rank of it into ``ranks`` beside the folder."""
         super().export(model, state, folder, base_name)
         for rank in range(1, self.rank):
             first = {
-                layer: self.of_columns(factors, torch.arange(rank))
-                for layer, factors in state.items()
-                if layer not in OWN
+                layer: of_columns(factors, torch.arange(rank)) for layer, factors in state.items() if layer not in OWN
             }
-            LoRAFrozenA.export(self.at_rank(rank), model, first, folder.parent / "ranks" / str(rank), base_name)
+            cut = LoRAFrozenA(rank, alpha_at(self, rank), self.target_modules, scale=self.scale)
+            cut.export(model, first, folder.parent / "ranks" / str(rank), base_name)

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from fedveil.common.adapters.base import ADAPTER_NAME
+from fedveil.common.adapters.layers import ADAPTER_NAME, layers_of
 from fedveil.common.adapters.lora_frozen_a import LoRAFrozenA
 from fedveil.common.adapters.low_rank import lora_modules
-from fedveil.common.config.sections import RunConfig
 from fedveil.common.errors import ConfigError
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from peft.tuners.lora import LoraLayer
 
 SHARE = 4
@@ -60,19 +60,18 @@ class LoRARouted(LoRAFrozenA):
 
     name: ClassVar[str] = "lora-routed"
 
-    @classmethod
-    def check(cls, config: RunConfig) -> None:
-        """Refuse a rank of 1, of which nothing is chosen."""
-        if config.adapter.rank < 2:
+    def __post_init__(self) -> None:
+        if self.rank < 2:
             raise ConfigError(
-                f"adapter.rank is {config.adapter.rank}, of which {cls.name!r} chooses nothing: raise it, or set "
-                "adapter.name to 'lora-frozen-a'"
+                f"adapter.rank is {self.rank}, of which {self.name!r} chooses nothing: raise it, or set adapter.name "
+                "to 'lora-frozen-a'"
             )
 
-    def prepare(self, layer: LoraLayer) -> None:
+    def prepare(self, model: PeftModel) -> None:
         """Put the choice between PEFT's A and B."""
-        B = lora_modules(layer)["B"]
-        layer.lora_B[ADAPTER_NAME] = nn.Sequential(Routes(max(1, self.rank // SHARE)), B).train(B.training)
+        for layer in layers_of(model).values():
+            B = lora_modules(layer)["B"]
+            layer.lora_B[ADAPTER_NAME] = nn.Sequential(Routes(max(1, self.rank // SHARE)), B).train(B.training)
 
     def factor_modules(self, layer: LoraLayer) -> dict[str, nn.Module]:
         """Return PEFT's A, and the B that ``prepare`` put behind the choice."""

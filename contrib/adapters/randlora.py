@@ -19,20 +19,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedveil.common.adapters.base import layer_shape
+from fedveil.common.adapters.base import Place, Traits
+from fedveil.common.adapters.export import write_stock
+from fedveil.common.adapters.layers import base_weight, layer_shape, layers_of
 from fedveil.common.adapters.mapped import Mapped, position_sums
 from fedveil.common.messages.state import AdapterState, Factors
 from fedveil.privacy.randomness import stream
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
-    from peft.tuners.lora import LoraLayer
+    from peft import PeftConfig, PeftModel
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,14 @@ class RandLoRA(Mapped):
     name: ClassVar[str] = "randlora"
     trained: ClassVar[tuple[str, ...]] = ("lambda",)
     frozen: ClassVar[tuple[str, ...]] = ("A", "B", "gamma")
-    linear: ClassVar[bool] = True
+    traits: ClassVar[Traits] = Traits(
+        linear=True,
+        noise="s Σ x_q b_q a_qᵀ, unit b_q and a_q: norm s σC/b √P, P = r ⌈min(m, n)/r⌉",
+        scales=("rank",),
+        free_scale="has random bases of length 1 in every start",
+    )
     uses_projected: ClassVar[bool] = False
-    noise: ClassVar[str] = "s Σ x_q b_q a_qᵀ, unit b_q and a_q: norm s σC/b √P, P = r ⌈min(m, n)/r⌉"
-    scales: ClassVar[tuple[str, ...]] = ("rank",)
     directions: ClassVar[tuple[str, ...]] = ()
-    no_free_scale: ClassVar[str] = "has random bases of length 1 in every start"
 
     def shapes(self, out: int, into: int) -> dict[str, tuple[int, ...]]:
         """Return those of lambda, (rank, N), A, (rank, min), B, (max, N, rank), and gamma, (N, min)."""
@@ -60,25 +64,23 @@ class RandLoRA(Mapped):
             "gamma": (bases, least),
         }
 
-    def begin(self, given: Factors) -> Factors:
-        """Return nothing: bases come from the run's seed (``start``), and lambda begins at 0."""
-        del given
+    def begin(self, given: Factors, factors: Factors) -> Factors:
+        """Return nothing: bases come from the run's seed, and lambda begins at 0."""
+        del given, factors
         return {}
 
-    def start(self, layer_name: str, layer: LoraLayer, seed: int) -> Factors:
+    def constants(self, place: Place) -> Factors:
         """Return bases uniform within ±√3, the same in every layer as far as it reaches, and a gamma of its own."""
-        factors = super().start(layer_name, layer, seed)
-        least, most = sorted(layer_shape(layer))
+        least, most = sorted((place.out, place.into))
+        bases = math.ceil(least / self.rank)
 
         def base(rows: int, *names: str | int) -> Tensor:
             # Row by row, so that a larger layer's base begins with a smaller one's.
-            drawn = torch.rand(rows, self.rank, generator=stream(seed, "randlora", *names), dtype=torch.float64)
+            drawn = torch.rand(rows, self.rank, generator=stream(place.seed, "randlora", *names), dtype=torch.float64)
             return ((2 * drawn - 1) * math.sqrt(3)).float()
 
-        bases = factors["gamma"].shape[0]
-        own = stream(seed, "adapter", layer_name, "gamma")
+        own = stream(place.seed, "adapter", place.layer, "gamma")
         return {
-            **factors,
             "A": base(least, "A").T.contiguous(),
             "B": torch.stack([base(most, "B", b) for b in range(bases)], 1),
             "gamma": torch.randn(bases, least, generator=own, dtype=torch.float64).float(),
@@ -114,7 +116,7 @@ class RandLoRA(Mapped):
         unit = factors["lambda"].double() / (rows * columns).view_as(factors["lambda"])
         return {"randlora_lambda": unit, "randlora_gamma": factors["gamma"]}
 
-    def shared(self, state: AdapterState, shapes: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
+    def bases(self, state: AdapterState, shapes: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
         """Return the bases in the size that PEFT wants: that of a layer with the most outputs and the most inputs."""
         sizes = self.shapes(max(out for out, _ in shapes), max(into for _, into in shapes))
         A, B = torch.zeros(sizes["A"]), torch.zeros(sizes["B"])
@@ -124,7 +126,14 @@ class RandLoRA(Mapped):
                 B[: factors["B"].shape[0], : factors["B"].shape[1]] = factors["B"]
         return {"randlora_A": A[:, None], "randlora_B": B}
 
-    def stock_config(self, *, fan_in_fan_out: bool = False) -> PeftConfig:
+    def export(self, model: PeftModel, state: AdapterState, folder: Path, base_name: str) -> None:
+        """Write the diagonals of every layer, and the bases that all of them share."""
+        adapted = layers_of(model)
+        layers = {name: self.exported(state[name], base_weight(layer).float().cpu()) for name, layer in adapted.items()}
+        shared = self.bases(state, [layer_shape(layer) for layer in adapted.values()])
+        write_stock(self, model, layers, folder, base_name, shared=shared)
+
+    def peft_config(self, *, fan_in_fan_out: bool = False) -> PeftConfig:
         """Return PEFT's own, whose bases come from the file."""
         from peft import RandLoraConfig
 

@@ -16,7 +16,6 @@ rank 2 r.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -25,15 +24,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedveil.common.adapters.base import layer_shape
+from fedveil.common.adapters.base import FreeScale, Place, Traits, lora_config
+from fedveil.common.adapters.export import alpha_at
 from fedveil.common.adapters.mapped import Mapped, outer_sums, position_sums
 from fedveil.common.errors import ConfigError
 from fedveil.common.messages.state import Factors
 from fedveil.privacy.randomness import stream
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
-    from peft.tuners.lora import LoraLayer
+    from peft import PeftConfig
+
+
+def _gradients_at_0(factors: Factors, G: Tensor) -> Factors:
+    """Return the diagonal of Bᵀ G Aᵀ, shape (rank,), and (I - B Bᵀ) G Cᵀ, shape (out, rank)."""
+    B = factors["B"]
+    return {"z": ((B.T @ G) * factors["A"]).sum(1), "D": beside(B, G @ factors["C"].T)}
 
 
 @dataclass(frozen=True)
@@ -43,55 +48,39 @@ class SALT(Mapped):
     name: ClassVar[str] = "salt"
     trained: ClassVar[tuple[str, ...]] = ("z", "D")
     frozen: ClassVar[tuple[str, ...]] = ("A", "B", "C")
-    linear: ClassVar[bool] = True
+    traits: ClassVar[Traits] = Traits(
+        linear=True,
+        noise="s (B diag(x_z) A + (I - BBᵀ) x_D C): norm s σC/b √(r + (m - r) r) for unit rows of A and C",
+        free_scale=FreeScale(
+            ("A", "C"), _gradients_at_0, lambda rank, out, into: rank * (1 + out - rank) / (out * into)
+        ),
+    )
     uses_projected: ClassVar[bool] = False
-    noise: ClassVar[str] = "s (B diag(x_z) A + (I - BBᵀ) x_D C): norm s σC/b √(r + (m - r) r) for unit rows of A and C"
     directions: ClassVar[tuple[str, ...]] = ("A", "B")
-    free_scale: ClassVar[tuple[str, ...]] = ("A", "C")
 
     def shapes(self, out: int, into: int) -> dict[str, tuple[int, ...]]:
         """Return those of z, (rank,), of A and C, (rank, into), and of B and D, (out, rank)."""
         rows, columns = (self.rank, into), (out, self.rank)
         return {"A": rows, "B": columns, "C": rows, "z": (self.rank,), "D": columns}
 
-    def begin(self, given: Factors) -> Factors:
-        """Return A and B; D and z begin at 0, also in a start that moves the weights."""
-        return {factor: given[factor] for factor in ("A", "B") if factor in given}
-
-    def start(self, layer_name: str, layer: LoraLayer, seed: int) -> Factors:
-        """Return A and B by the start, and for C random orthonormal rows that A does not reach.
+    def constants(self, place: Place) -> Factors:
+        """Return random rows for C, which ``begin`` makes orthonormal.
 
         Raises:
             ConfigError: a layer has fewer than twice as many inputs as A has rows, so there are no such rows.
         """
-        _, into = layer_shape(layer)
-        if 2 * self.rank > into:
+        if 2 * self.rank > place.into:
             raise ConfigError(
                 f"adapter.rank is {self.rank}, and the adapter {self.name!r} needs twice as many inputs of a layer, "
-                f"but {layer_name} has {into}: choose a rank of at most {into // 2}"
+                f"but {place.layer} has {place.into}: choose a rank of at most {place.into // 2}"
             )
-        factors = super().start(layer_name, layer, seed)
-        drawn = torch.randn(into, self.rank, generator=stream(seed, "adapter", layer_name, "C"), dtype=torch.float64)
-        return self.fitted({**factors, "C": drawn.T})
+        own = stream(place.seed, "adapter", place.layer, "C")
+        return {"C": torch.randn(place.into, self.rank, generator=own, dtype=torch.float64).T}
 
-    def fitted(self, factors: Factors) -> Factors:
-        """Return C without what A reaches, its rows orthonormal."""
-        reached, rows = torch.linalg.qr(factors["A"].double().T)[0], factors["C"].double().T
-        for _ in range(2):  # once leaves what rounding brought in
-            rows = rows - reached @ (reached.T @ rows)
-        q, r = torch.linalg.qr(rows)
-        return {**factors, "C": (q * torch.sign(torch.diagonal(r))).T.contiguous().float()}
-
-    def seen(self, factors: Factors, gradient: Tensor) -> Factors:
-        """Return the diagonal of Bᵀ G Aᵀ, shape (rank,), and (I - B Bᵀ) G Cᵀ, shape (out, rank)."""
-        return {
-            "z": ((factors["B"].T @ gradient) * factors["A"]).sum(1),
-            "D": beside(factors["B"], gradient @ factors["C"].T),
-        }
-
-    def share_seen(self, out: int, into: int) -> float:
-        """Return r (1 + m - r) / (m n)."""
-        return self.rank * (1 + out - self.rank) / (out * into)
+    def begin(self, given: Factors, factors: Factors) -> Factors:
+        """Return A and B, and C without what A reaches; D and z begin at 0, also in a start that moves the weights."""
+        sides: Factors = {factor: given[factor] for factor in ("A", "B") if factor in given}
+        return {**sides, "C": orthonormal_beside(sides.get("A", factors["A"]), factors["C"])}
 
     def change(
         self, factors: Mapping[str, Tensor], inputs: Tensor, projected: Tensor, base_weight: Tensor, scale: float
@@ -129,12 +118,19 @@ class SALT(Mapped):
             "lora_B.weight": torch.cat([B * factors["z"], beside(B, factors["D"])], 1),
         }
 
-    def peft_config(self, *, fan_in_fan_out: bool = False) -> LoraConfig:
+    def peft_config(self, *, fan_in_fan_out: bool = False) -> PeftConfig:
         """Return LoRA's at twice the rank, and alpha so that the scale stays."""
-        config = super().peft_config(fan_in_fan_out=fan_in_fan_out)
-        config.r = 2 * self.rank
-        config.lora_alpha = self.alpha * (math.sqrt(2) if self.scale == "sqrt-rank" else 2)  # type: ignore[assignment]
-        return config
+        alpha = alpha_at(self, 2 * self.rank)
+        return lora_config(self, fan_in_fan_out=fan_in_fan_out, r=2 * self.rank, lora_alpha=alpha)
+
+
+def orthonormal_beside(A: Tensor, C: Tensor) -> Tensor:
+    """Return C without what the rows of A reach, its rows orthonormal, float32."""
+    reached, rows = torch.linalg.qr(A.double().T)[0], C.double().T
+    for _ in range(2):  # once leaves what rounding brought in
+        rows = rows - reached @ (reached.T @ rows)
+    q, r = torch.linalg.qr(rows)
+    return (q * torch.sign(torch.diagonal(r))).T.contiguous().float()
 
 
 def beside(B: Tensor, D: Tensor) -> Tensor:

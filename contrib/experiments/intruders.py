@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 
 from fedveil.common.adapters import Adapter
-from fedveil.common.adapters.base import base_weight
+from fedveil.common.adapters.attach import attach, read_factors
+from fedveil.common.adapters.layers import base_weight, layers_of
 from fedveil.common.adapters.low_rank import LowRank
 from fedveil.common.check import in_range, positive
 from fedveil.common.errors import FedVeilError, ModelError
@@ -91,9 +92,9 @@ def intruders_of(run: Path, top: int = TOP, cosine: float = COSINE) -> list[Laye
     base = base_of(about, about.base_model, about.base_files)
     if base.fingerprint != about.base_fingerprint:
         raise ModelError(f"the base model {base.name!r} here has other weights than the run's")
-    peft_model, state = adapter.attach(base.module, job.config.seed), saved_state(run)
-    weights = {name: base_weight(layer) for name, layer in adapter.layers(peft_model).items()}
-    start = merge(adapter.read(peft_model), job.strategy.basis(state))
+    peft_model, state = attach(adapter, base.module, job.config.seed), saved_state(run)
+    weights = {name: base_weight(layer) for name, layer in layers_of(peft_model).items()}
+    start = merge(read_factors(adapter, peft_model), job.strategy.basis(state))
     # A frozen factor that came after a run had begun is where such a run had it: at its start.
     state = replace(state, adapter=merge(start, state.adapter))
     noise = noise_alone(job, run, start, state)

@@ -57,7 +57,7 @@ class AlignGuard(ServerRule):
 
     def check(self, config: RunConfig, strategy: Strategy, adapter: Adapter) -> None:
         """Refuse an adapter or a strategy under which a direction does not stay, and text that is not public."""
-        if not adapter.linear or set(adapter.trained) not in ({"B"}, {"R"}):
+        if not adapter.traits.linear or set(adapter.trained) not in ({"B"}, {"R"}):
             raise ConfigError(
                 f"server.rule {self.name!r} guards directions of one factor that is trained from 0, and the adapter "
                 f"{adapter.name!r} trains {' and '.join(adapter.trained) or 'none'}: set adapter.name to "

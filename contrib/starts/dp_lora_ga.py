@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedveil.common.adapters.base import layer_shape
+from fedveil.common.adapters.layers import layer_shape, layers_of
 from fedveil.common.check import NOT_NEGATIVE
 from fedveil.common.config.fields import Unit
 from fedveil.common.messages.state import AdapterState, Factors
@@ -44,7 +44,7 @@ class DPLoRAGA(PaidGradient):
 
     def layout(self, model: FederatedModel) -> Layout:
         """Return ``S``, shape (rank + oversampling, in), of every adapted layer; no more rows than it has outputs."""
-        shapes = {name: layer_shape(layer) for name, layer in model.adapter.layers(model.peft_model).items()}
+        shapes = {name: layer_shape(layer) for name, layer in layers_of(model.peft_model).items()}
         return {name: {"S": (self._rows(model, out), into)} for name, (out, into) in shapes.items()}
 
     def opened(self, model: FederatedModel) -> AbstractContextManager[Any]:
@@ -74,7 +74,7 @@ class DPLoRAGA(PaidGradient):
     @contextmanager
     def _sketches(self, model: FederatedModel) -> Iterator[dict[str, nn.Parameter]]:
         """Add Ω P x to each adapted layer's output, with P = 0 and trained, and train nothing else; put all back."""
-        layers = model.adapter.layers(model.peft_model)
+        layers = layers_of(model.peft_model)
         shapes = {name: layer_shape(layer) for name, layer in layers.items()}
         maps = {
             name: nn.Linear(into, self._rows(model, out), bias=False, device=model.device)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fedveil.common.adapters import Place
+from fedveil.common.adapters.layers import layers_of
 from fedveil.common.config.sections import RunConfig
 from fedveil.common.messages.state import AdapterState, Factors
 from fedveil.common.model.federated import FederatedModel
@@ -62,7 +63,7 @@ def input_moments(model: FederatedModel, records: list[Record]) -> AdapterState:
 
     ``M``, shape (in, in), is the mean of x xᵀ and ``m``, shape (in,), that of x; float64, on the CPU.
     """
-    layers = model.adapter.layers(model.peft_model)
+    layers = layers_of(model.peft_model)
     totals: dict[str, tuple[Tensor, Tensor, int]] = {}
     seen: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 

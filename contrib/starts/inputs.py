@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedveil.common.adapters import Place
-from fedveil.common.adapters.base import layer_shape
+from fedveil.common.adapters.layers import layer_shape, layers_of
 from fedveil.common.config.sections import RunConfig
 from fedveil.common.errors import ModelError
 from fedveil.common.messages.state import AdapterState, Factors
@@ -76,7 +76,7 @@ def shared_inputs(model: FederatedModel) -> dict[str, str]:
 
         return note
 
-    layers = model.adapter.layers(model.peft_model)
+    layers = layers_of(model.peft_model)
     hooks = [cast(nn.Module, layer).register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
     was_training = model.module.training
     model.module.eval()
@@ -106,7 +106,7 @@ def unit_tokens(model: FederatedModel, firsts: Iterable[str], see: Callable[[str
 
         return show
 
-    layers = model.adapter.layers(model.peft_model)
+    layers = layers_of(model.peft_model)
     hooks = [cast(nn.Module, layers[name]).register_forward_pre_hook(watch(name)) for name in firsts]
     try:
         yield
@@ -230,5 +230,5 @@ def unpacked(numbers: Tensor) -> Tensor:
 
 def _widths(model: FederatedModel) -> dict[str, int]:
     """Return the numbers of each distinct input, by the first layer that takes it."""
-    layers = model.adapter.layers(model.peft_model)
+    layers = layers_of(model.peft_model)
     return {name: layer_shape(layers[name])[1] for name in sorted(set(shared_inputs(model).values()))}

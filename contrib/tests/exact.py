@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fedveil.common.adapters import Adapter, Place
+from fedveil.common.adapters.attach import initial_factors
+from fedveil.common.adapters.base import FreeScale
 from fedveil.common.messages.state import Factors
 from fedveil.common.starts import STARTS
 
@@ -49,7 +51,12 @@ class Layer:
 
 def begun(adapter: Adapter, W: Tensor) -> Factors:
     """Return all factors where the adapter begins, float64."""
-    return {name: t.double() for name, t in adapter.start("layer", cast(Any, Layer(W)), 1).items()}
+    return {name: t.double() for name, t in initial_factors(adapter, "layer", cast(Any, Layer(W)), 1).items()}
+
+
+def gradients_at_0(adapter: Adapter, factors: Factors, G: Tensor) -> Factors:
+    """Return the gradient of what is trained, without the scale, of an adapter whose scale is free."""
+    return cast(FreeScale, adapter.traits.free_scale).gradients(factors, G)
 
 
 def drawn(adapter: Adapter, W: Tensor, size: float = 1.0, seed: int = 3) -> Factors:

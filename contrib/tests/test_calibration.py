@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -11,7 +11,8 @@ from starts_world import RANK, TEXTS, Folder, moments, tiny
 
 from audits.tiny_models import TARGETS, write_reviews
 from fedveil.common.adapters import ADAPTERS
-from fedveil.common.adapters.base import stored_transposed
+from fedveil.common.adapters.base import FreeScale
+from fedveil.common.adapters.layers import layers_of, stored_transposed
 from fedveil.common.errors import ConfigError, ModelError
 from fedveil.common.messages.state import HEAD, AdapterState
 from fedveil.common.messages.tensors import merge
@@ -76,7 +77,7 @@ def test_after_calibration_gradients_are_as_long_as_with_random_rows(
     state = model.start
     if name == "eva":
         found = moments(model, TEXTS)
-        given = {layer: model.adapter.begin(EVA().from_statistic(held, RANK)) for layer, held in found.items()}
+        given = {layer: model.adapter.begin(EVA().from_statistic(held, RANK), {}) for layer, held in found.items()}
         state = merge(state, given)
     beside, wanted = with_random_rows
     for layer, factors in beside.items():
@@ -98,9 +99,9 @@ def test_so_are_those_of_an_adapter_that_trains_something_else_than_b(model_fold
                 letters = [n for n in ("A", "B", "C") if n in model.adapter.frozen]
                 rows = {n: orthonormal_rows(RANK, max(factors[n].shape), generator) for n in letters}
                 sides = {n: made.T if n == "B" else made for n, made in rows.items()}
-                drawn[layer] = model.adapter.fitted({**factors, **sides})
+                drawn[layer] = {**factors, **model.adapter.begin(sides, {**factors, **sides})}
         squares += torch.tensor(gradients(model, merge(model.start, drawn), records)).square() / 100
-    free = model.adapter.free_scale
+    free = cast(FreeScale, model.adapter.traits.free_scale).factors
     long = {
         layer: {n: 7 * t if n in free else t for n, t in f.items()} if layer != HEAD else f
         for layer, f in model.start.items()
@@ -200,7 +201,7 @@ def test_a_square_layer_that_is_stored_transposed_is_calibrated_as_it_computes(
 ) -> None:
     monkeypatch.setitem(TARGETS, "gpt2", "attn.c_proj")
     model = tiny(model_folder("gpt2"), "gpt2", STARTS["svd-of-weights"]())
-    assert all(stored_transposed(layer) for layer in model.adapter.layers(model.peft_model).values())
+    assert all(stored_transposed(layer) for layer in layers_of(model.peft_model).values())
     records = model.prepare([wording_of(model.task).text(text) for text in TEXTS])
     squares = torch.zeros(2, len(records), dtype=torch.float64)
     for i, record in enumerate(records):
@@ -218,8 +219,9 @@ def test_a_square_layer_that_is_stored_transposed_is_calibrated_as_it_computes(
 
 def test_an_adapter_has_a_scale_that_a_start_may_choose_or_says_why_not() -> None:
     for adapter in ADAPTERS.values():
-        assert bool(adapter.free_scale) or bool(adapter.no_free_scale), adapter.name
-        assert {*adapter.free_scale} <= {*adapter.frozen}, adapter.name
+        free = adapter.traits.free_scale
+        assert free, adapter.name
+        assert isinstance(free, str) or {*free.factors} <= {*adapter.frozen}, adapter.name
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,8 @@ from transformers import AutoModel
 from audits.tiny_models import PLAIN_STEP
 from fedveil.client import process
 from fedveil.common.adapters import LoRAFrozenA
+from fedveil.common.adapters.export import alpha_at
+from fedveil.common.adapters.lora_frozen_a import of_columns
 from fedveil.common.adapters.split import SplitColumns
 from fedveil.common.config.sections import HeadConfig
 from fedveil.common.errors import ConfigError
@@ -280,9 +282,11 @@ def test_c6_a_layer_that_grows_computes_what_it_did_and_by_alpha_over_its_column
         assert not bool(factors["B"][:, 4:].any())
 
         def exported(adapter: LoRAFrozenA, columns: int, factors: dict[str, Tensor] = factors) -> Tensor:
-            return adapter.delta(whole.of_columns(factors, torch.arange(columns)))
+            return adapter.delta(of_columns(factors, torch.arange(columns)))
 
-        before, after = (exported(whole.at_rank(columns), columns) for columns in (4, 6))
+        before, after = (
+            exported(replace(whole, rank=columns, alpha=alpha_at(whole, columns)), columns) for columns in (4, 6)
+        )
         assert float((after - before).abs().max()) < 4e-15 * float(before.abs().max())
         linear = nn.Linear(RANK, len(factors["B"]), bias=False, dtype=torch.float64)
         linear.weight = nn.Parameter(factors["B"].clone())

@@ -104,7 +104,7 @@ def test_a_factor_that_fits_another_start_is_found(contracts: Contracts, monkeyp
     monkeypatch.setattr(
         Job,
         "_measured",
-        lambda own, derived, held: own.adapter.begin({**derived, **own.origin.from_statistic(held, 3)}),
+        lambda own, derived, held: {**derived, **own.origin.from_statistic(held, 3)},
     )
     assert "C of" in broken(contracts.begun, [cell])[cell]
 

@@ -18,7 +18,9 @@ from typer.testing import CliRunner
 
 from audits.tiny_models import TARGETS
 from fedveil.cli.main import app
+from fedveil.common.adapters.attach import attach, read_factors, write_factors
 from fedveil.common.adapters.layer import AdaptedLinear
+from fedveil.common.adapters.layers import layers_of
 from fedveil.common.config.text import parse_settings
 from fedveil.common.errors import ConfigError, MechanismError, ModelError, ProtocolError
 from fedveil.common.messages.tensors import start_fingerprint
@@ -73,12 +75,12 @@ def test_the_change_is_the_papers_weight_less_the_base() -> None:
 def ours_and_pefts(model_folder: Folder, family: str, scale: str) -> tuple[DoRA, nn.Module, Any, Tensor]:
     """Return the adapter, our model and PEFT's of the same random numbers, in float64, and tokens for them."""
     adapter = dora(family, scale)
-    model = adapter.attach(stock(model_folder(family), family), 1)
-    state = random_values(adapter.read(model))
-    adapter.write(model, state)
+    model = attach(adapter, stock(model_folder(family), family), 1)
+    state = random_values(read_factors(adapter, model))
+    write_factors(adapter, model, state)
     config = adapter.peft_config(fan_in_fan_out=family == "gpt2")
     theirs: Any = get_peft_model(stock(model_folder(family), family), config)
-    for name, layer in adapter.layers(theirs).items():
+    for name, layer in layers_of(theirs).items():
         layer.lora_A["default"].weight.data = state[name]["A"].clone()
         layer.lora_B["default"].weight.data = state[name]["B"].clone()
         cast(Any, layer.lora_magnitude_vector["default"]).weight.data = state[name]["mu"].clone()
@@ -89,13 +91,13 @@ def ours_and_pefts(model_folder: Folder, family: str, scale: str) -> tuple[DoRA,
 @each_family
 @each_scale
 def test_a_model_computes_what_pefts_own_layer_does(model_folder: Folder, family: str, scale: str) -> None:
-    adapter, model, theirs, tokens = ours_and_pefts(model_folder, family, scale)
-    biases = [layer.get_base_layer().bias for layer in adapter.layers(model).values()]
+    _, model, theirs, tokens = ours_and_pefts(model_folder, family, scale)
+    biases = [layer.get_base_layer().bias for layer in layers_of(model).values()]
     assert all(bias is None if family == "llama" else bool(bias.all()) for bias in biases), "a bias of 0 proves nothing"
     with torch.no_grad():
         ours, wanted = losses(model, tokens), losses(theirs, tokens)
         assert float((ours - wanted).abs().max()) < 1e-12
-        cast(Any, next(iter(adapter.layers(theirs).values())).lora_magnitude_vector["default"]).weight.mul_(1.01)
+        cast(Any, next(iter(layers_of(theirs).values())).lora_magnitude_vector["default"]).weight.mul_(1.01)
         assert float((ours - losses(theirs, tokens)).abs().max()) > 1e-6
 
 
@@ -165,7 +167,7 @@ def test_every_party_derives_the_same_start(model_folder: Folder, family: str) -
     adapter, state = dora(family), {}
     for dtype in (torch.float32, torch.float64):
         base = stock(model_folder(family), family).to(dtype)
-        state[dtype] = adapter.read(adapter.attach(base, 1))
+        state[dtype] = read_factors(adapter, attach(adapter, base, 1))
     assert start_fingerprint(state[torch.float32]) == start_fingerprint(state[torch.float64])
 
 
@@ -179,7 +181,7 @@ def test_a_row_of_zeros_is_refused(model_folder: Folder) -> None:
 def test_a_layer_that_is_not_linear_is_refused(model_folder: Folder) -> None:
     adapter = DoRA(RANK, ALPHA, ("word_embeddings",), STARTS["kaiming"]())
     with pytest.raises(ModelError, match=r"changes linear layers.* is of type Embedding"):
-        adapter.attach(stock(model_folder("bert"), "bert"), 1)
+        attach(adapter, stock(model_folder("bert"), "bert"), 1)
 
 
 def test_an_average_is_off_by_a_second_order_and_exact_in_the_magnitudes_alone() -> None:
@@ -300,16 +302,16 @@ def test_strategies_that_need_a_frozen_factor_refuse_it() -> None:
 
 def test_a_state_with_magnitudes_of_another_length_is_refused(model_folder: Folder) -> None:
     adapter = dora()
-    model = adapter.attach(stock(model_folder("bert"), "bert"), 1)
-    layer = next(iter(adapter.layers(model)))
+    model = attach(adapter, stock(model_folder("bert"), "bert"), 1)
+    layer = next(iter(layers_of(model)))
     with pytest.raises(ProtocolError, match=r"mu has shape \(1,\)"):
-        adapter.write(model, {layer: {"mu": torch.ones(1)}})
+        write_factors(adapter, model, {layer: {"mu": torch.ones(1)}})
 
 
 def test_an_exported_adapter_says_dora_and_rslora(model_folder: Folder, tmp_path: Path) -> None:
     adapter = dora(scale="sqrt-rank")
-    model = adapter.attach(stock(model_folder("bert"), "bert"), 1)
-    adapter.export(model, adapter.read(model), tmp_path, model_folder("bert"))
+    model = attach(adapter, stock(model_folder("bert"), "bert"), 1)
+    adapter.export(model, read_factors(adapter, model), tmp_path, model_folder("bert"))
     loaded = PeftModel.from_pretrained(stock(model_folder("bert"), "bert"), str(tmp_path))
     assert (loaded.peft_config["default"].use_dora, loaded.peft_config["default"].use_rslora) == (True, True)
 

@@ -24,6 +24,7 @@ from exact import (
     draw,
     drawn,
     each_shape,
+    gradients_at_0,
     noises,
     off,
     place,
@@ -37,6 +38,7 @@ from torch import Tensor, nn
 
 from audits.tiny_models import with_biases
 from fedveil.common.adapters import ADAPTERS, Adapter, LoRAFrozenA, LoRASB
+from fedveil.common.adapters.attach import attach, read_factors, write_factors
 from fedveil.common.errors import ModelError
 from fedveil.common.starts import STARTS
 from fedveil.common.starts.directions import leading_singular_triple
@@ -90,8 +92,8 @@ def test_the_gradient_of_each_record_of_a_vision_transformer_is_that_of_one_alon
         base = with_biases(tiny_vit("vit")).eval()
     targets = tuple(sorted({n.rpartition(".")[2] for n, m in base.named_modules() if isinstance(m, nn.Linear)}))
     adapter = ADAPTERS[name](RANK, ALPHA, targets, STARTS["orthonormal"]())
-    model = adapter.attach(base, 1)
-    adapter.write(model, as_trained(adapter.read(model), adapter.trained))
+    model = attach(adapter, base, 1)
+    write_factors(adapter, model, as_trained(read_factors(adapter, model), adapter.trained))
     side = model.config.image_size
     pixels = draw(4, 3, side, side, seed=5)
 
@@ -315,7 +317,7 @@ def test_43_the_first_step_of_both_factors_is_as_long_in_the_weights_as_the_scal
     A, B = factors["A"], factors["B"]
     leaves = {name: factors[name].clone().requires_grad_() for name in adapter.trained}
     gradients = torch.autograd.grad((adapter.delta({**factors, **leaves}) * G).sum(), list(leaves.values()))
-    seen = adapter.seen(factors, G)
+    seen = gradients_at_0(adapter, factors, G)
     for name, slow in zip(leaves, gradients, strict=True):
         assert off(seen[name], slow) < 1e-12, f"{name} has another gradient than is calibrated"
     stepped = {name: factors[name] - eta * g for name, g in zip(leaves, gradients, strict=True)}
@@ -401,13 +403,13 @@ def test_13_the_pass_in_training_is_that_of_the_exported_change(scale: float, ou
     adapter = LoRAIncrements(RANK, ALPHA, ("layer",), start)
     base, x = One(), draw(5, into, seed=8)
     plain_output = base.double()(x).detach()
-    model = adapter.attach(base.float(), 1)
-    begins = adapter.read(model)["layer"]
-    adapter.write(model, {"layer": {"s": torch.tensor([scale])}})
+    model = attach(adapter, base.float(), 1)
+    begins = read_factors(adapter, model)["layer"]
+    write_factors(adapter, model, {"layer": {"s": torch.tensor([scale])}})
     for mode in (True, False):
         assert torch.equal(model.double().train(mode)(x).detach(), plain_output), "it does not begin as its base"
     state = as_trained({"layer": {**begins, "s": torch.tensor([scale])}}, adapter.trained)
-    adapter.write(model, state)
+    write_factors(adapter, model, state)
     wanted = plain_output + x @ adapter.delta({name: t.double() for name, t in state["layer"].items()}).T
     for mode in (True, False):
         assert off(model.double().train(mode)(x).detach(), wanted) < 1e-6

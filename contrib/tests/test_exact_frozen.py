@@ -18,6 +18,7 @@ from exact import (
     draw,
     drawn,
     each_shape,
+    gradients_at_0,
     noises,
     off,
     place,
@@ -31,6 +32,8 @@ from torch import Tensor, nn
 
 from audits.tiny_models import TARGETS
 from fedveil.common.adapters import ADAPTERS, LoRA
+from fedveil.common.adapters.attach import attach, read_factors
+from fedveil.common.adapters.base import FreeScale
 from fedveil.common.config.text import parse_settings
 from fedveil.common.errors import ConfigError, ModelError
 from fedveil.common.messages.state import Factors
@@ -58,7 +61,7 @@ def test_30_the_change_is_pefts_by_position_and_another_as_the_formula_is_printe
     base = nn.Sequential(nn.Linear(into, out, bias=False))
     theirs: Any = get_peft_model(base, RandLoraConfig(r=RANK, randlora_alpha=ALPHA, target_modules=["0"]))  # type: ignore[arg-type]
     layer = theirs.base_model.model[0]
-    told, bases = adapter.exported(factors, W), cast(RandLoRA, adapter).shared({"0": factors}, [(out, into)])
+    told, bases = adapter.exported(factors, W), cast(RandLoRA, adapter).bases({"0": factors}, [(out, into)])
     with torch.no_grad():
         layer.randlora_lambda["default"].copy_(told["randlora_lambda"])
         layer.randlora_gamma["default"].copy_(told["randlora_gamma"])
@@ -120,7 +123,7 @@ def test_32_layers_share_bases_as_far_as_they_reach() -> None:
     assert torch.equal(small["A"], large["A"][:, : small["A"].shape[1]])
     rows, bases = small["B"].shape[:2]
     assert torch.equal(small["B"], large["B"][:rows, :bases])
-    shared = cast(RandLoRA, adapter).shared({"a": small, "b": large}, [TALL, WIDE])
+    shared = cast(RandLoRA, adapter).bases({"a": small, "b": large}, [TALL, WIDE])
     # PEFT's bases are those of the most outputs, 9, and the most inputs, 12, of any layer.
     assert (shared["randlora_A"].shape, shared["randlora_B"].shape) == ((RANK, 1, 9), (12, 3, RANK))
 
@@ -230,7 +233,10 @@ def test_l4_noise_on_the_diagonal_enters_at_the_lengths_of_its_vectors_and_at_on
     assert published > 1.2 * s**2 * tau**2 * RANK, "lengths of 1 would do here: nothing is proved"
 
 
-@pytest.mark.parametrize("name", [name for name, kind in ADAPTERS.items() if kind.free_scale and kind.linear])
+@pytest.mark.parametrize(
+    "name",
+    [name for name, kind in ADAPTERS.items() if isinstance(kind.traits.free_scale, FreeScale) and kind.traits.linear],
+)
 @each_shape
 def test_i1_the_whole_gradient_along_the_change_is_the_factors_own_along_what_is_trained(
     name: str, out: int, into: int
@@ -244,7 +250,7 @@ def test_i1_the_whole_gradient_along_the_change_is_the_factors_own_along_what_is
         deficient[trained][..., 1] = 0
 
     def along(factors: Factors, of: Factors, g: Tensor) -> float:
-        seen = adapter.seen(of, g)
+        seen = gradients_at_0(adapter, of, g)
         return adapter.scaling * sum(float((factors[trained] * seen[trained]).sum()) for trained in adapter.trained)
 
     for factors in (full, deficient):
@@ -256,7 +262,7 @@ def test_i1_the_whole_gradient_along_the_change_is_the_factors_own_along_what_is
         for trained in adapter.trained:
             leaf = factors[trained].clone().requires_grad_()
             (slow,) = torch.autograd.grad((adapter.delta({**factors, trained: leaf}, W) * G).sum(), leaf)
-            assert off(adapter.scaling * adapter.seen(factors, G)[trained], slow) < 1e-12
+            assert off(adapter.scaling * gradients_at_0(adapter, factors, G)[trained], slow) < 1e-12
         other = {**factors, **{frozen: factors[frozen].flip(0) for frozen in adapter.frozen}}
         assert abs(along(factors, other, G) - wanted) > 1e-2, "the factors of another layer would do: nothing is proved"
 
@@ -281,14 +287,14 @@ def test_d1_one_number_for_a_module_averages_exactly_and_not_with_b_trained_besi
     moved = [{**frozen, "B": draw(out, RANK, seed=40 + k), "z": g * ones} for k, g in enumerate(gates)]
     assert off(*mean_of(moved)) > 0.1, "a gate and B are a product, and that is not seen"
     G = draw(out, into, seed=50)
-    of_gate = adapter.scaling * float(adapter.seen(frozen, G)["z"].sum())
+    of_gate = adapter.scaling * float(gradients_at_0(adapter, frozen, G)["z"].sum())
     assert of_gate == pytest.approx(float((G * adapter.delta({**frozen, "z": ones}, W)).sum()), rel=1e-12)
 
 
 def test_s2_layers_of_one_shape_share_their_factors_and_others_do_not(model_folder: Folder) -> None:
     adapter = LoRADiagonal(RANK, ALPHA, tuple(TARGETS["bert"].split(",")), STARTS["shared"]())
-    model = adapter.attach(stock(model_folder("bert"), "bert"), 1)
-    state = adapter.read(model)
+    model = attach(adapter, stock(model_folder("bert"), "bert"), 1)
+    state = read_factors(adapter, model)
     layers = list(state)
     for i, left in enumerate(layers):
         for right in layers[:i]:

@@ -18,6 +18,8 @@ from transformers import AutoModel
 
 from audits.tiny_models import with_biases
 from audits.tiny_site import clinic
+from fedveil.common.adapters.attach import attach
+from fedveil.common.adapters.base import parameters_of
 from fedveil.common.errors import ConfigError
 from fedveil.common.messages.state import AdapterState
 from fedveil.common.run_lines import PrivacyLine, read_lines
@@ -83,9 +85,9 @@ def test_y1_so_is_that_of_a_vision_transformer_under_a_sparse_a() -> None:
         torch.manual_seed(7)
         base = with_biases(tiny_vit("vit")).eval()
     adapter = LoRARouted(RANK, 6.0, ("q_proj", "v_proj"), STARTS["sparse"]())
-    model = adapter.attach(base, 1)
+    model = attach(adapter, base, 1)
     with torch.no_grad():
-        for seed, factors in enumerate(adapter.parameters(model).values()):
+        for seed, factors in enumerate(parameters_of(adapter, model).values()):
             factors["B"].copy_(draw(*factors["B"].shape, seed=seed))
     side = model.config.image_size
     pixels = draw(4, 3, side, side, seed=5)

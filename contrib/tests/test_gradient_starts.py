@@ -11,6 +11,8 @@ import torch
 from paid_worlds import RANK, Make, _clip_each, draw, each_family, noiseless, plan_of, records_of
 from torch import Tensor, nn
 
+from fedveil.common.adapters.base import factors_of
+from fedveil.common.adapters.layers import layers_of
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.starts.directions import leading_singular_triple, orthonormal_rows
 from fedveil.common.starts.gradient import initial_shapes, mean_gradient
@@ -137,11 +139,11 @@ def test_invariant_22_before_rounding_a_sketch_is_the_noised_step_of_a_behind_th
     model.module.double()
     slow.module.double().requires_grad_(False).train()
     assert slow.adapter.scaling == 1
-    layers = slow.adapter.layers(slow.peft_model)
+    layers = layers_of(slow.peft_model)
     rows = []
     with torch.no_grad():
         for name, layer in layers.items():
-            factors = slow.adapter.factors_of(layer)
+            factors = factors_of(slow.adapter, layer)
             factors["B"].copy_(sketching(name, len(factors["B"]), RANK))
             rows.append(factors["A"].zero_().requires_grad_())
     records = records_of(model)

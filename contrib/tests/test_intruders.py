@@ -26,7 +26,8 @@ from typer.testing import CliRunner
 import fedveil.contrib.experiments.intruders
 import fedveil.contrib.experiments.spectra
 from fedveil.common.adapters import ADAPTERS
-from fedveil.common.adapters.base import base_weight
+from fedveil.common.adapters.attach import attach, read_factors
+from fedveil.common.adapters.layers import base_weight, layers_of
 from fedveil.common.errors import ConfigError, DataError, ModelError
 from fedveil.common.messages.state import HEAD
 from fedveil.common.messages.tensors import entries, merge
@@ -138,7 +139,7 @@ def test_q3_a_transposed_layer_is_oriented_first_and_noise_stands_beside_noise(g
     state, job = saved_state(gpt2), configure(swept_settings(gpt2))
 
     base = load_base_model(job.config.model.name, job.config.model.task)
-    layers = job.adapter.layers(job.adapter.attach(base.module, job.config.seed))
+    layers = layers_of(attach(job.adapter, base.module, job.config.seed))
     for row in rows:
         weight, factors = base_weight(layers[row.layer]).double(), state.adapter[row.layer]
         delta = job.adapter.delta(factors).double()
@@ -255,7 +256,7 @@ def test_q3_a_change_that_is_no_product_is_counted_beside_its_noise(toy_settings
     folder = run_in_process({**toy_settings, **NOISY, **own, "privacy.noise-multiplier": 300.0}, 2)
     state, job = saved_state(folder), configure(swept_settings(folder))
     base = load_base_model(job.config.model.name, job.config.model.task)
-    layers = job.adapter.layers(job.adapter.attach(base.module, job.config.seed))
+    layers = layers_of(attach(job.adapter, base.module, job.config.seed))
     rows = intruders_of(folder)
     assert len(rows) == len(layers)
     for row in rows:
@@ -332,7 +333,7 @@ def of_noise_alone(
         lambda std, _, t: (t + sign * std * numbers_of(tuple(t.shape))).to(t.dtype),
     )
     base = load_base_model(job.config.model.name, job.config.model.task)
-    start = job.adapter.read(job.adapter.attach(base.module, job.config.seed))
+    start = read_factors(job.adapter, attach(job.adapter, base.module, job.config.seed))
 
     def off() -> float:
         made = noise_alone(job, folder, merge(start, job.strategy.basis(state)), state)

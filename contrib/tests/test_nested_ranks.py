@@ -8,6 +8,7 @@ from test_adapters import Folder
 from test_record_gradients import RANK, RECORDS, ByLayer, World, each_family, largest, world_of
 from torch import Tensor
 
+from fedveil.common.adapters.base import parameters_of
 from fedveil.contrib.adapters import lora_nested
 from fedveil.contrib.adapters.lora_nested import Nested, ranks_of
 
@@ -20,7 +21,7 @@ def depths_of(world: World) -> list[int]:
 
 def of_own_ranks(world: World, depths: list[int]) -> list[ByLayer]:
     """Return each record's gradient in a model without a choice, whose B ends at the record's rank."""
-    places = {layer: factors["B"] for layer, factors in world.adapter.parameters(world.model).items()}
+    places = {layer: factors["B"] for layer, factors in parameters_of(world.adapter, world.model).items()}
     whole, found = {layer: B.detach().clone() for layer, B in places.items()}, []
     for i, depth in enumerate(depths):
         inside = (torch.arange(RANK) < depth).double()
@@ -34,7 +35,7 @@ def of_own_ranks(world: World, depths: list[int]) -> list[ByLayer]:
 def furthest(world: World, wanted: list[ByLayer]) -> float:
     """Return the largest gap of a record's gradient from the one wanted, over the largest of these."""
     found = {id(p): sample for p, sample in world.together()}
-    places = {layer: factors["B"] for layer, factors in world.adapter.parameters(world.model).items()}
+    places = {layer: factors["B"] for layer, factors in parameters_of(world.adapter, world.model).items()}
     gaps = [
         float((found[id(B)][i] - wanted[i][layer]).abs().max()) for layer, B in places.items() for i in range(RECORDS)
     ]

@@ -16,7 +16,8 @@ from starts_world import RANK, Folder, _read, each_family, off_identity, tiny
 from torch import Tensor, nn
 
 from fedveil.common.adapters import ADAPTERS, LoRAFrozenA, Place
-from fedveil.common.adapters.base import base_weight
+from fedveil.common.adapters.attach import attach, read_factors, write_factors
+from fedveil.common.adapters.layers import base_weight, layers_of
 from fedveil.common.messages.tensors import fingerprint
 from fedveil.common.model.base import load_base_model
 from fedveil.common.starts import STARTS
@@ -107,7 +108,7 @@ def test_the_published_nystrom_start_is_another_model(out: int, into: int) -> No
     start = STARTS["nystrom"]()
     adapter = ADAPTERS["lora-sb"](RANK, float(RANK), ("layer",), start)
     made = {name: t.double() for name, t in start.factors(place(W), ("A", "B")).items()}
-    assert "R" not in adapter.begin(made), "the core begins elsewhere than at 0, where the model is the base"
+    assert "R" not in adapter.begin(made, {}), "the core begins elsewhere than at 0, where the model is the base"
     released = W[:, :RANK] @ W[:RANK, :RANK] @ W[:RANK]
     # It is a start that this adapter could hold, in the same directions.
     theirs = adapter.delta({**made, "R": made["B"].T @ released @ made["A"].T}, W)
@@ -140,7 +141,7 @@ def test_a_start_that_every_party_derives_leaves_base_and_outputs_bit_for_bit(
         if "lora_" not in key
     }
     assert all(torch.equal(live[key], tensor) for key, tensor in stock.items()), "the base moved"
-    weights = {layer: base_weight(module) for layer, module in model.adapter.layers(model.peft_model).items()}
+    weights = {layer: base_weight(module) for layer, module in layers_of(model.peft_model).items()}
     for layer, weight in weights.items():
         change = model.adapter.delta(model.start[layer], weight)
         assert change.abs().max() <= 1e-6 * weight.abs().max(), "the start is not the base model"
@@ -163,13 +164,14 @@ import sys
 import torch
 torch.manual_seed(1)
 from fedveil.common.adapters import ADAPTERS
+from fedveil.common.adapters.attach import attach, read_factors
 from fedveil.common.messages.tensors import fingerprint
 from fedveil.common.model.base import BaseModel, load_base_model
 from fedveil.common.starts import STARTS
 for words in sys.argv[2:]:
     kind, name = words.split()
     adapter = ADAPTERS[kind](3, 6.0, ("query", "dense"), STARTS[name]())
-    start = adapter.read(adapter.attach(load_base_model(sys.argv[1], "classification").module, 1))
+    start = read_factors(adapter, attach(adapter, load_base_model(sys.argv[1], "classification").module, 1))
     print(words, fingerprint(start), sep="/")
 """
 
@@ -195,7 +197,7 @@ def derived_elsewhere(model_folder: Folder) -> dict[str, str]:
 def derived_here(folder: str, kind: str, start: str) -> str:
     torch.manual_seed(2)
     adapter = ADAPTERS[kind](3, 6.0, ("query", "dense"), STARTS[start]())
-    return fingerprint(adapter.read(adapter.attach(load_base_model(folder, "classification").module, 1)))
+    return fingerprint(read_factors(adapter, attach(adapter, load_base_model(folder, "classification").module, 1)))
 
 
 @pytest.mark.parametrize("name", DERIVED_OURS)
@@ -247,14 +249,14 @@ def test_shards_are_pefts_miss_also_when_exported(rank: int, tmp_path: Path) -> 
     # PEFT's MiSS cuts what is left where r does not divide the inputs.
     miss = get_peft_model(again(), MissConfig(r=rank, target_modules=["wide", "tall"], init_weights=True))
     adapter = LoRAFrozenA(rank, float(rank), ("wide", "tall"), STARTS["shards"](normalised=False))  # type: ignore[call-arg]
-    ours = adapter.attach(again(), 1)
-    state = adapter.read(ours)
+    ours = attach(adapter, again(), 1)
+    state = read_factors(adapter, ours)
     for name, factors in state.items():
         B = draw(*factors["B"].shape, seed=len(name)).float()
         state[name] = {"A": factors["A"], "B": B}
         block = miss.base_model.model.get_submodule(name).miss_block["default"]
         block.data.copy_(B.T)
-    adapter.write(ours, state)
+    write_factors(adapter, ours, state)
     x = draw(5, 12, seed=8).float()
     wanted = miss(x)
     assert torch.allclose(ours(x), wanted, rtol=1e-6, atol=1e-6)
@@ -272,20 +274,20 @@ def test_a_core_between_shards_is_pefts_miss_mini_also_when_exported(into: int, 
     config = MissConfig(r=RANK, mini_r=RANK, target_modules=["wide", "tall"], init_weights="mini")
     mini = get_peft_model(again(), config)
     adapter = ADAPTERS["lora-sb"](RANK, 1.0, ("wide", "tall"), STARTS["shards"](normalised=False))  # type: ignore[call-arg]
-    ours = adapter.attach(again(), 1)
-    state = adapter.read(ours)
+    ours = attach(adapter, again(), 1)
+    state = read_factors(adapter, ours)
     for name, factors in state.items():
         # Two sites' mean, of unequal shares, and one of them without full rank.
         cores = [draw(RANK, RANK, seed=len(name)), draw(RANK, 1, seed=1) @ draw(1, RANK, seed=2)]
         factors["R"] = (0.7 * cores[0] + 0.3 * cores[1]).float()
         mini.base_model.model.get_submodule(name).miss_block["default"].data.copy_(factors["R"].T)
-    adapter.write(ours, state)
+    write_factors(adapter, ours, state)
     wanted = mini(x)
     assert torch.allclose(ours(x), wanted, rtol=1e-6, atol=1e-6)
     adapter.export(ours, state, tmp_path, "base")
     assert torch.allclose(PeftModel.from_pretrained(again(), tmp_path)(x), wanted, rtol=1e-6, atol=1e-6)
     turned = {name: {**factors, "R": factors["R"].T.contiguous()} for name, factors in state.items()}
-    adapter.write(ours, turned)
+    write_factors(adapter, ours, turned)
     assert (ours(x) - wanted).abs().max() > 1e-2, "a core the wrong way round would do: nothing is proved"
     unit = ADAPTERS["lora-sb"](RANK, 1.0, ("wide", "tall"), STARTS["shards"]())
     other = unit.attach(again(), 1)

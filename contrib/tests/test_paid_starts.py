@@ -17,6 +17,7 @@ from fedveil.client.ledger.ledger import Ledger
 from fedveil.client.ledger.rows import Terms
 from fedveil.client.rehearsal import rehearse_initial
 from fedveil.client.site import Site
+from fedveil.common.adapters.layers import layers_of
 from fedveil.common.errors import ConfigError, ModelError
 from fedveil.common.messages.state import AdapterState
 from fedveil.common.messages.tensors import weighted_sum
@@ -56,7 +57,7 @@ def test_invariant_25_a_records_moment_is_the_mean_of_unit_tokens_whatever_is_be
     records = records_of(model)
     alone: list[dict[str, Tensor]] = []
     inputs: dict[str, Tensor] = {}
-    layers = model.adapter.layers(model.peft_model)
+    layers = layers_of(model.peft_model)
     firsts = sorted(set(shared_inputs(model).values()))
     hooks = [
         layers[name].register_forward_hook(lambda _, given, __, name=name: inputs.__setitem__(name, given[0].detach()))  # type: ignore[attr-defined]
@@ -147,7 +148,7 @@ def test_the_open_mean_of_moments_is_of_each_records_own_tokens_and_not_of_its_p
 def test_invariant_29_layers_that_share_an_input_share_a(tiny: Make, family: str) -> None:
     model = tiny(family, NonprivateEVA())
     shared = shared_inputs(model)
-    assert set(shared) == set(model.adapter.layers(model.peft_model))
+    assert set(shared) == set(layers_of(model.peft_model))
     assert (len(set(shared.values())) < len(shared)) == (family != "gpt2")
     statistic = {name: {"M": packed(M)} for name, M in moments(model).items()}
     config = configure({"adapter.start": "nonprivate-eva", "privacy.mode": "none"}).config
@@ -361,7 +362,7 @@ def test_invariant_27_raw_moments_are_refused_in_a_private_run_and_had_in_an_ope
 def test_invariant_43_after_calibration_the_median_gradient_is_that_of_random_rows_for_every_start(tiny: Make) -> None:
     model = tiny("bert", STARTS["orthonormal"]())
     records = records_of(model)
-    layers = model.adapter.layers(model.peft_model)
+    layers = layers_of(model.peft_model)
     single = [mean_gradient(model, [model.batch([record])]) for record in records]
     squares = [sum(RANK / f["G"].shape[1] * float(f["G"].double().square().sum()) for f in G.values()) for G in single]
     wanted = float(torch.tensor(squares).sqrt().median())

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from audits.tiny_models import VOCABULARY
 from fedveil.client.local_training import check_task
 from fedveil.common.adapters import LoRAFrozenA
+from fedveil.common.adapters.attach import attach, read_factors
 from fedveil.common.data.sources import public_test
 from fedveil.common.errors import ConfigError, DataError, ModelError, ProtocolError
 from fedveil.common.messages.round import TrainTask
@@ -259,7 +260,7 @@ def test_invariant_p3_a_is_orthonormal_in_kept_coordinates_before_and_after_and_
 ) -> None:
     small = small_of(large).float()
     adapter = LoRAFrozenA(2, 2.0, ("down_proj", "o_proj"), STARTS["orthonormal"]())
-    state = adapter.read(adapter.attach(small, 1))
+    state = read_factors(adapter, attach(adapter, small, 1))
     units = units_of(large)
     for layer, pair in state.items():
         shape = tuple(large.get_parameter(f"{layer}.weight").shape)

@@ -18,7 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fedveil.client.ledger.ledger import Ledger
-from fedveil.common.adapters import LoRAFrozenA
+from fedveil.common.adapters import LoRAFrozenA, lora_frozen_a
+from fedveil.common.adapters.attach import attach, read_factors
+from fedveil.common.adapters.layers import layers_of
 from fedveil.common.errors import ConfigError, DataError, ModelError
 from fedveil.common.messages.state import HEAD, AdapterState
 from fedveil.common.model.base import load_base_model
@@ -405,8 +407,8 @@ def test_a_rank_that_the_threshold_cuts_is_cut_in_the_export(
     def stock() -> Any:
         return load_base_model(model_folder("bert"), "classification").module
 
-    model = adapter.attach(stock(), 1)
-    state, first = adapter.read(model), next(iter(adapter.layers(model)))
+    model = attach(adapter, stock(), 1)
+    state, first = read_factors(adapter, model), next(iter(layers_of(model)))
     for number, (layer, factors) in enumerate(state.items()):
         A, B = factors["A"].double(), draw(*factors["B"].shape, seed=number)
         values = torch.linalg.svdvals(B @ A)
@@ -419,11 +421,11 @@ def test_a_rank_that_the_threshold_cuts_is_cut_in_the_export(
         layer: kept if layer == first else RANK for layer in state
     }
     loaded = PeftModel.from_pretrained(stock(), tmp_path / "cut")
-    for layer, held in adapter.layers(loaded).items():
+    for layer, held in layers_of(loaded).items():
         assert held.lora_A["default"].weight.shape[0] == (kept if layer == first else RANK)
         wanted = adapter.delta({name: t.double() for name, t in state[layer].items()})
         assert torch.allclose(held.get_delta_weight("default").double(), wanted, atol=1e-5)
-    monkeypatch.setattr(LoRAFrozenA, "reduced", lambda own, state: state)
+    monkeypatch.setattr(lora_frozen_a, "in_own_basis", lambda factors: factors)
     adapter.export(model, state, tmp_path / "whole", "base")
     assert not PeftConfig.from_pretrained(tmp_path / "whole").rank_pattern  # type: ignore[attr-defined]
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from starts_world import RANK, TEXTS, Folder, each_family, moments, off_identity, tiny
 from torch import Tensor, nn
 
+from fedveil.common.adapters.layers import layers_of
 from fedveil.common.errors import ConfigError, DataError
 from fedveil.common.messages.state import HEAD
 from fedveil.common.model.federated import FederatedModel
@@ -38,7 +39,7 @@ def inputs_of(model: FederatedModel, texts: list[str]) -> dict[str, Tensor]:
         cast(nn.Module, layer).register_forward_hook(
             lambda _, given, __, name=name: kept.__setitem__(name, given[0][mask].detach().double())
         )
-        for name, layer in model.adapter.layers(model.peft_model).items()
+        for name, layer in layers_of(model.peft_model).items()
     ]
     model.module.eval()
     with torch.no_grad():

@@ -34,7 +34,7 @@ def strategy_table() -> str:
         exact = "yes" if is_exact(strategy, type(adapter)) else "no"
         modes = "dp-sgd, secure-sum, client-level, none" if issubclass(strategy, Average) else "dp-sgd, none"
         names = [f"`{strategy.name}` ({strategy.facts.paper})", f"`{adapter.name}`", ", ".join(adapter.trained)]
-        rows.append([*names, f"{up:,}", f"{down:,}", exact, strategy.facts.noise or adapter.noise, modes])
+        rows.append([*names, f"{up:,}", f"{down:,}", exact, strategy.facts.noise or adapter.traits.noise, modes])
     return markdown(header, rows)
 
 
@@ -43,8 +43,9 @@ def adapter_table() -> str:
     header = ("adapter", "trained", "frozen", "linear in what is trained", "noise in the weights, per step")
     rows = []
     for adapter in ADAPTERS.values():
+        traits = adapter.traits
         trained, frozen = (", ".join(names) or "none" for names in (adapter.trained, adapter.frozen))
-        rows.append([f"`{adapter.name}`", trained, frozen, "yes" if adapter.linear else "no", adapter.noise])
+        rows.append([f"`{adapter.name}`", trained, frozen, "yes" if traits.linear else "no", traits.noise])
     return markdown(header, rows)
 
 

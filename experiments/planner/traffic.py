@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from fedveil.common.adapters.base import layer_shape, target_shapes
+from fedveil.common.adapters.attach import target_shapes
+from fedveil.common.adapters.layers import layer_shape, layers_of
 from fedveil.common.messages.columns import narrowed
 from fedveil.common.messages.round import Spending, TrainResult, TrainTask
 from fedveil.common.messages.state import HEAD, AdapterState
@@ -101,7 +102,7 @@ def payload_by_strategy(server_model: ServerModel) -> dict[str, tuple[int, int]]
     the layers that its ``adapter.targets`` name, and are left out if that is none.
     """
     model, own = server_model.model, server_model.job.strategy
-    layers = [layer_shape(layer) for layer in model.adapter.layers(model.peft_model).values()]
+    layers = [layer_shape(layer) for layer in layers_of(model.peft_model).values()]
     if model.head_only:
         layers = target_shapes(model.base.module, model.adapter.target_modules)
     head = _payload({HEAD: server_model.start[HEAD]}) if model.head_trained else 0

@@ -14,7 +14,7 @@ from typing import Any
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from fedveil.common.adapters.base import PEFT_PREFIX
+from fedveil.common.adapters.layers import PEFT_PREFIX
 from fedveil.common.errors import DataError, ModelError
 from fedveil.common.model.files import check_files, model_folder
 from fedveil.common.run_lines import AdapterFile, read_file

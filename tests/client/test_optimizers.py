@@ -144,7 +144,7 @@ def test_the_private_default_lowers_the_loss_with_every_strategy(
         chosen = {**own, **data, **noise, "strategy": strategy, "rounds": 6}
         config = configure(chosen).config
         assert config.privacy.mechanism.claims, "privacy is off by default"
-        optimizers = ("none", "adam") if "server.optimizer" in kind.requires else ("adam", "sgd")
+        optimizers = ("none", "adam") if "server.optimizer" in kind.facts.requires else ("adam", "sgd")
         assert (config.server.optimizer, config.training.optimizer) == optimizers
         assert config.training.local_steps == 1
         folder = run_in_process(chosen, 2, "default")

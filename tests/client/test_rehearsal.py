@@ -419,7 +419,7 @@ def test_a_scale_that_is_a_factor_is_1_while_a_model_rehearses(
     assert all(torch.equal(tensor, before[layer][name]) for layer, name, tensor in entries(model.read()))
 
 
-@pytest.mark.parametrize("name", [name for name, adapter in ADAPTERS.items() if adapter.divisors])
+@pytest.mark.parametrize("name", [name for name, adapter in ADAPTERS.items() if "c" in adapter.traits.ones])
 def test_what_a_change_is_divided_by_is_1_while_a_model_rehearses(
     name: str, model_folder: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -428,7 +428,7 @@ def test_what_a_change_is_divided_by_is_1_while_a_model_rehearses(
     before, losses, seen = model.read(), model.losses, list[Tensor]()
 
     def watched(batch: Any) -> Tensor:
-        seen.extend(held[c].clone() for held in model.places().values() for c in model.adapter.divisors if c in held)
+        seen.extend(held[c].clone() for held in model.places().values() for c in model.adapter.traits.ones if c in held)
         return losses(batch)
 
     monkeypatch.setattr(model, "losses", watched)

@@ -24,9 +24,11 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from audits.tiny_models import TARGETS, with_biases
 from fedveil.common.adapters import ADAPTERS, Adapter
-from fedveil.common.adapters.base import ADAPTER_NAME, layer_shape
+from fedveil.common.adapters.attach import attach, initial_factors, read_factors, write_factors
+from fedveil.common.adapters.base import parameters_of
 from fedveil.common.adapters.branch import Branch
 from fedveil.common.adapters.layer import AdaptedLinear
+from fedveil.common.adapters.layers import ADAPTER_NAME, layer_shape, layers_of
 from fedveil.common.adapters.lora_metric import LoRAMetric
 from fedveil.common.adapters.low_rank import LowRank
 from fedveil.common.adapters.mapped import Mapped
@@ -78,7 +80,7 @@ def seeded_rows(name: str, factors: Mapping[str, Tensor]) -> Tensor:
 
 def attached(folder: str, name: str, family: str, seed: int = 1) -> tuple[Adapter, PeftModel]:
     adapter = build(name, family)
-    return adapter, adapter.attach(stock(folder, family), seed).eval()
+    return adapter, attach(adapter, stock(folder, family), seed).eval()
 
 
 def random_values(state: AdapterState, seed: int = 5) -> AdapterState:
@@ -126,7 +128,7 @@ def stored_weight(model: nn.Module, layer: str) -> Tensor:
 @each_family
 def test_exactly_the_trained_factors_take_a_gradient(model_folder: Folder, name: str, family: str) -> None:
     adapter, model = attached(model_folder(family), name, family)
-    places = adapter.parameters(model)
+    places = parameters_of(adapter, model)
     assert places, "no layer was adapted"
     trained = {id(p) for factors in places.values() for factor, p in factors.items() if factor in adapter.trained}
     with_gradient = {id(p) for p in model.parameters() if p.requires_grad}
@@ -141,10 +143,10 @@ def test_exactly_the_trained_factors_take_a_gradient(model_folder: Folder, name:
 @each_adapter
 @each_family
 def test_every_layer_that_a_target_names_is_adapted_and_no_other(model_folder: Folder, name: str, family: str) -> None:
-    adapter, model = attached(model_folder(family), name, family)
+    _, model = attached(model_folder(family), name, family)
     base, targets = stock(model_folder(family), family), TARGETS[family].split(",")
     named = {n for n, m in base.named_modules() if n.rsplit(".", 1)[-1] in targets and hasattr(m, "weight")}
-    assert set(adapter.layers(model)) == named
+    assert set(layers_of(model)) == named
     shapes = {tuple(stored_weight(base, layer).shape) for layer in named}
     assert any(out != into for out, into in shapes), "the example has only square layers, so it proves little"
 
@@ -158,7 +160,8 @@ def test_the_start_follows_bit_for_bit_from_the_seed_and_differs_by_layer(
     torch.manual_seed(1)
     adapter, model = attached(folder, name, family, seed=1)
     torch.manual_seed(2)
-    first, again, other = adapter.read(model), *(adapter.read(attached(folder, name, family, s)[1]) for s in (1, 2))
+    first = read_factors(adapter, model)
+    again, other = (read_factors(adapter, attached(folder, name, family, seed)[1]) for seed in (1, 2))
     assert same(first, again), "server and site with one seed start differently"
     starts, others = ([seeded_rows(name, state[layer]) for layer in first] for state in (first, other))
     assert not any(map(torch.equal, starts, others)), "what is seeded does not see the seed"
@@ -171,7 +174,7 @@ def test_the_start_follows_bit_for_bit_from_the_seed_and_differs_by_layer(
 def test_the_start_changes_no_output_bit_for_bit(model_folder: Folder, name: str, family: str) -> None:
     adapter, model = attached(model_folder(family), name, family)
     assert torch.equal(output(model), output(stock(model_folder(family), family)))
-    adapter.write(model, random_values(adapter.read(model)))
+    write_factors(adapter, model, random_values(read_factors(adapter, model)))
     assert not torch.equal(output(model), output(stock(model_folder(family), family))), "the factors change nothing"
 
 
@@ -179,7 +182,7 @@ def test_the_start_changes_no_output_bit_for_bit(model_folder: Folder, name: str
 @each_family
 def test_an_orthonormal_start_has_orthonormal_rows(model_folder: Folder, name: str, family: str) -> None:
     adapter, model = attached(model_folder(family), name, family)
-    for layer, factors in adapter.read(model).items():
+    for layer, factors in read_factors(adapter, model).items():
         rows = seeded_rows(name, factors)
         gap = float((rows @ rows.T - torch.eye(RANK)).abs().max())
         assert gap < 1e-6, f"{layer}: their products are off the identity by {gap:.1e}"
@@ -207,17 +210,17 @@ def test_an_orthonormal_start_prefers_no_direction() -> None:
 @each_family
 def test_what_is_written_is_read_back(model_folder: Folder, name: str, family: str) -> None:
     adapter, model = attached(model_folder(family), name, family)
-    start = adapter.read(model)
+    start = read_factors(adapter, model)
     wanted = random_values(start)
-    adapter.write(model, wanted)
-    assert same(adapter.read(model), wanted)
+    write_factors(adapter, model, wanted)
+    assert same(read_factors(adapter, model), wanted)
     layer, factor = next(iter(start)), adapter.trained[0]
-    adapter.write(model, {layer: {factor: start[layer][factor]}})
-    read = adapter.read(model)
+    write_factors(adapter, model, {layer: {factor: start[layer][factor]}})
+    read = read_factors(adapter, model)
     assert torch.equal(read[layer][factor], start[layer][factor])
     read[layer][factor].copy_(wanted[layer][factor])
     assert same(read, wanted), "a partial write touched another factor"
-    assert torch.equal(adapter.read(model)[layer][factor], start[layer][factor]), "a reading is not a copy"
+    assert torch.equal(read_factors(adapter, model)[layer][factor], start[layer][factor]), "a reading is not a copy"
 
 
 def _unknown_layer(state: AdapterState) -> AdapterState:
@@ -248,10 +251,10 @@ def test_a_state_that_does_not_fit_is_refused_and_nothing_of_it_is_written(
     model_folder: Folder, name: str, family: str, spoil: Callable[[AdapterState], AdapterState]
 ) -> None:
     adapter, model = attached(model_folder(family), name, family)
-    before = adapter.read(model)
+    before = read_factors(adapter, model)
     with pytest.raises(ProtocolError):
-        adapter.write(model, spoil(random_values(before)))
-    assert same(adapter.read(model), before), "a refused state was written in part"
+        write_factors(adapter, model, spoil(random_values(before)))
+    assert same(read_factors(adapter, model), before), "a refused state was written in part"
 
 
 @each_adapter
@@ -259,10 +262,10 @@ def test_a_state_that_does_not_fit_is_refused_and_nothing_of_it_is_written(
 def test_delta_is_what_the_adapter_adds_to_the_layers_weight(model_folder: Folder, name: str, family: str) -> None:
     adapter, model = attached(model_folder(family), name, family)
     base = stock(model_folder(family), family)
-    state = random_values(adapter.read(model))
-    adapter.write(model, state)
+    state = random_values(read_factors(adapter, model))
+    write_factors(adapter, model, state)
     model.double()
-    for layer, module in adapter.layers(model).items():
+    for layer, module in layers_of(model).items():
         weight = stored_weight(base, layer).double()
         delta = adapter.delta({factor: tensor.double() for factor, tensor in state[layer].items()}, weight)
         assert delta.shape == weight.shape, f"{layer}: delta has shape {tuple(delta.shape)}"
@@ -281,7 +284,7 @@ def test_delta_is_what_the_adapter_adds_to_the_layers_weight(model_folder: Folde
 def test_as_lora_is_the_same_change_as_delta(model_folder: Folder, name: str, family: str) -> None:
     adapter, model = attached(model_folder(family), name, family)
     assert isinstance(adapter, LowRank)
-    for factors in random_values(adapter.read(model)).values():
+    for factors in random_values(read_factors(adapter, model)).values():
         exact = {factor: tensor.double() for factor, tensor in factors.items()}
         lora = adapter.as_lora(exact)
         assert set(lora) == {"A", "B"}
@@ -302,8 +305,8 @@ def test_an_exported_adapter_is_the_same_model_in_stock_peft(
 ) -> None:
     folder = model_folder(family)
     adapter, model = attached(folder, name, family)
-    state = as_trained(adapter.read(model), adapter.trained)
-    adapter.write(model, state)
+    state = as_trained(read_factors(adapter, model), adapter.trained)
+    write_factors(adapter, model, state)
     adapter.export(model, state, tmp_path / "adapter", folder)
     written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert written["fan_in_fan_out"] == (family == "gpt2"), "the export misstates how the base stores its weights"
@@ -331,7 +334,7 @@ def test_an_exported_adapter_is_the_same_model_in_stock_peft(
 def test_targets_that_fit_no_layer_are_refused_by_name(model_folder: Folder, name: str) -> None:
     adapter = ADAPTERS[name](RANK, ALPHA, ("nowhere",), STARTS["orthonormal"]())
     with pytest.raises(ModelError, match=r"adapter\.targets 'nowhere'"):
-        adapter.attach(stock(model_folder("bert"), "bert"), 1)
+        attach(adapter, stock(model_folder("bert"), "bert"), 1)
 
 
 @each_adapter
@@ -339,18 +342,18 @@ def test_targets_that_fit_no_layer_are_refused_by_name(model_folder: Folder, nam
 def test_a_rank_that_no_orthonormal_factor_can_have_is_refused(model_folder: Folder, name: str, family: str) -> None:
     adapter = ADAPTERS[name](30, ALPHA, tuple(TARGETS[family].split(",")), STARTS["orthonormal"]())
     with pytest.raises(FedVeilError, match="rank"):
-        adapter.attach(stock(model_folder(family), family), 1)
+        attach(adapter, stock(model_folder(family), family), 1)
 
 
 @each_adapter
 @each_family
 def test_the_stated_shapes_are_the_models_and_the_starts(model_folder: Folder, name: str, family: str) -> None:
     adapter, model = attached(model_folder(family), name, family)
-    for layer, module in adapter.layers(model).items():
+    for layer, module in layers_of(model).items():
         stated = adapter.shapes(*layer_shape(module))
         assert set(stated) == {*adapter.trained, *adapter.frozen}
-        held = {factor: tuple(p.shape) for factor, p in adapter.parameters(model)[layer].items()}
-        started = {factor: tuple(t.shape) for factor, t in adapter.start(layer, module, 1).items()}
+        held = {factor: tuple(p.shape) for factor, p in parameters_of(adapter, model)[layer].items()}
+        started = {factor: tuple(t.shape) for factor, t in initial_factors(adapter, layer, module, 1).items()}
         assert stated == held == started, f"{layer}: the adapter states other shapes than it has"
 
 
@@ -367,20 +370,21 @@ def test_an_adapter_is_linear_if_and_only_if_it_says_so(name: str) -> None:
     averaged = {f: sum((p * x[f] for p, x in zip(shares, points, strict=True)), torch.zeros(())) for f in points[0]}
     changes = [p * adapter.delta({**frozen, **x}, weight) for p, x in zip(shares, points, strict=True)]
     gap = float((adapter.delta({**frozen, **averaged}, weight) - sum(changes, torch.zeros(()))).abs().max())
-    assert (gap < 1e-12) == adapter.linear, f"{name} says linear: {adapter.linear}, but the mean is off by {gap:.1e}"
+    said = adapter.traits.linear
+    assert (gap < 1e-12) == said, f"{name} says linear: {said}, but the mean is off by {gap:.1e}"
 
 
 def test_every_adapter_stands_on_peft_layers(model_folder: Folder) -> None:
     for name in ADAPTERS:
-        adapter, model = attached(model_folder("bert"), name, "bert")
-        assert all(isinstance(layer, LoraLayer) for layer in adapter.layers(model).values())
+        _, model = attached(model_folder("bert"), name, "bert")
+        assert all(isinstance(layer, LoraLayer) for layer in layers_of(model).values())
         assert ADAPTERS[name].name == name
 
 
 def float64_model(folder: str, name: str, family: str) -> tuple[Adapter, PeftModel]:
     """Return an adapted model in float64, with factors that are nowhere zero, and its own dropout off."""
     adapter, model = attached(folder, name, family)
-    adapter.write(model, as_trained(adapter.read(model), adapter.trained))
+    write_factors(adapter, model, as_trained(read_factors(adapter, model), adapter.trained))
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -487,9 +491,9 @@ class OwnScale(DoRA):
 def seen_in_a_rehearsal(folder: str, kind: type[Adapter], family: str, alpha: float) -> Tensor:
     """Return what a model answers with the scale that a rehearsal puts in place of a server's."""
     adapter = kind(RANK, alpha, tuple(TARGETS[family].split(",")), STARTS["orthonormal"]())
-    model = adapter.attach(stock(folder, family), 1).eval()
-    adapter.write(model, random_values(adapter.read(model)))
-    for layer in adapter.layers(model).values():
+    model = attach(adapter, stock(folder, family), 1).eval()
+    write_factors(adapter, model, random_values(read_factors(adapter, model)))
+    for layer in layers_of(model).values():
         assert layer.scaling == {ADAPTER_NAME: adapter.scaling}
         layer.scaling[ADAPTER_NAME] = 1.0
     return output(model)

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from docs.make.tables import strategy_table
-from fedveil.common.adapters import ADAPTERS
-from fedveil.common.adapters.base import ADAPTER_NAME, layer_shape
+from fedveil.common.adapters import ADAPTERS, Place
+from fedveil.common.adapters.base import Traits
+from fedveil.common.adapters.layers import ADAPTER_NAME, layer_shape, layers_of
 from fedveil.common.adapters.lora import LoRA
 from fedveil.common.adapters.low_rank import lora_modules
 from fedveil.common.errors import ConfigError
@@ -51,23 +52,22 @@ class Scaled(LoRA):
     name: ClassVar[str] = "scaled"
     trained: ClassVar[tuple[str, ...]] = ("Z",)
     frozen: ClassVar[tuple[str, ...]] = ("A", "B")
-    linear: ClassVar[bool] = True
-    noise: ClassVar[str] = "s diag(x_Z) B A"
+    traits: ClassVar[Traits] = Traits(linear=True, noise="s diag(x_Z) B A")
 
     def shapes(self, out: int, into: int) -> dict[str, tuple[int, ...]]:
         return {**super().shapes(out, into), "Z": (out,)}
 
-    def prepare(self, layer: Any) -> None:
-        B = lora_modules(layer)["B"]
-        layer.lora_B[ADAPTER_NAME] = nn.Sequential(B, Scale(layer_shape(layer)[0]))
+    def prepare(self, model: Any) -> None:
+        for layer in layers_of(model).values():
+            B = lora_modules(layer)["B"]
+            layer.lora_B[ADAPTER_NAME] = nn.Sequential(B, Scale(layer_shape(layer)[0]))
 
     def factor_modules(self, layer: Any) -> dict[str, nn.Module]:
         B, Z = layer.lora_B[ADAPTER_NAME]
         return {"A": layer.lora_A[ADAPTER_NAME], "B": B, "Z": Z}
 
-    def start(self, layer_name: str, layer: Any, seed: int) -> Factors:
-        factors = super().start(layer_name, layer, seed)
-        return {"A": factors["A"], "B": torch.ones_like(factors["B"]), "Z": torch.zeros(layer_shape(layer)[0])}
+    def constants(self, place: Place) -> Factors:
+        return {"B": torch.ones(place.out, self.rank)}
 
     def delta(self, factors: Mapping[str, Tensor], base_weight: Tensor | None = None) -> Tensor:
         return factors["Z"][:, None] * super().delta(factors)
@@ -127,7 +127,7 @@ def test_a_job_for_other_strategies_is_planned_beside_it(toy_settings: dict[str,
 def test_the_wires_layout_is_that_of_its_shapes(toy_settings: dict[str, Any]) -> None:
     job = configure({**toy_settings, "adapter.name": "scaled", "strategy": "fedavg-lora"})
     server = ServerModel(job)
-    layers = server.model.adapter.layers(server.model.peft_model)
+    layers = layers_of(server.model.peft_model)
     expected = {name: {"Z": job.adapter.shapes(*layer_shape(layer))["Z"]} for name, layer in layers.items()}
     layout = server.reply_layout(1)
     assert {name: shapes for name, shapes in layout.items() if name != HEAD} == expected

@@ -20,6 +20,9 @@ from torch import Tensor, nn
 
 from audits.tiny_models import with_biases
 from fedveil.common.adapters import ADAPTERS, Adapter
+from fedveil.common.adapters.attach import attach, read_factors, write_factors
+from fedveil.common.adapters.base import parameters_of
+from fedveil.common.adapters.layers import layers_of
 from fedveil.common.adapters.split import SplitColumns, split_columns
 from fedveil.common.starts import STARTS
 from fedveil.privacy.dpsgd import PrivateSteps
@@ -42,7 +45,7 @@ class World:
 
     def alone(self, factor: str = "B") -> list[ByLayer]:
         """Return each record's gradient of a factor as the model is, by layer: a pass of its own, without hooks."""
-        places = {layer: factors[factor] for layer, factors in self.adapter.parameters(self.model).items()}
+        places = {layer: factors[factor] for layer, factors in parameters_of(self.adapter, self.model).items()}
         passes = (self.losses(self.records[i : i + 1]).sum() for i in range(len(self.records)))
         return [dict(zip(places, torch.autograd.grad(one, list(places.values())), strict=True)) for one in passes]
 
@@ -64,8 +67,8 @@ def world_of(model_folder: Folder, family: str, name: str = "lora-frozen-a") -> 
         base = with_biases(tiny_vit("vit")).eval()
     # The first linear map of the feed-forward part is not square.
     adapter = ADAPTERS[name](RANK, ALPHA, ("q_proj", "fc1"), STARTS["orthonormal"]())
-    images = adapter.attach(base, 1)
-    adapter.write(images, as_trained(adapter.read(images), adapter.trained))
+    images = attach(adapter, base, 1)
+    write_factors(adapter, images, as_trained(read_factors(adapter, images), adapter.trained))
     side = images.config.image_size
     draw = torch.Generator().manual_seed(5)
     pixels = torch.randn(RECORDS, 3, side, side, generator=draw, dtype=torch.float64)
@@ -87,7 +90,7 @@ def largest(gradients: list[ByLayer]) -> float:
 
 def furthest_of_columns(world: World) -> float:
     """Return the largest gap of a record's gradient of the chosen columns from that part of the whole B's."""
-    wanted, layers = world.alone(), list(world.adapter.layers(world.model))
+    wanted, layers = world.alone(), list(layers_of(world.model))
     # Another choice in each layer; the last one rests.
     choices = [torch.tensor(columns) for columns in ([1], [0, 2], [1, 2])]
     chosen = {layer: {"B": choices[i % len(choices)]} for i, layer in enumerate(layers)}
@@ -95,7 +98,7 @@ def furthest_of_columns(world: World) -> float:
     with split_columns(world.adapter, world.model, chosen):
         moving = {
             id(module.weight): (layer, module.columns)
-            for layer, adapted in world.adapter.layers(world.model).items()
+            for layer, adapted in layers_of(world.model).items()
             for module in adapted.modules()
             if isinstance(module, SplitColumns)
         }
@@ -132,7 +135,7 @@ def test_a_factor_whose_turn_it_is_has_the_gradient_that_it_has_beside_the_other
     model_folder: Folder, family: str, name: str
 ) -> None:
     world = world_of(model_folder, family, name)
-    places = world.adapter.parameters(world.model)
+    places = parameters_of(world.adapter, world.model)
     for turn, resting in (("A", "B"), ("B", "A")):
         wanted = world.alone(turn)
         for factors in places.values():

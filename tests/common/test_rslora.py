@@ -17,6 +17,8 @@ from torch import nn
 from transformers import AutoModel
 
 from fedveil.common.adapters import LoRA, LoRAFrozenA
+from fedveil.common.adapters.attach import attach, read_factors
+from fedveil.common.adapters.layers import layers_of
 from fedveil.common.config.sections import SCALES
 from fedveil.common.config.text import parse_settings
 from fedveil.common.errors import ConfigError
@@ -92,11 +94,11 @@ def test_the_export_says_rslora_and_scores_as_the_run(toy_settings: dict[str, An
 def test_stock_peft_computes_with_the_same_scale(model_folder: Any, tmp_path: Path) -> None:
     adapter = LoRA(3, 6.0, ("query",), STARTS["orthonormal"](), scale="sqrt-rank")
     base: nn.Module = AutoModel.from_pretrained(model_folder("bert"))
-    model = adapter.attach(base, 1)
-    adapter.export(model, adapter.read(model), tmp_path, model_folder("bert"))
+    model = attach(adapter, base, 1)
+    adapter.export(model, read_factors(adapter, model), tmp_path, model_folder("bert"))
     stock: Any = PeftModel.from_pretrained(AutoModel.from_pretrained(model_folder("bert")), str(tmp_path))
     for attached in (model, stock):
-        scales = {scale for layer in adapter.layers(attached).values() for scale in layer.scaling.values()}
+        scales = {scale for layer in layers_of(attached).values() for scale in layer.scaling.values()}
         assert scales == {6.0 / math.sqrt(3)} == {adapter.scaling}
 
 

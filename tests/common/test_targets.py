@@ -18,7 +18,8 @@ from torch import nn
 
 from audits.tiny_models import VOCABULARY, tiny_deberta, tiny_model, tiny_tokenizer
 from fedveil.common.adapters import ADAPTERS
-from fedveil.common.adapters.base import target_shapes
+from fedveil.common.adapters.attach import attach, read_factors, target_shapes
+from fedveil.common.adapters.layers import layers_of
 from fedveil.common.adapters.targets import KINDS, auto_targets, linear_targets, targets_in, value_targets
 from fedveil.common.config.fields import TARGET_KINDS
 from fedveil.common.errors import ConfigError, ModelError
@@ -68,11 +69,11 @@ def test_auto_adapts_queries_and_values_in_each_layer(family: str, tmp_path: Pat
     base = make()
     assert auto_targets(base) == wanted
     adapter = ADAPTERS["lora"](2, 2.0, ("auto",), STARTS["orthonormal"]())
-    model = adapter.attach(base, 1)
-    layers = adapter.layers(model)
+    model = attach(adapter, base, 1)
+    layers = layers_of(model)
     assert {name.rpartition(".")[2] for name in layers} == set(wanted)
     assert len(layers) == 2 * len(wanted), "a layer of the two is not adapted, or one is that is no layer's"
-    adapter.export(model, adapter.read(model), tmp_path, "base")
+    adapter.export(model, read_factors(adapter, model), tmp_path, "base")
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     assert sorted(written["target_modules"]) == sorted(wanted), "a stock reader would look for layers called auto"
     assert len(ADAPTERS["lora"](2, 2.0, wanted).layers(PeftModel.from_pretrained(make(), str(tmp_path)))) == len(layers)
@@ -123,7 +124,7 @@ def test_auto_starts_bit_for_bit_where_the_names_do() -> None:
     states = []
     for targets in (("auto",), ("query", "value")):
         adapter = ADAPTERS["lora"](2, 2.0, targets, STARTS["orthonormal"]())
-        states.append(adapter.read(adapter.attach(tiny_model("bert"), 1)))
+        states.append(read_factors(adapter, attach(adapter, tiny_model("bert"), 1)))
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(t, states[1][layer][f]) for layer, factors in states[0].items() for f, t in factors.items())
 
@@ -193,9 +194,9 @@ def test_all_linear_adapts_every_linear_layer_of_the_blocks_and_no_other(family:
     assert bool(outside) == (family in OUTSIDE)
     adapter = ADAPTERS["lora"](1, 2.0, ("all-linear",), STARTS["orthonormal"]())
     assert len(target_shapes(base, ("all-linear",))) == len(linear - outside)
-    model = adapter.attach(base, 1)
-    assert set(adapter.layers(model)) == linear - outside
-    adapter.export(model, adapter.read(model), tmp_path, "base")
+    model = attach(adapter, base, 1)
+    assert set(layers_of(model)) == linear - outside
+    adapter.export(model, read_factors(adapter, model), tmp_path, "base")
     named = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
     stock = ADAPTERS["lora"](1, 2.0, tuple(named), STARTS["orthonormal"]())
     assert set(stock.layers(PeftModel.from_pretrained(make(), str(tmp_path)))) == linear - outside
@@ -209,14 +210,14 @@ def test_a_stock_model_with_a_pooler_has_no_adapter_in_it(kind: str, tmp_path: P
             getattr(transformers, f"{kind}Config")(**TEXT), add_pooling_layer=False
         )
     adapter = ADAPTERS["lora"](1, 2.0, ("all-linear",), STARTS["orthonormal"]())
-    model = adapter.attach(base, 1)
-    adapter.export(model, adapter.read(model), tmp_path, "base")
+    model = attach(adapter, base, 1)
+    adapter.export(model, read_factors(adapter, model), tmp_path, "base")
     stock = random_model(kind, **TEXT)
     assert any(name == "pooler.dense" for name, _ in stock.named_modules())
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         loaded = PeftModel.from_pretrained(stock, str(tmp_path))
-    assert set(adapter.layers(loaded)) == set(adapter.layers(model))
+    assert set(layers_of(loaded)) == set(layers_of(model))
     assert not [str(warning.message) for warning in told if "missing" in str(warning.message)]
 
 

@@ -33,6 +33,8 @@ from audits.noise_law import NOISY, noise_faults, noise_only
 from audits.sensitivity import sensitivity, with_one_long_record
 from audits.site_rounds import Round, SiteRounds
 from audits.worlds import Gradient, Losses, Recorder, World, alone, flat, fresh_world, norm, plan, released
+from fedveil.common.adapters.base import factors_of
+from fedveil.common.adapters.layers import layers_of
 from fedveil.common.model.batching import length_batches
 from fedveil.privacy import dpsgd
 from fedveil.privacy.dpsgd import PrivateSteps
@@ -117,8 +119,8 @@ def test_an_sgd_step_is_the_jointly_clipped_sum_over_the_public_divisor(
 def test_the_clip_is_of_the_gradient_behind_the_public_metric(model_folder: Callable[[str], str]) -> None:
     """The fault: the gradient is clipped first and mapped then, so that a step is not as long as the clip allows."""
     world = fresh_world(model_folder("bert"), "bert", "lora-metric", "frozen")
-    layers = world.model.adapter.layers(world.model.module)
-    V = [world.model.adapter.factors_of(layer)["V"].double() for layer in layers.values()]
+    layers = layers_of(world.model.module)
+    V = [factors_of(world.model.adapter, layer)["V"].double() for layer in layers.values()]
     gradients = [alone(world, record) for record in world.records]
     # Behind the map a gradient has nothing left of length in the directions of V but what 1 - 0.9² leaves.
     for gradient in gradients:

@@ -270,7 +270,7 @@ def test_every_strategy_lowers_the_loss_under_the_servers_adam(toy_settings: dic
             "training.learning-rate": 1.0,
             "training.local-steps": 1,
         }
-        if "server.optimizer" in kind.requires:
+        if "server.optimizer" in kind.facts.requires:
             with pytest.raises(ConfigError, match=r"set server\.optimizer to 'none', or"):
                 configure(settings)
             continue

@@ -13,6 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from audits.tiny_models import TARGETS
 from fedveil.common.adapters import LoRAFrozenA
+from fedveil.common.adapters.attach import attach, read_factors
 from fedveil.common.config.sections import HeadConfig
 from fedveil.common.messages.tensors import start_fingerprint
 from fedveil.common.model.base import load_base_model
@@ -53,7 +54,8 @@ def test_the_mean_of_the_products_is_the_product_of_the_mean(count: int, seed: i
 
 def start_of(folder: str, init: str, seed: int) -> str:
     adapter = LoRAFrozenA(3, 6.0, ("query", "dense"), STARTS[init]())
-    return start_fingerprint(adapter.read(adapter.attach(load_base_model(folder, "classification").module, seed)))
+    model = attach(adapter, load_base_model(folder, "classification").module, seed)
+    return start_fingerprint(read_factors(adapter, model))
 
 
 @pytest.mark.parametrize("init", ["kaiming", "orthonormal"])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from audits.tiny_models import BAD, FILLER, GOOD, TARGETS, write_reviews
-from fedveil.common.adapters.base import base_weight
+from fedveil.common.adapters.layers import base_weight, layers_of
 from fedveil.common.config.sections import Columns, DataConfig
 from fedveil.common.data.sources import is_paired
 from fedveil.common.messages.state import AdapterState
@@ -80,7 +80,7 @@ def output_energy(model: FederatedModel, records: list[Record], state: AdapterSt
 
     Slowly, in float64: the singular values of all of them side by side.
     """
-    layers, held = model.adapter.layers(model.peft_model), {}
+    layers, held = layers_of(model.peft_model), {}
     stacks: dict[str, list[Tensor]] = {name: [] for name in layers}
     model.module.eval()
     with open_weights(model) as weights:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from audits.tiny_models import TARGETS, write_reviews
 from fedveil.common.adapters import ADAPTERS
+from fedveil.common.adapters.base import parameters_of
 from fedveil.common.adapters.lora_metric import SHRUNK, in_weights, shrunk
 from fedveil.common.config.sections import HeadConfig
 from fedveil.common.errors import ConfigError, ModelError
@@ -158,7 +159,7 @@ def test_public_gradients_have_the_stated_length_in_each_layer_alike(
     for record in texts:
         model.module.zero_grad()
         model.losses(model.batch([record])).sum().backward()
-        for layer, factors in model.adapter.parameters(model.peft_model).items():
+        for layer, factors in parameters_of(model.adapter, model.peft_model).items():
             squares[layer] = squares.get(layer, 0.0) + factors["A"].grad.double().square().sum(1) / len(texts)
     # Each row of A belongs to a column of B. One that the tiny model hardly has a gradient in is not blown up to it.
     wanted = (0.5 / 0.25) ** 2 / len(squares) / 2

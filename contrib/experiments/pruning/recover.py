@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from fedveil.common.adapters.base import PEFT_PREFIX
+from fedveil.common.adapters.layers import PEFT_PREFIX
 from fedveil.common.errors import DataError, ModelError
 from fedveil.common.files import with_usual_mode
 from fedveil.common.model.base import load_base_model

@@ -1,0 +1,79 @@
+"""A trained adapter in the files that stock PEFT loads."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fedveil.common.adapters.layers import ADAPTER_NAME, PEFT_PREFIX, layers_of
+from fedveil.common.config.fields import TARGET_KINDS
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+
+    from fedveil.common.adapters.base import Adapter
+
+
+def write_stock(
+    adapter: Adapter,
+    model: PeftModel,
+    layers: Mapping[str, Mapping[str, Tensor]],
+    folder: Path,
+    base_name: str,
+    *,
+    shared: Mapping[str, Tensor] | None = None,
+    ranks: Mapping[str, int] | None = None,
+) -> None:
+    """Write a stock PEFT adapter: ``adapter_config.json`` and ``adapter_model.safetensors`` (float32).
+
+    Args:
+        adapter: of the configuration.
+        model: with an adapter in it.
+        layers: for each layer that is exported, its tensors by their names in PEFT.
+        folder: made if it is missing.
+        base_name: of the base model.
+        shared: tensors that all layers use, by their names in PEFT.
+        ranks: of LoRA's layers, where they differ from the adapter's.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    adapted = layers_of(model)
+    tensors = {
+        f"{PEFT_PREFIX}{layer}.{suffix}": tensor.float().contiguous()
+        for layer, parts in layers.items()
+        for suffix, tensor in parts.items()
+    }
+    for suffix, tensor in (shared or {}).items():
+        # PEFT writes what layers share beside each of them as well, and warns where a copy is missing.
+        for owner in ("base_model", *(f"{PEFT_PREFIX}{name}" for name in adapted)):
+            tensors[f"{owner}.{suffix}"] = tensor.float().clone()
+    injected = model.peft_config[ADAPTER_NAME]
+    if len(layers) < len(adapted):
+        # PEFT refuses a layer of rank 0, so the others are named in full.
+        adapter = replace(adapter, target_modules=tuple(sorted(layers)))
+    elif adapter.target_modules[0] in TARGET_KINDS:
+        # A stock reader gets the names that a word such as ``auto`` stood for.
+        found = sorted(cast("LoraConfig", injected).target_modules or ())
+        adapter = replace(adapter, target_modules=tuple(found))
+    config = adapter.peft_config(fan_in_fan_out=getattr(injected, "fan_in_fan_out", False))
+    config.base_model_name_or_path = base_name
+    config.inference_mode = True
+    if ranks:
+        lora = cast("LoraConfig", config)
+        # PEFT takes the keys for regular expressions.
+        lora.rank_pattern = {re.escape(name): rank for name, rank in ranks.items()}
+        lora.alpha_pattern = {re.escape(name): alpha_at(adapter, rank) for name, rank in ranks.items()}
+    config.task_type = injected.task_type
+    config.save_pretrained(str(folder))
+    save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+
+
+def alpha_at(adapter: Adapter, rank: int) -> float:
+    """Return the alpha at which an adapter of another rank has the same factor in front of the product."""
+    return adapter.scaling * (math.sqrt(rank) if adapter.scale == "sqrt-rank" else rank)
