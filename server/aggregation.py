@@ -12,7 +12,7 @@ scaled down to that (norm clipping; Sun et al. 2019, "Can you really backdoor fe
 learning?"). Norms are of what was noised at the sites, so both are free under privacy. Of all updates' weighted
 lengths one site is then at most ``longest p / (longest p + 1 - p)``, where the others are as long as the middle one.
 
-Two sites have no middle, and nobody can say which of them lies. No share is then above ``(1 + max-share) / 2``:
+Two sites have no middle, and the server cannot say which of them lies. No share is then above ``(1 + max-share) / 2``:
 half of what is free above ``max-share`` is left to an honest pair whose sizes differ. No update is longer than
 ``longest`` times what an honest one can be by the settings, where they bound it.
 
@@ -43,7 +43,7 @@ log = logging.getLogger("fedveil.server")
 ENOUGH = 3
 """Sites that a middle needs."""
 WORTH_TELLING = 1.2
-"""How many times what it would be by size the noise of an average is, at least, before anybody is told."""
+"""How many times what it would be by size the noise of an average is, at least, before a line says so."""
 
 
 def contributions(job: Job, results: Sequence[TrainResult], state: ServerState) -> list[Contribution]:
@@ -120,7 +120,7 @@ it would be by size: set max-share = 1.0 if the sites' sizes can be believed"
 
 
 def most_of(sites: int, max_share: float) -> float:
-    """Return the largest share of the average that one of so many sites may be.
+    """Return the largest share of the average that one of ``sites`` may be.
 
     >>> [most_of(sites, 0.5) for sites in (1, 2, 3)]
     [1.0, 0.75, 0.5]

@@ -83,7 +83,7 @@ class ServerModel:
         return self.job.origin.complete(self.model, self.job.config, self._labels(), statistic)
 
     def around_head(self, state: ServerState) -> ServerState:
-        """Return the state with the frozen factors that the run's start has anew, by the head as it is now.
+        """Return the state with the frozen factors that the run's start makes around the head as it is now.
 
         They follow from the state and public text, so the same come of it again. The adapter has not moved yet: it adds
         nothing, before and after.
@@ -134,7 +134,7 @@ def rule_statistic(job: Job, model: FederatedModel, state: ServerState) -> Adapt
     Args:
         job: the run.
         model: the run's, whatever was written into it.
-        state: any of the run's: the factors that no site trains are those of its start, or made anew after the head's
+        state: any of the run's: the factors that no site trains are those of its start, or made again after the head's
             rounds.
 
     Raises:

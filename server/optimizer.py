@@ -7,9 +7,9 @@ divides by it, instead of every site's Adam scaling its own noise up to full ste
 
 It sees averages of noised contributions only: post-processing, at no privacy cost. Moments are
 kept per coordinate and each layer counts its own steps: a strategy that writes a layer's factors in other
-coordinates drops what belongs to the old ones (``settle``), and that layer begins anew.
+coordinates drops what belongs to the old ones (``settle``), and that layer starts without moments.
 
-Where sites train columns of a factor, each column counts its own steps, and one that nobody trained rests: neither it
+Where sites train columns of a factor, each column counts its own steps, and one that no site trained stays: neither it
 nor its moments change. Its first moment would move it on otherwise, and under privacy most of that is noise. Adam
 divides out how large a change is, and with that the weight of the sites that trained a column. So a column's step is
 multiplied by their share of all weight: what few sites train moves as they weigh, as in the plain mean.
@@ -112,7 +112,7 @@ def _clocks(before: ServerState, averaged: ServerState) -> AdapterState:
 
 
 def _seen(beta: float, t: int, clock: Tensor | None) -> float | Tensor:
-    """Return ``1 - β^t``, of each column by its own clock where there are clocks; a column without a step rests."""
+    """Return ``1 - β^t``, of each column by its own clock where there are clocks; a column without a step stays."""
     if clock is None:
         return 1 - beta**t
     return torch.tensor([1 - beta ** max(1, int(own)) for own in clock.tolist()], dtype=torch.float64)
@@ -131,8 +131,8 @@ def _rests(config: RunConfig, number: int, layer: str) -> bool:
 def _changes(config: RunConfig, before: ServerState, averaged: ServerState) -> AdapterState:
     """Return ``before - averaged`` of every tensor that sites train; a layer without one is left out.
 
-    So is an adapter that rests: a step of its moments would move it from where the head is refitted to. So is a head
-    that was fitted before the adapter, and rests beside it.
+    So is an adapter or a head that the round does not train: a step of its moments would move it from where the other
+    was fitted to it.
     """
     changes, number = subtract(before.adapter, averaged.adapter), before.round_number + 1
     whole = {layer: change for layer, change in changes.items() if not _rests(config, number, layer)}
@@ -141,7 +141,7 @@ def _changes(config: RunConfig, before: ServerState, averaged: ServerState) -> A
 
 
 def _heavy_ball(config: RunConfig, before: ServerState, averaged: ServerState) -> ServerState:
-    """Return the state after ``v ← μ v + g``, ``x ← x - η v``; all else as of ``server_step``.
+    """Return the state after ``v ← μ v + g``, ``x ← x - η v``; all else as in ``server_step``.
 
     It keeps the metric in which the gradient was clipped and noised, where Adam would put one of its own in its place.
     """

@@ -39,7 +39,7 @@ def ruled_step(
 ) -> ServerState:
     """Return the state after the server's step, as ``server_step``, with the run's rule before and behind it.
 
-    The head and what sites do not train are as without a rule, and so is all of a round in which the adapter rests.
+    The head and what sites do not train are as without a rule, and so is a round that does not train the adapter.
     Computed in float64; the result has the adapter's dtype.
 
     Args:

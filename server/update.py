@@ -34,8 +34,8 @@ class ServerUpdate:
     def prepare(self, state: ServerState) -> ServerState:
         """Return the state with what the start has of the head, after the head's own rounds.
 
-        The paid round is saved before it, so that a text that cannot be read costs nobody that round again. It is saved
-        before it is sent: another machine would make it anew to the last bit but one, and sites would pay again.
+        The paid round is saved before it, so that no site pays again where a text cannot be read. The state is saved
+        before it is sent: another machine would make it equal to the last bit but one, and sites would pay again.
         """
         if 0 < state.round_number == self._job.starts_after and not self._renewed:
             state = self._model.around_head(state)

@@ -21,7 +21,7 @@ def watched(job: Job, step: ServerStep, weight: Callable[[str], Tensor], noise: 
         job: the run.
         step: the server's.
         weight: returns W0 of a layer, shape (out, in).
-        noise: standard deviation of the noise on one number of the averaged change; 0: there is none.
+        noise: standard deviation of the noise on one number of the averaged change; 0 without noise.
     """
 
     def taken(before: ServerState, averaged: ServerState) -> ServerState:

@@ -88,7 +88,7 @@ class FedSVD(Average):
         """Return the state re-factorised when it is due: A and M turn with B.
 
         The server optimiser's moments of B do not: a second moment per coordinate says nothing about the
-        coordinates that B is turned to, so it begins anew for these layers.
+        coordinates that B is turned to, so these layers start without moments.
         """
         if state.round_number <= self.warmup or (state.round_number - self.warmup) % self.period:
             return state

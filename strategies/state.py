@@ -15,14 +15,14 @@ class Moments:
     first: AdapterState = field(default_factory=dict)
     """Running mean of the gradient, float64, of the shape of the tensor it belongs to."""
     second: AdapterState = field(default_factory=dict)
-    """Running mean of the gradient's square, alike."""
+    """Running mean of the gradient's square, of the same shape."""
     steps: Mapping[str, int] = field(default_factory=dict)
     """Steps since a layer's moments began."""
     clocks: AdapterState = field(default_factory=dict)
     """The same of every column of a tensor that is trained by columns, shape (rank,), float64."""
 
     def without(self, layers: Collection[str]) -> Moments:
-        """Return the moments of all other layers: for these Adam begins anew."""
+        """Return the moments of all other layers: these start without moments."""
 
         def kept(state: AdapterState) -> AdapterState:
             return {layer: factors for layer, factors in state.items() if layer not in layers}
@@ -46,8 +46,8 @@ class ServerState:
     optimizer: Moments = field(default_factory=Moments)
     """What the server's optimiser needs."""
     active: AdapterState = field(default_factory=dict)
-    """Of a state just averaged, the share of the weight of each column of a tensor that the sites have which trained
-    it, float64, shape (rank,). One of share 0 rests: the server's step leaves it and its moments as they are. A tensor
+    """Of a state just averaged, the share of the weight of the sites that trained each column of a tensor, float64,
+    shape (rank,). A column of share 0 is inactive: the server's step leaves it and its moments as they are. A tensor
     that is not in it is trained whole, by all."""
 
     def trains(self, layer: str, name: str) -> bool:
@@ -70,6 +70,6 @@ class Contribution:
     rank: int = 0
     """How many columns the site has declared that it trains; 0: the run's strategy does not ask."""
     noise: float | None = None
-    """Standard deviation of the noise on one number of an adapted layer, as far as it is known; 0: there is none."""
+    """Standard deviation of the noise on one number of an adapted layer, as far as it is known; 0 without noise."""
     factor: float = 1.0
     """What the change that the site sent was multiplied by, because it was longer than is likely; 1: it is as sent."""

@@ -1,6 +1,6 @@
 """Systems of the field that are other rows put together: what to write for each.
 
-Their names are not rows, so a run that asks for one as its adapter is told its settings.
+Their names are not rows, so a run that names one as its adapter is refused with its settings.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 ADAPTERS: Table[type[Adapter]] = Table("adapters", (LoRA, LoRAFrozenA, LoRAMetric, LoRASB, NoAdapter))
 ALIASES = {"ffa-lora": "lora-frozen-a"}
-"""Other names that ``adapter.name`` takes, and the adapter that each stands for."""
+"""Other names that ``adapter.name`` takes, and the adapter that each means."""
 
 
 def build_adapter(name: str, config: AdapterConfig, origin: Origin) -> Adapter:

@@ -124,7 +124,7 @@ def write_factors(adapter: Adapter, model: nn.Module, state: AdapterState) -> No
 
 @contextmanager
 def pefts_old_names() -> Iterator[None]:
-    """Hide what PEFT is warned of for using an old name of transformers: nobody here can change it."""
+    """Hide what PEFT is warned of for using an old name of transformers, which we cannot change."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
         yield

@@ -77,7 +77,7 @@ class Traits:
     scales: tuple[str, ...] = ("rank", "sqrt-rank")
     """The values that ``scale`` may have."""
     free_scale: FreeScale | str = "has no frozen factor that is free in length"
-    """Or why there is none, as the end of a sentence about the adapter."""
+    """Or the reason why the length is fixed, as the end of a sentence about the adapter."""
     ones: tuple[str, ...] = ()
     """Frozen factors that multiply or divide the change, in place of which a rehearsal puts 1. Numbers around 0 would
     make the outputs of a deep model overflow."""

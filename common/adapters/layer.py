@@ -29,7 +29,7 @@ class AdaptedLinear(nn.Module, LoraLayer):
     Args:
         base_layer: an ``nn.Linear`` or GPT-2's transposed ``Conv1D``.
         adapter_name: the adapter's name in PEFT.
-        others: what PEFT's own layer would be told; the adapter says it.
+        others: settings of PEFT's own layer, in place of which the adapter has its own.
 
     Raises:
         ModelError: the base layer is of another type.

@@ -25,7 +25,7 @@ BLOCK = 64
 
 
 class LowBits(nn.Linear, ABC):
-    """A linear layer without a gradient of its own; ``weight`` is made of its bits anew whenever it is read.
+    """A linear layer without a gradient of its own; reading ``weight`` computes it from the bits.
 
     Args:
         linear: the layer in full, on any device; only its bias is kept.
@@ -123,7 +123,7 @@ LOW_BITS: dict[str, type[LowBits]] = {kind.bits: kind for kind in (EightBits, Fo
 
 
 class _Product(torch.autograd.Function):
-    """``x Wᵀ`` of a weight that is made anew for the backward pass in place of being kept for it."""
+    """``x Wᵀ`` of a weight that the backward pass computes again in place of keeping it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: LowBits) -> Tensor:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LowRank(Adapter):
-    """A parameterisation whose branch is ``s B(A(x))`` of PEFT's layer, with whatever stands in place of A or B."""
+    """A parameterisation whose branch is ``s B(A(x))`` of PEFT's layer, with any modules in place of A and B."""
 
     @abstractmethod
     def factor_modules(self, layer: LoraLayer) -> dict[str, nn.Module]:

@@ -52,7 +52,7 @@ class Mapped(Adapter):
             inputs: ``x``, shape (..., in).
             projected: ``W0 x``, without bias, shape (..., out).
             base_weight: W0, shape (out, in), detached, perhaps in the precision of the pass.
-            scale: stands for ``scaling``; a rehearsal puts 1 in its place, so the map must take it from here.
+            scale: ``scaling``, or 1 in a rehearsal, so the map must take it from here.
         """
 
     def gradients(
@@ -74,8 +74,8 @@ class Mapped(Adapter):
             inputs: ``x``, shape (records, ..., in), in the factors' dtype, as the next two.
             projected: ``W0 x``, without bias, shape (records, ..., out).
             upstream: gradient of the loss with respect to the change, shape (records, ..., out).
-            base_weight: as of ``change``.
-            scale: as of ``change``.
+            base_weight: as in ``change``.
+            scale: as in ``change``.
         """
 
         def of_record(inputs: Tensor, projected: Tensor, upstream: Tensor) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ ALL_LINEAR = "all-linear"
 STOCK = ("pooler.dense",)
 """Layers that a stock model has and ours may have been loaded without: an export names none of them."""
 QUERY, KEY, VALUE = ({"q", "query", "wq"}, {"k", "key", "wk"}, {"v", "value", "wv"})
-"""Words of which one stands in the name of a layer that makes a token's query, key or value."""
+"""Words of which the name of a layer has one that makes a token's query, key or value."""
 FUSED = {"qkv", "wqkv", "c_attn", "in_proj", "query_key_value"}
 """Of a layer that makes all three at once: a word of its name, or the whole of it."""
 MOST_NAMES = 12
@@ -30,7 +30,7 @@ MOST_NAMES = 12
 
 
 def targets_in(base: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
-    """Return the names of the layers to adapt in a model: ``names``, or what a word stands for there.
+    """Return the names of the layers to adapt in a model: ``names``, or what a word means there.
 
     Raises:
         ModelError: no layer has such a name, or no attention or block is found; the message names what would fit.
@@ -79,7 +79,7 @@ def auto_targets(base: nn.Module) -> tuple[str, ...]:
 
 
 def value_targets(base: nn.Module) -> tuple[str, ...]:
-    """Return the names of those layers of ``auto_targets`` that make values; errors as of it.
+    """Return the names of those layers of ``auto_targets`` that make values; it raises the same errors.
 
     Where one layer makes queries, keys and values at once, it is that.
     """

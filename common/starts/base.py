@@ -76,14 +76,14 @@ class Start(ABC):
     """Those of them that a statistic says nothing of: they stay as ``factors`` has them. An adapter that begins with
     these alone is refused, because round 0 would be for nothing."""
     opens_weights: ClassVar[bool] = False
-    """Whether it is made from a gradient of the adapted layers' own weights, by whoever is asked."""
+    """Whether it is made from a gradient of the adapted layers' own weights, at the server or the sites."""
 
     def __post_init__(self) -> None:
         check_fields(self, "start.")
 
     @property
     def asked(self) -> Asked:
-        """Who is asked for a statistic in round 0; ``nobody``: there is no round 0."""
+        """The party that computes a statistic in round 0, or ``nobody`` without a round 0."""
         return _ASKED[self.needs]
 
     def check(self, config: RunConfig, adapter: type[Adapter]) -> None:
@@ -133,7 +133,7 @@ class Start(ABC):
         """Server: refuse public text that is not public to this run; return what there is to say of it, in words.
 
         Raises:
-            DataError: it stands among the run's records, or cannot be read.
+            DataError: it is among the run's records, or cannot be read.
         """
         del config
         return ""
@@ -156,7 +156,7 @@ class Start(ABC):
         raise self._asks_nobody()
 
     def from_statistic(self, statistic: Factors, rank: int) -> Factors:
-        """Server: return ``A`` and ``B`` from one layer's mean statistic, as of ``factors``, and ``R`` if it moves W.
+        """Server: return ``A`` and ``B`` from one layer's mean statistic, as ``factors`` does, and ``R`` if it moves W.
 
         Directions that are ``from_seed`` are not among them.
         """
@@ -177,9 +177,9 @@ class Start(ABC):
         return statistic
 
     def around_head(self, model: FederatedModel, config: RunConfig, labels: Labels) -> AdapterState:
-        """Server: return the statistic anew by the model as it is, where the head was fitted before the adapter.
+        """Server: return the statistic by the model as it is, where the head was fitted before the adapter.
 
-        Empty: factors stay where they began. Arguments and errors as of ``from_public``.
+        Empty: factors stay where they began. Arguments and errors as in ``from_public``.
         """
         del model, config, labels
         return {}
@@ -252,7 +252,7 @@ class PaidStart(Start):
         """
 
     def found(self, statistic: AdapterState, rank: int, noise: float) -> str:
-        """Server: return what of the sites' mean statistic stands out of its noise, in words; empty: nothing is said.
+        """Server: return what of the sites' mean statistic is above its noise, in words; empty: nothing is said.
 
         Args:
             statistic: what ``privatise`` gave, averaged.

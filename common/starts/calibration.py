@@ -1,7 +1,7 @@
 """The length of a frozen factor at which records' gradients are as long as with random orthonormal directions.
 
 One clip covers the adapter and the head: a start whose A makes the adapter's gradients longer takes from the head what
-the clip leaves it. Where the factor that is trained stands in a product with frozen ones, only the product of these and
+the clip leaves it. Where the trained factor is multiplied by frozen ones, only the product of these and
 the scale matters (``FreeScale``: A where B or a diagonal is trained, B where A is), so a frozen one is scaled
 and the scale stays 1. ``lora-increments`` trains both factors: there the length of neither is the scale, which is a
 number of its own before the whole change. Other adapters have none that a start may choose, and say why.

@@ -3,7 +3,7 @@
 A record adds its features and ``COUNT`` to the sums of its label: one vector, clipped as a whole, so that adding or
 removing a record moves all sums and counts together by one clip norm at most. It is also the gradient of a linear map
 of the features, so a site clips, sums and noises it by the steps that it trains by. Sums and counts add up, so the
-sites' mean is that of all their records. A trap in the price: whoever divides noised sums by exact counts has released
+sites' mean is that of all their records. A trap in the price: dividing noised sums by exact counts would release
 the counts for nothing, so these are in the clip and in the noise.
 
 What the server makes of it costs nothing more. The mean of all features is the centre of the head's map

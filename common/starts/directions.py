@@ -46,7 +46,7 @@ def minor_rows(matrix: Tensor, rank: int) -> Tensor:
 
     The smallest first, signs fixed. Where the matrix has more columns than rows it reaches none of a whole space of
     directions, which has no basis of its own: they are then what is left of the unit vectors, in order, which server
-    and sites compute alike.
+    and sites compute the same.
     """
     out, into = matrix.shape
     left = into - min(out, into)

@@ -33,12 +33,12 @@ class FromText(Start):
 
     needs: ClassVar[Needs] = "public records"
     suits: ClassVar[str] = PACKAGED
-    """What ``auto`` stands for."""
+    """The value of ``auto``."""
 
     text: str = "auto"
     """The public text: ``phrases`` or ``prose``, which come with FedVeil, ``made-up`` (words drawn from the model's
     vocabulary, or textures where records are images), the name of a data set, of which the sentences are taken, or a
-    file of the server's, one text a line; ``auto``: what suits the start. A text that stands among the run's own
+    file of the server's, one text a line; ``auto``: what suits the start. A text that is among the run's own
     records is refused."""
     text_sha256: Annotated[str, Digits(64, "sha256sum")] = ""
     """SHA-256 of a file's bytes; of a data set's sentences where FedVeil does not know it."""
@@ -75,7 +75,7 @@ class FromText(Start):
         return "" if found.text == MADE_UP else found.text_sha256
 
     def check_public(self, config: RunConfig) -> str:
-        """Refuse a text that stands among the run's records, and say what it was compared with."""
+        """Refuse a text that is among the run's records, and say what it was compared with."""
         found = self.resolved()
         if found.text in OF_NO_ONE:
             return ""
@@ -103,7 +103,7 @@ class FromText(Start):
         )
 
     def pairs(self, model: FederatedModel, labels: Sequence[int]) -> list[Record]:
-        """Return each text with the next one as a pair, of its label; errors as of ``texts``.
+        """Return each text with the next one as a pair, of its label; errors as in ``texts``.
 
         Made-up ones are words as the tokenizer spells its tokens, so that a pair is put together as any other.
         """
@@ -118,7 +118,7 @@ class FromText(Start):
         return model.prepare([replace(wording_of(model.task).pair(a, b), label=label) for a, b, label in both])
 
     def completions(self, model: FederatedModel) -> list[Record]:
-        """Return the texts as prompts and completions; errors as of ``texts``."""
+        """Return the texts as prompts and completions; errors as in ``texts``."""
         text = self.resolved().text
         if text == MADE_UP:
             return self.texts(model)

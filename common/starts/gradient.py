@@ -31,7 +31,7 @@ BATCH_TOKENS = 1024
 """Tokens of one forward pass, which is one batch of the run: small parts cost it little time."""
 BATCH_BYTES = 2**30
 """Of the records' gradients of one such pass. A record's is as large as the adapted layers (RoBERTa-large, query and
-value: 201 MB), however short it is; a site that runs out of memory has paid, and pays again when it is asked again."""
+value: 201 MB), however short it is; a site that runs out of memory has paid, and pays again in the next attempt."""
 
 
 def initial_shapes(model: FederatedModel) -> Shapes:

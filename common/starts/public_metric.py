@@ -112,9 +112,9 @@ class PublicMetric(FromText):
     def from_public(self, model: FederatedModel, config: RunConfig, labels: Labels) -> AdapterState:
         """Return B and V of every adapted layer, B scaled.
 
-        Where the head has rounds of its own first, they are made anew after these. Made now as well, they show what is
+        Where the head has rounds of its own first, they are made again after these. Made now as well, they show what is
         wrong with the text before a site has paid. A head that is the same for all labels shows nothing, so a drawn one
-        stands in for what it will be.
+        takes its place.
         """
         model.write(model.start)
         if config.schedule.adapter_waits and _silent(model):

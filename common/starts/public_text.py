@@ -3,8 +3,8 @@
 No site ever opens a file or a data set that a run's settings name as public text. It knows the text by its fingerprint,
 which is part of the settings and of what a task must agree with. Of a data set the sentences alone are read, no label.
 
-Public text is nobody's record. Nobody can see that in a text, so the coordinator declares it. What can be seen is asked
-of every run: that the text is no data set of the run's own, and that none of it stands among the test records, nor
+Public text is no person's record. The text alone does not show that, so the coordinator declares it. What can be
+checked is checked in every run: the text is no data set of the run's own, and none of it is among the test records, nor
 among those that the run's ``data.name`` holds (``common.data.sentences.traces``).
 """
 
@@ -31,7 +31,7 @@ OWN_PROSE = "prose"
 SHIPPED = (PACKAGED, OWN_PROSE)
 """The texts that come with FedVeil."""
 MADE_UP = "made-up"
-"""What it calls words drawn from the base model's vocabulary, or textures where records are images: nobody's."""
+"""What it calls words drawn from the base model's vocabulary, or textures where records are images: no person's."""
 OF_NO_ONE = (*SHIPPED, MADE_UP)
 """Texts that are in no source of records."""
 
@@ -42,7 +42,7 @@ def shipped(source: str) -> tuple[str, ...]:
 
 
 def known_sha256(source: str) -> str:
-    """Return the SHA-256 of a text that FedVeil knows, in hexadecimal; empty: whoever names it has to say it."""
+    """Return the SHA-256 of a text that FedVeil knows, in hexadecimal; empty: the setting must give it."""
     if source == OWN_PROSE:
         return prose.SHA256
     if source == PACKAGED:
@@ -55,7 +55,7 @@ def check_named(source: str, sha256: str, data: DataConfig) -> None:
 
     Args:
         source: the setting ``start.text``.
-        sha256: its fingerprint; empty: there is none.
+        sha256: its fingerprint; empty: it has none.
         data: the run's records.
     """
     for key, name in (("data.name", data.name), ("data.test", data.test)):
@@ -146,7 +146,7 @@ def as_file(texts: Sequence[str]) -> bytes:
 
 
 def check_apart(source: str, texts: Sequence[str], data: DataConfig, task: str, setting: str = "start.text") -> str:
-    """Refuse public text that stands among a run's records; return in words what it was compared with.
+    """Refuse public text that is among a run's records; return in words what it was compared with.
 
     In a simulation the sites' records are those of ``data.name``, and so are a deployed site's that plays a part of it.
     What a site brings itself no server sees: there the text is public because the coordinator says so.
@@ -159,7 +159,7 @@ def check_apart(source: str, texts: Sequence[str], data: DataConfig, task: str, 
         setting: by which ``source`` was named.
 
     Raises:
-        DataError: some of the text stands in the public test part, or in ``data.name``; or no test record can be read.
+        DataError: some of the text is in the public test part, or in ``data.name``; or no test record can be read.
     """
     named = f"{setting} {source!r}"
     if setting == "start.text" and source in DATASETS:

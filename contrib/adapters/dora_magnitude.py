@@ -1,7 +1,7 @@
 """DoRA's magnitudes alone: W = diag(mu / c) W0 with c the norms of W0's rows (Liu et al. 2024, arXiv 2402.09353).
 
 The directions stay those of the base, so c does not move, and the weights are linear in mu: averages are exact. The
-authors' code trains mu alone in the layers that it is told to (``Wdecompose_target_modules``). It holds of a gradient
+authors' code trains mu alone in the layers that are named (``Wdecompose_target_modules``). It holds of a gradient
 what any subspace of m directions holds, and a layer sends m numbers.
 
 Stock PEFT loads it as a DoRA of rank 1 whose factors are 0.

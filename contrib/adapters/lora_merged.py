@@ -1,7 +1,7 @@
 """LoRA beside what a server has merged: W = W0 + s (D + B A), A and B trained, D frozen and as large as the weight.
 
 The base model stays what it is, to the last bit, so that its fingerprint does. What FedEx-LoRA and FLoRA write into
-the base weights stands in D, which begins at 0. For a site D is one constant, so that the gradients of A and B are
+the base weights is in D, which begins at 0. For a site D is one constant, so that the gradients of A and B are
 those of LoRA on a base with D in it. D travels in every round, because a site may have missed any: m n numbers.
 
 Stock PEFT gets one LoRA pair a layer for D and B A together, of the rank that the largest of them has.

@@ -3,7 +3,7 @@
 DyLoRA (Valipour et al. 2023, arXiv 2210.07558) draws one rank a step, and its released scripts then train the last
 column alone. A private run has few steps, so that it would see few ranks, and would pay a whole step for one column.
 Here each record has a rank of its own, the same in all layers and in every pass: it follows from the record's own
-inputs, as numbers, by a public hash. So its gradient depends on that record alone, wherever it stands in a batch, is
+inputs, as numbers, by a public hash. So its gradient depends on that record alone, whatever its place in a batch, is
 zero beyond its rank, and is clipped as any. What is scored and exported has every column.
 
 Every rank is exported from one run: the first b rows of A and columns of B, with alpha = s b, in ``ranks/b`` beside
@@ -89,7 +89,7 @@ def ranks_of(given: tuple[Any, ...], named: Mapping[str, Any], most: int) -> Ten
 
 @dataclass(frozen=True)
 class LoRANested(LoRAFrozenA):
-    """Factors as of ``lora-frozen-a``; in training each record passes through the first columns, up to its rank."""
+    """Factors as in ``lora-frozen-a``; in training each record passes through the first columns, up to its rank."""
 
     name: ClassVar[str] = "lora-nested"
 
@@ -106,7 +106,7 @@ class LoRANested(LoRAFrozenA):
         return {"A": layer.lora_A[ADAPTER_NAME], "B": cast(nn.Sequential, layer.lora_B[ADAPTER_NAME])[1]}
 
     def export(self, model: PeftModel, state: AdapterState, folder: Path, base_name: str) -> None:
-        """Write the adapter as of ``Adapter.export``, and each smaller rank of it into ``ranks`` beside the folder."""
+        """Write the adapter, and each smaller rank of it into ``ranks`` beside the folder."""
         super().export(model, state, folder, base_name)
         for rank in range(1, self.rank):
             first = {

@@ -56,7 +56,7 @@ class Routes(nn.Module):
 
 @dataclass(frozen=True)
 class LoRARouted(LoRAFrozenA):
-    """Factors as of ``lora-frozen-a``; in training each position passes through a quarter of the directions."""
+    """Factors as in ``lora-frozen-a``; in training each position passes through a quarter of the directions."""
 
     name: ClassVar[str] = "lora-routed"
 

@@ -6,8 +6,8 @@ other that is orthonormal makes another adapter of this form), z and D are train
 that A does not reach.
 
 What differs from the published code: a and b are one degree of freedom, which two noises would move (1 + σ²) times as
-far, so one z stands for both. C is frozen: with D and C trained averages would not be exact. The code puts a ReLU on
-the whole inner matrix, which loses every negative entry of X Y and which the text does not name; here there is none.
+far, so one z replaces both. C is frozen: with D and C trained averages would not be exact. The code puts a ReLU on
+the whole inner matrix, which loses every negative entry of X Y and which the text does not name; it is left out here.
 One rank serves both parts, where the paper keeps many singular values and adds a product of few columns.
 
 Noise on z enters the weights with norm s σC/b √r, that on D with s σC/b √((m - r) r). Stock PEFT loads a plain pair of

@@ -4,7 +4,7 @@ Shuttleworth et al., "LoRA vs Full Fine-tuning: An Illusion of Equivalence" (202
 and W = U S V ᵀ after it, the j-th of the ``top`` left singular vectors is an intruder if no absolute cosine with a
 column of U0 reaches a bound. Weights are oriented (out, in) first, however a layer keeps them.
 
-Noise makes intruders, too. So each count stands beside that of the same run's noise alone: a draw of what every round
+Noise makes intruders, too. So each count is beside that of the same run's noise alone: a draw of what every round
 would have sent without any record, put through the same strategy, server rule and optimiser of the server. Everything
 here is read from what is published already, and costs no privacy.
 """
@@ -183,7 +183,7 @@ def _unknown(job: Job, by_round: Mapping[int, Sequence[TrainResult]]) -> str:
 
 
 def _measured(job: Job, run: Path, state: ServerState) -> AdapterState:
-    """Return what the run's rule took from public text; errors as of ``rule_statistic``."""
+    """Return what the run's rule took from public text; errors as in ``rule_statistic``."""
     if type(job.rule).measure is ServerRule.measure:
         return {}
     labels = tuple(read_file(AdapterFile, run / "adapter").label_names)
@@ -209,7 +209,7 @@ def _noised(
 
 
 def _sent(job: Job, state: ServerState, rank: int, noise: float, draw: torch.Generator) -> AdapterState:
-    """Return what sites train in the round, of so many columns where they declare a rank, with noise on it."""
+    """Return what sites train in the round, of the columns that their rank gives, with noise on it."""
     trained = {
         layer: {factor: tensor for factor, tensor in factors.items() if state.trains(layer, factor)}
         for layer, factors in narrowed(state.adapter, job.trained_columns(state, rank)).items()

@@ -4,7 +4,7 @@ Das et al.: AlignGuard-LoRA. Its loss has a Fisher term, l ‖F^(1/2) P ΔW‖²
 eigenvectors of the Fisher matrix F of alignment text; another on the rest; and two that penalise where the parts
 collide. No code of the authors holds all of them. Here:
 
-* F is of **public** text, from one gradient a record of the trained factors, at the server: no site is asked, and
+* F is of **public** text, from one gradient a record of the trained factors, at the server: no site takes part, and
   nothing is charged. One of private records would be a release.
 * The term is a function of B alone, A being frozen, so it is no part of a record's loss, where it would be clipped
   with it. It acts on the averaged step: with one plain local step that is the same as at the sites.

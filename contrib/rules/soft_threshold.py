@@ -9,7 +9,7 @@ B Rᵀ. Of ``lora-diagonal`` it shrinks z, S2-LoRA's sparsity.
 
 ξ is the noise's own edge: what the largest singular value of one round's averaged noise behind A exceeds in any layer
 with chance ``common.nulls.LEVEL``. So where records say nothing B stays at 0, to the bit, and no schedule is needed.
-That rests on one plain step at the sites and a plain one at the server, and is refused elsewhere: Adam, or a ball that
+That needs one plain step at the sites and a plain one at the server, and is refused elsewhere: Adam, or a ball that
 rolls on, would give a part of the noise back behind the threshold. Under ``client-level`` the noise is the server's
 own, so more steps at the sites are fine. Without privacy there is no noise, and ``soft-threshold.threshold`` says ξ.
 

@@ -2,7 +2,7 @@
 
 Paischer, Hauzenberger et al.: Parameter Efficient Fine-tuning via Explained Variance Adaptation. Theirs takes them from
 the training records, without clip or noise; this one from public text at the server, so that it costs nothing. Moments
-are not centred unless that is asked for: the mean input is a direction that gradients use (``experiments/log``,
+are not centred unless ``start.centred`` is set: the mean input is a direction that gradients use (``experiments/log``,
 2026-11-26). Every layer has the run's rank: the paper's other half, ranks that are spread over layers by explained
 variance, is not built. Rows of A are as long as others', and gradients through them longer: ``adapter.alpha = 0``
 brings these to what they are with random rows.

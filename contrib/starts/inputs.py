@@ -165,7 +165,7 @@ def token_weights(batch: Batch, tokens: Tensor) -> Tensor:
         tokens: whose first two dimensions are (records, tokens).
 
     Raises:
-        ModelError: a layer's input has another number of tokens than the batch, so that padding cannot be told.
+        ModelError: a layer's input has another number of tokens than the batch, so that padding cannot be found.
     """
     mask = batch.get(MASK)
     if mask is None or tokens.shape[1] == 1:

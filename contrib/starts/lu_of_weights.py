@@ -51,7 +51,7 @@ def lu_triple(weight: Tensor, rank: int, layer: str = "the layer") -> tuple[Tens
     """Return P L_r (out, rank), D_r (rank,) and U_r (rank, in), whose diagonal is 1.
 
     Raises:
-        ModelError: as of ``LUOfWeights.factors``.
+        ModelError: as in ``LUOfWeights.factors``.
     """
     P, L, U = torch.linalg.lu(weight)
     pivots = U.diagonal()

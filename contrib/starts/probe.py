@@ -36,7 +36,7 @@ from fedveil.privacy.steps import Around
 
 @dataclass(frozen=True)
 class Probe(PaidByShare, PublicMetric):
-    """The head that the sites fitted, and around it B and V as of ``public-metric``; A begins at 0."""
+    """The head that the sites fitted, and around it B and V as in ``public-metric``; A begins at 0."""
 
     name: ClassVar[str] = "probe"
     needs: ClassVar[Needs] = "paid release"

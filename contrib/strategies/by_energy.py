@@ -34,7 +34,7 @@ from fedveil.strategies.state import Contribution, ServerState
 SCORE = "z"
 """How far a layer's score of the last round is above the least of one that learns, shape (1,): above 0 it learns."""
 NONE = -1e9
-"""Stands for it where there is no score."""
+"""In place of it where there is no score."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 The forward pass has all of B always, so a site's gradient is that of the global model, restricted to its columns; the
 clip, the noise and what travels cover these and nothing else. The server adds increments, ``B_i ← B_i + Σ p_k ΔB_k,i``
 over the sites k that train column i. That is exactly the mean of the sites' weights, whatever each of them trains,
-since a column that a site does not train stands at what all received.
+since a column that a site does not train is as all received it.
 
 Neither padded states (a column would shrink by ``Σ p_k`` of its sites every round) nor columns averaged among their
 own sites alone (high columns would move as fast as low ones, on the noise of few) are that mean.
@@ -58,7 +58,7 @@ class Columns(Strategy):
         }
 
     def combine(self, state: ServerState, contributions: Sequence[Contribution]) -> ServerState:
-        """Return B with the mean of the increments added; what nobody trains stays as it is, bit for bit."""
+        """Return B with the mean of the increments added; what no site trains stays as it is, bit for bit."""
         received = self.downlink(state)
         number = state.round_number + 1
         chosen = [self.trained_columns(received, number, one.rank) for one in contributions]

@@ -8,10 +8,10 @@ factors on training records, and keeps the layers of the largest gates. What dif
   the last round before it (``contrib.strategies.by_energy``), which costs nothing and has a threshold.
 * A gate and a B that are both trained have no exact average. Here B alone is trained.
 
-The B of a layer that is dropped goes back to 0: what it has learned by then is not told from noise. That step changes
+The B of a layer that is dropped goes back to 0: what it has learned by then may be noise alone. That step changes
 the model; every other round is exactly the mean of the sites' weights. Afterwards the clip is spent on layers that
-learn, and noise and bytes are those of the layers that are kept. Where none is told from noise, all go on, and the
-next round is asked again. The exported adapter has the kept layers alone.
+learn, and noise and bytes are those of the layers that are kept. Where noise explains all, every layer goes on, and
+the next round chooses again. The exported adapter has the kept layers alone.
 """
 
 from __future__ import annotations

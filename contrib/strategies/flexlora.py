@@ -57,5 +57,5 @@ class FlexLoRA(HeterogeneousRanks):
         return TURNED.install(start, received)
 
     def settle(self, state: ServerState) -> ServerState:
-        """Return the state re-factorised, its columns in descending order; moments of the layers begin anew."""
+        """Return the state re-factorised, its columns in descending order; moments of the layers are reset."""
         return TURNED.settle(state)

@@ -1,4 +1,4 @@
-"""FLoRA: the sites' products are stacked, merged into the base, and every round begins anew.
+"""FLoRA: the sites' products are stacked, merged into the base, and every round begins from new factors.
 
 Wang et al.: FLoRA, NeurIPS 2024. With B = [B_1 .. B_K] and A = [p_1 A_1; ..; p_K A_K], the shares on one factor only,
 ``B A = Σ p_k B_k A_k``: exact. It is merged, B begins at 0 again and A in a fresh draw. What differs here, and why:
@@ -9,7 +9,7 @@ Wang et al.: FLoRA, NeurIPS 2024. With B = [B_1 .. B_K] and A = [p_1 A_1; ..; p_
 * All sites have one rank. Sites of unlike ranks need a frozen A whose rows are nested, under which stacking is a plain
   average.
 
-Moments of the server's optimiser begin anew with the factors.
+Moments of the server's optimiser are reset with the factors.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fedveil.strategies.state import ServerState
 
 @dataclass(frozen=True)
 class FLoRA(Merging):
-    """Sites train A and B; the server merges the sum of their products, and all begin anew."""
+    """Sites train A and B; the server merges the sum of their products and draws new factors."""
 
     name: ClassVar[str] = "flora"
     facts: ClassVar[Facts] = Facts(
@@ -40,7 +40,7 @@ class FLoRA(Merging):
     )
 
     def settle(self, state: ServerState) -> ServerState:
-        """Return the same model with B = 0, A drawn anew, and their product in D."""
+        """Return the same model with B = 0, a new A, and their product in D."""
         begun: AdapterState = {}
         for layer, factors in state.adapter.items():
             if layer in OWN:

@@ -9,7 +9,7 @@ down.
 * Weights by length follow the noise: of two sites with equal signal, the one with four times the noise gets 0.79 of the
   average, where its variance would give it 0.06. A run that protects its records refuses it.
 
-Here A is frozen and shared, and sites run the whole model, as of ``heterogeneous-ranks``: what is compared is the rule
+Here A is frozen and shared, and sites run the whole model, as in ``heterogeneous-ranks``: what is compared is the rule
 of aggregation and nothing else. The self-pruning of ranks at sites is left out.
 """
 

@@ -4,7 +4,7 @@ Zhang, Li, Chen et al.: IncreLoRA: Incremental Parameter Allocation Method for P
 (arXiv 2308.12043). What differs from its code, and why:
 
 * A layer's score is the cross-site energy of its change (``by_energy`` here). The paper's sums weights times
-  gradients of the whole layer, smoothed over steps: a dense gradient of private records, that nobody here has.
+  gradients of the whole layer, smoothed over steps: a dense gradient of private records, which no party here has.
 * A layer grows only where its score tells it from noise. The top ones of scores that are noise are a choice by noise.
 * The next columns stand at 0 under the next rows of the one A, so that growing changes nothing. In the code the factor
   ``alpha / r_l`` shrinks with it: from 4 to 6 columns a third of the update is gone.

@@ -1,4 +1,4 @@
-"""RoLoRA: A and B take turns; in each round one of them is trained and averaged, and the other rests.
+"""RoLoRA: A and B take turns; in each round one of them is trained and averaged, and the other stays.
 
 Chen et al.: RoLoRA (2024, arXiv 2409.02346). With the other factor the same everywhere the weights are linear in what
 is trained, so that the average is exact in every round, and over two rounds both factors learn. A round sends one
@@ -45,7 +45,7 @@ class RoLoRA(Average):
         return whole_factors(received, TURNS[(round_number + 1) % 2])
 
     def update(self, state: ServerState, mean: AdapterState) -> ServerState:
-        """Return the state with the mean in place, and the factor that rests marked as resting."""
+        """Return the state with the mean in place, and the factor that stays marked as inactive."""
         turn = TURNS[state.round_number % 2]
         active = {
             layer: {

@@ -1,6 +1,6 @@
 """The interface of a server rule.
 
-It stands around the server's optimiser: it turns the averaged change before the optimiser takes it for a gradient, or
+It works around the server's optimiser: it turns the averaged change before the optimiser takes it for a gradient, or
 the step that came of it. Both have passed clip, noise and average, so a rule is post-processing and costs no privacy.
 It takes nothing else, but for public text that it may measure at the server before round 1.
 """
@@ -26,7 +26,7 @@ class Known:
     frozen: AdapterState = field(default_factory=dict)
     """The factors that no site trains, of the layers alone, float64."""
     noise: float | None = None
-    """Standard deviation of the noise on one number of a plain step; 0: there is none; None: it does not follow."""
+    """Standard deviation of the noise on one number of a plain step; 0 without noise; None: unknown."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class ServerRule(ABC):
         return change
 
     def step(self, before: AdapterState, after: AdapterState, measured: AdapterState, known: Known) -> AdapterState:
-        """Return what stands after the round, of the layers' trained factors, float64.
+        """Return the result of the round, of the layers' trained factors, float64.
 
         Args:
             before: the trained factors before the round.

@@ -1,4 +1,4 @@
-"""No rule: the optimiser takes the averaged change as it is, and its step stands."""
+"""No rule: the optimiser takes the averaged change as it is, and its step is the result."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def read_pruned(folder: Path) -> Pruned:
     """Return what a folder's ``pruned.json`` says.
 
     Raises:
-        DataError: there is none, or it is of no format that is known here.
+        DataError: it is missing, or of an unknown format.
     """
     try:
         told = json_of((folder / NAME).read_bytes())

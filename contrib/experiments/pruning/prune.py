@@ -24,10 +24,10 @@ SENTENCES = 256
 def prune_model(
     large: str, target: Path, groups: int, neurons: int, task: str = "causal-lm", by: Path | None = None
 ) -> Pruned:
-    """Write a model with so many groups of heads and neurons a layer into a new folder; whole or not at all.
+    """Write a model with fewer groups of heads and neurons a layer into a new folder; whole or not at all.
 
     Those units stay that add most on sentences that come with FedVeil, or that a run's scores put first. No record is
-    asked: the sentences are nobody's, and the scores are of what was sent, so it costs no privacy.
+    needed: the sentences are no person's, and the scores are of what was sent, so it costs no privacy.
 
     Args:
         large: the model, as ``model.name`` calls it.

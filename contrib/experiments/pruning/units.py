@@ -88,7 +88,7 @@ def units_of(module: nn.Module) -> Units:
 
 @torch.no_grad()
 def by_text(module: nn.Module, texts: Iterable[Tensor], groups: int, neurons: int) -> Kept:
-    """Return the units of every layer that add most to what follows, on a text that is nobody's record.
+    """Return the units of every layer that add most to what follows, on a text that is no person's record.
 
     A unit ends in columns of one layer: a neuron in one of ``down_proj``, a group of heads in those of ``o_proj``. Its
     score is the sum over its columns c of E[x_c²] ‖W_c‖², with x_c what reaches the column: the energy that it adds,
@@ -101,7 +101,7 @@ def by_text(module: nn.Module, texts: Iterable[Tensor], groups: int, neurons: in
 
     Raises:
         ConfigError: more units are to stay than there are, or none.
-        ModelError: as of ``units_of``.
+        ModelError: as in ``units_of``.
     """
     units = _checked(module, groups, neurons)
     ends = {found: layer for name, layer in module.named_modules() if (found := _role(name)) and found[1] in _ENDS}
@@ -137,7 +137,7 @@ def by_scores(module: nn.Module, scores: Mapping[str, Factors], groups: int, neu
 
     Raises:
         ConfigError: more units are to stay than there are, or none; or the run has no score of a layer's units.
-        ModelError: as of ``units_of``.
+        ModelError: as in ``units_of``.
     """
     units = _checked(module, groups, neurons)
     totals: dict[tuple[int, str], Tensor] = {}
@@ -198,7 +198,7 @@ def pruned(module: nn.Module, kept: Kept) -> nn.Module:
     """Return a stock model of the same class with the kept units alone, in the same precision and eval mode.
 
     Raises:
-        ModelError: as of ``units_of``, or layers differ in how many units they keep.
+        ModelError: as in ``units_of``, or layers differ in how many units they keep.
     """
     units = units_of(module)
     counts = {len(index) for index in kept.groups}, {len(index) for index in kept.neurons}
