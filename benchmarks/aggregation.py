@@ -68,7 +68,7 @@ def main() -> None:
     strategy = FedSVD()
     state = strategy.start(adapter, ("B",))
     whole = seconds(lambda: strategy.server_update(state, sites), 3)
-    averaged = FedSVD(warmup=10).server_update(state, sites).adapter
+    averaged = FedSVD(period=10).server_update(state, sites).adapter
     pairs = [(averaged[name]["B"], averaged[name]["A"]) for name in averaged]
     ours = seconds(lambda: [refactor(B, A) for B, A in pairs], 5)
     low_rank = seconds(lambda: [torch.svd_lowrank(B @ A, q=RANK, niter=2) for B, A in pairs], 3)

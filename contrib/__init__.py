@@ -36,6 +36,8 @@ ROWS: Mapping[str, Mapping[str, str]] = {
     },
     "controls": {"hetlora": "strategies.hetlora:HetLoRA"},
     "starts": {
+        "svd-of-weights": "starts.svd_of_weights:SVDOfWeights",
+        "public-gradient": "starts.public_gradient:PublicGradient",
         "shared": "starts.shared:Shared",
         "shards": "starts.shards:Shards",
         "sparse": "starts.sparse:Sparse",

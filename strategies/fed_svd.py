@@ -26,16 +26,13 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor
 
-from fedveil.common.check import NOT_NEGATIVE, POSITIVE, OneOf
+from fedveil.common.check import POSITIVE
 from fedveil.common.config.fields import Unit
 from fedveil.common.messages.state import AdapterState
 from fedveil.common.messages.tensors import merge, select
 from fedveil.strategies.average import Average
 from fedveil.strategies.base import Facts, Takes
 from fedveil.strategies.state import ServerState
-
-NEGLIGIBLE = 1e-7
-"""Singular values below this share of the largest count as zero (float32 factors)."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +50,6 @@ class FedSVD(Average):
 
     period: Annotated[int, POSITIVE, Unit("rounds")] = 1
     """From one re-factorisation to the next."""
-    warmup: Annotated[int, NOT_NEGATIVE, Unit("rounds")] = 0
-    """How long re-factorising waits to begin."""
-    split: Annotated[str, OneOf(("b", "square-root"))] = "b"
-    """Where singular values go: ``b`` (all on B) or ``square-root`` (half on each factor)."""
 
     def start(self, adapter: AdapterState, trained: tuple[str, ...]) -> ServerState:
         """Return A₀ and B₀ with M = I in every layer."""
@@ -90,12 +83,12 @@ class FedSVD(Average):
         The server optimiser's moments of B do not: a second moment per coordinate says nothing about the
         coordinates that B is turned to, so these layers start without moments.
         """
-        if state.round_number <= self.warmup or (state.round_number - self.warmup) % self.period:
+        if state.round_number % self.period:
             return state
         changes: AdapterState = {}
         for layer in (layer for layer, held in state.memory.items() if "M" in held):
             A, B, held = state.adapter[layer]["A"], state.adapter[layer]["B"], state.memory[layer]
-            new_b, change = refactor(B, A, square_root=self.split == "square-root")
+            new_b, change = refactor(B, A)
             rotation = (change @ held["M"].double()).to(A.dtype)
             changes[layer] = {"B": new_b, "A": rotate(rotation, held["A0"]), "M": rotation}
         return replace(
@@ -111,18 +104,17 @@ def rotate(M: Tensor, start: Tensor) -> Tensor:
     return (M.double() @ start.double()).to(start.dtype)
 
 
-def refactor(B: Tensor, A: Tensor, *, square_root: bool = False) -> tuple[Tensor, Tensor]:
+def refactor(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     """Re-factorise ``B @ A`` without forming it.
 
     Args:
         B: shape (out, r). A: shape (r, in), of full row rank.
-        square_root: put the square root of the singular values on each factor.
 
     Returns:
         The new B (out, r) in B's dtype, and C (r, r) in float64, such that the new A is ``C @ A`` and
-        ``new_B @ C @ A == B @ A``. Rows of ``C @ A`` are orthonormal (unless ``square_root``), columns
-        of new_B orthogonal, in descending order of length. In each row of C the entry of largest
-        magnitude is positive, which fixes the SVD's free signs.
+        ``new_B @ C @ A == B @ A``. Rows of ``C @ A`` are orthonormal, columns of new_B orthogonal, in
+        descending order of length. In each row of C the entry of largest magnitude is positive, which fixes the
+        SVD's free signs.
     """
     q_b, r_b = torch.linalg.qr(B.double())
     _, r_a = torch.linalg.qr(A.double().T)
@@ -131,9 +123,4 @@ def refactor(B: Tensor, A: Tensor, *, square_root: bool = False) -> tuple[Tensor
     change = torch.linalg.solve_triangular(r_a, vt.T, upper=True).T
     signs = torch.sign(change.gather(1, change.abs().argmax(1, keepdim=True)))
     change, u = change * signs, u * signs.T
-    if not square_root:
-        return (q_b @ (u * s)).to(B.dtype), change
-    used = s > NEGLIGIBLE * s[:1].clamp(min=torch.finfo(torch.float64).tiny)
-    root = torch.where(used, s.sqrt(), 1.0)
-    # A direction that B does not use keeps an orthonormal row of A: at length 0 it could never be trained again.
-    return (q_b @ (u * torch.where(used, root, 0.0))).to(B.dtype), change * root[:, None]
+    return (q_b @ (u * s)).to(B.dtype), change

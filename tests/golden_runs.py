@@ -49,8 +49,7 @@ PLAIN_STEP: Settings = {"training.optimizer": "sgd", "training.learning-rate": 0
 STRATEGY_OPTIONS: dict[str, dict[str, Settings]] = {
     "ffa-lora": {"open average, kaiming": {"adapter.start": "kaiming"}},
     "fed-svd": {
-        "open adam, rarely": {**ADAM, "fed-svd.period": 2, "fed-svd.warmup": 1, "rounds": 3},
-        "open average, square-root": {"fed-svd.split": "square-root"},
+        "open adam, rarely": {**ADAM, "fed-svd.period": 3, "rounds": 3},
     },
     "fed-sb": {
         "open average, svd-of-weights": {"adapter.start": "svd-of-weights"},

@@ -15,13 +15,9 @@ from fedveil.common.starts.class_means import ClassMeans
 from fedveil.common.starts.dp_gradient import DPGradient
 from fedveil.common.starts.kaiming import Kaiming
 from fedveil.common.starts.orthonormal import Orthonormal
-from fedveil.common.starts.public_gradient import PublicGradient
 from fedveil.common.starts.public_metric import PublicMetric
-from fedveil.common.starts.svd_of_weights import SVDOfWeights
 
-STARTS: Table[type[Start]] = Table(
-    "starts", (Orthonormal, Kaiming, SVDOfWeights, PublicGradient, PublicMetric, ClassMeans, DPGradient)
-)
+STARTS: Table[type[Start]] = Table("starts", (Orthonormal, Kaiming, PublicMetric, ClassMeans, DPGradient))
 
 
 def check_directions(start: Start, adapter: type[Adapter]) -> None:

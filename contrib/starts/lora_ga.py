@@ -19,7 +19,7 @@ from typing import ClassVar
 import torch
 
 from fedveil.common.messages.state import Factors
-from fedveil.common.starts.public_gradient import FromRecords
+from fedveil.contrib.starts.public_gradient import FromRecords
 
 
 @dataclass(frozen=True)

@@ -64,10 +64,9 @@ def with_owner(key: str) -> dict[str, Scalar]:
         return {"privacy.mode": "client-level", "privacy.unit": "site", "privacy.cohort": 20}
     if not owners:
         return {}
-    lacking = owners[0] == "public-gradient" and key != "start.data"
     # The strategy of ``job_with`` trains B; what gives B alone is for another.
     fits = {} if "A" in STARTS[owners[0]].gives else {"strategy": "fedavg-lora", "adapter.name": "lora-frozen-b"}
-    return {"adapter.start": owners[0], **({"start.data": "a.csv"} if lacking else {}), **fits}
+    return {"adapter.start": owners[0], **fits}
 
 
 def options(start: type[Start]) -> set[str]:
@@ -180,9 +179,6 @@ def test_a_value_of_another_type_is_refused_by_the_settings_name(key: str) -> No
 
 @each_key
 def test_a_value_of_its_own_type_is_kept_and_a_whole_number_serves_as_a_number(key: str) -> None:
-    if key == "start.data":
-        assert job_with(key, "a.csv").settings()["start.data"] == "a.csv"
-        return
     value = DECLARED[key]
     kept = job_with(key, value).settings()[key]
     assert (kept == value) == (key not in OPEN)
@@ -306,8 +302,8 @@ def test_a_choice_is_one_of_its_list_and_the_nearest_is_named(key: str) -> None:
         ({"head.policy": "frozen", "head.start": "zeros"}, "set head.start to 'label-words' or 'random'"),
         ({"strategy": "fed-sb", "adapter.start": "kaiming"}, "gives no B, which the adapter 'lora-sb' begins with"),
         (
-            {"start.step": 0.5},
-            "start.step has no effect on adapter.start 'orthonormal': it is an option",
+            {"start.outputs": "random"},
+            "start.outputs has no effect on adapter.start 'orthonormal': it is an option",
         ),
     ],
 )

@@ -103,7 +103,7 @@ def fixed_entropy(replace_entropy: Callable[[Source], None]) -> None:
         ("increlora", {"server.optimizer": "adam", "increlora.start-columns": 1, **PLAIN_STEP}),
         ("fed-svd", {"server.optimizer": "none"}),
         # The basis turns in no round before the cut: there are moments of B to lose beside FedSVD's own memory.
-        ("fed-svd", {"server.optimizer": "adam", "fed-svd.warmup": 2}),
+        ("fed-svd", {"server.optimizer": "adam", "fed-svd.period": 3}),
     ],
 )
 def test_an_interrupted_run_goes_on_to_the_same_bits(

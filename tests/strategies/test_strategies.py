@@ -34,7 +34,7 @@ LAYERS = {"encoder.0.query": (5, 7), "encoder.1.dense": (8, 4)}
 CLASSES, HIDDEN = 2, 6
 Update = Callable[[ServerState, Sequence[Contribution]], ServerState]
 
-OPTIONS: dict[str, tuple[dict[str, object], ...]] = {"fed-svd": ({"period": 2}, {"split": "square-root"})}
+OPTIONS: dict[str, tuple[dict[str, object], ...]] = {"fed-svd": ({"period": 2},)}
 """Further settings of a strategy that the contract must hold for."""
 MERGING = ("fedex-lora", "flora")
 """Strategies that write into a factor as large as the weight, and send it down in every round."""
