@@ -69,6 +69,6 @@ def _from_sites(
     observer.initialised(RoundOutcome(0, got, None, time.monotonic() - began))
     measured = mean(got.averaged)
     if isinstance(job.origin, PaidStart):
-        server_model.found = job.origin.found(measured, job.adapter.rank, got.noise.exact() or 0.0)
+        server_model.statistic_words = job.origin.found(measured, job.adapter.rank, got.noise.exact() or 0.0)
     state = job.begin(server_model.start, server_model.completed(measured))
     return job.start(server_model.calibrated(state.adapter)) if job.calibrated else state

@@ -55,8 +55,8 @@ class Terminal(Observer):
     ) -> None:
         """Say the score before training, and after round 0."""
         self._folder.say(f"before training: accuracy {100 * baseline.accuracy:.1f} %")
-        if found := self._server_model.found:
-            self._folder.say(f"  {found}", 0)
+        if words := self._server_model.statistic_words:
+            self._folder.say(f"  {words}", 0)
         if begun is not None:
             self._folder.say(f"after round 0: accuracy {100 * begun.accuracy:.1f} %")
 
@@ -74,8 +74,8 @@ class Terminal(Observer):
         text = self._job.origin.fingerprint
         made = f", public text of SHA-256 {text}" if text else ""
         self._folder.say(f"initialisation by {self._job.origin.name}{made}: {counted(len(results), 'site')}, {cost}", 0)
-        if told := self._server_model.told:
-            self._folder.say(told, 0)
+        if words := self._server_model.public_words:
+            self._folder.say(words, 0)
         for absence in outcome.got.refusals.values():
             self._folder.say(f"  {absence.site} did not take part ({absence.kind}): {absence.reason}", 0)
 

@@ -36,9 +36,9 @@ class ServerModel:
         self.label_names, self.label_phrases = test.label_names, test.label_phrases
         self.model: FederatedModel = job.model(test.label_names, test.label_phrases)
         self.start: AdapterState = self.model.start
-        self.told = ""
+        self.public_words = ""
         """What there is to say of the start's public text, in words; empty: nothing."""
-        self.found = ""
+        self.statistic_words = ""
         """What there is to say of the sites' statistic, in words; empty: nothing."""
         self.slice_names = slices_of(test) if job.config.data.slice else ()
         self._slices = [self.slice_names.index(example.slice) for example in test.examples if self.slice_names]
@@ -73,7 +73,7 @@ class ServerModel:
         Raises:
             ConfigError, DataError: they do not fit the run, cannot be read, or are no public text for it.
         """
-        self.told = self.job.origin.check_public(self.job.config)
+        self.public_words = self.job.origin.check_public(self.job.config)
         self.model.write(self.start)
         return self.job.origin.from_public(self.model, self.job.config, self._labels())
 

@@ -47,29 +47,32 @@ def server_step(config: RunConfig, before: ServerState, averaged: ServerState) -
 
     Computed in float64; the result has the adapter's dtype.
     """
-    server = config.server
     # To the bit, which a mean of equal parts, or one with noise on all of it, is not: sites keep the features of an
     # adapter that rests, and derivatives around a head.
     still = {k: factors for k, factors in before.adapter.items() if _rests(config, before.round_number + 1, k)}
     averaged = replace(averaged, adapter=merge(averaged.adapter, still)) if still else averaged
-    if server.optimizer == "none":
+    if config.server.optimizer == "none":
         return averaged
-    if server.optimizer == "momentum":
+    if config.server.optimizer == "momentum":
         return _heavy_ball(config, before, averaged)
-    rate = config.server_rate(before.round_number + 1)
+    return _adam(config, before, averaged)
+
+
+def _adam(config: RunConfig, before: ServerState, averaged: ServerState) -> ServerState:
+    server, rate = config.server, config.server_rate(before.round_number + 1)
     adapter: AdapterState = {}
     first: AdapterState = {}
     second: AdapterState = {}
     steps: dict[str, int] = {}
-    held, clocks = before.optimizer, _clocks(before, averaged)
+    old, clocks = before.optimizer, _clocks(before, averaged)
     for layer, change in _changes(config, before, averaged).items():
         eta = rate * (server.head_rate if layer == HEAD else 1.0)
-        steps[layer] = t = 1 + held.steps.get(layer, 0)
+        steps[layer] = t = 1 + old.steps.get(layer, 0)
         adapter[layer], first[layer], second[layer] = {}, {}, {}
         for name, g in change.items():
             x, g = before.adapter[layer][name], g.double()
-            old_m = held.first[layer][name] if t > 1 else torch.zeros_like(g)
-            old_v = held.second[layer][name] if t > 1 else torch.zeros_like(g)
+            old_m = old.first[layer][name] if t > 1 else torch.zeros_like(g)
+            old_v = old.second[layer][name] if t > 1 else torch.zeros_like(g)
             clock, active = clocks.get(layer, {}).get(name), averaged.active.get(layer, {}).get(name)
             m = BETA1 * old_m + (1 - BETA1) * g
             v = BETA2 * old_v + (1 - BETA2) * g.square()
@@ -88,12 +91,12 @@ def usual_change(state: ServerState) -> float:
     That is the root of the mean squared length of the rounds' mean changes. 0 before the first step, and of any other
     optimiser.
     """
-    held = state.optimizer
+    moments = state.optimizer
     return math.sqrt(
         math.fsum(
-            float(tensor.sum()) / (1 - BETA2 ** held.steps[layer])
-            for layer, factors in held.second.items()
-            if held.steps.get(layer)
+            float(tensor.sum()) / (1 - BETA2 ** moments.steps[layer])
+            for layer, factors in moments.second.items()
+            if moments.steps.get(layer)
             for tensor in factors.values()
         )
     )
@@ -101,10 +104,10 @@ def usual_change(state: ServerState) -> float:
 
 def _clocks(before: ServerState, averaged: ServerState) -> AdapterState:
     """Return the steps of each column of what is trained by columns, this one counted."""
-    held = before.optimizer.clocks
+    clocks = before.optimizer.clocks
     return {
         layer: {
-            name: held.get(layer, {}).get(name, torch.zeros(len(shares), dtype=torch.float64)) + (shares > 0).double()
+            name: clocks.get(layer, {}).get(name, torch.zeros(len(shares), dtype=torch.float64)) + (shares > 0).double()
             for name, shares in columns.items()
         }
         for layer, columns in averaged.active.items()
@@ -145,18 +148,18 @@ def _heavy_ball(config: RunConfig, before: ServerState, averaged: ServerState) -
 
     It keeps the metric in which the gradient was clipped and noised, where Adam would put one of its own in its place.
     """
-    server, held = config.server, before.optimizer
+    server, moments = config.server, before.optimizer
     rate = config.server_rate(before.round_number + 1)
     adapter: AdapterState = {}
     velocity: AdapterState = {}
     steps: dict[str, int] = {}
     for layer, change in _changes(config, before, averaged).items():
         eta = rate * (server.head_rate if layer == HEAD else 1.0)
-        steps[layer] = 1 + held.steps.get(layer, 0)
+        steps[layer] = 1 + moments.steps.get(layer, 0)
         adapter[layer], velocity[layer] = {}, {}
         for name, g in change.items():
             x, active = before.adapter[layer][name], averaged.active.get(layer, {}).get(name)
-            old = held.first[layer][name] if steps[layer] > 1 else torch.zeros_like(g).double()
+            old = moments.first[layer][name] if steps[layer] > 1 else torch.zeros_like(g).double()
             v = server.momentum * old + g.double()
             velocity[layer][name] = _where(active, v, old)
             adapter[layer][name] = _where(active, (x.double() - eta * v).to(g.dtype), x)

@@ -53,16 +53,16 @@ def ruled_step(
     rule, noised = job.rule, noise != 0
     if isinstance(rule, NoRule) or not config.schedule.trains_adapter(before.round_number + 1):
         return server_step(config, before, averaged)
-    held = _layers(before, before)
-    whole = {layer: {n: t.double() for n, t in before.adapter[layer].items()} for layer in held}
-    changes = subtract(held, _layers(before, averaged))
+    trained = _layers(before, before)
+    whole = {layer: {n: t.double() for n, t in before.adapter[layer].items()} for layer in trained}
+    changes = subtract(trained, _layers(before, averaged))
     scaling = job.adapter.scaling
     turned = {layer: rule.change(change, whole[layer], scaling, noised=noised) for layer, change in changes.items()}
-    towards = replace(averaged, adapter=_with(averaged.adapter, subtract(held, turned)))
+    towards = replace(averaged, adapter=_with(averaged.adapter, subtract(trained, turned)))
     after = server_step(config, before, towards)
-    frozen = {layer: {n: t for n, t in whole[layer].items() if n not in held[layer]} for layer in held}
+    frozen = {layer: {n: t for n, t in whole[layer].items() if n not in trained[layer]} for layer in trained}
     known = Known(frozen, None if noise is None else noise * _step_rate(config, before))
-    return replace(after, adapter=_with(after.adapter, rule.step(held, _layers(before, after), measured, known)))
+    return replace(after, adapter=_with(after.adapter, rule.step(trained, _layers(before, after), measured, known)))
 
 
 def _step_rate(config: RunConfig, before: ServerState) -> float:
@@ -72,12 +72,12 @@ def _step_rate(config: RunConfig, before: ServerState) -> float:
 
 def _layers(before: ServerState, state: ServerState) -> AdapterState:
     """Return what sites train of every layer but the head, float64."""
-    kept = {
+    layers = {
         layer: {name: t.double() for name, t in factors.items() if before.trains(layer, name)}
         for layer, factors in state.adapter.items()
         if layer not in OWN
     }
-    return {layer: factors for layer, factors in kept.items() if factors}
+    return {layer: factors for layer, factors in layers.items() if factors}
 
 
 def _with(adapter: AdapterState, changed: AdapterState) -> AdapterState:

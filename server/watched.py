@@ -30,17 +30,17 @@ def watched(job: Job, step: ServerStep, weight: Callable[[str], Tensor], noise: 
             return after
         rate = job.config.site_rate(before.round_number + 1, 0)  # of the one plain step that sites take
         scores: AdapterState = {}
-        for layer, held in before.adapter.items():
+        for layer, factors in before.adapter.items():
             if layer in OWN:
                 continue
             gradients = {
                 name: (tensor.double() - averaged.adapter[layer][name].double()) / rate
-                for name, tensor in held.items()
+                for name, tensor in factors.items()
                 if before.trains(layer, name)
             }
-            now = importance(weight(layer), held, gradients, job.adapter.scaling, (noise / rate) ** 2)
-            kept = before.memory.get(layer, {})
-            scores[layer] = running({name: kept[name] for name in (ROWS, COLUMNS) if name in kept}, now)
+            now = importance(weight(layer), factors, gradients, job.adapter.scaling, (noise / rate) ** 2)
+            earlier = before.memory.get(layer, {})
+            scores[layer] = running({name: earlier[name] for name in (ROWS, COLUMNS) if name in earlier}, now)
         return replace(after, memory=merge(after.memory, scores))
 
     return taken

@@ -63,7 +63,7 @@ class FedSVD(Average):
 
     def basis(self, state: ServerState) -> AdapterState:
         """Return A₀, which every site rebuilds A from."""
-        return {layer: {"A": held["A0"]} for layer, held in state.memory.items() if "A0" in held}
+        return {layer: {"A": own["A0"]} for layer, own in state.memory.items() if "A0" in own}
 
     def downlink(self, state: ServerState) -> AdapterState:
         """Return B and M of every layer, and the head."""
@@ -86,11 +86,11 @@ class FedSVD(Average):
         if state.round_number % self.period:
             return state
         changes: AdapterState = {}
-        for layer in (layer for layer, held in state.memory.items() if "M" in held):
-            A, B, held = state.adapter[layer]["A"], state.adapter[layer]["B"], state.memory[layer]
+        for layer, own in ((layer, own) for layer, own in state.memory.items() if "M" in own):
+            A, B = state.adapter[layer]["A"], state.adapter[layer]["B"]
             new_b, change = refactor(B, A)
-            rotation = (change @ held["M"].double()).to(A.dtype)
-            changes[layer] = {"B": new_b, "A": rotate(rotation, held["A0"]), "M": rotation}
+            rotation = (change @ own["M"].double()).to(A.dtype)
+            changes[layer] = {"B": new_b, "A": rotate(rotation, own["A0"]), "M": rotation}
         return replace(
             state,
             adapter=merge(state.adapter, select(changes, ("A", "B"))),

@@ -24,11 +24,11 @@ class Moments:
     def without(self, layers: Collection[str]) -> Moments:
         """Return the moments of all other layers: these start without moments."""
 
-        def kept(state: AdapterState) -> AdapterState:
+        def others(state: AdapterState) -> AdapterState:
             return {layer: factors for layer, factors in state.items() if layer not in layers}
 
         steps = {layer: count for layer, count in self.steps.items() if layer not in layers}
-        return Moments(kept(self.first), kept(self.second), steps, kept(self.clocks))
+        return Moments(others(self.first), others(self.second), steps, others(self.clocks))
 
 
 @dataclass(frozen=True)

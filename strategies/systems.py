@@ -44,10 +44,10 @@ def written(settings: Mapping[str, Scalar]) -> str:
     )
 
 
-def told(name: str) -> str:
+def settings_instead(name: str) -> str:
     """Return what to write for a system that is no row of its own; empty: it is not known here.
 
-    >>> told("block-lora").startswith("n blocks are LoRA"), told("nothing")
+    >>> settings_instead("block-lora").startswith("n blocks are LoRA"), settings_instead("nothing")
     (True, '')
     """
     if name == "block-lora":

@@ -67,8 +67,8 @@ class Branch(OwnGradients):
         projected = activations[0].to(dtype) if self.adapter.uses_projected else activations[0]
         inputs, upstream = activations[1].to(dtype), backprops.to(dtype)
         with torch.autocast(projected.device.type, enabled=False):
-            found = self.adapter.gradients(
+            gradients = self.adapter.gradients(
                 factors, inputs, projected, upstream, base_weight(layer), layer.scaling[ADAPTER_NAME]
             )
         # A factor that rests in a round has none.
-        return {live[name]: gradient for name, gradient in found.items() if live[name].requires_grad}
+        return {live[name]: gradient for name, gradient in gradients.items() if live[name].requires_grad}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -16,7 +16,7 @@ from fedveil.common.adapters.layers import ADAPTER_NAME, PEFT_PREFIX, layers_of
 from fedveil.common.config.fields import TARGET_KINDS
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
+    from peft import LoraConfig, PeftConfig, PeftModel
 
     from fedveil.common.adapters.base import Adapter
 
@@ -43,7 +43,6 @@ def write_stock(
         ranks: of LoRA's layers, where they differ from the adapter's.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    adapted = layers_of(model)
     tensors = {
         f"{PEFT_PREFIX}{layer}.{suffix}": tensor.float().contiguous()
         for layer, parts in layers.items()
@@ -51,27 +50,32 @@ def write_stock(
     }
     for suffix, tensor in (shared or {}).items():
         # PEFT writes what layers share beside each of them as well, and warns where a copy is missing.
-        for owner in ("base_model", *(f"{PEFT_PREFIX}{name}" for name in adapted)):
+        for owner in ("base_model", *(f"{PEFT_PREFIX}{name}" for name in layers_of(model))):
             tensors[f"{owner}.{suffix}"] = tensor.float().clone()
-    injected = model.peft_config[ADAPTER_NAME]
-    if len(layers) < len(adapted):
-        # PEFT refuses a layer of rank 0, so the others are named in full.
-        adapter = replace(adapter, target_modules=tuple(sorted(layers)))
-    elif adapter.target_modules[0] in TARGET_KINDS:
-        # A stock reader gets the names that a word such as ``auto`` stood for.
-        found = sorted(cast("LoraConfig", injected).target_modules or ())
-        adapter = replace(adapter, target_modules=tuple(found))
-    config = adapter.peft_config(fan_in_fan_out=getattr(injected, "fan_in_fan_out", False))
+    config = _config(adapter, model, layers)
     config.base_model_name_or_path = base_name
-    config.inference_mode = True
     if ranks:
         lora = cast("LoraConfig", config)
         # PEFT takes the keys for regular expressions.
         lora.rank_pattern = {re.escape(name): rank for name, rank in ranks.items()}
         lora.alpha_pattern = {re.escape(name): alpha_at(adapter, rank) for name, rank in ranks.items()}
-    config.task_type = injected.task_type
     config.save_pretrained(str(folder))
     save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+
+
+def _config(adapter: Adapter, model: PeftModel, layers: Collection[str]) -> PeftConfig:
+    """Return the configuration of an export, which names the layers as a stock model has them."""
+    injected = model.peft_config[ADAPTER_NAME]
+    if len(layers) < len(layers_of(model)):
+        # PEFT refuses a layer of rank 0, so the others are named in full.
+        adapter = replace(adapter, target_modules=tuple(sorted(layers)))
+    elif adapter.target_modules[0] in TARGET_KINDS:
+        # A stock reader gets the names that a word such as ``auto`` stood for.
+        targets = sorted(cast("LoraConfig", injected).target_modules or ())
+        adapter = replace(adapter, target_modules=tuple(targets))
+    config = adapter.peft_config(fan_in_fan_out=getattr(injected, "fan_in_fan_out", False))
+    config.inference_mode, config.task_type = True, injected.task_type
+    return config
 
 
 def alpha_at(adapter: Adapter, rank: int) -> float:

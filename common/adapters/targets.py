@@ -70,8 +70,8 @@ def auto_targets(base: nn.Module) -> tuple[str, ...]:
     listed = KNOWN.get(str(getattr(getattr(base, "config", None), "model_type", "")), ())
     if not isinstance(listed, str) and (there := tuple(name for name in listed if name in linear)):
         return there
-    if found := _by_structure(base):
-        return found
+    if names := _by_structure(base):
+        return names
     raise ModelError(
         f"adapter.targets {AUTO!r} finds no layer of {type(base).__name__} that makes queries and values: "
         f"name some of {_listed(base)}"
@@ -83,9 +83,9 @@ def value_targets(base: nn.Module) -> tuple[str, ...]:
 
     Where one layer makes queries, keys and values at once, it is that.
     """
-    found = auto_targets(base)
-    apart = tuple(name for name in found if _words(name) & VALUE)
-    return apart or tuple(name for name in found if _words(name) & FUSED or name.lower() in FUSED) or found
+    names = auto_targets(base)
+    apart = tuple(name for name in names if _words(name) & VALUE)
+    return apart or tuple(name for name in names if _words(name) & FUSED or name.lower() in FUSED) or names
 
 
 def linear_targets(base: nn.Module) -> tuple[str, ...]:

@@ -10,11 +10,12 @@ from __future__ import annotations
 from fedveil.common.adapters import Adapter
 from fedveil.common.errors import ConfigError
 from fedveil.common.rows import Table
-from fedveil.common.starts.base import Labels, PaidStart, Start, UnpaidStart
+from fedveil.common.starts.base import Labels, Start
 from fedveil.common.starts.class_means import ClassMeans
 from fedveil.common.starts.dp_gradient import DPGradient
 from fedveil.common.starts.kaiming import Kaiming
 from fedveil.common.starts.orthonormal import Orthonormal
+from fedveil.common.starts.paid import PaidStart, UnpaidStart
 from fedveil.common.starts.public_metric import PublicMetric
 
 STARTS: Table[type[Start]] = Table("starts", (Orthonormal, Kaiming, PublicMetric, ClassMeans, DPGradient))

@@ -8,32 +8,23 @@ gives travels once. What records are used, and what that costs, is stated here a
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 from torch import Tensor
 
 from fedveil.common.adapters import Adapter, Place
-from fedveil.common.check import CLIP_NORM, POSITIVE, Interval
-from fedveil.common.config.fields import RATIO, Unit, check_fields
+from fedveil.common.config.fields import check_fields
 from fedveil.common.config.sections import PrivacyConfig, RunConfig
 from fedveil.common.errors import ConfigError
 from fedveil.common.messages.state import METRIC, AdapterState, Factors
 from fedveil.common.messages.wire import Layout
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.starts.directions import orthonormal_rows
-from fedveil.common.starts.gradient import open_weights
-from fedveil.common.tasks import Batch, Record
-from fedveil.privacy.accountant import INITIALISATION
-from fedveil.privacy.accounting import Release, check_terms
-from fedveil.privacy.events import sampled_gaussian
-from fedveil.privacy.plan import PrivacyPlan
-from fedveil.privacy.privacy_filter import promised_noise
+from fedveil.common.tasks import Batch
+from fedveil.privacy.accounting import Release
 from fedveil.privacy.randomness import stream
 
 Needs = Literal["nothing", "weights", "public records", "paid release", "records, without privacy"]
@@ -198,115 +189,6 @@ class Start(ABC):
 
     def _asks_nobody(self) -> TypeError:
         return TypeError(f"the start {self.name!r} asks {self.asked} for a statistic, and not so")
-
-
-@dataclass(frozen=True)
-class PaidStart(Start):
-    """A start from one release of every site's records: clipped, noised, and charged to its ledger."""
-
-    needs: ClassVar[Needs] = "paid release"
-    on_features: ClassVar[bool] = False
-    """Whether the release is made from features of the frozen base model, which are computed before it."""
-
-    sample_rate: Annotated[float, Interval(0, 1), Unit("probability")] = 0.1
-    """Chance of each record to be used."""
-    noise_multiplier: Annotated[float, POSITIVE, Unit("clip norms")] = 5.0
-    """Standard deviation of the noise of the one release over its clip norm."""
-    clip_norm: Annotated[float, CLIP_NORM, Unit("L2 norm")] = 1.0
-    """L2 bound of one record's statistic over all adapted layers together."""
-
-    def release(self, least_noise: float = 0.0) -> Release:
-        """Return the one release; also for a run's plan, before any site is known."""
-        event = sampled_gaussian(max(self.noise_multiplier, least_noise), self.sample_rate, self.clip_norm)
-        return Release(event, 1, INITIALISATION)
-
-    def plan(self, whole: PrivacyPlan, public_size: int, least_noise: float = 0.0) -> PrivacyPlan:
-        """Return the plan of the release, by which a site acts and the server judges.
-
-        Args:
-            whole: the site's plan of the run, whose budget and delta hold here too.
-            public_size: as the site declares it, in records.
-            least_noise: the least noise multiplier that the site's policy allows.
-
-        Raises:
-            MechanismError: the run's mechanism does what is priced as another kind of event than the release is.
-        """
-        event = self.release(least_noise).event
-        return dataclasses.replace(whole, event=event, expected_batch_size=event.sample_rate * public_size)
-
-    def opened(self, model: FederatedModel) -> AbstractContextManager[Any]:
-        """Return the context in which what the release is made from takes a gradient: the adapted layers' weights."""
-        return open_weights(model)
-
-    @abstractmethod
-    def privatise(
-        self,
-        model: FederatedModel,
-        records: Sequence[Record],
-        plan: PrivacyPlan,
-        before_pass: Callable[[], None] = lambda: None,
-    ) -> AdapterState:
-        """Site: return what it releases of records that the plan draws: clipped, noised, over a public divisor.
-
-        ``before_pass`` is called before each pass, and may raise. Without a record it is noise alone.
-        """
-
-    def found(self, statistic: AdapterState, rank: int, noise: float) -> str:
-        """Server: return what of the sites' mean statistic is above its noise, in words; empty: nothing is said.
-
-        Args:
-            statistic: what ``privatise`` gave, averaged.
-            rank: how many directions the run takes of it.
-            noise: standard deviation of one of its numbers.
-        """
-        del statistic, rank, noise
-        return ""
-
-
-@dataclass(frozen=True)
-class PaidByShare(PaidStart):
-    """A paid start whose noise follows from the part of the run's budget that it takes."""
-
-    share: Annotated[float, Interval(0, 1, or_zero=True), RATIO] = 0.25
-    """Part of the run's budget for round 0, where ``noise-multiplier`` is left at its default: its releases have
-    share^(-1/2) times the noise with which they would use up all. 0: the default itself."""
-
-    def within(self, privacy: PrivacyConfig) -> Self:
-        """Return the start with the noise of its share of the budget: of many small steps, 1/σ² adds up about so.
-
-        Of one release that is not small the share is of 1/σ² as well, which is what its noise is worth.
-        """
-        if not self.share or self.noise_multiplier != PaidStart.noise_multiplier or not privacy.mechanism.charged:
-            return self
-        count = self.release().count
-        event = sampled_gaussian(1.0, self.sample_rate, self.clip_norm)
-        check_terms([Release(event, count)], privacy.delta)  # a server may ask for any
-        least = promised_noise(event, privacy.epsilon, privacy.delta, count)
-        return dataclasses.replace(self, noise_multiplier=least / math.sqrt(self.share))
-
-
-@dataclass(frozen=True)
-class PaidGradient(PaidStart):
-    """A paid start of the records' gradients: what LoRA-SB and LoRA-GA take, each of another part of them."""
-
-    @property
-    def unfit(self) -> str:
-        """Name the start that other runs have."""
-        return "is a release that privacy.mode 'dp-sgd' alone pays for: use 'public-gradient', from public records"
-
-    def factors(self, place: Place, wanted: Collection[str]) -> Factors:
-        """Return orthonormal directions, which hold until the sites have answered."""
-        return seeded(place, wanted)
-
-
-@dataclass(frozen=True)
-class UnpaidStart(Start):
-    """A start from every site's records as they are; no privacy."""
-
-    needs: ClassVar[Needs] = "records, without privacy"
-
-    sample_rate: Annotated[float, Interval(0, 1), Unit("probability")] = 0.1
-    """Chance of each record to be used; a site uses at least one."""
 
 
 def seeded(place: Place, wanted: Collection[str]) -> Factors:

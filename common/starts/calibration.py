@@ -47,13 +47,13 @@ def calibrated(model: FederatedModel, adapter: AdapterState, records: Sequence[R
                 lengths[0, i] += free.share(model.adapter.rank, *G.shape) * G.square().sum()
                 lengths[1, i] += sum(part.square().sum() for part in free.gradients(factors, G).values())
     model.module.train(was_training)
-    wanted, found = lengths.sqrt().median(dim=1).values.tolist()
-    if not (wanted > 0 and found > 0):
+    random, given = lengths.sqrt().median(dim=1).values.tolist()
+    if not (random > 0 and given > 0):
         raise ModelError(
             "adapter.alpha cannot be calibrated, because the public phrases have no gradient: set head.start to "
             "'label-words' or 'random', or give adapter.alpha a number"
         )
-    times = wanted / found
+    times = random / given
     return {
         layer: {name: t * times if (layer not in OWN and name in free.factors) else t for name, t in factors.items()}
         for layer, factors in adapter.items()

@@ -35,7 +35,8 @@ from fedveil.common.messages.state import HEAD, METRIC, AdapterState, Factors
 from fedveil.common.messages.wire import Layout
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.model.shapes import FixedBatch
-from fedveil.common.starts.base import Labels, PaidByShare, seeded
+from fedveil.common.starts.base import Labels, seeded
+from fedveil.common.starts.paid import PaidByShare
 from fedveil.common.starts.public_metric import MADE, PublicMetric
 from fedveil.common.starts.public_text import MADE_UP
 from fedveil.common.tasks import TASKS, Batch, Record
@@ -128,8 +129,8 @@ class ClassMeans(PaidByShare):
             optimizer = torch.optim.SGD(sums.parameters(), lr=0.0)
             with plan.steps(model, optimizer, Around(before_pass)) as steps:
                 gradients = dict(zip(steps.trained, steps.release(plan.parts(model, chosen), votes), strict=True))
-            found = {name: gradients[p].detach().float().cpu().clone() for name, p in sums.named_parameters()}
-            return {HEAD: {"sums": found["weight"], "counts": found["bias"]}}
+            released = {name: gradients[p].detach().float().cpu().clone() for name, p in sums.named_parameters()}
+            return {HEAD: {"sums": released["weight"], "counts": released["bias"]}}
 
     def complete(
         self, model: FederatedModel, config: RunConfig, labels: Labels, statistic: AdapterState

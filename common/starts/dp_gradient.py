@@ -13,8 +13,8 @@ from typing import ClassVar
 from fedveil.common.messages.state import AdapterState, Factors
 from fedveil.common.messages.wire import Layout
 from fedveil.common.model.federated import FederatedModel
-from fedveil.common.starts.base import PaidGradient
 from fedveil.common.starts.gradient import drawn, gradient_basis, gradient_layout, private_gradient
+from fedveil.common.starts.paid import PaidGradient
 from fedveil.common.tasks import Record
 from fedveil.privacy.plan import PrivacyPlan
 

@@ -48,17 +48,17 @@ class FromText(Start):
     def check(self, config: RunConfig, adapter: type[Adapter]) -> None:
         """Refuse a text that is not public to the run or has no fingerprint, and records that hold no words."""
         super().check(config, adapter)
-        found = self.resolved()
-        known = known_sha256(found.text)
-        if known and found.text_sha256 != known:
+        start = self.resolved()
+        known = known_sha256(start.text)
+        if known and start.text_sha256 != known:
             raise ConfigError(
-                f"start.text-sha256 is {found.text_sha256}, that of the sentences of {found.text!r} is {known}: leave "
+                f"start.text-sha256 is {start.text_sha256}, that of the sentences of {start.text!r} is {known}: leave "
                 "it empty, or name a file as start.text"
             )
-        check_named(found.text, found.text_sha256, config.data)
-        if found.text != MADE_UP and not TASKS[config.model.task].wording:
+        check_named(start.text, start.text_sha256, config.data)
+        if start.text != MADE_UP and not TASKS[config.model.task].wording:
             raise ConfigError(
-                f"start.text is {found.text!r}, and the records of model.task {config.model.task!r} hold no words: set "
+                f"start.text is {start.text!r}, and the records of model.task {config.model.task!r} hold no words: set "
                 "start.text to 'made-up'"
             )
 
@@ -71,16 +71,16 @@ class FromText(Start):
     @property
     def fingerprint(self) -> str:
         """The SHA-256 of the public text; empty: it is made up."""
-        found = self.resolved()
-        return "" if found.text == MADE_UP else found.text_sha256
+        start = self.resolved()
+        return "" if start.text == MADE_UP else start.text_sha256
 
     def check_public(self, config: RunConfig) -> str:
         """Refuse a text that is among the run's records, and say what it was compared with."""
-        found = self.resolved()
-        if found.text in OF_NO_ONE:
+        start = self.resolved()
+        if start.text in OF_NO_ONE:
             return ""
-        used = read_text(found.text, found.fingerprint)[: self.records]
-        compared = check_apart(found.text, used, config.data, config.model.task)
+        used = read_text(start.text, start.fingerprint)[: self.records]
+        compared = check_apart(start.text, used, config.data, config.model.task)
         return f"the text is public by the coordinator's word; it was {compared}"
 
     def texts(self, model: FederatedModel, labels: Sequence[int] = ()) -> list[Record]:
@@ -111,10 +111,10 @@ class FromText(Start):
         if text == MADE_UP:
             invent = model.task.inventor(model.base, model.max_length, lifelike=True)
             sizes = [min(max(1, model.max_length // 2 - 2), 6 + 7 * i % 35) for i in range(self.records)]
-            found = [model.base.processor.decode(invent(size, i, 0)[TOKENS]) for i, size in enumerate(sizes)]
+            texts = [model.base.processor.decode(invent(size, i, 0)[TOKENS]) for i, size in enumerate(sizes)]
         else:
-            found = read_text(text, self.fingerprint)[: self.records]
-        both = zip(found, [*found[1:], *found[:1]], labels, strict=False)
+            texts = read_text(text, self.fingerprint)[: self.records]
+        both = zip(texts, [*texts[1:], *texts[:1]], labels, strict=False)
         return model.prepare([replace(wording_of(model.task).pair(a, b), label=label) for a, b, label in both])
 
     def completions(self, model: FederatedModel) -> list[Record]:

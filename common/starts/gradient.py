@@ -121,7 +121,7 @@ def record_bytes(model: FederatedModel) -> int:
 
 
 def _own_weights(model: FederatedModel) -> dict[str, nn.Parameter]:
-    found = {}
+    weights = {}
     for name, layer in sorted(layers_of(model.peft_model).items()):
         weight = layer.get_base_layer().weight
         if not isinstance(weight, nn.Parameter):
@@ -129,8 +129,8 @@ def _own_weights(model: FederatedModel) -> dict[str, nn.Parameter]:
                 f"the adapted layers' own weights must have a gradient here, and model.quantise holds that of {name!r} "
                 "in low bits: set it to 'none', or adapter.start to 'orthonormal' and adapter.alpha to a number"
             )
-        found[name] = weight
-    return found
+        weights[name] = weight
+    return weights
 
 
 @contextmanager
@@ -156,11 +156,11 @@ def gradients_in(model: FederatedModel, weights: Mapping[str, Tensor], record: R
         ModelError: the model's forward pass does not use one of them.
     """
     loss = model.losses(model.batch([record])).sum()
-    found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
-    for name, gradient in zip(weights, found, strict=True):
+    gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+    for name, gradient in zip(weights, gradients, strict=True):
         if gradient is None:
             raise ModelError(f"the model does not use the layer {name!r}: name others in adapter.targets")
-    return dict(zip(weights, found, strict=True))
+    return dict(zip(weights, gradients, strict=True))
 
 
 def _oriented(model: FederatedModel, gradients: dict[str, Tensor]) -> AdapterState:

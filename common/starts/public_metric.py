@@ -2,15 +2,13 @@
 
 B takes the leading directions of the outputs' gradients on public phrases about the labels. No phrase is a pair, and
 language models have no labels: there B takes those of the public texts, each with the next one as a pair under a drawn
-label, or its second half as the completion of the first. V shrinks the few input directions along which gradients of
-any public text are longest, to the length of those after them: along these nearly all of a record's gradient lies, and
-they say nothing about the label. Both are made at the server of public text alone, or around a head that was paid for,
-so they cost nothing. They travel once. B is scaled so that the gradients of
-public text are as long as suits the clip, all adapted layers together, and equally long in each layer and each column:
-else the first column has most of the clip.
+label, or its second half as the completion of the first. V shrinks the few input directions that hold nearly all of any
+public text's gradient, and say nothing about the label, to the length of those after them. The server makes both of
+public text alone, or around a head that was paid for, so they cost nothing, and sends them once. B is scaled so that
+the gradients of public text fit the clip, equally long in each layer and each column.
 
-In kin: DP-KFC (Molina Van den Bosch et al. 2026, arXiv 2605.13418) preconditions DP-SGD by Kronecker factors of a
-layer's inputs and outputs, which it takes from made-up records as well.
+DP-KFC (Molina Van den Bosch et al. 2026, arXiv 2605.13418) preconditions DP-SGD likewise by Kronecker factors of a
+layer's inputs and outputs, from made-up records.
 """
 
 from __future__ import annotations
@@ -40,8 +38,6 @@ from fedveil.common.starts.public_text import MADE_UP
 from fedveil.common.tasks import TASKS, Record, wording_of
 from fedveil.privacy.randomness import stream
 
-Gradients = Iterator[dict[str, Tensor]]
-"""Of one record after another: the gradient of each adapted layer's weight, shape (out, in), float64, CPU."""
 FAINT = 0.05
 """Length of a column's gradients, over the longest column's, below which it is taken for that."""
 TELLING = 64
@@ -85,18 +81,14 @@ class PublicMetric(FromText):
 
     def check_public(self, config: RunConfig) -> str:
         """Refuse and say as for any text, and say where B points if not where phrases about labels do."""
-        told = [super().check_public(config)]
-        if config.adapter.name != "none":
-            told.append(self._told(config))
-        return "\n".join(line for line in told if line)
+        lines = [super().check_public(config), self._columns_from(config) if config.adapter.name != "none" else ""]
+        return "\n".join(line for line in lines if line)
 
-    def _told(self, config: RunConfig) -> str:
+    def _columns_from(self, config: RunConfig) -> str:
         if self._pointless(TASKS[config.model.task].labelled):
             return "made-up text completes nothing, so B's columns are random, from the seed: name a text in start.text"
         if self.outputs == "public" and is_paired(config.data, config.model.task):
-            return (
-                "no phrase about a label is a pair, so B's columns are those of public texts in pairs, of drawn labels"
-            )
+            return "no phrase about a label is a pair, so B's columns are of public texts in pairs, under drawn labels"
         if self.outputs == "public" and not TASKS[config.model.task].wording:
             return "records hold no words, so B's columns are those of made-up ones, of drawn labels"
         return ""
@@ -112,13 +104,12 @@ class PublicMetric(FromText):
     def from_public(self, model: FederatedModel, config: RunConfig, labels: Labels) -> AdapterState:
         """Return B and V of every adapted layer, B scaled.
 
-        Where the head has rounds of its own first, they are made again after these. Made now as well, they show what is
-        wrong with the text before a site has paid. A head that is the same for all labels shows nothing, so a drawn one
-        takes its place.
+        Where the head has rounds of its own first, they are made again after these. Made now, they show what is wrong
+        with the text before a site has paid; a drawn head replaces one that is the same for all labels.
         """
         model.write(model.start)
-        if config.schedule.adapter_waits and _silent(model):
-            weight = model.head["weight"]
+        waits = config.schedule.adapter_waits
+        if waits and bool(((weight := model.head["weight"].detach()) == weight[0]).all()):
             drawn = torch.randn(weight.shape, generator=stream(config.seed, self.name, "head"))
             model.write({HEAD: {"weight": drawn}})
             self.around(model, config, labels)
@@ -127,9 +118,9 @@ class PublicMetric(FromText):
         else:
             state = self.around(model, config, labels)
         if model.module.metric is not None:
-            # A head of its own rounds learns better behind made-up words (``experiments/log``).
-            told = self.of_made_up() if config.schedule.adapter_waits else self
-            texts = told._wording(model, config, labels)
+            # A head of its own rounds learns better behind made-up words.
+            start = self.of_made_up() if waits else self
+            texts = start._wording(model, config, labels)
             state.update(self.of_head(model, texts, config.privacy.clip_norm / self.clip_share))
         return state
 
@@ -142,8 +133,8 @@ class PublicMetric(FromText):
         texts = self._wording(model, config, labels)
         paired = is_paired(config.data, config.model.task)
         state: AdapterState = {}
-        told_by_texts = paired or not labels.names or not model.task.wording
-        telling = texts[:TELLING] if told_by_texts else _labelled(model, labels)
+        without_phrases = paired or not labels.names or not model.task.wording
+        telling = texts[:TELLING] if without_phrases else _labelled(model, labels)
         columns = self._columns(model, telling) if model.adapter.directions else {}
         scaling = model.adapter.scaling
         for layer, B, by_column in _moments(model, texts, columns):
@@ -230,12 +221,6 @@ class PublicMetric(FromText):
         return {layer: leading_rows(gram, model.adapter.rank).T for layer, gram in grams.items()}
 
 
-def _silent(model: FederatedModel) -> bool:
-    """Whether the head says the same of every label, so that no text has a gradient below it."""
-    weight = model.head["weight"].detach()
-    return bool((weight == weight[0]).all())
-
-
 def _labelled(model: FederatedModel, labels: Labels) -> list[Record]:
     """Return the phrases about each label as records of it."""
     examples = [
@@ -292,12 +277,14 @@ def shrinking(moment: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(moment)
     count = shrunk(len(values))
     leading, level = values[-count:].flip(0).clamp(min=0), values[max(0, len(values) - count - 1)].clamp(min=0)
-    kept = torch.where(leading > level, (level / leading).sqrt(), torch.ones_like(leading))
-    return (1 - kept).sqrt()[:, None] * with_fixed_signs(vectors[:, -count:].flip(1).T)
+    lengths = torch.where(leading > level, (level / leading).sqrt(), torch.ones_like(leading))
+    return (1 - lengths).sqrt()[:, None] * with_fixed_signs(vectors[:, -count:].flip(1).T)
 
 
-def _gradients(model: FederatedModel, records: Sequence[Record], only: Collection[str] = ()) -> Gradients:
-    """Yield the gradients of each record; ``only`` of these layers, or of all."""
+def _gradients(
+    model: FederatedModel, records: Sequence[Record], only: Collection[str] = ()
+) -> Iterator[dict[str, Tensor]]:
+    """Yield each record's gradients of all weights, or of ``only`` these layers', shape (out, in), float64, CPU."""
     layers = layers_of(model.peft_model)
     was_training = model.module.training
     model.module.eval()

@@ -119,9 +119,9 @@ def read_text(source: str, sha256: str) -> list[str]:
         raise DataError(
             f"start.text {source!r} cannot be read as UTF-8 text: name a file with a text a line"
         ) from error
-    found = hashlib.sha256(content).hexdigest()
-    if found != sha256:
-        raise DataError(f"start.text {source!r} has the SHA-256 {found}, start.text-sha256 is {sha256}: correct one")
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != sha256:
+        raise DataError(f"start.text {source!r} has the SHA-256 {digest}, start.text-sha256 is {sha256}: correct one")
     if not texts:
         raise DataError(f"start.text {source!r} holds no text: name a file with a text a line")
     return texts
@@ -136,8 +136,10 @@ def data_set_sentences(name: str) -> tuple[str, ...]:
     Raises:
         DataError: the data set cannot be read.
     """
-    found = {likeness(s): s for text in load_texts(name) for s in sentences_of(text) if len(s.split()) >= FEWEST_WORDS}
-    return tuple(sorted(found.values(), key=lambda sentence: hashlib.sha256(sentence.encode()).digest()))
+    sentences = {
+        likeness(s): s for text in load_texts(name) for s in sentences_of(text) if len(s.split()) >= FEWEST_WORDS
+    }
+    return tuple(sorted(sentences.values(), key=lambda sentence: hashlib.sha256(sentence.encode()).digest()))
 
 
 def as_file(texts: Sequence[str]) -> bytes:
@@ -179,10 +181,10 @@ def check_apart(source: str, texts: Sequence[str], data: DataConfig, task: str, 
 
 def _refuse(named: str, out: str, texts: Sequence[str], examples: Sequence[Example], where: str) -> None:
     known = {trace for example in examples for text in example.texts() for trace in traces(text)}
-    found = [text for text in texts if not known.isdisjoint(traces(text))]
-    if found:
-        shown = found[0] if len(found[0]) <= 60 else f"{found[0][:57]}..."
+    shared = [text for text in texts if not known.isdisjoint(traces(text))]
+    if shared:
+        shown = shared[0] if len(shared[0]) <= 60 else f"{shared[0][:57]}..."
         raise DataError(
-            f"{len(found)} of the {len(texts)} texts of {named} stand in {where}, such as {shown!r}: "
+            f"{len(shared)} of the {len(texts)} texts of {named} stand in {where}, such as {shown!r}: "
             f"they are not public to this run; {out}, or name another"
         )

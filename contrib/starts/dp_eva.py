@@ -24,8 +24,8 @@ import torch
 from fedveil.common.messages.state import AdapterState
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.nulls import without_lift
-from fedveil.common.starts.base import PaidStart
 from fedveil.common.starts.gradient import drawn, released
+from fedveil.common.starts.paid import PaidStart
 from fedveil.common.tasks import Record
 from fedveil.contrib.starts.inputs import OfInputs, open_moments, packed, unpacked
 from fedveil.privacy.plan import PrivacyPlan

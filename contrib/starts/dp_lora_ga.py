@@ -24,9 +24,9 @@ from fedveil.common.config.fields import Unit
 from fedveil.common.messages.state import AdapterState, Factors
 from fedveil.common.messages.wire import Layout
 from fedveil.common.model.federated import FederatedModel
-from fedveil.common.starts.base import PaidGradient
 from fedveil.common.starts.directions import leading_singular_triple, orthonormal_rows
 from fedveil.common.starts.gradient import drawn, released
+from fedveil.common.starts.paid import PaidGradient
 from fedveil.common.tasks import Record
 from fedveil.privacy.plan import PrivacyPlan
 from fedveil.privacy.randomness import stream

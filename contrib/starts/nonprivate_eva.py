@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from fedveil.common.messages.state import AdapterState
 from fedveil.common.model.federated import FederatedModel
-from fedveil.common.starts.base import UnpaidStart
+from fedveil.common.starts.paid import UnpaidStart
 from fedveil.common.tasks import Batch
 from fedveil.contrib.starts.inputs import OfInputs, mean_moments, packed
 

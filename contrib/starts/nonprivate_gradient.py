@@ -15,8 +15,9 @@ from fedveil.common.config.fields import RATIO
 from fedveil.common.messages.state import AdapterState, Factors
 from fedveil.common.messages.wire import Layout
 from fedveil.common.model.federated import FederatedModel
-from fedveil.common.starts.base import UnpaidStart, seeded
+from fedveil.common.starts.base import seeded
 from fedveil.common.starts.gradient import gradient_basis, gradient_layout, mean_gradient
+from fedveil.common.starts.paid import UnpaidStart
 from fedveil.common.tasks import Batch
 
 

@@ -25,7 +25,8 @@ from fedveil.common.errors import ConfigError
 from fedveil.common.messages.state import HEAD, METRIC, AdapterState, Factors
 from fedveil.common.messages.wire import Layout
 from fedveil.common.model.federated import FederatedModel
-from fedveil.common.starts.base import Labels, Needs, PaidByShare
+from fedveil.common.starts.base import Labels, Needs
+from fedveil.common.starts.paid import PaidByShare
 from fedveil.common.starts.public_metric import PublicMetric
 from fedveil.common.tasks import TASKS, Record
 from fedveil.common.tasks.module import Metric

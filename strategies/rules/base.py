@@ -57,16 +57,16 @@ class ServerRule(ABC):
         del model, config
         return {}
 
-    def change(self, change: Factors, held: Factors, scaling: float, *, noised: bool) -> Factors:
+    def change(self, change: Factors, factors: Factors, scaling: float, *, noised: bool) -> Factors:
         """Return what the optimiser takes for one layer's averaged change.
 
         Args:
             change: ``before - averaged`` of the trained factors, float64.
-            held: every factor of the layer before the round, float64.
+            factors: every factor of the layer before the round, float64.
             scaling: the adapter's s.
             noised: whether the change carries a mechanism's noise.
         """
-        del held, scaling, noised
+        del factors, scaling, noised
         return change
 
     def step(self, before: AdapterState, after: AdapterState, measured: AdapterState, known: Known) -> AdapterState:

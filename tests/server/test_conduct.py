@@ -254,7 +254,7 @@ def test_what_round_0_made_of_the_model_is_told_beside_what_was_there_before() -
     job, heard, model = (
         configure({"privacy.mode": "none"}),
         Heard(lines=[]),
-        SimpleNamespace(found="found", told="told"),
+        SimpleNamespace(statistic_words="found", public_words="told"),
     )
     observer = Terminal(job, cast(Any, heard), cast(Any, model))
     state, before = ServerState(0, {}, ()), Score(accuracy=0.5, loss=1.0)
@@ -266,7 +266,7 @@ def test_what_round_0_made_of_the_model_is_told_beside_what_was_there_before() -
     assert heard.lines[0] == (f"initialisation by {job.origin.name}: 0 sites, no record used", 0)
     assert heard.lines[1:] == [("told", 0)]
     heard.lines.clear()
-    model.found = ""
+    model.statistic_words = ""
     observer.started(before, state, {})
     assert heard.lines == [("before training: accuracy 50.0 %", None)]
 
