@@ -34,7 +34,6 @@ from fedveil.strategies.recipes import AUTO, RECIPES, Asked, Recipe, choose, is_
 from fedveil.strategies.refused import REFUSED, REFUSED_STRATEGIES
 from fedveil.strategies.rules import RULES, ServerRule
 from fedveil.strategies.state import ServerState
-from fedveil.strategies.systems import settings_instead
 
 T = TypeVar("T")
 BESIDE = "; a start of contrib has its own options, once adapter.start names it"
@@ -288,8 +287,6 @@ def _compose(filled: _Filled, given: Mapping[str, Scalar]) -> Job:
     named = ALIASES.get(asked.adapter.name, asked.adapter.name)
     asked = replace(asked, adapter=replace(asked.adapter, name=named))
     config = resolve(asked)
-    if named not in ADAPTERS and (instead := settings_instead(named.lower())):
-        raise ConfigError(f"adapter.name {named!r} is no adapter here; {instead}")
     if asked.strategy in REFUSED_STRATEGIES:
         raise ConfigError(f"strategy {asked.strategy!r} cannot be run: {REFUSED_STRATEGIES[asked.strategy]}")
     rows = {"strategy": asked.strategy, "adapter.name": named, "adapter.start": asked.adapter.start}

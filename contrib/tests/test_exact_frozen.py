@@ -34,7 +34,6 @@ from audits.tiny_models import TARGETS
 from fedveil.common.adapters import ADAPTERS, LoRA
 from fedveil.common.adapters.attach import attach, read_factors
 from fedveil.common.adapters.base import FreeScale
-from fedveil.common.config.text import parse_settings
 from fedveil.common.errors import ConfigError, ModelError
 from fedveil.common.messages.state import Factors
 from fedveil.common.starts import STARTS
@@ -46,8 +45,6 @@ from fedveil.contrib.starts.lu_of_weights import lu_triple
 from fedveil.privacy.dpsgd import PrivateSteps
 from fedveil.privacy.plan import gaussian_plan
 from fedveil.privacy.randomness import stream
-from fedveil.strategies.job import configure
-from fedveil.strategies.systems import SYSTEMS
 
 pytestmark = pytest.mark.peft
 
@@ -408,19 +405,3 @@ def test_s1_block_lora_is_lora_of_a_part_of_the_rank_at_a_longer_scale(adam: boo
     right, wrong = (0.02 * root, 0.02) if adam else (0.02, 0.02 * root)
     assert apart(theirs, ours(right)) < (1e-6 if adam else 1e-12)  # Adam's ε is not scaled
     assert apart(theirs, ours(wrong)) > 1e-3
-
-
-# --- systems by their names -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", SYSTEMS)
-def test_a_system_that_is_other_rows_is_refused_with_what_to_write_and_that_is_a_run(name: str) -> None:
-    with pytest.raises(ConfigError, match="is no adapter here; it is other rows put together: set ") as refused:
-        configure({"adapter.name": name})
-    named = str(refused.value).partition(": set ")[2]
-    assert configure(parse_settings([named])).settings() == configure(SYSTEMS[name]).settings()
-
-
-def test_block_lora_is_refused_with_what_it_is() -> None:
-    with pytest.raises(ConfigError, match=r"'Block-LoRA' is no adapter here; n blocks are LoRA of n times less rank"):
-        configure({"adapter.name": "Block-LoRA"})

@@ -19,7 +19,6 @@ from fedveil.common.tasks.sentence_modules import ENCODER
 from fedveil.strategies import ROWS
 from fedveil.strategies.refused import REFUSED_STRATEGIES
 from fedveil.strategies.rules import RULES
-from fedveil.strategies.systems import BLOCK_LORA
 
 AXES: Mapping[str, Mapping[str, type[Any]]] = {
     "strategy": ROWS,
@@ -226,7 +225,11 @@ SYSTEMS: tuple[System, ...] = (
         file="align-guard",
     ),
     System("FedAdam (FedOpt)", {"strategy": "fedavg-lora", "server.optimizer": "adam"}),
-    System("Block-LoRA", instead=BLOCK_LORA),
+    System(
+        "Block-LoRA",
+        instead="n blocks are LoRA of n times less rank, whose scale is √n times as large, and would send n times the "
+        "numbers: divide adapter.rank by n and adapter.alpha by √n",
+    ),
     System(
         "CoDyRA, from task to task",
         {
