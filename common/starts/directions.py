@@ -31,38 +31,6 @@ def with_fixed_signs(rows: Tensor) -> Tensor:
     return rows * torch.sign(rows.gather(1, rows.abs().argmax(1, keepdim=True)))
 
 
-def spanned_rows(matrix: Tensor) -> Tensor:
-    """Return orthonormal rows, shape of ``matrix`` (rank, columns), whose first k span its first k; signs fixed."""
-    return with_fixed_signs(torch.linalg.qr(matrix.T)[0].T)
-
-
 def leading_rows(gram: Tensor, rank: int) -> Tensor:
     """Return eigenvectors of a symmetric matrix, shape (n, n), as rows (rank, n): of the largest first; signs fixed."""
     return with_fixed_signs(torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1).T)
-
-
-def minor_rows(matrix: Tensor, rank: int) -> Tensor:
-    """Return the right singular vectors of an (out, in) matrix with the smallest values as rows (rank, in).
-
-    The smallest first, signs fixed. Where the matrix has more columns than rows it reaches none of a whole space of
-    directions, which has no basis of its own: they are then what is left of the unit vectors, in order, which server
-    and sites compute the same.
-    """
-    out, into = matrix.shape
-    left = into - min(out, into)
-    _, _, vt = torch.linalg.svd(matrix, full_matrices=False)
-    minor = with_fixed_signs(vt.flip(0)[: max(0, rank - left)])
-    if not left:
-        return minor
-    # What the matrix does not reach, seen from the unit vectors: their projections, orthonormalised in order.
-    unreached = torch.zeros(0, into, dtype=matrix.dtype)
-    for unit in torch.eye(into, dtype=matrix.dtype):
-        row = unit
-        for _ in range(2):  # once leaves what rounding brought in
-            row = row - vt.T @ (vt @ row)
-            row = row - unreached.T @ (unreached @ row)
-        if float(row.norm()) > 1e-3:
-            unreached = torch.cat([unreached, row[None] / row.norm()])
-        if len(unreached) == min(rank, left):
-            break
-    return torch.cat([unreached, minor])
