@@ -34,6 +34,7 @@ Figure = int | float | list[float] | None
 LIMITS = {
     "contrib lines, rows": 6000,
     "contrib lines, tests": 8000,
+    "longest test file": 600,
     "policy keys": 32,
     "commands": 36,
     "server/rounds imports": 12,
@@ -150,7 +151,7 @@ def figures(root: Path) -> dict[str, Figure]:
     house = House(root)
     sizes = [house.lines(path) for path in house.product]
     tests = [house.lines(path) for path in house.trees if path.parts[0] == "tests"]
-    rows_tests = sum(house.lines(path) for path in house.trees if path.parts[:2] == ("contrib", "tests"))
+    rows_tests = [house.lines(path) for path in house.trees if path.parts[:2] == ("contrib", "tests")]
     spans = [(node.end_lineno or node.lineno) - node.lineno + 1 for node in house.functions]
     words, rounds = house.docstring_words(), Path("server/rounds.py")
     inside = ("privacy/", "privacy/")
@@ -161,12 +162,12 @@ def figures(root: Path) -> dict[str, Figure]:
     return {
         "product files": len(house.product),
         "product lines": sum(sizes),
-        "contrib lines, rows": house.lines_in({"contrib"}) - rows_tests,
-        "contrib lines, tests": rows_tests,
+        "contrib lines, rows": house.lines_in({"contrib"}) - sum(rows_tests),
+        "contrib lines, tests": sum(rows_tests),
         "audits, faults, benchmarks lines": house.lines_in(EVIDENCE),
         "tools, examples, demo lines": house.lines_in({"tools", "examples", "demo"}),
         "tests lines": sum(tests),
-        "longest test file": max(tests, default=0),
+        "longest test file": max([*tests, *rows_tests], default=0),
         "median, longest product file": [statistics.median(sizes), max(sizes)],
         f"product files above {LONG_FILE} lines": sum(size > LONG_FILE for size in sizes),
         "median, longest function": [statistics.median(spans), max(spans)],
