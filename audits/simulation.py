@@ -55,7 +55,9 @@ def bundle(folder: Path, fault: Fault) -> Path:
     for name in PACKAGES:
         shutil.copytree(app.PROJECT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     text = (app.PROJECT / "pyproject.toml").read_text(encoding="utf-8")
-    text = re.sub(r"^fab-include = .*$", 'fab-include = ["**/*.py"]', text, flags=re.MULTILINE)  # the audits go along
+    text = re.sub(
+        r"^fab-include = .*$", 'fab-include = ["**/*.py", "**/*.toml"]', text, flags=re.MULTILINE
+    )  # the audits go along
     text, doors = re.subn(r"^clientapp = .*$", 'clientapp = "with_canaries:app"', text, flags=re.MULTILINE)
     if doors != 1:
         raise ConfigError(f"pyproject.toml names {doors} apps as clientapp: name one")

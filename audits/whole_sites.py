@@ -97,7 +97,7 @@ class Cohort:
             "privacy.site-rate": rate,
             "privacy.epsilon": 1e3,
             "privacy.delta": DELTA,
-            "training.sample-rate": 0.0,
+            "training.sample-rate": "auto",
             "rounds": DRAWS,
         }
         self.job = configure({**tiny_run(folder), **own})

@@ -15,7 +15,6 @@ from fedveil.cli.doctor import doctor
 from fedveil.cli.errors import Commands
 from fedveil.cli.errors import for_people as _for_people
 from fedveil.cli.ledger import ledger_app
-from fedveil.cli.notes import print_notes
 from fedveil.cli.plan import plan
 from fedveil.cli.report import keygen, print_summary, report, verify, watch
 from fedveil.cli.server import server_app
@@ -96,7 +95,7 @@ def run(
     job = configure(overrides)
     if note:  # what is wrong with the data is said without a line above it on what the data leave open
         train_and_test(job.config.data, job.config.model.task)
-    print_notes(job, note)
+    typer.echo(note, err=True, nl=bool(note))
     number, promise = sites_of(job.config, sites), job.mechanism.promise(job.config.privacy)
     banner = (
         f"{job.config.method} on {job.config.model.name} and {job.config.data.name}: "

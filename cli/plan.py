@@ -11,7 +11,6 @@ import typer
 from rich.console import Console
 
 from fedveil.cli.errors import for_people
-from fedveil.cli.notes import print_notes
 from fedveil.common.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ def plan(
     overrides, note = with_recipe(given, divided=not sizes, sites=0 if sizes else sites or USUAL)
     job = configure(overrides)
     public_sizes = _sizes(job, sites, sizes)  # before the note: of data that cannot be read their error says all
-    print_notes(job, note)
+    typer.echo(note, err=True, nl=bool(note))
     if sizes and not given.get("data.records"):
         as_these = {**given, "data.records": sum(public_sizes)}
         other = with_recipe(as_these, sites=len(public_sizes))[0]["recipe"]

@@ -10,7 +10,6 @@ from typing import Annotated
 import typer
 
 from fedveil.cli.errors import for_people
-from fedveil.cli.notes import print_notes
 
 
 @for_people
@@ -29,7 +28,7 @@ def settings(
     overrides = parse_settings(config or [])
     resolved, note = with_recipe(overrides)
     job = configure(resolved)
-    print_notes(job, note)
+    typer.echo(note, err=True, nl=bool(note))
     overrides = with_options(overrides)
     asked, run = overrides, job.settings()
     shown = [lines_of(setting, asked.get(setting.key), run.get(setting.key)) for setting in select(names or [], asked)]

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedveil.common.check import Rule, nearest
-from fedveil.common.config.asked import RunSettings
 from fedveil.common.config.fields import kebab, kinds_of, rules_of, unit_of
-from fedveil.common.config.sections import Columns, ModelConfig, PrivacyConfig, Scalar
+from fedveil.common.config.sections import Columns, ModelConfig, PrivacyConfig, RunConfig, Scalar
 from fedveil.common.config.text import toml_value
 from fedveil.common.docstrings import fields_said
 from fedveil.common.errors import ConfigError
@@ -23,11 +22,12 @@ from fedveil.strategies.options import (
     OPTIONS,
     START,
     declared_settings,
+    is_open,
     known_settings,
     rows_with_options,
     tables,
 )
-from fedveil.strategies.recipes import AUTO, RECIPES, Asked, is_open
+from fedveil.strategies.recipes import AUTO, RECIPES, recipe_settings
 from fedveil.strategies.rules import RULES
 
 KINDS: Mapping[type, str] = {int: "whole number", float: "number", str: "text", bool: "true or false"}
@@ -55,7 +55,7 @@ def all_settings(values: Mapping[str, Scalar] = EMPTY) -> dict[str, Setting]:
     Args:
         values: settings of a run, flat, which may name rows of ``contrib``.
     """
-    found = {setting.key: setting for setting in _of_section(RunSettings, "")}
+    found = {setting.key: setting for setting in _of_section(RunConfig, "")}
     found[OPTIONS] = Setting(OPTIONS, "", _OF_OPTIONS, "", KINDS[str])
     for prefix, row in rows_with_options(values):
         for option in _of_section(row, prefix, {**values, **_named(row)}):
@@ -154,10 +154,10 @@ def _of_section(section: type[Any], prefix: str, values: Mapping[str, Scalar] = 
 
 
 _OTHER_RUNS = {
-    "for language models": RunSettings(model=ModelConfig(task="causal-lm")),
-    "for images": RunSettings(model=ModelConfig(task="image-classification")),
-    "in a secure sum": RunSettings(privacy=PrivacyConfig(mode="secure-sum")),
-    "without privacy": RunSettings(privacy=PrivacyConfig(mode="none")),
+    "for language models": RunConfig(model=ModelConfig(task="causal-lm")),
+    "for images": RunConfig(model=ModelConfig(task="image-classification")),
+    "in a secure sum": RunConfig(privacy=PrivacyConfig(mode="secure-sum")),
+    "without privacy": RunConfig(privacy=PrivacyConfig(mode="none")),
 }
 
 
@@ -169,11 +169,11 @@ def _filled(key: str) -> str:
     if rest is None:
         return ""
     told = list[str]()
-    for name, row in RECIPES.items():
-        usual = row.settings(Asked(RunSettings())).get(key)
+    for name in RECIPES:
+        usual = recipe_settings(name, RunConfig()).get(key)
         told += [f"{toml_value(usual)} of `{name}`"] if usual is not None else []
         for which, run in _OTHER_RUNS.items():
-            value = row.settings(Asked(run)).get(key, rest if usual is not None else None)
+            value = recipe_settings(name, run).get(key, rest if usual is not None else None)
             told += [f"{toml_value(value)} of `{name}` {which}"] if value not in (None, usual, AUTO) else []
     if not told:
         return f" {AUTO!r} is {toml_value(rest)}."

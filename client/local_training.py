@@ -223,7 +223,7 @@ def _take_steps(
     config = job.config.training
     first = (task.round_number - 1) * config.local_steps
     with _trainable(records, job, model, task, site, deadline, kept) as (seen, trained):
-        optimizer = build_optimizer(trained, config)
+        optimizer = build_optimizer(trained, config, job.config.site_head_rate)
         batches = plan.batches(model, seen, stream(job.config.seed, "batches", site.name), first)
         with plan.steps(model, optimizer, Around(deadline.check)) as steps:
             for step in range(config.local_steps):
@@ -245,7 +245,7 @@ def _trainable(
     kept: MutableMapping[str, Derivatives],
 ) -> Iterator[tuple[Sequence[Record], Mapping[str, Mapping[str, nn.Parameter]]]]:
     """Yield the records that the steps take, and what they train, by layer and factor."""
-    schedule, number = job.config.schedule, task.round_number
+    schedule, number = job.config.timeline, task.round_number
     inputs = "examples" if model.head_only else schedule.at(number).inputs
     if inputs == "examples":  # or the features that such a model's records have
         chosen, _ = columns_of(site, job, task, model)

@@ -17,14 +17,16 @@ from fedveil.common.config.sections import TrainingConfig
 from fedveil.common.messages.state import HEAD
 
 
-def build_optimizer(trained: Mapping[str, Mapping[str, nn.Parameter]], config: TrainingConfig) -> Optimizer:
+def build_optimizer(
+    trained: Mapping[str, Mapping[str, nn.Parameter]], config: TrainingConfig, head_rate: float = 1.0
+) -> Optimizer:
     """Return a new optimiser over the trained tensors, by layer and factor, at the configured learning rate.
 
-    The head is a group of its own at ``head-rate`` times the rate; every group's ``share`` says its multiple.
+    The head is a group of its own at ``head_rate`` times the rate; every group's ``share`` says its multiple.
     """
     rate, decay = config.learning_rate, config.weight_decay
     parameters = [
-        {"params": list(factors.values()), "share": config.head_rate if layer == HEAD else 1.0}
+        {"params": list(factors.values()), "share": head_rate if layer == HEAD else 1.0}
         for layer, factors in trained.items()
     ]
     betas = (config.momentum, config.beta2)

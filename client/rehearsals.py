@@ -67,7 +67,7 @@ class Rehearsals:
             ModelError: it cannot be trained privately.
             PolicyRefusal: a round may take longer than the policy's ``reply-after`` leaves it.
         """
-        schedule = job.config.schedule
+        schedule = job.config.timeline
         if schedule.with_inputs("jacobians"):
             check_memory(model, job.config.privacy.rows_of_unit * site.public_size)
         if not job.mechanism.rehearsed:
@@ -125,7 +125,7 @@ class Rehearsals:
             wanted[FEATURED] = partial(self._featured, model)
         if "jacobians" in inputs:
             wanted[ON_JACOBIANS] = partial(rehearse_linearised, model)
-        if not model.head_only and any(job.config.schedule.at(n).inputs == "features" for n in kinds if n):
+        if not model.head_only and any(job.config.timeline.at(n).inputs == "features" for n in kinds if n):
             wanted[ON_FEATURES] = partial(rehearse_head, model)
         while missing := next((name for name in wanted if name not in self.timings), ""):
             before = _ways(model)
@@ -160,7 +160,7 @@ def kinds_of_rounds(job: Job, site: Site, model: FederatedModel, task: TrainTask
     Raises:
         ProtocolError, PolicyRefusal: as of ``columns_of``, of any of these rounds.
     """
-    first, schedule = task.round_number, job.config.schedule
+    first, schedule = task.round_number, job.config.timeline
     found = {first: steps_of(job, site, model, task)}
     seen = {(found[first].name, schedule.computation(first)[0] if first else -1)}
     for number in range(first + 1, schedule.rounds + 1):
@@ -189,7 +189,7 @@ def paid_start(job: Job, number: int) -> PaidStart | None:
 def inputs_of(job: Job, model: FederatedModel, number: int) -> Inputs:
     """Return what the steps of a round are on; round 0 is the start's own."""
     if number:
-        return job.config.schedule.at(number).inputs
+        return job.config.timeline.at(number).inputs
     start = paid_start(job, number)
     return "features" if model.head_only or (start and start.on_features) else "examples"
 

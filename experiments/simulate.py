@@ -106,7 +106,7 @@ def simulate(
         if job.config.resume:
             # The lines that the run's folder has already are not those that are waited for.
             known = len(whole_lines(run_folder(job.config, "") / "run.log"))
-        run = _submit(link, settings, sites, worker_count(sites, workers, keeps=job.config.schedule.computes_ahead))
+        run = _submit(link, settings, sites, worker_count(sites, workers, keeps=job.config.timeline.computes_ahead))
         folder = run_folder(job.config, run)
         record_sites(folder, sites)
         until_over.enter_context(conducting(folder))

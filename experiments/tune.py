@@ -40,7 +40,7 @@ from fedveil.server.checkpoint import NAME as CHECKPOINT
 from fedveil.strategies.job import Job, configure
 
 BUDGET, NOISE, STATE = "privacy.epsilon", "privacy.noise-multiplier", "tune.json"
-SAME = ("privacy.delta", "privacy.mode", "privacy.unit")
+SAME: tuple[str, ...] = ("privacy.delta", "privacy.mode", "privacy.unit")
 SAME += ("data.name", "data.test", "data.test-size", "data.seed", "data.person", "model.task")
 """Settings that all trials share: they decide what is paid, and what scores are compared on."""
 Conduct = Callable[[str, Mapping[str, Scalar]], Path]

@@ -16,7 +16,7 @@ from glob import escape
 from pathlib import Path
 from typing import ClassVar
 
-from fedveil.common.config.sections import RunTerms
+from fedveil.common.config.sections import RunConfig
 from fedveil.common.errors import ConfigError, RunFailed
 from fedveil.common.files import expanded
 from fedveil.common.run_lines import ConfigFile, RunFile, read_file
@@ -69,7 +69,7 @@ def stop(run: str, output: Path | None = None) -> tuple[Path, int]:
         ConfigError: no folder, or more than one, answers to the name; or no ``fedveil run`` conducts it here.
         RunFailed: it may not be ended by this user, or is not over after ``STOP_SECONDS``.
     """
-    folder = _folder(run, expanded(output or RunTerms().output))
+    folder = _folder(run, expanded(output or RunConfig().output))
     if _is_free(folder / ProcessFile.NAME):
         other = "; a server, a sweep or another program writes it: end that one" if is_written(folder) else ""
         raise ConfigError(f"no `fedveil run` is under way in {folder}{other}")

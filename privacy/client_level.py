@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from fedveil.common.errors import ConfigError
+from fedveil.common.requirements import Requirement
 from fedveil.privacy.claim import Claim
 from fedveil.privacy.events import Event
 from fedveil.privacy.figures import most_delta_text
@@ -116,6 +117,10 @@ class ClientLevel(Mechanism):
     # No site is measured against the others, which would let one decide whether another counts.
     longest: ClassVar[float] = 1.0
     needs: ClassVar[str] = "privacy.cohort"
+    requires: ClassVar[tuple[Requirement, ...]] = (
+        Requirement("server.most-noise", 0.0, "the noise is the server's, and no site states any"),
+        Requirement("server.scores", False, "the noise is the server's, and no site states any"),
+    )
     plans: ClassVar[type[PrivacyPlan] | None] = ClientLevelPlan
 
     def check(self, config: RunConfig) -> None:
@@ -135,12 +140,6 @@ class ClientLevel(Mechanism):
                 f"privacy.delta is {privacy.delta:g}, above 1/{privacy.cohort} of the cohort's sites: set it to "
                 f"{most_delta_text(privacy.cohort)} or less"
             )
-        for key, given in (("server.most-noise", config.server.most_noise), ("server.scores", config.server.scores)):
-            if given:
-                raise ConfigError(
-                    f"{key} is for noise that sites add, and with privacy.mode 'client-level' the server "
-                    f"does: leave it out"
-                )
 
     def broken_rule(
         self, allowed: Collection[str], *, without_privacy: bool, least_noise: float

@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
 from fedveil.common.errors import ConfigError, MechanismError
+from fedveil.common.requirements import Requirement
 from fedveil.privacy.accounting import Release
 from fedveil.privacy.claim import NOTHING, Claim
 from fedveil.privacy.units import PERSON, RECORD, UNITS, Unit
@@ -29,7 +30,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Pace:
-    """What ``auto`` and 0 stand for in the training settings of a run with this mechanism."""
+    """What is filled in where the training settings of a run with this mechanism are open."""
 
     server_optimizer: str
     local_steps: int
@@ -72,6 +73,8 @@ class Mechanism(ABC):
     """What a site's log says of a round that is an exposure although something is promised; empty: nothing."""
     needs: ClassVar[str] = ""
     """A setting without which no run has it, because only people know its value; empty: every setting has a default."""
+    requires: ClassVar[tuple[Requirement, ...]] = ()
+    """Settings and the values that they must have; one that is left open gets it."""
     plans: ClassVar[type[PrivacyPlan] | None] = None
     """What its plans are, where a site is charged."""
 
@@ -118,22 +121,18 @@ class Mechanism(ABC):
         seen = "nobody sees" if self.summed else "no strategy is given"
         return f"with privacy.mode {self.name!r} {seen}"
 
-    def check_run(self, config: RunConfig) -> None:
-        """Raise ConfigError, saying what to do, unless the run's settings fit the mechanism."""
-        if config.privacy.honest_sites and not self.summed:
-            raise ConfigError(
-                f"privacy.honest-sites is {config.privacy.honest_sites}, and with privacy.mode {self.name!r} no noise "
-                "is shared: leave it at 0, or set privacy.mode to 'secure-sum'"
-            )
-        if config.privacy.drop_outs and not self.summed:
-            raise ConfigError(
-                f"privacy.drop-outs is {config.privacy.drop_outs}, and with privacy.mode {self.name!r} no sum is lost "
-                "with a site: leave it at 0, or set privacy.mode to 'secure-sum'"
-            )
-        self.check(config)
+    @property
+    def requirements(self) -> tuple[Requirement, ...]:
+        """What the row and its kind require of a run's settings."""
+        return (
+            *self.requires,
+            *(() if self.summed else _OF_SUMS),
+            *(() if self.central else _OF_COHORTS),
+            *((Requirement("shorten-updates", True, _NO_SITE_ALONE),) if self.claims else ()),
+        )
 
     def check(self, config: RunConfig) -> None:
-        """Raise ConfigError, saying what to do, unless the run's settings fit what this row alone asks for."""
+        """Raise ConfigError, saying what to do, unless the run's figures fit what this row alone asks for."""
         del config
 
     def check_row(self) -> None:
@@ -236,6 +235,18 @@ class Mechanism(ABC):
     @abstractmethod
     def promise(self, privacy: PrivacyConfig) -> str:
         """Return in a few words what a run with these settings promises, for its first line."""
+
+
+_NO_SITE_ALONE = "under a promise no site may draw the model as far as it likes"
+_OF_SUMS = (
+    Requirement("privacy.honest-sites", 0, "only in 'secure-sum' is noise shared"),
+    Requirement("privacy.drop-outs", 0, "only in 'secure-sum' is a sum lost with a site"),
+)
+_OF_COHORTS = (
+    Requirement("privacy.cohort", 0, "only in 'client-level' is the unit a whole site"),
+    Requirement("privacy.site-rate", 1.0, "only in 'client-level' are sites drawn"),
+    Requirement("privacy.ledger", "", "only in 'client-level' does the server keep a ledger"),
+)
 
 
 @lru_cache(maxsize=16)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
 from fedveil.common.errors import ConfigError
+from fedveil.common.requirements import Requirement, one_plain_step
 from fedveil.privacy.claim import Claim
 from fedveil.privacy.events import Event, SummedGaussian
 from fedveil.privacy.mechanism import Mechanism, Pace
@@ -79,13 +80,14 @@ class SecureSum(Mechanism):
     head: ClassVar[str] = ", inside the clip"
     longest: ClassVar[float] = 2.0
     needs: ClassVar[str] = "privacy.honest-sites"
+    requires: ClassVar[tuple[Requirement, ...]] = one_plain_step("a round is one sum of clipped gradients")
     plans: ClassVar[type[PrivacyPlan]] = SecureSumPlan
 
     def check(self, config: RunConfig) -> None:
-        """Refuse what is no sum of clipped gradients, and too few sites."""
+        """Refuse too few sites."""
         from fedveil.privacy.secure_sum.roster import LEAST_SITES
 
-        privacy, training = config.privacy, config.training
+        privacy = config.privacy
         if not privacy.honest_sites:
             raise ConfigError(
                 "privacy.mode 'secure-sum' needs privacy.honest-sites: how many sites of a sum do as they should and "
@@ -95,16 +97,6 @@ class SecureSum(Mechanism):
             raise ConfigError(
                 f"privacy.honest-sites and privacy.colluders ask for {privacy.honest_sites + privacy.colluders} sites "
                 f"in a sum, which needs {LEAST_SITES}: in a sum of two, each knows the other's part"
-            )
-        if training.local_steps != 1:
-            raise ConfigError(
-                f"training.local-steps is {training.local_steps}, and a round of privacy.mode 'secure-sum' is one sum "
-                "of clipped gradients: set it to 1"
-            )
-        if training.optimizer != "sgd" or training.weight_decay:
-            raise ConfigError(
-                "with privacy.mode 'secure-sum' the server steps, from the sum of all sites: set training.optimizer "
-                "to 'sgd' and training.weight-decay to 0"
             )
 
     def unfit_start(self, needs: str, unfit: str) -> str:

@@ -66,7 +66,7 @@ def _adam(config: RunConfig, before: ServerState, averaged: ServerState) -> Serv
     steps: dict[str, int] = {}
     old, clocks = before.optimizer, _clocks(before, averaged)
     for layer, change in _changes(config, before, averaged).items():
-        eta = rate * (server.head_rate if layer == HEAD else 1.0)
+        eta = rate * (config.head_rate if layer == HEAD else 1.0)
         steps[layer] = t = 1 + old.steps.get(layer, 0)
         adapter[layer], first[layer], second[layer] = {}, {}, {}
         for name, g in change.items():
@@ -128,7 +128,7 @@ def _where(active: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
 
 def _rests(config: RunConfig, number: int, layer: str) -> bool:
     """Return whether a layer, or the head, stays as it is in a round."""
-    return not (config.schedule.trains_head(number) if layer == HEAD else config.schedule.trains_adapter(number))
+    return not (config.timeline.trains_head(number) if layer == HEAD else config.timeline.trains_adapter(number))
 
 
 def _changes(config: RunConfig, before: ServerState, averaged: ServerState) -> AdapterState:
@@ -154,7 +154,7 @@ def _heavy_ball(config: RunConfig, before: ServerState, averaged: ServerState) -
     velocity: AdapterState = {}
     steps: dict[str, int] = {}
     for layer, change in _changes(config, before, averaged).items():
-        eta = rate * (server.head_rate if layer == HEAD else 1.0)
+        eta = rate * (config.head_rate if layer == HEAD else 1.0)
         steps[layer] = 1 + moments.steps.get(layer, 0)
         adapter[layer], velocity[layer] = {}, {}
         for name, g in change.items():

@@ -79,9 +79,9 @@ def honest_norm(job: Job, plan: Plan, result: TrainResult, state: ServerState) -
         return plan.longest_gradient(count(result.contribution), told)
     rates = (config.site_rate(result.round_number, step) for step in range(training.local_steps))
     head = count({layer: f for layer, f in result.contribution.items() if layer == HEAD})
-    fastest = max(1.0, training.head_rate) if head else 1.0
+    fastest = max(1.0, config.site_head_rate) if head else 1.0
     # So many numbers of the adapter would be moved as far by noise of one size.
-    numbers = math.ceil(count(result.contribution) - head + training.head_rate**2 * head)
+    numbers = math.ceil(count(result.contribution) - head + config.site_head_rate**2 * head)
     decay = training.weight_decay * fastest * l2_norm(state.adapter)
     if training.optimizer in ("adam", "adamw"):
         step = max(1.0, (1 - training.momentum) / math.sqrt(1 - training.beta2)) * math.sqrt(numbers)

@@ -30,12 +30,12 @@ def within_noise(config: RunConfig, averaged: Noise, number: int) -> RunConfig:
     if not most:
         return config
     noise = averaged.usual()
-    first, rounds = config.schedule.span(number)
+    first, rounds = config.timeline.span(number)
     # In units of the rate's peak, which is what is lowered.
     shape = replace(config, server=replace(config.server, learning_rate=1.0))
     way = math.hypot(*(shape.server_rate(first + 1 + done) for done in range(rounds))) / (1 - config.server.momentum)
     if not noise * way > 0:
         return config
-    peak, head = config.server.learning_rate, config.server.learning_rate * config.server.head_rate
+    peak, head = config.server.learning_rate, config.server.learning_rate * config.head_rate
     rate, head = min(peak, most / (noise * way)), min(head, most / (noise * way))
-    return replace(config, server=replace(config.server, learning_rate=rate, head_rate=head / rate))
+    return replace(config, server=replace(config.server, learning_rate=rate), head_rate=head / rate)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from glob import escape
 from pathlib import Path
 
-from fedveil.common.config.sections import RunTerms, Scalar
+from fedveil.common.config.sections import RunConfig, Scalar
 from fedveil.common.errors import ConfigError
 from fedveil.common.files import expanded
 from fedveil.common.run_lines import ConfigFile, read_file
@@ -46,7 +46,7 @@ def settings_of_resumed(overrides: Mapping[str, Scalar]) -> dict[str, Scalar]:
     wanted = str(overrides.get("resume", ""))
     if not wanted:
         return dict(overrides)
-    output = expanded(str(overrides.get("output", RunTerms().output)))
+    output = expanded(str(overrides.get("output", RunConfig().output)))
     places = [expanded(wanted), output / wanted, *sorted(output.glob(f"*-{escape(wanted)}"))]
     found = list(dict.fromkeys(place.absolute() for place in places if (place / NAME).is_file()))
     if len(found) != 1:

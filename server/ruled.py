@@ -51,7 +51,7 @@ def ruled_step(
         noise: standard deviation of the noise on one number of the averaged change; 0: none; None: unknown.
     """
     rule, noised = job.rule, noise != 0
-    if isinstance(rule, NoRule) or not config.schedule.trains_adapter(before.round_number + 1):
+    if isinstance(rule, NoRule) or not config.timeline.trains_adapter(before.round_number + 1):
         return server_step(config, before, averaged)
     trained = _layers(before, before)
     whole = {layer: {n: t.double() for n, t in before.adapter[layer].items()} for layer in trained}

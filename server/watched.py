@@ -26,7 +26,7 @@ def watched(job: Job, step: ServerStep, weight: Callable[[str], Tensor], noise: 
 
     def taken(before: ServerState, averaged: ServerState) -> ServerState:
         after = step(before, averaged)
-        if not job.config.schedule.trains_adapter(before.round_number + 1):
+        if not job.config.timeline.trains_adapter(before.round_number + 1):
             return after
         rate = job.config.site_rate(before.round_number + 1, 0)  # of the one plain step that sites take
         scores: AdapterState = {}

@@ -8,17 +8,18 @@ from public sizes and stated noise; everything it sees from a site has passed th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from fedveil.common.adapters import Adapter
 from fedveil.common.config.fields import check_fields
-from fedveil.common.config.sections import RunConfig, Scalar
+from fedveil.common.config.sections import RunConfig
 from fedveil.common.errors import ConfigError, ProtocolError
 from fedveil.common.messages.columns import Chosen
 from fedveil.common.messages.state import HEAD, AdapterState
 from fedveil.common.messages.tensors import merge, select, weighted_sum
+from fedveil.common.requirements import Requirement
 from fedveil.strategies.state import Contribution, ServerState, ServerStep
 
 
@@ -35,8 +36,8 @@ class Facts:
     moves_frozen: bool = False
     """Whether the server changes the length or direction of frozen factors, so that their initialisation does not
     last."""
-    requires: Mapping[str, Scalar] = field(default_factory=dict)
-    """Settings that must have these values, such as ``server.optimizer``; an open one gets its value here."""
+    requires: tuple[Requirement, ...] = ()
+    """Settings and the values that they must have; an open one gets its value here."""
 
 
 @dataclass(frozen=True)

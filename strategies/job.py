@@ -6,20 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from fedveil.common.adapters import ADAPTERS, ALIASES, Adapter, build_adapter
-from fedveil.common.adapters.none import check_head_alone
+from fedveil.common.adapters import Adapter, build_adapter
 from fedveil.common.check import nearest
-from fedveil.common.config.asked import RunSettings, as_asked, from_mapping, resolve
 from fedveil.common.config.sections import RunConfig, Scalar, defaults, from_section, to_mapping, typed
 from fedveil.common.data.sources import count_labels, count_records, known_labels
 from fedveil.common.errors import ConfigError
 from fedveil.common.messages.columns import Chosen
-from fedveil.common.messages.state import HEAD, METRIC, OWN, AdapterState, Factors, of_head
+from fedveil.common.messages.state import HEAD, OWN, AdapterState, Factors, of_head
 from fedveil.common.messages.tensors import merge, start_fingerprint
 from fedveil.common.model.federated import FederatedModel, model_of
 from fedveil.common.model.files import files_of
-from fedveil.common.observers import NO_OBSERVER
-from fedveil.common.starts import STARTS, Start, check_directions
+from fedveil.common.starts import STARTS, Start
 from fedveil.common.tasks import TASKS
 from fedveil.privacy import Mechanism, Unit
 from fedveil.privacy.accounting import Release
@@ -27,11 +24,12 @@ from fedveil.privacy.claim import Claim
 from fedveil.privacy.events import Event
 from fedveil.privacy.plan import Plan, PrivacyPlan
 from fedveil.strategies import ROWS
-from fedveil.strategies.base import Strategy, check_adapter, chooses
-from fedveil.strategies.options import START, declared_settings, known_settings, tables, unnamed, with_options
-from fedveil.strategies.phases import check_phases
-from fedveil.strategies.recipes import AUTO, RECIPES, Asked, Recipe, choose, is_open, own_method, without_open
+from fedveil.strategies.base import Strategy
+from fedveil.strategies.options import START, declared_settings, is_open, known_settings, tables, unnamed, with_options
+from fedveil.strategies.recipes import AUTO
 from fedveil.strategies.refused import REFUSED, REFUSED_STRATEGIES
+from fedveil.strategies.requirements import check_composed, check_run
+from fedveil.strategies.resolve import Resolved, resolve
 from fedveil.strategies.rules import RULES, ServerRule
 from fedveil.strategies.state import ServerState
 
@@ -50,8 +48,6 @@ class Job:
     """Where the adapter's factors begin."""
     rule: ServerRule
     """What stands around the server's optimiser."""
-    notes: tuple[str, ...] = field(default=(), compare=False)
-    """Lines for whoever wrote the settings, such as on one that has another name now."""
     asked: Mapping[str, Scalar] = field(default_factory=dict, compare=False)
     """Every setting of the run as it was asked for, flat: to be printed and stored, and read by nothing else."""
 
@@ -105,7 +101,7 @@ class Job:
 
     def sent(self, round_number: int, trained: Mapping[str, T]) -> dict[str, T]:
         """Return the layers of ``trained`` that a round sends."""
-        schedule = self.config.schedule
+        schedule = self.config.timeline
         head, adapter = schedule.trains_head(round_number), schedule.trains_adapter(round_number)
         return self.mechanism.sent(trained, lambda layer: head if layer == HEAD else adapter)
 
@@ -169,7 +165,7 @@ class Job:
 
         It is the last one before the adapter is first trained.
         """
-        return self.config.schedule.adapter_waits if type(self.origin).around_head is not Start.around_head else 0
+        return self.config.timeline.adapter_waits if type(self.origin).around_head is not Start.around_head else 0
 
     def frozen_for(self, state: ServerState, round_number: int) -> AdapterState:
         """Return what of ``basis`` a site must have in a round: none that is still to be made again."""
@@ -178,7 +174,7 @@ class Job:
 
     def settings(self) -> dict[str, Scalar]:
         """Return every setting of the run with the value that it has, flat: they make the same job again."""
-        return _flat(as_asked(self.config), self.origin, self.strategy, self.rule)
+        return _flat(self.config, self.origin, self.strategy, self.rule)
 
     def chosen(self) -> list[str]:
         """Return the settings that were asked for otherwise than by default."""
@@ -186,9 +182,9 @@ class Job:
         return [key for key, value in self.asked.items() if value != known[key]]
 
 
-def _flat(run: RunSettings, origin: Start, strategy: Strategy, rule: ServerRule) -> dict[str, Scalar]:
+def _flat(config: RunConfig, origin: Start, strategy: Strategy, rule: ServerRule) -> dict[str, Scalar]:
     own = {**to_mapping(strategy, f"{strategy.name}."), **to_mapping(rule, f"{rule.name}.")}
-    return {**to_mapping(run), **to_mapping(origin, START), **own}
+    return {**to_mapping(config), **to_mapping(origin, START), **own}
 
 
 def configure(values: Mapping[str, Scalar]) -> Job:
@@ -201,6 +197,18 @@ def configure(values: Mapping[str, Scalar]) -> Job:
             or strategy, adapter, start and privacy do not fit together.
     """
     values = with_options(values)
+    _check_known(values)
+    resolved = resolve(values)
+    try:
+        return _compose(resolved)
+    except ConfigError as error:
+        if resolved.choice.instead:
+            raise ConfigError(f"{error} ({resolved.choice.note})") from error
+        raise
+
+
+def _check_known(values: Mapping[str, Scalar]) -> None:
+    """Raise ConfigError unless every key is a setting, and every option of a start has its type."""
     known, declared = known_settings(values), declared_settings(values)
     for key, value in values.items():
         if key not in known:
@@ -209,33 +217,6 @@ def configure(values: Mapping[str, Scalar]) -> Job:
             raise ConfigError(f"unknown setting {key!r}{nearest(key, known)}{BESIDE if key.startswith(START) else ''}")
         if key.startswith(START) and not (is_open(key) and value == AUTO):
             typed(key, value, type(declared[key]))
-    note = ""
-    try:
-        filled = _filled(values)
-        note = filled.note
-        return _compose(filled, values)
-    except ConfigError as error:
-        if note:
-            raise ConfigError(f"{error} ({note})") from error
-        raise
-
-
-@dataclass(frozen=True)
-class _Filled:
-    """The settings of a run with its recipe under them."""
-
-    settings: Mapping[str, Scalar]
-    """Flat; what is open still has its field's default."""
-    given: frozenset[str]
-    """Keys that are written out."""
-    note: str
-    """On the recipe."""
-
-
-def _filled(settings: Mapping[str, Scalar]) -> _Filled:
-    told = without_open(settings)
-    recipe, note, asked = _recipe(told)
-    return _Filled({**recipe.settings(asked), **told, "recipe": recipe.name}, asked.given, note)
 
 
 def with_recipe(values: Mapping[str, Scalar], *, divided: bool = True, sites: int = 0) -> tuple[dict[str, Scalar], str]:
@@ -253,168 +234,35 @@ def with_recipe(values: Mapping[str, Scalar], *, divided: bool = True, sites: in
         ConfigError: as of ``configure``.
     """
     values = with_options(values)
-    told = without_open(values)
     config = configure(values).config
-    data, kind, named = config.data, config.model.task, str(values.get("recipe", AUTO))
-    labels = count_labels(data, kind) if named == AUTO and TASKS[kind].labelled and not known_labels(data) else 0
-    recipe, note, asked = _recipe(told, labels, sites)
-    counts = RECIPES[named].by_records if named != AUTO else not own_method(asked)
-    if not (divided and counts and TASKS[kind].wording) or data.records or not (found := count_records(data, kind)):
-        return {**values, "recipe": recipe.name}, note
-    recipe, note, _ = _recipe({**told, "data.records": found}, labels, sites)
-    return {**values, "data.records": found, "recipe": recipe.name}, note
+    data, kind = config.data, config.model.task
+    labels = count_labels(data, kind) if TASKS[kind].labelled and not known_labels(data) else 0
+    choice = resolve(values, labels, sites).choice
+    if divided and choice.by_figures and not data.records and (found := count_records(data, kind)):
+        values |= {"data.records": found}
+        choice = resolve(values, labels, sites).choice
+    return {**values, "recipe": choice.recipe}, choice.note
 
 
-def _recipe(told: Mapping[str, Scalar], labels: int = 0, sites: int = 0) -> tuple[Recipe, str, Asked]:
-    """Return the recipe of settings, the note on it and what it was chosen by."""
-    run = _run_settings(told)
-    asked = Asked(run, frozenset(told), labels, sites)
-    if run.recipe == AUTO and not labels and not own_method(asked):
-        # A site configures what a server sends: no file that this names is looked at here.
-        asked = replace(asked, labels=len(known_labels(run.data)))
-    return *choose(run.recipe, asked), asked
-
-
-def _run_settings(settings: Mapping[str, Scalar]) -> RunSettings:
-    sections = (START, *(f"{name}." for name in (*ROWS, *RULES)))
-    return from_mapping({key: value for key, value in settings.items() if not key.startswith(sections)})
-
-
-def _compose(filled: _Filled, given: Mapping[str, Scalar]) -> Job:
-    """Return the job of settings, ``given`` as they were written; errors as for ``configure``."""
-    settings = _with_required(filled.settings)
-    asked = _run_settings(settings)
-    named = ALIASES.get(asked.adapter.name, asked.adapter.name)
-    asked = replace(asked, adapter=replace(asked.adapter, name=named))
-    config = resolve(asked)
-    if asked.strategy in REFUSED_STRATEGIES:
-        raise ConfigError(f"strategy {asked.strategy!r} cannot be run: {REFUSED_STRATEGIES[asked.strategy]}")
-    rows = {"strategy": asked.strategy, "adapter.name": named, "adapter.start": asked.adapter.start}
-    for key, value in {**rows, "server.rule": asked.server.rule}.items():
+def _compose(resolved: Resolved) -> Job:
+    """Return the job of resolved settings; errors as for ``configure``."""
+    config, settings, written = resolved.config, resolved.settings, resolved.written
+    named = config.adapter.name
+    if config.strategy in REFUSED_STRATEGIES:
+        raise ConfigError(f"strategy {config.strategy!r} cannot be run: {REFUSED_STRATEGIES[config.strategy]}")
+    rows = {"strategy": config.strategy, "adapter.name": named, "adapter.start": config.adapter.start}
+    for key, value in {**rows, "server.rule": config.server.rule}.items():
         tables()[key].check(key, value)
     strategy = from_section(ROWS[config.strategy], settings, f"{config.strategy}.")
-    _check_unit(config)
-    _check_cohort(config)
-    if config.privacy.mechanism.claims and not config.shorten_updates:
-        raise ConfigError(
-            f"shorten-updates is false, and privacy.mode {config.privacy.mode!r} makes a promise, under which no site "
-            "may draw the model as far as it likes: set shorten-updates to true"
-        )
-    config.privacy.mechanism.check_row()
-    strategy.check(config)
-    config.privacy.mechanism.check_run(config)
-    _check_required(strategy, config)
-    name = strategy.adapters.default if named == "auto" else named
-    check_adapter(type(strategy), ADAPTERS[name])
-    if not ADAPTERS[name].trained:
-        check_head_alone(config)
-    config = replace(config, adapter=replace(config.adapter, name=name))
-    asked_start = _start(config.adapter.start, settings, given)
-    origin = asked_start.resolved().within(config.privacy)
-    check_directions(origin, ADAPTERS[name])
-    origin.check(config, ADAPTERS[name])
-    if config.model.quantise != "none":
-        _check_quantise(config, origin, ADAPTERS[name])
-    if config.head.metric == "public" and METRIC not in origin.gives:
-        raise ConfigError(
-            f"head.metric is 'public', which adapter.start {config.adapter.start!r} does not make: set "
-            "adapter.start to 'public-metric', or head.metric to 'none'"
-        )
-    if config.head.metric == "public" and config.head.policy == "frozen":
-        raise ConfigError(
-            "head.metric is 'public', behind which the head begins elsewhere, and head.policy 'frozen' sends no head: "
-            "set head.policy to 'trained', or head.metric to 'none'"
-        )
-    check_phases(config, strategy, ADAPTERS[name])
-    if config.server.most_noise:
-        _check_most_noise(config)
-    adapter = build_adapter(name, config.adapter, origin)
+    as_written = _start(config.adapter.start, settings, written)
+    origin = as_written.resolved().within(config.privacy)
     rule = from_section(RULES[config.server.rule], settings, f"{config.server.rule}.")
-    if not config.adapter.alpha:
-        _check_calibration(config, strategy, origin)
-    rule.check(config, strategy, adapter)
-    if config.server.scores:
-        _check_scores(config, strategy, adapter)
-    if config.server.rule != "none" and chooses(type(strategy)):
-        raise ConfigError(
-            f"strategy {strategy.name!r} chooses what is trained in a round, and server.rule {config.server.rule!r} "
-            "would move what rests: set server.rule to 'none'"
-        )
-    if config.server.most_noise and rule.lengthens:
-        raise ConfigError(
-            f"server.most-noise bounds what noise does through a plain step, which server.rule {rule.name!r} makes "
-            "another: set server.most-noise to 0, or server.rule to 'none'"
-        )
-    known = known_settings(given)
-    own = {k: v if k in filled.given else known[k] for k, v in _flat(asked, asked_start, strategy, rule).items()}
-    return Job(config, strategy, adapter, origin, rule, (filled.note,) if filled.note else (), own)
-
-
-def _check_quantise(config: RunConfig, origin: Start, adapter: type[Adapter]) -> None:
-    """Raise ConfigError if the start needs a gradient of weights that are held in low bits: sites pay before it."""
-    held = f"of the adapted layers' weights, which model.quantise {config.model.quantise!r} holds in low bits"
-    if origin.opens_weights and adapter.directions:
-        raise ConfigError(
-            f"adapter.start {origin.name!r} needs gradients {held}: set adapter.start to one that needs none, such as "
-            "'orthonormal', or model.quantise to 'none'"
-        )
-    if not config.adapter.alpha:
-        raise ConfigError(
-            f"adapter.alpha is 0, to be calibrated by gradients {held}: give it a number, or set model.quantise to "
-            "'none'"
-        )
-
-
-def _with_required(settings: Mapping[str, Scalar]) -> dict[str, Scalar]:
-    """Return settings with the values that the strategy requires, where they are left open."""
-    name = settings.get("strategy")
-    required = ROWS[name].facts.requires if isinstance(name, str) and name in ROWS else {}
-    return {**settings, **{key: value for key, value in required.items() if settings.get(key, AUTO) == AUTO}}
-
-
-def _check_required(strategy: Strategy, config: RunConfig) -> None:
-    """Raise ConfigError unless every setting has the value that the strategy requires."""
-    values = to_mapping(as_asked(config))
-    for key, value in strategy.facts.requires.items():
-        if values[key] != value:
-            raise ConfigError(
-                f"strategy {strategy.name!r} requires {key} {value!r}, and it is {values[key]!r}: set {key} to "
-                f"{value!r}, or choose another strategy"
-            )
-
-
-def _check_unit(config: RunConfig) -> None:
-    unit = config.privacy.mechanism.unit  # an error if the row does not protect such
-    if unit.grouped and not config.data.person:
-        raise ConfigError(
-            f"privacy.unit is {unit.name!r}, and data.person names no column: name the one that says whose a record "
-            "is, or set privacy.unit to 'record'"
-        )
-
-
-def _check_cohort(config: RunConfig) -> None:
-    privacy = config.privacy
-    given = {"cohort": privacy.cohort, "site-rate": privacy.site_rate < 1, "ledger": privacy.ledger}
-    key = next((key for key, value in given.items() if value), "")
-    if key and not privacy.mechanism.central:
-        raise ConfigError(
-            f"privacy.{key} is for a run whose unit is a whole site, and privacy.mode is {privacy.mode!r}: leave it "
-            "out, or set privacy.mode to 'client-level' and privacy.unit to 'site'"
-        )
-    if privacy.site_rate < 1 and config.tracker != NO_OBSERVER:
-        raise ConfigError(
-            f"tracker {config.tracker!r} notes when each round ended, which may show who was drawn, and at "
-            f"privacy.site-rate {privacy.site_rate:g} the price counts on nobody knowing that: set tracker to "
-            f"{NO_OBSERVER!r}, or privacy.site-rate to 1"
-        )
-
-
-def _check_most_noise(config: RunConfig) -> None:
-    if config.server.optimizer != "momentum" or config.training.optimizer != "sgd" or config.training.weight_decay:
-        raise ConfigError(
-            "server.most-noise bounds what plain steps pass on: set server.optimizer to 'momentum', training.optimizer "
-            "to 'sgd' and training.weight-decay to 0, or server.most-noise to 0"
-        )
+    check_run(config, strategy, origin, rule)
+    adapter = build_adapter(named, config.adapter, origin)
+    check_composed(config, strategy, origin, rule, adapter)
+    known = known_settings(written)
+    own = {key: written.get(key, known[key]) for key in _flat(config, as_written, strategy, rule)}
+    return Job(config, strategy, adapter, origin, rule, own)
 
 
 def _start(name: str, settings: Mapping[str, Scalar], given: Mapping[str, Scalar]) -> Start:
@@ -430,45 +278,3 @@ def _start(name: str, settings: Mapping[str, Scalar], given: Mapping[str, Scalar
             owners = [other for other, start in STARTS.core.items() if key in {START + k for k in defaults(start)}]
             raise ConfigError(f"{key} has no effect on adapter.start {name!r}: it is an option of {', '.join(owners)}")
     return from_section(STARTS[name], {key: value for key, value in settings.items() if key in own}, START)
-
-
-def _check_scores(config: RunConfig, strategy: Strategy, adapter: Adapter) -> None:
-    """Raise ConfigError unless an averaged change is a noised gradient of A and B, as LoRAPrune needs it."""
-    training = config.training
-    if not config.privacy.mechanism.charged:
-        raise ConfigError(
-            f"server.scores is true, and with privacy.mode {config.privacy.mode!r} the scores are of gradients without "
-            "noise: a base model that is pruned by them tells of records. Set server.scores to false, or privacy.mode "
-            "to 'dp-sgd'"
-        )
-    if training.local_steps != 1 or training.optimizer != "sgd" or training.weight_decay:
-        raise ConfigError(
-            f"server.scores is true, and {training.local_steps} local steps of {training.optimizer} leave no gradient "
-            "in a change: set training.local-steps to 1, training.optimizer to 'sgd' and training.weight-decay to 0, "
-            "or server.scores to false"
-        )
-    if chooses(type(strategy)) or adapter.name not in ("lora", "lora-frozen-a", "lora-frozen-b"):
-        raise ConfigError(
-            f"server.scores is true, and LoRAPrune's criterion is made of changes of all of A or B, which "
-            f"strategy {strategy.name!r} with the adapter {adapter.name!r} does not send in every round: set "
-            "server.scores to false"
-        )
-
-
-def _check_calibration(config: RunConfig, strategy: Strategy, origin: Start) -> None:
-    """Raise ConfigError unless a factor can be calibrated on public phrases, and stays as long as it was made."""
-    if getattr(origin, "step", 0.0) or METRIC in origin.gives:
-        does = "has a length of its own" if METRIC in origin.gives else "moves the weights by start.step"
-        raise ConfigError(
-            f"adapter.alpha is 0, to be calibrated, but adapter.start {origin.name!r} {does}: give it a number"
-        )
-    if strategy.facts.moves_frozen:
-        raise ConfigError(
-            f"adapter.alpha is 0, to be calibrated, but {strategy.name!r} gives A another length: give it a number"
-        )
-    task = TASKS[config.model.task]
-    if not task.wording:
-        raise ConfigError(
-            f"adapter.alpha is 0, to be calibrated on public phrases, but model.task {task.name!r} holds no words: "
-            "give it a number"
-        )

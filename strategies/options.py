@@ -13,8 +13,7 @@ from typing import Any
 
 from fedveil.common.adapters import ADAPTERS
 from fedveil.common.check import OneOf, Rule
-from fedveil.common.config.asked import RunSettings
-from fedveil.common.config.sections import Scalar, defaults
+from fedveil.common.config.sections import RunConfig, Scalar, defaults
 from fedveil.common.config.text import flatten, toml_value
 from fedveil.common.errors import ConfigError
 from fedveil.common.rows import Table
@@ -23,7 +22,7 @@ from fedveil.common.tasks import roles_of_all
 from fedveil.common.tasks.roles import Role
 from fedveil.common.toml import toml_of
 from fedveil.strategies import CONTROLS, ROWS, STRATEGIES
-from fedveil.strategies.recipes import AUTO, RECIPES, is_open
+from fedveil.strategies.recipes import AUTO, RECIPES, filled_keys, is_method
 from fedveil.strategies.rules import RULES
 
 START = "start."
@@ -42,9 +41,9 @@ EMPTY: Mapping[str, Scalar] = {}
 def tables() -> dict[str, Rule]:
     """Return what the settings may be that name a row of a table, by their keys."""
     return {
-        "recipe": OneOf((AUTO, *RECIPES)),
+        "recipe": OneOf(RECIPES),
         "strategy": OneOf(tuple(ROWS)),
-        "adapter.name": OneOf(("auto", *ADAPTERS)),
+        "adapter.name": OneOf(tuple(ADAPTERS)),
         "adapter.start": OneOf(tuple(STARTS)),
         "server.rule": OneOf(tuple(RULES)),
     }
@@ -53,13 +52,21 @@ def tables() -> dict[str, Rule]:
 def known_settings(values: Mapping[str, Scalar] = EMPTY) -> dict[str, Scalar]:
     """Return every setting that a run may have with its default, ``options`` included.
 
-    What is left to the recipe is ``auto`` (``strategies.recipes.is_open``).
+    What is left open is ``auto``.
 
     Args:
         values: the run's settings, flat; options of a row of ``contrib`` exist if they name it.
     """
     known = {key: AUTO if is_open(key) else value for key, value in declared_settings(values).items()}
     return {**known, OPTIONS: ""}
+
+
+def is_open(key: str) -> bool:
+    """Return whether a setting is ``auto`` by default: a run fills it in, or goes by whether it is written.
+
+    Flower lays what is written over a table of all defaults, in which a default that is a value looks as if written.
+    """
+    return key == "recipe" or key in filled_keys() or is_method(key)
 
 
 def declared_settings(values: Mapping[str, Scalar] = EMPTY) -> dict[str, Scalar]:
@@ -84,7 +91,7 @@ def rows_with_options(values: Mapping[str, Scalar] = EMPTY) -> Iterator[tuple[st
 @lru_cache(maxsize=64)
 def _declared(rows: tuple[tuple[str, type[Any]], ...], roles: tuple[Role, ...]) -> Mapping[str, Scalar]:
     del roles  # of which defaults have the columns
-    known = defaults(RunSettings)
+    known = defaults(RunConfig)
     for prefix, row in rows:
         known.update({prefix + key: value for key, value in defaults(row).items()})
     return known

@@ -20,7 +20,7 @@ def check_phases(config: RunConfig, strategy: Strategy, adapter: type[Adapter]) 
     """
     if not config.phases:
         return
-    schedule = config.schedule
+    schedule = config.timeline
     _check_trained(config, schedule, adapter)
     if not (schedule.with_inputs("features") or schedule.with_inputs("jacobians")):
         return

@@ -137,7 +137,7 @@ CASES: dict[str, Case] = {
             "privacy.site-rate": 0.5,
             "privacy.clip-norm": 0.5,
             "privacy.epsilon": 60.0,
-            "training.sample-rate": 0.0,
+            "training.sample-rate": "auto",
         },
         sites=4,
     ),

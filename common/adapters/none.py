@@ -14,15 +14,11 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor, nn
 
 from fedveil.common.adapters.base import Adapter, Traits
-from fedveil.common.errors import ConfigError
 from fedveil.common.messages.state import Factors
-from fedveil.common.tasks import TASKS
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
-
-    from fedveil.common.config.sections import RunConfig
 
 
 @dataclass(frozen=True)
@@ -66,18 +62,3 @@ class NoAdapter(Adapter):
         """Make the folder; there is nothing for PEFT, and the head is written beside."""
         del model, state, base_name
         folder.mkdir(parents=True, exist_ok=True)
-
-
-def check_head_alone(config: RunConfig) -> None:
-    """Raise ConfigError, saying what to do, if a run without an adapter would train nothing."""
-    if not TASKS[config.model.task].labelled:
-        raise ConfigError(
-            f"adapter.name is 'none', and model.task {config.model.task!r} has no head to train: name an adapter"
-        )
-    if config.head.policy != "trained":
-        raise ConfigError("adapter.name is 'none' and head.policy 'frozen', so nothing is trained: change one")
-    if config.model.checkpointing:
-        raise ConfigError(
-            "model.checkpointing has no effect on adapter.name 'none', where no gradient passes the layers: set it "
-            "to false"
-        )

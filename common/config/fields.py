@@ -17,6 +17,10 @@ TARGET_KINDS = ("auto", "values", "all-linear")
 """Words of ``adapter.targets`` that stand for layers, however the model names them (``common.adapters.targets``)."""
 
 
+OPEN: Any = None
+"""The default of a setting that is filled in for each run: a resolved configuration holds none."""
+
+
 @dataclass(frozen=True)
 class Unit:
     """What a number counts or measures."""
@@ -45,8 +49,9 @@ class Section:
 def check_fields(section: Any, prefix: str) -> None:
     """Raise ConfigError, naming the key, unless every field of a dataclass keeps its rules."""
     for name, rules in rules_of(type(section)).items():
-        for rule in rules:
-            rule.check(prefix + kebab(name), getattr(section, name))
+        value = getattr(section, name)
+        for rule in rules if value is not OPEN else ():
+            rule.check(prefix + kebab(name), value)
 
 
 def kinds_of(section: type[Any]) -> dict[str, Any]:

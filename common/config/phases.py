@@ -28,7 +28,7 @@ KINDS: dict[str, tuple[tuple[str, ...], Inputs]] = {
     "head on features": ((HEAD,), "features"),
 }
 """What a phase may be, as the setting ``phases`` says it."""
-_WRITTEN = re.compile(r"([1-9]\d{0,8}) (\S+ on \S+)(?: every ([1-9]\d{0,8}))?")
+_WRITTEN = re.compile(r"(?:(1/)?([1-9]\d{0,8}) )?(\S+ on \S+)(?: every ([1-9]\d{0,8}))?")
 
 
 @dataclass(frozen=True)
@@ -145,26 +145,53 @@ class Schedule:
         raise ConfigError(f"there is no round {round_number} in a run of {self.rounds}")
 
 
-def parse_phases(text: str) -> tuple[Phase, ...]:
+def parse_phases(text: str, rounds: int = 0) -> tuple[Phase, ...]:
     """Return the phases that the setting ``phases`` lists.
 
     >>> parse_phases("2 head on features, 6 adapter on jacobians every 3")[1]
     Phase(rounds=6, trains=('adapter',), inputs='jacobians', every=3)
+    >>> phases_text(parse_phases("1/3 head on features, adapter on jacobians, 1/7 head on features", 37))
+    '12 head on features, 20 adapter on jacobians, 5 head on features'
+
+    Args:
+        text: phases, separated by commas; one begins with its rounds, with ``1/N`` of the run's, rounded down, or with
+            neither: it has the rounds that the others leave.
+        rounds: of the run; 0: the phases say how many there are.
 
     Raises:
-        ConfigError: the text is not of the form that ``phases_text`` writes.
+        ConfigError: the text is not of that form, or leaves a phase without a round.
     """
-    return tuple(_parse_phase(" ".join(part.split())) for part in text.split(","))
+    parts = [" ".join(part.split()) for part in text.split(",")]
+    written = [_match(part) for part in parts]
+    counts = [rounds // int(match[2]) if match[1] else int(match[2] or 0) for match in written]
+    rest = [index for index, match in enumerate(written) if not match[2]]
+    if len(rest) > 1 or (not rounds and (rest or any(match[1] for match in written))):
+        raise ConfigError(f"phases has {text!r}: say of every phase but one how many rounds it has")
+    if rest:
+        counts[rest[0]] = rounds - sum(counts)
+    if min(counts) < 1:
+        raise ConfigError(f"phases has {text!r}, and rounds is {rounds}, which leaves a phase without a round")
+    return tuple(_phase(part, match, count) for part, match, count in zip(parts, written, counts, strict=True))
 
 
-def _parse_phase(text: str) -> Phase:
+def rounds_of(text: str) -> int:
+    """Return how many rounds the phases of a text have together; 0 where one of them has a share of the run's."""
+    written = [_match(" ".join(part.split())) for part in text.split(",")]
+    return 0 if any(match[1] or not match[2] for match in written) else sum(int(match[2]) for match in written)
+
+
+def _match(text: str) -> re.Match[str]:
     match = _WRITTEN.fullmatch(text)
     if match is None:
         raise ConfigError(
             f"phases has {text!r}: write how many rounds, what they train and on what, as in '12 head on features' or "
             "'20 adapter on jacobians every 10', with commas between phases"
         )
-    rounds, kind, every = int(match[1]), match[2], int(match[3] or 0)
+    return match
+
+
+def _phase(text: str, match: re.Match[str], rounds: int) -> Phase:
+    kind, every = match[3], int(match[4] or 0)
     if kind not in KINDS:
         raise ConfigError(
             f"phases has {text!r}: there is no {kind!r}{nearest(kind, KINDS)}; there are {', '.join(KINDS)}"

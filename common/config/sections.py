@@ -1,6 +1,6 @@
-"""The configuration of a run, every value filled in, and the flat form of all settings.
+"""The configuration of a run, and the flat form of all settings.
 
-What people write is ``common.config.asked``; what is left open there is decided here. Keys are dotted and in
+A value that is left open is ``None``, and ``auto`` where people write it. Keys are dotted and in
 kebab-case, as Flower passes them (``"adapter.rank"``); fields are the same words in snake_case. A key that
 no field answers to, or a value of another type, is an error that names the key. Everything in here is
 public: the server knows it, and so does every site.
@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Annotated, Any, ClassVar, TypeVar, cast
 
 from fedveil.common.check import CLIP_NORM, NOT_NEGATIVE, POSITIVE, Interval, OneOf, nearest
-from fedveil.common.config.fields import RATIO, TARGET_KINDS, Section, Unit, kebab, kinds_of
+from fedveil.common.config.fields import OPEN, RATIO, TARGET_KINDS, Section, Unit, kebab, kinds_of
 from fedveil.common.config.phases import ADAPTER, HEAD, Phase, Schedule, parse_phases
 from fedveil.common.errors import ConfigError
 from fedveil.common.observers import NO_OBSERVER, OBSERVERS
@@ -150,8 +150,8 @@ class AdapterConfig(Section):
 
     prefix: ClassVar[str] = "adapter."
 
-    name: str = "auto"
-    """``auto``: the strategy's own. Any other is refused unless it trains and freezes what the strategy needs."""
+    name: str = OPEN
+    """Open: the strategy's own. Any other is refused unless it trains and freezes what the strategy needs."""
     rank: Annotated[int, POSITIVE, Unit("rows")] = 8
     """How many directions of a layer the adapter has: the number of rows of A and of columns of B."""
     alpha: Annotated[float, NOT_NEGATIVE, RATIO] = 8.0
@@ -284,52 +284,73 @@ class PrivacyConfig(Section):
         return self.records_per_person if self.mechanism.unit.grouped else 1
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """What a site does with one round; as ``common.config.asked.TrainingSettings``, and what that leaves open.
+@dataclass(frozen=True)
+class TrainingConfig(Section):
+    """What a site does with one round."""
 
-    Where the server has an optimiser, ``schedule`` is constant and ``head_rate`` 1: the server applies the run's.
+    prefix: ClassVar[str] = "training."
+
+    local_steps: Annotated[int, POSITIVE, Unit("steps")] = OPEN
+    """Optimiser steps of a round. Open: 1 in a private run, else 16."""
+    sample_rate: Annotated[float, Interval(0, 1), Unit("probability")] = OPEN
+    """Chance of each record to be in a step's batch (Poisson), so the expected batch over the size. Open: 0.33 in a
+    private run, else 0.018."""
+    optimizer: Annotated[str, OneOf(OPTIMIZERS)] = OPEN
+    """``sgd``, ``momentum``, ``adam``, ``adamw``. Open: Adam, or plain SGD where the server has an optimiser."""
+    learning_rate: Annotated[float, POSITIVE, RATIO] = OPEN
+    """The site's, at the peak of ``schedule``. Open: what suits the optimiser, 0.01 for Adam and else 1."""
+    momentum: Annotated[float, Interval(0, 1, low_too=True, high_too=False), RATIO] = 0.9
+    """For ``momentum``; also Adam's β₁."""
+    beta2: Annotated[float, Interval(0, 1, high_too=False), RATIO] = 0.999
+    """Adam's β₂, for ``adam`` and ``adamw``."""
+    weight_decay: Annotated[float, NOT_NEGATIVE, RATIO] = 0.0
+    """Of the site's optimiser: the part of a weight that a step of rate 1 takes off."""
+    batch_tokens: Annotated[int, NOT_NEGATIVE, Unit("tokens")] = 0
+    """The size of a forward pass without privacy, padding included. 0: what suits the device. It changes speed and
+    memory, not the result. Under privacy shapes are fixed (``common.model.shapes``), and this has no say."""
+
+
+@dataclass(frozen=True)
+class ServerConfig(Section):
+    """What the server does with the sites' averaged change."""
+
+    prefix: ClassVar[str] = "server."
+
+    optimizer: Annotated[str, OneOf(SERVER_OPTIMIZERS)] = OPEN
+    """``none``: the average is the new model. ``adam``: the change is a gradient for the server's Adam (FedAdam).
+    ``momentum``: it is one for gradient descent with a heavy ball. Open: what the strategy requires; else ``adam``
+    under privacy, and ``none`` without."""
+    learning_rate: Annotated[float, POSITIVE, RATIO] = 0.025
+    """The server's optimiser's, at the peak of ``schedule``. 0.025 suits Adam."""
+    adam_tau: Annotated[float, POSITIVE, RATIO] = 1e-3
+    """FedAdam's τ, added to the root of Adam's second moment: changes well below it do not become full steps."""
+    momentum: Annotated[float, Interval(0, 1, low_too=True, high_too=False), RATIO] = 0.5
+    """For ``momentum``: how much of the last step the next one keeps."""
+    rule: str = "none"
+    """What stands around the optimiser: a row of ``strategies.rules.RULES``, whose options are set under its name.
+    ``lora-pro`` turns the change of A and B before it, ``allora``, ``align-guard`` and ``soft-threshold`` its step."""
+    scores: bool = False
+    """Whether the server keeps LoRAPrune's score of every output and input of an adapted layer, by which ``python -m
+    fedveil.contrib.experiments prune --by`` chooses (docs/guides/serve.md). It asks no site for anything."""
+    most_noise: Annotated[float, NOT_NEGATIVE, RATIO] = 0.0
+    """For ``momentum``: standard deviation that the noise of a phase may give a trained number: the head first, the
+    adapter, the head again. The learning rate is lowered to keep it, of the head and of the rest each for itself
+    (``server.rates``). 0: no bound."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Section):
+    """Everything that defines a run; ``None`` where a value is open (``strategies.resolve`` fills it in).
+
+    Of a resolved run four figures have no one value: ``device``, ``precision`` and ``batch-tokens`` are each machine's,
+    a noise multiplier and a largest norm of 0 each site's. An alpha of 0 is measured at the server before round 1.
+    Which layers ``adapter.targets = "auto"`` names, the base model says.
     """
 
-    local_steps: int
-    sample_rate: float
-    optimizer: str
-    learning_rate: float
-    head_rate: float
-    """The head's learning rate over that of the other tensors."""
-    schedule: str
-    momentum: float = 0.9
-    beta2: float = 0.999
-    weight_decay: float = 0.0
-    batch_tokens: int = 0
-    """0: what suits the device, as each machine finds it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerConfig:
-    """What the server does with the sites' averaged change; as ``common.config.asked.ServerSettings``."""
-
-    optimizer: str
-    """``none``, ``adam`` or ``momentum``."""
-    learning_rate: float
-    adam_tau: float
-    momentum: float
-    rule: str
-    scores: bool
-    head_rate: float
-    """The head's learning rate over that of the other tensors."""
-    schedule: str
-    most_noise: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunTerms(Section):
-    """What a run is asked for and does alike."""
-
-    recipe: str = "auto"
-    """Settings that go together: a row of ``strategies.recipes.RECIPES``, or ``auto`` for the first of them that suits
-    the run. It fills in what is left open. A strategy, or a setting of adapter, head, training or server, that is
-    written out says that the method is your own, also where its value is the one that it has by default."""
+    recipe: str = OPEN
+    """Settings that go together: a file of ``strategies/recipes``. Open: the one that suits the run. It fills
+    in what is left open. A strategy, or a setting of adapter, head, training or server, that is written out says that
+    the method is your own, also where its value is the one that it has by default."""
     strategy: str = "fedavg-lora"
     """The rule of aggregation: a row of ``strategies.STRATEGIES``, whose options are set under its name. One that is
     written out has its own adapter, unless ``adapter.name`` or ``recipe`` says otherwise."""
@@ -374,29 +395,20 @@ class RunTerms(Section):
     averages updates as they are sent; with ``max-share = 1.0`` that is the plain average by public sizes."""
     resume: str = ""
     """Id or folder of a run to go on with after its last complete round. Empty: a new run."""
+    schedule: Annotated[str, OneOf(SCHEDULES)] = "linear"
+    """Course of the learning rate over the run. ``slanted`` rises in the first tenth of more than ten steps, and
+    falls from there on as ``linear`` does. The server's optimiser follows it if there is one, else the sites' do;
+    beside a server's optimiser the sites' rate is constant."""
+    head_rate: Annotated[float, POSITIVE, RATIO] = OPEN
+    """The head's learning rate over that of the other tensors, applied once, by whichever optimiser follows
+    ``schedule``. Open: 4 in a private run, else 5."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig(RunTerms):
-    """Everything that defines a run.
-
-    ``common.config.asked.resolve`` makes it from what people write. Four figures stay as asked, because a run has no
-    one value for them: ``device``, ``precision`` and ``batch-tokens`` are each machine's, a noise multiplier and a
-    largest norm of 0 each site's. An alpha of 0 is measured at the server before round 1. Which layers ``auto`` targets
-    are, the base model says.
-    """
-
-    training: TrainingConfig
-    server: ServerConfig
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        TASKS[self.model.task].check(self)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
 
     @property
     def total_steps(self) -> int:
@@ -409,7 +421,7 @@ class RunConfig(RunTerms):
         return method_of(self.strategy, self.adapter.name)
 
     @property
-    def schedule(self) -> Schedule:
+    def timeline(self) -> Schedule:
         """The run's phases."""
         return _schedule(
             self.phases, self.rounds, adapter=self.adapter.name != NO_ADAPTER, head=self.head.policy == "trained"
@@ -418,11 +430,22 @@ class RunConfig(RunTerms):
     def site_rate(self, round_number: int, step: int) -> float:
         """Return a site's learning rate of a round's step (from 0 on)."""
         training = self.training
-        return self.schedule.rate(training.schedule, training.learning_rate, round_number, step, training.local_steps)
+        course = self.schedule if self.moved_at_sites else "constant"
+        return self.timeline.rate(course, training.learning_rate, round_number, step, training.local_steps)
 
     def server_rate(self, round_number: int) -> float:
         """Return the learning rate of the server's optimiser after a round."""
-        return self.schedule.rate(self.server.schedule, self.server.learning_rate, round_number)
+        return self.timeline.rate(self.schedule, self.server.learning_rate, round_number)
+
+    @property
+    def moved_at_sites(self) -> bool:
+        """Whether the sites' optimiser moves the model by ``schedule`` and ``head-rate``; else the server's does."""
+        return self.server.optimizer == "none"
+
+    @property
+    def site_head_rate(self) -> float:
+        """The head's learning rate at a site over that of the other tensors."""
+        return self.head_rate if self.moved_at_sites else 1.0
 
 
 @lru_cache(maxsize=256)

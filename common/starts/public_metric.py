@@ -108,7 +108,7 @@ class PublicMetric(FromText):
         with the text before a site has paid; a drawn head replaces one that is the same for all labels.
         """
         model.write(model.start)
-        waits = config.schedule.adapter_waits
+        waits = config.timeline.adapter_waits
         if waits and bool(((weight := model.head["weight"].detach()) == weight[0]).all()):
             drawn = torch.randn(weight.shape, generator=stream(config.seed, self.name, "head"))
             model.write({HEAD: {"weight": drawn}})

@@ -37,6 +37,7 @@ from fedveil.common.config.fields import RATIO
 from fedveil.common.config.sections import RunConfig
 from fedveil.common.errors import ConfigError
 from fedveil.common.messages.state import Factors
+from fedveil.common.requirements import Requirement, one_plain_step
 from fedveil.strategies.base import Strategy, chooses
 from fedveil.strategies.rules.base import ServerRule
 
@@ -52,6 +53,9 @@ class LoRAPro(ServerRule):
     name: ClassVar[str] = "lora-pro"
     paper: ClassVar[str] = "Wang et al. 2025"
     lengthens: ClassVar[bool] = True
+    requires: ClassVar[tuple[Requirement, ...]] = one_plain_step(
+        "it takes a change for a gradient, each number of which has the same noise"
+    )
     noise: ClassVar[str] = (
         "D of noise alone; by singular values β of B, δ of A: norm² τ² / s² (Σ_ij (β_i² + δ_j²) / (β_i² + δ_j² + λ)² "
         "+ (n - r) Σ_i β_i² / (β_i² + λ)² + (m - r) Σ_j δ_j² / (δ_j² + λ)²)"
@@ -73,14 +77,6 @@ class LoRAPro(ServerRule):
             raise ConfigError(
                 f"server.rule {self.name!r} joins the gradients of A and B, and strategy {strategy.name!r} trains them "
                 "in turns: set server.rule to 'none', or strategy to 'fedavg-lora'"
-            )
-        training = config.training
-        if training.local_steps != 1 or training.optimizer != "sgd" or training.weight_decay:
-            raise ConfigError(
-                f"server.rule {self.name!r} takes a change for a gradient, of which each number has noise alike, and "
-                f"{training.local_steps} local steps of {training.optimizer} at a weight decay of "
-                f"{training.weight_decay:g} leave none: set training.local-steps to 1, training.optimizer to 'sgd' and "
-                "training.weight-decay to 0"
             )
 
     def change(self, change: Factors, held: Factors, scaling: float, *, noised: bool) -> Factors:

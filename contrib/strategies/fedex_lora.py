@@ -19,6 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from fedveil.common.requirements import Requirement
 from fedveil.contrib.strategies.merging import Merging
 from fedveil.strategies.base import Facts
 
@@ -33,5 +34,5 @@ class FedExLoRA(Merging):
         noise="s (B x_A + x_B A + Σ p_k x_Bk x_Ak): quadratic, K times that of averaged factors",
         exact="always",
         moves_frozen=True,
-        requires={"server.optimizer": "none"},
+        requires=(Requirement("server.optimizer", "none", "the covariance is kept of plain means"),),
     )

@@ -27,7 +27,6 @@ from fedveil.client.ledger.ledger import Ledger
 from fedveil.client.site import Site, open_site
 from fedveil.common.adapters import LoRAFrozenA
 from fedveil.common.adapters.split import SplitColumns
-from fedveil.common.config.asked import RunSettings, ServerSettings, resolve
 from fedveil.common.config.sections import RunConfig, Scalar
 from fedveil.common.errors import ConfigError, ProtocolError, RunFailed
 from fedveil.common.messages.columns import Chosen, narrowed, narrowed_layout, widened
@@ -52,6 +51,7 @@ from fedveil.server.replies import replies_to
 from fedveil.strategies import Contribution, Moments, ServerState
 from fedveil.strategies.ffa_lora import FFALoRA
 from fedveil.strategies.job import configure
+from fedveil.strategies.resolve import resolve
 
 pytestmark = [pytest.mark.rough_prices, pytest.mark.peft]
 
@@ -160,8 +160,18 @@ def test_c3_padded_states_and_renormalised_columns_are_not_the_mean() -> None:
     assert gap(weights_of(alone), wanted) > 0.1
 
 
-CONFIG = resolve(RunSettings(rounds=9, server=ServerSettings(optimizer="adam", learning_rate=0.05, adam_tau=1e-3)))
-HEAVY = resolve(RunSettings(rounds=9, server=ServerSettings(optimizer="momentum", learning_rate=0.5, momentum=0.9)))
+CONFIG = resolve(
+    {"recipe": "plain", "rounds": 9, "server.optimizer": "adam", "server.learning-rate": 0.05, "server.adam-tau": 1e-3}
+).config
+HEAVY = resolve(
+    {
+        "recipe": "plain",
+        "rounds": 9,
+        "server.optimizer": "momentum",
+        "server.learning-rate": 0.5,
+        "server.momentum": 0.9,
+    }
+).config
 
 
 def after(

@@ -542,7 +542,7 @@ def test_scores_of_gradients_without_noise_are_refused() -> None:
 
 
 def test_scores_are_refused_where_a_change_is_no_gradient_of_a_and_b() -> None:
-    with pytest.raises(ConfigError, match="leave no gradient in a change"):
+    with pytest.raises(ConfigError, match="because a score is made of gradients"):
         configure({"server.scores": True, "strategy": "ffa-lora", "training.local-steps": 2})
     plain = {"training.local-steps": 1, "training.optimizer": "sgd", "server.scores": True}
     for strategy in ("fed-sb", "rolora", "increlora", "dylora", "fedex-lora"):

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 
 from docs.make.page import MADE
 from fedveil.cli.settings_reference import Setting, all_settings, options_of
-from fedveil.common.config.asked import RunSettings
 from fedveil.common.config.fields import kinds_of
-from fedveil.common.config.sections import Scalar
+from fedveil.common.config.sections import RunConfig, Scalar
 from fedveil.common.config.text import toml_value
 from fedveil.common.docstrings import said_of
 from fedveil.common.errors import ConfigError
@@ -100,4 +99,4 @@ def _about(section: str) -> str:
         return f"Options of the server's rule `{section}`. {said_of(RULES[section])}."
     if section == START[:-1]:
         return "Options of the adapter's start (`adapter.start`), each of the starts that are named behind it."
-    return f"{said_of(kinds_of(RunSettings)[section])}."
+    return f"{said_of(kinds_of(RunConfig)[section])}."

@@ -94,7 +94,7 @@ def calibrate(server_model: ServerModel, config: RunConfig, workers: int) -> Cal
     torch.set_num_threads(worker_threads)
     try:
         model.write(server_model.start)
-        if config.schedule.with_inputs("jacobians"):
+        if config.timeline.with_inputs("jacobians"):
             featuring, short, steps = _linearised(model, few, chunks, config)
         else:
             featuring = _feature_seconds(server_model, config)

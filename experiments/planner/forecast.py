@@ -123,7 +123,7 @@ class Forecast:
         """
         if self.calibration is None:
             return None
-        return feature_seconds(self.calibration, self.job.config.schedule, self.sizes, self.workers)
+        return feature_seconds(self.calibration, self.job.config.timeline, self.sizes, self.workers)
 
     @property
     def noise_of_shares(self) -> float:
@@ -223,10 +223,10 @@ def forecast(
     """
     plans = site_plans(job, sizes, history)
     server_model = ServerModel(job)
-    workers = worker_count(len(sizes), workers, keeps=job.config.schedule.computes_ahead)
+    workers = worker_count(len(sizes), workers, keeps=job.config.timeline.computes_ahead)
     calibration = calibrate(server_model, job.config, workers) if calibrated else None
     started = chosen_factors(server_model.trained_start(), job.trained_columns(job.start(server_model.start)))
-    still = {HEAD} if job.config.schedule.with_inputs("jacobians") else set[str]()
+    still = {HEAD} if job.config.timeline.with_inputs("jacobians") else set[str]()
     trained = sum(t.numel() for layer, factors in started.items() if layer not in still for t in factors.values())
     return Forecast(
         job=job,

@@ -217,7 +217,7 @@ def _print_machine(console: Console, forecast: Forecast) -> None:
         table.add_row(name, f"{each:.1f} s", f"{each * rounds + once:.0f} s")
     console.print(table)
     if any(features):
-        schedule = forecast.job.config.schedule
+        schedule = forecast.job.config.timeline
         jacobians = schedule.with_inputs("jacobians")
         what = "Jacobians" if jacobians else "features"
         every = jacobians[0].every or jacobians[0].rounds if jacobians else 0

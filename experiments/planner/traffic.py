@@ -67,7 +67,7 @@ def traffic(job: Job, server_model: ServerModel, plans: Sequence[PrivacyPlan]) -
         base_fingerprint=server_model.model.base.fingerprint,
         start_fingerprint=job.start_fingerprint(server_model.start),
     )
-    first = 1 + job.config.schedule.adapter_waits
+    first = 1 + job.config.timeline.adapter_waits
     trained = _trained(job, server_model, first, task.state)
     spending = _spending(payer_of(job).stated(plans))
     result = TrainResult(RUN, job.config.rounds, "site-0", 1800, trained, spending)

@@ -98,7 +98,7 @@ def _stepped(config: RunConfig, state: ServerState, gradient: AdapterState, roun
     }
     moved = {layer: factors for layer, factors in moved.items() if factors}
     for layer, factors in gradient.items():
-        own_rate = rate * (config.training.head_rate if layer == HEAD else 1.0)
+        own_rate = rate * (config.site_head_rate if layer == HEAD else 1.0)
         held = state.adapter[layer]
         moved[layer] = {name: (held[name].double() - own_rate * tensor).float() for name, tensor in factors.items()}
     return moved

@@ -133,7 +133,10 @@ class TrustedCollector:
     def _moving(self, round_number: int, state: ServerState) -> AdapterState:
         """Return, in float64, what is summed in a round: what sites send of layers that do not rest in it."""
         config, layout = self._job.config, self._layout(round_number)
-        head, adapter = (config.schedule.trains_head(round_number), config.schedule.trains_adapter(round_number))
+        head, adapter = (
+            config.timeline.trains_head(round_number),
+            config.timeline.trains_adapter(round_number),
+        )
         return {
             layer: {name: state.adapter[layer][name].double() for name in factors}
             for layer, factors in layout.items()

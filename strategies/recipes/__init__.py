@@ -1,84 +1,204 @@
-"""Recipes, one per file; ``RECIPES`` is the table of them, and ``auto`` is the first that suits a run.
+"""Recipes: files of settings that were found together, each a TOML file that ``-c`` takes, and the choice among them.
 
-A recipe is a set of settings that were found together. It fills in what people leave open, so whoever sets a value has
-it. A new one is one file and one row.
+A recipe fills in what people leave open. ``NAME+CONDITION.toml`` is laid over ``NAME.toml`` in runs of which the
+condition holds. A new recipe is one file and its name in ``RECIPES``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
-from fedveil.common.check import OneOf
-from fedveil.common.config.asked import RunSettings
-from fedveil.common.config.sections import ModelConfig, PrivacyConfig, Scalar
+from fedveil.common.config.sections import RunConfig, Scalar
+from fedveil.common.config.text import read_settings_file
 from fedveil.common.tasks import TASKS
-from fedveil.strategies.recipes.base import Asked, Recipe
-from fedveil.strategies.recipes.head_only import HeadOnly
-from fedveil.strategies.recipes.long_steps import LongSteps
-from fedveil.strategies.recipes.metric import PublicMetricRecipe
-from fedveil.strategies.recipes.open import Open
-from fedveil.strategies.recipes.plain import Plain
-from fedveil.strategies.recipes.whole import is_method, names_method, own_method, set_aside
+from fedveil.common.words import counted
 
-_ROWS: tuple[Recipe, ...] = (PublicMetricRecipe(), HeadOnly(), LongSteps(), Open(), Plain())
-RECIPES = {recipe.name: recipe for recipe in _ROWS}
+RECIPES = ("metric", "head-only", "long-steps", "open", "plain")
 AUTO = "auto"
-"""What ``recipe`` calls the first row that suits the run, and a setting that the recipe fills in."""
-
-_IMAGES = ModelConfig(task="image-classification")
-_RUNS = (
-    RunSettings(),
-    RunSettings(privacy=PrivacyConfig(mode="secure-sum")),
-    RunSettings(privacy=PrivacyConfig(mode="none")),
-    RunSettings(model=ModelConfig(task="causal-lm")),
-    RunSettings(model=_IMAGES),
-    RunSettings(model=_IMAGES, privacy=PrivacyConfig(mode="secure-sum")),
+"""How people write that a setting is left open."""
+CONDITIONS: Mapping[str, Callable[[RunConfig], bool]] = {
+    "unlabelled": lambda run: not TASKS[run.model.task].labelled,
+    "images": lambda run: not TASKS[run.model.task].wording,
+    "images-paid": lambda run: not TASKS[run.model.task].wording and "paid release" in run.privacy.mechanism.starts,
+    "unclipped": lambda run: not (run.privacy.mechanism.charged or run.privacy.mechanism.central),
+    "private": lambda run: run.privacy.mechanism.claims,
+}
+"""What a recipe may differ by, in the order in which its files are laid over each other."""
+METHOD = ("strategy", "adapter.name", "adapter.start")
+"""Settings that name a method: whoever writes one out has none chosen."""
+DECIDED = ("adapter.", "head.", "server.", "training.", "start.", "schedule", "head-rate", "phases")
+"""What a recipe decides as a whole: whoever writes one of these out has a method of their own."""
+FREE = (
+    *("adapter.rank", "adapter.targets", "head.phrases", "head.margin", "training.batch-tokens"),
+    *("start.text", "start.text-sha256", "start.records"),
 )
-FILLED = tuple(dict.fromkeys(key for row in RECIPES.values() for run in _RUNS for key in row.settings(Asked(run))))
-"""Keys of the settings that some recipe fills in."""
+"""Among them what may be set beside a recipe."""
+STEPS = ("server.", "training.optimizer", "training.learning-rate", "training.momentum", "training.weight-decay")
+"""What ``long-steps`` decides as a whole, or what has no say beside it."""
+LONG_STEPS = {"strategy": ("ffa-lora", "fed-svd"), "adapter.name": ("lora-frozen-a",)}
+"""What may be named beside ``long-steps``, which freezes A: where A is trained beside B, the noise of one is multiplied
+by the other's, and steps as long as these lead astray."""
+MOST_LABELS = 3
+"""Of ``metric``: every label costs a pass over the records more, and memory for as many derivatives."""
+LEAST_EPSILON, TRIED_SITES, TRIED_RECORDS = 1.0, 4, 7500
+"""The smallest budget at which ``metric`` was tried and was not below the head alone, and the sites and records it was
+tried with, each site with noise of its own."""
+FEWEST_ROUNDS = {"metric": 10, "open": 24}
+"""Rounds below which a recipe's rates would not carry it far."""
 
-OPEN_AT_ZERO = ("head-rate", "training.local-steps", "training.sample-rate", "training.learning-rate")
-"""Those of which 0 says that they are left open."""
+
+@dataclass(frozen=True)
+class Choice:
+    """The recipe that a run has, and why."""
+
+    recipe: str
+    reason: str = ""
+    """Public facts, as the end of a sentence; empty: the run names its recipe."""
+    instead: str = ""
+    """The recipe that runs of this kind have otherwise; empty: this one."""
+    written: bool = False
+    """Whether one setting that is written out keeps ``instead`` from being chosen."""
+    by_figures: bool = False
+    """Whether the numbers of labels, records and sites decide."""
+
+    @property
+    def note(self) -> str:
+        """One line on the choice for whoever wrote the settings; empty: they made it themselves."""
+        if not self.reason:
+            return ""
+        keep = f": write recipe = {self.instead!r} to keep that" if self.written else ""
+        if self.recipe == "head-only":
+            trains = "Training the classification head only, no LoRA adapter"
+            return f"{trains} (recipe {self.recipe!r}): {self.reason}{keep}"
+        rather = f" and not {self.instead!r}" if self.instead else ""
+        return f"recipe is {self.recipe!r}{rather}, because {self.reason}{keep}"
 
 
-def is_open(key: str) -> bool:
-    """Return whether a setting is ``auto`` by default: a recipe fills it in, or is chosen by whether it is written out.
+def choose(run: RunConfig, written: Collection[str], labels: int = 0, sites: int = 0) -> Choice:
+    """Return the recipe of a run that names none, and why.
 
-    Flower lays what is written over a table of all defaults, in which a default that is a value looks as if written.
+    Args:
+        run: its settings; what is open has its default.
+        written: keys of the settings that are written out.
+        labels: how many there are; 0: not known.
+        sites: how many sites the run has; 0: not known.
     """
-    return key in FILLED or is_method(key)
+    labelled, claims = TASKS[run.model.task].labelled, run.privacy.mechanism.claims
+    usual = "long-steps" if not labelled else "metric" if claims else "open"
+    if key := next((key for key in METHOD if key in written and not _fits_beside(run, key, usual)), ""):
+        return Choice("plain", f"{key} is {_value(run, key)!r}")
+    if reason := _unfit(run, usual):
+        return Choice("plain", reason, usual)
+    if key := _decided(run, written, usual):
+        return Choice("plain", f"{key} is set", usual, written=True)
+    reason = _limit(run, written, labels, sites, usual)
+    figures = usual == "metric" and bool(TASKS[run.model.task].wording)
+    if not reason:
+        kind = f"{labels} labels" if figures else f"model.task {run.model.task!r}"
+        return Choice(usual, f"it suits {kind} and privacy.mode {run.privacy.mode!r}", by_figures=figures)
+    alone = usual == "metric" and not {"adapter.rank", "adapter.targets"} & set(written)
+    return Choice("head-only" if alone else "plain", reason, usual, by_figures=figures)
 
 
-def choose(named: str, asked: Asked) -> tuple[Recipe, str]:
-    """Return the recipe of a run, and why ``auto`` is not the first row for such runs unless another method was named.
+def _fits_beside(run: RunConfig, key: str, usual: str) -> bool:
+    return usual == "long-steps" and _value(run, key) in LONG_STEPS.get(key, (_value(run, key),))
 
-    Raises:
-        ConfigError: no recipe is called ``named``.
+
+def _value(run: RunConfig, key: str) -> Scalar:
+    section, _, name = key.rpartition(".")
+    value: Scalar = getattr(getattr(run, section) if section else run, name)
+    return value
+
+
+def _unfit(run: RunConfig, usual: str) -> str:
+    """Return the setting that rules the usual recipe out whatever else is set; empty: none."""
+    mechanism, task = run.privacy.mechanism, TASKS[run.model.task]
+    promises = mechanism.claims and not mechanism.central and "public records" in mechanism.starts
+    if not promises and usual != "open":
+        return f"privacy.mode is {run.privacy.mode!r}"
+    if task.labelled and (run.model.quantise != "none" or run.model.checkpointing):
+        return "model.quantise or model.checkpointing is set"
+    return ""
+
+
+def _decided(run: RunConfig, written: Collection[str], usual: str) -> str:
+    """Return a written setting that the usual recipe decides as a whole; empty: there is none."""
+    if usual == "long-steps":
+        return min((key for key in written if key.startswith(STEPS)), default="")
+    own = {key for key in written if is_method(key)}
+    if not TASKS[run.model.task].wording and run.head.start == "zeros":
+        own.discard("head.start")  # of images there is no other but a random one
+    return min(own, default="")
+
+
+def _limit(run: RunConfig, written: Collection[str], labels: int, sites: int, usual: str) -> str:
+    """Return which public figure is beyond what the usual recipe was tried at; empty: none is."""
+    who = "the LoRA recipe ('metric')" if usual == "metric" else repr(usual)
+    if usual == "long-steps":
+        return ""
+    if not TASKS[run.model.task].wording:
+        return f"{f'{who} starts from words, and ' * (usual == 'metric')}model.task is {run.model.task!r}"
+    if usual == "metric" and not labels:
+        return "nothing here says how many labels there are: name a file that can be read, or data.labels"
+    if usual == "metric" and labels > MOST_LABELS:
+        return f"there are {labels} labels, and {who} handles up to {MOST_LABELS}"
+    if usual == "metric" and run.privacy.epsilon < least_epsilon(run, sites) and not run.privacy.noise_multiplier:
+        records, number = _records(run), _sites(run, sites)
+        of = ([counted(records, "record")] if records else []) + (
+            [counted(number, "site")] if number != TRIED_SITES else []
+        )
+        by = f"privacy.epsilon = {run.privacy.epsilon:g}{''.join(f' and {one}' for one in of)}"
+        # A larger budget would do as well, which is nobody's advice.
+        return f"with {by} the noise costs {who} more than it gains: more records would help"
+    few = "rounds" in written and run.rounds < FEWEST_ROUNDS[usual]
+    return f"rounds is {run.rounds}, and {who} needs {FEWEST_ROUNDS[usual]} or more" if few else ""
+
+
+def least_epsilon(run: RunConfig, sites: int) -> float:
+    """Return the budget from which on the mean has no more noise than ``metric`` was tried with.
+
+    At one ε the noise of the mean over N records of K sites is as √K / N, and in a sum, of which h are honest, as
+    √(K / h) / N.
     """
-    OneOf((AUTO, *RECIPES)).check("recipe", named)
-    if named != AUTO:
-        return RECIPES[named], ""
-    chosen = next(row for row in RECIPES.values() if not row.unfit(asked))
-    claims, task = asked.settings.privacy.mechanism.claims, TASKS.get(asked.settings.model.task)
-    labelled = task is None or task.labelled
-    first = next((row for row in RECIPES.values() if (row.claims, row.labelled) == (claims, labelled)), chosen)
-    reason = first.unfit(asked)
-    why = own_method(asked, claims=claims) if labelled else reason
-    if not reason or names_method(why):
-        return chosen, ""
-    keep = f": write recipe = {first.name!r} to keep that" if set_aside(why) else ""
-    if chosen.trains:
-        return chosen, f"Training {chosen.trains} (recipe {chosen.name!r}): {reason}{keep}"
-    return chosen, f"recipe is {chosen.name!r} and not {first.name!r}, because {reason}{keep}"
+    least = LEAST_EPSILON * TRIED_RECORDS / (_records(run) or TRIED_RECORDS)
+    return least * math.sqrt(_sites(run, sites) / ((run.privacy.honest_sites or 1) * TRIED_SITES))
 
 
-def without_open(settings: Mapping[str, Scalar]) -> dict[str, Scalar]:
-    """Return the settings without those that are left to the recipe."""
-    return {
-        key: value
-        for key, value in settings.items()
-        if not (is_open(key) and (value == AUTO or (key in OPEN_AT_ZERO and value == 0)))
-    }
+def _records(run: RunConfig) -> int:
+    """Return about how many records share the noise; 0: nobody has said, or the unit is another."""
+    return run.data.records if run.privacy.unit == "record" else 0
 
 
-__all__ = ["AUTO", "FILLED", "RECIPES", "Asked", "Recipe", "choose", "is_open", "own_method", "without_open"]
+def _sites(run: RunConfig, sites: int) -> int:
+    """Return about how many sites share the noise: those that a sum must have, or as many as were tried at least."""
+    privacy = run.privacy
+    if privacy.honest_sites:
+        return privacy.honest_sites + privacy.colluders + privacy.drop_outs
+    return sites or max(TRIED_SITES, run.min_sites)
+
+
+def is_method(key: str) -> bool:
+    """Return whether a setting says, by being written out, that people have a method of their own."""
+    return key in METHOD or (key.startswith(DECIDED) and key not in FREE)
+
+
+def recipe_settings(name: str, run: RunConfig) -> dict[str, Scalar]:
+    """Return what a recipe sets in a run, flat."""
+    layers = [name, *(f"{name}+{condition}" for condition, holds in CONDITIONS.items() if holds(run))]
+    return {key: value for layer in layers for key, value in _file(layer).items()}
+
+
+@cache
+def _file(name: str) -> Mapping[str, Scalar]:
+    path = Path(__file__).with_name(f"{name}.toml")
+    return read_settings_file(path) if path.is_file() else {}
+
+
+@cache
+def filled_keys() -> frozenset[str]:
+    """Return the keys that some recipe fills in."""
+    return frozenset(key for path in Path(__file__).parent.glob("*.toml") for key in _file(path.stem))

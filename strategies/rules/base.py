@@ -16,6 +16,7 @@ from fedveil.common.config.fields import check_fields
 from fedveil.common.config.sections import RunConfig
 from fedveil.common.messages.state import AdapterState, Factors
 from fedveil.common.model.federated import FederatedModel
+from fedveil.common.requirements import Requirement
 from fedveil.strategies.base import Strategy
 
 
@@ -43,6 +44,9 @@ class ServerRule(ABC):
 
     def __post_init__(self) -> None:
         check_fields(self, f"{self.name}.")
+
+    requires: ClassVar[tuple[Requirement, ...]] = ()
+    """Settings and the values that they must have."""
 
     def check(self, config: RunConfig, strategy: Strategy, adapter: Adapter) -> None:  # noqa: B027  (most need none)
         """Raise ConfigError, saying what to do, unless the rule means anything in this run."""

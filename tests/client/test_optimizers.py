@@ -22,7 +22,6 @@ from audits.tiny_models import write_reviews
 from audits.tiny_site import clinic
 from fedveil.client import local_training
 from fedveil.client.optimizers import build_optimizer, set_learning_rate
-from fedveil.common.config.asked import from_mapping, resolve
 from fedveil.common.config.schedule import learning_rate
 from fedveil.common.config.sections import OPTIMIZERS, SCHEDULES, TrainingConfig
 from fedveil.common.messages.state import HEAD
@@ -33,6 +32,7 @@ from fedveil.privacy.entropy import Source
 from fedveil.strategies import STRATEGIES
 from fedveil.strategies.base import chooses
 from fedveil.strategies.job import configure
+from fedveil.strategies.resolve import resolve
 
 pytestmark = [pytest.mark.slow, pytest.mark.rough_prices, pytest.mark.one_length]
 
@@ -42,8 +42,6 @@ SETTINGS = TrainingConfig(
     sample_rate=0.1,
     optimizer="sgd",
     learning_rate=1.0,
-    head_rate=5.0,
-    schedule="constant",
     momentum=0.8,
     beta2=0.95,
     weight_decay=0.1,
@@ -66,7 +64,7 @@ def test_every_optimizer_of_the_configuration_is_tested() -> None:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_each_optimizer_is_of_its_class_with_the_runs_settings(name: str) -> None:
-    optimizer = build_optimizer(TRAINED, replace(SETTINGS, optimizer=name, learning_rate=0.03))
+    optimizer = build_optimizer(TRAINED, replace(SETTINGS, optimizer=name, learning_rate=0.03), 5.0)
     kind, wanted = WANTED[name]
     assert type(optimizer) is kind
     for group in optimizer.param_groups:
@@ -77,7 +75,7 @@ def test_each_optimizer_is_of_its_class_with_the_runs_settings(name: str) -> Non
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("rate", [None, 0.03, 0.001, 0.0])
 def test_the_head_alone_learns_at_a_multiple_of_the_rate(name: str, rate: float | None) -> None:
-    optimizer = build_optimizer(TRAINED, replace(SETTINGS, optimizer=name, learning_rate=0.03))
+    optimizer = build_optimizer(TRAINED, replace(SETTINGS, optimizer=name, learning_rate=0.03), 5.0)
     if rate is not None:
         set_learning_rate(optimizer, rate)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
@@ -117,8 +115,8 @@ def test_a_round_of_a_site_is_the_same_whether_or_not_it_trained_the_round_befor
 
     made: list[Optimizer] = []
 
-    def keeping(trained: Any, config: TrainingConfig) -> Optimizer:
-        optimizer = build_optimizer(trained, config)
+    def keeping(trained: Any, config: TrainingConfig, head_rate: float) -> Optimizer:
+        optimizer = build_optimizer(trained, config, head_rate)
         if made:
             optimizer.load_state_dict(made[-1].state_dict())
         made.append(optimizer)
@@ -144,7 +142,7 @@ def test_the_private_default_lowers_the_loss_with_every_strategy(
         chosen = {**own, **data, **noise, "strategy": strategy, "rounds": 6}
         config = configure(chosen).config
         assert config.privacy.mechanism.claims, "privacy is off by default"
-        optimizers = ("none", "adam") if "server.optimizer" in kind.facts.requires else ("adam", "sgd")
+        optimizers = ("none", "adam") if kind.facts.requires else ("adam", "sgd")
         assert (config.server.optimizer, config.training.optimizer) == optimizers
         assert config.training.local_steps == 1
         folder = run_in_process(chosen, 2, "default")
@@ -228,8 +226,8 @@ def test_a_run_without_a_step_has_a_rate_all_the_same() -> None:
 
 def test_schedule_and_head_rate_are_applied_once_by_the_optimiser_that_moves_the_model() -> None:
     settings = {"schedule": "cosine", "head-rate": 3.0}
-    config = resolve(from_mapping({**settings, "server.optimizer": "adam"}))
-    assert (config.server.schedule, config.server.head_rate) == ("cosine", 3.0), "nobody would apply them"
-    assert (config.training.schedule, config.training.head_rate) == ("constant", 1.0), "a site would apply them again"
-    config = resolve(from_mapping({**settings, "server.optimizer": "none"}))
-    assert (config.training.schedule, config.training.head_rate) == ("cosine", 3.0), "nobody would apply them"
+    config = resolve({**settings, "server.optimizer": "adam"}).config
+    assert (config.schedule, config.head_rate) == ("cosine", 3.0), "nobody would apply them"
+    assert (config.moved_at_sites, config.site_head_rate) == (False, 1.0), "a site would apply them again"
+    config = resolve({**settings, "server.optimizer": "none"}).config
+    assert (config.moved_at_sites, config.site_head_rate) == (True, 3.0), "nobody would apply them"

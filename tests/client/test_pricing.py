@@ -16,13 +16,13 @@ import pytest
 from audits.tiny_site import OneSite, clinic
 from fedveil.client.ledger.ledger import PRICES, Ledger
 from fedveil.client.ledger.rows import Charge, Receipt, price
-from fedveil.common.config.asked import RunSettings, TrainingSettings, resolve
 from fedveil.common.config.sections import PrivacyConfig
 from fedveil.common.errors import BudgetExhausted, ConfigError, LedgerError
 from fedveil.privacy import accounting
 from fedveil.privacy.accounting import MOST_WORK, Release, epsilon, epsilon_with_method, gaussian_release
 from fedveil.privacy.plan import PrivacyPlan
 from fedveil.privacy.privacy_filter import promised
+from fedveil.strategies.resolve import resolve
 
 DELTA = 1e-5
 ROUND = gaussian_release(noise_multiplier=1.0, sample_rate=0.1, count=5)
@@ -181,7 +181,7 @@ def test_a_plan_refuses_them_before_it_looks_for_a_noise(
 ) -> None:
     monkeypatch.setattr("fedveil.privacy.plan.promised_noise", lambda *_: pytest.fail("a price was made"))
     before = gaussian_release(**{"noise_multiplier": 1.0, "sample_rate": 0.1, "count": 5, **figure})
-    training = resolve(RunSettings(training=TrainingSettings(sample_rate=0.1))).training
+    training = resolve({"training.sample-rate": 0.1}).config.training
     with pytest.raises(ConfigError, match=words):
         PrivacyPlan.for_run(PrivacyConfig(), training, 10, 100, [before])
 

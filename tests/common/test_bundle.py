@@ -45,7 +45,8 @@ def test_what_flower_builds_of_this_version_has_the_installed_version_s_hash(tmp
     with app_folder() as folder:
         assert bundle_digest(build_fab_from_disk(folder)) == own_digest()
     by_hand = {path.relative_to(ROOT).as_posix(): path for path in ROOT.glob("[a-z]*/**/*.py")}
-    more = {name: ROOT / name for name in (SETTINGS, "README.md", "demo/prose.md")}
+    recipes = (path.relative_to(ROOT).as_posix() for path in ROOT.glob("strategies/recipes/*.toml"))
+    more = {name: ROOT / name for name in (SETTINGS, "README.md", "demo/prose.md", *recipes)}
     content, _ = build_fab_from_files({**more, **by_hand})
     assert bundle_digest(content) == own_digest(), "'flwr run .' sends another bundle than 'fedveil server submit'"
     (tmp_path / "built.fab").write_bytes(content)

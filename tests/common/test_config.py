@@ -14,8 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedveil.common.config import sections as choices
-from fedveil.common.config.asked import RunSettings, as_asked, from_mapping, resolve
-from fedveil.common.config.sections import Scalar, defaults, to_mapping
+from fedveil.common.config.sections import RunConfig, Scalar, defaults, to_mapping
 from fedveil.common.config.text import flatten, parse_settings, read_settings_file, to_toml
 from fedveil.common.errors import ConfigError
 from fedveil.common.starts import STARTS, Start
@@ -23,6 +22,7 @@ from fedveil.privacy import MECHANISMS
 from fedveil.strategies import CONTROLS, ROWS, STRATEGIES
 from fedveil.strategies.job import configure
 from fedveil.strategies.options import OPTIONS, declared_settings, known_settings
+from fedveil.strategies.resolve import config_of, resolve
 from fedveil.strategies.rules import RULES
 
 fast = settings(max_examples=25, deadline=None)
@@ -36,8 +36,9 @@ BESIDE = {
     if key not in KNOWN
 }
 """Options of the rows of ``contrib``."""
-DECLARED = {**declared_settings(), **BESIDE}
-"""Defaults as the fields have them, where ``auto`` leaves some to a recipe."""
+PLAIN = to_mapping(resolve({"recipe": "plain", "strategy": "ffa-lora"}).config)
+DECLARED = {key: PLAIN[key] if value is None else value for key, value in {**declared_settings(), **BESIDE}.items()}
+"""Defaults as the fields have them, and of an open one what a plain run makes of it."""
 each_key = pytest.mark.parametrize("key", DECLARED)
 
 
@@ -66,7 +67,8 @@ def with_owner(key: str) -> dict[str, Scalar]:
         return {}
     # The strategy of ``job_with`` trains B; what gives B alone is for another.
     fits = {} if "A" in STARTS[owners[0]].gives else {"strategy": "fedavg-lora", "adapter.name": "lora-frozen-b"}
-    return {"adapter.start": owners[0], **fits}
+    data = {"start.data": "a.csv"} if owners[0] == "public-gradient" else {}
+    return {"adapter.start": owners[0], **fits, **data}
 
 
 def options(start: type[Start]) -> set[str]:
@@ -86,20 +88,8 @@ def test_pyproject_lists_exactly_the_settings_that_exist_with_their_defaults() -
         assert type(written[key]) is type(value), f"{key} has another type in pyproject.toml"
 
 
-OPEN = (
-    "recipe",
-    "adapter.name",
-    "head-rate",
-    "training.local-steps",
-    "training.sample-rate",
-    "training.optimizer",
-    "training.learning-rate",
-    "server.optimizer",
-    "start.text",
-    "start.text-sha256",
-    "start.noise-multiplier",
-)
-"""Settings that a run fills in when they are left at ``auto``, 0 or empty."""
+OPEN = ("start.text", "start.text-sha256", "start.noise-multiplier")
+"""Options of an initialisation that it fills in when they are left at ``auto``, 0 or empty."""
 
 
 def decided(values: Mapping[str, Scalar]) -> dict[str, Scalar]:
@@ -201,6 +191,10 @@ POSITIVE = (
     "adapter.rank",
     "head.margin",
     "training.beta2",
+    "head-rate",
+    "training.local-steps",
+    "training.sample-rate",
+    "training.learning-rate",
     "server.learning-rate",
     "server.adam-tau",
     "privacy.epsilon",
@@ -210,10 +204,6 @@ POSITIVE = (
 NOT_NEGATIVE = (
     "adapter.alpha",
     "model.feature-scale",
-    "training.local-steps",
-    "head-rate",
-    "training.sample-rate",
-    "training.learning-rate",
     "training.momentum",
     "training.weight-decay",
     "training.batch-tokens",
@@ -266,8 +256,8 @@ CHOICES = {
     "data.partition": choices.PARTITIONS,
     "head.policy": choices.HEAD_POLICIES,
     "head.start": choices.HEAD_STARTS,
-    "training.optimizer": ("auto", *choices.OPTIMIZERS),
-    "server.optimizer": ("auto", *choices.SERVER_OPTIMIZERS),
+    "training.optimizer": choices.OPTIMIZERS,
+    "server.optimizer": choices.SERVER_OPTIMIZERS,
     "schedule": choices.SCHEDULES,
     "privacy.mode": tuple(MECHANISMS),
     "precision": ("auto", "float32", "bfloat16"),
@@ -283,7 +273,7 @@ def test_a_choice_is_one_of_its_list_and_the_nearest_is_named(key: str) -> None:
             context["head.start"] = "random"
         if key == "privacy.mode" and MECHANISMS[choice].needs:
             context |= {MECHANISMS[choice].needs: 2, "privacy.unit": MECHANISMS[choice].unit.name}
-        assert configure({**context, key: choice}).settings()[key] == choice or (choice == "auto" and key in OPEN)
+        assert configure({**context, key: choice}).settings()[key] == choice
     with pytest.raises(ConfigError, match=rf"^{re.escape(key)} is '{CHOICES[key][-1]}x'.*did you mean"):
         configure({key: CHOICES[key][-1] + "x"})
 
@@ -336,7 +326,7 @@ kinds = {
     "output": texts,
     "model.name": texts,
     "model.feature-scale": st.floats(0, 9),
-    "data.labels": texts,
+    "data.labels": st.sampled_from(("a,b", "no,yes,maybe")),
     "adapter.rank": st.integers(1, 64),
     "adapter.alpha": st.floats(0.1, 64),
     "head.phrases": texts,
@@ -354,20 +344,21 @@ kinds = {
 def test_a_configuration_survives_its_flat_form(values: dict[str, Scalar]) -> None:
     if "privacy.mode" in values:
         values["privacy.unit"] = MECHANISMS[str(values["privacy.mode"])].unit.name
-    asked = from_mapping(values)
-    assert to_mapping(asked) == {**defaults(RunSettings), **values}, "a setting was lost or changed on the way"
-    config = resolve(asked)
-    flat = to_mapping(as_asked(config))
-    assert flat.keys() == defaults(RunSettings).keys()
-    wanted = decided({**defaults(RunSettings), **values})
-    assert {key: flat[key] for key in wanted} == wanted, "a setting was lost when the rest was filled in"
-    assert resolve(from_mapping(flat)) == config, "what is written beside the results must make the same run"
+    assert to_mapping(config_of(values)) == {**defaults(RunConfig), **values}, (
+        "a setting was lost or changed on the way"
+    )
+    config = resolve(values).config
+    flat = to_mapping(config)
+    assert flat.keys() == defaults(RunConfig).keys()
+    assert {key: flat[key] for key in values} == values, "a setting was lost when the rest was filled in"
+    assert None not in flat.values(), "something is left open"
+    assert resolve(flat).config == config, "what is written beside the results must make the same run"
 
 
 def test_a_configuration_with_one_setting_changed_is_another_configuration() -> None:
-    base = RunSettings()
+    base = RunConfig()
     for key, value in (("rounds", 91), ("adapter.rank", 91), ("privacy.epsilon", 91.0), ("data.seed", 91)):
-        assert from_mapping({key: value}) != base, f"{key} does not reach the configuration"
+        assert config_of({key: value}) != base, f"{key} does not reach the configuration"
 
 
 # Settings as people write them
@@ -540,19 +531,19 @@ def test_a_control_character_survives_toml(character: str) -> None:
     ],
 )
 def test_what_is_left_open_suits_the_privacy_mode(mode: str, steps: int, rate: float, server: str, site: str) -> None:
-    config = resolve(from_mapping({"privacy.mode": mode}))
+    config = resolve({"privacy.mode": mode, "recipe": "plain"}).config
     training = config.training
     assert (training.local_steps, training.sample_rate) == (steps, rate)
     assert (config.server.optimizer, training.optimizer) == (server, site)
     assert training.learning_rate > 0
-    assert resolve(as_asked(config)) == config, "what is written beside the results must make the same run"
+    assert resolve(to_mapping(config)).config == config, "what is written beside the results must make the same run"
 
 
 def test_one_adam_is_somewhere_unless_said_otherwise() -> None:
-    at_sites = resolve(from_mapping({"server.optimizer": "none"}))
+    at_sites = resolve({"server.optimizer": "none"}).config
     assert (at_sites.server.optimizer, at_sites.training.optimizer) == ("none", "adam")
-    at_server = resolve(from_mapping({"server.optimizer": "adam", "privacy.mode": "none"}))
+    at_server = resolve({"server.optimizer": "adam", "privacy.mode": "none"}).config
     assert (at_server.server.optimizer, at_server.training.optimizer) == ("adam", "sgd")
     momentum: dict[str, Scalar] = {"training.optimizer": "momentum", "training.local-steps": 3}
-    own = resolve(from_mapping({**momentum, "training.learning-rate": 0.5}))
+    own = resolve({**momentum, "training.learning-rate": 0.5}).config
     assert (own.training.optimizer, own.training.local_steps, own.training.learning_rate) == ("momentum", 3, 0.5)

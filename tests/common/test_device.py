@@ -166,9 +166,9 @@ def test_sites_that_keep_what_a_pass_costs_share_one_process(monkeypatch: pytest
     assert [worker_count(8, asked, keeps=False) for asked in (0, 2, 9)] == [4, 2, 4]
     assert [worker_count(8, asked, keeps=True) for asked in (0, 2, 9)] == [1, 2, 4]
     assert worker_count(3, 0, keeps=False) == 3
-    assert configure({"recipe": "plain"}).config.schedule.computes_ahead is False
+    assert configure({"recipe": "plain"}).config.timeline.computes_ahead is False
     for name in ("metric", "probe", "head-only"):
-        assert configure(read_settings_file(Path(f"experiments/configs/{name}.toml"))).config.schedule.computes_ahead
+        assert configure(read_settings_file(Path(f"experiments/configs/{name}.toml"))).config.timeline.computes_ahead
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])

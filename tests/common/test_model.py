@@ -18,7 +18,6 @@ from audits.tiny_models import FILLER, TARGETS, tiny_model, tiny_tokenizer
 from audits.worlds import plan
 from fedveil.client.optimizers import build_optimizer
 from fedveil.common.adapters import ADAPTERS
-from fedveil.common.config.asked import RunSettings, TrainingSettings, resolve
 from fedveil.common.config.sections import HeadConfig, ModelConfig
 from fedveil.common.errors import ConfigError, FedVeilError, ModelError, ProtocolError
 from fedveil.common.messages.state import HEAD, AdapterState
@@ -32,6 +31,7 @@ from fedveil.common.starts.kaiming import Kaiming
 from fedveil.common.tasks import TASKS, Classification, Record
 from fedveil.common.tasks.text import TextExample, pad_id
 from fedveil.privacy.dpsgd import PrivateSteps
+from fedveil.strategies.resolve import resolve
 
 ModelFor = Callable[..., FederatedModel]
 
@@ -541,8 +541,8 @@ def test_the_weights_under_an_adapter_have_the_bases_fingerprint_also_after_trai
     records, before = records_of(model), model.read()
     task = "classification" if family == "bert" else "causal-lm"
     stock = weights_fingerprint(load_base_model(model.base.name, task).module)
-    asked = RunSettings(head_rate=1.0, training=TrainingSettings(optimizer="adam", learning_rate=0.05))
-    optimizer = build_optimizer(model.trained(), resolve(asked).training)
+    asked = {"head-rate": 1.0, "training.optimizer": "adam", "training.learning-rate": 0.05}
+    optimizer = build_optimizer(model.trained(), resolve(asked).config.training)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     model.module.train()
     if private:

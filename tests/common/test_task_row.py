@@ -25,7 +25,6 @@ from audits.tiny_site import OneSite
 from fedveil.cli.column_options import with_columns
 from fedveil.client.own_records import prepared
 from fedveil.common import tasks
-from fedveil.common.config.asked import from_mapping
 from fedveil.common.config.sections import to_mapping
 from fedveil.common.data.sources import load_dataset, load_protected
 from fedveil.common.errors import ConfigError, DataError
@@ -44,6 +43,7 @@ from fedveil.deploy.policy_file import pins_of
 from fedveil.experiments.evaluate import evaluate_run
 from fedveil.experiments.in_process import run_in_process
 from fedveil.strategies.job import configure
+from fedveil.strategies.resolve import config_of
 
 pytestmark = pytest.mark.rough_prices
 
@@ -264,13 +264,13 @@ def test_a_record_that_does_not_fit_contributes_nothing_and_the_round_goes_on(si
     rows = [*rows_of(3), {"vector": "none", "label": "low"}, {"vector": [1.0] * 7 + ["x"], "label": "low"}]
     nan = {"vector": [math.nan] * WIDTH, "label": "low"}
     path = write(Path(str(site.node["data"])).with_name("odd.jsonl"), [*rows, nan])
-    reading = load_protected(from_mapping(site.settings).data, "numbers", str(path))
+    reading = load_protected(config_of(site.settings).data, "numbers", str(path))
     assert [unfit.reason for unfit in reading.unfit] == [
         "has no list of 8 numbers in column 'vector' (data.vector)",
         "has a cell that cannot be read in column 'vector' (data.vector)",
     ]
     with pytest.raises(DataError, match=r"row 4 has no list of 8 numbers .*: give each record one"):
-        load_dataset(from_mapping(site.settings).data, "numbers", str(path))
+        load_dataset(config_of(site.settings).data, "numbers", str(path))
     task, model = site.task(), site.model()
     site.node["data"] = str(path)
     assert isinstance(site.ask(task), TrainResult)
@@ -315,7 +315,7 @@ def test_its_columns_are_settings_pins_and_options(site: OneSite, toy: dict[str,
 
 def test_a_setting_of_a_task_that_is_not_there_is_none() -> None:
     with pytest.raises(ConfigError, match=r"unknown setting 'data\.vector'"):
-        from_mapping({"data.vector": "vector"})
+        config_of({"data.vector": "vector"})
 
 
 def test_records_without_words_start_no_head_from_words(toy: dict[str, Any]) -> None:
@@ -331,7 +331,7 @@ def test_a_task_may_read_files_of_its_own(toy: dict[str, Any], tmp_path: Path, m
         place = tmp_path / "images" / row["label"]
         place.mkdir(parents=True, exist_ok=True)
         (place / f"{i}.json").write_text(json.dumps(row["vector"]))
-    config = from_mapping(toy).data
+    config = config_of(toy).data
     by_folder = load_dataset(config, "numbers", str(tmp_path / "images"))
     by_file = load_dataset(config, "numbers", str(write(tmp_path / "four.jsonl", rows_of(4))))
     assert by_folder.fingerprint() == by_file.fingerprint()

@@ -196,7 +196,8 @@ def test_settings_are_not_checked_in_other_commands() -> None:
 
 def test_a_bundle_holds_what_server_and_sites_execute_and_no_more() -> None:
     files = {path.relative_to(ROOT).as_posix(): path for path in ROOT.glob("[a-z]*/**/*.py")}
-    more = {name: ROOT / name for name in ("pyproject.toml", "demo/prose.md")}
+    recipes = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("strategies/recipes/*.toml")}
+    more = {name: ROOT / name for name in ("pyproject.toml", "demo/prose.md", *recipes)}
     content, _ = build_fab_from_files({**more, **files})
     with app_folder() as folder:
         assert build_fab_from_disk(folder) == content, "what we hand to Flower is not what it would bundle itself"
@@ -205,7 +206,7 @@ def test_a_bundle_holds_what_server_and_sites_execute_and_no_more() -> None:
     found = zipfile.ZipFile(BytesIO(content)).namelist()
     wanted = {name for name in files if name.startswith(tuple(f"{package}/" for package in packages))}
     wanted -= {name for name in wanted if name.startswith(("contrib/tests/", "contrib/experiments/"))}
-    assert set(found) == wanted | {"pyproject.toml", "demo/prose.md", ".info/CONTENT"}
+    assert set(found) == wanted | recipes | {"pyproject.toml", "demo/prose.md", ".info/CONTENT"}
     assert {"server/app.py", "client/app.py"} <= wanted
 
 

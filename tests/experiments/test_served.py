@@ -25,7 +25,7 @@ from fedveil.common.run_lines import ConfigFile, read_file
 from fedveil.experiments.evaluate import load_result
 from fedveil.experiments.in_process import run_in_process
 from fedveil.experiments.serving.merge import merge_run
-from fedveil.strategies.recipes.metric import FEWEST, PublicMetricRecipe
+from fedveil.strategies.recipes import FEWEST_ROUNDS
 
 pytestmark = pytest.mark.rough_prices
 
@@ -94,13 +94,16 @@ def in_bare(python: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([python, "-I", "-c", *words], capture_output=True, text=True, check=False)
 
 
-def default_job(toy: dict[str, Any], recipe: PublicMetricRecipe) -> dict[str, Any]:
+FEWEST = FEWEST_ROUNDS["metric"]
+
+
+def default_job(toy: dict[str, Any]) -> dict[str, Any]:
     """Return what is asked for, where a run's method is the recipe's alone; little of everything."""
     kept = ("model.name", "model.max-length", "data.name", "data.test-size", "data.partition", "privacy.delta")
     small = {"rounds": FEWEST, "evaluate-every": FEWEST, "start.text": "made-up", "start.records": 20}
     # Much noise is priced soonest, and moves weights as well.
     noise = {"privacy.epsilon": 50.0, "privacy.noise-multiplier": 6.0}
-    return {**{key: toy[key] for key in (*kept, "output")}, **small, **noise, "recipe": recipe.name}
+    return {**{key: toy[key] for key in (*kept, "output")}, **small, **noise, "recipe": "metric"}
 
 
 def stock_job(toy: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -139,7 +142,7 @@ def served(bare: Path, model_folder: Callable[[str], str], tmp_path_factory: pyt
         patch.setattr(
             "fedveil.common.starts.public_metric.MADE", 48
         )  # a map of 16 features needs no more made-up texts
-        default = run_in_process(default_job(toy, PublicMetricRecipe()), 2)
+        default = run_in_process(default_job(toy), 2)
     settings = read_file(ConfigFile, default).settings
     made = ("adapter.name", "head.metric", "phases")
     assert [settings[key] for key in made] == [

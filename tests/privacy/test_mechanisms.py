@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -116,7 +117,7 @@ def test_a_row_without_a_sum_refuses_what_is_of_sums(name: str, key: str) -> Non
     if MECHANISMS[name].summed:
         configure(settings)
     else:
-        with pytest.raises(ConfigError, match=r"leave it at 0, or set privacy\.mode to 'secure-sum'"):
+        with pytest.raises(ConfigError, match=rf"needs {re.escape(key)} 0, because only in 'secure-sum'"):
             configure({**settings_of(name), key: 3})
 
 
@@ -307,7 +308,7 @@ def check_the_account(name: str, folder: Path) -> None:
     site = tiny_site(
         folder,
         RECORDS,
-        **{**settings_of(name), "training.local-steps": steps, "training.sample-rate": 0.0, **own},
+        **{**settings_of(name), "training.local-steps": steps, "training.sample-rate": "auto", **own},
     )
     asked = SumSite(site) if summed else site
     paid: list[int] = []
@@ -358,7 +359,7 @@ def test_a_row_that_is_charged_for_something_else_is_found(fault: Fault, words: 
 @pytest.mark.usefixtures("rough_prices")
 @each_row
 def test_a_run_and_its_report_say_what_the_row_claims(name: str, toy_settings: dict[str, Any]) -> None:
-    settings = {**toy_settings, **settings_of(name), "training.sample-rate": 0.0, "privacy.epsilon": 30.0}
+    settings = {**toy_settings, **settings_of(name), "training.sample-rate": "auto", "privacy.epsilon": 30.0}
     if MECHANISMS[name].summed:
         settings |= {"training.local-steps": 1, "training.optimizer": "sgd"}
     folder, row = run_in_process(settings, 3), MECHANISMS[name]

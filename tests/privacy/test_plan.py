@@ -6,15 +6,15 @@ import dataclasses
 
 import pytest
 
-from fedveil.common.config.asked import RunSettings, TrainingSettings, resolve
 from fedveil.common.config.sections import PrivacyConfig
 from fedveil.common.errors import ConfigError, MechanismError, PrivacyError
 from fedveil.privacy import MECHANISMS
 from fedveil.privacy.accounting import Release, epsilon
 from fedveil.privacy.events import Event, sampled_gaussian
 from fedveil.privacy.plan import PrivacyPlan, gaussian_plan
+from fedveil.strategies.resolve import resolve
 
-TRAINING = resolve(RunSettings(training=TrainingSettings(local_steps=5, sample_rate=0.1))).training
+TRAINING = resolve({"training.local-steps": 5, "training.sample-rate": 0.1}).config.training
 
 
 def test_every_step_of_the_run_fits_the_budget_and_hardly_more() -> None:

@@ -89,10 +89,10 @@ def test_head_and_adapter_are_bounded_each_for_itself() -> None:
     results, averaged = round_of(1, {})
     config = rates_of(job, results, averaged)
     assert config.server.learning_rate < 30.0
-    assert config.server.head_rate == pytest.approx(1.0)
+    assert config.head_rate == pytest.approx(1.0)
     slow = rates_of(job_of(**{"head-rate": 1e-4}), results, averaged)
     assert slow.server.learning_rate == pytest.approx(config.server.learning_rate)
-    assert slow.server.learning_rate * slow.server.head_rate == pytest.approx(30.0 * 1e-4)
+    assert slow.server.learning_rate * slow.head_rate == pytest.approx(30.0 * 1e-4)
 
 
 def rate_where_all_state(times: float, **more: float) -> float:

@@ -271,7 +271,7 @@ def test_a_head_that_was_first_rests_beside_the_adapter_and_begins_anew(optimize
     # The last phase takes the steps of the first: neither schedule nor moments are the first's.
     assert [head[4] - head[3], head[5] - head[3]] == pytest.approx(head[:2], rel=1e-5)
     assert [job.config.server_rate(number) for number in range(1, 7)] == pytest.approx([0.5, 0.25] * 3)
-    assert [job.config.schedule.span(number) for number in (1, 2, 3, 4, 5, 6)] == [(0, 2)] * 2 + [(2, 2)] * 2 + [
+    assert [job.config.timeline.span(number) for number in (1, 2, 3, 4, 5, 6)] == [(0, 2)] * 2 + [(2, 2)] * 2 + [
         (4, 2)
     ] * 2
 

@@ -94,7 +94,7 @@ def fixed_entropy(replace_entropy: Callable[[Source], None]) -> None:
     ("strategy", "changes"),
     [
         *(
-            (name, {"server.optimizer": "none" if "server.optimizer" in kind.facts.requires else "adam"})
+            (name, {"server.optimizer": "none" if kind.facts.requires else "adam"})
             for name, kind in sorted(STRATEGIES.items())
             if not (chooses(kind) and kind.adapters.trains == ("B",))
         ),

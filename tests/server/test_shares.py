@@ -346,7 +346,7 @@ def noise_of_rank(job: Job, rank: int, out: int = 300) -> tuple[TrainResult, Ser
     draw, own = torch.Generator().manual_seed(rank), plan(job)
     way = own.gradient_noise_std * job.config.site_rate(1, 0)
     shapes = {"layer": {"B": (out, rank)}, HEAD: {"weight": (2, 400)}}
-    faster = {"layer": 1.0, HEAD: job.config.training.head_rate}
+    faster = {"layer": 1.0, HEAD: job.config.site_head_rate}
     sent = {
         layer: {n: faster[layer] * way * torch.randn(s, generator=draw) for n, s in fs.items()}
         for layer, fs in shapes.items()
@@ -357,7 +357,7 @@ def noise_of_rank(job: Job, rank: int, out: int = 300) -> tuple[TrainResult, Ser
 
 def test_sites_of_unlike_ranks_are_measured_alike_where_the_head_moves_faster() -> None:
     job = configure({**PRIVATE, "head-rate": 30.0, "privacy.noise-multiplier": 60.0, "privacy.epsilon": 50.0})
-    assert job.config.training.head_rate == 30.0
+    assert job.config.site_head_rate == 30.0
     parts, before = [], []
     for rank in (1, 64):
         result, state = noise_of_rank(job, rank)

@@ -99,7 +99,7 @@ def centralised(
 ) -> AdapterState:
     """Train by hand: whole batches, mean loss, torch's optimiser, a learning rate from its formula."""
     model.write(model.start)
-    peak, head_rate = job.config.training.learning_rate, job.config.training.head_rate
+    peak, head_rate = job.config.training.learning_rate, job.config.site_head_rate
     named = [(n, p) for n, p in model.module.named_parameters() if p.requires_grad]
     trained = [{"params": [p], "times": head_rate if n.startswith("head.") else 1.0} for n, p in named]
     kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[job.config.training.optimizer]

@@ -71,7 +71,7 @@ def test_each_phase_has_the_whole_course_of_the_rate() -> None:
     ],
 )
 def test_an_empty_list_is_one_phase_of_all_that_is_trained(settings: dict[str, Any], phases: tuple[Phase, ...]) -> None:
-    assert configure({"recipe": "plain", **settings}).config.schedule.phases == phases
+    assert configure({"recipe": "plain", **settings}).config.timeline.phases == phases
 
 
 @pytest.mark.parametrize(

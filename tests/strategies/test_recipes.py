@@ -17,8 +17,7 @@ from safetensors.torch import load_file
 from audits.tiny_models import VOCABULARY, tiny_tokenizer
 from fedveil.client import linearised
 from fedveil.client.ledger.ledger import Ledger
-from fedveil.common.config.asked import RunSettings
-from fedveil.common.config.sections import PrivacyConfig, typed
+from fedveil.common.config.sections import PrivacyConfig, RunConfig, typed
 from fedveil.common.config.text import flatten
 from fedveil.common.errors import ConfigError, ModelError, RunFailed
 from fedveil.common.run_lines import ConfigFile, RoundLine, read_file, read_lines
@@ -28,7 +27,8 @@ from fedveil.strategies import ROWS
 from fedveil.strategies.base import is_exact
 from fedveil.strategies.job import configure, with_recipe
 from fedveil.strategies.options import declared_settings, known_settings
-from fedveil.strategies.recipes import AUTO, FILLED, RECIPES, Asked
+from fedveil.strategies.recipes import AUTO, RECIPES, filled_keys, recipe_settings
+from fedveil.strategies.resolve import resolve
 
 MANY = "a,b,c,d,e"
 TEXTS = 60
@@ -129,15 +129,10 @@ TRUSTED = {"privacy.mode": "client-level", "privacy.unit": "site", "privacy.coho
             "plain",
             "recipe is 'plain' and not 'open', because training.local-steps is set: write recipe = 'open' to keep that",
         ),
-        (
-            {"privacy.mode": "none", **WORDS},
-            "plain",
-            "",
-        ),
+        ({"privacy.mode": "none", **WORDS}, "plain", "recipe is 'plain' and not 'long-steps', because privacy.mode is"),
         ({"privacy.mode": "none", "strategy": "fed-svd"}, "plain", ""),
         ({"strategy": "fed-sb"}, "plain", ""),
         ({"rounds": 6, "adapter.rank": 4}, "plain", "because rounds is 6"),
-        ({"head-rate": 0, "training.sample-rate": 0.0}, "metric", ""),  # 0 leaves them open
         ({"adapter.name": "lora"}, "plain", ""),
         ({"adapter.name": "lora", "server.optimizer": "adam"}, "plain", ""),
         ({"adapter.start": "kaiming"}, "plain", ""),
@@ -173,10 +168,12 @@ TRUSTED = {"privacy.mode": "client-level", "privacy.unit": "site", "privacy.coho
     ],
     ids=str,
 )
-def test_auto_is_the_first_recipe_that_suits_a_run(settings: dict[str, Any], recipe: str, note: str) -> None:
-    job = configure(settings)
-    assert job.config.recipe == recipe
-    assert (note in " ".join(job.notes)) if note else not job.notes
+def test_a_run_has_the_recipe_that_suits_it_and_the_reason(settings: dict[str, Any], recipe: str, note: str) -> None:
+    job, choice = configure(settings), resolve(settings).choice
+    assert job.config.recipe == choice.recipe == recipe
+    assert note in choice.note
+    assert bool(choice.instead) is bool(note)
+    assert bool(choice.note) is ("recipe" not in settings), "a choice without a reason"
     assert configure(job.settings()) == job, "what a run stores does not make it again"
 
 
@@ -189,7 +186,7 @@ def test_noise_decides_between_adapter_and_head_and_nobody_is_told_to_raise_epsi
     summed = {"privacy.mode": "secure-sum", "privacy.honest-sites": honest, "privacy.colluders": colluders}
     enough, less = (configure({**summed, "privacy.epsilon": least + more}) for more in (0.001, -0.001))
     assert (enough.config.recipe, less.config.recipe) == ("metric", "head-only")
-    (note,) = less.notes
+    note = resolve({**summed, "privacy.epsilon": least - 0.001}).choice.note
     assert note.endswith("more than it gains: more records would help")
     assert re.findall(r"\d[.\d]*", note) == [
         f"{least - 0.001:g}",
@@ -209,8 +206,8 @@ def test_a_file_tells_its_labels_where_a_job_is_made_and_none_is_looked_at_elsew
     many = {"data.name": str(path), "privacy.epsilon": 0.6, "data.test-size": 30}
     path.write_text("text,label\n" + "".join(f"note {i},kind {i % 2}\n" for i in range(15_000)), "utf-8")
     settings, note = with_recipe(many)
-    assert (settings["recipe"], settings["data.records"], note) == ("metric", 14_000, "")
-    assert configure(with_recipe({**many, "recipe": "metric"})[0]).settings() == configure(settings).settings()
+    assert (settings["recipe"], settings["data.records"]) == ("metric", 14_000)
+    assert note == "recipe is 'metric', because it suits 2 labels and privacy.mode 'dp-sgd'"
     apart, note = with_recipe(many, divided=False)
     assert (apart["recipe"], "data.records" in apart) == ("head-only", False), "real sites hold records of their own"
     chosen = {sites: with_recipe(many, sites=sites)[0]["recipe"] for sites in (1, 4, 5, 20)}
@@ -244,10 +241,10 @@ def test_what_is_set_stands_and_the_rest_is_the_recipes() -> None:
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("mode", sorted(MECHANISMS))
 def test_a_recipe_fills_in_settings_that_exist_in_their_kind(name: str, mode: str) -> None:
-    declared = declared_settings()
-    asked = Asked(RunSettings(privacy=PrivacyConfig(mode=mode, unit=MECHANISMS[mode].units[0].name)))
-    for key, value in RECIPES[name].settings(asked).items():
-        assert key in FILLED
+    declared = {**declared_settings(), **resolve({"recipe": "plain"}).settings}
+    run = RunConfig(privacy=PrivacyConfig(mode=mode, unit=MECHANISMS[mode].units[0].name))
+    for key, value in recipe_settings(name, run).items():
+        assert key in filled_keys()
         assert typed(key, value, type(declared[key])) == value
         assert known_settings()[key] == AUTO, "people could not leave it open"
 
@@ -257,10 +254,10 @@ def test_the_head_is_fitted_in_the_first_rounds_and_in_the_last(rounds: int | No
     asked = {"recipe": "metric", **({"rounds": rounds} if rounds else {})}
     for own in ({}, {"privacy.mode": "secure-sum", "privacy.honest-sites": 3}):
         config = configure({**asked, **own}).config
-        assert tuple(phase.rounds for phase in config.schedule.phases) == phases
+        assert tuple(phase.rounds for phase in config.timeline.phases) == phases
         assert sum(phases) == config.rounds == (rounds or 37)
     without = configure({**asked, "privacy.mode": "none"}).config
-    assert without.schedule.adapter_waits == 0, "without a clip its steps are other ones"
+    assert without.timeline.adapter_waits == 0, "without a clip its steps are other ones"
 
 
 def test_a_run_without_privacy_trains_every_linear_layer_by_plain_steps_and_the_servers_adam() -> None:
@@ -269,18 +266,18 @@ def test_a_run_without_privacy_trains_every_linear_layer_by_plain_steps_and_the_
     assert (config.rounds, config.adapter.targets) == (48, "all-linear")
     assert (training.optimizer, training.local_steps, training.learning_rate) == ("sgd", 1, 1.0)
     assert (server.optimizer, server.learning_rate, server.adam_tau) == ("adam", 0.006, 1e-6)
-    assert (server.schedule, training.schedule) == ("slanted", "constant"), "one of them follows it"
+    assert (config.schedule, config.moved_at_sites) == ("slanted", False), "the server follows it"
     said = configure({"recipe": "open", "privacy.mode": "none", "schedule": "linear"}).config
-    assert (said.recipe, said.server.schedule) == ("open", "linear"), "who says a value has it"
+    assert (said.recipe, said.schedule) == ("open", "linear"), "who says a value has it"
     noised = configure({"recipe": "open"}).config
     assert (noised.rounds, noised.server.learning_rate, noised.server.adam_tau) == (48, 0.025, 1e-3)
-    assert noised.server.schedule == "linear", "a τ so small makes full steps of noise"
+    assert noised.schedule == "linear", "a τ so small makes full steps of noise"
     own = configure({"recipe": "open", "privacy.mode": "none", "training.optimizer": "adam"}).config.training
     assert (own.optimizer, own.learning_rate) == ("adam", 0.01), "a rate of plain steps would send Adam astray"
 
 
 def test_what_is_left_open_may_be_said() -> None:
-    assert configure(dict.fromkeys(FILLED, AUTO)) == configure({}) == configure(known_settings())
+    assert configure(dict.fromkeys(filled_keys(), AUTO)) == configure({}) == configure(known_settings())
 
 
 def test_strategies_that_are_written_out_have_one_recipe_and_one_optimizer_and_their_own_adapters() -> None:
@@ -308,7 +305,7 @@ def test_flowers_table_of_defaults_under_a_job_changes_nothing(settings: dict[st
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"recipe": "metrics"}, "recipe is 'metrics'; choose one of auto, metric, head-only, long-steps, open, plain"),
+        ({"recipe": "metrics"}, "recipe is 'metrics'; choose one of metric, head-only, long-steps, open, plain"),
         ({"rounds": "many"}, "rounds must be a whole number, not 'many'"),
         ({"seed": "auto"}, "seed must be a whole number, not 'auto'"),
         ({"start.records": "few"}, "start.records must be a whole number"),
@@ -318,7 +315,7 @@ def test_flowers_table_of_defaults_under_a_job_changes_nothing(settings: dict[st
         ),
         ({"recipe": "metric", "strategy": "fed-sb"}, "adapter"),
         ({"start.clip-share": 0.5}, "because start.clip-share is set: write recipe = 'metric' to keep that"),
-        ({"recipe": "metric", "rounds": 1}, "phases never trains the adapter"),
+        ({"recipe": "metric", "rounds": 1}, "which leaves a phase without a round"),
     ],
     ids=str,
 )
@@ -344,8 +341,10 @@ KEPT = (
 @pytest.fixture
 def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a recipe's start read few public texts: a map of a tiny model's features needs no more."""
-    whole = RECIPES["metric"].settings
-    monkeypatch.setattr(type(RECIPES["metric"]), "settings", lambda _, asked: {**whole(asked), "start.records": TEXTS})
+    whole = recipe_settings
+    monkeypatch.setattr(
+        "fedveil.strategies.resolve.recipe_settings", lambda *of: {**whole(*of), "start.records": TEXTS}
+    )
     monkeypatch.setattr("fedveil.common.starts.public_metric.MADE", TEXTS)
 
 
@@ -474,5 +473,5 @@ def test_a_recipe_that_is_named_fits_whoever_adds_the_noise(recipe: str) -> None
     """Where that is the trusted server no site says how much it is, and ``server.most-noise`` would be refused."""
     assert configure({"recipe": recipe, **TRUSTED}).config.server.most_noise == 0.0
     assert configure({"recipe": recipe}).config.server.most_noise > 0.0
-    with pytest.raises(ConfigError, match=r"server\.most-noise is for noise that sites add"):
+    with pytest.raises(ConfigError, match=r"'client-level' needs server\.most-noise 0"):
         configure({"recipe": recipe, "server.most-noise": 0.3, **TRUSTED})

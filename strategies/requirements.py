@@ -1,0 +1,156 @@
+"""What a run's strategy, adapter, initialisation, rule and settings need of each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from fedveil.common.adapters import ADAPTERS, Adapter
+from fedveil.common.config.sections import NO_ADAPTER, RunConfig, to_mapping
+from fedveil.common.errors import ConfigError
+from fedveil.common.messages.state import METRIC
+from fedveil.common.observers import NO_OBSERVER
+from fedveil.common.requirements import Requirement, Value, check_requirements, one_plain_step
+from fedveil.common.starts import Start, check_directions
+from fedveil.common.tasks import TASKS
+from fedveil.strategies.base import Strategy, check_adapter, chooses
+from fedveil.strategies.phases import check_phases
+from fedveil.strategies.rules import ServerRule
+
+OF_SETTINGS: Mapping[str, tuple[Callable[[Value], bool], tuple[Requirement, ...]]] = {
+    "adapter.name": (
+        lambda name: name == NO_ADAPTER,
+        (
+            Requirement("head.policy", "trained", "nothing else is trained"),
+            Requirement("model.checkpointing", False, "no gradient passes the layers"),
+        ),
+    ),
+    "head.metric": (
+        lambda metric: metric == "public",
+        (Requirement("head.policy", "trained", "the head begins elsewhere behind the metric"),),
+    ),
+    "server.most-noise": (
+        bool,
+        (
+            Requirement("server.optimizer", "momentum", "it bounds what plain steps pass on"),
+            Requirement("training.optimizer", "sgd", "it bounds what plain steps pass on"),
+            Requirement("training.weight-decay", 0.0, "it bounds what plain steps pass on"),
+        ),
+    ),
+    "server.scores": (bool, one_plain_step("a score is made of gradients")),
+    "tracker": (
+        lambda tracker: tracker != NO_OBSERVER,
+        (Requirement("privacy.site-rate", 1.0, "a tracker notes when rounds ended, which may show who was drawn"),),
+    ),
+}
+"""Settings that require others at some of their values: which values, and what they require."""
+
+
+def check_run(config: RunConfig, strategy: Strategy, origin: Start, rule: ServerRule) -> None:
+    """Raise ConfigError, saying what to do, unless rows and settings of a run fit together.
+
+    Args:
+        config: the run's, with nothing open.
+        strategy: the run's.
+        origin: the initialisation of the run's adapter.
+        rule: what stands around the server's optimiser.
+    """
+    settings, mechanism, adapter = to_mapping(config), config.privacy.mechanism, ADAPTERS[config.adapter.name]
+    TASKS[config.model.task].check(config)
+    mechanism.check_row()
+    if mechanism.unit.grouped and not config.data.person:
+        raise ConfigError(
+            f"privacy.unit is {mechanism.unit.name!r}, and data.person names no column: name the one that says whose a "
+            "record is, or set privacy.unit to 'record'"
+        )
+    check_requirements("privacy.mode", mechanism.requirements, settings)
+    check_requirements("strategy", strategy.facts.requires, settings)
+    check_requirements("server.rule", rule.requires, settings)
+    for key, (applies, requirements) in OF_SETTINGS.items():
+        check_requirements(key, requirements if applies(settings[key]) else (), settings)
+    mechanism.check(config)
+    strategy.check(config)
+    check_adapter(type(strategy), adapter)
+    check_directions(origin, adapter)
+    origin.check(config, adapter)
+    if config.head.metric == "public" and METRIC not in origin.gives:
+        raise ConfigError(
+            f"head.metric is 'public', which adapter.start {origin.name!r} does not make: set adapter.start to "
+            "'public-metric', or head.metric to 'none'"
+        )
+    check_phases(config, strategy, adapter)
+
+
+def check_composed(config: RunConfig, strategy: Strategy, origin: Start, rule: ServerRule, adapter: Adapter) -> None:
+    """Raise ConfigError, saying what to do, unless the run's adapter can be made and moved as it asks.
+
+    Args:
+        config, strategy, origin, rule: as of ``check_run``.
+        adapter: the run's.
+    """
+    rule.check(config, strategy, adapter)
+    if config.model.quantise != "none":
+        _check_quantise(config, origin, adapter)
+    if not config.adapter.alpha:
+        _check_calibration(config, strategy, origin)
+    if config.server.scores:
+        _check_scores(config, strategy, adapter)
+    if config.server.rule != "none" and chooses(type(strategy)):
+        raise ConfigError(
+            f"strategy {strategy.name!r} chooses what is trained in a round, and server.rule {rule.name!r} would move "
+            "what rests: set server.rule to 'none'"
+        )
+    if config.server.most_noise and rule.lengthens:
+        raise ConfigError(
+            f"server.most-noise bounds what noise does through a plain step, which server.rule {rule.name!r} makes "
+            "another: set server.most-noise to 0, or server.rule to 'none'"
+        )
+
+
+def _check_quantise(config: RunConfig, origin: Start, adapter: Adapter) -> None:
+    """Raise ConfigError if the start needs a gradient of weights that are held in low bits: sites pay before it."""
+    held = f"of the adapted layers' weights, which model.quantise {config.model.quantise!r} holds in low bits"
+    if origin.opens_weights and adapter.directions:
+        raise ConfigError(
+            f"adapter.start {origin.name!r} needs gradients {held}: set adapter.start to one that needs none, such as "
+            "'orthonormal', or model.quantise to 'none'"
+        )
+    if not config.adapter.alpha:
+        raise ConfigError(
+            f"adapter.alpha is 0, to be calibrated by gradients {held}: give it a number, or set model.quantise to "
+            "'none'"
+        )
+
+
+def _check_scores(config: RunConfig, strategy: Strategy, adapter: Adapter) -> None:
+    """Raise ConfigError unless an averaged change is a noised gradient of A and B, as LoRAPrune needs it."""
+    if not config.privacy.mechanism.charged:
+        raise ConfigError(
+            f"server.scores is true, and with privacy.mode {config.privacy.mode!r} the scores are of gradients without "
+            "noise: a base model that is pruned by them tells of records. Set server.scores to false, or privacy.mode "
+            "to 'dp-sgd'"
+        )
+    if chooses(type(strategy)) or adapter.name not in ("lora", "lora-frozen-a", "lora-frozen-b"):
+        raise ConfigError(
+            f"server.scores is true, and LoRAPrune's criterion is made of changes of all of A or B, which "
+            f"strategy {strategy.name!r} with the adapter {adapter.name!r} does not send in every round: set "
+            "server.scores to false"
+        )
+
+
+def _check_calibration(config: RunConfig, strategy: Strategy, origin: Start) -> None:
+    """Raise ConfigError unless a factor can be calibrated on public phrases, and stays as long as it was made."""
+    if getattr(origin, "step", 0.0) or METRIC in origin.gives:
+        does = "has a length of its own" if METRIC in origin.gives else "moves the weights by start.step"
+        raise ConfigError(
+            f"adapter.alpha is 0, to be calibrated, but adapter.start {origin.name!r} {does}: give it a number"
+        )
+    if strategy.facts.moves_frozen:
+        raise ConfigError(
+            f"adapter.alpha is 0, to be calibrated, but {strategy.name!r} gives A another length: give it a number"
+        )
+    task = TASKS[config.model.task]
+    if not task.wording:
+        raise ConfigError(
+            f"adapter.alpha is 0, to be calibrated on public phrases, but model.task {task.name!r} holds no words: "
+            "give it a number"
+        )
