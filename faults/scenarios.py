@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from faults.checks import Expected, charges, examine
+from faults.checks import Expected, charges, content_of, examine
 from faults.faulty_site import AFTER, BEFORE, LIES, TWICE
 from faults.federation import PATIENCE, SIZES, Federation, Run
 from faults.network import Cable
@@ -130,7 +130,7 @@ def _counted_once(run: Run, number: int) -> Expected:
 
 def _same(federation: Federation, run: Run) -> str:
     first, second = federation.plan.kept("clinic", run.name, 1, "reply")
-    return "the same bytes twice" if first == second else "TWO DIFFERENT"
+    return "the same numbers twice" if content_of(first) == content_of(second) else "TWO DIFFERENT"
 
 
 def _became(pushes: list[str], what: str) -> str:

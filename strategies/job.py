@@ -85,7 +85,7 @@ class Job:
         return self.start(merge(adapter, measured))
 
     def renewed(self, state: ServerState, statistic: AdapterState) -> ServerState:
-        """Return the state with the factors of every layer that a statistic, as of ``begin``, is given of."""
+        """Return the state with new factors of every layer that ``statistic`` has, as ``begin`` makes them."""
         made = {layer: self._measured(state.adapter[layer], held) for layer, held in statistic.items()}
         return replace(state, adapter=merge(state.adapter, made))
 
@@ -106,7 +106,7 @@ class Job:
         return self.mechanism.sent(trained, lambda layer: head if layer == HEAD else adapter)
 
     def plan(self, total_steps: int, public_size: int, before: Sequence[Release] = ()) -> PrivacyPlan:
-        """Return the plan of whoever is charged, of so many steps, as ``Mechanism.plan``."""
+        """Return the plan of the party that is charged, of ``total_steps``, as ``Mechanism.plan``."""
         return self.mechanism.plan(self.config.privacy, self.config.training, total_steps, public_size, before)
 
     def site_plan(self, total_steps: int, public_size: int) -> Plan:
@@ -177,7 +177,7 @@ class Job:
         return _flat(self.config, self.origin, self.strategy, self.rule)
 
     def chosen(self) -> list[str]:
-        """Return the settings that were asked for otherwise than by default."""
+        """Return the settings that people set to another value than the default."""
         known = known_settings(self.asked)
         return [key for key, value in self.asked.items() if value != known[key]]
 
@@ -222,7 +222,7 @@ def _check_known(values: Mapping[str, Scalar]) -> None:
 def with_recipe(values: Mapping[str, Scalar], *, divided: bool = True, sites: int = 0) -> tuple[dict[str, Scalar], str]:
     """Return settings that name their recipe, and the note on it: where a job is made, a file that is here has labels.
 
-    Whoever gets the settings then finds the same recipe, wherever the file is.
+    Every machine that gets the settings then has the same recipe, wherever the file is.
 
     Args:
         values: as people write them.
@@ -231,7 +231,7 @@ def with_recipe(values: Mapping[str, Scalar], *, divided: bool = True, sites: in
         sites: how many sites there are; 0: not known.
 
     Raises:
-        ConfigError: as of ``configure``.
+        ConfigError: as for ``configure``.
     """
     values = with_options(values)
     config = configure(values).config

@@ -62,7 +62,7 @@ def known_settings(values: Mapping[str, Scalar] = EMPTY) -> dict[str, Scalar]:
 
 
 def is_open(key: str) -> bool:
-    """Return whether a setting is ``auto`` by default: a run fills it in, or goes by whether it is written.
+    """Return whether a setting is ``auto`` by default: a run fills it in, or depends on whether it is written.
 
     Flower lays what is written over a table of all defaults, in which a default that is a value looks as if written.
     """

@@ -52,7 +52,7 @@ def check_run(config: RunConfig, strategy: Strategy, origin: Start, rule: Server
         config: the run's, with nothing open.
         strategy: the run's.
         origin: the initialisation of the run's adapter.
-        rule: what stands around the server's optimiser.
+        rule: the rule around the server's optimiser.
     """
     settings, mechanism, adapter = to_mapping(config), config.privacy.mechanism, ADAPTERS[config.adapter.name]
     TASKS[config.model.task].check(config)
@@ -84,7 +84,7 @@ def check_composed(config: RunConfig, strategy: Strategy, origin: Start, rule: S
     """Raise ConfigError, saying what to do, unless the run's adapter can be made and moved as it asks.
 
     Args:
-        config, strategy, origin, rule: as of ``check_run``.
+        config, strategy, origin, rule: as in ``check_run``.
         adapter: the run's.
     """
     rule.check(config, strategy, adapter)

@@ -31,7 +31,7 @@ class Resolved:
 
 
 def resolve(values: Mapping[str, Scalar], labels: int = 0, sites: int = 0) -> Resolved:
-    """Return what flat settings stand for; the same ones always resolve alike.
+    """Return the configuration that flat settings give; equal settings give equal configurations.
 
     >>> resolve({"privacy.mode": "none", "recipe": "plain"}).config.training.optimizer
     'adam'

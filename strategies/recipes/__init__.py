@@ -67,7 +67,7 @@ class Choice:
 
     @property
     def note(self) -> str:
-        """One line on the choice for whoever wrote the settings; empty: they made it themselves."""
+        """One line on the choice for the people who wrote the settings; empty: they made it themselves."""
         if not self.reason:
             return ""
         keep = f": write recipe = {self.instead!r} to keep that" if self.written else ""
@@ -126,7 +126,7 @@ def _unfit(run: RunConfig, usual: str) -> str:
 
 
 def _decided(run: RunConfig, written: Collection[str], usual: str) -> str:
-    """Return a written setting that the usual recipe decides as a whole; empty: there is none."""
+    """Return a written setting that the usual recipe decides as a whole, or an empty text."""
     if usual == "long-steps":
         return min((key for key in written if key.startswith(STEPS)), default="")
     own = {key for key in written if is_method(key)}
@@ -169,7 +169,7 @@ def least_epsilon(run: RunConfig, sites: int) -> float:
 
 
 def _records(run: RunConfig) -> int:
-    """Return about how many records share the noise; 0: nobody has said, or the unit is another."""
+    """Return about how many records share the noise; 0: no setting says it, or the unit is another."""
     return run.data.records if run.privacy.unit == "record" else 0
 
 
