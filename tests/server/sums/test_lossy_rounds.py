@@ -282,7 +282,7 @@ def test_a_server_that_tells_a_site_another_model_gets_no_sum(lossy: dict[str, A
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ({"privacy.mode": "dp-sgd", "privacy.honest-sites": 0}, "no sum is lost with a site"),
+        ({"privacy.mode": "dp-sgd", "privacy.honest-sites": 0}, "is a sum lost with a site"),
         ({"privacy.drop-outs": -1}, "privacy.drop-outs"),
     ],
 )

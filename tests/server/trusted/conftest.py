@@ -16,7 +16,7 @@ from fedveil.strategies.job import configure
 @pytest.fixture
 def settings(toy_settings: dict[str, Any]) -> dict[str, Any]:
     own = {"privacy.cohort": COHORT_SIZE, "privacy.clip-norm": CLIP, "privacy.epsilon": 60.0}
-    return {**toy_settings, **SITE, **own, "training.sample-rate": 0.0}
+    return {**toy_settings, **SITE, **own, "training.sample-rate": "auto"}
 
 
 @pytest.fixture
