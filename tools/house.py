@@ -39,6 +39,8 @@ LIMITS = {
     "commands": 36,
     "server/rounds imports": 12,
     "server/rounds reaches": 110,
+    "members of Strategy": 12,
+    "members of Adapter": 20,
     "questions of kind": 60,
     "README lines": 120,
     "lines of documents, made": 2000,
