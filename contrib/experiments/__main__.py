@@ -89,8 +89,8 @@ def intruders(
     for column in ("layer", "intruders", "of noise alone", f"σ {top} before", "σ 1 of the change", "above it after"):
         table.add_column(column, justify="left" if column == "layer" else "right")
     for row in rows:
-        told = UNKNOWN if row.of_noise is None else str(row.of_noise)
-        figures = (str(row.intruders), told, f"{row.edge:.3g}", f"{row.largest:.3g}", str(row.above))
+        of_noise = UNKNOWN if row.of_noise is None else str(row.of_noise)
+        figures = (str(row.intruders), of_noise, f"{row.edge:.3g}", f"{row.largest:.3g}", str(row.above))
         table.add_row(Text(visible(row.layer)), *figures)
     console.print(table)
     total = f"{counted(sum(row.intruders for row in rows), 'intruder')} in {counted(len(rows), 'layer')}"

@@ -153,10 +153,10 @@ def noise_alone(job: Job, run: Path, start: AdapterState, ended: ServerState) ->
 def _results(run: Path, counted: RoundLine) -> list[TrainResult]:
     """Return what each site that counts has stated in a round, without what it sent: of what it paid for, the last."""
     number = counted.round_number
-    told = {line.site: line for line in read_lines(PrivacyLine, run) if line.round_number == number}
+    lines = {line.site: line for line in read_lines(PrivacyLine, run) if line.round_number == number}
     return [
         TrainResult(str(run), number, site, line.public_size, {}, _spending(line.spent), rank=line.rank)
-        for site, line in sorted(told.items())
+        for site, line in sorted(lines.items())
         if site in counted.participants
     ]
 
@@ -164,8 +164,8 @@ def _results(run: Path, counted: RoundLine) -> list[TrainResult]:
 def _spending(spent: SpendingFigures | None) -> Spending | None:
     if spent is None:
         return None
-    held = {item.name: getattr(spent, item.name) for item in fields(SpendingFigures)}
-    return Spending(**held, accountant=Accountant("pld", ""))
+    figures = {item.name: getattr(spent, item.name) for item in fields(SpendingFigures)}
+    return Spending(**figures, accountant=Accountant("pld", ""))
 
 
 def _unknown(job: Job, by_round: Mapping[int, Sequence[TrainResult]]) -> str:

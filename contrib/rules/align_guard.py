@@ -111,13 +111,13 @@ class AlignGuard(ServerRule):
     def step(self, before: AdapterState, after: AdapterState, measured: AdapterState, known: Known) -> AdapterState:
         """Return b - Σ v ⟨v, b⟩ over the measured v, all layers together."""
         del before, known
-        held = {layer: {n: t for n, t in f.items() if n in measured.get(layer, {})} for layer, f in after.items()}
+        trained = {layer: {n: t for n, t in f.items() if n in measured.get(layer, {})} for layer, f in after.items()}
         lengths = sum(
-            (measured[layer][name].flatten(1) @ t.double().flatten() for layer, name, t in entries(held)),
+            (measured[layer][name].flatten(1) @ t.double().flatten() for layer, name, t in entries(trained)),
             start=torch.zeros((), dtype=torch.float64),
         )
         moved = {layer: dict(factors) for layer, factors in after.items()}
-        for layer, name, t in entries(held):
+        for layer, name, t in entries(trained):
             moved[layer][name] = t - torch.tensordot(lengths, measured[layer][name], dims=1)
         return moved
 

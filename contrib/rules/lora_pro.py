@@ -79,12 +79,12 @@ class LoRAPro(ServerRule):
                 "in turns: set server.rule to 'none', or strategy to 'fedavg-lora'"
             )
 
-    def change(self, change: Factors, held: Factors, scaling: float, *, noised: bool) -> Factors:
+    def change(self, change: Factors, factors: Factors, scaling: float, *, noised: bool) -> Factors:
         """Return a and b."""
         if "A" not in change or "B" not in change:
             return change
         damping = 1 / (scaling * self.signal) ** 2 if noised else 0.0
-        a, b, _ = tangent_step(change["A"], change["B"], held["A"], held["B"], scaling, damping)
+        a, b, _ = tangent_step(change["A"], change["B"], factors["A"], factors["B"], scaling, damping)
         return {**change, "A": a, "B": b}
 
 

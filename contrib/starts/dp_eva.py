@@ -65,8 +65,8 @@ class DPEVA(OfInputs, PaidStart):
     def found(self, statistic: AdapterState, rank: int, noise: float) -> str:
         """Return of each input the eigenvalues above the noise's edge, less what noise lifts them by."""
         said = []
-        for name, held in sorted(statistic.items()):
-            moment = unpacked(held["M"])
+        for name, factors in sorted(statistic.items()):
+            moment = unpacked(factors["M"])
             values = without_lift(torch.linalg.eigvalsh(moment)[-rank:].flip(0), len(moment), noise)
             clear = [f"{value:.2g}" for value in values[values > 0].tolist()]
             reach = f" ({' to '.join(dict.fromkeys((clear[0], clear[-1])))})" if clear else ""

@@ -32,4 +32,4 @@ class NonprivateEVA(OfInputs, UnpaidStart):
 
     def measure(self, model: FederatedModel, parts: Iterable[Batch]) -> AdapterState:
         """Return the mean moment of the records, packed."""
-        return {name: {"M": packed(held["M"])} for name, held in mean_moments(model, parts).items()}
+        return {name: {"M": packed(factors["M"])} for name, factors in mean_moments(model, parts).items()}

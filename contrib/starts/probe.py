@@ -127,11 +127,11 @@ class Probe(PaidByShare, PublicMetric):
                 model.head[name].add_(step.to(model.device))
             behind = {name: p.detach().float().cpu().clone() for name, p in model.head.items()}
             folded = {name: p.float().cpu() for name, p in model.folded_head.items()}
-        kept: AdapterState = {HEAD: folded}
+        head: AdapterState = {HEAD: folded}
         if model.module.metric is not None:
-            kept = {HEAD: behind, METRIC: made}
-        model.write(kept)
-        return {**self.around(model, config, labels), **kept}
+            head = {HEAD: behind, METRIC: made}
+        model.write(head)
+        return {**self.around(model, config, labels), **head}
 
     @contextmanager
     def _whitened(self, model: FederatedModel) -> Iterator[Factors]:

@@ -70,10 +70,10 @@ class FromRecords(Start):
         used = Dataset(self.data, *self._used(config))
         texts = [text for example in used.examples for text in example.texts()]
         compared = check_apart(self.data, texts, config.data, config.model.task, "start.data")
-        told = compared if texts else "not compared with the run's, since they hold no words"
+        comparison = compared if texts else "not compared with the run's, since they hold no words"
         return (
             f"the {counted(len(used.examples), 'record')} of start.data are public by the coordinator's word (SHA-256 "
-            f"{used.fingerprint()}); they were {told}"
+            f"{used.fingerprint()}); they were {comparison}"
         )
 
     def factors(self, place: Place, wanted: Collection[str]) -> Factors:

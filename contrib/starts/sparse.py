@@ -37,9 +37,9 @@ class Sparse(Start):
 
         def rows(factor: str, columns: int) -> Tensor:
             draw = stream(place.seed, "adapter", place.layer, "sparse", factor)
-            kept = max(1, int(columns * self.density))
-            chosen = torch.rand(place.rank, columns, generator=draw, dtype=torch.float64).argsort(1)[:, :kept]
-            values = torch.randn(place.rank, kept, generator=draw, dtype=torch.float64)
+            nonzero = max(1, int(columns * self.density))
+            chosen = torch.rand(place.rank, columns, generator=draw, dtype=torch.float64).argsort(1)[:, :nonzero]
+            values = torch.randn(place.rank, nonzero, generator=draw, dtype=torch.float64)
             made = torch.zeros(place.rank, columns, dtype=torch.float64).scatter(1, chosen, values)
             return (made / made.norm(dim=1, keepdim=True)).float()
 

@@ -81,8 +81,8 @@ class ByEnergy(Columns):
 
     def settle(self, state: ServerState) -> ServerState:
         """Return the state with the masks of the next round."""
-        held = select(state.memory, (SCORE,))
-        scores = {layer: float(factors[SCORE]) for layer, factors in held.items() if factors[SCORE] > NONE}
+        memory = select(state.memory, (SCORE,))
+        scores = {layer: float(factors[SCORE]) for layer, factors in memory.items() if factors[SCORE] > NONE}
         return self.choose(state, scores) if scores else state
 
     def _scores(self, state: ServerState, contributions: Sequence[Contribution]) -> dict[str, float]:
@@ -97,10 +97,10 @@ class ByEnergy(Columns):
             return {}
         total = sum(one.weight for one in contributions)
         shares = [one.weight / total for one in contributions]
-        held = narrowed(state.adapter, self.trained_columns(self.downlink(state), state.round_number + 1, 0))
+        before = narrowed(state.adapter, self.trained_columns(self.downlink(state), state.round_number + 1, 0))
         scores, layers = {}, sorted(set(contributions[0].state) - set(OWN))
         for layer in layers:
-            changes = [_change(one.state[layer][FACTOR], held[layer][FACTOR]) for one in contributions]
+            changes = [_change(one.state[layer][FACTOR], before[layer][FACTOR]) for one in contributions]
             energy = cross_site_energy(shares, evened(changes, known or None), known or None)
             if energy is not None:
                 scores[layer] = energy.agreement if energy.score is None else energy.score - least_score(len(layers))
@@ -116,5 +116,5 @@ def first_columns(rank: int, columns: int) -> Tensor:
     return (torch.arange(rank) < columns).float()
 
 
-def _change(sent: Tensor, held: Tensor) -> Tensor:
-    return (sent.double() - held.double()).flatten()
+def _change(sent: Tensor, before: Tensor) -> Tensor:
+    return (sent.double() - before.double()).flatten()

@@ -52,7 +52,7 @@ class DiffoRA(ByEnergy):
 
     def choose(self, state: ServerState, scores: dict[str, float]) -> ServerState:
         """Return the state in which layers that do not learn rest at 0, once, when it is due and some do learn."""
-        chosen = not all(bool(held[MASK].all()) for held in state.memory.values())
+        chosen = not all(bool(own[MASK].all()) for own in state.memory.values())
         dropped = [layer for layer, score in scores.items() if not score > 0]
         if chosen or state.round_number < self.warmup or len(dropped) == len(scores):
             return state

@@ -65,11 +65,11 @@ class HetLoRA(HeterogeneousRanks):
         return replace(state, round_number=state.round_number + 1, adapter=merge(state.adapter, mean(padded)))
 
 
-def _length(sent: AdapterState, held: AdapterState) -> float:
+def _length(sent: AdapterState, whole: AdapterState) -> float:
     """Return ‖B_k A‖ over all layers, by B's product with A Aᵀ: nothing as large as a weight is formed."""
     total = 0.0
     for layer, factors in sent.items():
         if layer not in OWN:
-            B, A = factors[FACTOR].double(), held[layer]["A"].double()
+            B, A = factors[FACTOR].double(), whole[layer]["A"].double()
             total += float(((B @ (A @ A.T)) * B).sum())
     return max(total, 0.0) ** 0.5

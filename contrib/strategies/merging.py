@@ -43,8 +43,8 @@ class Merging(Strategy):
             for layer in averaged
             if layer not in OWN
         }
-        held = {layer: {"D": f["D"].to(state.adapter[layer]["D"].dtype)} for layer, f in missed.items()}
-        adapter = merge(merge(state.adapter, averaged), held)
+        merged = {layer: {"D": f["D"].to(state.adapter[layer]["D"].dtype)} for layer, f in missed.items()}
+        adapter = merge(merge(state.adapter, averaged), merged)
         return replace(state, round_number=state.round_number + 1, adapter=adapter)
 
 

@@ -66,11 +66,11 @@ def read_pruned(folder: Path) -> Pruned:
         DataError: it is missing, or of an unknown format.
     """
     try:
-        told = json_of((folder / NAME).read_bytes())
-        if told.pop("format") != FORMAT:
+        content = json_of((folder / NAME).read_bytes())
+        if content.pop("format") != FORMAT:
             raise KeyError(FORMAT)
-        kept = told.pop("kept")
+        kept = content.pop("kept")
         sides = {side: tuple(tuple(int(i) for i in index) for index in kept[side]) for side in ("groups", "neurons")}
-        return Pruned(**told, kept=Kept(**sides))
+        return Pruned(**content, kept=Kept(**sides))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{folder} holds no {NAME} that can be read: name the folder that `prune` wrote") from error

@@ -85,14 +85,14 @@ def _by_prose(base: BaseModel, groups: int, neurons: int) -> Kept:
 def _scores(run: Path, base: BaseModel) -> AdapterState:
     memory, name = memory_of(run)
     try:
-        told = read_file(AdapterFile, run / "adapter").base_fingerprint
+        fingerprint = read_file(AdapterFile, run / "adapter").base_fingerprint
     except DataError as error:
         raise DataError(
             f"{run} holds no adapter of a run that can be read: name the folder of a finished run"
         ) from error
-    if told != base.fingerprint:
+    if fingerprint != base.fingerprint:
         raise ModelError(
-            f"{run} trained on {name!r} of fingerprint {told[:12]}, not {base.fingerprint[:12]}: name its run"
+            f"{run} trained on {name!r} of fingerprint {fingerprint[:12]}, not {base.fingerprint[:12]}: name its run"
         )
     return memory
 

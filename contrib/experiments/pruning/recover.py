@@ -48,37 +48,37 @@ def recover_run(run: Path, target: Path, pruned: Path | None = None) -> str:
         tensors = read_tensors(adapter / WEIGHTS)
     except (OSError, ValueError, DataError) as error:
         raise DataError(f"{adapter} holds no adapter of a run that can be read: name a run's folder") from error
-    told = read_pruned(pruned or Path(about.base_model))
-    if told.small_fingerprint != about.base_fingerprint:
+    small = read_pruned(pruned or Path(about.base_model))
+    if small.small_fingerprint != about.base_fingerprint:
         raise ModelError(
             f"the run trained on a model of fingerprint {about.base_fingerprint[:12]}, and this pruned model is "
-            f"{told.small_fingerprint[:12]}: name the one of the run with --pruned"
+            f"{small.small_fingerprint[:12]}: name the one of the run with --pruned"
         )
-    check_files(told.large, told.large_files, fetch=False)  # somebody's folder makes nobody fetch a model
-    large = load_base_model(told.large, told.task, files=told.large_files)
-    if large.fingerprint != told.large_fingerprint:
+    check_files(small.large, small.large_files, fetch=False)  # somebody's folder makes nobody fetch a model
+    large = load_base_model(small.large, small.task, files=small.large_files)
+    if large.fingerprint != small.large_fingerprint:
         raise ModelError(
-            f"{told.large!r} is {large.fingerprint[:12]} on this machine, and the pruned model was made of "
-            f"{told.large_fingerprint[:12]}: install the same weights"
+            f"{small.large!r} is {large.fingerprint[:12]} on this machine, and the pruned model was made of "
+            f"{small.large_fingerprint[:12]}: install the same weights"
         )
     units, weights = units_of(large.module), large.module.state_dict()
     made = {}
     for layer, pair in _pairs(tensors).items():
         shape = tuple(weights[f"{layer}.weight"].shape)
-        whole = recovered(pair, shape, *told.kept.sides(layer, units))
+        whole = recovered(pair, shape, *small.kept.sides(layer, units))
         for letter, tensor in whole.items():
             made[f"{PEFT_PREFIX}{layer}.lora_{letter}.weight"] = tensor.contiguous()
     try:
         target.mkdir(parents=True)
-        put_json(target / CONFIG, {**config, "base_model_name_or_path": told.large})
+        put_json(target / CONFIG, {**config, "base_model_name_or_path": small.large})
         save_file(made, str(target / WEIGHTS), metadata={"format": "pt"})
         with_usual_mode(target)
-        made_of = RecoveredFile(told.large, told.small_fingerprint, told.large_fingerprint, told.large_files)
+        made_of = RecoveredFile(small.large, small.small_fingerprint, small.large_fingerprint, small.large_files)
         put_json(target / RecoveredFile.NAME, to_json(made_of))
     except OSError as error:
         shutil.rmtree(target, ignore_errors=True)
         raise DataError(f"{target} cannot be written ({error.strerror}): check rights and space") from error
-    return told.large
+    return small.large
 
 
 def score_recovered(folder: Path, recovered: Path) -> tuple[Score, Score]:
@@ -98,16 +98,16 @@ def score_recovered(folder: Path, recovered: Path) -> tuple[Score, Score]:
     about = about_of(adapter)
     if not (recovered / RecoveredFile.NAME).is_file():
         raise DataError(f"{recovered} holds no recovered adapter: give the folder that `recover` made")
-    told = read_file(RecoveredFile, recovered)
-    if told.trained_on != about.base_fingerprint:
+    source = read_file(RecoveredFile, recovered)
+    if source.trained_on != about.base_fingerprint:
         raise ModelError(
-            f"{recovered} is of a run on a model of fingerprint {told.trained_on[:12]}, and {folder} trained on "
+            f"{recovered} is of a run on a model of fingerprint {source.trained_on[:12]}, and {folder} trained on "
             f"{about.base_fingerprint[:12]}: name the run that it was recovered from"
         )
 
     def scored(tuned: Path | None) -> Score:
-        base = base_of(about, told.large, told.files)  # anew: PEFT changes the module that it is given
-        if base.fingerprint != told.recovered_onto:
+        base = base_of(about, source.large, source.files)  # anew: PEFT changes the module that it is given
+        if base.fingerprint != source.recovered_onto:
             raise ModelError(f"{base.name!r} here has other weights than the model that the adapter was recovered onto")
         return score_of(result_of(about, base, adapter, tuned))
 

@@ -141,12 +141,12 @@ def by_scores(module: nn.Module, scores: Mapping[str, Factors], groups: int, neu
     """
     units = _checked(module, groups, neurons)
     totals: dict[tuple[int, str], Tensor] = {}
-    for layer, held in scores.items():
+    for layer, factors in scores.items():
         found = _role(layer)
-        if found is None or ROWS not in held:
+        if found is None or ROWS not in factors:
             continue
         number, role = found
-        of_side = held[COLUMNS if role in _ENDS else ROWS].double()
+        of_side = factors[COLUMNS if role in _ENDS else ROWS].double()
         kind, count = _kind(role, units)
         totals[number, kind] = totals.get((number, kind), 0) + of_side.reshape(count, -1).sum(1)
     layers = int(module.config.num_hidden_layers)  # type: ignore[union-attr,arg-type]
