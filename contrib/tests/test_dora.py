@@ -175,7 +175,7 @@ def test_a_row_of_zeros_is_refused(model_folder: Folder) -> None:
     base = stock(model_folder("bert"), "bert")
     base.get_submodule("encoder.layer.1.attention.self.value").weight.data[4] = 0
     with pytest.raises(ModelError, match=r"row 4 of encoder\.layer\.1\.attention\.self\.value is zero.*'lora'"):
-        dora().attach(base, 1)
+        attach(dora(), base, 1)
 
 
 def test_a_layer_that_is_not_linear_is_refused(model_folder: Folder) -> None:

@@ -291,8 +291,8 @@ def test_a_core_between_shards_is_pefts_miss_mini_also_when_exported(into: int, 
     write_factors(adapter, ours, turned)
     assert (ours(x) - wanted).abs().max() > 1e-2, "a core the wrong way round would do: nothing is proved"
     unit = ADAPTERS["lora-sb"](RANK, 1.0, ("wide", "tall"), STARTS["shards"]())
-    other = unit.attach(again(), 1)
-    unit.write(other, {name: {"R": factors["R"]} for name, factors in state.items()})
+    other = attach(unit, again(), 1)
+    write_factors(unit, other, {name: {"R": factors["R"]} for name, factors in state.items()})
     assert (other(x) - wanted).abs().max() > 1e-2, "shards of length 1 would do: nothing is proved"
 
 

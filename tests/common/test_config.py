@@ -169,6 +169,9 @@ def test_a_value_of_another_type_is_refused_by_the_settings_name(key: str) -> No
 
 @each_key
 def test_a_value_of_its_own_type_is_kept_and_a_whole_number_serves_as_a_number(key: str) -> None:
+    if key == "start.data":
+        assert job_with(key, "a.csv").settings()["start.data"] == "a.csv"
+        return
     value = DECLARED[key]
     kept = job_with(key, value).settings()[key]
     assert (kept == value) == (key not in OPEN)

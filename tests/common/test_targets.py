@@ -132,7 +132,7 @@ def test_auto_starts_bit_for_bit_where_the_names_do() -> None:
 def test_putting_an_adapter_in_warns_of_nothing() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ADAPTERS["lora"](2, 2.0, ("auto",), STARTS["orthonormal"]()).attach(tiny_model("bert"), 1)
+        attach(ADAPTERS["lora"](2, 2.0, ("auto",), STARTS["orthonormal"]()), tiny_model("bert"), 1)
 
 
 class Mixed(nn.Module):
