@@ -1,4 +1,4 @@
-"""What a run's strategy, adapter, initialisation, rule and settings need of each other."""
+"""Requirements of a run: its strategy, adapter, initialisation, rule and settings need things of each other."""
 
 from __future__ import annotations
 

@@ -78,16 +78,6 @@ def options(start: type[Start]) -> set[str]:
 # One list of settings
 
 
-def test_pyproject_lists_exactly_the_settings_that_exist_with_their_defaults() -> None:
-    with (ROOT / "pyproject.toml").open("rb") as file:
-        written = flatten(tomllib.load(file)["tool"]["flwr"]["app"]["config"])
-    assert set(written) - set(KNOWN) == set(), "pyproject.toml has settings that no field answers to"
-    assert set(KNOWN) - set(written) == set(), "fields lack in pyproject.toml, so Flower would refuse to override them"
-    for key, value in KNOWN.items():
-        assert written[key] == value, f"{key} is {written[key]!r} in pyproject.toml, {value!r} in its dataclass"
-        assert type(written[key]) is type(value), f"{key} has another type in pyproject.toml"
-
-
 OPEN = ("start.text", "start.text-sha256", "start.noise-multiplier")
 """Options of an initialisation that it fills in when they are left at ``auto``, 0 or empty."""
 
@@ -145,11 +135,6 @@ def test_what_was_chosen_is_what_is_written_out_and_not_what_a_run_fills_in() ->
     assert job.chosen() == ["rounds", "adapter.start", "training.local-steps", "training.momentum"]
     assert job.asked["training.sample-rate"] == "auto"
     assert configure({}).chosen() == []
-
-
-def test_an_unknown_strategy_is_answered_with_the_nearest_known_one() -> None:
-    with pytest.raises(ConfigError, match=r"strategy is 'fa-lora'.*did you mean 'ffa-lora'"):
-        configure({"strategy": "fa-lora"})
 
 
 WRONG: dict[type, tuple[Any, ...]] = {
@@ -356,12 +341,6 @@ def test_a_configuration_survives_its_flat_form(values: dict[str, Scalar]) -> No
     assert {key: flat[key] for key in values} == values, "a setting was lost when the rest was filled in"
     assert None not in flat.values(), "something is left open"
     assert resolve(flat).config == config, "what is written beside the results must make the same run"
-
-
-def test_a_configuration_with_one_setting_changed_is_another_configuration() -> None:
-    base = RunConfig()
-    for key, value in (("rounds", 91), ("adapter.rank", 91), ("privacy.epsilon", 91.0), ("data.seed", 91)):
-        assert config_of({key: value}) != base, f"{key} does not reach the configuration"
 
 
 # Settings as people write them
