@@ -32,7 +32,7 @@ import seconds
 import torch
 
 from audits.tiny_models import TARGETS, save_tiny_model, toy_run, write_questions
-from fedveil.privacy import accounting, meaning
+from fedveil.privacy import accounting, calibration, meaning
 from fedveil.privacy.entropy import Source, replaced_entropy, system_integers
 
 ROUGH: dict[tuple[Any, str], Any] = {
@@ -42,7 +42,7 @@ ROUGH: dict[tuple[Any, str], Any] = {
     # With memories of their own: what one grid said is no answer for the other.
     **{
         (module, name): lru_cache(maxsize=4096)(getattr(module, name).__wrapped__)
-        for module, name in ((accounting, "_priced"), (accounting, "_least_noise"), (meaning, "_meaning"))
+        for module, name in ((accounting, "_priced"), (calibration, "_least_noise"), (meaning, "_meaning"))
     },
 }
 

@@ -18,9 +18,9 @@ import torch
 from audits.faults import SOUND, Fault
 from audits.finding import judged
 from audits.tiny_site import OneSite, tiny_site
-from fedveil.client.deadline import Timing
 from fedveil.client.ledger.ledger import Ledger
 from fedveil.client.rehearsal import _Rehearsal
+from fedveil.client.timing import Timing
 from fedveil.common.run_lines import Finding
 from fedveil.privacy import dpsgd, randomness
 from fedveil.privacy.randomness import private_poisson_sample

@@ -22,8 +22,8 @@ from audits.finding import judged
 from audits.hostile_state import clips_moved, install
 from audits.tiny_models import tiny_deberta, tiny_tokenizer
 from audits.tiny_site import tiny_site
-from fedveil.client.deadline import Timing
 from fedveil.client.policy import Policy
+from fedveil.client.timing import Timing
 from fedveil.common.messages.round import Refusal
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.run_lines import Finding

@@ -18,8 +18,8 @@ from audits.faults import FAULTS, SOUND
 from audits.tiny_models import FILLER
 from fedveil.client import app as site
 from fedveil.client import rehearsals
-from fedveil.client.deadline import Timing
 from fedveil.client.process import SiteProcess
+from fedveil.client.timing import Timing
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.model.shapes import FixedBatch
 from fedveil.common.tasks import Batch

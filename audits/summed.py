@@ -33,9 +33,9 @@ from audits.tiny_models import save_tiny_model
 from audits.tiny_site import clinic, tiny_run
 from fedveil.client import rehearsals, sums
 from fedveil.client.cache import RecordCache
-from fedveil.client.deadline import Timing
 from fedveil.client.ledger.ledger import Ledger
 from fedveil.client.process import SiteProcess
+from fedveil.client.timing import Timing
 from fedveil.common.messages.round import TrainResult
 from fedveil.common.run_lines import Finding
 from fedveil.privacy import dpsgd

@@ -122,7 +122,7 @@ def site_pin(
     What is left out stays as it is in the file.
     """
     from fedveil.client.pins import spoken
-    from fedveil.client.policy import load_policy
+    from fedveil.client.policy_file import load_policy
     from fedveil.deploy.pin import MODELS, changed_models, changed_pins, pin
 
     path = expanded(folder).absolute()

@@ -7,8 +7,7 @@ from collections.abc import Mapping, MutableMapping
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedveil.client.deadline import Deadline
-from fedveil.client.process import SiteProcess, reply_after
+from fedveil.client.process import SiteProcess
 from fedveil.common.config.sections import Scalar
 from fedveil.common.messages.round import Reply, SumReply
 from fedveil.common.messages.wire import encode_reply
@@ -24,23 +23,20 @@ def answer(
     settings: Mapping[str, Scalar],
     run: str,
     memory: MutableMapping[str, bytes],
-    deadline: Deadline | None = None,
     *,
     simulated: bool | None = None,
 ) -> Reply | SumReply:
     """Return this process's reply to a train message, as ``SiteProcess.answer``."""
-    return process.answer(content, node, settings, run, memory, deadline, simulated=simulated)
+    return process.answer(content, node, settings, run, memory, simulated=simulated)
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Answer one round's task."""
-    kept = context.state.config_records.get("kept", ConfigRecord())
-    memory = {key: value for key, value in kept.items() if isinstance(value, bytes)}
-    deadline = Deadline(reply_after(context.node_config))
-    process.look()
-    reply = answer(message.content, context.node_config, context.run_config, str(context.run_id), memory, deadline)
-    context.state["kept"] = ConfigRecord(dict(memory))
-    encoded = encode_reply(reply)
-    deadline.wait()  # for a key too: on the way to it a process that begins anew reads the records
+    record = context.state.config_records.get("kept", ConfigRecord())
+    memory = {key: value for key, value in record.items() if isinstance(value, bytes)}
+    with process.answering(context.node_config):  # a key too: on the way to it a new process reads the records
+        reply = answer(message.content, context.node_config, context.run_config, str(context.run_id), memory)
+        context.state["kept"] = ConfigRecord(dict(memory))
+        encoded = encode_reply(reply)
     return Message(encoded, reply_to=message)

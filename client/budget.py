@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
-from fedveil.client.deadline import Deadline
 from fedveil.client.ledger.file import BUSY_SECONDS
 from fedveil.client.ledger.ledger import Ledger
 from fedveil.client.ledger.record_hashes import record_hashes
@@ -32,59 +31,60 @@ from fedveil.strategies.job import Job
 log = logging.getLogger("fedveil.site")
 
 
-def enter_round(site: Site, job: Job, task: TrainTask, deadline: Deadline) -> tuple[Plan, Spending | None]:
+def enter_round(
+    site: Site, job: Job, task: TrainTask, before_charge: Callable[[], None]
+) -> tuple[Plan, Spending | None]:
     """Charge a round, or write it down where nothing is charged; return what to do to the records, and the price.
 
-    Raises:
-        BudgetExhausted, PolicyRefusal, ProtocolError: as of ``pay_round`` and ``note_exposure``.
+    Args:
+        site, job, task: of the round.
+        before_charge: called once the last figure that depends on a record is known; what it raises, this raises.
+
     """
     if job.mechanism.charged:
-        return pay_round(site, job, task, deadline)
+        return pay_round(site, job, task, before_charge)
     note_exposure(site, job, task)
     return job.site_plan(job.config.training.local_steps, site.public_size), None
 
 
-def pay_round(site: Site, job: Job, task: TrainTask, deadline: Deadline) -> tuple[PrivacyPlan, Spending]:
+def pay_round(site: Site, job: Job, task: TrainTask, before_charge: Callable[[], None]) -> tuple[PrivacyPlan, Spending]:
     """Charge a round, and its noised evaluation if the policy sends one; return what to do to the records.
 
-    Round 0 is the release that the run's start is made from; a training round is its steps. Prices, and locks that
-    others hold, postpone the answer.
+    Round 0 is the release that the run's start is made from; a training round is its steps. Arguments as for
+    ``enter_round``.
 
     Raises:
         BudgetExhausted: the round would exceed the budget, or that of another data set that shares records.
-        PolicyRefusal: the run has had all its rounds or steps here, or records were released without privacy, or took
-            longer than their share of ``reply-after``.
+        PolicyRefusal: the run has had all its rounds or steps here, or records were released without privacy.
         ProtocolError: it is round 0, and the start is made from no release.
     """
     steps = job.config.training.local_steps
-    with Ledger(site.ledger_path, apart=deadline.extended) as ledger:
-        plan = _plan(ledger, site, job, task.run, deadline)
+    with Ledger(site.ledger_path, apart=site.apart) as ledger:
+        plan = _plan(ledger, site, job, task.run)
         if task.round_number:
             releases = (plan.release(steps), *evaluation_releases(job, site, 1))
             charge = _offered(site, job, task, releases, plan)
             fewer = releases[0].count < steps
-            return plan, _charge(ledger, site, charge, task, deadline, allow=_within(site, steps, fewer=fewer))
+            return plan, _charge(ledger, site, charge, task, before_charge, _within(site, steps, fewer=fewer))
         if not isinstance(job.origin, PaidStart):
             raise ProtocolError(f"no release is made for the start {job.origin.name!r}")
         least = _least_start_noise(job, site, plan.max_epsilon, plan.delta)
         charge = _offered(site, job, task, (job.origin.release(least),), plan)
-        return job.origin.plan(plan, site.public_size, least), _charge(ledger, site, charge, task, deadline)
+        return job.origin.plan(plan, site.public_size, least), _charge(ledger, site, charge, task, before_charge)
 
 
-def check_budget(site: Site, job: Job, task: KeyTask, deadline: Deadline) -> None:
+def check_budget(site: Site, job: Job, task: KeyTask) -> None:
     """Raise if the site could not pay for a round that others are about to pay for, too.
 
     By all that its ledger holds of its records, under whatever name: an attempt that one site cannot pay for is thrown
     away, and the others have paid.
 
     Raises:
-        BudgetExhausted: it has no budget left, or another data set that shares records has none.
-        PolicyRefusal: the run has had all its rounds or steps here, or needs another unit or more noise, or records
-            were released without privacy, or another site of the ledger is charged for that round with some of them.
+        BudgetExhausted, PolicyRefusal: as ``pay_round`` and ``Ledger.charge`` would.
     """
     steps = job.config.training.local_steps
-    with Ledger(site.ledger_path, apart=deadline.extended) as ledger:
-        plan = _plan(ledger, site, job, task.run, deadline)
+    with Ledger(site.ledger_path, apart=site.apart) as ledger:
+        plan = _plan(ledger, site, job, task.run)
         releases = (plan.release(steps),)
         _within(site, steps, fewer=releases[0].count < steps)(*ledger.trained(site.dataset_id, task.run))
         ledger.check(
@@ -97,8 +97,8 @@ def check_budget(site: Site, job: Job, task: KeyTask, deadline: Deadline) -> Non
 def note_exposure(site: Site, job: Job, task: TrainTask) -> None:
     """Write down that a round releases records without privacy; round 0, a start from them, has no steps.
 
-    A trusted server is told of records as they are, so that counts. In a simulation, whose ledgers lie in the run's
-    folder, they would tell whoever gets that folder which sites were drawn, so nothing is written.
+    A trusted server receives what follows from records without noise, so that counts. In a simulation, whose ledgers
+    lie in the run's folder, they would tell anyone with that folder which sites were drawn, so nothing is written.
 
     Raises:
         PolicyRefusal: the run has had all its rounds or steps here; nothing was written.
@@ -119,15 +119,14 @@ def note_exposure(site: Site, job: Job, task: TrainTask) -> None:
         )
 
 
-def note_failure(site: Site, task: TrainTask, reason: str, deadline: Deadline) -> None:
+def note_failure(site: Site, task: TrainTask, reason: str, patience: float = BUSY_SECONDS) -> None:
     """Write down that a charged round failed and is answered by noise alone, once its reply is there.
 
-    A ledger that cannot be written by the time that the answer leaves is said in the site's log: a refusal, or an
-    answer that is late, would tell of the failure.
+    A ledger that is locked for more than ``patience`` seconds, or cannot be written, is reported in the site's log: a
+    refusal, or a late answer, would reveal the failure.
     """
     try:
-        # Half: the row itself takes its time too.
-        with Ledger(site.ledger_path, patience=min(BUSY_SECONDS, deadline.left() / 2)) as ledger:
+        with Ledger(site.ledger_path, patience=min(BUSY_SECONDS, patience)) as ledger:
             ledger.fail(site.dataset_id, run=task.run, round_number=task.round_number, reason=reason)
     except LedgerError as error:
         where = about(task.run, task.round_number)
@@ -135,9 +134,9 @@ def note_failure(site: Site, task: TrainTask, reason: str, deadline: Deadline) -
 
 
 def _within(site: Site, steps: int, *, fewer: bool = False) -> Callable[[int, int], None]:
-    """Return what refuses one more round, of so many ``steps``, where the policy has no more.
+    """Return what refuses one more round of ``steps``, where the policy has no more.
 
-    The ledger counts releases. Where a round is ``fewer`` of them than it has steps, each round counts with its steps.
+    Where a round is ``fewer`` releases than it has steps, each round counts with its steps.
     """
     return lambda rounds, taken: site.policy.check_round(rounds + 1, (rounds * steps if fewer else taken) + steps)
 
@@ -188,7 +187,7 @@ def _least_start_noise(job: Job, site: Site, epsilon: float, delta: float) -> fl
     would spend it before round 1.
 
     Raises:
-        ConfigError: the run asks for figures that no honest job has, and that would take long to price.
+        ConfigError: as ``check_terms``.
     """
     least, run, paid = site.policy.min_noise_multiplier, job.config.privacy, job.origin.release()
     if paid is None or (epsilon, delta) == (run.epsilon, run.delta):
@@ -203,8 +202,7 @@ def _common_plan(job: Job, site: Site, epsilon: float, delta: float, history: Hi
     """Return the plan of a run whose sites must do the same: the run's own noise, and what the site lets it cost.
 
     Raises:
-        BudgetExhausted: the run leaves its noise open, and all of its rounds cost more than is left.
-        PolicyRefusal: the policy asks for more noise than the site itself is to add.
+        BudgetExhausted, PolicyRefusal: as ``plan_of``.
         ConfigError: the site's own part does not fit a sum's words.
     """
     config, least = job.config, site.policy.min_noise_multiplier
@@ -235,24 +233,18 @@ def shares_noise(job: Job) -> bool:
     return job.mechanism.summed
 
 
-def _plan(ledger: Ledger, site: Site, job: Job, run: str, deadline: Deadline) -> PrivacyPlan:
+def _plan(ledger: Ledger, site: Site, job: Job, run: str) -> PrivacyPlan:
     terms = ledger.lower_budget(site.dataset_id, site.policy.epsilon, site.policy.delta)
     # Whether a sum can end is asked before its first round; from then on the ledger says when it ends.
     begun = shares_noise(job) and ledger.trained(site.dataset_id, run) != (0, 0)
-    with deadline.extended():
+    with site.apart():
         return plan_of(job, site, terms, FRESH if begun else ledger.history(site.dataset_id, run))
 
 
 def _offered(
     site: Site, job: Job, task: KeyTask | TrainTask, releases: tuple[Release, ...], plan: PrivacyPlan
 ) -> Charge:
-    """Return the charge of a round that is no sum, on the site's terms, with all that the run plans to release.
-
-    Args:
-        site, job, task: whose round it is.
-        releases: of the round.
-        plan: of the run's steps.
-    """
+    """Return the charge of a round's ``releases`` on the site's terms, with all that the run's ``plan`` releases."""
     policy, unit = site.policy, job.claim.per
     most, ceiling = policy.person_terms(unit)
     start = job.origin.release(_least_start_noise(job, site, plan.max_epsilon, plan.delta))
@@ -277,13 +269,13 @@ def _charge(
     site: Site,
     charge: Charge,
     task: TrainTask,
-    deadline: Deadline,
+    before_charge: Callable[[], None],
     allow: Callable[[int, int], None] = lambda rounds, steps: None,
 ) -> Spending:
     """Write the round's cost to the site's ledger, durably, and return it for the report."""
 
     def allowed(rounds: int, steps: int) -> None:
-        deadline.check_prepared()  # the last that is looked up of a record has been
+        before_charge()
         allow(rounds, steps)
 
     key = next((offer.public for offer in task.offers if offer.site == site.name), b"")

@@ -5,7 +5,7 @@ vectors of phases on features or Jacobians (``client.linearised``). The records 
 ``client.site``'s, and ``RecordCache.forget`` drops them too.
 
 When something is dropped follows from tasks and from the clock, and from no record. How long it takes to free memory
-follows from the records' number and lengths. So what is dropped while the time of an answer stands still is kept aside
+follows from the records' number and lengths. So what is dropped while the time of an answer is stopped is kept aside
 until that time runs (``RecordCache.free``).
 """
 
@@ -52,7 +52,7 @@ class RecordCache:
     def prepare(
         self, model: FederatedModel, site: Site, job: Job, run: str
     ) -> Sequence[Record] | Callable[[], Sequence[Record]]:
-        """Return the site's records as the model takes them, made once for all settings that read them alike.
+        """Return the site's records as the model takes them, made once for all settings that read them the same way.
 
         Where features of them were dropped, it returns what makes them once the round is paid for: a server that asks
         in the name of ever another run is to get nothing of a record computed for free.

@@ -1,4 +1,4 @@
-"""The door of a simulation: where it ends, who has paid for a round finishes it, and nobody else begins.
+"""The door of a simulation: where it ends, a site that has paid for a round finishes it, and no other begins one.
 
 What ends it takes the file away (``experiments.keeper``), and kills who is at work all the same after a while.
 """
@@ -22,7 +22,8 @@ LAST_SECONDS = 60.0
 def at_work() -> Iterator[None]:
     """Hold the door while a round is paid for and trained, until its reply is kept.
 
-    Where the door is shut nothing is told: a refusal would be written down as a failure of the run, which only ends.
+    Where the door is shut nothing is answered: a refusal would be written down as a failure of the run, which only
+    ends.
 
     Raises:
         RunFailed: the simulation ends, and a minute later this process has not been ended.

@@ -24,7 +24,7 @@ from fedveil.common.tasks import Record
 def head_on_features(
     model: FederatedModel, records: Sequence[Record], keeping: Keeping
 ) -> Iterator[tuple[list[Record], Mapping[str, Mapping[str, nn.Parameter]]]]:
-    """Let the head alone take a gradient, on features of ``records``; arguments as of ``client.linearised.linearised``.
+    """Let the head alone take a gradient, on features of ``records``; arguments as for ``linearised``.
 
     The adapter stays in these rounds, so features of the first of them serve all. Under another adapter they are
     computed again.
@@ -32,15 +32,15 @@ def head_on_features(
     Yields:
         The records to train on, as features (none of no records), and what is trained, by layer and factor.
     """
-    of, kept, site, source = keeping.of, keeping.kept, keeping.site, keeping.source
-    held, around = kept.get(site), below_head(model)
-    if held is None or held.of != of or not _same(held.around, around):
-        kept[site] = held = Derivatives(of, around)
+    of, by_site, site, source = keeping.of, keeping.by_site, keeping.site, keeping.source
+    features, around = by_site.get(site), below_head(model)
+    if features is None or features.of != of or not _same(features.around, around):
+        by_site[site] = features = Derivatives(of, around)
     with model.head_alone():
-        if records and held.source is not source:
+        if records and features.source is not source:
             vectors = model.featurise([dict(record) for record in records], keeping.before_pass)
-            kept[site] = held = Derivatives(of, around, source, tuple(vectors))
-        yield list(held.records) if records else [], {HEAD: model.head}
+            by_site[site] = features = Derivatives(of, around, source, tuple(vectors))
+        yield list(features.records) if records else [], {HEAD: model.head}
 
 
 def _same(one: AdapterState, other: AdapterState) -> bool:

@@ -75,7 +75,7 @@ class Derivatives:
 
     of: Computation
     around: AdapterState
-    """The adapter as it was: the trained tensors of every adapted layer."""
+    """The trained tensors of every adapted layer, as they were."""
     source: Dataset | None = None
     """What was read of the records that ``records`` are made from; None: there are none yet."""
     records: tuple[Record, ...] = ()
@@ -87,11 +87,9 @@ class Keeping:
     """Where a process keeps what it makes of a site's records, and what that is made from."""
 
     of: Computation
-    """Which computation it serves."""
-    kept: MutableMapping[str, Derivatives]
+    by_site: MutableMapping[str, Derivatives]
     """What the process keeps, by site; the latest alone."""
     site: str
-    """Its name."""
     source: Dataset
     """What the site's records were read as."""
     before_pass: Callable[[], None]
@@ -109,24 +107,24 @@ def linearised(
 
     Args:
         model: as received, with the run's trained tensors requiring a gradient; afterwards it has made the steps.
-        records: as of ``FederatedModel.prepare``; they stay as they are.
+        records: as ``FederatedModel.prepare`` makes them; they stay as they are.
         keeping: where their vectors are kept, and for what.
 
     Yields:
         The records to train on, as vectors (none of no records), and what is trained, by layer and factor.
     """
-    of, kept, site, source = keeping.of, keeping.kept, keeping.site, keeping.source
-    held = kept.get(site)
-    if held is None or held.of != of:
-        kept[site] = held = Derivatives(of, below_head(model))
-    if records and held.source is not source:
-        kept[site] = replace(held, source=None, records=())  # before the next ones are made: they are large
-        _make_room(kept, len(records) * bytes_each(model))
-        with _at(model, held.around):
+    of, by_site, site, source = keeping.of, keeping.by_site, keeping.site, keeping.source
+    derivatives = by_site.get(site)
+    if derivatives is None or derivatives.of != of:
+        by_site[site] = derivatives = Derivatives(of, below_head(model))
+    if records and derivatives.source is not source:
+        by_site[site] = replace(derivatives, source=None, records=())  # before the next ones are made: they are large
+        _make_room(by_site, len(records) * bytes_each(model))
+        with _at(model, derivatives.around):
             vectors = _vectors(model, records, keeping.before_pass)
-        kept[site] = held = replace(held, source=source, records=tuple(vectors))
-    with model.linearised(held.around) as trained:
-        yield list(held.records) if records else [], trained
+        by_site[site] = derivatives = replace(derivatives, source=source, records=tuple(vectors))
+    with model.linearised(derivatives.around) as trained:
+        yield list(derivatives.records) if records else [], trained
 
 
 def below_head(model: FederatedModel) -> AdapterState:
@@ -137,10 +135,10 @@ def below_head(model: FederatedModel) -> AdapterState:
     return around
 
 
-def forget_records(kept: MutableMapping[str, Derivatives], site: str) -> None:
+def forget_records(by_site: MutableMapping[str, Derivatives], site: str) -> None:
     """Drop a site's vectors, which no later round needs; the point stays."""
-    if site in kept:
-        kept[site] = replace(kept[site], source=None, records=())
+    if site in by_site:
+        by_site[site] = replace(by_site[site], source=None, records=())
 
 
 @contextmanager
@@ -160,7 +158,7 @@ def _at(model: FederatedModel, around: AdapterState) -> Iterator[None]:
 
 
 def check_memory(model: FederatedModel, public_size: int) -> None:
-    """Raise ModelError if the derivatives of so many records are more than a site should hold."""
+    """Raise ModelError if the derivatives of ``public_size`` records are more than a site should hold."""
     numbers = sum(p.numel() for p in model.below_head().values())
     wanted = public_size * bytes_each(model)
     if wanted > MOST_BYTES:
@@ -176,21 +174,21 @@ def bytes_each(model: FederatedModel) -> int:
     return contrasts(model) * sum(p.numel() for p in model.below_head().values()) * BYTES
 
 
-def _make_room(kept: MutableMapping[str, Derivatives], wanted: int) -> None:
-    """Drop vectors of sites, the last made first, until so many bytes more are within ``MOST_BYTES``.
+def _make_room(by_site: MutableMapping[str, Derivatives], wanted: int) -> None:
+    """Drop vectors of sites, the last made first, until ``wanted`` more bytes are within ``MOST_BYTES``.
 
-    A simulation's process plays many sites in turn. One whose vectors are dropped has them made anew when it is next
-    asked, and of sites that are asked in turn the first keep theirs.
+    A simulation's process plays many sites in turn. One whose vectors are dropped computes them again in its next
+    round, and of sites that answer in turn the first keep theirs.
     """
-    held = {
-        site: sum(record[TANGENTS].nbytes for record in one.records if TANGENTS in record)  # of a refit there are none
-        for site, one in kept.items()
+    sizes = {
+        site: sum(record[TANGENTS].nbytes for record in derivatives.records if TANGENTS in record)  # features have none
+        for site, derivatives in by_site.items()
     }
-    for site in reversed(list(kept)):
-        if sum(held.values()) + wanted <= MOST_BYTES:
+    for site in reversed(list(by_site)):
+        if sum(sizes.values()) + wanted <= MOST_BYTES:
             return
-        forget_records(kept, site)
-        held[site] = 0
+        forget_records(by_site, site)
+        sizes[site] = 0
 
 
 def contrasts(model: FederatedModel) -> int:
@@ -220,7 +218,7 @@ def _vectors(model: FederatedModel, records: Sequence[Record], before_pass: Call
 
 
 def _order(model: FederatedModel, trained: Sequence[nn.Parameter]) -> list[int]:
-    """Return where each tensor of ``FederatedModel.linearised``'s step stands among the module's trained ones."""
+    """Return the place of each tensor of ``FederatedModel.linearised``'s step among the module's trained ones."""
     places = {id(p): i for i, p in enumerate(trained)}
     return [places[id(p)] for p in model.below_head().values()]
 

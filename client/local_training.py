@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -19,7 +19,6 @@ from torch import nn
 from fedveil.client.budget import enter_round, evaluation_releases, note_failure, shares_noise
 from fedveil.client.deadline import Deadline
 from fedveil.client.evaluation import noised_correct
-from fedveil.client.failures import failures_of
 from fedveil.client.head_alone import head_on_features
 from fedveil.client.linearised import Computation, Derivatives, Keeping, forget_records, linearised
 from fedveil.client.optimizers import build_optimizer, set_learning_rate
@@ -39,10 +38,23 @@ from fedveil.common.tasks import Record
 from fedveil.privacy.plan import Plan, PrivacyPlan
 from fedveil.privacy.randomness import stream
 from fedveil.privacy.secure_sum.masks import Words
-from fedveil.privacy.steps import Around
+from fedveil.privacy.steps import nothing
 from fedveil.strategies.job import Job
 
 log = logging.getLogger("fedveil.site")
+
+
+@dataclass(frozen=True)
+class _Round:
+    """One training round of one site, once it is charged."""
+
+    site: Site
+    job: Job
+    model: FederatedModel
+    task: TrainTask
+    plan: Plan
+    kept: MutableMapping[str, Derivatives]
+    """What the process keeps of rounds on features or Jacobians, by site."""
 
 
 def train_round(
@@ -58,14 +70,12 @@ def train_round(
     """Do one round and return what the server is sent; in round 0, the statistic that the start is made from.
 
     Args:
-        site: the site's name, public size and ledger.
-        job: the run's checked configuration.
+        site, job, task: who trains, by which configuration, and what the server sent.
         model: this process's model; its adapter state is overwritten.
         records: the site's records, as the model takes them, or what makes them once they are paid for.
-        task: what the server sent.
         deadline: when the answer is to leave; None: as soon as it is there.
         kept: what this process keeps of a linearised run, by site; None: nothing.
-        masked: puts this site's masks on a vector of a secure sum, once; None: it is none.
+        masked: puts this site's masks on a vector of a secure sum, once; None: the run has no secure sum.
 
     Raises:
         ProtocolError: the task does not fit this run or this model; nothing was charged.
@@ -75,54 +85,96 @@ def train_round(
     check_task(task, job, model)
     chosen, rank = columns_of(site, job, task, model)
     deadline = deadline or Deadline()
-    words: Words | None = None
-    counted, failure, failures = None, None, failures_of(job, deadline)
-    plan, spending = enter_round(site, job, task, deadline)
+    plan, spending = enter_round(site, job, task, deadline.check_prepared)
+    deadline.begin_round()
+    # Where a failure is refused, a late answer is better than none.
+    before_pass = deadline.check if hides_failures(job) else nothing
+    examples, failure = _featurised(records, job, model, before_pass)
+    if task.round_number:
+        this = _Round(site, job, model, task, plan, {} if kept is None else kept)
+        result, failed = _trained(examples, this, chosen, before_pass, masked)
+    else:
+        statistic, failed = _statistic(examples, job, model, plan, before_pass, site)
+        result = _result(site, task, plan, statistic)
+    if failure := failure or failed:
+        where = about(task.run, task.round_number)
+        log.error("the round failed after its charge, and noise alone is sent: %s", failure, extra=where)
+        note_failure(site, task, failure, deadline.left() / 2)  # half: the row itself takes its time too
+    return replace(result, spending=spending, rank=rank)
+
+
+def _featurised(
+    records: Sequence[Record] | Callable[[], Sequence[Record]],
+    job: Job,
+    model: FederatedModel,
+    before_pass: Callable[[], None],
+) -> tuple[Sequence[Record], str | None]:
+    """Return records as the steps take them, or none and why: they are paid for, as a step that fails is."""
     try:
         with model.many_passes(), denormals_flushed():
-            prepared = records() if callable(records) else records
-            records = model.featurise(prepared, failures.deadline.check)
+            return model.featurise(records() if callable(records) else records, before_pass), None
     except Exception as error:
-        records, failure = [], failures.caught(error)  # paid for already, as a step that fails
-    if not task.round_number:
-        contribution, failed = _statistic(records, job, model, plan, deadline, site)
-    else:
-        received = job.strategy.install(merge(model.start, task.basis), task.state)
-        model.write(received)
-        if evaluation_releases(job, site, 1):
-            noise = site.policy.metrics_noise
-            with denormals_flushed():
-                counted = NoisedCount(noised_correct(model, records, noise), noise)
-        known = {} if kept is None else kept
-        words, failed = _local_steps(records, job, model, task, received, plan, deadline, site, known)
-        trained = {
-            layer: {name: p.detach().float().cpu().clone() for name, p in factors.items()}
-            for layer, factors in model.trained().items()
-        }
-        if masked is not None and words is None:
-            # Its noise is a part of what the sum needs: it must not leave as it is.
-            raise MechanismError("a round of a secure sum has no vector: nothing is sent")
-        trained, received = narrowed(trained, chosen), narrowed(received, chosen)
-        contribution = plan.outgoing(trained, received) if words is None else {}
-    failure = failure or failed
-    result = TrainResult(
-        *(task.run, task.round_number, site.name, plan.told_size(site.public_size), contribution),
-        *(spending, counted),
-    )
-    if task.round_number:
-        result = replace(result, rank=rank)
-    if words is not None:
-        if masked is None:
-            raise MechanismError("the vector of a secure sum has no mask: nothing of it can be sent")
-        result = replace(result, words=masked(words))
-    if failure is not None:
-        _note_noise(failure, site, task, deadline)
-    return result
+        return [], _hidden(error, job)
+
+
+def hides_failures(job: Job) -> bool:
+    """Return whether a failure after the charge is answered by noise alone: a refusal would tell of the records."""
+    return job.mechanism.conceals
+
+
+def _hidden(error: Exception, job: Job) -> str:
+    """Return what the site's own log says of an error that the answer hides; raise one that is refused."""
+    if hides_failures(job):
+        return own_words(error)
+    raise error
+
+
+def _result(site: Site, task: TrainTask, plan: Plan, contribution: AdapterState) -> TrainResult:
+    """Return what is sent of a round, without its price."""
+    size = plan.told_size(site.public_size)
+    return TrainResult(task.run, task.round_number, site.name, size, contribution, None)
+
+
+def _trained(
+    records: Sequence[Record],
+    this: _Round,
+    chosen: Chosen | None,
+    before_pass: Callable[[], None],
+    masked: Callable[[Words], bytes] | None,
+) -> tuple[TrainResult, str | None]:
+    """Train a round on columns that are ``chosen``; return what is sent of it, and why it is noise alone if it is."""
+    site, job, model, task = this.site, this.job, this.model, this.task
+    received = job.strategy.install(merge(model.start, task.basis), task.state)
+    model.write(received)
+    counted = None
+    if evaluation_releases(job, site, 1):
+        noise = site.policy.metrics_noise
+        with denormals_flushed():
+            counted = NoisedCount(noised_correct(model, records, noise), noise)
+    words, failed = _local_steps(records, this, received, before_pass)
+    if words is None and masked is not None:
+        # Its noise is a part of what the sum needs: it must not leave as it is.
+        raise MechanismError("a round of a secure sum has no vector: nothing is sent")
+    if words is not None and masked is None:
+        raise MechanismError("the vector of a secure sum has no mask: nothing of it can be sent")
+    if words is not None and masked is not None:
+        return replace(_result(site, task, this.plan, {}), words=masked(words), noised_correct=counted), failed
+    trained = {
+        layer: {name: p.detach().float().cpu().clone() for name, p in factors.items()}
+        for layer, factors in model.trained().items()
+    }
+    contribution = this.plan.outgoing(narrowed(trained, chosen), narrowed(received, chosen))
+    return replace(_result(site, task, this.plan, contribution), noised_correct=counted), failed
 
 
 @denormals_flushed()
 def _statistic(
-    records: Sequence[Record], job: Job, model: FederatedModel, plan: Plan, deadline: Deadline, site: Site
+    records: Sequence[Record],
+    job: Job,
+    model: FederatedModel,
+    plan: Plan,
+    before_pass: Callable[[], None],
+    site: Site,
 ) -> tuple[AdapterState, str | None]:
     """Return what the start is made from, and why it is noise alone if it is; as _local_steps does it."""
     origin, size = job.origin, len(records)
@@ -131,12 +183,13 @@ def _statistic(
         order = torch.randperm(size, generator=stream(job.config.seed, "initial-gradient", site.name)).tolist()
         chosen = order[: max(1, round(origin.sample_rate * size))]
         return origin.measure(model, model.length_batches([records[i] for i in chosen], BATCH_TOKENS)), None
-    paid, own = cast(PaidStart, origin), cast(PrivacyPlan, plan)  # pay_round refuses any other, and has paid for it
+    # pay_round refuses any other, and has paid for it
+    paid, priced = cast(PaidStart, origin), cast(PrivacyPlan, plan)
     try:
-        return paid.privatise(model, records, own, deadline.check), None
+        return paid.privatise(model, records, priced, before_pass), None
     except Exception as error:
         failure = own_words(error)
-        return paid.privatise(model, [], own), failure
+        return paid.privatise(model, [], priced), failure
 
 
 def check_task(task: TrainTask, job: Job, model: FederatedModel) -> None:
@@ -171,7 +224,7 @@ def columns_of(site: Site, job: Job, task: TrainTask, model: FederatedModel) -> 
 
     Raises:
         ProtocolError: what was received chooses none that the adapter has.
-        PolicyRefusal: the site does not train so many.
+        PolicyRefusal: the site does not train that many.
     """
     if not task.round_number:
         return None, 0
@@ -183,15 +236,7 @@ def columns_of(site: Site, job: Job, task: TrainTask, model: FederatedModel) -> 
 
 @denormals_flushed()
 def _local_steps(
-    records: Sequence[Record],
-    job: Job,
-    model: FederatedModel,
-    task: TrainTask,
-    received: AdapterState,
-    plan: Plan,
-    deadline: Deadline,
-    site: Site,
-    kept: MutableMapping[str, Derivatives],
+    records: Sequence[Record], this: _Round, received: AdapterState, before_pass: Callable[[], None]
 ) -> tuple[Words | None, str | None]:
     """Take the round's steps, and return what is sent in place of the trained tensors, if anything is, and why not.
 
@@ -201,66 +246,43 @@ def _local_steps(
     such as for memory that others took meanwhile, a refusal would show it, so noise is sent. That is no part of the
     claim: from a whole sum to none is further than one clip.
     """
-    failures = failures_of(job, deadline)
     try:
-        return _take_steps(records, job, model, task, plan, site, failures.deadline, kept), None
+        return _take_steps(records, this, before_pass), None
     except Exception as error:
-        why = failures.caught(error)
-        model.write(received)
-        return _take_steps([], job, model, task, plan, site, Deadline(), kept), why
+        failure = _hidden(error, this.job)
+        this.model.write(received)
+        return _take_steps([], this, nothing), failure
 
 
-def _take_steps(
-    records: Sequence[Record],
-    job: Job,
-    model: FederatedModel,
-    task: TrainTask,
-    plan: Plan,
-    site: Site,
-    deadline: Deadline,
-    kept: MutableMapping[str, Derivatives],
-) -> Words | None:
-    config = job.config.training
-    first = (task.round_number - 1) * config.local_steps
-    with _trainable(records, job, model, task, site, deadline, kept) as (seen, trained):
+def _take_steps(records: Sequence[Record], this: _Round, before_pass: Callable[[], None]) -> Words | None:
+    job, model, config = this.job, this.model, this.job.config.training
+    first = (this.task.round_number - 1) * config.local_steps
+    with _trainable(records, this, before_pass) as (inputs, trained):
         optimizer = build_optimizer(trained, config, job.config.site_head_rate)
-        batches = plan.batches(model, seen, stream(job.config.seed, "batches", site.name), first)
-        with plan.steps(model, optimizer, Around(deadline.check)) as steps:
+        batches = this.plan.batches(model, inputs, stream(job.config.seed, "batches", this.site.name), first)
+        with this.plan.steps(model, optimizer, before_pass) as steps:
             for step in range(config.local_steps):
-                deadline.check()  # steps that draw no record have no pass, and take their noise's time all the same
-                set_learning_rate(optimizer, job.config.site_rate(task.round_number, step))
-                chosen = next(batches)
-                steps.step(plan.parts(model, [seen[i] for i in chosen]), model.losses)
+                before_pass()  # steps that draw no record have no pass, and take their noise's time all the same
+                set_learning_rate(optimizer, job.config.site_rate(this.task.round_number, step))
+                batch = [inputs[i] for i in next(batches)]
+                steps.step(this.plan.parts(model, batch), model.losses)
             return steps.words
 
 
 @contextmanager
 def _trainable(
-    records: Sequence[Record],
-    job: Job,
-    model: FederatedModel,
-    task: TrainTask,
-    site: Site,
-    deadline: Deadline,
-    kept: MutableMapping[str, Derivatives],
+    records: Sequence[Record], this: _Round, before_pass: Callable[[], None]
 ) -> Iterator[tuple[Sequence[Record], Mapping[str, Mapping[str, nn.Parameter]]]]:
     """Yield the records that the steps take, and what they train, by layer and factor."""
-    schedule, number = job.config.timeline, task.round_number
-    inputs = "examples" if model.head_only else schedule.at(number).inputs
+    site, model, task, schedule = this.site, this.model, this.task, this.job.config.timeline
+    inputs = "examples" if model.head_only else schedule.at(task.round_number).inputs
     if inputs == "examples":  # or the features that such a model's records have
-        chosen, _ = columns_of(site, job, task, model)
+        chosen, _ = columns_of(site, this.job, task, model)
         with model.columns_alone(chosen):
             yield records, model.trained()
         return
-    keeping = Keeping(Computation.of_task(task, schedule), kept, site.name, site.data, deadline.check)
-    with (head_on_features if inputs == "features" else linearised)(model, records, keeping) as both:
-        yield both
-    if schedule.ends_computation(number):
-        forget_records(kept, site.name)
-
-
-def _note_noise(reason: str, site: Site, task: TrainTask, deadline: Deadline) -> None:
-    """Say at the site, in its log and its ledger, that noise alone is sent."""
-    where = about(task.run, task.round_number)
-    log.error("the round failed after its charge, and noise alone is sent: %s", reason, extra=where)
-    note_failure(site, task, reason, deadline)
+    keeping = Keeping(Computation.of_task(task, schedule), this.kept, site.name, site.data, before_pass)
+    with (head_on_features if inputs == "features" else linearised)(model, records, keeping) as trainable:
+        yield trainable
+    if schedule.ends_computation(task.round_number):
+        forget_records(this.kept, site.name)

@@ -1,7 +1,7 @@
 """A lookout for changes of a site's records: of their files, or that they were withdrawn, since it first looked.
 
 How long a look takes follows from how many files there are. So none delays a task that is there to be taken: one goes
-on in slices while there is none, and one begins each task, in the time of its answer (``client.process``).
+on in slices while no task is there, and one begins each task, in the time of its answer (``client.process``).
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import time
 from collections.abc import Iterator, Mapping
 
 from fedveil.client.ledger.file import withdrawn_in
-from fedveil.client.site import ledger_of, named_files
+from fedveil.client.node import ledger_of
+from fedveil.client.site import named_files
 from fedveil.common.config.sections import Scalar
 from fedveil.common.errors import LedgerError
 from fedveil.common.files import FileState, expanded, state_of
@@ -26,7 +27,7 @@ SLICE_SECONDS = 0.1
 class Lookout:
     """What a site's folder says of its records, as it was at the first look, and of files that cells name, when read.
 
-    Of whatever data set of the ledger: which others share a record with this one is not asked.
+    Of whatever data set of the ledger: which others share a record with this one does not matter.
 
     Args:
         settings: the node's.
@@ -73,7 +74,7 @@ class Lookout:
 
 
 def _own_files(settings: Mapping[str, Scalar]) -> Iterator[str]:
-    """Yield the file of the site's records, or all below their folder; the next one whenever it is asked for."""
+    """Yield the file of the site's records, or all below their folder; lazily."""
     if "data" in settings:
         source = expanded(str(settings["data"]))
         yield from _below(str(source)) if source.is_dir() else [str(source)]

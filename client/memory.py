@@ -1,6 +1,6 @@
 """The cache of a node between the messages of a run: the factors that travel once, and its last reply.
 
-It lives in the memory of Flower's node and may be lost; then the factors are asked for again, and a
+It lives in the memory of Flower's node and may be lost; then the factors are requested again, and a
 repeated round is trained and charged again. Nothing in here has not been released already. A simulation's last reply
 is also in a file, written before it is released, so that a resumed run has it.
 """

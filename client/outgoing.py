@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from fedveil.client.site import name_of, user_folder
+from fedveil.client.node import name_of, user_folder
 from fedveil.common.config.sections import Scalar
 from fedveil.common.errors import (
     BudgetExhausted,
@@ -53,7 +53,7 @@ def own_words(error: Exception) -> str:
 
 
 def public_reason(error: Exception, node: Mapping[str, Scalar], *, simulated: bool) -> str:
-    """Return what the server is told: the words of ``TOLD`` errors; in a simulation, all one machine, everything.
+    """Return what the server learns of an error: the words of ``TOLD``; in a simulation everything.
 
     But for paths in either case: reasons stand in reports, which are given away.
     """
@@ -69,7 +69,7 @@ def public_reason(error: Exception, node: Mapping[str, Scalar], *, simulated: bo
 def without_paths(text: str, node: Mapping[str, Scalar]) -> str:
     """Return ``text`` with the node's own paths and the user's folders by what they are, and any other as ``<path>``.
 
-    A path with a blank in it is known by its name alone; of any other one what stands after the blank would be told.
+    A path with a blank in it is known by its name alone; of any other one the part after the blank would remain.
 
     >>> without_paths("see /srv/my data/l.sqlite and /etc/x; 1/50 stays", {"ledger": "/srv/my data/l.sqlite"})
     'see <ledger> and <path>; 1/50 stays'
@@ -91,7 +91,7 @@ def without_paths(text: str, node: Mapping[str, Scalar]) -> str:
 
 
 def refused(error: Exception, node: Mapping[str, Scalar], run: str, number: int, *, simulated: bool = False) -> Refusal:
-    """Return what the server is told of an error in round ``number``, and log it at the site, which may name paths."""
+    """Return what the server learns of an error in round ``number``, and log it at the site, which may name paths."""
     refusal = Refusal(run, number, name_of(node), _kind_of(error), public_reason(error, node, simulated=simulated))
     where = about(refusal.run, refusal.round_number, refusal.site)
     if refusal.kind == "failed":

@@ -1,10 +1,10 @@
 """A site's records as the model takes them; what it cannot take is left out, which is to contribute zero.
 
 Under Poisson sampling every unit is drawn on its own, and divisor, noise and price follow from public figures. So a
-record that is left out changes the sum as one whose gradient is zero, and nobody but the site can tell.
+record that is left out changes the sum as one whose gradient is zero, and only the site knows.
 
 Where the unit is a person a site uses a bounded number of each person's records: those whose rows have the least
-hashes. Which ones follows from that person's rows alone, whoever else is there, whatever the server asks and in
+hashes. Which ones follows from that person's rows alone, no matter who else is there, what the server asks and in
 whatever order a file has them. So all that is computed of a person, at any time, is of the same few records.
 """
 
@@ -64,18 +64,18 @@ def prepared(model: FederatedModel, examples: Sequence[Example], unit: Unit = RE
 
 
 def bounded(examples: Sequence[Example], most: int) -> list[Example]:
-    """Return of each person at most so many examples, those of the least hashes, in the order that they are in.
+    """Return of each person at most ``most`` examples, those of the least hashes, in the order that they are in.
 
     Raises:
-        MechanismError: an example is nobody's.
+        MechanismError: an example belongs to no one.
     """
-    held: dict[str, list[tuple[bytes, int]]] = {}
+    by_person: dict[str, list[tuple[bytes, int]]] = {}
     for position, example in enumerate(examples):
         if not example.person:
             raise MechanismError("a record is nobody's: no claim about persons would cover it")
-        held.setdefault(example.person, []).append((_digest(example), position))
-    kept = sorted(position for own in held.values() for _, position in sorted(own)[:most])
-    return [examples[position] for position in kept]
+        by_person.setdefault(example.person, []).append((_digest(example), position))
+    positions = sorted(position for own in by_person.values() for _, position in sorted(own)[:most])
+    return [examples[position] for position in positions]
 
 
 def _digest(example: Example) -> bytes:

@@ -3,7 +3,7 @@
 A server that names the columns, the labels or their order asks about records with every job: what it sends back
 follows from them, and so does what fails. So a policy pins the kind of task, each column that the task reads
 (``common.tasks.roles``), the labels and the longest length, and a job that asks for anything else is refused before a
-record is read. Records that are nobody's, those of a data set that FedVeil names, need no pins.
+record is read. Records that belong to no one, those of a data set that FedVeil names, need no pins.
 """
 
 from __future__ import annotations

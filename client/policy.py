@@ -3,52 +3,36 @@
 The server proposes a run. Where figures can be stricter the site takes the stricter one (smaller
 epsilon and delta, larger noise); where it is a matter of yes or no it refuses, and names the rule
 and both values; what the settings alone decide, before anything that they name is looked at. The file
-is read anew for every round.
+is read again for every round.
 """
 
 from __future__ import annotations
 
 import math
-import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from fedveil.client.pins import LABELS, check_pins, check_whole, refusal, unpinned_columns
-from fedveil.common.check import at_least, below, in_range, not_negative, one_of, positive
-from fedveil.common.config.sections import HEAD_POLICIES, Columns, Scalar, from_section
+from fedveil.client.pins import check_pins, refusal, unpinned_columns
+from fedveil.client.policy_values import MODEL_DIGITS, UNLIMITED, check_values, models_in, names_in
+from fedveil.common.config.sections import Columns, Scalar
 from fedveil.common.errors import ConfigError, ModelNotLoaded, PolicyRefusal
-from fedveil.common.labels import labels_text
 from fedveil.common.model.named import NAMED_MODELS
-from fedveil.common.toml import toml_of
-from fedveil.privacy import MECHANISMS, UNITS, promising, sharing_noise
-from fedveil.privacy.accounting import LEAST_DELTA
-from fedveil.privacy.events import MOST_NOISE
+from fedveil.privacy import UNITS
 from fedveil.privacy.figures import most_delta_text
-from fedveil.privacy.meaning import MOST_UNITS
 from fedveil.privacy.mechanism import Mechanism
 from fedveil.privacy.record_level import DPSGD
-from fedveil.privacy.units import PERSON, RECORD
-from fedveil.strategies import STRATEGIES
+from fedveil.privacy.units import RECORD
 from fedveil.strategies.job import Job
 
-UNLIMITED = 2**62
 USUAL_MECHANISMS = (DPSGD.name,)
 """What a policy allows that names no mechanisms. It stays as it is when a row is added to the table: a steward who has
 not named a mechanism has not allowed it."""
-LISTS = ("strategies", "head-policies", "models", "bundles", "mechanisms", LABELS)
-MODEL_DIGITS = 32
-"""Least hexadecimal digits of fingerprint and files' hash by which a policy may name a base model: with fewer, somebody
-could make another one that begins alike."""
 SHOWN_DIGITS = 12
 """Digits of a bundle's hash in messages, where nothing is compared."""
 NO_BUDGET = (
     "the site's policy has no budget for its records, so that a server would set it: add epsilon, the most that all "
     "runs together may cost, and delta, such as epsilon = 3.0 and delta = 1e-05"
 )
-HEXADECIMAL = frozenset("0123456789abcdef")
-HASH_DIGITS = 64
-"""Hexadecimal digits of a bundle's or a roster's hash."""
 
 
 @dataclass(frozen=True)
@@ -142,86 +126,10 @@ class Policy:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "columns", Columns({**unpinned_columns(), **self.columns}))
-        positive(max_rounds=self.max_rounds, max_steps=self.max_steps, metrics_noise=self.metrics_noise)
-        positive(records_per_person=self.records_per_person)
-        self._check_unit()
-        if self.sample_rate:
-            in_range(0, 1, sample_rate=self.sample_rate)
-        not_negative(
-            public_size=self.public_size,
-            min_noise_multiplier=self.min_noise_multiplier,
-            reply_after=self.reply_after,
-            honest_sites=self.honest_sites,
-        )
-        # More than any server takes: the site would pay for replies that are dropped.
-        below(MOST_NOISE, min_noise_multiplier=self.min_noise_multiplier, metrics_noise=self.metrics_noise)
-        if math.isfinite(self.epsilon) != math.isfinite(self.delta) or math.isnan(self.epsilon + self.delta):
-            raise ConfigError("epsilon and delta make one budget: set both, or neither")
-        if math.isfinite(self.epsilon):
-            positive(epsilon=self.epsilon)
-            in_range(0, 0.5, delta=self.delta)
-            below(0.5, delta=self.delta)
-            at_least(LEAST_DELTA, delta=self.delta)
-        if not self.epsilon_alone > 0:
-            raise ConfigError(f"epsilon-alone must be above 0, not {self.epsilon_alone!r}")
-        if self.honest_sites and (not self.peers or not self.peers_hash or math.isinf(self.epsilon_alone)):
-            raise ConfigError(
-                "honest-sites lets the site join secure sums, for which epsilon-alone, peers and peers-hash are "
-                "needed: set all ('fedveil site peers' prints the hash, which the stewards compare)"
-            )
-        if self.peers_hash and (len(self.peers_hash) != HASH_DIGITS or not set(self.peers_hash) <= HEXADECIMAL):
-            raise ConfigError(
-                f"peers-hash is {self.peers_hash!r}: give all {HASH_DIGITS} digits (0-9, a-f) that 'fedveil site "
-                "peers' prints"
-            )
-        for name in _names(self.strategies):
-            one_of(STRATEGIES, strategies=name)
-        for name in _names(self.head_policies):
-            one_of(HEAD_POLICIES, head_policies=name)
-        for entry, (name, *hashes) in zip(_names(self.models), self._models(), strict=True):
-            if not name or any(len(digits) < MODEL_DIGITS or not set(digits) <= HEXADECIMAL for digits in hashes):
-                raise ConfigError(
-                    f"models names {entry!r}: write NAME=FINGERPRINT+FILES, the job's model.name and at least "
-                    f"{MODEL_DIGITS} digits (0-9, a-f) of each hash, as 'fedveil doctor' shows them"
-                )
-        for name in _names(self.bundles):
-            if len(name) != HASH_DIGITS or not set(name) <= HEXADECIMAL:
-                raise ConfigError(
-                    f"bundles names {name!r}: give all {HASH_DIGITS} digits (0-9, a-f) that 'fedveil bundle' prints"
-                )
-        for name in _names(self.mechanisms):
-            one_of(MECHANISMS, mechanisms=name)
-            if name not in promising():
-                raise ConfigError(
-                    f"mechanisms names {name!r}, which promises nothing about any record: remove it, and set "
-                    "allow-no-privacy = true if the site is to join such runs"
-                )
-        if self.honest_sites and not sharing_noise(_names(self.mechanisms)):
-            known = " or ".join(map(repr, sharing_noise()))
-            raise ConfigError(f"honest-sites is for secure sums, which mechanisms does not allow: add {known} to it")
-        check_whole(self)
-
-    def _check_unit(self) -> None:
-        one_of((RECORD.name, PERSON.name), unit=self.unit)
-        if UNITS[self.unit].grouped and not self.person:
-            raise ConfigError(
-                f"unit is {self.unit!r}, and person names no column: say which one tells whose a record is"
-            )
-        grouped, named = UNITS[self.unit].grouped, self.records_per_person != UNLIMITED
-        if not grouped and self.person:
-            raise ConfigError(f"person is for unit 'person', and unit is {self.unit!r}: set unit, or remove person")
-        if not grouped and named:
-            in_range(0, MOST_UNITS, records_per_person=self.records_per_person)
-        if not self.epsilon_person > 0:
-            raise ConfigError(f"epsilon-person must be above 0, not {self.epsilon_person!r}")
-        if math.isfinite(self.epsilon_person) and (grouped or not named):
-            raise ConfigError(
-                "epsilon-person is for unit 'record' and needs records-per-person, the most that a person has: name "
-                "it, or remove epsilon-person"
-            )
+        check_values(self)
 
     def person_terms(self, unit: str) -> tuple[int, float]:
-        """Return how many units of a run a person has at most, and the most ε of theirs; 1 and infinite: nobody says.
+        """Return how many units of a run a person has at most, and the most ε of theirs; 1 and infinite: unlimited.
 
         Args:
             unit: of the run.
@@ -294,7 +202,7 @@ class Policy:
                 raise refusal("sample-rate", f"{self.sample_rate:g}", f"{setting} = {rate:g}")
 
     def check_mechanism(self, mechanism: Mechanism) -> None:
-        """Raise PolicyRefusal unless runs of this mechanism may be joined; one that nobody allowed may not."""
+        """Raise PolicyRefusal unless runs of this mechanism may be joined; one that is not allowed may not."""
         broken = mechanism.broken_rule(
             self.allowed_mechanisms, without_privacy=self.allow_no_privacy, least_noise=self.min_noise_multiplier
         )
@@ -309,24 +217,24 @@ class Policy:
     @property
     def allowed_mechanisms(self) -> tuple[str, ...]:
         """Names of the mechanisms that are allowed, of those that promise something."""
-        return _names(self.mechanisms) or USUAL_MECHANISMS
+        return names_in(self.mechanisms) or USUAL_MECHANISMS
 
     def check_model_name(self, name: str) -> None:
         """Raise PolicyRefusal unless a base model of this name may be loaded."""
-        if name not in ([named for named, *_ in self._models()] or NAMED_MODELS):
+        if name not in ([named for named, *_ in models_in(self.models)] or NAMED_MODELS):
             raise refusal("models", self.allowed_models, f"model.name = {name!r}")
 
     @property
     def allowed_models(self) -> str:
         """The base models that are allowed, in words."""
-        return ", ".join(_names(self.models)) or f"{', '.join(NAMED_MODELS)} (known by their hashes)"
+        return ", ".join(names_in(self.models)) or f"{', '.join(NAMED_MODELS)} (known by their hashes)"
 
     def check_files(self, name: str, files: str) -> None:
         """Raise ModelNotLoaded unless the files of a base model, none of which was opened yet, have an allowed hash.
 
         The server hears no more than of a model that is not there: what is in a folder here is nothing of its.
         """
-        if self.models and not any(named == name and files.startswith(own) for named, _, own in self._models()):
+        if self.models and not any(named == name and files.startswith(own) for named, _, own in models_in(self.models)):
             raise ModelNotLoaded(
                 f"the site's policy has models = {self.allowed_models}; the base model {name!r} here has files of the "
                 f"hash {files}, and none of them was opened"
@@ -334,7 +242,7 @@ class Policy:
 
     def check_model(self, name: str, fingerprint: str, files: str) -> None:
         """Raise PolicyRefusal unless the base model that was loaded of these files has the fingerprint beside them."""
-        entries = [entry for named, *entry in self._models() if named == name]
+        entries = [entry for named, *entry in models_in(self.models) if named == name]
         if self.models and not any(fingerprint.startswith(own) and files.startswith(of) for own, of in entries):
             raise refusal(
                 "models",
@@ -342,14 +250,9 @@ class Policy:
                 f"the base model {name!r} with the fingerprint {fingerprint[:MODEL_DIGITS]}",
             )
 
-    def _models(self) -> list[tuple[str, str, str]]:
-        """Return name, fingerprint and files' hash of each entry of ``models``; what it does not name is empty."""
-        parts = [(entry.rpartition("=")[0], entry.rpartition("=")[2].partition("+")) for entry in _names(self.models)]
-        return [(name, fingerprint, files) for name, (fingerprint, _, files) in parts]
-
     def allowed_bundles(self, own: str) -> tuple[str, ...]:
         """Return the hashes of the bundles that are allowed, where ``own`` is the installed version's."""
-        return _names(self.bundles) or (own,)
+        return names_in(self.bundles) or (own,)
 
     def check_bundle(self, digest: str, own: str) -> None:
         """Raise PolicyRefusal unless a bundle of this hash is allowed; an empty one is of a stranger's files."""
@@ -372,56 +275,6 @@ class Policy:
         return rounds, rounds * each
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
 def _one_of(rule: str, allowed: str, asked: str) -> None:
-    if _names(allowed) and asked not in _names(allowed):
-        raise refusal(rule, ", ".join(_names(allowed)), asked)
-
-
-def load_policy(path: Path) -> Policy:
-    """Read a policy file.
-
-    Raises:
-        ConfigError: it is missing, not TOML, has an unknown key (the nearest is named), or a value of
-            another type or out of range.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the policy {path} cannot be read: {' '.join(str(error).split())}") from error
-    return parse_policy(text, path)
-
-
-def parse_policy(text: str, path: Path | str) -> Policy:
-    """Return the policy of a file's text; ``path`` names it in errors, which are those of load_policy."""
-    try:
-        values = toml_of(text)
-    except tomllib.TOMLDecodeError as error:
-        reason = " ".join(str(error).split()).replace(
-            "Cannot overwrite a value", "a key stands there for the second time"
-        )
-        raise ConfigError(f"the policy {path} cannot be read: {reason}") from error
-    try:
-        return from_section(Policy, {key: _flat(key, value) for key, value in values.items()}, "")
-    except ConfigError as error:
-        raise ConfigError(f"the policy {path}: {error}") from error
-
-
-def _flat(key: str, value: object) -> Scalar:
-    if key in LISTS:
-        if not isinstance(value, Sequence) or isinstance(value, str) or not all(isinstance(v, str) for v in value):
-            raise ConfigError(f'{key} must be a list of texts, such as ["{"fed-sb" if key == LISTS[0] else "..."}"]')
-        if key == LABELS:
-            if not value or not all(label and label == label.strip() for label in value):
-                raise ConfigError(f"{key} must name at least one, each without blanks around it; or leave it out")
-            return labels_text(value)
-        # An empty list would read as "any".
-        if not value or not all(_names(v) == (v,) for v in value):
-            raise ConfigError(f"{key} must name at least one, and each without commas; or leave it out")
-        return ",".join(value)
-    if not isinstance(value, str | int | float | bool):
-        raise ConfigError(f"{key} must be a text, a number, true or false")
-    return value
+    if names_in(allowed) and asked not in names_in(allowed):
+        raise refusal(rule, ", ".join(names_in(allowed)), asked)

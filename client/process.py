@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping, MutableMapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,16 +16,16 @@ from fedveil.client.budget import check_budget, note_failure, shares_noise
 from fedveil.client.cache import RecordCache
 from fedveil.client.deadline import Deadline
 from fedveil.client.door import at_work
-from fedveil.client.failures import HiddenFailures, failures_of
-from fedveil.client.ledger.ledger import Ledger
 from fedveil.client.leftovers import left_nothing, tensors_digest
-from fedveil.client.local_training import check_task, train_round
+from fedveil.client.local_training import check_task, hides_failures, train_round
 from fedveil.client.lookout import Lookout
 from fedveil.client.memory import Memory
+from fedveil.client.node import policy_of
 from fedveil.client.outgoing import own_words, refused
+from fedveil.client.party import Party, party_of
 from fedveil.client.rehearsals import Rehearsals
-from fedveil.client.site import Site, check_job, open_site, policy_of
-from fedveil.client.sums import Party, agreed, make_key, next_key, party_of, told_for_sum
+from fedveil.client.site import Site, check_job, open_site
+from fedveil.client.sums import agreed, next_key, reply_for_sum
 from fedveil.common.config.sections import Scalar
 from fedveil.common.errors import ConfigError, ProtocolError
 from fedveil.common.log import about, set_up
@@ -37,6 +39,9 @@ from fedveil.common.paths import reply_file, run_name
 from fedveil.privacy.secure_sum import KeyOffer
 from fedveil.strategies.job import Job, configure
 
+FORGET_SECONDS = 5.0
+"""With ``reply-after``: no task is taken for this long after record data are dropped. How long that takes follows from
+how many records there are: 20,000 took 58 ms."""
 log = logging.getLogger("fedveil.site")
 
 
@@ -71,6 +76,8 @@ class SiteProcess:
     from task to task."""
     signed: bool = False
     """Whether the caller checks that tasks are the server's, and signs the answers (``client.worker``)."""
+    _deadline: Deadline | None = None
+    """Of the answer that is under way; None: no answer has a time of its own."""
     _built: str = ""
     """Digest of the current model's tensors as it was built."""
 
@@ -81,13 +88,37 @@ class SiteProcess:
         """Drop all that this process holds of records; what was rehearsed is of made-up ones and stays."""
         self.cache.forget()
 
-    def look(self) -> None:
-        """Drop what was read of records that have changed since they were read."""
-        if self.lookout is not None and self.lookout.look():
-            self.forget()
+    def forget_between_tasks(self, node: Mapping[str, Scalar]) -> None:
+        """Forget; with ``reply-after`` the next task is taken at a time that says nothing of the records."""
+        ends = time.monotonic() + (FORGET_SECONDS if reply_after(node) else 0.0)
+        self.forget()
+        self.wait_until(ends, node)
+
+    def wait_until(self, ends: float, node: Mapping[str, Scalar]) -> None:
+        """Return at a time; with ``reply-after``, say in the site's log if it is over."""
+        left = ends - time.monotonic()
+        if left > 0:
+            time.sleep(left)
+        elif left < 0 and reply_after(node):
+            log.error("asked for a task %.2f seconds late: when its answer leaves, is not covered by the claim", -left)
+
+    @contextmanager
+    def answering(self, node: Mapping[str, Scalar]) -> Iterator[None]:
+        """Begin the time of an answer that is made within, and end when it may leave.
+
+        What was read of records that have changed since is dropped first.
+        """
+        self._deadline = deadline = Deadline(reply_after(node))
+        try:
+            if self.lookout is not None and self.lookout.look():
+                self.forget()
+            yield
+        finally:
+            self._deadline = None
+        deadline.wait()
 
     def keep_lookout(self, lookout: Lookout | None, *, signed: bool = False) -> None:
-        """Begin every task with a look of this lookout; None: with none. ``signed`` as of the field."""
+        """Begin every task with a look of this lookout; None: without one. ``signed`` as the field."""
         self.lookout, self.signed = lookout, signed
 
     def is_clean(self) -> bool:
@@ -101,7 +132,6 @@ class SiteProcess:
         settings: Mapping[str, Scalar],
         run: str,
         memory: MutableMapping[str, bytes],
-        deadline: Deadline | None = None,
         *,
         simulated: bool | None = None,
     ) -> Reply | SumReply:
@@ -109,14 +139,12 @@ class SiteProcess:
 
         Args:
             content: the message, a RecordDict of Flower's.
-            node: the node's configuration.
-            settings: the run's configuration, flat.
+            node, settings: the node's configuration, and the run's, flat.
             run: the run's id as Flower knows it.
             memory: what this node keeps from message to message (``client.memory``); may be lost.
-            deadline: when the reply is to leave; the caller waits for it.
             simulated: whether site and server are one machine's own experiment; None: whether Flower's Ray simulates.
         """
-        deadline = deadline or Deadline(reply_after(node))
+        deadline = self._deadline or Deadline(reply_after(node))
         simulated = in_simulation() if simulated is None else simulated
         number = round_of(content)
         try:
@@ -130,14 +158,14 @@ class SiteProcess:
                     check_unsigned(job.config)
             self.cache.free()
             self.cache.forget_other_runs(run)
-            site = open_site(node, job.config, run, simulated=simulated)
+            site = replace(open_site(node, job.config, run, simulated=simulated), apart=deadline.extended)
             if simulated and not site.rank:
                 site = replace(site, rank=job.config.adapter.rank_of_site(int(node.get("partition-id", 0))))
             kind = kind_of_task(content)
             party = party_of(site.name, node, site.policy, run, simulated=simulated) if shares_noise(job) else None
             asked = _Asked(job, site, run, party, memory, deadline, simulated)
             if kind is not TrainTask:
-                return _for_sum(decode_sum_task(content), asked)
+                return _reply_for_sum(decode_sum_task(content), asked)
             return self._answer_round(content, asked)
         except Exception as error:
             return refused(error, node, run, number, simulated=simulated)
@@ -181,42 +209,38 @@ class SiteProcess:
             # Of what no site noises by itself nothing is written: neither raw updates nor vectors of sums, of which a
             # resumed run asks for others, under new masks.
             on_disk = asked.simulated and job.mechanism.noised == "at the site"
-            kept = Memory(asked.memory, reply_file(job.config, run, site.name) if on_disk else None)
-            answered = kept.recall(task)
+            memory = Memory(asked.memory, reply_file(job.config, run, site.name) if on_disk else None)
+            answered = memory.recall(task)
             if answered is not None:
                 return answered
-            whole = kept.with_basis(task, basis_layout)
+            whole = memory.with_basis(task, basis_layout)
             if whole is None:
                 reason = "this site does not have the factors that are sent once"
                 return Refusal(run, task.round_number, site.name, "basis", reason)
         self.cache.free()
         try:
-            result = self._train(task, whole, asked, model, kept)
+            result = self._train(task, whole, asked, model, memory)
         finally:
             if task.round_number >= job.config.rounds:
                 self.cache.forget_computed(site.name)  # whatever became of it: no later round of this run needs them
-        if site.unreadable and isinstance(failures_of(job, deadline), HiddenFailures):
-            note_failure(site, task, site.unreadable, deadline)
+        if site.unreadable and hides_failures(job):
+            note_failure(site, task, site.unreadable, deadline.left() / 2)
         log.info("trained and answered", extra=about(run, task.round_number, site.name))
         return result
 
     def _train(
-        self, task: TrainTask, whole: TrainTask, asked: _Asked, model: FederatedModel, kept: Memory
+        self, task: TrainTask, whole: TrainTask, asked: _Asked, model: FederatedModel, memory: Memory
     ) -> TrainResult:
         """Check, rehearse, pay for and train a round, and return what is sent.
 
-        Args:
-            task: as received.
-            whole: with all that is sent once.
-            asked: the task's circumstances.
-            model: that is trained.
-            kept: gets the reply.
+        ``task`` is as received, ``whole`` has all that is sent once, and ``memory`` gets the reply.
         """
         job, site, deadline = asked.job, asked.site, asked.deadline
         with deadline.extended():
             check_task(whole, job, model)
             with denormals_flushed():
-                self.rehearsals.hold_to(deadline, job, site, model, whole)
+                for worst, reserve in self.rehearsals.forecasts(job, site, model, whole):
+                    deadline.allow(worst, reserve)
             masked = agreed(whole, job, model, site.public_size, asked.party, asked.memory) if asked.party else None
         self.cache.free()
         _log_if_more(asked)
@@ -226,7 +250,7 @@ class SiteProcess:
             self.rounds_trained += 1
             if asked.party is not None:
                 result = replace(result, offer=_next_key(task, asked, asked.party))
-            kept.keep(task, result, whole.basis)
+            memory.keep(task, result, whole.basis)
         return result
 
 
@@ -253,32 +277,22 @@ def _log_if_more(asked: _Asked) -> None:
         )
 
 
-def _for_sum(task: SumTask, asked: _Asked) -> SumReply:
-    """Return what is asked for a sum beside the vector: the key for an attempt, if the site could pay for it."""
-    party, site, deadline = asked.party, asked.site, asked.deadline
-    if task.run != asked.run or party is None:
+def _reply_for_sum(task: SumTask, asked: _Asked) -> SumReply:
+    if task.run != asked.run or asked.party is None:
         raise ProtocolError("a key is asked for in a run whose vectors are not summed, or of another run")
-    if isinstance(task, KeyTask):
-        check_budget(site, asked.job, task, deadline)
-        return make_key(task, asked.job, party, asked.memory)
-
-    def write_down(context: bytes, survivors: Sequence[str]) -> None:
-        with Ledger(site.ledger_path, apart=deadline.extended) as ledger:
-            ledger.sums.sign(context, survivors)
-
-    return told_for_sum(task, asked.job, party, asked.memory, write_down)
+    return reply_for_sum(task, asked.job, asked.site, asked.party, asked.memory)
 
 
 def _next_key(task: TrainTask, asked: _Asked, party: Party) -> KeyOffer | None:
     """Return the site's key for the next round, which goes out with its vector; None where the server has to ask.
 
-    That is after the last round, and where the site could not pay, or anything fails: then it says so when it is asked.
-    The vector that the ledger has paid for leaves in any case.
+    That is after the last round, and where the site could not pay, or anything fails: then it says so when the server
+    asks. The vector that the ledger has paid for leaves in any case.
     """
     if task.round_number >= asked.job.config.rounds:
         return None
     try:
-        check_budget(asked.site, asked.job, KeyTask(task.run, task.round_number + 1, 0), asked.deadline)
+        check_budget(asked.site, asked.job, KeyTask(task.run, task.round_number + 1, 0))
         return next_key(task, asked.job, party, asked.memory)
     except Exception as error:
         log.warning("no key for the next round: %s", own_words(error), extra=about(task.run, task.round_number))

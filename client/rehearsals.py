@@ -1,11 +1,11 @@
-"""The rehearsals of a process's model, and the time that every round of a run may take.
+"""The rehearsals of a process's model, and the most time that every round of a run may take.
 
-Before the first charge of a run every kind of round that is still to come is rehearsed (``client.rehearsal``) and held
-against the time of the answer (``client.deadline``).
+Before the first charge of a run every kind of round that is still to come is rehearsed (``client.rehearsal``).
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -14,10 +14,8 @@ from functools import partial
 
 from fedveil.client.budget import evaluation_releases
 from fedveil.client.cache import RecordCache
-from fedveil.client.deadline import Deadline, Timing
-from fedveil.client.failures import failures_of
 from fedveil.client.linearised import check_memory, contrasts
-from fedveil.client.local_training import columns_of
+from fedveil.client.local_training import columns_of, hides_failures
 from fedveil.client.rehearsal import (
     rehearse,
     rehearse_columns,
@@ -27,8 +25,8 @@ from fedveil.client.rehearsal import (
     rehearse_linearised,
 )
 from fedveil.client.site import Site
+from fedveil.client.timing import Timing
 from fedveil.common.config.phases import Inputs
-from fedveil.common.errors import PolicyRefusal
 from fedveil.common.messages.round import TrainTask
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.starts import PaidStart
@@ -55,8 +53,8 @@ class Rehearsals:
         """Let everything be rehearsed again."""
         self.timings = {}
 
-    def hold_to(self, deadline: Deadline, job: Job, site: Site, model: FederatedModel, task: TrainTask) -> None:
-        """Let the model rehearse the rest of the run, and hold its rounds to the time of the answer.
+    def forecasts(self, job: Job, site: Site, model: FederatedModel, task: TrainTask) -> list[tuple[float, float]]:
+        """Let the model rehearse the rest of the run, and return ``forecast`` of its rounds, the task's own last.
 
         A later round that would be refused is refused now: the rounds before it would be paid for, and buy nothing.
 
@@ -65,28 +63,20 @@ class Rehearsals:
 
         Raises:
             ModelError: it cannot be trained privately.
-            PolicyRefusal: a round may take longer than the policy's ``reply-after`` leaves it.
         """
         schedule = job.config.timeline
         if schedule.with_inputs("jacobians"):
             check_memory(model, job.config.privacy.rows_of_unit * site.public_size)
         if not job.mechanism.rehearsed:
-            if failures_of(job, deadline).deadline.seconds:
-                raise PolicyRefusal(
-                    f"the site's policy has reply-after = {deadline.seconds:g}, and with privacy.mode = "
-                    f"{job.config.privacy.mode!r} nobody knows how long a round takes"
-                )
-            return
+            return [(math.inf, 0.0)] if hides_failures(job) else []
         kinds = kinds_of_rounds(job, site, model, task)
         self._rehearse(job, model, kinds)
-        for number, steps in reversed(kinds.items()):  # its own last, to which the deadline keeps
-            self.allow(deadline, job, site, model, number, steps.name)
+        return [self.forecast(job, site, model, number, steps.name) for number, steps in reversed(kinds.items())]
 
-    def allow(self, deadline: Deadline, job: Job, site: Site, model: FederatedModel, number: int, steps: str) -> None:
-        """Hold a round to the time of the answer, by how long what it does took as it was rehearsed.
+    def forecast(self, job: Job, site: Site, model: FederatedModel, number: int, steps: str) -> tuple[float, float]:
+        """Return the most seconds of a round, and those of them that a step needs to be left when it begins a pass.
 
         Args:
-            deadline: of the answer.
             job: what is run.
             site: who answers.
             model: as it was rehearsed.
@@ -102,14 +92,14 @@ class Rehearsals:
         count, rate = (paid.count, paid.event.sample_rate) if paid else (config.training.local_steps, job.sample_rate)
         scored = site.public_size if number and evaluation_releases(job, site, 1) else 0
         each = config.privacy.rows_of_unit
-        most = float(each * site.public_size)
-        # A process that began anew computes them in whatever round it is.
-        ahead = None
-        if inputs == "jacobians":
-            ahead = (self.timings[steps], contrasts(model), most)
-        elif inputs == "features":
-            ahead = (self.timings[FEATURED], 1, most)
-        deadline.allow(timing, count, rate * site.public_size, scored, ahead, each, fewest_at_once(job, model, start))
+        at_once = fewest_at_once(job, model, start)
+        worst, reserve = timing.worst(count, rate * site.public_size, scored, each, at_once), timing.reserve(count)
+        if inputs != "examples":  # a new process computes them of all records first, in whatever round it is
+            passes = contrasts(model) if inputs == "jacobians" else 1
+            ahead = self.timings[steps if inputs == "jacobians" else FEATURED]
+            worst += passes * ahead.worst(1, float(each * site.public_size), 0)
+            reserve += ahead.reserve(1)
+        return worst, reserve
 
     def _rehearse(self, job: Job, model: FederatedModel, kinds: Mapping[int, Steps]) -> None:
         """Let the model rehearse what it has not, for these rounds.
@@ -158,7 +148,7 @@ def kinds_of_rounds(job: Job, site: Site, model: FederatedModel, task: TrainTask
     Before round 1 nothing says which columns a strategy chooses: then the steps are those of the whole adapter.
 
     Raises:
-        ProtocolError, PolicyRefusal: as of ``columns_of``, of any of these rounds.
+        ProtocolError, PolicyRefusal: as for ``columns_of``, of any of these rounds.
     """
     first, schedule = task.round_number, job.config.timeline
     found = {first: steps_of(job, site, model, task)}

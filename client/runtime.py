@@ -1,6 +1,6 @@
 """A site's end of Flower's Runtime API: tasks come from the site's SuperNode, replies go to it.
 
-The SuperNode serves it on the loopback (HTTP), and hands message, context and bundle to whoever holds a task.
+The SuperNode serves it on the loopback (HTTP), and hands message, context and bundle to the process that holds a task.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Node(Runtime):
         self._port = port
 
     def acquire(self) -> str:
-        """Return the token of the next task; empty: there is none, or the node is not there.
+        """Return the token of the next task; empty: no task is there, or the node is not there.
 
         Raises:
             NotOurNode: the node does not take our secret, or another user of this machine listens at its port.
@@ -119,12 +119,12 @@ class Node(Runtime):
         Raises:
             TaskLost: the node has given it up, or its run is over.
         """
-        with self.hold(token, _start_anew) as held:
-            yield Task(held.client, held.beat)
+        with self.hold(token, _start_anew) as task:
+            yield Task(task.client, task.beat)
 
 
 def _start_anew() -> None:
-    """End the process, in the middle of a round, whose result nobody takes: charged it is, and the next task waits."""
+    """End the process, in the middle of a round, whose result is not taken: charged it is, and the next task waits."""
     log.error("the node has given the task up: the worker starts anew")
     os._exit(ANEW)
 

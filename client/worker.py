@@ -3,7 +3,7 @@
 It lets through what the server has signed for this site alone (``common.messages.signed``), hashes the bundle that came
 with it in memory, asks the policy, runs the installed ``client.app``, and signs the answer. The bundle is written
 nowhere and nothing of it is executed. The run's settings come in the context. Policy, ledger and records are those of
-the site's folder. The supervisor (``deploy.pair``) starts it anew whenever it ends.
+the site's folder. The supervisor (``deploy.pair``) restarts it whenever it ends.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ from flwr.app import Context, Message
 from fedveil.client import app as installed
 from fedveil.client.dumps import write_no_dumps
 from fedveil.client.lookout import Lookout
+from fedveil.client.node import name_of, policy_of
 from fedveil.client.outgoing import UNTOLD, refused
-from fedveil.client.process import reply_after
 from fedveil.client.runtime import LostMessage, Node, failed
-from fedveil.client.site import name_of, policy_of
 from fedveil.common.bundle import bundle_digest, own_digest
 from fedveil.common.config.sections import Scalar
 from fedveil.common.errors import ConfigError, DataError
@@ -46,9 +45,6 @@ IDLE_SECONDS = 3600.0
 """From the last round that was paid for until all that is held of records is dropped. By default a server waits for a
 round so long (``round-timeout``): a run that goes on has hardly anything computed twice, and what one leaves stays an
 hour."""
-FORGET_SECONDS = 5.0
-"""With ``reply-after``: no task is taken for so long from when what is held of records is dropped. How long that takes
-follows from how many there are: 20,000 took 58 ms."""
 
 
 def reply_to(
@@ -63,8 +59,8 @@ def reply_to(
         message: what the server sent.
         context: the run's settings, and what the site kept; ``node`` takes the place of the node's settings in it.
         bundle: the bundle as received.
-        node: the site's own settings, from its folder: nobody else says which policy, ledger and records.
-        keys: of the site; None: of a test's own server, whose tasks nobody signs.
+        node: the site's own settings, from its folder: no other source says which policy, ledger and records.
+        keys: of the site; None: of a test's own server, which signs no task.
     """
     context.node_config, run, task = dict(node), str(context.run_id), b""
     try:
@@ -92,15 +88,15 @@ def reply_to(
 
 
 def work(node: Node, settings: Mapping[str, Scalar], keys: SiteKeys | None = None) -> int:
-    """Answer tasks until the process must be started anew; return the exit code that says how.
+    """Answer tasks until the process must be restarted; return the exit code that says how.
 
-    However it ends, this process then holds nothing of the site's records. ``keys`` as of ``reply_to``.
+    However it ends, this process then holds nothing of the site's records. ``keys`` as for ``reply_to``.
     """
     lookout = Lookout(settings)
     installed.process.keep_lookout(lookout, signed=keys is not None)
     try:
         ended = _work(node, settings, lookout, keys)
-        _forget(settings)
+        installed.process.forget_between_tasks(settings)
         return ended
     finally:
         installed.process.keep_lookout(None)
@@ -114,14 +110,14 @@ def _work(node: Node, settings: Mapping[str, Scalar], lookout: Lookout, keys: Si
             if time.monotonic() - worked > IDLE_SECONDS:
                 worked = math.inf
                 log.info("no round for %g seconds: what was made of the site's records is dropped", IDLE_SECONDS)
-                _forget(settings)
+                installed.process.forget_between_tasks(settings)
             token, rounds = node.acquire(), installed.process.rounds_trained
             if not token:
                 ends = time.monotonic() + POLL_SECONDS
                 lookout.go_on()
                 if lookout.changed:
                     return _changed()
-                _wait_until(ends, settings)
+                installed.process.wait_until(ends, settings)
                 continue
             with node.task(token) as task:
                 message, context, bundle = task.pull()
@@ -149,22 +145,6 @@ def _work(node: Node, settings: Mapping[str, Scalar], lookout: Lookout, keys: Si
 def _changed() -> int:
     log.info("the site's records have changed, or were withdrawn: the worker starts anew")
     return ANEW
-
-
-def _forget(settings: Mapping[str, Scalar]) -> None:
-    """Drop what is held of records; with ``reply-after`` the next task is taken at a time that says nothing of them."""
-    ends = time.monotonic() + (FORGET_SECONDS if reply_after(settings) else 0.0)
-    installed.process.forget()
-    _wait_until(ends, settings)
-
-
-def _wait_until(ends: float, settings: Mapping[str, Scalar]) -> None:
-    """Return at a time; with ``reply-after``, say in the site's log if it is over."""
-    left = ends - time.monotonic()
-    if left > 0:
-        time.sleep(left)
-    elif left < 0 and reply_after(settings):
-        log.error("asked for a task %.2f seconds late: when its answer leaves, is not covered by the claim", -left)
 
 
 def main() -> int:

@@ -146,7 +146,7 @@ def _copy(source: Path, place: Path) -> None:
 
 def _joins_sums(policy: Path) -> bool:
     """Whether a policy takes part in secure sums; one that is none takes part in nothing, which was said."""
-    from fedveil.client.policy import load_policy
+    from fedveil.client.policy_file import load_policy
     from fedveil.common.errors import ConfigError
 
     try:
@@ -157,7 +157,7 @@ def _joins_sums(policy: Path) -> bool:
 
 def _say_if_refused(folder: Path, name: str, job: Job) -> None:
     """Print why a site will refuse this job, if it will: its policy was made for another, or does not let it in."""
-    from fedveil.client.policy import load_policy
+    from fedveil.client.policy_file import load_policy
     from fedveil.common.errors import FedVeilError
 
     try:

@@ -255,7 +255,7 @@ def _base_model(folder: SiteFolder) -> Iterator[CheckResult]:
 
 
 def _peers_of(folder: SiteFolder) -> Iterator[CheckResult]:
-    from fedveil.client.sums import party_of, roster_file
+    from fedveil.client.party import party_of, roster_file
     from fedveil.privacy.secure_sum.roster import load_roster
 
     settings = node_settings(folder)
@@ -306,7 +306,7 @@ def _ledger(folder: SiteFolder) -> Iterator[CheckResult]:
 
 def _ledger_file(folder: SiteFolder) -> Path:
     """Return the ledger that rounds are charged to, which the node's settings may name."""
-    from fedveil.client.site import ledger_of
+    from fedveil.client.node import ledger_of
 
     return ledger_of(node_settings(folder))
 

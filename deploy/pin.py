@@ -124,7 +124,7 @@ def _put(path: Path, *parts: tuple[Pins, Sequence[str], str]) -> None:
 
     Errors as for pin.
     """
-    from fedveil.client.policy import parse_policy
+    from fedveil.client.policy_file import parse_policy
 
     keys = {key for _, own, _ in parts for key in own}
     try:

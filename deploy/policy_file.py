@@ -62,7 +62,7 @@ def policy_text(
         ConfigError: a site with this policy would refuse every round: a figure is out of range, delta
             above one over the public size, or the pins are not whole.
     """
-    from fedveil.client.policy import parse_policy  # imports torch: seconds that only this needs
+    from fedveil.client.policy_file import parse_policy  # imports torch: seconds that only this needs
 
     settings: dict[str, Scalar | Sequence[str]] = {"dataset-id": dataset, "epsilon": epsilon, "delta": delta}
     if person:

@@ -44,7 +44,7 @@ def check_site(folder: SiteFolder, say: Callable[[str], None], more: str = "", *
         LedgerError: the ledger cannot be read.
     """
     from fedveil.client.ledger.file import withdrawn_in
-    from fedveil.client.site import ledger_of
+    from fedveil.client.node import ledger_of
     from fedveil.common.data.sources import load_protected
 
     settings = node_settings(folder, more)

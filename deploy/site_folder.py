@@ -183,7 +183,7 @@ def node_settings(folder: SiteFolder, more: str = "") -> dict[str, Scalar]:
         ConfigError: a key is unknown to a site.
         LedgerError: the folder holds several ledgers, and the settings name none.
     """
-    from fedveil.client.site import NODE_KEYS  # imports torch: seconds that only this needs
+    from fedveil.client.node import NODE_KEYS  # imports torch: seconds that only this needs
 
     own = parse_settings([folder.node, more])
     settings: dict[str, Scalar] = {
@@ -231,7 +231,7 @@ def policy_of_node(settings: Mapping[str, Scalar]) -> Policy:
             it plays.
     """
     # Imports torch: seconds that only this needs.
-    from fedveil.client.site import part_of, policy_of, public_size_of, rank_of
+    from fedveil.client.node import part_of, policy_of, public_size_of, rank_of
 
     policy = policy_of(settings)
     if size := public_size_of(settings, policy):

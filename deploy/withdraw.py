@@ -27,7 +27,7 @@ def withdraw_site(folder: SiteFolder, reason: str, say: Callable[[str], None], m
     """
     from fedveil.client.ledger.ledger import Ledger
     from fedveil.client.ledger.record_hashes import record_hashes
-    from fedveil.client.site import ledger_of
+    from fedveil.client.node import ledger_of
     from fedveil.common.data.sources import load_protected
 
     settings = node_settings(folder, more)

@@ -33,7 +33,7 @@ from fedveil.common.words import decimal_text, percent_text
 from fedveil.experiments.in_process import run_in_process, simulated_nodes
 from fedveil.experiments.planner.price import paid_before, site_plans
 from fedveil.experiments.sweep.file import read_sweep
-from fedveil.privacy.accounting import least_at
+from fedveil.privacy.calibration import least_at
 from fedveil.privacy.privacy_filter import commitment_to, price
 from fedveil.reports import write_reports
 from fedveil.server.checkpoint import NAME as CHECKPOINT

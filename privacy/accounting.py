@@ -26,7 +26,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -34,7 +34,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from fedveil.common.check import at_least, in_range, positive
-from fedveil.common.errors import BudgetExhausted, ConfigError
+from fedveil.common.errors import ConfigError
 from fedveil.privacy.accountant import (
     BELOW_FLOOR,
     DEPARTED,
@@ -49,8 +49,7 @@ from fedveil.privacy.accountant import (
     Detour,
     Method,
 )
-from fedveil.privacy.events import LEAST_NOISE, MOST_NOISE, Event, kind_of, sampled_gaussian
-from fedveil.privacy.figures import epsilon_text
+from fedveil.privacy.events import Event, kind_of, sampled_gaussian
 
 if TYPE_CHECKING:
     from dp_accounting import PrivacyAccountant
@@ -88,7 +87,7 @@ class Release:
 
 
 def alone(releases: Iterable[Release]) -> list[Release]:
-    """Return what releases cost if no other site adds its noise to a sum; those that share none are as they are."""
+    """Return what releases cost if no other site adds its noise to a sum."""
     return [replace(release, event=release.event.alone()) for release in releases]
 
 
@@ -109,10 +108,7 @@ def gaussian_release(
 
 
 def check_terms(releases: Sequence[Release], delta: float) -> None:
-    """Raise ConfigError for figures that no honest job has and that would take long to price.
-
-    A server proposes them: what it makes up must not keep a site's processor busy.
-    """
+    """Raise ConfigError for figures that no honest job has and that would keep a site's processor busy."""
     at_least(LEAST_DELTA, delta=delta)
     for release in releases:
         kind_of(release.event.kind).check_terms(release.event)
@@ -141,66 +137,46 @@ def epsilon_with_method(
 ) -> tuple[float, Accountant]:
     """Return ``epsilon(releases, delta)`` and the accountant that gave it.
 
-    It names the library's version, and the reason if RDP stood in for the PLD.
-
     >>> str(epsilon_with_method([gaussian_release(1.0, 1.0, count=1)], 1e-5, method="rdp")[1])[:3]
     'RDP'
     """
     in_range(0, 1, delta=delta)
-    return _priced(_merge(releases), delta, method)
+    return _priced(merge(releases), delta, method)
 
 
 def divergence_at(order: int, releases: Sequence[Release], delta: float) -> tuple[float, Accountant]:
     """Return the epsilon at ``delta`` that follows from the Renyi divergence of one order, and who computed it.
 
-    For one order that is fixed beforehand it holds whoever chooses the releases; see ``privacy_filter``. It may be
-    infinite.
+    For one order that is fixed beforehand it holds for releases chosen adaptively; see ``privacy_filter``. May be inf.
     """
-    value, error = _rdp(_merge(releases), delta, order)
+    value, error = _rdp(merge(releases), delta, order)
     return value, Accountant("rdp", _VERSION, Detour(DEPARTED, order, error))
-
-
-def noise_multiplier_for(
-    epsilon: float,
-    delta: float,
-    sample_rate: float,
-    steps: int,
-    spent: Sequence[Release] = (),
-) -> float:
-    """Return the least noise multiplier of sums over Poisson samples at ``sample_rate``; as ``least_noise``."""
-    return least_noise(sampled_gaussian(1.0, sample_rate), epsilon, delta, steps, spent)
-
-
-def least_noise(event: Event, epsilon: float, delta: float, steps: int, spent: Sequence[Release] = ()) -> float:
-    """Return the least noise multiplier with which ``steps`` more releases stay within ``epsilon``.
-
-    Guarantees: ``spent`` and ``steps`` releases of ``event`` at the answer, its other figures as they are, cost at most
-    ``epsilon``, exactly as this module computes it, and the answer is at most 1.001 times the least such noise. The
-    answer has at most 5 significant digits, so that a person can copy it, and lies within
-    [``LEAST_NOISE``, ``MOST_NOISE``].
-
-    Raises:
-        ConfigError: a figure is out of range.
-        BudgetExhausted: ``spent`` alone exceeds ``epsilon``, or leaves too little for any noise.
-    """
-    positive(epsilon=epsilon)
-    in_range(0, 1, delta=delta)
-    # Noise and what the price does not depend on make no other search of it.
-    like = Release(event, steps).event.having(noise_multiplier=1.0).priced()
-    return _least_noise(epsilon, delta, like, steps, _merge(spent))
 
 
 def composable(releases: Sequence[Release]) -> Merged | None:
     """Return releases as the PLD composes them, as few and as coarse as they are priced; None where RDP answers."""
-    merged, _ = _affordable(_merge(releases))
+    merged, _ = _affordable(merge(releases))
     return merged if merged and not _why_not_pld(merged).reason else None
 
 
-def _merge(releases: Sequence[Release]) -> Merged:
+def merge(releases: Sequence[Release]) -> Merged:
+    """Return releases as they are priced: equal ones together, sorted."""
     counts: Counter[Event] = Counter()
     for release in releases:
         counts[release.event.priced()] += release.count
     return _sorted(counts)
+
+
+def add(merged: Merged, event: Event, count: int) -> Merged:
+    """Return ``merged`` with ``count`` releases of ``event`` more."""
+    counts = Counter(dict(merged))
+    counts[event.priced()] += count
+    return _sorted(counts)
+
+
+def price_of(merged: Merged, delta: float) -> float:
+    """Return ``epsilon`` of merged releases."""
+    return _priced(merged, delta, "pld")[0]
 
 
 def _sorted(counts: Counter[Event]) -> Merged:
@@ -321,73 +297,3 @@ def _without_order_warnings() -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(keep)
-
-
-@lru_cache(maxsize=256)
-def _least_noise(target: float, delta: float, event: Event, steps: int, spent: Merged) -> float:
-    already = _priced(spent, delta, "pld")[0]
-    if already > target:
-        raise BudgetExhausted(
-            f"epsilon {epsilon_text(already, decimals=4)} is spent already, above the budget of {target:g} at "
-            f"delta {delta:g}: no step is left; train on other data or agree on a larger budget"
-        )
-
-    def cost(noise: float) -> float:
-        counts = Counter(dict(spent))
-        counts[event.having(noise_multiplier=noise).priced()] += steps
-        return _priced(_sorted(counts), delta, "pld")[0]
-
-    found = least_at(cost, target)
-    if found is None:
-        raise BudgetExhausted(
-            f"epsilon {epsilon_text(already, decimals=4)} of {target:g} is spent at delta {delta:g}, too little is "
-            f"left for {steps} more steps at any noise: ask for fewer steps or agree on a larger budget"
-        )
-    return found
-
-
-def least_at(cost: Callable[[float], float], target: float) -> float | None:
-    """Return the least noise multiplier whose ``cost`` is at most ``target``, as ``least_noise`` does; None: none is.
-
-    ``cost`` falls with the noise. One that remembers what it was asked saves half of the time.
-    """
-    enough = 1.0
-    while cost(enough) > target:
-        enough *= 2
-        if enough > MOST_NOISE:
-            return None
-    short = enough / 2
-    while cost(short) <= target:
-        enough, short = short, short / 2
-        if enough <= LEAST_NOISE:
-            return LEAST_NOISE
-    enough = _narrow(cost, target, short, enough)
-    rounded = _five_digits_up(enough)
-    return rounded if cost(rounded) <= target else enough
-
-
-def _narrow(cost: Callable[[float], float], target: float, short: float, enough: float) -> float:
-    """Return a noise with ``cost <= target`` that is at most 1.0008 times one with ``cost > target``.
-
-    Log-log interpolation, because a cost is dear and nearly a power of the noise; every third probe
-    halves the bracket instead, because the cost jumps where RDP takes over.
-    """
-    probes, last_fitted = 0, True
-    while enough > short * 1.0008:
-        dear, cheap = cost(short), max(cost(enough), 1e-9)
-        share = 0.5
-        if probes % 3 < 2 and math.isfinite(dear):
-            share = math.log(dear / target) / math.log(dear / cheap)
-        # Aim a little past the root, at the side that the last probe missed, so that the bracket closes.
-        probe = short * (enough / short) ** share * (0.9996 if last_fitted else 1.0004)
-        if not short < probe < enough:
-            probe = math.sqrt(short * enough)
-        last_fitted = cost(probe) <= target
-        enough, short = (probe, short) if last_fitted else (enough, probe)
-        probes += 1
-    return enough
-
-
-def _five_digits_up(value: float) -> float:
-    unit = 10.0 ** (math.floor(math.log10(value)) - 4)
-    return float(f"{math.ceil(value / unit - 1e-9) * unit:.5g}")

@@ -6,9 +6,9 @@ The mean is the noised sum over a public constant: the rate at which sites are d
 of replies. What did not come, or is no update, counts as zero. All sites weigh the same: how many records one has is
 private here.
 
-The promise is against whoever sees what the server gives away. It is none against the server, which sees every update
-as it is: no record of a site is protected from it. So a site's ledger holds such a round as a release without privacy,
-and the ledger that is charged is the server's.
+The promise is against anyone who sees what the server gives away. It does not hold against the server, which sees every
+update as it is: no record of a site is protected from it. So a site's ledger holds such a round as a release without
+privacy, and the ledger that is charged is the server's.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class ClippedPlan(ExposingPlan):
     """L2 bound of the whole change, over all that is sent."""
 
     def told_size(self, public_size: int) -> int:
-        """Return 1: every site counts alike, and how many records it has is none of the server's business."""
+        """Return 1: every site has the same weight, and the number of its records stays at the site."""
         del public_size
         return 1
 
@@ -51,9 +51,9 @@ class ClippedPlan(ExposingPlan):
         """Return what was received plus the change, clipped once; as it was received if the change is not finite."""
         from fedveil.common.messages.tensors import apply, subtract
 
-        held = {layer: {name: received[layer][name] for name in factors} for layer, factors in contribution.items()}
-        change = apply(lambda tensor: tensor.double(), subtract(contribution, held))
-        return apply(lambda old, moved: (old.double() + moved).to(old.dtype), held, clipped(change, self.clip_norm))
+        before = {layer: {name: received[layer][name] for name in factors} for layer, factors in contribution.items()}
+        change = apply(lambda tensor: tensor.double(), subtract(contribution, before))
+        return apply(lambda old, moved: (old.double() + moved).to(old.dtype), before, clipped(change, self.clip_norm))
 
 
 def clipped(change: AdapterState, clip_norm: float) -> AdapterState:

@@ -14,7 +14,7 @@ Guarantee: with per-record losses, adding or removing one record changes the noi
 most ``clip_norm`` in L2 over all trained tensors together. Where several rows belong to one unit
 (``privacy.together``), their gradients are summed first, and that holds for adding or removing the
 unit with all of them. It needs every record's gradient to be its
-own to the last bit, whoever is beside it: the batches have shapes that follow from each record alone
+own to the last bit, no matter which others are beside it: the batches have shapes that follow from each record alone
 (``common.model.shapes``), and a model that mixes records, or keeps something from one pass to the next, is
 refused before its first round (``client.rehearsal``). A record whose gradient cannot be computed in its
 own shape contributes zero.
@@ -76,10 +76,10 @@ class ClipAndNoise(DPOptimizer):
         factors = torch.where(finite, self.max_grad_norm / squares.sqrt().clamp(min=self.max_grad_norm), 0.0)
         spoilt = not bool(finite.all())
         for parameter, sample in zip(self.params, samples, strict=True):
-            kept = sample.double()
+            widened = sample.double()
             if spoilt:  # 0 times infinity is not 0
-                kept[~finite] = 0.0
-            clipped = (factors @ kept).view(parameter.shape)
+                widened[~finite] = 0.0
+            clipped = (factors @ widened).view(parameter.shape)
             parameter.summed_grad = clipped if parameter.summed_grad is None else parameter.summed_grad + clipped
 
     def add_noise(self) -> None:
@@ -98,7 +98,7 @@ class ClipAndNoise(DPOptimizer):
 
 
 class ClipAndShare(ClipAndNoise):
-    """The same with a part of the noise, as whole steps of a grid that all sites of a sum have alike."""
+    """The same with a part of the noise, as whole steps of a grid that is the same at all sites of a sum."""
 
     share: float
     """Standard deviation of the part, before the margin; the grid follows from it."""
@@ -282,17 +282,17 @@ class PrivateSteps:
 
     def _accumulate_together(self, units: Together, losses: Callable[[Any], Tensor]) -> bool:
         """Sum the gradients of each unit's rows in float64, and add what the clip leaves of it to the step's sum."""
-        held = [p.new_zeros((units.units, *p.shape), dtype=torch.float64) for p in self._trained]
+        unit_sums = [p.new_zeros((units.units, *p.shape), dtype=torch.float64) for p in self._trained]
         seen = False
         for part, owners in units.parts:
             for rows in self._passes(part, losses):
                 # One after the other: a device that adds in no fixed order would let others' rows decide the rounding.
-                for total_of_unit, parameter in zip(held, self._trained, strict=True):
+                for total_of_unit, parameter in zip(unit_sums, self._trained, strict=True):
                     for sample, row in zip(parameter.grad_sample, rows, strict=True):
                         total_of_unit[owners[row]] += sample
                 seen = True
         if seen:
-            for total_of_unit, parameter in zip(held, self._trained, strict=True):
+            for total_of_unit, parameter in zip(unit_sums, self._trained, strict=True):
                 parameter.grad_sample = total_of_unit
             self._mechanism.clip_and_accumulate()
             self._forget()

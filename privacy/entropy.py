@@ -1,7 +1,7 @@
 """The source of private randomness: 64-bit integers from the operating system.
 
 Tests alone may replace it, so that whole runs repeat bit for bit. A deployed site or server refuses to start then, and
-a report of such a run says that it protects nobody. No setting, environment variable or message reaches it.
+a report of such a run says that it protects no one. No setting, environment variable or message reaches it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def private_words(count: int) -> np.ndarray:
 
 @contextmanager
 def replaced_entropy(source: Source) -> Iterator[None]:
-    """Draw private randomness from ``source``; for tests alone: whatever runs inside protects nobody."""
+    """Draw private randomness from ``source``; for tests alone: what runs inside protects no one."""
     global _replacement
     before, _replacement = _replacement, source
     try:

@@ -35,8 +35,8 @@ class Figures(dict[str, float]):
     ({'a': 1.0, 'b': 2.0}, True)
     """
 
-    def __init__(self, held: Mapping[str, float] | Any) -> None:
-        super().__init__(sorted((str(name), float(value)) for name, value in dict(held).items()))
+    def __init__(self, figures: Mapping[str, float] | Any) -> None:
+        super().__init__(sorted((str(name), float(value)) for name, value in dict(figures).items()))
 
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(tuple(self.items()))
@@ -52,7 +52,7 @@ class Figures(dict[str, float]):
 
 @dataclass(frozen=True)
 class Event:
-    """One noised sum, as data. It may be of a kind, or hold figures, that nobody here can price: see ``check``."""
+    """One noised sum, as data. It may be of a kind, or hold figures, that cannot be priced here: see ``check``."""
 
     kind: str
     """A row of ``EVENTS``."""
@@ -89,11 +89,11 @@ class Event:
         return json.dumps(self.figures, sort_keys=True, separators=(",", ":"))
 
     def alone(self) -> Event:
-        """Return what it costs if nobody else adds noise: the event itself, where nobody else does."""
+        """Return what it costs if no other site adds noise: the event itself, where none does."""
         return kind_of(self.kind).alone(self)
 
     def of_honest(self, sites: int) -> Event:
-        """Return what it costs if so many sites of a sum add their noise: the event itself, where none is shared."""
+        """Return what it costs if ``honest`` sites of a sum add their noise: the event itself, where none is shared."""
         return kind_of(self.kind).of_honest(self, sites)
 
     @property
@@ -200,15 +200,17 @@ class SampledGaussian(EventKind):
         return PoissonSampledDpEvent(event.sample_rate, plain) if event.sample_rate < 1 else plain
 
     def dp_event_of(self, event: Event, units: int) -> DpEvent | None:
-        """Return a mixture of Gaussians: so many units are in the sample with the chance of Binomial(units, rate)."""
+        """Return a mixture of Gaussians: that many units are in the sample with the chance of Binomial(units, rate)."""
         from dp_accounting.dp_event import MixtureOfGaussiansDpEvent
 
         if units == 1:
             return self.dp_event(event)
         rate, members = event.sample_rate, range(units + 1)
         shares = [math.comb(units, k) * rate**k * (1 - rate) ** (units - k) for k in members]
-        kept = [(float(k), share) for k, share in zip(members, shares, strict=True) if share > 0]
-        return MixtureOfGaussiansDpEvent(event.noise_multiplier, [k for k, _ in kept], [share for _, share in kept])
+        mixture = [(float(k), share) for k, share in zip(members, shares, strict=True) if share > 0]
+        return MixtureOfGaussiansDpEvent(
+            event.noise_multiplier, [k for k, _ in mixture], [share for _, share in mixture]
+        )
 
     def divergence(self, event: Event) -> float:
         """Return log(1 + q² (exp(1/sigma²) - 1))."""
@@ -236,7 +238,7 @@ class SampledGaussian(EventKind):
 
 
 class SummedGaussian(SampledGaussian):
-    """A sum over the Poisson samples of several sites of which nobody sees the parts, each with a part of the noise.
+    """A sum over the Poisson samples of several sites whose parts stay hidden, each with a part of the noise.
 
     ``noise_multiplier``: that of the noise which ``honest_sites`` of the sum's sites draw together, over the clip norm.
     What one site draws is lower by √honest_sites: that is its price alone. The others as in ``SampledGaussian``.
@@ -269,7 +271,7 @@ EVENTS: dict[str, EventKind] = {kind.name: kind for kind in (SampledGaussian(), 
 
 
 def kind_of(name: str) -> EventKind:
-    """Return the row of a kind of event; ConfigError if there is none."""
+    """Return the row of a kind of event; ConfigError if it is unknown."""
     if name not in EVENTS:
         raise ConfigError(
             f"a release of kind {name!r} has no price here, only {', '.join(EVENTS)}: install the FedVeil that made it"
@@ -280,15 +282,15 @@ def kind_of(name: str) -> EventKind:
 def event_from(kind: str, text: str) -> Event:
     """Return the event of a kind with figures as ``Event.text`` gives them; ConfigError if they are none."""
     try:
-        held = json.loads(text)
-        if not isinstance(held, dict) or not all(type(value) in (int, float) for value in held.values()):
+        figures = json.loads(text)
+        if not isinstance(figures, dict) or not all(type(value) in (int, float) for value in figures.values()):
             raise ValueError("they are no numbers by name")
-        return Event(kind, held)
+        return Event(kind, figures)
     except (ValueError, TypeError, OverflowError) as error:
         raise ConfigError(f"the figures of a release cannot be read: {error}") from error
 
 
 def sampled_gaussian(noise_multiplier: float, sample_rate: float, clip_norm: float = 1.0) -> Event:
     """Return the event of one noised sum of clipped units on a Poisson sample; figures as in ``SampledGaussian``."""
-    held = {"noise_multiplier": noise_multiplier, "sample_rate": sample_rate, "clip_norm": clip_norm}
-    return Event(SampledGaussian.name, held)
+    figures = {"noise_multiplier": noise_multiplier, "sample_rate": sample_rate, "clip_norm": clip_norm}
+    return Event(SampledGaussian.name, figures)

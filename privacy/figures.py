@@ -1,4 +1,4 @@
-"""Privacy figures as people read them: rounded against whoever makes the claim, never in its favour."""
+"""Privacy figures as people read them: rounded against the one who makes the claim, never in its favour."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def bound_text(share: float) -> str:
 
 
 def most_delta_text(units: int) -> str:
-    """Return the largest δ that is no more than one over so many units, to two digits, never rounded up.
+    """Return the largest δ that is no more than one over ``units``, to two digits, never rounded up.
 
     >>> most_delta_text(2200), most_delta_text(20), most_delta_text(900_000)
     ('0.00045', '0.05', '1.1e-06')
@@ -67,7 +67,7 @@ def _rounded(value: float, decimals: int, towards: str) -> str:
 
 
 def honest_text(honest_sites: int) -> str:
-    """Return what stands behind an ε that counts on so many honest sites of each sum; empty: it counts on none.
+    """Return what an ε assumes that counts on ``honest`` honest sites of each sum; empty: it counts on none.
 
     >>> honest_text(3), honest_text(0)
     (' (h = 3)', '')

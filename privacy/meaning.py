@@ -84,7 +84,7 @@ def meaning_of(releases: Sequence[Release], delta: float) -> Meaning | None:
 
 
 def epsilon_of_several(releases: Sequence[Release], units: int, delta: float) -> float:
-    """Return the ε at ``delta`` of somebody with so many units, each sampled on its own; infinite where none is known.
+    """Return the ε at ``delta`` of a person with several units, each sampled on its own; infinite where none is known.
 
     It is never below that of one unit.
 
@@ -118,12 +118,12 @@ def _meaning(merged: Merged, delta: float) -> Meaning | None:
         # Figures that another party made up must not stop whoever reports them.
         return None
     figures = {units: _of_several(merged, units, delta) for units in UNITS}
-    told = [Several(units, figure) for units, figure in figures.items() if figure is not None]
-    return Meaning(attacks, float(deltas[0]), told)
+    several = [Several(units, figure) for units, figure in figures.items() if figure is not None]
+    return Meaning(attacks, float(deltas[0]), several)
 
 
 def _of_several(merged: Merged, units: int, delta: float) -> float | None:
-    """Return ε of so many units of one person; None where the library has no finite answer."""
+    """Return ε of several units of one person; None where the library has no finite answer."""
     import numpy as np
 
     spread = max(_spread(event, units) for event, _ in merged)
@@ -132,8 +132,8 @@ def _of_several(merged: Merged, units: int, delta: float) -> float | None:
     points = POINTS * finer / max(1.0, len(merged) / 4)
     try:
         with np.errstate(all="ignore"):
-            held = _composed(merged, units, max(PLD_INTERVAL, spread / points))
-            found = math.inf if held is None else float(held.get_epsilon(delta))
+            loss = _composed(merged, units, max(PLD_INTERVAL, spread / points))
+            found = math.inf if loss is None else float(loss.get_epsilon(delta))
     except (ArithmeticError, ValueError, MemoryError, TypeError):
         # A TypeError: dp-accounting finds no end of the tail of a mixture whose noise is very small.
         return None

@@ -1,8 +1,8 @@
 """The interface of a mechanism: what a run promises about whose records, and how that comes about.
 
 A mechanism states its unit, its claim in words, how a site's records are sampled, clipped and noised
-(its plan), what each release is priced as (the plan's event) and where the noise is added. Nobody else
-asks whether a run is private: what a caller needs to know is a property here, named for what it means.
+(its plan), what each release is priced as (the plan's event) and where the noise is added. No other
+module asks whether a run is private: what a caller needs to know is a property here, named for what it means.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ class Mechanism(ABC):
         """Return what an honest site does at least: a plan that pays, as ``plan``, or else the exposing one.
 
         Raises:
-            ConfigError, PrivacyError: as of ``plan``.
+            ConfigError, PrivacyError: as for ``plan``.
         """
         if self.charged:
             return self.plan(privacy, training, total_steps, public_size)
@@ -189,7 +189,7 @@ class Mechanism(ABC):
     def broken_rule(
         self, allowed: Collection[str], *, without_privacy: bool, least_noise: float
     ) -> tuple[str, str, str] | None:
-        """Return the rule of a site's policy that forbids runs of this row, its value and what was asked; None: none.
+        """Return the rule of a site's policy that forbids runs of this row, its value and the run's, or None.
 
         Args:
             allowed: the rows that the policy allows, of those that promise something.
@@ -208,7 +208,7 @@ class Mechanism(ABC):
     def sent(self, trained: Mapping[str, T], moves: Callable[[str], bool]) -> dict[str, T]:
         """Return the layers of ``trained`` that a round sends; ``moves`` says whether a layer is trained in the round.
 
-        What rests is sent as it came.
+        What is frozen is sent as it came.
         """
         del moves
         return dict(trained)

@@ -6,7 +6,7 @@ the new model.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf
@@ -16,7 +16,7 @@ from fedveil.privacy.claim import NOTHING, Claim
 from fedveil.privacy.events import Event
 from fedveil.privacy.mechanism import Mechanism, Pace
 from fedveil.privacy.plan import Plan
-from fedveil.privacy.steps import JUST_STEPS, Around, Steps
+from fedveil.privacy.steps import Steps, nothing
 
 if TYPE_CHECKING:
     import torch
@@ -51,13 +51,15 @@ class ExposingPlan(Plan):
         return model.length_batches(records, choose_batch_tokens(self.batch_tokens, model.device))
 
     @contextmanager
-    def steps(self, model: FederatedModel, optimizer: Optimizer, around: Around = JUST_STEPS) -> Iterator[Steps]:
+    def steps(
+        self, model: FederatedModel, optimizer: Optimizer, before_pass: Callable[[], None] = nothing
+    ) -> Iterator[Steps]:
         """Return the context of plain steps; they are not interrupted."""
         from fedveil.common.model import plain
 
         yield plain.PlainSteps(model, optimizer)
 
-    def longest_gradient(self, numbers: int, told: Event | None) -> float:
+    def longest_gradient(self, numbers: int, event: Event | None) -> float:
         """Return infinity: no clip bounds it."""
         return inf
 
@@ -91,5 +93,5 @@ class NoPrivacy(Mechanism):
         return None if without_privacy else ("allow-no-privacy", "false", f"privacy.mode = {self.name!r}")
 
     def promise(self, privacy: PrivacyConfig) -> str:
-        """Say that there is none."""
+        """Say that the run has no privacy."""
         return "privacy OFF"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
@@ -20,7 +20,7 @@ from fedveil.privacy.accounting import Release, check_terms
 from fedveil.privacy.events import Event, SampledGaussian, sampled_gaussian
 from fedveil.privacy.figures import most_delta_text
 from fedveil.privacy.privacy_filter import promised_noise
-from fedveil.privacy.steps import JUST_STEPS, Around, Steps
+from fedveil.privacy.steps import Steps, nothing
 from fedveil.privacy.together import together
 from fedveil.privacy.units import RECORD, Unit
 
@@ -59,14 +59,14 @@ class Plan(ABC):
 
     @abstractmethod
     def steps(
-        self, model: FederatedModel, optimizer: Optimizer, around: Around = JUST_STEPS
+        self, model: FederatedModel, optimizer: Optimizer, before_pass: Callable[[], None] = nothing
     ) -> AbstractContextManager[Steps]:
         """Return the context in which ``model`` takes steps.
 
         Args:
             model: whose trained parameters are those that require a gradient.
             optimizer: over exactly those.
-            around: what the round does beside.
+            before_pass: called before each pass; what it raises ends the step.
         """
 
     def outgoing(self, contribution: AdapterState, received: AdapterState) -> AdapterState:
@@ -78,7 +78,7 @@ class Plan(ABC):
         return contribution
 
     def told_size(self, public_size: int) -> int:
-        """Return the size that the server is told of a site whose public size this is."""
+        """Return the size that a site sends to the server, given its public size."""
         return public_size
 
     @property
@@ -87,14 +87,14 @@ class Plan(ABC):
         return type(self).outgoing is not Plan.outgoing
 
     @abstractmethod
-    def longest_gradient(self, numbers: int, told: Event | None) -> float:
+    def longest_gradient(self, numbers: int, event: Event | None) -> float:
         """Server: return about how long one step's gradient can be; infinite if nothing bounds it.
 
         Of a plan that noises rounds it is about how long a round's whole change can be.
 
         Args:
             numbers: elements of all trained tensors together.
-            told: the event that the site says it was charged for; its noise counts where it is larger.
+            event: the one that the site says it was charged for; its noise counts where it is larger.
         """
 
 
@@ -210,13 +210,15 @@ class PrivacyPlan(Plan):
         return model.fixed_batches(records) if shapes is None else model.fixed_batches(records, shapes)
 
     @contextmanager
-    def steps(self, model: FederatedModel, optimizer: Optimizer, around: Around = JUST_STEPS) -> Iterator[PrivateSteps]:
+    def steps(
+        self, model: FederatedModel, optimizer: Optimizer, before_pass: Callable[[], None] = nothing
+    ) -> Iterator[PrivateSteps]:
         """Return the context of steps that clip each record and noise the sum, see ``privacy.dpsgd``."""
         from fedveil.common.messages.tensors import entries
         from fedveil.privacy import dpsgd  # It brings Opacus, which no server needs.
 
         margin, kind = dpsgd.rounding_margin(model.device), self.stepping()
-        own = kind(model.module, optimizer, self, noise_margin=margin, before_pass=around.before_pass)
+        own = kind(model.module, optimizer, self, noise_margin=margin, before_pass=before_pass)
         own.order = tuple(parameter for _, _, parameter in entries(model.trained()))  # type: ignore[arg-type,misc]
         with model.many_passes(), own as steps:
             yield steps
@@ -227,9 +229,9 @@ class PrivacyPlan(Plan):
 
         return dpsgd.PrivateSteps
 
-    def longest_gradient(self, numbers: int, told: Event | None) -> float:
+    def longest_gradient(self, numbers: int, event: Event | None) -> float:
         """Return C (1 + σ√d / b); of a round that is noised as it leaves the site C (1 + σ√d)."""
-        noise = max(self.event.noise_multiplier, told.noise_multiplier if told else 0.0)
+        noise = max(self.event.noise_multiplier, event.noise_multiplier if event else 0.0)
         divisor = 1.0 if self.noises_rounds else self.expected_batch_size
         return self.event.clip_norm * (1 + noise * math.sqrt(numbers) / divisor)
 

@@ -2,11 +2,11 @@
 
 A server may choose the noise and the sample rate of the next release after it has seen the last answer.
 Prices that add up releases as if all had been fixed beforehand then hold for some choices and not for
-all (Rogers et al. 2016, arXiv 1605.08294). These hold for all, whoever chooses. With the first charge of
+all (Rogers et al. 2016, arXiv 1605.08294). These hold for all adaptive choices. With the first charge of
 a data set its run's whole plan is written down, before anything is released.
 
 A plan of **whole batches** has sample rate 1 throughout. A later release below it is taken as one at rate
-1, which it is with records left out at random. Gaussian releases compose alike whoever chooses them
+1, which it is with records left out at random. Gaussian releases compose the same under adaptive choices
 (Koskela, Tobaben and Honkela 2023, arXiv 2209.15596), so the PLD's price is exact, at all of δ.
 
 Under any other plan a history has the smaller of two prices, each for a share of δ of its own:
@@ -31,7 +31,8 @@ from dataclasses import dataclass, replace
 
 from fedveil.common.check import in_range
 from fedveil.privacy.accountant import AT_RATE_1, TRAINING, Accountant, Detour, Method
-from fedveil.privacy.accounting import Release, divergence_at, epsilon_with_method, least_at, least_noise
+from fedveil.privacy.accounting import Release, divergence_at, epsilon_with_method
+from fedveil.privacy.calibration import least_at, least_noise
 from fedveil.privacy.events import Event, kind_of
 from fedveil.privacy.meaning import epsilon_of_several
 
@@ -124,7 +125,8 @@ def noise_after(
     """Return the noise with which a run fits into what a history leaves of ``epsilon``; None where none does.
 
     It is the noise of ``event`` where that suffices, and else the least that does: a larger one, or that of a step of
-    the first plan, which is cheap because it keeps to it. None of them is below ``least``.
+    the first plan, which is cheap because it keeps to it. More noise than the first plan's departs from it, and may
+    cost more.
 
     Args:
         history: of the data set before the run.
@@ -132,8 +134,7 @@ def noise_after(
         steps: of the run.
         beside: the run's other releases.
         epsilon, delta: the budget of all of it.
-        least: what whoever holds the records asks for at least. A step of more noise than the first plan's departs from
-            it, and may cost more than one that keeps to it.
+        least: the least that the site asks for.
     """
 
     def run(noise: float) -> list[Release]:
@@ -151,18 +152,20 @@ def noise_after(
     departs = bool(history.releases) and not history.commitment.whole
     if not epsilon > 0:
         return None
-    own = max(event.noise_multiplier, least)
-    if fits(own):
-        return own
-    planned = [release.event for release in history.commitment.releases] if departs else []
-    like = {
-        step.noise_multiplier
-        for step in planned
-        if step.having(noise_multiplier=1.0).priced() == event.having(noise_multiplier=1.0).priced()
-    }
-    found = {max(noise, least) for noise in (least_at(cost, epsilon), *like) if noise is not None}
+    usual = max(event.noise_multiplier, least)
+    if fits(usual):
+        return usual
+    planned = _noises_like(event, history.commitment) if departs else set()
+    noises = {max(noise, least) for noise in (least_at(cost, epsilon), *planned) if noise is not None}
     # More noise than the least that fits may depart, and then not fit.
-    return min(filter(fits, found), default=None)
+    return min(filter(fits, noises), default=None)
+
+
+def _noises_like(event: Event, commitment: Commitment) -> set[float]:
+    """Return the noise multipliers of a plan's releases that are as ``event`` but for their noise."""
+    like = event.having(noise_multiplier=1.0).priced()
+    events = (release.event for release in commitment.releases)
+    return {each.noise_multiplier for each in events if each.having(noise_multiplier=1.0).priced() == like}
 
 
 def planned_delta(releases: Iterable[Release], delta: float) -> float:
@@ -178,8 +181,8 @@ def planned_delta(releases: Iterable[Release], delta: float) -> float:
 def price(spent: Sequence[Release], commitment: Commitment, delta: float) -> tuple[float, Accountant]:
     """Return the ε at ``delta`` of all that a data set has ``spent``, and what computed it.
 
-    What a site never lets pass a budget costs at most that, whoever chose it. A plan's other releases count before they
-    are made.
+    What a site never lets pass a budget costs at most that under any adaptive choice. A plan's other releases count
+    before they are made.
 
     Raises:
         ConfigError: ``delta`` is not in (0, 1].
@@ -204,9 +207,9 @@ def departed(spent: Sequence[Release], delta: float) -> tuple[float, Accountant]
 
 
 def price_of_several(spent: Sequence[Release], commitment: Commitment, units: int, delta: float) -> float:
-    """Return the ε at ``delta`` of somebody with so many units; errors as ``epsilon_of_several``.
+    """Return the ε at ``delta`` of a person with several units; errors as ``epsilon_of_several``.
 
-    What departs from the plan is taken as at rate 1, where it is known whoever chooses.
+    What departs from the plan is taken as at rate 1, where it is known for adaptive choices.
     """
     if not all(map(_is_gaussian, spent)):
         return math.inf
@@ -244,9 +247,9 @@ def _together(releases: Iterable[Release], key: Callable[[Event], Event]) -> dic
     """Return releases by a key of their event, those of one key as one: as steps, if any of them are."""
     found: dict[Event, Release] = {}
     for release in releases:
-        held = found.get(event := key(release.event))
-        purpose = TRAINING if held and held.purpose == TRAINING else release.purpose
-        found[event] = replace(release, count=release.count + (held.count if held else 0), purpose=purpose)
+        merged = found.get(event := key(release.event))
+        purpose = TRAINING if merged and merged.purpose == TRAINING else release.purpose
+        found[event] = replace(release, count=release.count + (merged.count if merged else 0), purpose=purpose)
     return found
 
 

@@ -5,7 +5,7 @@ Two kinds that must never be mixed up:
 * **Named streams** (adapter start, partitions, non-private batch order) follow from the run's
   public seed, so that server and sites can derive the same values.
 * **Private randomness** (Poisson sampling, Gaussian noise) comes from the operating system's
-  entropy (``privacy.entropy``). No function here takes a seed for it; whoever knows every seed of a run
+  entropy (``privacy.entropy``). No function here takes a seed for it; one who knows every seed of a run
   learns nothing about it (pitfall 11 in ``docs/concepts/evidence.md``).
 
 Floating-point noise betrays what it is added to by the values that it cannot take (Mironov 2012,
@@ -15,13 +15,13 @@ the law of g · round((S + N) / g) for the sum S as it is in float64 and a real 
 is post-processing, so that the account of the Gaussian mechanism holds as it is. How:
 
 * N = std · Φ⁻¹(W) for a real W, uniform on (0, 1). Bits 1 to 96 of W are drawn (a sign, and 95 bits of the
-  distance to the nearer end, so that both tails are alike), and float64 finds the cell of S + N to
+  distance to the nearer end, so that both tails are the same), and float64 finds the cell of S + N to
   within ``_DOUBT`` standard deviations; S enters as what it exceeds a multiple of g by, which is exact.
 * Where another W with these bits could give another cell, because a border is that near or N lies beyond
   ``_TAIL`` standard deviations (at most 2⁻²⁸ of all numbers), as many more bits are drawn as decide, in interval
   arithmetic of any precision.
 
-So sampler and grid add no δ. This rests on three things: the operating system's bits are uniform, float64's
+So sampler and grid add no δ. This depends on three things: the operating system's bits are uniform, float64's
 error stays below ``_DOUBT``, and mpmath's Φ keeps half of its guard bits. Tests hold the last two, with room.
 """
 

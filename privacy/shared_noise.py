@@ -1,9 +1,9 @@
-"""Record-level DP-SGD on a sum of all sites, of which nobody sees the parts: the sites share its noise.
+"""Record-level DP-SGD on a sum of all sites, whose parts no one sees: the sites share its noise.
 
 A round is one step: every site sends the noised sum of its clipped gradients, masked (``privacy.secure_sum``), and the
 server divides the sum of all and steps. What a site draws is a part of the noise that is priced; the parts of
-``privacy.honest-sites`` make the whole. So the price rests on them, and a ledger holds a second one: of the site's own
-noise alone.
+``privacy.honest-sites`` make the whole. So the price depends on them, and a ledger holds a second one: of the site's
+own noise alone.
 """
 
 from __future__ import annotations
@@ -110,12 +110,12 @@ class SecureSum(Mechanism):
         )
 
     def sent(self, trained: Mapping[str, T], moves: Callable[[str], bool]) -> dict[str, T]:
-        """Return the layers that move in the round alone: what rests would be noise in the vector."""
-        return {layer: held for layer, held in trained.items() if moves(layer)}
+        """Return the layers that move in the round alone: what is frozen would be noise in the vector."""
+        return {layer: factors for layer, factors in trained.items() if moves(layer)}
 
     def promise(self, privacy: PrivacyConfig) -> str:
-        """Return the budget of a site, and on whom it rests."""
-        told = f"ε ≤ {privacy.epsilon:g} at δ = {privacy.delta:g} for each site"
+        """Return the budget of a site, and on whom it depends."""
+        budget = f"ε ≤ {privacy.epsilon:g} at δ = {privacy.delta:g} for each site"
         if privacy.honest_sites == 1:
-            return f"{told}, whatever other sites do (h = 1)"
-        return f"{told}, as long as {privacy.honest_sites} sites of each sum are honest (h = {privacy.honest_sites})"
+            return f"{budget}, whatever other sites do (h = 1)"
+        return f"{budget}, as long as {privacy.honest_sites} sites of each sum are honest (h = {privacy.honest_sites})"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -14,17 +13,6 @@ if TYPE_CHECKING:
 
 def nothing() -> None:
     """Do nothing."""
-
-
-@dataclass(frozen=True)
-class Around:
-    """What a round does around the work of its steps."""
-
-    before_pass: Callable[[], None] = nothing
-    """Called before each pass; what it raises ends the step."""
-
-
-JUST_STEPS = Around()
 
 
 class Steps(Protocol):

@@ -34,7 +34,7 @@ class Together:
 
 
 def units_at_once(numbers: int) -> int:
-    """Return how many units' sums of so many trained numbers are held at once; at least 1.
+    """Return how many units' sums of ``numbers`` trained numbers are held at once; at least 1.
 
     >>> units_at_once(38_000), units_at_once(10**9)
     (883, 1)
@@ -48,7 +48,7 @@ def together(
     """Yield units with all of their rows, each in one piece.
 
     Args:
-        model: whose trained numbers are those that require a gradient once the first is asked for.
+        model: whose trained numbers are those that require a gradient once iteration begins.
         records: of all the units.
         members: positions of each unit's records.
         shapes: in which records pass; None: the model's own.

@@ -1,4 +1,4 @@
-"""Units: whose addition or removal nobody notices, as words of a claim and as which records are drawn together.
+"""Units: whose addition or removal stays unnoticed, as words of a claim and as which records are drawn together.
 
 A unit is an axis of its own, chosen by ``privacy.unit``. A mechanism says which units it protects
 (``Mechanism.units``); what it clips, samples and counts is then one of these. Its public size, and so the divisor, a
@@ -55,14 +55,14 @@ class Unit:
             return claim
         sampler = claim.sampler.replace(RECORD.each, self.each)
         of_records = {*RECORD.leaves_out, *RECORD.leaves_out_of_sums}
-        kept = tuple(text for text in claim.leaves_out if text not in of_records)
+        texts = tuple(text for text in claim.leaves_out if text not in of_records)
         return replace(
             claim,
             unit=self.what,
             adjacency=self.adjacency,
             sampler=sampler,
             per=self.name,
-            leaves_out=(*(self.leaves_out_of_sums if summed else self.leaves_out), *kept),
+            leaves_out=(*(self.leaves_out_of_sums if summed else self.leaves_out), *texts),
             across=self.across_sums if summed else self.across,
         )
 
@@ -70,7 +70,7 @@ class Unit:
         """Return the positions of each unit's records, units in the order in which they first occur.
 
         Raises:
-            MechanismError: a record belongs to nobody, so that no claim would cover it.
+            MechanismError: a record belongs to no one, so that no claim would cover it.
         """
         if not self.grouped:
             return [[position] for position in range(len(records))]

@@ -12,7 +12,8 @@ from collections.abc import Callable, Collection, Mapping
 from fedveil.common.errors import FedVeilError
 from fedveil.common.messages.round import Spending, TrainResult
 from fedveil.privacy.accountant import INITIALISATION, TRAINING
-from fedveil.privacy.accounting import LEAST_DELTA, noise_multiplier_for
+from fedveil.privacy.accounting import LEAST_DELTA
+from fedveil.privacy.calibration import noise_multiplier_for
 from fedveil.privacy.events import LEAST_RATE, MOST_NOISE, EventKind
 from fedveil.privacy.figures import epsilon_text, honest_text
 from fedveil.privacy.plan import PrivacyPlan
@@ -47,7 +48,7 @@ class Admission:
         """By the mark of the node, in the order in which they first counted."""
 
     def mark(self, node: int) -> str:
-        """Return what stands for a node in all that the run writes."""
+        """Return the mark of a node in all that the run writes."""
         return mark_of(node, self._run)
 
     def owner(self, site: str, online: Collection[int]) -> int | None:
@@ -79,7 +80,7 @@ class Admission:
         """Return the nodes that no honest site under their name would answer as, with the reason.
 
         Of what they say was spent nothing is believed, where a result that does not count for what it holds was paid
-        for all the same. Arguments as of ``judge``.
+        for all the same. Arguments as for ``judge``.
         """
         reasons: dict[int, str] = {}
         claimed: set[str] = set()
@@ -156,35 +157,39 @@ class Admission:
         wanted = TRAINING if result.round_number else INITIALISATION
         if spent.purpose != wanted:
             return f"the reply's spending is of kind {spent.purpose!r}, this round is {wanted!r}"
-        told, own = spent.event, plan.event
-        if told.kind != own.kind:
-            return f"the spending's releases are {told.kind!r}, the run's are {own.kind!r}"
+        stated, own = spent.event, plan.event
+        if stated.kind != own.kind:
+            return f"the spending's releases are {stated.kind!r}, the run's are {own.kind!r}"
         steps = plan.release(self._job.config.training.local_steps).count if result.round_number else 0
         if spent.steps_round != steps:
             return f"the reply's spending is for {spent.steps_round} steps, not {steps}"
-        if not min(told.sample_rate, told.clip_norm, spent.delta) > 0:
+        if not min(stated.sample_rate, stated.clip_norm, spent.delta) > 0:
             return "the spending's sample rate, clip norm and delta must all be above 0"
-        told.check()  # a report computes the price again, and what has none would leave it without
+        stated.check()  # a report computes the price again, and what has none would leave it without
         # Figures that no honest site has would keep it busy.
-        if told.sample_rate < LEAST_RATE or spent.delta < LEAST_DELTA:
+        if stated.sample_rate < LEAST_RATE or spent.delta < LEAST_DELTA:
             return f"the spending's sample rate is below {LEAST_RATE:g}, or its delta below {LEAST_DELTA:g}"
         for name in sorted(set(own.figures) - set(EventKind.figures)):
             # Which way is stricter, its kind alone knows.
-            if abs(told.figures[name] - own.figures[name]) > ROUNDING * abs(own.figures[name]):
-                return (
-                    f"the spending's {name} {told.figures[name]:.4g} is another than {own.figures[name]:.4g}, the run's"
-                )
+            if abs(stated.figures[name] - own.figures[name]) > ROUNDING * abs(own.figures[name]):
+                both = f"{stated.figures[name]:.4g} is another than {own.figures[name]:.4g}"
+                return f"the spending's {name} {both}, the run's"
+        return self._out_of_bounds(result, spent, plan)
+
+    def _out_of_bounds(self, result: TrainResult, spent: Spending, plan: PrivacyPlan) -> str:
+        """Return which figure of a spending is below the least, or above the most, of every honest site; or nothing."""
+        stated, own = spent.event, plan.event
         # The budget holds for what was charged under the site's own name. A total above it is that of records which
         # other names of its ledger share, an infinite one that of records released without privacy: nothing remains.
         total = spent.epsilon_budget if math.isinf(spent.epsilon_total) else spent.epsilon_total
         above = spent.epsilon_total > spent.epsilon_budget * (1 + ROUNDING)
-        noises = [("noise multiplier", told.noise_multiplier, own.noise_multiplier)]
+        noises = [("noise multiplier", stated.noise_multiplier, own.noise_multiplier)]
         if result.noised_correct:
             one_count = noise_multiplier_for(plan.max_epsilon, plan.delta, 1.0, 1)
             noises.append(("noise of the count", result.noised_correct.noise_std, one_count))
         # Every site samples and clips as the run says. One that stated a lower rate would have its noise counted as so
         # much larger, at its whole weight, and the server's rate would follow it (``rates``).
-        exact = [("sample rate", told.sample_rate, own.sample_rate), ("clip norm", told.clip_norm, own.clip_norm)]
+        exact = [("sample rate", stated.sample_rate, own.sample_rate), ("clip norm", stated.clip_norm, own.clip_norm)]
         for name, figure, least in (*noises, *exact):
             if figure < least * (1 - ROOM):
                 return f"the spending's {name} {figure:.4g} is below {least:.4g}, the run's least"

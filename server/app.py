@@ -133,7 +133,7 @@ class FlowerTransport:
         return taken, sum(payload_bytes(contents[one.node]) for one in taken.values())
 
     def _fault(self, message: Message | None, sent: _Sent) -> str:
-        """Return why a message is not what the node answered; empty: it is, or nobody signs.
+        """Return why a message is not what the node answered; empty: it is, or no one signs.
 
         An error of Flower's has no content that could be signed: it is no site's word, and leaves a site out at most.
         """
@@ -178,8 +178,8 @@ def in_short(reason: str) -> str:
     """Return a simulation's own words about a full memory as one sentence, and all others as they are."""
     if RAY_WITHOUT_MEMORY not in reason:
         return reason
-    held = re.search(r"was ([\d.]+)GB / ([\d.]+)GB", reason)
-    full = f" ({held[1]} of {held[2]} GB)" if held else ""
+    memory = re.search(r"was ([\d.]+)GB / ([\d.]+)GB", reason)
+    full = f" ({memory[1]} of {memory[2]} GB)" if memory else ""
     return f"this machine's memory is full{full}, so Ray ended a worker: end other programs, or run with --workers 1"
 
 

@@ -89,12 +89,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def load_checkpoint(folder: Path, job: Job, run: str) -> Checkpoint:
-    """Return the checkpoint that a job resumes.
-
-    Args:
-        folder: the run's folder.
-        job: the resumed run's configuration.
-        run: what the resumed run is called.
+    """Return the checkpoint in ``folder`` that ``job`` resumes, as the run called ``run``.
 
     Raises:
         ConfigError: there is nothing to resume, the run is complete, or a setting differs from the
@@ -111,7 +106,7 @@ def load_checkpoint(folder: Path, job: Job, run: str) -> Checkpoint:
             run=about["run"],
             settings=dict(about["settings"]),
             state=state,
-            members={mark: from_json(Member, told, "a member") for mark, told in about["members"].items()},
+            members={mark: from_json(Member, line, "a member") for mark, line in about["members"].items()},
             baseline=Score(**about["baseline"]),
             score=Score(**about["score"]) if about["score"] else None,
             lengths={name: int(size) for name, size in about["lengths"].items()},
@@ -147,7 +142,7 @@ def saved_state(folder: Path) -> ServerState:
     """Return the state that a run's last complete round left.
 
     Raises:
-        DataError: there is none, or the checkpoint is damaged or of another format.
+        DataError: no round is complete, or the checkpoint is damaged or of another format.
     """
     return _saved(folder)[1]
 

@@ -161,8 +161,8 @@ def _conduct(
     server_model: ServerModel | None = None
     try:
         folder.progress(ProgressFile("loading model and data"))
-        if told := unprotected_test(job.config.data.name, job.config.data.test):
-            folder.say(told)
+        if warning := unprotected_test(job.config.data.name, job.config.data.test):
+            folder.say(warning)
         server_model = ServerModel(job)
         terminal = Terminal(job, folder, server_model)
         folder.label_names, folder.slice_names = server_model.label_names, server_model.slice_names
@@ -196,7 +196,7 @@ def run_all(
     observer: Observer,
     saved: Checkpoint | None = None,
 ) -> ServerState:
-    """Begin or resume a run, run its rounds, and return the last state; errors as of ``run_rounds``."""
+    """Begin or resume a run, run its rounds, and return the last state; errors as for ``run_rounds``."""
     admission = Admission(job, saved.members if saved else {}, transport.registered, run)
     collector = collector_of(job, run, transport, server_model, admission, saved.resumes if saved else 0)
     start = resume(saved, observer) if saved else begin(job, collector, server_model, observer)

@@ -38,7 +38,7 @@ class LastRounds:
         self._job, self._admission, self._resumes = job, admission, resumes
 
     def before(self, round_number: int) -> str:
-        """Return why the run ends before a round is asked for; empty: it is asked for."""
+        """Return why the run ends before a round begins; empty: it begins."""
         return self._reason(cannot_pay(self._job, self._admission, round_number, self._resumes), round_number)
 
     def after(self, got: Collected, round_number: int) -> str:
@@ -50,9 +50,9 @@ class LastRounds:
 
 
 def cannot_pay(job: Job, admission: Admission, number: int, resumes: int) -> list[Member]:
-    """Return the sites of which it is known, before a round is asked for, that it is lost to them by a repeated one.
+    """Return the sites of which it is known, before a round begins, that it is lost to them by a repeated one.
 
-    It is known where a site's ledger holds nothing but this run. Any other site is asked, and refuses.
+    It is known where a site's ledger holds nothing but this run. Any other site gets the task, and refuses.
 
     Args:
         job: the run.
@@ -94,7 +94,7 @@ def _may_lack(job: Job, member: Member, number: int, resumes: int) -> bool:
 
 
 def _exceeds(job: Job, spent: Spending) -> bool:
-    """Whether one more round passes a site's budget; false where its ledger holds what nobody here knows."""
+    """Whether one more round passes a site's budget; false where its ledger holds releases unknown here."""
     start = job.origin.release() if isinstance(job.origin, PaidStart) else None
 
     def price(steps: int) -> float:

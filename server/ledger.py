@@ -1,12 +1,12 @@
 """The server's ledger, of a mechanism whose noise a trusted server adds: what the sites' sum has paid, over all runs.
 
-A charge is priced on top of all that the file holds, and is on disk before a site is asked, and so before any noise is
+A charge is priced on top of all that the file holds, and is on disk before a task is sent, and so before any noise is
 drawn. The file is replaced in one step under a lock: a killed server leaves the old one or the new one, and two servers
 that share it never spend the same remainder. Charges are only ever added. A round that is repeated, after a crash or in
-a resumed run, releases anew and is charged anew.
+a resumed run, releases again and is charged again.
 
-Whoever starts a run may choose its noise, rate and rounds by what runs before it have shown. So with the first charge
-its run's whole plan is written down, and all charges are priced by it (``privacy.privacy_filter``).
+The one who starts a run may choose its noise, rate and rounds by what runs before it have shown. So with the first
+charge its run's whole plan is written down, and all charges are priced by it (``privacy.privacy_filter``).
 
 What no file can know: one that is restored from an old copy, or deleted, forgets. A run that goes on refuses a ledger
 that lacks the rounds which it has done. A ledger in the run's own folder is copied and restored along with it, and then
@@ -128,19 +128,19 @@ class ServerLedger:
         return self._content().charges
 
     def rounds_of(self, run: str) -> int:
-        """Return how many rounds of a run were charged, a repeated one counted once; errors as of ``charges``."""
+        """Return how many rounds of a run were charged, a repeated one counted once; errors as for ``charges``."""
         return len({charge.round_number for charge in self.charges() if charge.run == run})
 
     def history(self, run: str) -> History:
-        """Return what was spent before a run's first charge, all of it where it has none; errors as of ``charges``."""
-        held = self._content()
-        before = list(itertools.takewhile(lambda charge: charge.run != run, held.charges))
-        delta = min((charge.delta for charge in held.charges), default=math.inf)
-        commitment = held.commitment if before else FRESH.commitment
+        """Return what was spent before a run's first charge, all of it where it has none; errors as for ``charges``."""
+        content = self._content()
+        before = list(itertools.takewhile(lambda charge: charge.run != run, content.charges))
+        delta = min((charge.delta for charge in content.charges), default=math.inf)
+        commitment = content.commitment if before else FRESH.commitment
         return History(tuple(charge.release for charge in before), commitment, delta)
 
     def first_event(self, run: str) -> Event | None:
-        """Return what a run's first charge was for; None where it has none; errors as of ``charges``."""
+        """Return what a run's first charge was for; None where it has none; errors as for ``charges``."""
         return next((charge.event for charge in self.charges() if charge.run == run), None)
 
     def charge(
@@ -158,34 +158,25 @@ class ServerLedger:
         holds is composed at the smallest δ that any of it was charged at, and priced by what the first run planned.
 
         Args:
-            run: whose round it is.
-            round_number: from 1.
-            event: what the round releases.
-            delta: of the run.
-            max_epsilon: of the run, for all that the file holds.
+            run, round_number, event: whose round it is, which, from 1, and what it releases.
+            delta, max_epsilon: of the run, for all that the file holds.
             planned: everything that the run is to release; it is written down with a file's first charge alone.
 
         Raises:
             BudgetExhausted: the release would pass ``max_epsilon``.
-            LedgerError: as of ``charges``, or it cannot be written, or was locked for too long.
+            LedgerError: the file cannot be read or written, or was locked for too long.
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self._locked():
-                held = self._content()
+                before = self._content()
                 now = datetime.now(UTC).isoformat(timespec="seconds")
-                added = Charge(run, round_number, event, min([delta, *(one.delta for one in held.charges)]), now)
-                plan = held.commitment if held.charges else commitment_to(planned, [added.release])
-                spending = _price(held.charges, added, plan, max_epsilon)
+                added = Charge(run, round_number, event, min([delta, *(one.delta for one in before.charges)]), now)
+                plan = before.commitment if before.charges else commitment_to(planned, [added.release])
+                spending = _price(before.charges, added, plan, max_epsilon)
                 if not spending.epsilon_total <= max_epsilon:
-                    detour = spending.accountant.detour
-                    raise BudgetExhausted(
-                        f"round {round_number} of run {run!r} would make the sites' epsilon "
-                        f"{epsilon_text(spending.epsilon_total, decimals=4)}, the budget is {max_epsilon:g} at delta "
-                        f"{added.delta:g}{DEARER.get(detour.reason, '') if detour else ''}: train on other sites, or "
-                        "agree on a larger budget"
-                    )
-                content = LedgerContent(FORMAT, self._unit, [*held.charges, added], list(plan.releases))
+                    raise BudgetExhausted(_exhausted(added, spending))
+                content = LedgerContent(FORMAT, self._unit, [*before.charges, added], list(plan.releases))
                 replace_file(self.path, (json.dumps(to_json(content), indent=1) + "\n").encode())
         except OSError as error:
             raise LedgerError(
@@ -201,14 +192,14 @@ class ServerLedger:
             text = ""
         except (OSError, UnicodeDecodeError) as error:
             raise LedgerError(f"the ledger {self.path} cannot be read: check rights and the disk") from error
-        held = self._read(text) if text or self.path.exists() else LedgerContent(FORMAT, self._unit, [], [])
-        if len(held.charges) < self._seen:
+        content = self._read(text) if text or self.path.exists() else LedgerContent(FORMAT, self._unit, [], [])
+        if len(content.charges) < self._seen:
             raise LedgerError(
-                f"the ledger {self.path} has {len(held.charges)} charges, and had {self._seen}: put back the file that "
-                "was there"
+                f"the ledger {self.path} has {len(content.charges)} charges, and had {self._seen}: put back the file "
+                "that was there"
             )
-        self._seen = len(held.charges)
-        return held
+        self._seen = len(content.charges)
+        return content
 
     def _read(self, text: str) -> LedgerContent:
         try:
@@ -244,14 +235,24 @@ class ServerLedger:
             yield
 
 
-def _price(held: Sequence[Charge], added: Charge, plan: Commitment, max_epsilon: float) -> Spending:
-    before = [charge.release for charge in held]
+def _exhausted(charge: Charge, spending: Spending) -> str:
+    detour = spending.accountant.detour
+    return (
+        f"round {charge.round_number} of run {charge.run!r} would make the sites' epsilon "
+        f"{epsilon_text(spending.epsilon_total, decimals=4)}, the budget is {spending.epsilon_budget:g} at delta "
+        f"{charge.delta:g}{DEARER.get(detour.reason, '') if detour else ''}: train on other sites, or agree on a "
+        "larger budget"
+    )
+
+
+def _price(charges: Sequence[Charge], added: Charge, plan: Commitment, max_epsilon: float) -> Spending:
+    before = [charge.release for charge in charges]
     total, accountant = price([*before, added.release], plan, added.delta)
     return Spending(
         purpose=TRAINING,
         event=added.event,
         steps_round=1,
-        steps_total=len(held) + 1,
+        steps_total=len(charges) + 1,
         delta=added.delta,
         epsilon_round=max(0.0, total - price(before, plan, added.delta)[0]),
         epsilon_total=total,

@@ -1,7 +1,7 @@
 """The lock of a run's folder: two servers would cut each other's lines off and replace each other's checkpoint.
 
 The lock is the operating system's, on the folder itself: it ends with the process that holds it, however
-that ends, leaves no file, and can be asked after through a mount that is read-only.
+that ends, leaves no file, and can be looked up through a mount that is read-only.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def only_writer(folder: Path, patience: float = GLANCE_SECONDS) -> Iterator[None
 
 
 @contextmanager
-def locked(held: int, patience: float, taken: FedVeilError) -> Iterator[None]:
+def locked(descriptor: int, patience: float, taken: FedVeilError) -> Iterator[None]:
     """Hold the operating system's lock on an open file or folder until the block ends, and close it.
 
     Args:
-        held: its descriptor.
+        descriptor: its descriptor.
         patience: seconds to try for; 0 is one try.
         taken: what is raised where somebody else holds the lock for longer.
     """
@@ -48,7 +48,7 @@ def locked(held: int, patience: float, taken: FedVeilError) -> Iterator[None]:
     try:
         while True:
             try:
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError as error:
                 if time.monotonic() >= deadline:
@@ -56,7 +56,7 @@ def locked(held: int, patience: float, taken: FedVeilError) -> Iterator[None]:
                 time.sleep(0.02)
         yield
     finally:
-        os.close(held)
+        os.close(descriptor)
 
 
 def is_written(folder: Path) -> bool:

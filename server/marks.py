@@ -1,6 +1,6 @@
 """Marks, which stand for nodes in a run's files and messages in place of Flower's numbers of them.
 
-Flower's Fleet port takes the sender of a message from the message. Whoever has a key of their own and knows another
+Flower's Fleet port takes the sender of a message from the message. One who has a key and knows another
 node's number can speak as that node, so a number is in nothing that others may read.
 """
 
@@ -16,7 +16,7 @@ DIGITS = 12
 
 @cache
 def mark_of(node: int, run: str) -> str:
-    """Return what stands for a node in one run: ``node`` and twelve digits, the same at every start of the run.
+    """Return the mark of a node in one run: ``node`` and twelve digits, the same at every start of the run.
 
     No key is needed to make it again, so that a run goes on wherever its folder is. It follows from the number by a
     slow function, and the number does not follow from it.

@@ -1,9 +1,9 @@
 """The noise in a round's averaged numbers: what follows from each site's stated noise, batch, rate and share.
 
-A plain step of a site with batch b and rate η puts noise of standard deviation η σ C / b on every number of its
-change; steps of one round add up by their squares, and so do the sites, each times its share of the average. Whoever
-asks what noise alone would do asks here: strategies that choose layers, the server's rates, LoRAPrune's scores, and
-thresholds of singular values.
+A plain step of a site with batch b and rate η puts noise of standard deviation η σ C / b on every number of its change;
+steps of one round add up by their squares, and so do the sites, each times its share of the average. A caller that
+needs to know what noise alone would do asks here: strategies that choose layers, the server's rates, LoRAPrune's
+scores, and thresholds of singular values.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def site_noise(job: Job, result: TrainResult, *, most: float = math.inf) -> floa
     Args:
         job: the run, of which something is charged.
         result: the site's answer; only its round, its size and what it was charged for are used.
-        most: count a site that states more than so many times the run's own noise at that.
+        most: count a site that states more than ``most`` times the run's own noise at that.
     """
     return _rate(job, result) * _gradient(job, result, result.public_size, most)
 
@@ -47,7 +47,7 @@ def sum_noise(job: Job, results: Sequence[TrainResult], *, most: float = math.in
     Args:
         job: the run, of which something is charged.
         results: those that are in the sum, at least one.
-        most: as of ``site_noise``.
+        most: as for ``site_noise``.
     """
     first = next((result for result in results if result.spending is not None), results[0])
     sizes = sum(result.public_size for result in results)
@@ -59,7 +59,7 @@ def cohort_noise(job: Job, result: TrainResult) -> float:
 
     Args:
         job: a run in which the server draws the noise.
-        result: stands for the whole cohort; only its size and what the round was charged for are used.
+        result: of the whole cohort; only its size and what the round was charged for are used.
     """
     return _gradient(job, result, result.public_size)
 

@@ -3,7 +3,7 @@
 How a SuperLink was started is hidden from the app that it runs. ``fedveil server start`` therefore names its folder in
 the SuperLink's environment, and the app has the installed version look at that folder and ask the port that sites dial
 (``deploy.run_check``). That the sites dialled that very port is the operator's word. Where no folder is named, nothing
-is known, and the report says so. Of a site nothing is asked: what its own check finds stays there.
+is known, and the report says so. Sites are not checked: what its own check finds stays there.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def began(reach: Reach, check: OwnCheck | None = None) -> ServerStart:
 
 
 def own_check(runs: Path, reach: Reach, command: Sequence[str] = (sys.executable, "-P", "-m", PROGRAM)) -> OwnCheck:
-    """Return what the installed version finds; one that cannot be asked is a check that failed.
+    """Return what the installed version finds; one that cannot run is a check that failed.
 
     Args:
         runs: where runs are kept.
-        reach: how sites are reached; where nothing goes over a network, no port is asked.
+        reach: how sites are reached; where nothing goes over a network, no port is checked.
         command: of the program, without its arguments.
     """
     named = os.environ.get(FOLDER, "") if reach == "network" else ""

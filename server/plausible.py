@@ -12,7 +12,7 @@ honest one, whatever its records are:
 
 The head moves ``head-rate`` times as far as the rest: what of a record's C lies in it, and its own noise. The adapter's
 noise is counted at the adapter's rate, so sites of unlike ranks, which have one head and unlike many numbers beside it,
-are held to bounds alike.
+are held to the same bounds.
 
 Both are met with room (``SLACK``), for large Poisson batches; what is above is not counted. Plain SGD
 without privacy has no such bound. There a contribution is measured against the median of the round,
@@ -43,10 +43,10 @@ MEDIANS = 100.0
 
 def update_norm(job: Job, result: TrainResult, state: ServerState) -> float:
     """Return the L2 norm of a contribution minus what the adapter holds in its place (0 where it holds nothing)."""
-    held = held_by(job, result, state)
+    before = held_by(job, result, state)
     change: AdapterState = {}
     for layer, factors in result.contribution.items():
-        old = held.get(layer, {})
+        old = before.get(layer, {})
         change[layer] = {name: tensor - old[name] if name in old else tensor for name, tensor in factors.items()}
     return l2_norm(change)
 
@@ -69,14 +69,14 @@ def honest_norm(job: Job, plan: Plan, result: TrainResult, state: ServerState) -
             elements are used.
         state: what the site started from.
     """
-    told = result.spending.event if result.spending else None
+    event = result.spending.event if result.spending else None
     if result.round_number == 0:
-        return plan.longest_gradient(count(result.contribution), told) * job.origin.way
+        return plan.longest_gradient(count(result.contribution), event) * job.origin.way
     if any(name not in state.adapter.get(layer, {}) for layer, f in result.contribution.items() for name in f):
         return math.inf
     config, training = job.config, job.config.training
     if isinstance(plan, PrivacyPlan) and plan.noises_rounds:
-        return plan.longest_gradient(count(result.contribution), told)
+        return plan.longest_gradient(count(result.contribution), event)
     rates = (config.site_rate(result.round_number, step) for step in range(training.local_steps))
     head = count({layer: f for layer, f in result.contribution.items() if layer == HEAD})
     fastest = max(1.0, config.site_head_rate) if head else 1.0
@@ -86,10 +86,10 @@ def honest_norm(job: Job, plan: Plan, result: TrainResult, state: ServerState) -
     if training.optimizer in ("adam", "adamw"):
         step = max(1.0, (1 - training.momentum) / math.sqrt(1 - training.beta2)) * math.sqrt(numbers)
     else:
-        clipped = plan.longest_gradient(0, told)
+        clipped = plan.longest_gradient(0, event)
         if not math.isfinite(clipped):
             return math.inf
-        noised = plan.longest_gradient(numbers, told) - clipped
+        noised = plan.longest_gradient(numbers, event) - clipped
         step = (fastest * clipped + noised) / (1 - training.momentum if training.optimizer == "momentum" else 1.0)
     return sum(rates) * (step + decay)
 

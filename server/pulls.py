@@ -42,7 +42,7 @@ def pull_answer(grid: HttpGrid, asked: str, room: int) -> list[Message]:
 
     Flower announces the parts of a message by their hashes, and says of none how large it is. So too many are refused
     before the first is pulled, and sizes are counted as they come. Any node can address a message to the server's own
-    number, which Flower hands over with whatever is asked for, whole or not: none of its parts is pulled.
+    number, which Flower hands over with any request, whole or not: none of its parts is pulled.
 
     Raises:
         ValueError: it is no answer of this run.
@@ -50,11 +50,11 @@ def pull_answer(grid: HttpGrid, asked: str, room: int) -> list[Message]:
     client, run = grid._runtime_client, cast(Any, grid)._run.run_id
     got = client.PullMessages(PullAppMessagesRequest(message_ids=[asked]))
     found = []
-    for told, tree in zip(got.messages_list, got.message_object_trees, strict=True):
-        if told.metadata.reply_to_message_id != asked:
+    for message, tree in zip(got.messages_list, got.message_object_trees, strict=True):
+        if message.metadata.reply_to_message_id != asked:
             log.warning("a message that answers no task is dropped: any registered site may have sent it")
             continue
-        name, parts = told.metadata.message_id, [part.object_id for part in iterate_object_tree(tree)]
+        name, parts = message.metadata.message_id, [part.object_id for part in iterate_object_tree(tree)]
         if len(parts) > HEADER_PARTS + room // PART_BYTES:
             raise ValueError(f"the message has {len(parts)} parts, more than an answer")
         pull = make_pull_object_fn_protobuf(client.PullObject, grid.node, run)

@@ -8,7 +8,7 @@
 ``checkpoint.safetensors``  what the run goes on from (see ``server.checkpoint``)
 ``run.log``         what the terminal shows
 ``log.jsonl``       the server's log
-``progress.json``   what goes on right now, for whoever watches
+``progress.json``   what goes on right now, for ``watch``
 ``adapter/``        the final adapter in PEFT's format, with the head and what is needed to score it
 ``ranks/``          the same cut to every lower rank, without the head, of a strategy whose adapter may be cut
 ``result.json``     how the run ended
@@ -31,7 +31,6 @@ from typing import Any
 from safetensors.torch import save_file
 
 from fedveil.common.bundle import own_digest
-from fedveil.common.errors import DataError
 from fedveil.common.files import (
     append_lines,
     check_room,
@@ -43,7 +42,6 @@ from fedveil.common.files import (
     with_usual_mode,
 )
 from fedveil.common.log import about
-from fedveil.common.messages.round import TrainResult
 from fedveil.common.messages.state import AdapterState
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.model.score import Score
@@ -64,13 +62,12 @@ from fedveil.common.run_lines import (
     read_file,
     read_if_there,
 )
-from fedveil.common.strict_json import from_json, to_json
-from fedveil.common.tasks import TASKS
-from fedveil.privacy.claim import NO_CLAIM, NOTHING
+from fedveil.common.strict_json import to_json
 from fedveil.server.checkpoint import NAME, Checkpoint, save_checkpoint
 from fedveil.server.collect.door import shown_of
 from fedveil.server.members import Member
 from fedveil.server.observers import Observer, RoundOutcome
+from fedveil.server.privacy_lines import head_words, keep_charges, privacy_line
 from fedveil.strategies.job import Job
 from fedveil.strategies.state import ServerState
 
@@ -83,54 +80,9 @@ OF_THIS_MACHINE = ("output", "privacy.ledger", "resume")
 PACKAGES = ("fedveil", "flwr", "torch", "opacus", "transformers", "peft", "dp-accounting", "mpmath", "numpy")
 
 
-def head_words(job: Job) -> str:
-    """Return the head policy as reports print it."""
-    if not TASKS[job.config.model.task].labelled:
-        return "none (the base model's own)"
-    if job.config.head.policy == "frozen":
-        return "frozen at its start"
-    return f"trained and averaged{job.mechanism.head}"
-
-
-def privacy_line(job: Job, result: TrainResult) -> PrivacyLine:
-    """Return the line of ``privacy.jsonl`` for one result."""
-    spent = result.spending
-    said = job.claim if spent else NOTHING
-    return PrivacyLine(
-        round_number=result.round_number,
-        site=result.site,
-        public_size=result.public_size,
-        unit=said.unit,
-        adjacency=said.adjacency,
-        adversary=said.adversary,
-        sampler=said.sampler,
-        spent=spent.figures() if spent else None,
-        accountant=str(spent.accountant) if spent else NO_CLAIM,
-        head=head_words(job),
-        rank=result.rank,
-    )
-
-
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file so that a reader never sees half of it."""
     replace_file(path, (json.dumps(finite(value), indent=2) + "\n").encode())
-
-
-def keep_charges(path: Path, size: int) -> None:
-    """Cut a file back to ``size`` bytes and the whole lines of charges after them, in one step."""
-    if not path.is_file():
-        return
-    content = path.read_bytes()
-    kept = [text + b"\n" for text in content[size:].splitlines() if _is_charge(text)]
-    if (whole := content[:size] + b"".join(kept)) != content:
-        replace_file(path, whole)
-
-
-def _is_charge(text: bytes) -> bool:
-    try:
-        return from_json(PrivacyLine, json.loads(text), PrivacyLine.NAME).spent is not None
-    except (ValueError, DataError):  # what a crash has cut off
-        return False
 
 
 class RunFolder(Observer):

@@ -22,7 +22,7 @@ NUMBER = re.compile(r"[0-9]{1,20}")
 
 
 def registered_names() -> dict[int, str] | None:
-    """Return the name of every registered node, read anew: sites come and go while a run goes on. None: no table.
+    """Return the name of every registered node, read again: sites come and go while a run goes on. None: no table.
 
     Raises:
         DataError: the folder that the environment names cannot be read.
@@ -32,7 +32,7 @@ def registered_names() -> dict[int, str] | None:
 
 
 def names_in(folder: Path) -> dict[int, str]:
-    """Return the names in a folder by node; a file that holds no number names nobody.
+    """Return the names in a folder by node; a file that holds no number names no one.
 
     Raises:
         DataError: the folder cannot be read.
@@ -55,7 +55,7 @@ def _text(path: Path) -> str:
 
 
 def key_of(node: int) -> bytes:
-    """Return the registered public key of a node, a line in OpenSSH form; empty: there is none.
+    """Return the registered public key of a node, a line in OpenSSH form; empty: unknown.
 
     Raises:
         DataError: the folder that the environment names cannot be read.

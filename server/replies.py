@@ -17,7 +17,7 @@ from fedveil.strategies.job import Job
 
 
 def refusal(task: Task, node: int, kind: str, reason: str) -> Refusal:
-    """Return what stands for a node that gave no reply that counts.
+    """Return a refusal for a node that gave no reply that counts.
 
     ``kind`` is ``late``, ``failed`` or ``reply`` (what it sent is not acceptable).
     """
@@ -44,14 +44,14 @@ def replies_to(task: Task, job: Job, layout: Layout) -> Layout | Callable[[int],
 def read_reply(record: Any, layout: Layout | Callable[[int], Layout], task: Task, node: int) -> Reply | SumReply:
     """Return the reply in a node's message; whatever is wrong with it makes it a refusal.
 
-    A vector of a secure sum is taken where one was asked for, and tensors where they were.
+    A vector of a secure sum is taken in a run of secure sums, and tensors in any other.
 
     Sizes are compared before a payload is copied; records that no reply has are never looked at.
 
     Args:
         record: the message's content as Flower delivers it (a RecordDict).
         layout: names and shapes of what a site may send in this round; as ``decode_reply``.
-        task: what the node was asked.
+        task: what the node got.
         node: its number, whose mark it is called by as long as its own name cannot be trusted.
     """
     try:

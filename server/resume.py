@@ -20,7 +20,7 @@ def with_resumed(overrides: Mapping[str, Scalar], patience: float = GLANCE_SECON
 
     Args:
         overrides: settings, flat; returned unchanged if they resume nothing.
-        patience: seconds to wait for whoever still writes the run's folder.
+        patience: seconds to wait for a process that still writes the run's folder.
 
     Raises:
         ConfigError: no run, or more than one, answers to the name, or it cannot go on with these settings.

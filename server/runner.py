@@ -4,7 +4,8 @@ It hashes the bundle that came with a run in memory and refuses any but the inst
 before a line of it is imported, and its log says why. Of the one that is left the installed ``server.app`` is run, with
 the run's settings; nothing of a bundle is unpacked. Each run is a process of its own, forked from this one, so that
 several go on side by side, and that one which dies or is stopped takes nothing with it. The supervisor
-(``deploy.pair``) starts the runner anew whenever it ends; its runs end with it, and their ends are told.
+(``deploy.pair``) restarts the runner whenever it ends; its runs end with it,
+and it reports their ends.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ SHOWN_DIGITS = 12
 
 
 def check_bundle(bundle: bytes) -> None:
-    """Raise RunFailed unless a bundle is the installed version's own, ProtocolError if it is none."""
+    """Raise RunFailed unless a bundle is the installed version's own, ProtocolError if it is invalid."""
     if bundle_digest(bundle, own_alone=True) != own_digest():
         raise RunFailed(
             f"the app that was submitted is not this server's, whose bundle is {own_digest()[:SHOWN_DIGITS]}: nothing "
@@ -85,8 +86,8 @@ def _report_death(runtime: Runtime, token: str, code: int) -> None:
     """Tell the SuperLink that a run's process has died, which it would notice within a minute."""
     why = f"the run's process at the server ended with {code}"
     log.error("%s", why)
-    with suppress(httpx.HTTPError, TaskLost), runtime.hold(token, lambda: None) as held:
-        _tell_end(held, why)
+    with suppress(httpx.HTTPError, TaskLost), runtime.hold(token, lambda: None) as task:
+        _tell_end(task, why)
 
 
 def run_task(runtime: Runtime, token: str) -> None:
@@ -95,8 +96,8 @@ def run_task(runtime: Runtime, token: str) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _end)
     try:
-        with runtime.hold(token, _stopped) as held:
-            _run_held(runtime, token, held)
+        with runtime.hold(token, _stopped) as task:
+            _run_held(runtime, token, task)
     except TaskLost:
         log.warning("the SuperLink wants no more of a run")
 
@@ -116,13 +117,13 @@ def _stopped() -> None:
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
 
-def _run_held(runtime: Runtime, token: str, held: HeldTask) -> None:
-    given = held.client.PullTaskInput(PullTaskInputRequest())
+def _run_held(runtime: Runtime, token: str, task: HeldTask) -> None:
+    given = task.client.PullTaskInput(PullTaskInputRequest())
     run, context = run_from_proto(given.run), context_from_proto(given.context)
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = given.task_id, run.run_id, context.node_id
     lines: Queue[str | None] = Queue()
     mirror_output_to_queue(lines)
-    upload = start_log_uploader(lines, node_id=0, run_id=run.run_id, client=held.client)
+    upload = start_log_uploader(lines, node_id=0, run_id=run.run_id, client=task.client)
     why = "the run's process at the server was told to end"
     try:
         check_bundle(given.fab.content)
@@ -136,7 +137,7 @@ def _run_held(runtime: Runtime, token: str, held: HeldTask) -> None:
         flush_logs(lines)
         stop_log_uploader(lines, upload)
         with suppress(httpx.HTTPError):  # of a run that was stopped nobody wants to hear
-            _tell_end(held, why, context)
+            _tell_end(task, why, context)
 
 
 def _run_app(runtime: Runtime, token: str, run: Run, context: Context) -> None:
@@ -147,10 +148,10 @@ def _run_app(runtime: Runtime, token: str, run: Run, context: Context) -> None:
         app(grid=grid, context=context)
 
 
-def _tell_end(held: HeldTask, why: str, context: Context | None = None) -> None:
-    if held.beat.is_running:
-        held.beat.stop()  # a finished task has no more signs of life to give
-    held.client.PushTaskOutput(
+def _tell_end(task: HeldTask, why: str, context: Context | None = None) -> None:
+    if task.beat.is_running:
+        task.beat.stop()  # a finished task has no more signs of life to give
+    task.client.PushTaskOutput(
         PushTaskOutputRequest(
             context=context_to_proto(context) if context else None,
             sub_status=SubStatus.FAILED if why else SubStatus.COMPLETED,

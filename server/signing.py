@@ -1,6 +1,6 @@
 """The server's signatures on tasks, and its check of the sites' on answers, where ``fedveil server start`` began it.
 
-Elsewhere, as in a simulation, nothing is signed, and nobody knows who has asked or answered but by Flower's word.
+Elsewhere, as in a simulation, nothing is signed, and only Flower says who has sent a task or an answer.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-from flwr.app import RecordDict
+from typing import TYPE_CHECKING
 
 from fedveil.common.config.sections import Scalar
 from fedveil.common.errors import DataError
@@ -18,6 +17,9 @@ from fedveil.common.messages.signed import Asked, certificate_der, is_answer, si
 from fedveil.privacy.secure_sum.identity import Identity
 from fedveil.server.own_check import FOLDER
 from fedveil.server.registered import key_of
+
+if TYPE_CHECKING:
+    from flwr.app import RecordDict
 
 TASKS = "tasks.pem"
 """File of the server's folder with the key that signs tasks, and its certificate."""

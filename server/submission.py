@@ -1,6 +1,6 @@
 """Refuse a wrong setting by its name when ``flwr run`` is called, before the job is sent.
 
-Afterwards nobody can: Flower's SuperLink refuses a key that the app does not declare as an "invalid run
+Afterwards that is impossible: Flower's SuperLink refuses a key that the app does not declare as an "invalid run
 configuration" and keeps the name to its own log, and a value of the wrong type starts a run that only then
 fails. Before it sends a job, ``flwr run`` looks the app's components up, which imports ``server``: that
 is where this is called from. In any other process it does nothing. The server itself checks again when

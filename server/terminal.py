@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # a report is made from files alone, without loading what tra
 
 
 def epsilon_words(
-    told: Iterable[Spending | None], unit: str, whose: str = "worst site", own: float | None = None
+    spendings: Iterable[Spending | None], unit: str, whose: str = "worst site", own: float | None = None
 ) -> str:
     """Return the federation's figures so far, each the maximum over sites, because their records are disjoint.
 
@@ -28,13 +28,13 @@ def epsilon_words(
     before.
 
     Args:
-        told: by each site.
+        figures: of each site.
         unit: of the promise, in a word.
         whose: the figures are.
         own: the figure by all lines of the run (``reports.sites.epsilon_by``), which holds where it is the larger: a
             site may tell less than its releases cost; None: not known.
     """
-    spent = [one for one in told if one]
+    spent = [one for one in spendings if one]
     if not spent:
         return "privacy OFF, no claim"
     worst = max(spent, key=lambda s: s.epsilon_total)

@@ -16,11 +16,12 @@ from flwr.app.message import make_message
 from flwr.app.metadata import Metadata
 
 from audits.tiny_site import OneSite
-from fedveil.client import app, deadline, rehearsals
-from fedveil.client.deadline import TRAINED, Deadline, Timing
+from fedveil.client import app, deadline, process, rehearsals
+from fedveil.client.deadline import TRAINED, Deadline
 from fedveil.client.ledger import file as ledger_file
 from fedveil.client.ledger.ledger import Ledger
 from fedveil.client.process import SiteProcess
+from fedveil.client.timing import Timing
 from fedveil.common.messages.round import Reply
 from fedveil.common.messages.wire import encode_task
 from fedveil.common.model.federated import FederatedModel
@@ -74,7 +75,7 @@ class Played:
 
         monkeypatch.setattr(deadline, "time", self.clock)
         monkeypatch.setattr(app, "answer", answered)
-        monkeypatch.setattr(app, "Deadline", Watched)
+        monkeypatch.setattr(process, "Deadline", Watched)
         monkeypatch.setattr(app, "process", SiteProcess())
         monkeypatch.setattr(rehearsals, "rehearse", lambda _: timing)
         noise = dpsgd.ClipAndNoise.add_noise

@@ -43,23 +43,24 @@ def only_ledger(folder: Path) -> Path:
     """Return the file of the one ledger of ``folder``: the one that is there, or where the first one is made.
 
     Raises:
-        LedgerError: there are several, or nobody may look. What one of them holds would be forgotten by using another.
+        LedgerError: there are several, or the folder may not be read. What one of them holds would be forgotten by
+        using another.
     """
-    held: list[Path] = []
+    ledgers: list[Path] = []
     with one_line(folder, "read"), suppress(FileNotFoundError, NotADirectoryError):
-        held = sorted(file for file in folder.iterdir() if file.suffix == ".sqlite")
-    if len(held) > 1:
+        ledgers = sorted(file for file in folder.iterdir() if file.suffix == ".sqlite")
+    if len(ledgers) > 1:
         raise LedgerError(
-            f"{held[0]} and {held[1]} are ledgers of one folder: name the one that goes on in the node's configuration "
-            "(ledger = FILE), since what the other one holds would count for nothing"
+            f"{ledgers[0]} and {ledgers[1]} are ledgers of one folder: name the one that goes on in the node's "
+            "configuration (ledger = FILE), since what the other one holds would count for nothing"
         )
-    return held[0] if held else folder / "ledger.sqlite"
+    return ledgers[0] if ledgers else folder / "ledger.sqlite"
 
 
 def withdrawn_in(path: Path) -> frozenset[str]:
     """Return the data sets that are withdrawn in a ledger's file, which is not read for it otherwise; none of no file.
 
-    Opening a ledger checks all of it, which takes the longer the more records it knows: this is asked before a task is
+    Opening a ledger checks all of it, which takes the longer the more records it knows: this is read before a task is
     taken, where time tells.
 
     Raises:
@@ -76,7 +77,7 @@ def withdrawn_in(path: Path) -> frozenset[str]:
 
 
 class LedgerFile:
-    """The ledger in the file ``path``; made, with its folder and readable by its owner only, if there is none.
+    """The ledger in the file ``path``; made, with its folder and readable by its owner only, if it does not exist.
 
     Every process and every thread opens its own, and closes it.
 
@@ -117,7 +118,7 @@ class LedgerFile:
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
-        """Hand out the connection to read by, and say in one line what fails; inside a transaction, as it stands."""
+        """Yield the connection to read by; an error has one line. Inside a transaction it sees its changes."""
         with one_line(self.path, "read"):
             yield self._connection
 
@@ -201,7 +202,7 @@ def _create(path: Path) -> None:
 
 
 def _is_there(path: Path) -> bool:
-    """Whether there is such a file; LedgerError where nobody may look, which does not say that there is none."""
+    """Whether there is such a file; LedgerError where that may not be looked up."""
     with one_line(path, "opened"):
         try:
             path.stat()
@@ -214,7 +215,7 @@ def _refuse_second_name(path: Path) -> None:
     """Raise LedgerError if the ledger has another hard link than this one.
 
     Between the two calls that put a new ledger in its place, and for good if its maker is killed there, the draft's
-    name is a second one. Whoever opens the ledger takes that name away: no one has opened the ledger by it.
+    name is a second one. The next process that opens the ledger removes that name: no one has opened the ledger by it.
     """
     with one_line(path, "opened"):
         if path.stat().st_nlink > 1:
@@ -244,7 +245,8 @@ def one_line(path: Path, done: str) -> Iterator[None]:
     try:
         yield
     except sqlite3.OperationalError as error:
-        if "locked" in str(error):
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the primary code of an extended one
+        if code in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}:
             raise LedgerError(f"the ledger {path} was in use by another process for too long: try again") from error
         raise LedgerError(f"the ledger {path} cannot be {done} ({error}): check rights and space") from error
     except sqlite3.ProgrammingError as error:

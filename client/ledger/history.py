@@ -100,7 +100,7 @@ class LedgerHistory:
         return self._released("dataset = ? AND (run != ? OR id <= ?)", (dataset, without, after))
 
     def history(self, dataset: str, run: str) -> History:
-        """Return what ``dataset`` had spent before the first charge of a run, all of it where there is none.
+        """Return what ``dataset`` had spent before the first charge of a run, all of it where it has no charge.
 
         Raises:
             LedgerError: as for ``spent``.
@@ -184,7 +184,7 @@ class LedgerHistory:
         return math.inf if self.exposed(dataset) else self.price_alone(dataset, self.spent(dataset), delta)
 
     def epsilon_of_person(self, dataset: str, records: int, delta: float) -> float:
-        """Return the same as ``epsilon`` of a person with so many records; errors as ``epsilon_of_several``."""
+        """Return the same as ``epsilon`` of a person with that many records; errors as ``epsilon_of_several``."""
         if self.exposed(dataset):
             return math.inf
         return privacy_filter.price_of_several(self.spent(dataset), self._planned(dataset), records, delta)

@@ -43,7 +43,7 @@ class Holds:
             until: as ``moment`` returns it.
 
         Raises:
-            ConfigError: a figure is out of range, a name is none, or the time has passed.
+            ConfigError: a figure is out of range, a name is empty, or the time has passed.
             LedgerError: the file cannot be written.
         """
         if not 0 <= epsilon < math.inf:

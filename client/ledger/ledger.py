@@ -41,7 +41,7 @@ PRICES = 4
 
 
 class Ledger(LedgerHistory):
-    """The ledger in the file ``path``: whoever charges, exposes or sets a budget writes it.
+    """The ledger in the file ``path``: with what writes it: charges, exposures, budgets.
 
     Args and errors: as for ``LedgerHistory``. Every process and every thread opens its own.
     """
@@ -64,21 +64,19 @@ class Ledger(LedgerHistory):
     ) -> Receipt:
         """Price a charge on top of all that its data set has spent, and write it down durably.
 
-        Guarantees: when this returns, the charge is on disk; when it raises, nothing was written
-        (after a disk failure during the write, nothing or all of it). The data set's epsilon never
-        passes ``max_epsilon`` nor the budget that is stored here, whoever else charges at the same
-        time. The same run and round charged again is charged again: a repeated round releases anew.
-        Every data set of this ledger that shares a record with ``records`` is charged the same, within its
-        own stored budget if it has one; the receipt's epsilon is the largest of theirs, and so may be
-        above ``max_epsilon``.
+        Guarantees: when this returns, the charge is on disk; when it raises, nothing was written (after a disk failure
+        during the write, nothing or all of it). The data set's epsilon never passes ``max_epsilon`` nor the budget that
+        is stored here, also where others charge at the same time. A round charged again is charged again: it releases
+        again. Every data set of this ledger that shares a record with ``records`` is charged the same, within its own
+        stored budget if it has one; the receipt's epsilon is the largest of theirs, and so may be above
+        ``max_epsilon``.
 
         Args:
             charge: what is about to be released, and on what terms.
-            records: ``record_hashes`` under ``key`` of the records that are about to be used; they are
-                kept. Records under the same name may change: they stay on the same budget.
+            records: ``record_hashes`` under ``key`` of the records that are about to be used; they are kept.
             allow: called with what ``trained`` returns, under the same lock; what it raises, this raises.
-            after_exposure: whether to charge also where records were released without privacy; the budget
-                then holds for what was charged, and the receipt says ``exposed``.
+            after_exposure: whether to charge also where records were released without privacy; the budget then holds
+                for what was charged, and the receipt says ``exposed``.
 
         Raises:
             BudgetExhausted: the releases would exceed the budget, or that of a data set that shares records, or cost
@@ -88,7 +86,7 @@ class Ledger(LedgerHistory):
             LedgerError: the file cannot be read or written, or was locked for too long.
         """
         dataset = charge.dataset
-        with self._offer(charge, records) as (db, prices, told, unknown):
+        with self._offer(charge, records) as (db, prices, others, unknown):
             self._hold_to_withdrawals(dataset)
             if allow:
                 allow(*self.trained(dataset, charge.run))
@@ -102,29 +100,8 @@ class Ledger(LedgerHistory):
             self.sums.use_key(db, charge)
             for name in prices:
                 self.plans.commit(db, name, charge.run, self._plan(name, charge))
-            db.executemany(
-                "INSERT INTO charges "
-                "(dataset, run, round, purpose, unit, kind, figures, count, delta, charged_at, caused_by) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                [
-                    (
-                        name,
-                        charge.run,
-                        charge.round_number,
-                        release.purpose,
-                        charge.unit,
-                        release.event.kind,
-                        release.event.text(),
-                        release.count,
-                        priced.delta,
-                        now(),
-                        None if name == dataset else dataset,
-                    )
-                    for name, priced in prices.items()
-                    for release in charge.releases
-                ],
-            )
-        return replace(of_all(prices[dataset], told), exposed=exposed)
+            _insert(db, charge, prices)
+        return replace(of_all(prices[dataset], others), exposed=exposed)
 
     def check(self, charge: Charge, *, records: Collection[int] = (), after_exposure: bool = False) -> None:
         """Raise as ``charge`` would by all that the ledger holds now; nothing is written."""
@@ -168,9 +145,7 @@ class Ledger(LedgerHistory):
         ``exposed`` is true of this data set, and of any other that shares a record with it.
 
         Args:
-            steps: optimiser steps of the round.
-            dataset, run, round_number: as in ``Charge``.
-            records, allow: as in ``charge``.
+            dataset, run, round_number, steps, records, allow: of the round, as in ``charge``.
 
         Raises:
             ConfigError: a figure is out of range, or a name is empty.
@@ -251,26 +226,26 @@ class Ledger(LedgerHistory):
         keeps its own stored budget, at its own stored delta.
         """
         own, *others = names
-        held = self.terms(own)
-        prices = {own: self._kept_price(own, charge, min(charge.delta, held.delta), charge.max_epsilon, held.epsilon)}
+        terms = self.terms(own)
+        prices = {own: self._kept_price(own, charge, min(charge.delta, terms.delta), charge.max_epsilon, terms.epsilon)}
         for name in others:
-            held = self.terms(name)
+            terms = self.terms(name)
             # A name that holds records without a charge or a budget was released without privacy: it has no delta yet.
-            at = held.delta if math.isfinite(held.delta) else prices[own].delta
-            prices[name] = self._kept_price(name, charge, at, math.inf, held.epsilon)
+            at = terms.delta if math.isfinite(terms.delta) else prices[own].delta
+            prices[name] = self._kept_price(name, charge, at, math.inf, terms.epsilon)
         return prices
 
     def _kept_price(self, dataset: str, charge: Charge, delta: float, limit: float, budget: float) -> Receipt:
         """Return a price within ``limit``, and within the steward's ``budget`` less what is kept for other runs."""
-        kept = self.kept(dataset, charge.run, delta)
-        least = min(limit, budget - kept)
+        reserved = self.kept(dataset, charge.run, delta)
+        least = min(limit, budget - reserved)
         priced = self._price(dataset, charge, delta, least)
         if math.isfinite(charge.max_person):
             releases, plan = [*self.spent(dataset), *charge.releases], self._plan(dataset, charge)
             with self._file.apart():
                 person = privacy_filter.price_of_several(releases, plan, charge.records_per_person, delta)
             priced = replace(priced, person_after=person)
-        return replace(priced, kept=kept) if kept and budget - kept < limit else priced
+        return replace(priced, kept=reserved) if reserved and budget - reserved < limit else priced
 
     def _at_most(self, prices: dict[str, Receipt], charge: Charge, delta: float) -> list[Receipt]:
         """Return the prices at deltas of at most ``delta``, at which a receipt of that delta may name the largest."""
@@ -292,6 +267,22 @@ class Ledger(LedgerHistory):
         """
         spent = self.spent(dataset)
         return self.plans.of_history(dataset, spent) if spent else commitment_to(charge.planned, charge.releases)
+
+
+def _insert(db: Any, charge: Charge, prices: dict[str, Receipt]) -> None:
+    """Add a charge's rows, for each data set that it has a price for."""
+    figures = [(r.purpose, charge.unit, r.event.kind, r.event.text(), r.count) for r in charge.releases]
+    db.executemany(
+        "INSERT INTO charges "
+        "(dataset, run, round, purpose, unit, kind, figures, count, delta, charged_at, caused_by) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        [
+            (name, charge.run, charge.round_number, *release, priced.delta, now(), cause)
+            for name, priced in prices.items()
+            for cause in [None if name == charge.dataset else charge.dataset]
+            for release in figures
+        ],
+    )
 
 
 def _remember(db: Any, dataset: str, records: Collection[int]) -> None:

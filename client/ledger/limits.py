@@ -45,13 +45,13 @@ def hold_to_budgets(ledger: LedgerHistory, charge: Charge, prices: Mapping[str, 
     if not own.epsilon_after <= own.max_epsilon or own.max_epsilon <= 0:
         before, after = (epsilon_text(e, decimals=4) for e in (own.epsilon_before, own.epsilon_after))
         left = remaining_text(max(0.0, own.max_epsilon - own.epsilon_before), decimals=4)
-        kept = f" without {own.kept:g} that is kept for another run" if own.kept else ""
+        reserved = f" without {own.kept:g} that is kept for another run" if own.kept else ""
         honest = max(ledger.honest_sites(charge.dataset), honest_sites(charge.releases))
         rests = honest_text(honest)
         dearer = DEARER.get(own.accountant.detour.reason, "") if own.accountant.detour else ""
         raise BudgetExhausted(
             f"{what} ({_spoken(charge.releases)}): epsilon {before} is spent, this would make it {after}"
-            f"{rests}{dearer}, the budget is {own.max_epsilon:g}{kept} at delta {own.delta:g}, {left} is left; see "
+            f"{rests}{dearer}, the budget is {own.max_epsilon:g}{reserved} at delta {own.delta:g}, {left} is left; see "
             f"`fedveil ledger show {ledger.path}`"
         )
     if ledger.holds.withdrawn(prices) or not all(p.epsilon_after <= p.max_epsilon for p in prices.values()):

@@ -1,6 +1,6 @@
 """First plans: by what a data set's first run planned its charges are priced, see ``privacy.privacy_filter``.
 
-It is written with the first charge and never again: a price that holds whoever chooses needs it fixed
+It is written with the first charge and never again: a price that holds for adaptive choices needs it fixed
 before anything was released.
 """
 
@@ -33,7 +33,7 @@ class Plans:
         with self._file.reading() as db:
             rows = db.execute("SELECT dataset, run, releases, committed_at FROM plans ORDER BY rowid").fetchall()
         try:
-            return [FirstPlan(name, run, _read(held), when) for name, run, held, when in rows]
+            return [FirstPlan(name, run, _read(text), when) for name, run, text, when in rows]
         except (ConfigError, TypeError, ValueError) as error:
             raise LedgerError(
                 f"the ledger {self._file.path} is damaged, or of another version ({error}): do not train, ask for help"
@@ -44,18 +44,18 @@ class Plans:
         return next((row.commitment for row in self.all() if row.dataset == dataset), None)
 
     def of_history(self, dataset: str, spent: Sequence[Release]) -> Commitment:
-        """Return what was written down, or what a history without a plan stands for: that it was planned as it is."""
+        """Return what was written down, or what a history without a plan counts as: that it was planned as it is."""
         return self.of(dataset) or commitment_to([], spent)
 
     def commit(self, db: Any, dataset: str, run: str, commitment: Commitment) -> None:
         """Write a plan down with a charge, unless the data set has one."""
-        told = [(r.event.kind, r.event.text(), r.count, r.purpose) for r in commitment.releases]
+        releases = [(r.event.kind, r.event.text(), r.count, r.purpose) for r in commitment.releases]
         db.execute(
             "INSERT OR IGNORE INTO plans (dataset, run, releases, committed_at) VALUES (?, ?, ?, ?)",
-            (dataset, run, json.dumps(told), now()),
+            (dataset, run, json.dumps(releases), now()),
         )
 
 
-def _read(held: str) -> Commitment:
-    releases = (Release(event_from(kind, text), count, purpose) for kind, text, count, purpose in json.loads(held))
+def _read(rows: str) -> Commitment:
+    releases = (Release(event_from(kind, text), count, purpose) for kind, text, count, purpose in json.loads(rows))
     return Commitment(tuple(releases))

@@ -1,6 +1,6 @@
 """The receipt of a run at a site: everything that it charged to one data set, with what that came to.
 
-For whoever asks a steward what was done with some records. It quotes no record, and its charges follow from public
+For anyone who asks a steward what was done with some records. It quotes no record, and its charges follow from public
 settings. That a round failed, and when, may depend on the records; why it failed stays in the ledger, as words of the
 site's own log.
 """
@@ -96,25 +96,15 @@ def receipt_of(ledger: Ledger, dataset: str, run: str) -> RunReceipt:
     Raises:
         LedgerError: the ledger holds nothing of the run for this data set; or as for ``Ledger.entries``.
     """
-    whole = [entry for entry in ledger.entries() if entry.dataset == dataset]
+    whole, exposures = _rounds(ledger, dataset, run)
     charges = [entry for entry in whole if entry.run == run]
-    exposed = [row for row in ledger.exposures() if row.dataset == dataset]
-    exposures = [row for row in exposed if row.run == run]
     failed = [row for row in ledger.failures() if (row.dataset, row.run) == (dataset, run)]
-    if not charges and not exposures:
-        known = sorted({entry.run for entry in whole} | {row.run for row in exposed})
-        raise LedgerError(
-            f"{ledger.path} holds no round of run {run!r} on data set {dataset!r}{nearest(run, known)}: see "
-            f"`fedveil ledger show {ledger.path}`"
-        )
     terms = ledger.terms(dataset)
     gone = [row.withdrawn_at for row in ledger.holds.withdrawals() if row.dataset == dataset]
     parts: list[Sequence[Entry]] = [charges, [], []]
     if charges:
-        parts[1:] = (
-            [entry for entry in whole if entry.id < charges[0].id],
-            [entry for entry in whole if entry.id <= charges[-1].id],
-        )
+        parts[1] = [entry for entry in whole if entry.id < charges[0].id]
+        parts[2] = [entry for entry in whole if entry.id <= charges[-1].id]
     bare = ledger.exposed(dataset)
     own = None if bare else promised(_releases(charges), terms.delta)[0]
     before, after = (None if bare else ledger.price_of(dataset, _releases(part), terms.delta) for part in parts[1:])
@@ -144,6 +134,19 @@ def receipt_of(ledger: Ledger, dataset: str, run: str) -> RunReceipt:
         withdrawn=gone[0] if gone else "",
         made=now(),
     )
+
+
+def _rounds(ledger: Ledger, dataset: str, run: str) -> tuple[list[Entry], list[Exposure]]:
+    """Return all charges of a data set, and the exposures of a run; LedgerError if the run has had no round here."""
+    charges = [entry for entry in ledger.entries() if entry.dataset == dataset]
+    exposed = [row for row in ledger.exposures() if row.dataset == dataset]
+    known = sorted({entry.run for entry in charges} | {row.run for row in exposed})
+    if run not in known:
+        raise LedgerError(
+            f"{ledger.path} holds no round of run {run!r} on data set {dataset!r}{nearest(run, known)}: see "
+            f"`fedveil ledger show {ledger.path}`"
+        )
+    return charges, [row for row in exposed if row.run == run]
 
 
 def _largest(ledger: Ledger, dataset: str, delta: float) -> float | None:

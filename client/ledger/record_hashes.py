@@ -1,11 +1,11 @@
 """Keyed hashes of records and of whole rows, by which a ledger knows records again without keeping them.
 
-The run chooses which columns of a row are read. So the row as it stands in its source is hashed as well,
+The run chooses which columns of a row are read. So the row as its source has it is hashed as well,
 with all its columns: read through others it is still the same one. Where persons are read a person is
 hashed as well, so that other records of the same one are known again; rows are hashed all the same, also those
 that a run leaves out, so that records are known again by any unit.
 
-A record is known again by what it says, too: its words but for case, blanks, characters that nobody sees and the ways
+A record is known again by what it says, too: its words but for case, blanks, invisible characters and the ways
 in which Unicode writes one letter, or its pixels; without its label. So a table that another program has exported, or
 whose labels have other names, is no other one. Equal words of two records make them one, which costs too much and never
 too little.

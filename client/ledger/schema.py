@@ -1,6 +1,6 @@
 """The tables of a ledger, in the one format that is read and written.
 
-The number of the format goes on and never restarts. Whoever changes a table gives it the next number here, and adds the
+The number of the format goes on and never restarts. A change of a table gives it the next number here, and adds the
 step from the present one to ``tools/ledger_formats.py``: a ledger of another format is refused, and brought over there.
 """
 

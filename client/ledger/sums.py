@@ -28,7 +28,7 @@ class Sums:
         to that price: so one site of a ledger has it. A round may be repeated by the same site.
 
         Args:
-            charge: for a sum; of any other nothing is asked.
+            charge: for a sum; any other passes.
             names: of its own data set, and of those that share records with it.
         """
         if not charge.site:
@@ -64,7 +64,7 @@ class Sums:
         )
 
     def sign(self, context: bytes, survivors: Sequence[str]) -> None:
-        """Write down durably which survivors are about to be signed for, before anybody is told; again is free.
+        """Write down durably which survivors are about to be signed for, before the signature leaves; again is free.
 
         Args:
             context: hash of the sum's context, 32 bytes: of one attempt.

@@ -15,7 +15,8 @@ from fedveil.common.strict_json import Endless
 from fedveil.privacy.accountant import INITIALISATION, TRAINING, Accountant
 from fedveil.privacy.events import Event
 from fedveil.privacy.secure_sum.attempt import KeyOffer
-from fedveil.privacy.secure_sum.recovery import Agreement, Sharing
+from fedveil.privacy.secure_sum.recovery import Sharing
+from fedveil.privacy.secure_sum.survivors import Agreement
 
 PROTOCOL = 5
 """Version of these messages; both sides must speak the same."""

@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -27,12 +28,14 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, load_ssh_private_key, load_ssh_public_key
-from flwr.app import RecordDict
 
 from fedveil.common.config.sections import RunConfig, Scalar
 from fedveil.common.errors import DataError, PolicyRefusal, ProtocolError
 from fedveil.privacy.secure_sum.canonical import Value, canonical
 from fedveil.privacy.secure_sum.identity import Identity
+
+if TYPE_CHECKING:
+    from flwr.app import RecordDict
 
 TASK, ANSWER = "fedveil/task/1", "fedveil/answer/1"
 SIGNS_TASKS = x509.ObjectIdentifier("2.25.317053887983115253946698418666240259836")

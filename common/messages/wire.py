@@ -92,9 +92,10 @@ from fedveil.privacy.accountant import ERRORS, METHODS, MOST_GRID, REASONS, Acco
 from fedveil.privacy.events import EVENTS, Event
 from fedveil.privacy.secure_sum.attempt import KeyOffer
 from fedveil.privacy.secure_sum.identity import SIGNATURE_BYTES
-from fedveil.privacy.secure_sum.recovery import SEALED_BYTES, Agreement, Sharing
+from fedveil.privacy.secure_sum.recovery import SEALED_BYTES, Sharing
 from fedveil.privacy.secure_sum.roster import MOST_SITES
 from fedveil.privacy.secure_sum.shares import SHARE_BYTES
+from fedveil.privacy.secure_sum.survivors import Agreement
 
 STYPE, WORDS_STYPE = "f32le", "u32le"
 NONCE_BYTES = 16

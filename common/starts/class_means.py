@@ -42,7 +42,6 @@ from fedveil.common.starts.public_text import MADE_UP
 from fedveil.common.tasks import TASKS, Batch, Record
 from fedveil.common.tasks.featured import FEATURES
 from fedveil.privacy.plan import PrivacyPlan
-from fedveil.privacy.steps import Around
 
 COUNT = 0.25
 """What a record adds to its label's count, over the clip norm: little, so that it uses up little of that."""
@@ -127,7 +126,7 @@ class ClassMeans(PaidByShare):
                 return said[: batch.records] if isinstance(batch, FixedBatch) else said
 
             optimizer = torch.optim.SGD(sums.parameters(), lr=0.0)
-            with plan.steps(model, optimizer, Around(before_pass)) as steps:
+            with plan.steps(model, optimizer, before_pass) as steps:
                 gradients = dict(zip(steps.trained, steps.release(plan.parts(model, chosen), votes), strict=True))
             released = {name: gradients[p].detach().float().cpu().clone() for name, p in sums.named_parameters()}
             return {HEAD: {"sums": released["weight"], "counts": released["bias"]}}

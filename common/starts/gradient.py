@@ -24,7 +24,6 @@ from fedveil.common.model.shapes import Shapes
 from fedveil.common.starts.directions import leading_singular_triple
 from fedveil.common.tasks import Batch, Record
 from fedveil.privacy.plan import PrivacyPlan
-from fedveil.privacy.steps import Around
 from fedveil.privacy.together import Together
 
 BATCH_TOKENS = 1024
@@ -91,7 +90,7 @@ def released(
 ) -> dict[str, Tensor]:
     """Return one release of the gradients of ``opened``, which alone take one, by their names."""
     optimizer = torch.optim.SGD(opened.values(), lr=0.0)
-    with plan.steps(model, optimizer, Around(before_pass)) as steps:
+    with plan.steps(model, optimizer, before_pass) as steps:
         gradients = dict(zip(steps.trained, steps.release(parts, model.losses), strict=True))
     return {name: gradients[parameter] for name, parameter in opened.items()}
 

@@ -32,7 +32,6 @@ from fedveil.common.tasks import TASKS, Record
 from fedveil.common.tasks.module import Metric
 from fedveil.privacy.accounting import Release
 from fedveil.privacy.plan import PrivacyPlan
-from fedveil.privacy.steps import Around
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ class Probe(PaidByShare, PublicMetric):
             vectors = model.featurise([dict(record) for record in records], before_pass)
             optimizer = torch.optim.SGD(model.head.values(), lr=0.0)
             draws = plan.draws(vectors)
-            with plan.steps(model, optimizer, Around(before_pass)) as steps:
+            with plan.steps(model, optimizer, before_pass) as steps:
                 for step in range(self.steps):
                     before_pass()
                     for group in optimizer.param_groups:

@@ -24,7 +24,8 @@ from docs.make.tables import (
     strategy_table,
     task_table,
 )
-from fedveil.client.policy import UNLIMITED, Policy
+from fedveil.client.policy import Policy
+from fedveil.client.policy_values import UNLIMITED
 from fedveil.common.config.fields import kebab
 from fedveil.common.docstrings import fields_said, said_of
 from fedveil.common.messages import wire

@@ -1,6 +1,6 @@
 """A site's part in one attempt: a new key, one check of the others' keys, one masked vector, and then no key.
 
-The key is kept in memory alone, so a site that was started anew has none and the attempt fails. Whoever keeps it from
+The key is kept in memory alone, so a restarted site has lost it and the attempt fails. A caller that keeps it from
 one message to the next makes sure that it serves once: of two vectors under one mask the difference is bare. (Python
 drops the key; it cannot wipe the memory that held it.)
 """
@@ -73,7 +73,7 @@ def checked_keys(
 
 
 def check_count(sites: int, honest: int, colluders: int) -> None:
-    """Raise ProtocolError unless so many sites are enough for a sum."""
+    """Raise ProtocolError unless ``sites`` are enough for a sum."""
     if sites < honest + colluders:
         raise ProtocolError(
             f"the attempt has {sites} sites: {honest} honest ones beside {colluders} that may collude need "
@@ -117,8 +117,8 @@ class SiteAttempt:
 
         Raises:
             ProtocolError: an offer is of no site of the roster, is there twice, is not signed by that site for this
-                attempt, or is another than this site's own; a key is there twice, or is none; the sites are too few; or
-                another task was given for the same attempt before.
+                attempt, or is another than this site's own; a key is there twice, or is invalid; the sites are too few;
+                or another task was given for the same attempt before.
         """
         keys = checked_keys(offers, self.offer, self.name, roster, _signed)
         check_count(len(keys), terms.honest_sites, terms.colluders)

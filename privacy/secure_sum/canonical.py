@@ -1,4 +1,4 @@
-"""Named values as bytes, of which no two are alike: what is signed, and what masks are derived from.
+"""Named values as bytes, injective: what is signed, and what masks are derived from.
 
 A text of the purpose opens them, so that bytes of one purpose are never those of another. Then come the names in order,
 each with its value; whatever has a length says it first::
@@ -39,8 +39,8 @@ def canonical(purpose: str, values: Mapping[str, Value]) -> bytes:
 
 def _bytes(value: Value) -> bytes:
     if isinstance(value, str):
-        held = value.encode()
-        return b"s" + struct.pack(">I", len(held)) + held
+        text = value.encode()
+        return b"s" + struct.pack(">I", len(text)) + text
     if isinstance(value, bytes):
         return b"b" + struct.pack(">I", len(value)) + value
     if isinstance(value, int):

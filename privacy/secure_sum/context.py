@@ -124,5 +124,5 @@ class Context:
         return hashlib.sha256(self.encoded()).digest()
 
 
-def _values(held: Any) -> dict[str, Value]:
-    return {item.name: getattr(held, item.name) for item in fields(held)}
+def _values(record: Any) -> dict[str, Value]:
+    return {item.name: getattr(record, item.name) for item in fields(record)}

@@ -1,4 +1,4 @@
-"""The mask of a pair of sites: uniform words that both derive, and nobody else can.
+"""The mask of a pair of sites: uniform words that only these two can derive.
 
 X25519 (RFC 7748) makes the secret, HKDF-SHA256 (RFC 5869) a seed of it that is bound to the context and to the two
 names, and AES-256 in counter mode (NIST SP 800-38A) the words. A seed serves one mask: the context holds keys that were
@@ -33,7 +33,7 @@ def pair_seed(secret_key: X25519PrivateKey, peer_key: bytes, context: bytes, own
         peer: the other's.
 
     Raises:
-        ProtocolError: the key is none, or one of the few with which every secret is zero.
+        ProtocolError: the key is invalid, or one of the few with which every secret is zero.
     """
     first, second = sorted((own, peer))
     info = canonical(f"{PROTOCOL}/mask", {"first": first, "second": second})

@@ -8,12 +8,12 @@ own mask's seed if it survived, of the key if it was lost. So the server takes o
 the masks of their pairs with those that were lost; the other pairs' go away in the sum.
 
 Of one site it never gets both secrets. With n sites and c that may collude, ⌊(n + c) / 2⌋ + 1 shares tell a secret
-(``threshold``). Two lists with so many signatures each have an honest site in common, and that one signs one list.
+(``threshold``). Two lists with that many signatures each have an honest site in common, and that one signs one list.
 
 This is the protocol of Bonawitz et al. 2017, "Practical Secure Aggregation for Privacy-Preserving Machine Learning",
 figure 4, round by round, on the complete graph and with its consistency check. As there, shares are sealed under other
-keys than those of the masks: a key that opened them would, once it is told for a site that was lost, open both shares
-that this site holds of everybody.
+keys than those of the masks: a key that opened them would, once it is revealed for a site that was lost, open both
+shares that this site holds of everybody.
 
 All secrets of a site in an attempt follow from 32 bytes and from what the server says of the sites, so that a task
 which comes twice has one answer.
@@ -22,11 +22,10 @@ which comes twice has one answer.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from os import urandom
 
-import numpy as np
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
@@ -35,48 +34,16 @@ from fedveil.common.errors import MechanismError, ProtocolError
 from fedveil.privacy.secure_sum.attempt import KeyOffer, check_count, checked_keys
 from fedveil.privacy.secure_sum.canonical import canonical
 from fedveil.privacy.secure_sum.context import PROTOCOL, AttemptName, Context, Task, Terms
-from fedveil.privacy.secure_sum.identity import Identity, is_signed
+from fedveil.privacy.secure_sum.identity import Identity
 from fedveil.privacy.secure_sum.masks import Words, add_mask, derived, mask_of, pair_seed, shared_secret
 from fedveil.privacy.secure_sum.roster import Roster
-from fedveil.privacy.secure_sum.shares import SECRET_BYTES, SHARE_BYTES, combined, is_share, split, weights
+from fedveil.privacy.secure_sum.shares import SECRET_BYTES, SHARE_BYTES, split, threshold
+from fedveil.privacy.secure_sum.survivors import Holder
 
 SEALED_BYTES = 2 * SHARE_BYTES + 16
 """Of the two shares that one site gives another, with the seal of ChaCha20-Poly1305 (RFC 8439)."""
 _NONCE = bytes(12)
 """A key seals once."""
-
-
-def threshold(sites: int, colluders: int) -> int:
-    """Return how many shares tell a secret, such that no two groups get both of a site's from ``sites`` holders.
-
-    ``colluders`` holders may answer both groups, and every other one answers one.
-
-    >>> threshold(4, 1), threshold(20, 1), threshold(100, 10)
-    (3, 11, 56)
-    """
-    return (sites + colluders) // 2 + 1
-
-
-def least_sites(honest: int, colluders: int, drop_outs: int) -> int:
-    """Return with how many sites an attempt begins, so that ``drop_outs`` of them may be lost at any time.
-
-    What is left has ``honest`` honest sites beside ``colluders``, and tells the secrets.
-
-    >>> least_sites(2, 1, 0), least_sites(2, 1, 2), least_sites(15, 1, 4)
-    (3, 6, 20)
-    """
-    return max(honest + colluders + drop_outs, 2 * drop_outs + colluders + 1)
-
-
-def may_be_lost(sites: int, honest: int, colluders: int, drop_outs: int, min_sites: int) -> int:
-    """Return how many of an attempt's ``sites`` may be lost: ``drop_outs``, or fewer where some are gone for good.
-
-    What is left has ``honest`` honest sites beside ``colluders``, is ``min_sites`` at least, and tells the secrets.
-
-    >>> [may_be_lost(sites, 2, 1, 2, 2) for sites in (7, 6, 5, 4, 3)]
-    [2, 2, 1, 1, 0]
-    """
-    return max(0, min(drop_outs, sites - min_sites, sites - honest - colluders, (sites - colluders - 1) // 2))
 
 
 @dataclass(frozen=True)
@@ -87,16 +54,6 @@ class Sharing:
     """Its key of the masks, signed for those who hold shares of its secret half."""
     sealed: tuple[bytes, ...]
     """For each site of the attempt in the order of their names, ``SEALED_BYTES`` that only that one opens."""
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """A site's word that it takes part in a sum of certain sites, and of no other sites in the same attempt."""
-
-    site: str
-    digest: bytes
-    """Of the context, 32 bytes."""
-    signature: bytes
 
 
 def _signed_sealing(name: AttemptName, site: str, public: bytes) -> bytes:
@@ -185,25 +142,30 @@ class RecoverableAttempt:
         check_count(len(keys), terms.honest_sites, terms.colluders)
         if strangers := sorted(set(keys) - set(self.sealing)):
             raise ProtocolError(f"site {strangers[0]!r} is in the sum and holds no shares: it was not among the keys")
-        if len(sealed) != len(offers):
-            raise ProtocolError(f"the task has {len(sealed)} sealed shares of {len(offers)} sites: each gives one pair")
-        opener, held = self._own_key("sealing key"), dict[str, bytes]()
-        for offer, content in zip(offers, sealed, strict=True):
-            box = _box(opener, self.sealing[offer.site], salt, offer.site, self._site, offer.site)
-            try:
-                held[offer.site] = box.decrypt(_NONCE, content, None)
-            except (InvalidTag, ValueError) as error:
-                raise ProtocolError(
-                    f"the shares of site {offer.site!r} cannot be opened: they were changed, or sealed for others"
-                ) from error
-            if len(held[offer.site]) != 2 * SHARE_BYTES:
-                raise ProtocolError(f"what site {offer.site!r} sealed is not two shares")
+        shares = self._opened(offers, sealed, salt)
         digest = Context(self.name, terms, task, keys, salt).digest()
         pairs = {peer: pair_seed(key, other, digest, self._site, peer) for peer, other in keys.items()}
         del pairs[self._site]
         self._masks, self.secret = (self._derived("own mask", salt), pairs), b""
         least = terms.honest_sites, terms.colluders
-        return Holder(self.name, self._site, digest, self.threshold, least, dict(sorted(held.items())))
+        return Holder(self.name, self._site, digest, self.threshold, least, dict(sorted(shares.items())))
+
+    def _opened(self, offers: Sequence[KeyOffer], sealed: Sequence[bytes], salt: bytes) -> dict[str, bytes]:
+        """Return what each site sealed for this one, by site."""
+        if len(sealed) != len(offers):
+            raise ProtocolError(f"the task has {len(sealed)} sealed shares of {len(offers)} sites: each gives one pair")
+        opener, shares = self._own_key("sealing key"), dict[str, bytes]()
+        for offer, content in zip(offers, sealed, strict=True):
+            box = _box(opener, self.sealing[offer.site], salt, offer.site, self._site, offer.site)
+            try:
+                shares[offer.site] = box.decrypt(_NONCE, content, None)
+            except (InvalidTag, ValueError) as error:
+                raise ProtocolError(
+                    f"the shares of site {offer.site!r} cannot be opened: they were changed, or sealed for others"
+                ) from error
+            if len(shares[offer.site]) != 2 * SHARE_BYTES:
+                raise ProtocolError(f"what site {offer.site!r} sealed is not two shares")
+        return shares
 
     def masked(self, words: Words) -> Words:
         """Return ``words`` with this site's own mask and those of its pairs, modulo 2³², once.
@@ -241,122 +203,9 @@ class RecoverableAttempt:
         return canonical(f"{PROTOCOL}/shared-key", values)
 
 
-@dataclass
-class Holder:
-    """One site's part in one attempt after its vector: one signed list, and one share of each site."""
-
-    name: AttemptName
-    site: str
-    digest: bytes
-    """Of the context."""
-    threshold: int
-    least: tuple[int, int]
-    """Of the survivors: honest sites, and beside them those that may collude."""
-    held: Mapping[str, bytes]
-    """By site of the sum, in the order of names: a share of its own mask's seed, and one of its key."""
-    survivors: tuple[str, ...] = ()
-    """Of the list that was signed; empty until one is."""
-
-    def sign(self, survivors: Sequence[str], identity: Identity) -> Agreement:
-        """Return this site's word that the sum is of these sites, in the order of their names.
-
-        Raises:
-            ProtocolError: they are no sites of the sum, do not hold this one, are too few, or are others than those
-                that it signed before.
-        """
-        named = tuple(survivors)
-        if list(named) != sorted(set(named) & set(self.held)) or self.site not in named:
-            raise ProtocolError("the survivors are not sites of the sum, this one among them, in the order of names")
-        check_count(len(named), *self.least)
-        if self.survivors not in ((), named):
-            raise ProtocolError("other survivors were signed for in this attempt before: each attempt has one list")
-        self.survivors = named
-        return Agreement(self.site, self.digest, identity.sign(self._signed()))
-
-    def reveal(self, signatures: Mapping[str, bytes], roster: Roster) -> tuple[bytes, ...]:
-        """Return a share of each site of the sum: of its own mask if it survived, else of its key.
-
-        A signature counts that is by a survivor, over the list that this site signed and this context. Others are
-        ignored, so that one site which signs something else does not cost the attempt.
-
-        Args:
-            signatures: of that list, by survivor.
-            roster: the steward's own.
-
-        Raises:
-            ProtocolError: this site has signed no list, or those that count are fewer than the threshold.
-        """
-        if not self.survivors:
-            raise ProtocolError("this site has signed for no survivors in this attempt: it tells no shares")
-        survived, content = set(self.survivors), self._signed()
-        signed = sum(
-            site in survived and is_signed(content, signature, roster.keys.get(site, b""))
-            for site, signature in signatures.items()
-        )
-        if signed < self.threshold:
-            raise ProtocolError(
-                f"{signed} sites have signed the survivors, and {self.threshold} are needed: others may have "
-                "been told of other survivors"
-            )
-        return tuple(s[:SHARE_BYTES] if site in survived else s[SHARE_BYTES:] for site, s in self.held.items())
-
-    def _signed(self) -> bytes:
-        values = {**asdict(self.name), "context": self.digest, "survivors": list(self.survivors)}
-        return canonical(f"{PROTOCOL}/survivors", values)
-
-
 def _box(
     own: X25519PrivateKey, peer_key: bytes, sharing: bytes, sender: str, holder: str, peer: str
 ) -> ChaCha20Poly1305:
     """Return what seals, and opens, the shares that one site gives another: one key for each direction and attempt."""
     info = canonical(f"{PROTOCOL}/sealed-shares", {"from": sender, "to": holder})
     return ChaCha20Poly1305(derived(shared_secret(own, peer_key, peer), sharing, info))
-
-
-def are_shares(told: Sequence[bytes], sites: int) -> bool:
-    """Return whether what a survivor told could be one share of each of so many sites; else its answer is left out."""
-    return len(told) == sites and all(is_share(share) for share in told)
-
-
-def unmasked(
-    vectors: Mapping[str, Words],
-    offers: Mapping[str, bytes],
-    holders: Sequence[str],
-    colluders: int,
-    digest: bytes,
-    told: Mapping[str, Sequence[bytes]],
-) -> Words:
-    """Return the sum of the survivors' vectors modulo 2³², without any mask: the server's part.
-
-    Args:
-        vectors: of the survivors, by site.
-        offers: public keys of the masks of all sites of the sum, by site.
-        holders: the sites that hold shares.
-        colluders: the run's ``privacy.colluders``.
-        digest: of the context.
-        told: what survivors told (``Holder.reveal``), by holder; what is not ``are_shares`` is left out.
-
-    Raises:
-        ProtocolError: too few told, or what they told are not the secrets of these sites.
-    """
-    needed, names, sites = threshold(len(holders), colluders), sorted(holders), sorted(offers)
-    whole = [holder for holder in names if are_shares(told.get(holder, ()), len(sites))]
-    if len(whole) < needed:
-        raise ProtocolError(f"{len(whole)} sites told their shares, and {needed} are needed")
-    chosen = whole[:needed]
-    factors = weights([1 + names.index(holder) for holder in chosen])
-    total = np.zeros_like(next(iter(vectors.values())))
-    for vector in vectors.values():
-        total += vector
-    for place, site in enumerate(sites):
-        secret = combined([told[holder][place] for holder in chosen], factors)
-        if site in vectors:
-            total -= mask_of(secret, len(total))
-            continue
-        key = X25519PrivateKey.from_private_bytes(secret)
-        if key.public_key().public_bytes_raw() != offers[site]:
-            raise ProtocolError(f"the shares that were told of site {site!r} are not of its key")
-        for survivor in vectors:
-            # What the lost site would have added: the survivor's mask with it goes away.
-            add_mask(total, pair_seed(key, offers[survivor], digest, site, survivor), site, survivor)
-    return total

@@ -37,7 +37,7 @@ class Roster:
     """Public signing keys (``KEY_BYTES`` raw bytes) by the sites' names.
 
     Raises:
-        ConfigError: too few or too many sites, a name or a key that is none, or one key twice.
+        ConfigError: too few or too many sites, a name or an invalid key, or one key twice.
     """
 
     keys: Mapping[str, bytes]

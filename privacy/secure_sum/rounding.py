@@ -74,7 +74,7 @@ def total(vectors: Iterable[NDArray[np.uint32]], share: float) -> Tensor:
         share: standard deviation of each site's noise.
 
     Raises:
-        ProtocolError: there is none, or they are not of one length and of words.
+        ProtocolError: the list is empty, or they are not of one length and of words.
     """
     words: NDArray[np.uint32] | None = None
     for vector in vectors:

@@ -1,4 +1,4 @@
-"""Shares of a secret: so many tell all of it, and one fewer tells nothing (Shamir 1979, "How to share a secret").
+"""Shares of a secret: a threshold of them reveals it, and one fewer reveals nothing (Shamir 1979).
 
 A secret is the value at 0 of a polynomial over the integers modulo ``PRIME``, whose other coefficients are uniform. The
 holder with the number x, from 1, has the value at x. The field holds every secret of 32 bytes as it is, and a share has
@@ -26,7 +26,7 @@ def split(secret: bytes, threshold: int, holders: int, seed: bytes) -> list[byte
 
     Args:
         secret: ``SECRET_BYTES``.
-        threshold: so many shares tell the secret.
+        threshold: shares that reveal the secret.
         holders: at least ``threshold``.
         seed: 32 secret bytes that serve this one secret; the coefficients are ``mask_of`` it.
 
@@ -54,7 +54,7 @@ def weights(numbers: Sequence[int]) -> list[int]:
     """Return by what the shares of the holders with these numbers are multiplied: Lagrange's at 0, modulo ``PRIME``.
 
     Raises:
-        ProtocolError: a number is there twice, or is none of a holder.
+        ProtocolError: a number is there twice, or belongs to no holder.
     """
     if len(set(numbers)) < len(numbers) or not all(0 < number < PRIME for number in numbers):
         raise ProtocolError("shares are of holders that are there twice, or of none: no secret follows from them")
@@ -85,3 +85,36 @@ def combined(shares: Sequence[bytes], factors: Sequence[int]) -> bytes:
     if secret.bit_length() > 8 * SECRET_BYTES:
         raise ProtocolError("shares do not belong together: no secret follows from them")
     return secret.to_bytes(SECRET_BYTES, "big")
+
+
+def threshold(sites: int, colluders: int) -> int:
+    """Return how many shares tell a secret, such that no two groups get both of a site's from ``sites`` holders.
+
+    ``colluders`` holders may answer both groups, and every other one answers one.
+
+    >>> threshold(4, 1), threshold(20, 1), threshold(100, 10)
+    (3, 11, 56)
+    """
+    return (sites + colluders) // 2 + 1
+
+
+def least_sites(honest: int, colluders: int, drop_outs: int) -> int:
+    """Return with how many sites an attempt begins, so that ``drop_outs`` of them may be lost at any time.
+
+    What is left has ``honest`` honest sites beside ``colluders``, and tells the secrets.
+
+    >>> least_sites(2, 1, 0), least_sites(2, 1, 2), least_sites(15, 1, 4)
+    (3, 6, 20)
+    """
+    return max(honest + colluders + drop_outs, 2 * drop_outs + colluders + 1)
+
+
+def may_be_lost(sites: int, honest: int, colluders: int, drop_outs: int, min_sites: int) -> int:
+    """Return how many of an attempt's ``sites`` may be lost: ``drop_outs``, or fewer where some are gone for good.
+
+    What is left has ``honest`` honest sites beside ``colluders``, is ``min_sites`` at least, and tells the secrets.
+
+    >>> [may_be_lost(sites, 2, 1, 2, 2) for sites in (7, 6, 5, 4, 3)]
+    [2, 2, 1, 1, 0]
+    """
+    return max(0, min(drop_outs, sites - min_sites, sites - honest - colluders, (sites - colluders - 1) // 2))

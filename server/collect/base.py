@@ -85,7 +85,7 @@ class Collector(Protocol):
         """What the server remembers of every site that counted, by the mark of its node."""
 
     def ends_before(self, round_number: int) -> str:
-        """Return why the run ends well before a round; empty: the round is asked for."""
+        """Return why the run ends well before a round; empty: it does not."""
 
     def collect(self, round_number: int, state: ServerState) -> Collected:
         """Ask sites for a round that starts from ``state``; what comes back is paid for, whether or not it counts."""

@@ -1,4 +1,4 @@
-"""Collect one sum that sites may be lost from: shares, vectors, one signed list, and shares that are told.
+"""Collect one sum that sites may be lost from: shares, vectors, one signed list, and revealed shares.
 
 As long as no more than ``privacy.drop-outs`` are lost, the others have their sum and pay once. A site may be lost
 before its shares, before its vector, or after it; then it is in the sum. What it was charged by then stays. Where sites
@@ -72,13 +72,13 @@ class RecoveringCollector(MaskedCollector):
         if not self._enough(got, round_number, agreed, needed, "have signed for one sum of the survivors"):
             return {}
         signatures = tuple((reply.site, reply.agreement.signature) for reply in agreed.values())
-        told = self._telling(got, UnmaskTask(*where, signatures), agreed, len(masks))
-        if not self._enough(got, round_number, told, needed, "have told their shares"):
+        replies = self._telling(got, UnmaskTask(*where, signatures), agreed, len(masks))
+        if not self._enough(got, round_number, replies, needed, "have told their shares"):
             return {}
         vectors = dict(zip((result.site for result in results.values()), words_of(results), strict=True))
         keys = {offer.site: offer.public for offer in masks.values()}
         try:
-            shares = {results[node].site: reply.shares for node, reply in told.items()}
+            shares = {results[node].site: reply.shares for node, reply in replies.items()}
             total = unmasked(vectors, keys, holders, privacy.colluders, usual, shares)
         except ProtocolError as error:
             self._sites.note(got, Absence(round_number, got.attempts, "", "quorum", str(error)))
@@ -107,14 +107,14 @@ class RecoveringCollector(MaskedCollector):
     def _told(self, got: Collected, task: SumTask, nodes: Collection[int], kind: type[Told]) -> dict[int, Told]:
         """Return what nodes answer to one task, in the order of the nodes; who does not is written down."""
         exchange = self._sites.transport.exchange(dict.fromkeys(nodes, task), self._job.config.round_timeout)
-        told: dict[int, Told] = {}
+        replies: dict[int, Told] = {}
         for node in nodes:
             reply = exchange.replies[node]
             if isinstance(reply, kind):
-                told[node] = reply
+                replies[node] = reply
             elif isinstance(reply, Refusal):
                 self._absent(got, task.round_number, node, (reply.site, reply.kind, reply.reason), nodes)
-        return told
+        return replies
 
     def _telling(self, got: Collected, task: UnmaskTask, nodes: Collection[int], sites: int) -> dict[int, UnmaskReply]:
         """Return the answers that have a share of each of the sum's ``sites``; the others are written down."""

@@ -1,7 +1,7 @@
 """Collect one sum of all sites, of which the server sees no part.
 
-A site's key for the next round comes with its vector, so that a round costs no further message; who has sent none is
-asked first.
+A site's key for the next round comes with its vector, so that a round costs no further message; a site that has sent
+none gets a request first.
 
 An attempt in which one vector is missing, or one reply does not count, is thrown away. The next one has new keys, new
 noise and a new charge at every site. A site that is gone for good ends nothing as long as those that are left make a
@@ -98,7 +98,7 @@ class MaskedCollector:
 
         The sites of an attempt are those that gave a key. A run begins with as many as leave a sum, and ``min-sites``,
         when ``privacy.drop-outs`` are lost. Later rounds go on with fewer, of which fewer may be lost
-        (``may_be_lost``), as long as a sum of them all counts. Else nobody is asked for anything that costs.
+        (``may_be_lost``), as long as a sum of them all counts. Else no site is charged.
         """
         config, privacy, got, unfit = self._job.config, self._job.config.privacy, Collected(), set(self._unfit)
         got.needed = config.min_sites
@@ -136,7 +136,7 @@ class MaskedCollector:
         """Return how many sites are waited for: of the last sum all but who has refused since and who may be lost.
 
         A site that may be lost from a sum is not waited for, for as long as ``round-timeout``, once Flower says that it
-        is offline. Who is online is asked, however many are waited for, and so is who comes back.
+        is offline. All that are online get a request, however many are waited for, and so is who comes back.
         """
         if not self._last:
             return self._begins - len(unfit)
@@ -156,7 +156,7 @@ class MaskedCollector:
         return bool(spent) and len(others - spent) < least
 
     def _overfull(self, offers: Iterable[int]) -> str:
-        """Return why the sum of nodes does not fit its words, by the sizes that they have told; empty if it does.
+        """Return why the sum of nodes does not fit its words, by the sizes that they have declared; empty if it does.
 
         Before anybody pays: else the sum would be thrown away, again in each attempt.
         """
@@ -176,8 +176,8 @@ class MaskedCollector:
     ) -> dict[int, KeyOffer]:
         """Return the keys of an attempt by node, in the order of the sites' names; ``wanted`` sites are waited for.
 
-        Where fewer than ``least`` are there, none is asked. A key that came with the last vector is for a round's first
-        attempt alone, and is used there if its node is still online; who has sent none is asked.
+        Where fewer than ``least`` are there, none gets a request. A key that came with the last vector is for a round's
+        first attempt alone, and is used there if its node is still online; a site that has sent none gets a request.
         """
         nodes = self._sites.transport.nodes(wanted, unfit)
         if len(nodes) < least:
@@ -222,7 +222,7 @@ class MaskedCollector:
         state: ServerState,
         sealed: Mapping[int, tuple[bytes, ...]],
     ) -> dict[int, TrainResult]:
-        """Return the results that count of those that are asked for a vector; ``sealed`` as in ``_ask``."""
+        """Return the results that count of those that are to send a vector; ``sealed`` as in ``_ask``."""
         exchange = self._sites.ask(list(offers), round_number, state, got.attempts - 1, tuple(offers.values()), sealed)
         got.bytes_down += exchange.bytes_down
         got.bytes_up += exchange.bytes_up

@@ -35,21 +35,21 @@ def words_of(results: Mapping[int, TrainResult]) -> Iterable[Words]:
 
 def other_releases(job: Job, results: Mapping[int, TrainResult]) -> dict[int, str]:
     """Return the nodes that were charged for another release than the run's, or the others: masks would not cancel."""
-    told = {node: result.spending.event for node, result in results.items() if result.spending}
-    fitting = [event for node, event in told.items() if _is_run_s(job, event, results[node].public_size)]
+    events = {node: result.spending.event for node, result in results.items() if result.spending}
+    fitting = [event for node, event in events.items() if _is_run_s(job, event, results[node].public_size)]
     usual = max(fitting, key=fitting.count) if fitting else None
     return {
         node: "the spending's release is another than the run's, and all sites of a sum pay for the same"
         for node in results
-        if usual is None or told.get(node) != usual
+        if usual is None or events.get(node) != usual
     }
 
 
-def _is_run_s(job: Job, told: Event, public_size: int) -> bool:
+def _is_run_s(job: Job, event: Event, public_size: int) -> bool:
     """Return whether an event is the run's, up to what two versions of an accountant make of the noise."""
     own = job.plan(job.config.total_steps, public_size).event
     noise = own.noise_multiplier
-    return abs(told.noise_multiplier - noise) <= ROOM * noise and told.having(noise_multiplier=noise) == own
+    return abs(event.noise_multiplier - noise) <= ROOM * noise and event.having(noise_multiplier=noise) == own
 
 
 def summed_contribution(
@@ -90,17 +90,17 @@ def summed_contribution(
 
 
 def _stepped(config: RunConfig, state: ServerState, gradient: AdapterState, round_number: int) -> AdapterState:
-    """Return all that sites train after one plain step; what rests in this round is no part of the sum, and stays."""
+    """Return all that sites train after one plain step; what is frozen is no part of the sum, and stays."""
     rate = config.site_rate(round_number, 0)
     moved = {
-        layer: {name: held for name, held in factors.items() if state.trains(layer, name)}
+        layer: {name: before for name, before in factors.items() if state.trains(layer, name)}
         for layer, factors in state.adapter.items()
     }
     moved = {layer: factors for layer, factors in moved.items() if factors}
     for layer, factors in gradient.items():
         own_rate = rate * (config.site_head_rate if layer == HEAD else 1.0)
-        held = state.adapter[layer]
-        moved[layer] = {name: (held[name].double() - own_rate * tensor).float() for name, tensor in factors.items()}
+        before = state.adapter[layer]
+        moved[layer] = {name: (before[name].double() - own_rate * tensor).float() for name, tensor in factors.items()}
     return moved
 
 

@@ -68,8 +68,8 @@ class PlainCollector:
     def _gather(self, round_number: int, state: ServerState) -> Collected:
         """Ask every online site for a round, and those that failed again while the round is below its quorum.
 
-        Nodes are looked up anew for every attempt, so a site that has just joined or come back is
-        asked; results of earlier attempts are kept. No site is asked while too few are online to
+        Nodes are looked up again for every attempt, so a site that has just joined or come back
+        takes part; results of earlier attempts are kept. No task is sent while too few are online to
         reach the quorum: it would spend budget on a round that cannot count. Results are enrolled
         only if the quorum is reached. What comes back is in the order of the sites' names.
         """

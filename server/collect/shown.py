@@ -14,7 +14,7 @@ from fedveil.server.members import Member
 
 @dataclass(frozen=True)
 class Shown:
-    """All of a round is shown: who is asked, who answered, how long it took, and what each site has spent."""
+    """All of a round is shown: who gets a task, who answered, how long it took, and what each site has spent."""
 
     rounds: int
     unit: str
@@ -28,11 +28,11 @@ class Shown:
     """What the run's log says of itself; empty: nothing."""
 
     def waiting(self, online: int, wanted: int) -> ProgressFile:
-        """Return the progress while sites are waited for, before any is asked."""
+        """Return the progress while sites are waited for, before any gets a task."""
         return ProgressFile("waiting for sites", online=online, wanted=wanted)
 
     def ready(self) -> ProgressFile | None:
-        """Return the progress when enough sites are there, before any is asked; None: no new one."""
+        """Return the progress when enough sites are there, before any gets a task; None: no new one."""
         return None
 
     def answered(self, round_number: int, sites: Sequence[str], asked: int) -> ProgressFile | None:

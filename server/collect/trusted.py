@@ -115,10 +115,10 @@ class TrustedCollector:
 
     def _mean(self, results: Iterable[TrainResult], round_number: int, state: ServerState) -> NoisedMean:
         """Return the noised mean of what sites sent; one that sent nothing, or no update, is zero in it."""
-        held, plan = self._moving(round_number, state), self._plan
-        total = {layer: {n: torch.zeros_like(t) for n, t in factors.items()} for layer, factors in held.items()}
+        before, plan = self._moving(round_number, state), self._plan
+        total = {layer: {n: torch.zeros_like(t) for n, t in factors.items()} for layer, factors in before.items()}
         for result in results:
-            change = _change(result.contribution, held)
+            change = _change(result.contribution, before)
             if change is None:
                 continue
             for layer, factors in clipped(change, plan.event.clip_norm).items():
@@ -162,10 +162,10 @@ class TrustedCollector:
         return nodes
 
     def _check_ledger(self, state: ServerState) -> None:
-        held = self._ledger.rounds_of(self._sites.run)
-        if held < state.round_number:
+        rounds = self._ledger.rounds_of(self._sites.run)
+        if rounds < state.round_number:
             raise LedgerError(
-                f"the ledger {self._ledger.path} has {held} rounds of run {self._sites.run!r}, which has done "
+                f"the ledger {self._ledger.path} has {rounds} rounds of run {self._sites.run!r}, which has done "
                 f"{state.round_number}: put back the one that it was charged to"
             )
 
@@ -211,10 +211,10 @@ def ledger_path(job: Job, run: str) -> Path:
     return run_folder(job.config, run) / "ledgers" / "server.json"
 
 
-def _change(sent: AdapterState, held: AdapterState) -> AdapterState | None:
+def _change(sent: AdapterState, before: AdapterState) -> AdapterState | None:
     """Return what a site sent minus what it received, float64; None if it lacks anything or has another shape."""
     change: AdapterState = {}
-    for layer, factors in held.items():
+    for layer, factors in before.items():
         own = sent.get(layer, {})
         if any(name not in own or own[name].shape != tensor.shape for name, tensor in factors.items()):
             return None
@@ -223,14 +223,14 @@ def _change(sent: AdapterState, held: AdapterState) -> AdapterState | None:
 
 
 def _moved(state: ServerState, change: AdapterState) -> AdapterState:
-    """Return all that sites train, moved by the change; what rests in the round as it is."""
+    """Return all that sites train, moved by the change; what is frozen in the round as it is."""
     moved: AdapterState = {}
     for layer, factors in state.adapter.items():
         own = change.get(layer, {})
-        trained = {name: held for name, held in factors.items() if name in own or state.trains(layer, name)}
+        trained = {name: tensor for name, tensor in factors.items() if name in own or state.trains(layer, name)}
         if trained:
             moved[layer] = {
-                name: (held.double() + own[name]).to(held.dtype) if name in own else held
-                for name, held in trained.items()
+                name: (tensor.double() + own[name]).to(tensor.dtype) if name in own else tensor
+                for name, tensor in trained.items()
             }
     return moved

@@ -17,12 +17,13 @@ import torch
 from timed_site import Clock, Played, timing
 
 from audits.tiny_site import OneSite, clinic
-from fedveil.client import app, budget, cache, deadline, process, rehearsal, rehearsals
-from fedveil.client.cache import Prepared
-from fedveil.client.deadline import TRAINED, Deadline, Timing, TooLate, most_drawn
+from fedveil.client import app, budget, cache, deadline, exact_shapes, process, rehearsal, rehearsals
+from fedveil.client.cache import Prepared, RecordCache
+from fedveil.client.deadline import TRAINED, Deadline, TooLate
 from fedveil.client.process import SiteProcess
 from fedveil.client.rehearsal import rehearse
 from fedveil.client.site import open_site
+from fedveil.client.timing import Timing, most_drawn
 from fedveil.common.errors import PolicyRefusal
 from fedveil.common.messages.round import Refusal, TrainResult
 from fedveil.common.model.federated import FederatedModel
@@ -98,7 +99,8 @@ def test_a_pass_is_timed_with_its_clip(site: OneSite, monkeypatch: pytest.Monkey
             clock.sleep(0.2)
         clip(mechanism)
 
-    monkeypatch.setattr(rehearsal, "time", clock)
+    for module in (rehearsal, exact_shapes):
+        monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(dpsgd.ClipAndNoise, "clip_and_accumulate", slow)
     timing = rehearse(site.model())
     ends = (min(timing.passes), max(timing.passes))
@@ -110,35 +112,34 @@ def test_a_time_below_the_worst_is_refused_and_none_is_as_fast_as_it_goes() -> N
     worst = TIMING.worst(2, 25.0, 0)
     says = r"reply-after = 9, of which a round has 6\.75 seconds; by made-up records a round of this run may take 7\.4"
     with pytest.raises(PolicyRefusal, match=says):
-        Deadline(9.0).allow(TIMING, 2, 25.0, 0)
+        Deadline(9.0).allow(worst, 0.0)
     with pytest.raises(PolicyRefusal):
-        Deadline(worst / TRAINED - 0.01).allow(TIMING, 2, 25.0, 0)
-    Deadline(worst / TRAINED + 0.01).allow(TIMING, 2, 25.0, 0)
+        Deadline(worst / TRAINED - 0.01).allow(worst, 0.0)
+    Deadline(worst / TRAINED + 0.01).allow(worst, 0.0)
     free = Deadline(began=time.monotonic() - 1e6)
-    free.allow(TIMING, 10**6, 1e6, 0)
+    free.allow(math.inf, 1e6)
     free.check_prepared()
+    free.begin_round()
     free.check()
     assert free.left() == math.inf
 
 
-def test_what_a_round_computes_before_its_steps_has_its_own_time_and_its_own_reserve() -> None:
-    ahead = Timing({8: 0.5}, {8: 4}, 0.25, 0.0)
-    worst = TIMING.worst(2, 25.0, 0) + 3 * ahead.worst(1, 10.0, 0)
-    with pytest.raises(PolicyRefusal):
-        Deadline(worst / TRAINED - 0.01).allow(TIMING, 2, 25.0, 0, (ahead, 3, 10.0))
-    held = Deadline(worst / TRAINED + 0.01)
-    held.allow(TIMING, 2, 25.0, 0, (ahead, 3, 10.0))
-    assert held.reserve == pytest.approx(TIMING.reserve(2) + ahead.reserve(1))
-    of_persons = TIMING.worst(2, 25.0, 0, 3, 10)
-    assert of_persons > 1.5 * TIMING.worst(2, 25.0, 0)
-    with pytest.raises(PolicyRefusal):
-        Deadline(of_persons / TRAINED - 0.01).allow(TIMING, 2, 25.0, 0, None, 3, 10)
+def test_what_a_round_computes_before_its_steps_has_its_own_time_and_its_own_reserve(site: OneSite) -> None:
+    ahead, on_features = Timing({8: 0.5}, {8: 4}, 0.25, 0.0), timing(long=1.0, empty=0.5)
+    site.settings["phases"] = "1 head on features, 3 adapter on jacobians"
+    job, model = configure(site.settings), site.model()
+    ours, own = open_site(site.node, job.config, "1", simulated=False), rehearsals.Rehearsals(RecordCache())
+    own.timings = {rehearsals.PLAIN: on_features, rehearsals.FEATURED: ahead, rehearsals.ON_FEATURES: on_features}
+    worst, reserve = own.forecast(job, ours, model, 1, rehearsals.PLAIN)
+    assert worst == pytest.approx(on_features.worst(10, 0.1 * 50, 0) + ahead.worst(1, 50.0, 0))
+    assert reserve == pytest.approx(on_features.reserve(10) + ahead.reserve(1))
+    assert TIMING.worst(2, 25.0, 0, 3, 10) > 1.5 * TIMING.worst(2, 25.0, 0), "of persons"
 
 
 def test_how_long_records_took_is_held_against_the_policy_alone_and_against_no_figure_of_a_servers() -> None:
     for steps, gone, refused in ((2, 0.0, False), (2, 1.2, False), (1, 1.3, True), (2, 1.3, True)):
         late = Deadline(10.0, began=time.monotonic() - gone)
-        late.allow(TIMING, steps, 25.0, 0)  # whatever is gone
+        late.allow(TIMING.worst(steps, 25.0, 0), 0.0)  # whatever is gone
         if refused:
             with pytest.raises(PolicyRefusal, match=r"its records have 1\.25 seconds to be read, prepared and hashed"):
                 late.check_prepared()
@@ -147,15 +148,32 @@ def test_how_long_records_took_is_held_against_the_policy_alone_and_against_no_f
 
 
 def test_no_pass_is_begun_that_might_not_end_in_time_and_a_models_own_time_does_not_count() -> None:
-    at = Deadline(16.0, began=time.monotonic() - 12.0, reserve=2.5)
+    at = Deadline(16.0, began=time.monotonic() - 12.0, reserve=3.5)
     at.check()
-    at.reserve = 3.5
+    at.reserve = 4.5
     with pytest.raises(TooLate):
         at.check()
     before = at.began
     with at.extended():
         time.sleep(0.05)
     assert 0.05 <= at.began - before < 5.0
+
+
+@pytest.mark.parametrize(("charged", "ends"), [(0.5, 12.5), (2.0, 14.0), (3.9, 15.9), (5.0, 16.0)])
+def test_a_round_has_its_share_from_its_charge_on_and_no_longer_than_the_answer(
+    charged: float, ends: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long the charge took, within the reserve a round that keeps to its forecast gives up no pass."""
+    clock = Clock()
+    monkeypatch.setattr(deadline, "time", clock)
+    at = Deadline(16.0, began=clock.now, reserve=1.0)
+    clock.now += charged
+    at.begin_round()
+    clock.now += ends - charged - 1.0
+    at.check()
+    clock.now += 0.01
+    with pytest.raises(TooLate):
+        at.check()
 
 
 @pytest.mark.parametrize("long", [False, True], ids=["short records", "one long record"])
@@ -253,11 +271,11 @@ def test_a_round_keeps_to_its_own_reserve_and_not_to_that_of_a_later_phase(
     monkeypatch.setattr(app, "process", SiteProcess())
     job, model = configure(site.settings), site.model()
     ours = open_site(site.node, job.config, "1", simulated=False)
-    held, own, later = Deadline(1e6), Deadline(1e6), Deadline(1e6)
-    app.process.rehearsals.hold_to(held, job, ours, model, site.task(1))
-    app.process.rehearsals.allow(own, job, ours, model, 1, rehearsals.PLAIN)
-    app.process.rehearsals.allow(later, job, ours, model, 2, rehearsals.PLAIN)
-    assert held.reserve == own.reserve < later.reserve
+    held = Deadline(1e6)
+    for worst, reserve in app.process.rehearsals.forecasts(job, ours, model, site.task(1)):
+        held.allow(worst, reserve)
+    (_, own), (_, later) = (app.process.rehearsals.forecast(job, ours, model, n, rehearsals.PLAIN) for n in (1, 2))
+    assert held.reserve == own < later
 
 
 def test_the_worst_round_has_every_record_scored_where_a_count_is_sent(
@@ -392,7 +410,7 @@ def test_persons_are_counted_while_the_time_of_the_answer_runs(
     monkeypatch.setattr(unit, "count", lambda own, data: counted.append(bool(still)) or len(data.examples))
     site.settings["round-timeout"] = 4000.0
     site.rule(reply_after=3600.0)
-    monkeypatch.setattr(rehearsals.Rehearsals, "allow", lambda *own: None)
+    monkeypatch.setattr(Deadline, "allow", lambda *own: None)
     site.train()
     assert counted
     assert not any(counted)

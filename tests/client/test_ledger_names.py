@@ -15,7 +15,8 @@ from fedveil.client.ledger import file as ledger_file
 from fedveil.client.ledger.file import only_ledger, withdrawn_in
 from fedveil.client.ledger.ledger import Ledger, _remember
 from fedveil.client.ledger.rows import Charge, Receipt
-from fedveil.client.site import open_site, user_folder
+from fedveil.client.node import user_folder
+from fedveil.client.site import open_site
 from fedveil.common.config.sections import Scalar
 from fedveil.common.errors import LedgerError
 from fedveil.privacy.accounting import Release, gaussian_release
@@ -247,7 +248,7 @@ def test_an_empty_or_relative_data_home_counts_as_unset(
 
 def test_a_ledger_for_every_name_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = iter(("clinic.sqlite", "renamed.sqlite"))
-    monkeypatch.setattr("fedveil.client.site.only_ledger", lambda folder: folder / next(names))
+    monkeypatch.setattr("fedveil.client.node.only_ledger", lambda folder: folder / next(names))
     with pytest.raises(AssertionError, match="a fresh budget"):
         check_that_another_name_is_no_fresh_budget(tmp_path, monkeypatch)
 

@@ -13,7 +13,7 @@ from bundles import own_bundle
 from runtime_api import SECRET, runtime_api
 
 from audits.tiny_site import OneSite, clinic
-from fedveil.client import app, budget, cache, lookout, runtime, worker
+from fedveil.client import app, budget, cache, lookout, process, runtime, worker
 from fedveil.client import site as site_module
 from fedveil.client.cache import RecordCache
 from fedveil.client.ledger.ledger import Ledger
@@ -266,7 +266,8 @@ def idle_beside_refused_tasks(site: OneSite, monkeypatch: pytest.MonkeyPatch) ->
     """Return what a worker held, each 2,000 s after the last, where each time a task came that it refuses."""
     held, now = list[bool](), [0.0]
     monkeypatch.setattr(worker, "POLL_SECONDS", 0.0)
-    monkeypatch.setattr(worker, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=does_nothing))
+    for module in (worker, process):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=does_nothing))
     with runtime_api() as api:
         api.give(encode_task(site.task()), own_bundle(), site.settings, site.node)
 

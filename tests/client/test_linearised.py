@@ -15,10 +15,10 @@ from audits.tiny_site import clinic
 from audits.worlds import give_metric
 from fedveil.client import app, rehearsals
 from fedveil.client import linearised as wing
-from fedveil.client.deadline import Timing
 from fedveil.client.head_alone import head_on_features
 from fedveil.client.linearised import Computation, Derivatives, Keeping, linearised
 from fedveil.client.rehearsal import rehearse, rehearse_linearised
+from fedveil.client.timing import Timing
 from fedveil.common.adapters import build_adapter
 from fedveil.common.config.sections import AdapterConfig, HeadConfig
 from fedveil.common.errors import ConfigError, ModelError

@@ -17,7 +17,7 @@ from flwr.app.message import make_message
 from flwr.app.metadata import Metadata
 from timed_site import Clock
 
-from fedveil.client import app, deadline, lookout, worker
+from fedveil.client import app, deadline, lookout, process, worker
 from fedveil.client import site as site_module
 from fedveil.client.deadline import Deadline
 from fedveil.client.lookout import Lookout
@@ -248,14 +248,14 @@ def times(tmp_path: Path, look: float, free: float, plant: Callable[[pytest.Monk
         return state_of(path)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (worker, lookout, deadline):
+        for module in (worker, process, lookout, deadline):
             patch.setattr(module, "time", clock)
         patch.setattr(worker, "IDLE_SECONDS", IDLE)
         patch.setattr(worker, "bundle_digest", lambda *_, **__: own_digest())
         patch.setattr(lookout, "state_of", slow)
         patch.setattr(SiteProcess, "forget", lambda _: clock.sleep(free))
         patch.setattr(app, "answer", lambda *_: Refusal("1", 1, "clinic", "policy", "no"))
-        patch.setattr(app, "Deadline", lambda seconds: Deadline(seconds, began=clock.monotonic()))
+        patch.setattr(process, "Deadline", lambda seconds: Deadline(seconds, began=clock.monotonic()))
         plant(patch)
         queue = Queue(node, clock, ARRIVALS)
         assert worker.work(queue, node) == NODE_TOO  # type: ignore[arg-type]
@@ -293,11 +293,11 @@ def look_before_the_time_runs(patch: pytest.MonkeyPatch) -> None:
             app.process.lookout.look()
         return Deadline(seconds, began=lookout.time.monotonic())
 
-    patch.setattr(app, "Deadline", late)
+    patch.setattr(process, "Deadline", late)
 
 
 def drop_at_any_time(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(worker, "FORGET_SECONDS", 0.0)
+    patch.setattr(process, "FORGET_SECONDS", 0.0)
 
 
 PLANTED = [whole_look_when_idle, look_before_a_task_is_taken, look_before_the_time_runs, drop_at_any_time]
@@ -351,7 +351,7 @@ def test_a_link_to_a_folder_is_looked_at_and_not_into(tmp_path: Path) -> None:
 def test_a_drop_that_takes_longer_than_it_may_is_said_at_the_site(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    times(tmp_path, 0.0, worker.FORGET_SECONDS + 0.5, lambda _: None)
+    times(tmp_path, 0.0, process.FORGET_SECONDS + 0.5, lambda _: None)
     assert "asked for a task 0.50 seconds late" in caplog.text
 
 

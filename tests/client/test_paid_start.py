@@ -11,7 +11,6 @@ from test_second_run import clinic as ward
 
 from audits.tiny_site import OneSite, clinic
 from fedveil.client import budget
-from fedveil.client.deadline import Deadline
 from fedveil.client.ledger.ledger import Ledger
 from fedveil.client.policy import Policy
 from fedveil.client.site import Site
@@ -21,6 +20,7 @@ from fedveil.common.run_lines import BaselineFile, read_file
 from fedveil.experiments.in_process import run_in_process
 from fedveil.privacy.plan import PrivacyPlan
 from fedveil.privacy.privacy_filter import promised, promised_noise
+from fedveil.privacy.steps import nothing
 from fedveil.reports import report_of
 from fedveil.strategies.job import Job, configure
 
@@ -32,7 +32,7 @@ PAID = {"recipe": "plain", "strategy": "ffa-lora", "adapter.start": "dp-eva", "p
 
 
 def pay(site: Site, job: Job, number: int) -> tuple[PrivacyPlan, Spending]:
-    return budget.pay_round(site, job, TrainTask("run", number, {}, {}, "", "", ""), Deadline())
+    return budget.pay_round(site, job, TrainTask("run", number, {}, {}, "", "", ""), nothing)
 
 
 def strict(toy_settings: dict[str, Any], folder: Path, noise: float = 0.0) -> OneSite:

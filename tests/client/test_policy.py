@@ -23,7 +23,8 @@ from fedveil.client.budget import plan_of
 from fedveil.client.evaluation import noised_correct
 from fedveil.client.ledger.ledger import Ledger
 from fedveil.client.ledger.rows import Terms
-from fedveil.client.policy import Policy, load_policy
+from fedveil.client.policy import Policy
+from fedveil.client.policy_file import load_policy
 from fedveil.client.process import in_simulation
 from fedveil.client.site import Site, check_job, open_site
 from fedveil.common.config.sections import Scalar, to_mapping

@@ -238,7 +238,7 @@ def many(number: int, seed: int = 3) -> list[Release]:
 
 
 def work(releases: Sequence[Release]) -> float:
-    return accounting._work(accounting._affordable(accounting._merge(releases))[0])
+    return accounting._work(accounting._affordable(accounting.merge(releases))[0])
 
 
 def check_that_work_is_bounded(releases: Sequence[Release]) -> None:
@@ -261,7 +261,7 @@ def test_a_rounded_history_costs_more_and_little_more_and_its_words_say_so(monke
     monkeypatch.setattr(accounting, "MOST_WORK", 60.0)
     releases = many(30, seed=4)
     value, accountant = epsilon_with_method(releases, DELTA)
-    exact, _, exact_detour = accounting._answer(accounting._merge(releases), DELTA, "pld")
+    exact, _, exact_detour = accounting._answer(accounting.merge(releases), DELTA, "pld")
     assert exact <= value <= 1.5 * exact
     assert "noise rounded down and rates up" in str(accountant)
     assert exact_detour.grid == 0
@@ -274,7 +274,7 @@ def flat(merged: accounting.Merged) -> list[tuple[float, float, int]]:
 
 def test_every_rounded_release_has_less_noise_and_a_higher_rate() -> None:
     for number in (140, 1000):
-        whole = accounting._merge(many(number))
+        whole = accounting.merge(many(number))
         merged, rounded = map(flat, (whole, accounting._affordable(whole)[0]))
         assert sum(n for _, _, n in rounded) == sum(n for _, _, n in merged), "a release is gone"
         # Sorted by noise, the worse history has at least as many releases below every noise, and above every rate.

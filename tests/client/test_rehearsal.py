@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 from audits.tiny_models import tiny_deberta, tiny_tokenizer
 from audits.tiny_site import clinic
-from fedveil.client import app, rehearsal
+from fedveil.client import app, exact_shapes, rehearsal
 from fedveil.client.process import SiteProcess
 from fedveil.client.rehearsal import rehearse, rehearse_columns, rehearse_initial
 from fedveil.common.adapters import ADAPTERS
@@ -211,7 +211,7 @@ def test_an_expert_that_gets_others_tokens_moves_a_record_which_is_why(
     saved: Callable[[Any], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The fault: nobody looks at shapes inside a pass. In these rows the rehearsal alone finds nothing."""
-    monkeypatch.setattr(rehearsal, "follow_from_records", lambda model, batches: False)
+    monkeypatch.setattr(exact_shapes, "follow_from_records", lambda model, batches: False)
     model = federated(saved(experts()), "causal-lm", "q_proj,v_proj")
     rehearse(model)
     rows = model.shapes.rows_of(8)
@@ -286,13 +286,13 @@ def test_a_model_that_is_another_one_as_lengths_descend_and_stays_so_is_refused(
     model_folder: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = federated(model_folder("bert"), "classification", "query,value")
-    losses, among, scale = model.losses, rehearsal._Rehearsal._among_others, [1.0]
+    losses, among, scale = model.losses, rehearsal._Rehearsal.among_others, [1.0]
 
     def later(*own: Any) -> list[Tensor]:
         scale[0] = 1.01
         return among(*own)
 
-    monkeypatch.setattr(rehearsal._Rehearsal, "_among_others", later)
+    monkeypatch.setattr(rehearsal._Rehearsal, "among_others", later)
     monkeypatch.setattr(model, "losses", lambda batch: losses(batch) * scale[0])
     with pytest.raises(ModelError, match=r"depends on what was computed before it$"):
         rehearse(model)
@@ -321,7 +321,7 @@ def test_products_that_records_share_in_the_longest_shape_alone_are_found(
     def shared(own: FederatedModel, batches: Any) -> bool:
         return {batch["input_ids"].shape[1] for batch in batches} == {own.shapes.lengths[-1]}
 
-    monkeypatch.setattr(rehearsal, "follow_from_records", shared)
+    monkeypatch.setattr(exact_shapes, "follow_from_records", shared)
     rehearse(model)
     assert {model.shapes.rows_of(length) for length in model.shapes.lengths} == {1}
 

@@ -15,13 +15,13 @@ from rehearsals import SIZE, federated
 
 from audits.tiny_site import OneSite, clinic
 from fedveil.client import app, budget, rehearsals
-from fedveil.client.deadline import Deadline, Timing
 from fedveil.client.ledger.ledger import Ledger
 from fedveil.client.ledger.rows import Failure
 from fedveil.client.own_records import prepared
 from fedveil.client.process import SiteProcess
 from fedveil.client.rehearsals import PLAIN
 from fedveil.client.site import open_site
+from fedveil.client.timing import Timing
 from fedveil.common.errors import LedgerError, ModelError
 from fedveil.common.messages.columns import Chosen
 from fedveil.common.messages.round import Refusal, TrainResult
@@ -181,7 +181,7 @@ def test_a_kind_of_round_that_changes_how_the_model_computes_has_the_others_rehe
     monkeypatch.setattr(rehearsals, "rehearse_columns", turned)
     for number in (1, 2):
         with pytest.raises(ModelError) if fails and number == 1 else nullcontext():
-            app.process.rehearsals.hold_to(Deadline(), job, site, model, asked.task(number))
+            app.process.rehearsals.forecasts(job, site, model, asked.task(number))
     model_of.cache_clear()
     # All kinds of rounds are rehearsed before the first; the last in a way that both were seen in.
     wanted = ["B", "A", "A", "B"] if fails else ["B", "A", "B"]

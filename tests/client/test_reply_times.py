@@ -17,11 +17,12 @@ import torch
 from timed_site import Clock, Played, timing
 
 from audits.tiny_site import OneSite, clinic
-from fedveil.client import budget, deadline, local_training, rehearsals
-from fedveil.client.deadline import Deadline, Timing
+from fedveil.client import budget, deadline, local_training, process, rehearsals
+from fedveil.client.deadline import TRAINED, Deadline
 from fedveil.client.ledger import ledger
 from fedveil.client.ledger.ledger import Ledger
 from fedveil.client.ledger.rows import price
+from fedveil.client.timing import Timing
 from fedveil.common.messages.round import TrainResult
 from fedveil.common.messages.tensors import entries
 from fedveil.common.model.federated import FederatedModel
@@ -144,13 +145,17 @@ def no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def training_postpones(monkeypatch: pytest.MonkeyPatch) -> None:
-    trained = local_training._take_steps
+    train, take, answers = local_training.train_round, local_training._take_steps, list[Deadline]()
 
-    def postponed(*words: Any) -> None:
-        (at,) = (word for word in words if isinstance(word, Deadline))
-        with at.extended():
-            trained(*words)
+    def noting(*words: Any) -> TrainResult:
+        answers.extend(word for word in words if isinstance(word, Deadline))
+        return train(*words)
 
+    def postponed(*words: Any) -> Any:
+        with answers[-1].extended():
+            return take(*words)
+
+    monkeypatch.setattr(process, "train_round", noting)
     monkeypatch.setattr(local_training, "_take_steps", postponed)
 
 
@@ -166,7 +171,7 @@ def test_an_answer_whose_time_follows_from_lengths_is_found_out(
 def check_that_noise_is_in_time(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every pass take three times what it was rehearsed to take, in a round that draws all records in each step."""
     fill(site, 40)
-    played = Played(site, timing(long=0.04, empty=0.1), monkeypatch)
+    played = Played(site, timing(long=0.04, empty=0.3), monkeypatch)
     played.slower = 3.0
     monkeypatch.setattr(randomness, "private_poisson_sample", lambda size, _: torch.arange(size))
     reply, _ = played.at_its_time(played.least)
@@ -196,7 +201,7 @@ def test_steps_that_draw_no_record_take_nothing_of_the_time_that_noise_needs(
     """One pass takes nearly all the time, nine steps take noise alone, and the last one has a pass again."""
     played = Played(site, timing(empty=0.15), monkeypatch)
     allowed = played.least
-    slow = (1 - deadline.NOTED) * allowed - played.timing.reserve(10) - 0.1
+    slow = TRAINED * allowed - played.timing.reserve(10) - 0.1
     losses = FederatedModel.losses
 
     def once(model: FederatedModel, batch: Any) -> Any:

@@ -17,8 +17,9 @@ from PIL import Image
 from torch import nn
 
 from audits.worlds import Gradient, Recorder, minus, norm, plan
+from fedveil.client.exact_shapes import _fewer
 from fedveil.client.own_records import prepared
-from fedveil.client.rehearsal import SHOWN, _fewer, _Rehearsal, rehearse
+from fedveil.client.rehearsal import SHOWN, _Rehearsal, rehearse
 from fedveil.common.adapters import ADAPTERS
 from fedveil.common.config.sections import HeadConfig
 from fedveil.common.errors import ConfigError, ModelError, ModelNotLoaded
@@ -317,7 +318,7 @@ def test_a_rehearsal_that_gives_rows_up_without_a_cause_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = save_with_heads(tmp_path, "vit", 16)
-    monkeypatch.setattr("fedveil.client.rehearsal._fewer", lambda rows: iter((1,)))
+    monkeypatch.setattr("fedveil.client.exact_shapes._fewer", lambda rows: iter((1,)))
     with pytest.raises(AssertionError, match="other rows"):
         check_the_rows_that_are_left(folder, "float32")
 
@@ -339,9 +340,9 @@ def test_a_rehearsal_that_keeps_rows_which_the_machine_computes_otherwise_is_fou
     check_the_rows_that_are_left(folder, "float32")
 
     def no_rows_compared(self: _Rehearsal, steps: Any, length: int, rows: int) -> list[torch.Tensor]:
-        return self._among_others(steps, length, rows, self._shown(rows))
+        return self.among_others(steps, length, rows, self.shown(rows))
 
-    monkeypatch.setattr("fedveil.client.rehearsal._Rehearsal._equal_rows", no_rows_compared)
+    monkeypatch.setattr("fedveil.client.rehearsal._Rehearsal.equal_rows", no_rows_compared)
     with pytest.raises(AssertionError, match="other rows"):
         check_the_rows_that_are_left(folder, "float32")
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from report_forms import fedveil
 
-from fedveil.client.policy import load_policy
+from fedveil.client.policy_file import load_policy
 from fedveil.client.site import check_job
 from fedveil.common.config.text import parse_settings, to_toml
 from fedveil.common.data.sources import known_labels

@@ -15,9 +15,9 @@ import pytest
 import yaml
 from flwr.common.config import parse_config_args
 
-from fedveil.client.policy import load_policy
+from fedveil.client.party import party_of
+from fedveil.client.policy_file import load_policy
 from fedveil.client.site import open_site
-from fedveil.client.sums import party_of
 from fedveil.common.config.text import parse_settings
 from fedveil.common.errors import ConfigError, PolicyRefusal
 from fedveil.deploy import container

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from fedveil.cli.main import app
 from fedveil.client.ledger.ledger import Ledger
-from fedveil.client.policy import load_policy
+from fedveil.client.policy_file import load_policy
 from fedveil.common.errors import ConfigError, LedgerError
 from fedveil.common.ports import free_ports
 from fedveil.deploy import certificates, container, doctor

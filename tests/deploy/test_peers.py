@@ -8,8 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from fedveil.cli.main import app
-from fedveil.client import sums
-from fedveil.client.sums import party_of
+from fedveil.client import party as party_module
+from fedveil.client.party import party_of
 from fedveil.common.errors import ConfigError
 from fedveil.deploy import doctor
 from fedveil.deploy.peers import make_roster
@@ -96,7 +96,7 @@ def test_a_roster_that_is_not_the_pinned_one_is_refused(
     assert party().digest == replaced.digest
     # The planted fault: a site that reads whatever stands in the file.
     pin_roster(own.path / "policy.toml", roster.digest)
-    monkeypatch.setattr(sums, "_roster", lambda path, pinned: load_roster(path))
+    monkeypatch.setattr(party_module, "_roster", lambda path, pinned: load_roster(path))
     assert party().digest == replaced.digest
 
 

@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fedveil.cli.main import app
-from fedveil.client.policy import load_policy
+from fedveil.client.policy_file import load_policy
 from fedveil.client.site import check_job
 from fedveil.common.config.sections import Scalar
 from fedveil.common.config.text import parse_settings

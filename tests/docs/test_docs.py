@@ -24,7 +24,7 @@ from docs.make.__main__ import made
 from docs.make.page import MADE
 from docs.make.tables import DEFAULT_RANK, DEFAULT_SHAPES, pair_table
 from fedveil.cli.main import app
-from fedveil.client.site import NODE_KEYS
+from fedveil.client.node import NODE_KEYS
 from fedveil.common.adapters import ADAPTERS
 from fedveil.common.adapters.targets import AUTO
 from fedveil.common.config.text import parse_settings, to_toml

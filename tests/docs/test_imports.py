@@ -77,6 +77,7 @@ DOORS = {
         "privacy/secure_sum/identity.py",
         "privacy/secure_sum/masks.py",
         "privacy/secure_sum/recovery.py",
+        "privacy/secure_sum/survivors.py",
         "reports/signature.py",
         "deploy/certificates.py",
         "deploy/fleet.py",

@@ -15,7 +15,9 @@ from scipy.stats import norm
 from fedveil.common.errors import BudgetExhausted, ConfigError
 from fedveil.privacy import accounting
 from fedveil.privacy.accountant import Method
-from fedveil.privacy.accounting import Release, epsilon, epsilon_with_method, gaussian_release, noise_multiplier_for
+from fedveil.privacy.accounting import Release, epsilon, epsilon_with_method, gaussian_release
+from fedveil.privacy.calibration import noise_multiplier_for
+from fedveil.privacy.events import LEAST_NOISE
 
 DELTA = 1e-5
 RATE = 64 / 5000
@@ -254,7 +256,7 @@ def test_calibration_refuses_when_what_is_left_is_too_little_for_any_noise() -> 
 
 
 def test_an_enormous_budget_gets_the_least_noise_on_offer() -> None:
-    assert noise_multiplier_for(1e7, DELTA, 1.0, 1) == accounting.LEAST_NOISE
+    assert noise_multiplier_for(1e7, DELTA, 1.0, 1) == LEAST_NOISE
 
 
 @pytest.mark.parametrize(

@@ -29,10 +29,10 @@ from audits.site_rounds import sampler_faults
 from audits.sum_site import SumSite
 from audits.tiny_site import OneSite, tiny_site
 from audits.worlds import World, flat, fresh_world, norm
-from fedveil.client.deadline import Deadline
 from fedveil.client.ledger.ledger import Ledger
 from fedveil.client.policy import Policy
 from fedveil.client.site import check_job
+from fedveil.client.timing import Timing
 from fedveil.common.config.sections import PrivacyConfig, Scalar, TrainingConfig
 from fedveil.common.errors import ConfigError, MechanismError, PolicyRefusal
 from fedveil.common.messages.round import Refusal
@@ -54,7 +54,7 @@ from fedveil.privacy.plan import PrivacyPlan
 from fedveil.privacy.randomness import add_private_noise, noise_grid
 from fedveil.privacy.record_level import DPSGD
 from fedveil.privacy.secure_sum import rounding
-from fedveil.privacy.steps import JUST_STEPS, Around
+from fedveil.privacy.steps import nothing
 from fedveil.reports import markdown_report, report_of
 from fedveil.server.terms import least_plan
 from fedveil.strategies.job import configure
@@ -399,7 +399,7 @@ class WholeSitePlan(PrivacyPlan):
         return model.length_batches(records, 256)
 
     @contextmanager
-    def steps(self, model: FederatedModel, optimizer: Any, around: Around = JUST_STEPS) -> Iterator[Any]:
+    def steps(self, model: FederatedModel, optimizer: Any, before_pass: Any = nothing) -> Iterator[Any]:
         yield _EmptySteps(model, optimizer)
 
     def outgoing(self, contribution: AdapterState, received: AdapterState) -> AdapterState:
@@ -510,7 +510,7 @@ def test_a_site_that_answers_at_a_fixed_time_refuses_a_row_without_a_rehearsal(
 ) -> None:
     site = tiny_site(tmp_path, **whole_site)
     site.rule(reply_after=60.0)
-    assert "nobody knows how long a round takes" in site.refuse(1).reason
+    assert "how long a round of this run takes is not known" in site.refuse(1).reason
 
 
 def test_records_that_paid_for_one_unit_are_refused_to_another(whole_site: dict[str, Any], tmp_path: Path) -> None:
@@ -526,7 +526,13 @@ def test_a_round_is_held_to_the_time_of_what_its_plan_draws(tmp_path: Path, monk
     monkeypatch.setattr(Whole, "starts", DPSGD.starts - {"paid release"})
     monkeypatch.setitem(MECHANISMS, "dp-sgd", Whole())
     held: list[float] = []
-    monkeypatch.setattr(Deadline, "allow", lambda own, timing, steps, batch, *others: held.append(batch))
+    worst = Timing.worst
+
+    def noting(own: Timing, steps: int, batch: float, *others: Any) -> float:
+        held.append(batch)
+        return worst(own, steps, batch, *others)
+
+    monkeypatch.setattr(Timing, "worst", noting)
     site = tiny_site(tmp_path, RECORDS, **{"training.sample-rate": 0.1})
     site.train(1)
     assert held == [PUBLIC], "the time of another batch than the plan draws"

@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 from fedveil.cli.main import app
 from fedveil.client import budget
 from fedveil.client.budget import plan_of
-from fedveil.client.deadline import Deadline
 from fedveil.client.ledger.ledger import Ledger
 from fedveil.client.ledger.rows import Terms
 from fedveil.client.policy import Policy
@@ -45,6 +44,7 @@ from fedveil.privacy.privacy_filter import (
     promised,
     promised_noise,
 )
+from fedveil.privacy.steps import nothing
 from fedveil.server.collect import trusted
 from fedveil.server.ledger import ServerLedger
 from fedveil.strategies.job import Job, configure
@@ -82,7 +82,7 @@ def begin(job: Job) -> list[int]:
 
 
 def pay(site: Site, job: Job, run: str, number: int) -> float:
-    return budget.pay_round(site, job, TrainTask(run, number, {}, {}, "", "", ""), Deadline())[1].epsilon_total
+    return budget.pay_round(site, job, TrainTask(run, number, {}, {}, "", "", ""), nothing)[1].epsilon_total
 
 
 def noises(site: Site, run: str) -> set[float]:

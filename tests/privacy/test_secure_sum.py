@@ -19,7 +19,8 @@ from sum_parties import TASK, TERMS, Federation, seed_by_hand
 
 from audits.bands import out_of_band, related
 from fedveil.common.errors import ConfigError, MechanismError, ProtocolError
-from fedveil.privacy.accounting import epsilon, gaussian_release, noise_multiplier_for
+from fedveil.privacy.accounting import epsilon, gaussian_release
+from fedveil.privacy.calibration import noise_multiplier_for
 from fedveil.privacy.randomness import noise_grid
 from fedveil.privacy.secure_sum import (
     AttemptName,

@@ -11,11 +11,11 @@ from persons_world import BY_PERSON, example, persons_of
 
 from audits.tiny_site import OneSite
 from fedveil.client.budget import evaluation_releases
-from fedveil.client.deadline import Timing, most_drawn
 from fedveil.client.ledger.ledger import Ledger
 from fedveil.client.ledger.record_hashes import record_hashes
 from fedveil.client.policy import Policy
 from fedveil.client.site import Site, own_settings
+from fedveil.client.timing import Timing, most_drawn
 from fedveil.common.data.sources import train_and_test
 from fedveil.common.errors import ConfigError, PolicyRefusal, PrivacyError
 from fedveil.common.run_lines import PrivacyLine, read_lines

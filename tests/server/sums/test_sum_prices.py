@@ -111,7 +111,7 @@ def test_a_round_of_a_sum_makes_no_second_sum_and_keeps_the_words_of_the_first()
 
 def prices_at_first_use(clinics: SumSite, number: int, monkeypatch: pytest.MonkeyPatch) -> tuple[float, float]:
     """Return both prices that the ledger has as the first records of a round reach the model, made-up ones apart."""
-    seen, losses, rehearse = list[tuple[float, float]](), FederatedModel.losses, Rehearsals.hold_to
+    seen, losses, rehearse = list[tuple[float, float]](), FederatedModel.losses, Rehearsals.forecasts
     rehearsing = False
 
     def spy(model: FederatedModel, batch: Any) -> torch.Tensor:
@@ -120,15 +120,16 @@ def prices_at_first_use(clinics: SumSite, number: int, monkeypatch: pytest.Monke
                 seen.append((ledger.epsilon("clinic", 1e-3), ledger.epsilon_alone("clinic", 1e-3)))
         return losses(model, batch)
 
-    def apart(*own: Any) -> None:
+    def apart(*own: Any) -> Any:
         nonlocal rehearsing
         rehearsing = True
-        rehearse(*own)
+        forecasts = rehearse(*own)
         rehearsing = False
+        return forecasts
 
     with monkeypatch.context() as patched:
         patched.setattr(FederatedModel, "losses", spy)
-        patched.setattr(Rehearsals, "hold_to", apart)
+        patched.setattr(Rehearsals, "forecasts", apart)
         patched.setattr(randomness, "private_poisson_sample", lambda size, rate: torch.arange(size))
         clinics.train(number)
     return seen[0]

@@ -222,7 +222,7 @@ def test_a_server_that_chooses_the_sites_which_need_not_be_honest_is_refused(cli
     ],
 )
 def test_a_policy_that_lets_a_site_join_by_halves_is_none(rules: dict[str, Any], words: str, clinics: SumSite) -> None:
-    from fedveil.client.policy import load_policy
+    from fedveil.client.policy_file import load_policy
 
     clinics.rule(**rules)
     with pytest.raises(ConfigError, match=words):
