@@ -31,6 +31,11 @@ def with_fixed_signs(rows: Tensor) -> Tensor:
     return rows * torch.sign(rows.gather(1, rows.abs().argmax(1, keepdim=True)))
 
 
+def spanned_rows(matrix: Tensor) -> Tensor:
+    """Return orthonormal rows, shape of ``matrix`` (rank, columns), whose first k span its first k; signs fixed."""
+    return with_fixed_signs(torch.linalg.qr(matrix.T)[0].T)
+
+
 def leading_rows(gram: Tensor, rank: int) -> Tensor:
     """Return eigenvectors of a symmetric matrix, shape (n, n), as rows (rank, n): of the largest first; signs fixed."""
     return with_fixed_signs(torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1).T)

@@ -11,13 +11,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
 from fedveil.common.adapters import Place
 from fedveil.common.messages.state import Factors
 from fedveil.common.starts.base import Needs, Start
-from fedveil.common.starts.directions import with_fixed_signs
+from fedveil.common.starts.directions import spanned_rows
 
 
 @dataclass(frozen=True)
@@ -32,8 +29,3 @@ class Nystrom(Start):
         W = place.weight()
         spans = {"A": lambda: spanned_rows(W[: place.rank]), "B": lambda: spanned_rows(W[:, : place.rank].T).T}
         return {factor: span().float().contiguous() for factor, span in spans.items() if factor in wanted}
-
-
-def spanned_rows(matrix: Tensor) -> Tensor:
-    """Return orthonormal rows, shape of ``matrix`` (rank, columns), whose first k span its first k; signs fixed."""
-    return with_fixed_signs(torch.linalg.qr(matrix.T)[0].T)

@@ -21,8 +21,8 @@ from fedveil.common.adapters.layers import base_weight, layers_of
 from fedveil.common.messages.tensors import fingerprint
 from fedveil.common.model.base import load_base_model
 from fedveil.common.starts import STARTS
+from fedveil.common.starts.directions import spanned_rows
 from fedveil.contrib.starts.minor_of_weights import minor_rows
-from fedveil.contrib.starts.nystrom import spanned_rows
 from fedveil.privacy import dpsgd
 from fedveil.privacy.dpsgd import PrivateSteps
 from fedveil.privacy.plan import gaussian_plan
