@@ -124,26 +124,6 @@ def test_an_unknown_ending_lists_those_that_can_be_read(tmp_path: Path) -> None:
     refused(tmp_path / "chats.json", ".parquet: jq -c '.[]' chats.json > chats.jsonl makes one")
 
 
-@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "parquet"])
-def test_a_file_without_records_is_refused(tmp_path: Path, ending: str) -> None:
-    refused(write(tmp_path / f"none.{ending}", []), "is empty: it has no records")
-
-
-def test_a_file_of_no_bytes_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "none.csv").write_bytes(b"")
-    refused(tmp_path / "none.csv", "is empty: it has no records")
-
-
-@pytest.mark.parametrize(("sign", "name"), [(";", "semicolons"), ("\t", "tabs")])
-def test_a_table_with_other_signs_than_commas_says_so(sign: str, name: str, tmp_path: Path) -> None:
-    path = tmp_path / "reviews.csv"
-    path.write_text(f"text{sign}label\na fine film{sign}good\na poor film{sign}bad\n", encoding="utf-8")
-    with pytest.raises(
-        DataError, match=f"its fields are separated by {name}; save it with commas, or with tabs as .tsv"
-    ):
-        load_dataset(DataConfig(name=str(path)), "classification")
-
-
 @pytest.mark.parametrize(
     "rows",
     ["text;label\na fine film;good\na poor, cold film;bad\n", '"text";"label"\n"a fine, warm film";"good"\n'],
@@ -179,40 +159,39 @@ def test_a_missing_column_names_the_setting_and_the_columns(
     refused(write(tmp_path / "reviews.csv", list(REVIEWS)), message, task, **setting)
 
 
-@pytest.mark.parametrize("missing", ["", "  ", None, float("nan")])
-def test_a_missing_value_names_its_row(tmp_path: Path, missing: object) -> None:
-    path = write(tmp_path / "gaps.jsonl", [("x", "a"), ("y", "b"), ("z", missing)])
-    refused(path, "row 3 has no value in column 'label' (data.label)")
-
-
-def test_an_absent_field_of_a_json_line_is_a_missing_value(tmp_path: Path) -> None:
-    (tmp_path / "gaps.jsonl").write_text('{"text": "x", "label": 1}\n\n{"label": 0}\n')
-    refused(tmp_path / "gaps.jsonl", "row 2 has no value in column 'text' (data.text)")
-
-
-def test_a_value_that_is_no_text_is_refused(tmp_path: Path) -> None:
-    path = write(tmp_path / "lists.jsonl", [(["a", "b"], 0), ("x", 1)])
-    refused(path, "row 1 has a list in column 'text' (data.text)")
-
-
-def test_a_label_outside_the_configured_ones_names_row_and_nearest(tmp_path: Path) -> None:
-    path = write(tmp_path / "reviews.csv", [("x", "good"), ("y", "baad")])
-    refused(path, "row 2 has the label 'baad', which is not among data.labels (good, bad) (did", labels="good,bad")
-
-
-def test_one_label_is_not_a_classification(tmp_path: Path) -> None:
-    path = write(tmp_path / "reviews.csv", [("x", "good"), ("y", "good")])
-    refused(path, "has only the label 'good', and a classifier needs 2: name all labels in data.labels")
-
-
-@pytest.mark.parametrize("labels", ["good", "good,good", "good,,bad"])
-def test_configured_labels_must_be_two_or_more_and_distinct(tmp_path: Path, labels: str) -> None:
-    refused(write(tmp_path / "reviews.csv", list(REVIEWS)), "name at least 2 different labels", labels=labels)
+@pytest.mark.parametrize(
+    ("name", "rows", "settings_", "message"),
+    [
+        *((f"none.{ending}", [], {}, "is empty: it has no records") for ending in ("csv", "tsv", "jsonl", "parquet")),
+        *(
+            ("gaps.jsonl", [("x", "a"), ("y", gap)], {}, "row 2 has no value in column 'label' (data.label)")
+            for gap in ("", "  ", None, float("nan"))
+        ),
+        ("lists.jsonl", [(["a", "b"], 0), ("x", 1)], {}, "row 1 has a list in column 'text' (data.text)"),
+        (
+            *("reviews.csv", [("x", "good"), ("y", "baad")], {"labels": "good,bad"}),
+            "row 2 has the label 'baad', which is not among data.labels (good, bad) (did",
+        ),
+        ("reviews.csv", [("x", "good")], {}, "has only the label 'good', and a classifier needs 2: name all labels"),
+        *(
+            ("reviews.csv", list(REVIEWS), {"labels": labels}, "name at least 2 different labels")
+            for labels in ("good", "good,good", "good,,bad")
+        ),
+    ],
+)
+def test_records_that_make_no_data_set_are_refused(
+    name: str, rows: list[tuple[object, ...]], settings_: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    refused(write(tmp_path / name, rows), message, **settings_)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("none.csv", b"", "is empty: it has no records"),
+        ("gaps.jsonl", b'{"text": "x", "label": 1}\n\n{"label": 0}\n', "row 2 has no value in column 'text'"),
+        ("reviews.csv", b"text;label\nfine;1\n", "separated by semicolons; save it with commas, or with tabs as .tsv"),
+        ("reviews.csv", b"text\tlabel\nfine\t1\n", "separated by tabs; save it with commas, or with tabs as .tsv"),
         ("latin.csv", "text,label\nné,1\n".encode("latin-1"), "is not UTF-8 (byte 12)"),
         ("commas.csv", b"text,label\none, two,1\n", "row 1 has 3 fields, but the header names 2"),
         (

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing import get_context
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 import pytest
@@ -17,6 +21,8 @@ from made_run import MadeRun
 from typer.testing import CliRunner
 
 from fedveil.cli.main import app
+from fedveil.common.config.text import parse_settings
+from fedveil.common.ends import end_as_by_ctrl_c
 from fedveil.common.errors import ConfigError, RunFailed
 from fedveil.experiments import keeper
 from fedveil.experiments.under_way import ProcessFile, conducting, stop, ways_on
@@ -174,20 +180,26 @@ def test_a_terminal_that_closes_ends_a_command_as_ctrl_c_does_but_under_nohup(
 
 
 @contextmanager
-def a_run(folder: Path, code: str = "time.sleep(1000)") -> Iterator[subprocess.Popen[str]]:
+def a_run(folder: Path) -> Iterator[ForkProcess]:
     """Yield a process that conducts the run of a folder and ends as ``fedveil run`` does."""
-    text = (
-        "import sys, time\nfrom pathlib import Path\nfrom fedveil.common.ends import end_as_by_ctrl_c\n"
-        "from fedveil.experiments.under_way import conducting\n"
-        f"end_as_by_ctrl_c()\nwith conducting(Path({str(folder)!r})):\n    print('up', flush=True)\n    {code}\n"
-    )
-    with subprocess.Popen([sys.executable, "-P", "-c", text], stdout=-1, stderr=-1, text=True) as process:
-        try:
-            assert process.stdout
-            assert process.stdout.readline() == "up\n"
-            yield process
-        finally:
-            process.kill()
+    fork = get_context("fork")  # of this process, which has loaded the libraries
+    up = fork.Event()
+
+    def conduct() -> None:
+        sys.stderr = io.StringIO()  # for the traceback of its end
+        end_as_by_ctrl_c()
+        with conducting(folder):
+            up.set()
+            time.sleep(1000)
+
+    process = fork.Process(target=conduct)
+    process.start()
+    try:
+        assert up.wait(PATIENCE)
+        yield process
+    finally:
+        process.kill()
+        process.join()
 
 
 @pytest.fixture
@@ -205,7 +217,8 @@ def test_stop_ends_the_run_that_is_under_way_and_waits_for_its_end(by: str, run:
         assert done.exit_code == 0, done.output
         assert f"process {process.pid}" in done.output
         assert str(run) in done.output
-        assert process.wait(PATIENCE)
+        process.join(PATIENCE)
+        assert process.exitcode
     assert not (run / ProcessFile.NAME).exists()
 
 
@@ -213,7 +226,7 @@ def test_stop_ends_no_process_that_has_the_number_of_one_that_is_gone(run: Path)
     """A run that was killed leaves its file, and its number goes to somebody else."""
     with a_run(run) as killed:
         killed.kill()
-        killed.wait()
+        killed.join()
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"]) as other:
         path = run / ProcessFile.NAME
         path.write_text(path.read_text().replace(str(killed.pid), str(other.pid)))
@@ -229,7 +242,7 @@ def test_stop_leaves_a_run_of_another_machine_alone(run: Path) -> None:
         path.write_text(path.read_text().replace('"where": "', '"where": "other '))
         with pytest.raises(ConfigError, match=r"under way on other .*: stop it there"):
             stop(str(run))
-        assert process.poll() is None
+        assert process.is_alive()
 
 
 def test_stop_says_what_it_does_not_end(run: Path, tmp_path: Path) -> None:
@@ -246,10 +259,6 @@ def test_a_second_run_does_not_conduct_what_is_under_way(run: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a run", 'a "run"', "a\\run", "a'run"])
 def test_the_command_that_goes_on_is_read_as_it_is_printed(name: str, tmp_path: Path) -> None:
-    import shlex
-
-    from fedveil.common.config.text import parse_settings
-
     folder = tmp_path / name
     folder.mkdir()
     assert "nothing to go on from" in ways_on(folder)

@@ -67,11 +67,6 @@ def check_that_plan_is_run(settings: dict[str, Any], sites: int = 2) -> None:
     assert sum(line.bytes_up for line in rounds) == up
 
 
-@pytest.mark.usefixtures("rough_prices")
-def test_the_plan_is_what_the_run_does(toy_settings: dict[str, Any]) -> None:
-    check_that_plan_is_run(toy_settings)
-
-
 SUMMED = {
     "privacy.mode": "secure-sum",
     "privacy.honest-sites": 2,
@@ -80,9 +75,13 @@ SUMMED = {
 }
 
 
+HEAD_ALONE = {"adapter.name": "none", "strategy": "fedavg-lora"}
+
+
 @pytest.mark.usefixtures("rough_prices")
-def test_the_plan_of_a_secure_sum_is_what_the_run_does(toy_settings: dict[str, Any]) -> None:
-    check_that_plan_is_run({**toy_settings, **SUMMED}, 3)
+@pytest.mark.parametrize(("own", "sites"), [({}, 2), (SUMMED, 3), (HEAD_ALONE, 2)], ids=["plain", "sum", "head"])
+def test_the_plan_is_what_the_run_does(own: dict[str, Any], sites: int, toy_settings: dict[str, Any]) -> None:
+    check_that_plan_is_run({**toy_settings, **own}, sites)
 
 
 PHASES = {
@@ -208,14 +207,6 @@ def test_the_table_of_bytes_equals_the_encoded_messages_of_every_strategy(
     before = planned({**toy_settings, "strategy": name, "privacy.mode": "none"})
     assert before.payloads[name] == (before.traffic.down, before.traffic.up)
     assert before.traffic.message_up > before.traffic.up
-
-
-HEAD_ALONE = {"adapter.name": "none", "strategy": "fedavg-lora"}
-
-
-@pytest.mark.usefixtures("rough_prices")
-def test_the_plan_of_the_head_alone_is_what_the_run_does(toy_settings: dict[str, Any]) -> None:
-    check_that_plan_is_run({**toy_settings, **HEAD_ALONE})
 
 
 def test_the_bytes_of_the_head_alone_stand_beside_those_of_other_strategies_on_their_own_adapters(
@@ -381,9 +372,16 @@ def test_the_search_says_so_where_the_budget_is_not_what_ends_it() -> None:
     assert (found.value, found.next_value, RATES[-1]) == (1.0, None, 1.0)
 
 
-def test_a_budget_too_small_for_one_round_is_said_in_one_line() -> None:
-    with pytest.raises(BudgetExhausted, match="not even one round") as refusal:
-        find(configure({"privacy.noise-multiplier": 0.5, "privacy.epsilon": 0.1}), "rounds")
+@pytest.mark.parametrize(
+    ("quantity", "settings", "said"),
+    [
+        ("rounds", {"privacy.noise-multiplier": 0.5, "privacy.epsilon": 0.1}, "^.*not even one round.*$"),
+        ("noise", {"privacy.mode": "none"}, "no budget"),
+    ],
+)
+def test_what_cannot_be_found_is_said_in_one_line(quantity: str, settings: dict[str, Any], said: str) -> None:
+    with pytest.raises((BudgetExhausted, ConfigError), match=said) as refusal:
+        find(configure(settings), quantity)
     assert "\n" not in str(refusal.value)
 
 
@@ -417,11 +415,6 @@ def test_the_plan_is_not_written_over_its_settings(tmp_path: Path, toy_settings:
     result = run_plan(tmp_path, toy_settings, *words)
     assert (result.exit_code, "is read by this command and is not overwritten" in result.stderr) == (1, True)
     assert (tmp_path / "mine.toml").read_text(encoding="utf-8") == "rounds = 3\n"
-
-
-def test_without_privacy_there_is_nothing_to_find() -> None:
-    with pytest.raises(ConfigError, match="no budget"):
-        find(configure({"privacy.mode": "none"}), "noise")
 
 
 def test_a_budget_that_ends_before_the_run_is_a_warning(toy_settings: dict[str, Any]) -> None:
@@ -538,8 +531,3 @@ def test_a_round_that_is_not_scored_takes_no_scoring(toy_settings: dict[str, Any
 @given(st.integers(0, 400), st.integers(1, 300))
 def test_the_last_that_fits_is_found(limit: int, most: int) -> None:
     assert last_within(lambda n: n <= limit, most) == min(limit, most)
-
-
-def test_rates_are_three_digits_and_ascend() -> None:
-    assert list(RATES) == sorted(set(RATES))
-    assert all(math.isclose(rate, float(f"{rate:.3g}"), rel_tol=0) for rate in RATES)
