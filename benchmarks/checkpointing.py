@@ -25,7 +25,7 @@ RUNS, STEPS = 1, 2
 
 
 def peak(*, anew: bool = False) -> float:
-    """Return the peak of this process's memory in MiB, on Linux; ``anew`` lets it begin with what is held now."""
+    """Return the peak of this process's memory in MiB, on Linux; ``anew`` restarts it at the present use."""
     if anew:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
@@ -81,12 +81,12 @@ def main() -> int:
         found: dict[str, list[tuple[float, float]]] = {"once": [], "again": []}
         for _ in range(RUNS):
             for way, rows in found.items():
-                told = subprocess.run([sys.executable, __file__, case, way], capture_output=True, text=True, check=True)
-                seconds, mib = json.loads(told.stdout.splitlines()[-1])
+                run = subprocess.run([sys.executable, __file__, case, way], capture_output=True, text=True, check=True)
+                seconds, mib = json.loads(run.stdout.splitlines()[-1])
                 rows.append((seconds, mib))
         (slow, small), (fast, large) = (map(min, zip(*found[way], strict=True)) for way in ("again", "once"))
-        kept = slow / fast <= MOST_SECONDS and small / large <= MOST_MEMORY
-        failed = failed or not kept
+        within = slow / fast <= MOST_SECONDS and small / large <= MOST_MEMORY
+        failed = failed or not within
         print(
             f"{case}: {slow / fast:.2f} times the seconds ({fast:.2f} to {slow:.2f}; limit {MOST_SECONDS}), "
             f"{small / large:.2f} times the memory ({large:.0f} to {small:.0f} MiB; limit {MOST_MEMORY})"

@@ -109,24 +109,24 @@ def measure(sites: int, numbers: int) -> bool:
         for site, own in lossy.items()
     }
     masks = tuple(sharing.offer for sharing in shared.values())
-    held, vectors = dict[str, Holder](), {}
+    holders, vectors = dict[str, Holder](), {}
     for place, site in enumerate(names):
         own, sealed = lossy[site], tuple(sharing.sealed[place] for sharing in shared.values())
-        held[site] = clock("agree", lambda: own.agree(masks, sealed, roster, terms, GIVEN))  # noqa: B023
+        holders[site] = clock("agree", lambda: own.agree(masks, sealed, roster, terms, GIVEN))  # noqa: B023
         vectors[site] = clock("masks", lambda: own.masked(words[site]))  # noqa: B023
     survivors = tuple(names[drop_outs:])
     signed = {
-        site: clock("list", lambda site=site: held[site].sign(survivors, identities[site]))  # type: ignore[misc]
+        site: clock("list", lambda site=site: holders[site].sign(survivors, identities[site]))  # type: ignore[misc]
         for site in survivors
     }
     signatures = {site: word.signature for site, word in signed.items()}
-    told = {
-        site: clock("told", lambda site=site: held[site].reveal(signatures, roster))  # type: ignore[misc]
+    shares = {
+        site: clock("told", lambda site=site: holders[site].reveal(signatures, roster))  # type: ignore[misc]
         for site in survivors[-threshold(sites, COLLUDERS) :]
     }
     left = {site: vectors[site] for site in survivors}
-    digest, keys = held[names[0]].digest, {offer.site: offer.public for offer in masks}
-    total = clock("server", lambda: unmasked(left, keys, names, COLLUDERS, digest, told))
+    digest, keys = holders[names[0]].digest, {offer.site: offer.public for offer in masks}
+    total = clock("server", lambda: unmasked(left, keys, names, COLLUDERS, digest, shares))
     exact = bool((total == np.add.reduce([words[site] for site in survivors], dtype=np.uint32)).all())
 
     last = names[-1]
@@ -138,7 +138,7 @@ def measure(sites: int, numbers: int) -> bool:
     sent.reply(KeyReply(*run, last, offers[-1]))
     sent.reply(ShareReply(*run, last, shared[last]))
     sent.reply(SurvivorReply(*run, last, signed[last]))
-    sent.reply(UnmaskReply(*run, last, told[last]))
+    sent.reply(UnmaskReply(*run, last, shares[last]))
 
     whole = {site: SiteAttempt(name, site, own) for site, own in identities.items()}
     plain_offers, plain = tuple(attempt.offer for attempt in whole.values()), Clock()

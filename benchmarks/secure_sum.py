@@ -83,7 +83,7 @@ def result(site: str, event: Event, **sent: Any) -> TrainResult:
 
 
 class Round:
-    """The round of so many sites, each with a sum of so many gradients' numbers."""
+    """A round of secure aggregation over a number of sites and of summed numbers."""
 
     def __init__(self, sites: int, numbers: int) -> None:
         self.terms = Terms(4.8, 0.5, 0.33, 12, sites - 1, 1)

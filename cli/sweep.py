@@ -62,9 +62,8 @@ def sweep(
     with _folder_said(output):
         ended = run_sweep(read, output, results, _say, jobs=jobs, flower=flower, any_code=any_code, only=only)
     table = results_file(results, read.name)
-    text = markdown_of(ended.rows)
-    replace_file(table.with_suffix(".md"), text.encode())
-    _say(f"\n{text.partition('<details>')[0]}")
+    replace_file(table.with_suffix(".md"), markdown_of(ended.rows).encode())
+    _say(f"\n{markdown_of(ended.rows, folded=False)}")
     _say(f"written to {table}, and .csv and .md beside it")
     if ended.failed:
         _say(f"{len(ended.failed)} of {len(read.cells)} runs failed:")

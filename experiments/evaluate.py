@@ -82,12 +82,10 @@ def about_of(adapter: Path) -> AdapterFile:
 
 
 def base_of(about: AdapterFile, name: str, files: str) -> BaseModel:
-    """Return a base model as a run read it, loaded from these files alone.
-
-    A run's folder may be anybody's. So it makes nobody fetch a model: that must be on this machine already.
+    """Return a run's base model, from these files on this machine alone: a run's folder cannot cause a download.
 
     Raises:
-        ModelNotLoaded: it is not, or has other files, none of which was opened.
+        ModelNotLoaded: it is missing, or has other files, none of which was opened.
     """
     check_files(name, files, fetch=False)
     pool, bits = (str(about.settings.get(*usual)) for usual in (("head.pool", "mean"), ("model.quantise", "none")))
@@ -114,8 +112,8 @@ def _with_adapter(base: BaseModel, folder: Path) -> PeftModel:
         # PEFT leaves a missing tensor as it is made, and warns; a score without it would be another model's.
         warnings.filterwarnings("ignore", "Found missing adapter keys", UserWarning)
         model = PeftModel.from_pretrained(base.module, str(folder))
-        held = get_peft_model_state_dict(model, save_embedding_layers=False)
-        if missing := held.keys() - tensors.keys():
+        present = get_peft_model_state_dict(model, save_embedding_layers=False)
+        if missing := present.keys() - tensors.keys():
             raise KeyError(f"it has no {min(missing)}")
         return model
 
@@ -133,7 +131,7 @@ def read_peft_config(file: Path) -> dict[str, Any]:
         for name in (value,) if isinstance(value, str) else value:
             if not LAYER_NAME.fullmatch(str(name)):
                 told = visible(str(name))[:80]
-                raise DataError(f"{file}: {field} has {told!r}, which is no layer's name: take the run's folder anew")
+                raise DataError(f"{file}: {field} has {told!r}, which is no layer's name: copy the run's folder again")
     return config
 
 
@@ -146,7 +144,7 @@ def _fitting(path: Path) -> Iterator[None]:
         # torch's errors about a state have a heading, and then a line for each tensor.
         first, _, rest = str(error).partition("\n")
         reason = " ".join((rest.partition("\n")[0] or first).split())
-        raise DataError(f"{path} is not of this run's model ({reason}): take the run's folder anew") from error
+        raise DataError(f"{path} is not of this run's model ({reason}): copy the run's folder again") from error
 
 
 def score_of(result: Result) -> Score:

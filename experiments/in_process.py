@@ -47,7 +47,7 @@ class InProcessTransport:
         return self
 
     def nodes(self, wanted: int, besides: Collection[int]) -> list[int]:
-        """Return one number per site; nobody joins while a call waits, so none is waited for."""
+        """Return one number per site, at once: no site joins later."""
         del wanted
         return [node for node in range(len(self._nodes)) if node not in besides]
 
@@ -96,7 +96,7 @@ def run_in_process(
 
     Raises:
         ConfigError: a setting is wrong, or the folder holds a run of this id that is not resumed.
-        DataError, RunFailed: as of ``conduct``.
+        DataError, RunFailed: as for ``conduct``.
     """
     settings, _ = with_recipe(settings, sites=nodes if isinstance(nodes, int) else len(nodes))
     job, run = configure(settings), run or str(secrets.randbits(63))

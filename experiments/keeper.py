@@ -1,4 +1,4 @@
-"""Run a command, and end with whoever started it: of what the command starts nothing is left, however its starter ends.
+"""Run a command, and end it with all that it started once the starter is gone, however that ends.
 
 Run as ``python -P -m fedveil.experiments.keeper FOLDER COMMAND...``, with a pipe as standard input that the starter
 alone can write to: the operating system closes it whichever way the starter ends, SIGKILL included. Then sites that
@@ -31,7 +31,7 @@ POLL_SECONDS = 0.1
 WORK_SECONDS = 10.0
 """How long sites that have paid for a round may take to finish it."""
 PATIENCE = 5.0
-"""How long what is told to end may take before it is killed."""
+"""How long a process may take to end before it is killed."""
 _ADOPT_ORPHANS = 36
 """prctl's PR_SET_CHILD_SUBREAPER."""
 

@@ -15,14 +15,9 @@ def names_recipe(settings: Mapping[str, Scalar]) -> bool:
 
 
 def check_recipes(recipes: Mapping[str, str], named: Collection[str]) -> None:
-    """Raise ConfigError if two runs that are compared differ in a recipe that neither of them names.
+    """Raise ConfigError if two rows of a comparison get different recipes that neither of them names.
 
-    A recipe decides optimisers, rates, rounds and adapter. Runs that name, say, a strategy each and are filled in by
-    different recipes would differ in all that as well.
-
-    Args:
-        recipes: of each row of the comparison.
-        named: the rows that name theirs.
+    They would differ in optimisers, rates, rounds and adapter as well. ``named`` are the rows that name theirs.
     """
     first, *others = [row for row in recipes if row not in named] or [""]
     for other in others:

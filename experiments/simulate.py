@@ -39,7 +39,7 @@ from fedveil.experiments.under_way import conducting
 from fedveil.server.ledger import with_ledger
 from fedveil.server.lock import is_written
 from fedveil.server.records import LEAST_ROOM
-from fedveil.strategies.job import configure
+from fedveil.strategies.job import Job, configure
 from fedveil.strategies.options import for_flower
 
 START_SECONDS = 60.0
@@ -50,7 +50,7 @@ REPORT_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Progress:
-    """What a watcher is told: new lines of the run's log, and what goes on."""
+    """New lines of the run's log, and the state of the run."""
 
     lines: list[str]
     state: ProgressFile
@@ -68,34 +68,20 @@ def simulate(
 
     Args:
         settings: overrides of the defaults, flat.
-        sites: how many sites the data are divided among.
+        sites: number of sites that divide the data.
         watch: called about twice a second.
         workers: processes that train at the same time; 0: as many as pay off on this machine.
-        begun: told the run's folder once there is one.
+        begun: called with the run's folder once it exists.
 
     Raises:
         ConfigError: a setting is wrong; nothing was started.
         DataError: the records cannot be read, or are too few for the sites; nothing was started.
         RunFailed: the run did not end well; the message says why.
     """
-    if sites < 1:
-        raise ConfigError(f"a federation needs at least 1 site, not {sites}")
     output = str(expanded(str(settings.get("output", "runs"))).absolute())
     settings = with_ledger({**settings, "output": output})
     job = configure(settings)
-    check_installed(job.config.tracker)
-    check_partition(job.config)
-    if 0 < job.config.privacy.cohort < sites:
-        raise ConfigError(
-            f"{sites} sites are more than privacy.cohort, which is {job.config.privacy.cohort}: raise it, or take fewer"
-        )
-    if job.config.min_sites > sites:
-        raise ConfigError(
-            f"min-sites is {job.config.min_sites}, and {counted(sites, 'site')} would be there: no round would count; "
-            "lower it, or take more sites"
-        )
-    # Raises where the records are too few for the sites.
-    site_part(train_and_test(job.config.data, job.config.model.task)[0], job.config.data, 0, sites)
+    _check(job, sites)
     _check_output(Path(output))
     with (
         ExitStack() as until_over,
@@ -118,6 +104,26 @@ def simulate(
                 watch(Progress([], ProgressFile("ending: sites that have paid for a round finish it first")))
             raise
     return folder
+
+
+def _check(job: Job, sites: int) -> None:
+    """Raise ConfigError or DataError unless a job can run over that number of sites."""
+    config = job.config
+    if sites < 1:
+        raise ConfigError(f"a federation needs at least 1 site, not {sites}")
+    check_installed(config.tracker)
+    check_partition(config)
+    if 0 < config.privacy.cohort < sites:
+        raise ConfigError(
+            f"{sites} sites are more than privacy.cohort, which is {config.privacy.cohort}: raise it, or take fewer"
+        )
+    if config.min_sites > sites:
+        raise ConfigError(
+            f"min-sites is {config.min_sites}, and {counted(sites, 'site')} would be there: no round would count; "
+            "lower it, or take more sites"
+        )
+    # Raises where the records are too few for the sites.
+    site_part(train_and_test(config.data, config.model.task)[0], config.data, 0, sites)
 
 
 def _check_output(output: Path) -> None:
@@ -213,7 +219,7 @@ def _resources(sites: int, workers: int) -> str:
 def _follow(
     link: _Link, run: str, folder: Path, watch: Callable[[Progress], None], printed: int, *, since: float
 ) -> None:
-    """Tell ``watch`` of a run until it ends; a result older than ``since`` is that of the attempt before."""
+    """Call ``watch`` until a run ends; a result older than ``since`` is that of the attempt before."""
     checked, seen = time.monotonic(), 0.0
     while True:
         ended = _result(folder, since)
@@ -253,7 +259,7 @@ def _result(folder: Path, since: float) -> ResultFile | None:
 
 
 def _last_written(folder: Path) -> float:
-    """Return when a record of the run was last written, in seconds since the epoch; 0.0: there is none."""
+    """Return when a record of the run was last written, in seconds since the epoch; 0.0 without records."""
     latest = 0.0
     for path in folder.glob("*.json*"):
         with suppress(FileNotFoundError):  # a server replaces files, through others that come and go

@@ -1,8 +1,7 @@
 """The number of simulated sites of a run, kept beside its ``config.json``.
 
 The number is no setting of the run (sites that own their data have none), yet another one divides
-the records anew: a run that went on with it would train on records that it holds out for another site's
-budget, and figures of two numbers do not compare.
+the records otherwise: a resumed run would charge one site's records to another's budget.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from fedveil.common.strict_json import to_json
 from fedveil.server.records import write_json
 
 USUAL = 4
-"""Sites of a run that nobody gave a number for."""
+"""Sites of a run without a given number."""
 
 
 @dataclass(frozen=True)
@@ -38,26 +37,26 @@ def record_sites(folder: Path, sites: int) -> None:
 
 def recorded_sites(folder: Path) -> int | None:
     """Return the number of simulated sites of a run; None if its folder does not say."""
-    held = read_if_there(SimulatedFile, folder)
-    return held.sites if held else None
+    file = read_if_there(SimulatedFile, folder)
+    return file.sites if file else None
 
 
-def sites_of(config: RunConfig, asked: int | None) -> int:
-    """Return how many sites a run has: those asked for, or USUAL; a resumed run has those that it began with.
+def sites_of(config: RunConfig, wanted: int | None) -> int:
+    """Return the number of sites of a run: ``wanted``, or USUAL; a resumed run keeps that of its start.
 
     Raises:
-        ConfigError: another number is asked for than the resumed run began with, or nobody says what that was.
+        ConfigError: ``wanted`` is another than that of the resumed run's start, or that is unknown.
     """
     if not config.resume:
-        return USUAL if asked is None else asked
+        return USUAL if wanted is None else wanted
     folder = run_folder(config, "")
     began = recorded_sites(folder)
-    wanted = began if asked is None else asked
-    if wanted is None:
+    number = began if wanted is None else wanted
+    if number is None:
         raise ConfigError(f"resume: {folder} does not say how many sites it began with: give --sites as at its start")
-    if began not in (None, wanted):
+    if began not in (None, number):
         raise ConfigError(
-            f"resume: --sites is {asked}, the run in {folder} began with {began}, and another number divides the "
-            "records anew: leave --sites out, or start a new run"
+            f"resume: --sites is {wanted}, the run in {folder} began with {began}, and another number divides the "
+            "records otherwise: leave --sites out, or start a new run"
         )
-    return wanted
+    return number

@@ -47,11 +47,11 @@ def conducting(folder: Path) -> Iterator[None]:
         RunFailed: another process does.
     """
     path = folder / ProcessFile.NAME
-    held = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     under_way = RunFailed(f"the run in {folder} is under way: end it with `fedveil stop {folder}`")
-    with locked(held, GLANCE_SECONDS, under_way):
-        os.ftruncate(held, 0)
-        os.write(held, json.dumps(to_json(ProcessFile(os.getpid(), _here()))).encode())
+    with locked(file, GLANCE_SECONDS, under_way):
+        os.ftruncate(file, 0)
+        os.write(file, json.dumps(to_json(ProcessFile(os.getpid(), _here()))).encode())
         try:
             yield
         finally:
@@ -61,34 +61,32 @@ def conducting(folder: Path) -> Iterator[None]:
 def stop(run: str, output: Path | None = None) -> tuple[Path, int]:
     """End the ``fedveil run`` that is under way, wait until it is over, and return its folder and its process.
 
-    Args:
-        run: the run's folder, or its id.
-        output: where runs lie, if it is not ``runs``.
+    ``run`` is the run's folder or its id in ``output``, by default ``runs``.
 
     Raises:
-        ConfigError: no folder, or more than one, answers to the name; or no ``fedveil run`` conducts it here.
+        ConfigError: no or several folders have the name, or no ``fedveil run`` conducts it here.
         RunFailed: it may not be ended by this user, or is not over after ``STOP_SECONDS``.
     """
     folder = _folder(run, expanded(output or RunConfig().output))
     if _is_free(folder / ProcessFile.NAME):
         other = "; a server, a sweep or another program writes it: end that one" if is_written(folder) else ""
         raise ConfigError(f"no `fedveil run` is under way in {folder}{other}")
-    told = read_file(ProcessFile, folder)
-    if told.where != _here():
-        raise ConfigError(f"the run in {folder} is under way on {told.where}: stop it there")
+    owner = read_file(ProcessFile, folder)
+    if owner.where != _here():
+        raise ConfigError(f"the run in {folder} is under way on {owner.where}: stop it there")
     try:
         # Whoever holds the lock wrote the number, so it is no later process's.
-        os.kill(told.process, signal.SIGTERM)
+        os.kill(owner.process, signal.SIGTERM)
     except PermissionError as error:
-        raise RunFailed(f"process {told.process}, which conducts {folder}, is another user's: ask them") from error
+        raise RunFailed(f"process {owner.process}, which conducts {folder}, is another user's: ask them") from error
     except ProcessLookupError:
         pass  # it has ended just now
     deadline = time.monotonic() + STOP_SECONDS
     while not _is_free(folder / ProcessFile.NAME) or is_written(folder):
         if time.monotonic() > deadline:
-            raise RunFailed(f"process {told.process}, which conducts {folder}, has not ended in {STOP_SECONDS:g} s")
+            raise RunFailed(f"process {owner.process}, which conducts {folder}, has not ended in {STOP_SECONDS:g} s")
         time.sleep(POLL_SECONDS)
-    return folder, told.process
+    return folder, owner.process
 
 
 def ways_on(folder: Path) -> str:
@@ -100,7 +98,7 @@ def ways_on(folder: Path) -> str:
 
 
 def _is_free(path: Path) -> bool:
-    """Whether nobody holds the lock of a file, which need not be there."""
+    """Return whether a file's lock is free; a missing file has none."""
     with suppress(FileNotFoundError), path.open("rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -1,9 +1,8 @@
-"""Sites that did alike as one row, so that a federation of a thousand fits a page; odd ones stay rows of their own.
+"""Tables of sites in which one row groups equal sites, so that a federation of a thousand fits a page.
 
-Up to ``EACH`` sites every one has its row. Of more, two are alike if all that a row says of them is equal but for the
-name and the public size. Where even that gives more than ``EACH`` rows, sites are alike that differ in less and less of
-what makes a site odd (``ODDITIES``), and a row has the lowest and the highest of each figure. The site that has spent
-most then is a row of its own. Nothing is left out: a row counts its sites.
+Up to ``EACH`` sites, each has its own row. Above that, sites with equal figures share one, whatever their names and
+public sizes. If that gives more than ``EACH`` rows, fewer figures must be equal (``ODDITIES``), a row has the lowest
+and the highest of each figure, and the site that has spent most keeps its own row. Every row counts its sites.
 """
 
 from __future__ import annotations
@@ -16,14 +15,15 @@ from typing import TypeVar
 from fedveil.common.run_lines import Absence
 from fedveil.common.words import EACH, UNKNOWN, counted, names_text, natural, number_text, numbers_text
 from fedveil.privacy.figures import NO_CLAIM, epsilon_text, remaining_text
-from fedveil.reports.sites import MORE, ReleaseReport, SiteReport, distinct, worst_site
+from fedveil.reports.releases import ReleaseReport
+from fedveil.reports.sites import MORE, SiteReport, distinct, worst_site
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Alike:
-    """Sites that one row stands for, with their figures in words: one, or the lowest and the highest."""
+    """The sites of one row, with their figures as text: one, or the lowest and the highest."""
 
     names: str
     """Each, or the first and the last with their number."""
@@ -46,13 +46,13 @@ class Alike:
     alone: str
     """ε of this run's sums if no other site adds its noise."""
     agreement: str
-    """As of a site: every one has it."""
+    """That of every site in the row."""
     note: str
 
 
 @dataclass(frozen=True)
 class AlikeRelease:
-    """Releases beside training that one row stands for, likewise."""
+    """The releases beside training of one row, likewise."""
 
     round_number: int
     names: str
@@ -71,7 +71,7 @@ def alike_sites(sites: Sequence[SiteReport]) -> list[Alike]:
 
 
 def groups_of_sites(sites: Sequence[SiteReport]) -> list[list[SiteReport]]:
-    """Return the sites of each row, in the order of its first; the names of ``EACH`` or fewer are told one by one."""
+    """Return the sites of each row, in the order of their first sites."""
     groups = _groups(sites, lambda site: replace(site, site="", public_size=None), len(sites))
     worst = worst_site(sites)
     for key in ODDITIES if len(sites) > EACH else ():
@@ -136,9 +136,9 @@ def _note(group: Sequence[SiteReport]) -> str:
 
 
 def alike_absences(absences: Sequence[Absence], sites: int) -> list[tuple[str, Absence]]:
-    """Return refusals and failures, those of one attempt by one kind and reason together, with the names in words.
+    """Return absences grouped by attempt, kind and reason, each with the sites' names.
 
-    Of more than ``EACH`` reasons for one attempt and kind the first is told, and how many others there are.
+    More than ``EACH`` reasons of one attempt and kind are one group, with the first reason and the number of others.
     """
     groups = _groups(absences, lambda absence: replace(absence, site=""), sites)
     kinds = _groups(absences, lambda absence: (absence.round_number, absence.attempt, absence.kind), sites)
@@ -154,7 +154,7 @@ def _reason(group: Sequence[Absence]) -> Absence:
 
 
 def alike_releases(releases: Sequence[ReleaseReport], sites: int) -> list[AlikeRelease]:
-    """Return releases beside training, those of one round and price together; of too many prices those of one kind."""
+    """Return releases beside training, grouped by round and price, or by round and kind if prices are many."""
     groups = _groups(releases, lambda release: replace(release, site=""), sites)
     kinds = _groups(releases, lambda release: (release.round_number, release.purpose, release.count), sites)
     if len(groups) > EACH * len(kinds):
@@ -176,7 +176,7 @@ def alike_releases(releases: Sequence[ReleaseReport], sites: int) -> list[AlikeR
 
 
 def participants_text(participants: Sequence[str], sites: Sequence[SiteReport]) -> str:
-    """Return who took part in a round: every name, or all sites of the run but those that are named."""
+    """Return who took part in a round: every name, or all sites except the named ones."""
     if len(participants) <= EACH:
         return ", ".join(participants)
     took = set(participants)
@@ -189,7 +189,7 @@ def participants_text(participants: Sequence[str], sites: Sequence[SiteReport]) 
 
 
 def spread(values: Sequence[T | None], form: Callable[[T], str], unknown: str = UNKNOWN) -> str:
-    """Return figures in words: the one that all are, or the lowest and the highest of those that are known.
+    """Return figures as text: their common value, or the lowest and the highest of the known ones.
 
     >>> spread([3, None, 1, 2], str), spread([2, 2], str), spread([None], str)
     ('1 to 3', '2', '–')
@@ -202,11 +202,8 @@ def spread(values: Sequence[T | None], form: Callable[[T], str], unknown: str = 
 
 
 def _groups(rows: Iterable[T], key: Callable[[T], object], sites: int) -> list[list[T]]:
-    """Return rows by what they are alike in, in the order of the first of each; apart where a federation is small."""
-    held = list(rows)
-    if sites <= EACH:
-        return [[row] for row in held]
-    groups: dict[str, list[T]] = {}
-    for row in held:
-        groups.setdefault(repr(key(row)), []).append(row)
+    """Return rows grouped by key, in the order of their first rows; one row each in a small federation."""
+    groups: dict[object, list[T]] = {}
+    for place, row in enumerate(rows):
+        groups.setdefault(place if sites <= EACH else repr(key(row)), []).append(row)
     return list(groups.values())

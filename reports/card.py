@@ -1,7 +1,6 @@
 """The model card (``README.md``) of an adapter or a merged model: YAML for the hub, and Markdown for people.
 
-It quotes the run's report and what the coordinator declares, and says what nobody has declared. The claim stands in it
-in the report's own words.
+It quotes the run's report, claim included, and what the coordinator declares, and says what has not been declared.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ from fedveil.common.tasks import TASKS
 from fedveil.common.words import UNKNOWN, counted, number_text, percent_text, visible
 from fedveil.privacy.figures import epsilon_text
 from fedveil.privacy.units import PERSON
-from fedveil.reports.claim import server_is_trusted
 from fedveil.reports.data import ReportData, cares_of, cut_test, setting_of
 from fedveil.reports.declared import Declared
 from fedveil.reports.markdown import plain
@@ -38,7 +36,7 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 OWN_LIBRARY = "fedveil"
 """What loads a head that lies by itself: no library of the hub does."""
 UNKNOWN_LICENSE = "unknown"
-"""What the hub calls a licence that nobody has stated."""
+"""The hub's word for an undeclared licence."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ def card_of(data: ReportData, declared: Declared, form: Form, report: bytes) -> 
     """
     head = yaml.safe_dump(_metadata(data, declared, form), sort_keys=False, allow_unicode=True, width=100)
     task = TASKS[str(setting_of(data, "model.task"))]
-    sites = f"{'at most ' * server_is_trusted(data.claim.privacy_mode)}{counted(data.headline.sites, 'site')}"
+    sites = f"{'at most ' * data.claim.trusts_server}{counted(data.headline.sites, 'site')}"
     trained = f"A FedVeil run fine-tuned {plain(_shown_base(data))} on the records of {sites}"
     parts = [
         f"---\n{head}---",
@@ -117,7 +115,7 @@ def _base(data: ReportData) -> str:
 
 
 def _published(data: ReportData) -> Published | None:
-    """Return what is known of a packaged base model; None of any other, and of a folder that is called like one."""
+    """Return the publication of a packaged base model; None for any other, a folder of that name included."""
     origin = data.origin
     named = origin is not None and not origin.local and origin.base_model in NAMED_MODELS
     return NAMED_MODELS[origin.base_model].published if origin and named else None
@@ -165,7 +163,7 @@ def _metadata(data: ReportData, declared: Declared, form: Form) -> dict[str, Any
 
 
 def _honest(sharing: Sharing | None) -> dict[str, Any]:
-    """Return on how many honest sites ε rests, and that of the sums alone; nothing where no noise is shared."""
+    """Return the honest sites that ε counts on, and ε without them; empty where sites share no noise."""
     if sharing is None:
         return {}
     bare = sharing.epsilon_alone
@@ -174,7 +172,7 @@ def _honest(sharing: Sharing | None) -> dict[str, Any]:
 
 
 def _trials(data: ReportData) -> dict[str, Any]:
-    """Return what stands beside the ε of a run that is one of several trials: that of all of them."""
+    """Return the ε of all trials, of which the run is one; empty for a single run."""
     if data.tuning is None:
         return {}
     epsilon = float(epsilon_text(data.tuning.epsilon).replace("∞", "inf"))
@@ -209,8 +207,8 @@ def _privacy(data: ReportData) -> str:
     lines = ["## Privacy", "", f"**{claim.sentence}**", ""]
     if not claim.made:
         return "\n".join(lines)
-    told = (("Unit", claim.unit), ("Neighbours", claim.neighbours), ("Adversary", claim.adversary))
-    lines += [f"- {name}: {plain(text)}" for name, text in (*told, ("Sampling", claim.sampler))]
+    terms = (("Unit", claim.unit), ("Neighbours", claim.neighbours), ("Adversary", claim.adversary))
+    lines += [f"- {name}: {plain(text)}" for name, text in (*terms, ("Sampling", claim.sampler))]
     lines += ["", "Not covered:", "", *(f"- {plain(text)}" for text in claim.not_covered), ""]
     if data.meaning is not None:
         said = (attack_sentence(data.meaning), several_sentence(data.meaning), data.meaning.caution)
@@ -222,21 +220,21 @@ def _privacy(data: ReportData) -> str:
 
 def _records(data: ReportData) -> str:
     sizes = sorted(site.public_size for site in data.sites if site.public_size is not None)
-    told = "Trained on the records of sites, which are not published."
+    text = "Trained on the records of sites, which are not published."
     whose = f"in {data.claim.per}s, " if data.claim.per == PERSON.name else ""
-    if server_is_trusted(data.claim.privacy_mode):
+    if data.claim.trusts_server:
         most = number_text(sum(sizes))
-        told += f" They were a cohort of at most {most} sites; how many records one has is told to nobody."
+        text += f" They were a cohort of at most {most} sites; how many records one has is told to nobody."
     elif sizes:
-        told += (
+        text += (
             f" Their number, {whose}as the sites declare it: {number_text(sum(sizes))}, from "
             f"{number_text(sizes[0])} to {number_text(sizes[-1])} a site."
         )
-    return f"## Records\n\n{told}\n\nDeclared public, and not protected: {'; '.join(_public(data))}."
+    return f"## Records\n\n{text}\n\nDeclared public, and not protected: {'; '.join(_public(data))}."
 
 
 def _public(data: ReportData) -> list[str]:
-    """Return what the run took for public, by name where it has one that says something to others: a path does not."""
+    """Return the data that the run took for public, by name; a path is not quoted."""
     name, test = str(setting_of(data, "data.name")), str(setting_of(data, "data.test"))
     found = ["the test part, a file of the coordinator's"]
     if cut_test(data):
@@ -278,16 +276,16 @@ def _hashes(data: ReportData, declared: Declared, form: Form, report: bytes) -> 
         rows += [(f"base model {plain(_shown_base(data))}, as `fedveil` computes it", origin.base)]
         rows += [("code that the server ran, `fedveil bundle`", origin.bundle)] if origin.bundle else []
     rows += [(f"`{name}`", digest) for name, digest in form.files.items()]
-    told = f"Run {plain(data.run)}, started {plain(data.started)}. "
+    text = f"Run {plain(data.run)}, started {plain(data.started)}. "
     if "fedveil.json" in form.files:
-        told += _REPORT_BESIDE
+        text += _REPORT_BESIDE
     elif not declared.report_url:
-        told += "Ask its publisher for the run's signed report."
+        text += "Ask its publisher for the run's signed report."
     if declared.report_url:
         # The declaration holds no character that ends such a link.
-        told += f" The publisher says that the run's signed report lies at <{declared.report_url}>."
+        text += f" The publisher says that the run's signed report lies at <{declared.report_url}>."
     table = "\n".join(f"| {name} | `{digest}` |" for name, digest in rows)
-    return f"## Where it comes from\n\n{told}\n\n| what | SHA-256 |\n|---|---|\n{table}"
+    return f"## Where it comes from\n\n{text}\n\n| what | SHA-256 |\n|---|---|\n{table}"
 
 
 _REPORT_BESIDE = (

@@ -11,6 +11,7 @@ from fedveil.common.data.sources import unprotected_test
 from fedveil.common.starts.public_text import words_of
 from fedveil.common.words import EACH, names_text, natural
 from fedveil.privacy import mechanism_of, promise_of, trusting_the_server
+from fedveil.privacy.claim import Claim as Promise
 from fedveil.privacy.figures import epsilon_text
 from fedveil.reports.folder import RunFiles
 from fedveil.reports.sharing import Sharing, at_h, others_of, rests_on, sharing_of
@@ -58,6 +59,11 @@ OFF = (
     "Privacy was OFF. This run promises nothing about any record: what the sites sent, and the final model, "
     "may reveal their records."
 )
+EXPOSED_RUN = (
+    "ε is ∞: records of a site were released without privacy before, so nothing is promised about them, whatever noise "
+    "this run added. What each site has spent stands in the table of sites."
+)
+"""Without names, which the page would not escape here: the gaps name the sites."""
 NOTHING_YET = "Privacy is on. No site has reported a release yet, so there is no figure."
 SEEDED = "noise and samples came from a test's source of random numbers, so this run protects nobody"
 UNKNOWN = (
@@ -86,9 +92,14 @@ class Claim:
     covered: list[str]
     not_covered: list[str]
     gaps: list[str]
-    """Why the claim is weaker than it reads; empty when nothing stands against it."""
+    """Why the claim is weaker than it reads; empty without objections."""
     public_text: str
     """Which public text the adapter's start was made from; empty: from none."""
+
+    @property
+    def trusts_server(self) -> bool:
+        """Whether the server is trusted, which then sees what sites send as it is."""
+        return bool(trusting_the_server([self.privacy_mode]))
 
 
 def claim_of(files: RunFiles, sites: Sequence[SiteReport]) -> Claim:
@@ -107,23 +118,11 @@ def claim_of(files: RunFiles, sites: Sequence[SiteReport]) -> Claim:
     gaps = _gaps(files, sites, unpaid)
     if worst is None or delta is None:
         return Claim(False, False, mode, NOTHING_YET, *6 * ("",), head, [], [], gaps, text)
-    accountants = sorted({site.accountant for site in sites if site.epsilon_worst is not None})
-    central = server_is_trusted(mode)
-    sentence = (
-        f"What a trusted server gave away is (ε, δ) = ({epsilon_text(worst.epsilon_worst)}, {delta:g}) differentially "
-        f"private in {claim.unit}: {claim.across} Nothing is promised against the server, which saw every update "
-        "without noise: no record is protected from it."
-        if central
-        else f"Everything that the sites sent is (ε, δ) = ({epsilon_text(worst.epsilon_worst)}, {delta:g}) "
-        f"differentially private in {claim.unit}. Both are the maximum over sites: {claim.across}"
-    )
-    sentence += _shared(sharing_of(files, sites), sites)
-    if any(site.agreement == "exposed" for site in sites):
-        # Without names: a sentence is not escaped as they are. The gaps name the sites.
-        sentence = (
-            "ε is ∞: records of a site were released without privacy before, so nothing is promised about them, "
-            "whatever noise this run added. What each site has spent stands in the table of sites."
-        )
+    central = files.trusts_server
+    sentence = EXPOSED_RUN
+    if not any(site.agreement == "exposed" for site in sites):
+        sentence = _promise(claim, worst.epsilon_worst, delta, central=central)
+        sentence += _shared(sharing_of(files, sites), sites)
     if tuning := at_least(files.tuning, worst.epsilon_worst):
         sentence += f" {trials_sentence(tuning, claim.per)}"
     return Claim(
@@ -136,7 +135,7 @@ def claim_of(files: RunFiles, sites: Sequence[SiteReport]) -> Claim:
         neighbours=claim.adjacency,
         adversary=claim.adversary,
         sampler=claim.sampler,
-        accountant=", ".join(accountants),
+        accountant=", ".join(sorted({site.accountant for site in sites if site.epsilon_worst is not None})),
         head=head,
         covered=list(COVERED_BY_SERVER if central else COVERED),
         not_covered=[*claim.leaves_out, *(BY_SERVER if central else NOT_COVERED)],
@@ -145,27 +144,33 @@ def claim_of(files: RunFiles, sites: Sequence[SiteReport]) -> Claim:
     )
 
 
-def server_is_trusted(mode: str) -> bool:
-    """Return whether a privacy.mode has a trusted server, which sees what sites send as it is."""
-    return bool(trusting_the_server([mode]))
+def _promise(claim: Promise, epsilon: float | None, delta: float, *, central: bool) -> str:
+    """Return what is private at this ε and δ."""
+    at = f"is (ε, δ) = ({epsilon_text(epsilon)}, {delta:g}) differentially private in {claim.unit}"
+    if central:
+        return (
+            f"What a trusted server gave away {at}: {claim.across} Nothing is promised against the server, which "
+            "saw every update without noise: no record is protected from it."
+        )
+    return f"Everything that the sites sent {at}. Both are the maximum over sites: {claim.across}"
 
 
 def none_refused(*, central: bool) -> str:
-    """Return what stands where no refusal is recorded; ``central``: a trusted server tells of none."""
+    """Return the text in place of an empty list of refusals; a trusted server (``central``) records none."""
     return "None is told: see the cohort." if central else "None that is recorded."
 
 
 def _shared(sharing: Sharing | None, sites: Sequence[SiteReport]) -> str:
-    """Return on whom a claim rests whose noise the sites share, and what holds beside it; empty where none do."""
+    """Return the honest sites that a claim counts on, and the other claims; empty where sites share no noise."""
     if sharing is None:
         return ""
     own = sharing.honest_sites == 1
-    told = f" That holds {rests_on(sharing)}" + own * ": each site adds all of the noise that its records need"
+    text = f" That holds {rests_on(sharing)}" + own * ": each site adds all of the noise that its records need"
     if any(site.agreement == "larger" for site in sites):
-        told += ". What a site's ledger holds of earlier runs rests on what these counted on"
+        text += ". What a site's ledger holds of earlier runs rests on what these counted on"
     if others := others_of(sharing):
-        told += f". The sums of this run that counted cost, at the same δ, {'; '.join(others)}"
-    return f"{told}. A site's ledger also has attempts of which nothing came."
+        text += f". The sums of this run that counted cost, at the same δ, {'; '.join(others)}"
+    return f"{text}. A site's ledger also has attempts of which nothing came."
 
 
 def _public_text(settings: Mapping[str, Scalar]) -> str:
@@ -175,7 +180,7 @@ def _public_text(settings: Mapping[str, Scalar]) -> str:
 
 
 def _by_note(wrong: Sequence[SiteReport], sites: int) -> list[str]:
-    """Return what stands against the claim at these sites, those of one reason together where there are many sites."""
+    """Return why the claim is weak at these sites, grouped by reason if the federation is large."""
     if sites <= EACH:
         return [f"{site.site}: {site.note}" for site in wrong]
     notes = dict.fromkeys(site.note for site in wrong)
@@ -185,8 +190,8 @@ def _by_note(wrong: Sequence[SiteReport], sites: int) -> list[str]:
 def _gaps(files: RunFiles, sites: Sequence[SiteReport], unpaid: list[str]) -> list[str]:
     settings = files.config.settings
     sharing = sharing_of(files, sites)
-    told = unprotected_test(str(settings.get("data.name", "")), str(settings.get("data.test", "")))
-    gaps = [told] if told and "data.name" in settings else []
+    cut_test = unprotected_test(str(settings.get("data.name", "")), str(settings.get("data.test", "")))
+    gaps = [cut_test] if cut_test and "data.name" in settings else []
     if files.server and not all(start.system_entropy for start in files.server.starts):
         gaps.append(SEEDED)
     gaps += _by_note([site for site in sites if site.agreement in ("smaller", "unknown", "exposed")], len(sites))

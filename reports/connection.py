@@ -1,7 +1,6 @@
 """Connections of a run and its server's own check, in words: only what the server app could know.
 
-A port that was asked is a fact. That the sites dialled that port is the operator's word, and what nobody here can know
-is named as such.
+The server app queried a port itself. That the sites dialled that port is the operator's word, and is reported so.
 """
 
 from __future__ import annotations

@@ -15,25 +15,17 @@ from fedveil.common.config.sections import Scalar, method_of
 from fedveil.common.data.sources import unprotected_test
 from fedveil.common.errors import DataError
 from fedveil.common.files import sha256_of
-from fedveil.common.run_lines import Absence, AdapterFile, BesideRow, RoundLine, TuningFile, read_file
-from fedveil.common.words import counted, names_text, natural, number_text
-from fedveil.reports.alike import spread
+from fedveil.common.run_lines import Absence, AdapterFile, BesideRow, TuningFile, read_file
 from fedveil.reports.audits import AuditReport, audit_alarms, audit_cares, audit_reports
-from fedveil.reports.claim import Claim, claim_of, server_is_trusted
+from fedveil.reports.claim import Claim, claim_of
 from fedveil.reports.connection import ConnectionReport, connection_cares, connection_reports
 from fedveil.reports.folder import RunFiles, read_run
 from fedveil.reports.meaning import NO_BOUND, MeaningReport, meaning_report
+from fedveil.reports.releases import ReleaseReport, other_releases
+from fedveil.reports.rounds import RoundReport, round_reports, shortened_text
 from fedveil.reports.scores import LabelReport, label_reports
 from fedveil.reports.sharing import Sharing, sharing_of
-from fedveil.reports.sites import (
-    ReleaseReport,
-    SiteReport,
-    epsilon_course,
-    federation_delta,
-    other_releases,
-    site_reports,
-    worst_site,
-)
+from fedveil.reports.sites import SiteReport, federation_delta, site_reports, worst_site
 from fedveil.reports.trials import at_least
 from fedveil.reports.trust import Actor, actors_of, unprotected_of
 from fedveil.strategies.options import known_settings
@@ -46,26 +38,6 @@ ADAPTER_FILES = tuple(
 """All of a saved adapter but its model card, which quotes this report."""
 SCHEMA = "fedveil-report/3"
 """Version of the report's JSON; the number rises when a field changes its meaning or goes away."""
-
-
-@dataclass(frozen=True)
-class RoundReport:
-    """One round. Bytes are adapter payload of all messages, accuracy a share."""
-
-    round_number: int
-    """0: before training, or the statistic that the start is made from."""
-    counted: bool
-    """Whether enough sites took part; a round that does not count leaves the model as it was."""
-    participants: list[str]
-    accuracy: float | None
-    loss: float | None
-    """None, as accuracy, in a round that was not scored."""
-    bytes_down: int | None
-    bytes_up: int | None
-    seconds: float | None
-    """Wall time; None with a trusted server, which tells nobody who was drawn."""
-    epsilon_worst: float | None
-    """Largest total that a site had reported by then; None without a claim."""
 
 
 @dataclass(frozen=True)
@@ -94,13 +66,13 @@ class Headline:
     rounds_done: int
     rounds_planned: int
     sites: int
-    """Sites that took part in a round at least; with a trusted server, which tells nobody, those of the cohort."""
+    """Sites that took part in at least one round; with a trusted server, the cohort."""
     last_sites: int
     """Sites that the last round that counts is of, likewise; 0 where none does."""
     bytes_down: int
     bytes_up: int
     seconds: float | None
-    """Of all finished rounds together; None as of a round."""
+    """Of all finished rounds together; None as for a round."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +87,7 @@ class Origin:
     files: dict[str, str]
     """Of each file in the run's folder that the adapter consists of, by its path there."""
     local: bool
-    """The base model is a folder of the server's machine: ``base_model`` is the folder's name, and no model's."""
+    """Whether the base model is a folder of the server's machine, whose name ``base_model`` is."""
 
 
 @dataclass(frozen=True)
@@ -136,16 +108,16 @@ class ReportData:
     headline: Headline
     claim: Claim
     sharing: Sharing | None
-    """On how many honest sites every ε rests; None where no noise is shared."""
+    """The honest sites that every ε counts on; None where sites share no noise."""
     meaning: MeaningReport | None
     """What ε means for people; None without a claim, or where no bound could be computed."""
     sites: list[SiteReport]
     accuracy: list[LabelReport]
     """On public data, of all records and by label; empty where records have no labels, or no counts were kept."""
     slices: list[LabelReport]
-    """On public data, by slice of it; empty where none was asked for."""
+    """On public data, by slice of it; empty without ``data.slice``."""
     beside: list[BesideRow]
-    """What other runs on the same base model and data came to; empty: nobody has said."""
+    """Results of other runs on the same base model and data; empty: none were given."""
     rounds: list[RoundReport]
     other_releases: list[ReleaseReport]
     refusals: list[Absence]
@@ -165,7 +137,7 @@ class ReportData:
     audits: dict[str, str]
     """Audit files found in the folder, with their SHA-256; empty: not audited."""
     audit_results: list[AuditReport]
-    """What they say; empty: nothing was audited, as far as anyone can see."""
+    """Their results; empty: no audit is known."""
     alarms: list[str]
     """Audits that failed; every form of the report says them first and loudly."""
     tuning: TuningFile | None
@@ -173,27 +145,22 @@ class ReportData:
 
     @property
     def unbounded(self) -> str:
-        """What stands in place of the bounds on attacks where an ε has none; else empty."""
+        """The text in place of the bounds on attacks where an ε has none; else empty."""
         return NO_BOUND if self.headline.epsilon is not None and self.meaning is None else ""
 
 
 def report_of(folder: Path) -> ReportData:
-    """Return the report of a run, finished or not.
-
-    Raises:
-        DataError: ``folder`` is not the folder of a run.
-    """
+    """Return the report of a run, finished or not; DataError if ``folder`` is not the folder of a run."""
     files = read_run(folder)
     settings, versions, sites = files.config.settings, files.config.versions, site_reports(files)
     problems, connections = list(files.problems), connection_reports(files.server)
-    audits = audit_reports(files.findings, problems)
-    origin = _origin(folder, problems)
+    audits, origin = audit_reports(files.findings, problems), _origin(folder, problems)
     claim, headline = claim_of(files, sites), _headline(files, sites)
     return ReportData(
         schema=SCHEMA,
         run=files.config.run,
-        strategy=str(settings.get("strategy", "")),
-        method=method_of(str(settings.get("strategy", "")), str(settings.get("adapter.name", ""))),
+        strategy=(strategy := str(settings.get("strategy", ""))),
+        method=method_of(strategy, str(settings.get("adapter.name", ""))),
         started=files.config.started,
         status=files.result.status if files.result else "unfinished",
         reason=files.result.reason if files.result else "",
@@ -206,10 +173,10 @@ def report_of(folder: Path) -> ReportData:
         accuracy=_accuracy(files, "labels"),
         slices=_accuracy(files, "slices")[1:],
         beside=files.beside,
-        rounds=_rounds(files),
+        rounds=round_reports(files),
         other_releases=other_releases(files),
         refusals=[absence for line in files.rounds for absence in line.failures],
-        shortened=_shortened(files.rounds),
+        shortened=shortened_text(files.rounds),
         settings=_settings(settings, files.config.chosen),
         versions=versions,
         origin=origin,
@@ -228,16 +195,16 @@ def _origin(folder: Path, problems: list[str]) -> Origin | None:
     if not about.is_file():
         return None
     try:
-        told = read_file(AdapterFile, about.parent)
+        about_adapter = read_file(AdapterFile, about.parent)
         files = {name: sha256_of(folder / name) for name in ADAPTER_FILES if (folder / name).is_file()}
     except (DataError, OSError) as error:
         problems.append(
             f"{ADAPTER} cannot be read ({type(error).__name__}): what the adapter is made of is missing here"
         )
         return None
-    local = told.base_model.startswith(("/", "~"))
-    base_model = PurePath(told.base_model).name if local else told.base_model
-    return Origin(base_model, told.base_fingerprint, told.bundle, files, local)
+    local = about_adapter.base_model.startswith(("/", "~"))
+    base_model = PurePath(about_adapter.base_model).name if local else about_adapter.base_model
+    return Origin(base_model, about_adapter.base_fingerprint, about_adapter.bundle, files, local)
 
 
 def setting_of(data: ReportData, key: str) -> Any:
@@ -246,7 +213,7 @@ def setting_of(data: ReportData, key: str) -> Any:
 
 
 def cut_test(data: ReportData) -> str:
-    """Return the sentence about a public test part that is cut from the sites' source, empty if it is not."""
+    """Return the sentence on a public test part that was cut from the sites' source; empty if it was not."""
     return _cut_test({setting.key: setting.value for setting in data.settings})
 
 
@@ -255,12 +222,12 @@ def _cut_test(settings: Mapping[str, Any]) -> str:
 
 
 def cares_of(data: ReportData) -> list[str]:
-    """Return everything that stands against the claim, for others than the coordinator: no sentence names a path."""
+    """Return every objection to the claim for readers outside the federation, without paths."""
     return [text for text in [*data.alarms, *data.problems, *data.claim.gaps] if text != cut_test(data)]
 
 
 def federation_epsilon(folder: Path) -> float | None:
-    """Return the maximum of the sites' ε, or None when no claim is made; errors as in report_of."""
+    """Return the maximum of the sites' ε, None without a claim; raises as ``report_of``."""
     worst = worst_site(site_reports(read_run(folder)))
     return worst.epsilon_worst if worst else None
 
@@ -268,7 +235,7 @@ def federation_epsilon(folder: Path) -> float | None:
 def _headline(files: RunFiles, sites: Sequence[SiteReport]) -> Headline:
     worst, planned = worst_site(sites), files.config.settings.get("rounds")
     number = sum(site.rounds_joined > 0 for site in sites)
-    if _is_central(files):
+    if files.trusts_server:
         number = sum(site.public_size or 0 for site in sites)  # one line stands for the cohort
     counted = [line for line in files.rounds if line.round_number and line.complete]
     last = len(counted[-1].participants) if counted else 0
@@ -282,15 +249,11 @@ def _headline(files: RunFiles, sites: Sequence[SiteReport]) -> Headline:
         rounds_done=len({line.round_number for line in counted}),
         rounds_planned=planned if isinstance(planned, int) else 0,
         sites=number,
-        last_sites=min(number, last) if not _is_central(files) else number,
+        last_sites=min(number, last) if not files.trusts_server else number,
         bytes_down=sum(line.bytes_down for line in files.rounds),
         bytes_up=sum(line.bytes_up for line in files.rounds),
-        seconds=None if _is_central(files) else sum(line.seconds or 0.0 for line in files.rounds),
+        seconds=None if files.trusts_server else sum(line.seconds or 0.0 for line in files.rounds),
     )
-
-
-def _is_central(files: RunFiles) -> bool:
-    return server_is_trusted(str(files.config.settings.get("privacy.mode", "")))
 
 
 def _accuracy(files: RunFiles, kind: Literal["labels", "slices"]) -> list[LabelReport]:
@@ -298,51 +261,6 @@ def _accuracy(files: RunFiles, kind: Literal["labels", "slices"]) -> list[LabelR
     lines = [line for line in files.rounds if line.complete and line.round_number]
     scored = [counts for line in lines if (counts := getattr(line, kind))]
     return label_reports(getattr(files.baseline, kind, []), scored[-1] if scored else [])
-
-
-def _rounds(files: RunFiles) -> list[RoundReport]:
-    course = epsilon_course(files)
-
-    def row(line: RoundLine, accuracy: float | None, loss: float | None) -> RoundReport:
-        return RoundReport(
-            round_number=line.round_number,
-            counted=line.complete,
-            participants=line.participants,
-            accuracy=accuracy,
-            loss=loss,
-            bytes_down=line.bytes_down,
-            bytes_up=line.bytes_up,
-            seconds=None if _is_central(files) else line.seconds,
-            epsilon_worst=course[line.round_number],
-        )
-
-    rows, before = [], files.baseline
-    if before:
-        # A start from a statistic is round 0, and what was scored before round 1 is its result.
-        first = next((line for line in files.rounds if _is_start(line)), None)
-        begun = (
-            (before.accuracy, before.loss) if before.begun_loss is None else (before.begun_accuracy, before.begun_loss)
-        )
-        nothing = RoundReport(0, True, [], before.accuracy, before.loss, None, None, None, course.get(0))
-        rows.append(row(first, *begun) if first else nothing)
-    rows += [row(line, line.accuracy, line.loss) for line in files.rounds if not (before and _is_start(line))]
-    return rows
-
-
-def _is_start(line: RoundLine) -> bool:
-    return not line.round_number and line.complete
-
-
-def _shortened(rounds: Sequence[RoundLine]) -> str:
-    lines = [one for line in rounds for one in line.shortened]
-    if not lines:
-        return ""
-    sites = names_text(sorted({one.site for one in lines}, key=natural))
-    return (
-        f"The server shortened {counted(len(lines), 'update')} that {'was' if len(lines) == 1 else 'were'} longer than "
-        f"is likely, to {spread([one.factor for one in lines], number_text)} of the length: of {sites}. A site with "
-        "unusual records has longer updates. rounds.jsonl has each."
-    )
 
 
 def _settings(values: Mapping[str, Scalar], chosen: Collection[str]) -> list[Setting]:

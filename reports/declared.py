@@ -1,4 +1,4 @@
-"""The coordinator's declarations about a run: licences, purpose, the report's address; no file of a run knows them.
+"""The coordinator's declarations about a run: licences, purpose, the report's address.
 
 ``fedveil report RUN_FOLDER --declare 'license="apache-2.0"'`` keeps it in ``declared.toml`` in the run's folder. The
 model card quotes it. An answer that is missing is said to be missing.
@@ -27,16 +27,16 @@ ADDRESS = re.compile(r"https://[^\s<>\"'()\[\]]+")
 
 @dataclass(frozen=True)
 class Declared:
-    """Each field answers one question; empty: nobody has answered it.
+    """Each field answers one question; an empty one is unanswered.
 
     Raises:
-        ConfigError: the report's address is none.
+        ConfigError: the report's address is invalid.
     """
 
     license: str = ""
     """Under which licence is the adapter given away? An identifier of the hub, such as apache-2.0."""
     base_license: str = ""
-    """Under which licence does the base model stand?"""
+    """Which licence has the base model?"""
     intended_use: str = ""
     """What is the model for?"""
     report_url: str = ""
@@ -53,7 +53,7 @@ def read_declared(folder: Path) -> Declared:
     """Return what is declared in a run's folder, nothing where there is no file.
 
     Raises:
-        ConfigError: the file cannot be read, or declares something that is not asked.
+        ConfigError: the file cannot be read, or has an unknown key.
     """
     path = folder / NAME
     return declared_from(read_settings_file(path)) if path.is_file() else Declared()
@@ -68,9 +68,7 @@ def declared_from(values: Mapping[str, Scalar]) -> Declared:
     known = {kebab(item.name): item.name for item in fields(Declared)}
     for key, value in values.items():
         if key not in known:
-            raise ConfigError(
-                f"nobody asks for {key!r}{nearest(key, known)}: what can be declared is {', '.join(known)}"
-            )
+            raise ConfigError(f"unknown key {key!r}{nearest(key, known)}: what can be declared is {', '.join(known)}")
         if not isinstance(value, str):
             raise ConfigError(f"{key} must be text in quotes, not {value!r}")
     return Declared(**{known[key]: str(value) for key, value in values.items()})
@@ -80,7 +78,7 @@ def declare(folder: Path, values: Mapping[str, Scalar]) -> Declared:
     """Add to what is declared in a run's folder, and return all of it; an empty answer takes one back.
 
     Raises:
-        ConfigError: as of ``read_declared`` and ``declared_from``.
+        ConfigError: as for ``read_declared`` and ``declared_from``.
         DataError: the file cannot be written.
     """
     before = {kebab(key): value for key, value in dataclasses.asdict(read_declared(folder)).items()}

@@ -28,12 +28,12 @@ class Text:
     style: str = ""
     """``alarm``, ``care`` or ``claim``; empty: as all text."""
     label: str = ""
-    """What stands in bold before it."""
+    """A bold word before it."""
 
 
 @dataclass(frozen=True)
 class Items:
-    """A list, with what stands before it."""
+    """A list below a title."""
 
     kind: ClassVar[str] = "items"
     title: str
@@ -42,7 +42,7 @@ class Items:
 
 @dataclass(frozen=True)
 class Terms:
-    """Names, each with what it stands for."""
+    """Names with their explanations."""
 
     kind: ClassVar[str] = "terms"
     rows: Sequence[tuple[str, str]]
@@ -54,7 +54,7 @@ class Table:
 
     kind: ClassVar[str] = "table"
     caption: str
-    """What it is of, for the page and those to whom it is read."""
+    """Title on the page, and for screen readers."""
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     figures: Collection[int] = ()
@@ -87,7 +87,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Box:
-    """A figure of the result, with what must stand beside it."""
+    """A figure of the result with its notes."""
 
     label: str
     figure: str

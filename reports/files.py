@@ -38,21 +38,14 @@ def markdown_report(folder: Path) -> str:
 def write_reports(folder: Path, key: Path | None = None) -> list[Path]:
     """Write ``report.md``, ``report.html`` and ``report.json`` into a run's folder; return their paths.
 
-    A saved adapter gets its model card anew.
-
-    With ``key``, also the signed statement on everything in the folder that is given to others, and its signature.
-    Without one, those that are there stay if they are still of the same bytes, and go if they are not.
+    A saved adapter's model card is written as well. With ``key``, so is the signed statement on everything that is
+    given to others. Without one, an earlier statement is removed unless it still covers the same bytes.
 
     Raises:
         DataError: ``folder`` is not the folder of a run, cannot be written, or the key is no key.
         ConfigError: what is declared about the run cannot be read.
     """
-    try:
-        for place in (folder, folder / ADAPTER):
-            drop_leftovers(place)
-        before = evidence(folder)
-    except OSError as error:
-        raise DataError(f"{folder} cannot be read ({error.strerror}): check rights and files") from error
+    before = _evidence_of(folder)
     data, card = report_of(folder), f"adapter/{CARD}"
     contents = {
         "report.md": to_markdown(data).encode(),
@@ -79,6 +72,16 @@ def write_reports(folder: Path, key: Path | None = None) -> list[Path]:
             f"the report cannot be written to {folder} ({error.strerror}): check rights and space"
         ) from error
     return [folder / name for name in contents if name != card]
+
+
+def _evidence_of(folder: Path) -> dict[str, bytes]:
+    """Return what a report is computed from, once what interrupted writes have left is gone."""
+    try:
+        for place in (folder, folder / ADAPTER):
+            drop_leftovers(place)
+        return evidence(folder)
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read ({error.strerror}): check rights and files") from error
 
 
 def _signed_run(data: ReportData) -> Run:

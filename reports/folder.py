@@ -31,6 +31,7 @@ from fedveil.common.run_lines import (
 )
 from fedveil.common.strict_json import from_json, json_of
 from fedveil.common.words import pathless
+from fedveil.privacy import trusting_the_server
 
 PATHS = ("data.name", "data.test", "model.name", "output", "privacy.ledger", "resume", "start.text")
 """Settings that may be a path."""
@@ -55,12 +56,17 @@ class RunFiles:
     findings: dict[str, AuditFile] = field(default_factory=dict)
     """Content of those that are JSON."""
     beside: list[BesideRow] = field(default_factory=list)
-    """What other runs came to; empty: nobody has said."""
+    """Results of other runs; empty: none were given."""
     problems: list[str] = field(default_factory=list)
     server: ServerFile | None = None
     """What the server knew of itself; None: the folder does not say."""
     tuning: TuningFile | None = None
     """Of which trials the run is one; None: of none."""
+
+    @property
+    def trusts_server(self) -> bool:
+        """Whether the server is trusted, which then sees what sites send as it is."""
+        return bool(trusting_the_server([str(self.config.settings.get("privacy.mode", "none"))]))
 
 
 def read_run(folder: Path) -> RunFiles:
@@ -103,7 +109,7 @@ def read_run(folder: Path) -> RunFiles:
 
 
 def _given_away(settings: Mapping[str, Scalar]) -> dict[str, Scalar]:
-    """Return a run's settings for others than the server's people: of each path on its machine the last part."""
+    """Return a run's settings for others, with the last part of each path on the server's machine."""
     return {
         key: PurePath(value).name if key in PATHS and isinstance(value, str) and value[:1] in ("/", "~") else value
         for key, value in settings.items()
@@ -114,9 +120,9 @@ def _pathless(absences: Sequence[Absence]) -> list[Absence]:
     return [replace(absence, reason=pathless(absence.reason)) for absence in absences]
 
 
-def _untold(of: type[RunFile], told: Collection[int], reached: int) -> list[str]:
-    """Return the problem of a file that says nothing of the last round that counts, or nothing."""
-    if reached in told:
+def _untold(of: type[RunFile], round_numbers: Collection[int], reached: int) -> list[str]:
+    """Return the problem of a file that lacks the last round that counts, or an empty list."""
+    if reached in round_numbers:
         return []
     return [
         f"{of.NAME} does not reach round {reached}, which {ResultFile.NAME} says was complete: what it held is missing "
@@ -168,9 +174,9 @@ def _lines(of: type[F], folder: Path, problems: list[str]) -> Iterator[F]:
 
 
 def _once(lines: Iterable[PrivacyLine]) -> list[PrivacyLine]:
-    """Leave out a release that is told twice: a repeated round is answered with what was released and paid before."""
-    told = {(x.site, x.round_number, *_paid(x)): x for x in lines}
-    return list(told.values())
+    """Drop repeated lines: a site answers a repeated round with the release that it paid for before."""
+    distinct = {(x.site, x.round_number, *_paid(x)): x for x in lines}
+    return list(distinct.values())
 
 
 def _paid(line: PrivacyLine) -> tuple[str, int, float] | tuple[()]:

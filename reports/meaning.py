@@ -16,10 +16,10 @@ from fedveil.privacy.accounting import Release, alone
 from fedveil.privacy.events import Event
 from fedveil.privacy.figures import bound_text, epsilon_text
 from fedveil.privacy.meaning import Attack, Meaning, Several, meaning_of
-from fedveil.reports.claim import server_is_trusted
 from fedveil.reports.folder import RunFiles
+from fedveil.reports.releases import releases_of_site
 from fedveil.reports.sharing import NOT_ADDED, Sharing, rests_on, sharing_of
-from fedveil.reports.sites import SiteReport, releases_of_site
+from fedveil.reports.sites import SiteReport
 from fedveil.reports.trials import TRIAL_ALONE
 
 RECORD = "record"
@@ -92,7 +92,7 @@ def meaning_report(files: RunFiles, sites: Sequence[SiteReport]) -> MeaningRepor
         # Of another unit a person may be one whole; in a sum it is one at each of its sites, alone each has its noise.
         bounds = bounds if sharing else replace(bounds, several=[])
         bare = bare and replace(bare, several=[])
-    central = server_is_trusted(str(files.config.settings.get("privacy.mode", "none")))
+    central = files.trusts_server
     ledger = "The server's" if central else "A site's"
     cautions = [THIS_RUN.format(ledger)] * any(site.agreement == "larger" for site in sites)
     lost = [site.site for site in sites if site.epsilon_worst is not None and site not in known]
@@ -117,24 +117,24 @@ def _largest(released: Sequence[Sequence[Release]], delta: float) -> Meaning | N
     for meaning in each:
         for own in meaning.several:
             several.setdefault(own.units, []).append(own.epsilon)
-    told = [Several(units, max(figures)) for units, figures in several.items() if len(figures) == len(each)]
-    return Meaning(attacks, max(meaning.advantage for meaning in each), told)
+    shared = [Several(units, max(figures)) for units, figures in several.items() if len(figures) == len(each)]
+    return Meaning(attacks, max(meaning.advantage for meaning in each), shared)
 
 
 def _dearest(released: Sequence[Sequence[Release]]) -> list[list[Release]]:
-    """Return the lists of which no other has each release as often and with no more noise: those have no less meaning.
+    """Return the lists that no other list dominates, since each takes a second to price.
 
-    Sites mostly do the same, and a figure of each takes a second.
+    A list dominates another if it has each of its releases at least as often and with no more noise.
     """
-    held: list[list[Release]] = []
+    dearest: list[list[Release]] = []
     for releases in released:
         counts: Counter[Event] = Counter()
         for release in releases:
             counts[release.event] += release.count
         own = sorted((Release(event, count) for event, count in counts.items()), key=_order)
-        if not any(_within(own, other) for other in held):
-            held = [*(other for other in held if not _within(other, own)), own]
-    return held
+        if not any(_within(own, other) for other in dearest):
+            dearest = [*(other for other in dearest if not _within(other, own)), own]
+    return dearest
 
 
 def _order(release: Release) -> tuple[str, str, float]:
@@ -158,7 +158,7 @@ def whose_sentence(*, central: bool) -> str:
 
 
 def condition(meaning: MeaningReport) -> str:
-    """Return on how many honest sites the figures rest; empty where no noise is shared."""
+    """Return how many honest sites the figures count on; empty where sites share no noise."""
     return rests_on(Sharing(meaning.honest_sites, 0, None, [])) if meaning.honest_sites else ""
 
 
@@ -170,7 +170,7 @@ def attack_sentence(meaning: MeaningReport) -> str:
     )
     on = condition(meaning)
     who = f"{on[:1].upper()}{on[1:]}, an attacker" if on else "An attacker"
-    told = (
+    text = (
         f"{who} who sees {meaning.seen}, knows every other {meaning.per} and asks whether one {meaning.per} "
         f"was trained on, {rates}. Guessing finds as many members as it has false alarms; no attack "
         f"finds more than {bound_text(meaning.bounds.advantage)} beyond that."
@@ -181,8 +181,8 @@ def attack_sentence(meaning: MeaningReport) -> str:
         if bare:
             finds = " and ".join(bound_text(a.true_positives) for a in bare.attacks)
             least = f"it finds at most {finds} of members, and {bound_text(bare.advantage)} beyond guessing"
-        told += f" I{NOT_ADDED[1:]} (alone), {least}."
-    return told
+        text += f" I{NOT_ADDED[1:]} (alone), {least}."
+    return text
 
 
 def several_sentence(meaning: MeaningReport) -> str:

@@ -27,14 +27,15 @@ def _template() -> Template:
     return environment.from_string(PAGE)
 
 
-def to_html(data: ReportData) -> str:
-    """Return the whole report as one self-contained page."""
+def to_html(data: ReportData, progress: str = "") -> str:
+    """Return the whole report as one self-contained page, with ``progress`` of a running run below its title."""
     sections = sections_of(data)
     groups: dict[str, list[tuple[str, str]]] = {}
     for section in sections:
         groups.setdefault(section.group, []).append((section.anchor, section.title))
     return _template().render(
         data=data,
+        progress=progress,
         made=made_of(data),
         notices=notices_of(data),
         boxes=boxes_of(data),

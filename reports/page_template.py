@@ -45,6 +45,8 @@ PAGE = """\
 <body>
 <main>
 <h1>Privacy report</h1>
+{% if progress %}<p class="care" role="status">{{ progress }}</p>
+{% endif %}
 <p class="meta"><span class="status {{ data.status }}">{{ data.status }}</span>
 {{ data.method }} · run {{ data.run }}{% if data.started %} · started {{ data.started|moment }}{% endif %}
 {% if data.reason %}<br>{{ data.reason }}{% endif %}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from fedveil.common.words import UNKNOWN, bytes_text, counted, number_text, percent_text, seconds_text
 from fedveil.privacy.figures import epsilon_text
 from fedveil.reports.audits import bound_note
-from fedveil.reports.claim import server_is_trusted
 from fedveil.reports.data import ReportData, setting_of
 from fedveil.reports.document import Box, Text
 from fedveil.reports.scores import share_text
@@ -35,7 +34,7 @@ def notices_of(data: ReportData) -> list[Text]:
 
 def boxes_of(data: ReportData) -> list[Box]:
     """Return the result in figures."""
-    head, central = data.headline, _central(data)
+    head, central = data.headline, data.claim.trusts_server
     scored = data.accuracy[0].after if data.accuracy else None
     whole = [f"after training with its 95 % interval {share_text(scored)}"] if scored else []
     in_last = "" if central or not head.rounds_done else f", {head.last_sites} in the last round"
@@ -56,12 +55,8 @@ def boxes_of(data: ReportData) -> list[Box]:
     ]
 
 
-def _central(data: ReportData) -> bool:
-    return server_is_trusted(data.claim.privacy_mode)
-
-
 def _most(data: ReportData) -> str:
-    return "at most " * _central(data)
+    return "at most " * data.claim.trusts_server
 
 
 def _spent_in_all(data: ReportData) -> tuple[str, list[str]]:
@@ -69,7 +64,7 @@ def _spent_in_all(data: ReportData) -> tuple[str, list[str]]:
     if head.epsilon is None or head.delta is None:
         off = data.claim.off
         return ("no claim", ["privacy was OFF"]) if off else (UNKNOWN, ["no site has reported a release yet"])
-    basis = "by the server's ledger" if _central(data) else f"worst site: {head.worst_site}"
+    basis = "by the server's ledger" if data.claim.trusts_server else f"worst site: {head.worst_site}"
     on = rests_on(data.sharing)
     notes = [f"at δ {head.delta:g}, {basis}{on and f', {on}'}"]
     notes += [f"{THIS_RUN}, {other}" for other in (others_of(data.sharing) if data.sharing else ())]

@@ -62,7 +62,7 @@ def label_reports(before: Sequence[LabelScore], after: Sequence[LabelScore]) -> 
     """Return the accuracy on all records and then by label, in the order of the labels; empty without counts.
 
     Args:
-        before: of the model before round 1; empty: nobody has said, as where its file is damaged.
+        before: of the model before round 1; empty: unknown, as where its file is damaged.
         after: of the last round that was scored; empty: none was.
     """
     if not before and not after:

@@ -17,7 +17,7 @@ from fedveil.privacy.events import Event
 from fedveil.privacy.figures import NO_CLAIM, bound_text, epsilon_text
 from fedveil.reports.alike import Alike, alike_absences, alike_releases, alike_sites, participants_text
 from fedveil.reports.audits import NONE_RUN, WHOSE, audit_words, bound_sentences
-from fedveil.reports.claim import UNTOLD, none_refused, server_is_trusted
+from fedveil.reports.claim import UNTOLD, none_refused
 from fedveil.reports.connection import NOT_KNOWN, NOT_RECORDED, SITES_OWN
 from fedveil.reports.data import ReportData, setting_of
 from fedveil.reports.document import Bad, Block, Good, Items, Section, Table, Terms, Text
@@ -43,7 +43,7 @@ def sections_of(data: ReportData) -> list[Section]:
         Section("meaning", "What ε means", PRIVACY, _meaning(data)),
         Section("trust", "Who is trusted with what", PRIVACY, _trust(data)),
         Section("audit", "Audit", PRIVACY, _audit(data)),
-        Section("sites", "The cohort" if _central(data) else "Sites", PRIVACY, _sites(data)),
+        Section("sites", "The cohort" if data.claim.trusts_server else "Sites", PRIVACY, _sites(data)),
         Section("refusals", "Refusals and failures", PRIVACY, _refusals(data)),
         Section("releases", "Releases other than training", PRIVACY, _releases(data)),
         Section("server", "The server and its connections", PRIVACY, _connection(data)),
@@ -55,10 +55,6 @@ def sections_of(data: ReportData) -> list[Section]:
         Section("origin", "What the adapter is made of", CHECKS, _origin(data)),
     ]
     return [section for section in found if section.blocks]
-
-
-def _central(data: ReportData) -> bool:
-    return server_is_trusted(data.claim.privacy_mode)
 
 
 def _claim(data: ReportData) -> list[Block]:
@@ -81,7 +77,7 @@ def _meaning(data: ReportData) -> list[Block]:
     meaning = data.meaning
     if meaning is None:
         return [Text(data.unbounded)] if data.unbounded else []
-    said = (whose_sentence(central=_central(data)), attack_sentence(meaning), several_sentence(meaning))
+    said = (whose_sentence(central=data.claim.trusts_server), attack_sentence(meaning), several_sentence(meaning))
     blocks: list[Block] = [Text(text) for text in said if text]
     blocks += [Text(meaning.caution, "care")] if meaning.caution else []
     at = at_h(data.sharing)
@@ -121,9 +117,9 @@ def _audit(data: ReportData) -> list[Block]:
 
 def _sites(data: ReportData) -> list[Block]:
     if not data.sites:
-        return [Text("No round was charged yet." if _central(data) else "No site has answered yet.")]
+        return [Text("No round was charged yet." if data.claim.trusts_server else "No site has answered yet.")]
     rows = alike_sites(data.sites)
-    if _central(data):
+    if data.claim.trusts_server:
         columns: tuple[str, ...] = ("whose", "sites", "rounds charged", "chance to be drawn", *FIGURES[1:])
         cohort = [(s.site, number_text(s.public_size), str(s.rounds_joined), *_figures(s.events)) for s in data.sites]
         caption = "What the server charged for all sites together"
@@ -133,7 +129,7 @@ def _sites(data: ReportData) -> list[Block]:
         cells = [(r.names, r.sizes, r.joined, r.refused, r.steps, r.rates, r.noises, r.clips) for r in rows]
         blocks = [Table("What each site did in this run", columns, cells, range(1, 8))]
     blocks.append(_spent(data, rows))
-    whence = "rounds the server wrote down" if _central(data) else "steps each site reported"
+    whence = "rounds the server wrote down" if data.claim.trusts_server else "steps each site reported"
     return blocks + ([Text(COUNTS.format(whence))] if data.claim.made else [])
 
 
@@ -141,7 +137,7 @@ def _spent(data: ReportData, rows: Sequence[Alike]) -> Table:
     bare = bool(data.sharing and data.sharing.on_others)
     at, more = at_h(data.sharing), ("ε alone, this run",) if bare else ()
     again = (f"this run again, PLD{at}", f"this run, RDP{at}", *more)
-    who = "whose" if _central(data) else "site"
+    who = "whose" if data.claim.trusts_server else "site"
     columns = (who, f"ε spent{at}", "at δ", "ε budget", f"ε left{at}", *again, "agreement")
     cells = []
     for row in rows:
@@ -149,7 +145,7 @@ def _spent(data: ReportData, rows: Sequence[Alike]) -> Table:
         note = Bad(note) if row.agreement in ("smaller", "unknown") else note
         figures = (row.spent, row.deltas, row.budgets, row.left, row.again, row.rdp)
         cells.append((row.names, *figures, *((row.alone,) if bare else ()), note))
-    whose = "the cohort has spent, by the server's" if _central(data) else "each site has spent, by its own"
+    whose = "the cohort has spent, by the server's" if data.claim.trusts_server else "each site has spent, by its own"
     caption = f"What {whose} ledger, and this run's releases computed again here"
     return Table(caption, columns, cells, range(1, len(columns) - 1))
 
@@ -165,7 +161,7 @@ def _refusals(data: ReportData) -> list[Block]:
     ]
     columns = ("round", "attempt", "site", "kind", "reason")
     table = Table("Sites that did not take part in a round, and why", columns, rows, range(2))
-    blocks: list[Block] = [table] if rows else [Text(none_refused(central=_central(data)))]
+    blocks: list[Block] = [table] if rows else [Text(none_refused(central=data.claim.trusts_server))]
     return blocks + ([Text(data.shortened)] if data.shortened else [])
 
 
@@ -213,7 +209,7 @@ def _beside(data: ReportData) -> list[Block]:
 
 
 def _rounds(data: ReportData) -> list[Block]:
-    central = _central(data)
+    central = data.claim.trusts_server
     spent = "ε" if central else f"ε worst site{at_h(data.sharing)}"
     columns = ["round", "accuracy", "loss", spent, "participants", "bytes down", "bytes up", "seconds"]
     rows = [

@@ -1,4 +1,4 @@
-"""The sites that a claim rests on where they share the noise of a sum: how many, and what holds if others are honest.
+"""The honest sites that a claim counts on where sites share the noise of a secure sum, and what holds with others.
 
 No form of a report prints a figure of such a run without saying of how many honest sites it is.
 """
@@ -28,7 +28,7 @@ class MoreHonest:
 
 @dataclass(frozen=True)
 class Sharing:
-    """On whom the claim rests. Epsilons are of this run's sums that counted, the largest of all sites."""
+    """The honest sites of a claim. Epsilons are of this run's sums that counted, the largest of all sites."""
 
     honest_sites: int
     """h: sites of each sum whose noise the claim counts on; 1: each site's own."""
@@ -46,16 +46,16 @@ class Sharing:
 
 
 def sharing_of(files: RunFiles, sites: Sequence[SiteReport]) -> Sharing | None:
-    """Return on whom a run's claim rests; None where no noise is shared.
+    """Return the honest sites that a run's claim counts on; None where sites share no noise.
 
-    Where sites counted on different numbers, the largest stands: with fewer honest ones not all of their claims hold.
+    Sites may count on different numbers: the largest is returned, since with fewer not all of their claims hold.
     """
     settings = files.config.settings
     if not sharing_noise([str(settings.get("privacy.mode", "none"))]) or promise_of(settings) is None:
         return None
     counted = [figure for site in sites for figure in distinct(site.events, "honest_sites")]
-    asked = settings.get("privacy.honest-sites", 1)
-    honest, summed = int(max(counted, default=asked if isinstance(asked, int) else 1)), fewest_summed(files)
+    setting = settings.get("privacy.honest-sites", 1)
+    honest, summed = int(max(counted, default=setting if isinstance(setting, int) else 1)), fewest_summed(files)
     figures = {
         summed - colluders_of(files): [site.epsilon_without_colluders for site in sites],
         summed: [site.epsilon_all_honest for site in sites],
@@ -67,12 +67,12 @@ def sharing_of(files: RunFiles, sites: Sequence[SiteReport]) -> Sharing | None:
 
 
 def at_h(sharing: Sharing | None) -> str:
-    """Return what stands behind the name of a column or an axis; empty where no noise is shared."""
+    """Return the suffix of a column's or axis' name; empty where sites share no noise."""
     return f", h = {sharing.honest_sites}" if sharing else ""
 
 
 def rests_on(sharing: Sharing | None) -> str:
-    """Return on how many honest sites a figure rests; empty where no noise is shared.
+    """Return how many honest sites a figure counts on; empty where sites share no noise.
 
     >>> rests_on(Sharing(3, 4, 6.74, []))
     'as long as 3 sites of each sum are honest (h = 3)'
@@ -95,18 +95,18 @@ def others_of(sharing: Sharing) -> list[str]:
     if all 4 sites of each sum are honest (h = 4): ε 2.100
     """
     bare = epsilon_text(sharing.epsilon_alone, "not known, since it cannot be computed from the run's files")
-    told = [f"{NOT_ADDED} (alone): ε {bare}"] if sharing.on_others else []
+    claims = [f"{NOT_ADDED} (alone): ε {bare}"] if sharing.on_others else []
     for more in sharing.more_honest:
         which = "all " if more.honest_sites == sharing.summed else ""
-        told.append(
+        claims.append(
             f"if {which}{more.honest_sites} sites of each sum are honest (h = {more.honest_sites}): "
             f"ε {epsilon_text(more.epsilon)}"
         )
-    return told
+    return claims
 
 
 def beside(sharing: Sharing | None) -> str:
-    """Return what stands beside an ε, from its comma on: its condition, and the other claims; empty where none rests.
+    """Return the conditions of an ε, from a comma on, with the other claims; empty where sites share no noise.
 
     >>> beside(Sharing(1, 3, 4.94, [MoreHonest(2, 3.1)]))[:60]
     ", whatever other sites do (h = 1); of this run's sums that c"

@@ -6,11 +6,10 @@ that ended and after how many rounds, its ε and when it was signed; and it hold
 that is given to others (``members``): the report in all its forms, the adapter with its model card, the same cut to
 lower ranks where a strategy exports it, and every audit. One that is changed, missing or added is found.
 
-It also hashes what the server wrote of the run and the report's figures of it are computed from (``EVIDENCE``), which
-need not be given to others: where one is there it must be what was signed, and where it is not, whoever verifies is
-told so. A run that goes on writes to them, so it is signed again at its end. Not among them is what people laid beside
-the run, ``beside.json`` and the declarations: what they say is signed as the report and the card have it.
-Nor is what may tell when a trusted server asked whom: its log and its ledger.
+It also hashes the server's files that the report's figures are computed from (``EVIDENCE``), which need not be given to
+others: a present one must be what was signed, and ``fedveil verify`` names the missing ones. A running run writes to
+them, so it is signed again at its end. Left out are ``beside.json`` and the declarations, which are signed as report
+and card quote them, and the log and ledger of a trusted server, which may reveal who was drawn when.
 
 The signature file holds the 64 raw bytes, so that other tools can check it as well::
 
@@ -113,7 +112,7 @@ def sign(content: bytes, key_file: Path) -> bytes:
 def members(folder: Path) -> list[str]:
     """Return what a statement on the run in ``folder`` must name, as it lies there, by path within it, in order.
 
-    In ``adapter/`` and ``ranks/`` that is everything, because whoever loads an adapter may be given any file of it.
+    In ``adapter/`` and ``ranks/`` that is everything, because a program that loads an adapter may open any file of it.
     """
     found = [path for path in map(folder.joinpath, FORMS) if path.is_file()]
     found += [path for path in _given(folder) if path.is_symlink() or path.is_file()]
@@ -127,7 +126,7 @@ def evidence(folder: Path) -> dict[str, bytes]:
 
 @dataclass(frozen=True)
 class Run:
-    """What a statement says of the run; ε and δ are None without a claim."""
+    """The run as a statement describes it; ε and δ are None without a claim."""
 
     run: str
     strategy: str
@@ -141,19 +140,13 @@ class Run:
     epsilon_alone: float | None
     """What holds where no other site is honest; None: ε itself, or it is not known."""
     trials: int | None
-    """Of which the run is one, with the ε of all together at their δ; None, as those, of none."""
+    """Number of trials of which the run is one, then their total ε and its δ; None for a single run."""
     epsilon_trials: float | None
     delta_trials: float | None
 
 
 def statement(run: Run, files: Mapping[str, bytes], lines: Mapping[str, bytes]) -> bytes:
-    """Return what is signed, with the present time.
-
-    Args:
-        run: what is said of the run.
-        files: what is given to others, by its path in the run's folder.
-        lines: ``evidence`` of the run.
-    """
+    """Return the bytes to sign, with the present time; ``files`` by path in the folder, ``lines`` its ``evidence``."""
     value = {
         "context": CONTEXT,
         **finite(asdict(run)),
@@ -165,7 +158,7 @@ def statement(run: Run, files: Mapping[str, bytes], lines: Mapping[str, bytes]) 
 
 
 def covers(signed: bytes, files: Mapping[str, bytes], lines: Mapping[str, bytes]) -> bool:
-    """Whether a statement is of these files, to the last byte, and of no others; arguments as of ``statement``."""
+    """Return whether a statement covers exactly these bytes; arguments as for ``statement``."""
     try:
         value = json.loads(signed)
         return bool(value["files"] == _digests(files) and value["evidence"] == _digests(lines))
@@ -181,8 +174,7 @@ def verified(folder: Path, key_file: Path) -> dict[str, Any]:
     """Return the statement on the run in ``folder``, once signature and every file have been found right.
 
     Raises:
-        NotGenuine: the signature is not of this statement by this key, or a file was changed, is missing or came after
-            it was signed, or is a link.
+        NotGenuine: the signature is wrong, or a file was changed, added or removed since, or is a link.
         DataError: a file cannot be read, or ``key_file`` holds no Ed25519 public key.
     """
     try:
@@ -236,7 +228,7 @@ def _check_evidence(folder: Path, signed: Mapping[str, str]) -> None:
 
 
 def _given(folder: Path) -> list[Path]:
-    """Return the folders that are given to others whole, and everything in them."""
+    """Return the folders that are given to others in full, and everything in them."""
     return [path for whole in (folder / ADAPTER, folder / RANKS) for path in (whole, *whole.rglob("*"))]
 
 

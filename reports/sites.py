@@ -1,8 +1,8 @@
 """The spending of each site: by its own ledger, and computed again here from every line that it sent.
 
-The ledger's total is the number of record. What is computed here knows this run only, and of it what reached the
-server, whether or not it counted. So a site whose ledger holds earlier runs, or rounds that were charged and whose
-reply was lost, reports more. A site that reports less than its own lines cost is wrong, and the report says so.
+The ledger's total is the number of record. The figure computed here covers what reached the server of this run alone.
+A site whose ledger has earlier runs, or charged rounds whose reply was lost, reports more. A site that reports less
+than its own lines cost is wrong, and the report says so.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 from fedveil.common.errors import ConfigError
 from fedveil.common.messages.round import SpendingFigures
 from fedveil.common.words import natural
-from fedveil.privacy.accountant import EVALUATION, INITIALISATION, TRAINING
-from fedveil.privacy.accounting import Release, alone, gaussian_release
-from fedveil.privacy.events import Event, sampled_gaussian
+from fedveil.privacy.accountant import TRAINING
+from fedveil.privacy.accounting import alone
+from fedveil.privacy.events import Event
 from fedveil.privacy.privacy_filter import departed, promised
 from fedveil.reports.folder import RunFiles
-from fedveil.strategies.job import configure
+from fedveil.reports.releases import releases_of, releases_of_site
 
 EXPOSED = (
     "no ε holds: records of its data set were released without privacy before, and its steward allowed private "
@@ -31,8 +31,6 @@ MORE = (
 """Why a site may report more than this run's lines cost."""
 TOLERANCE = 1e-3
 """In ε: the PLD's discretisation."""
-MOST_PRICED = 64
-"""How many prices a course of ε may take, of all sites that released alike together."""
 
 
 @dataclass(frozen=True)
@@ -91,23 +89,6 @@ class SiteReport:
         return max(known) if known else None
 
 
-@dataclass(frozen=True)
-class ReleaseReport:
-    """A release that is not a training step: an initialisation, a noised evaluation."""
-
-    round_number: int
-    site: str
-    purpose: str
-    event: Event
-    """Of a count the clip is what one record can change."""
-    epsilon_added: float | None
-    """None: it was charged together with the training of its round."""
-    value: float | None = None
-    """What was released, where it is one figure."""
-    count: int | None = 1
-    """How many releases of the event it is: a start may take many steps. None: this version cannot read the run's."""
-
-
 def site_reports(files: RunFiles) -> list[SiteReport]:
     """Return every site that the run's files name, in the natural order of names: site-2 before site-10."""
     refused = [refusal.site for line in files.rounds for refusal in line.refusals]
@@ -122,155 +103,12 @@ def worst_site(sites: Iterable[SiteReport]) -> SiteReport | None:
     return max(paid, key=lambda site: site.epsilon_worst or 0.0, default=None)
 
 
-def epsilon_by(files: RunFiles, number: int) -> float | None:
-    """Return the federation's ε by the end of a round; None if nobody has paid by then.
-
-    Of each site it is the larger of what it told and what its lines cost: a site may tell less than it released.
-    """
-    told = [line.spent.epsilon_total for line in files.privacy if line.spent and line.round_number <= number]
-    return max([*told, _largest_price(_paid(files), number)]) if told else None
-
-
-def epsilon_course(files: RunFiles) -> dict[int, float | None]:
-    """Return the federation's ε by the end of each round, as ``epsilon_by``.
-
-    In a long run what lines cost is computed for some rounds, evenly spread, and stands for those up to the next: no
-    release makes it less.
-    """
-    numbers = sorted({line.round_number for line in files.rounds} | {line.round_number for line in files.privacy})
-    paid, told = _paid(files), dict[int, float]()
-    for line in files.privacy:
-        if line.spent:
-            told[line.round_number] = max(line.spent.epsilon_total, told.get(line.round_number, 0.0))
-    alike = {(tuple(release for _, release in released), lines[-1][1]) for lines, released in paid}
-    step = max(1, math.ceil(len(numbers) / max(2, MOST_PRICED // max(1, len(alike)))))
-    priced, course, most = set(numbers[::-1][::step]), dict[int, float | None](), None
-    for number in numbers:
-        own = _largest_price(paid, number) if number in priced else 0.0
-        if number in told or most is not None:
-            most = max(most or 0.0, told.get(number, 0.0), own)
-        course[number] = most
-    return course
-
-
-_Paid = list[tuple[list[tuple[int, float]], list[tuple[int, Release]]]]
-"""Of each site the round and the δ of each line, and the round of each release."""
-
-
-def _paid(files: RunFiles) -> _Paid:
-    """Return what every site paid for, in one pass; without a site whose releases have no price here.
-
-    The report says so of that site, and its told total counts.
-    """
-    spent: dict[str, list[tuple[int, SpendingFigures]]] = {}
-    for line in files.privacy:
-        if line.spent:
-            spent.setdefault(line.site, []).append((line.round_number, line.spent))
-    counts: dict[str, list[tuple[int, float]]] = {}
-    for number, site, noise, _ in _noised_counts(files):
-        counts.setdefault(site, []).append((number, noise))
-    paid: _Paid = []
-    for site, own in spent.items():
-        try:
-            releases = releases_of([one for _, one in own], files)
-            released = [(number, release) for (number, _), release in zip(own, releases, strict=True)]
-            released += [(number, _count(noise)) for number, noise in counts.get(site, [])]
-        except ConfigError:
-            continue
-        paid.append(([(number, one.delta) for number, one in own], released))
-    return paid
-
-
-def _largest_price(paid: _Paid, number: int) -> float:
-    """Return the largest of what each site's lines cost by the end of a round; of sites that did the same, once."""
-    alike = set()
-    for lines, released in paid:
-        if deltas := [delta for at, delta in lines if at <= number]:
-            alike.add((tuple(release for at, release in released if at <= number), deltas[-1]))
-    return max((promised(releases, delta)[0] for releases, delta in alike), default=0.0)
-
-
 def federation_delta(sites: Iterable[SiteReport]) -> float | None:
     """Return the δ at which the worst site's ε holds for every site: the largest, since policies may ask for less.
 
     What a site has spent at a smaller δ holds at a larger one as well; at a smaller one it costs more.
     """
     return max((site.delta for site in sites if site.delta is not None), default=None)
-
-
-def other_releases(files: RunFiles) -> list[ReleaseReport]:
-    """Return what was released beside training steps: initialisations, then noised counts of right answers."""
-    beside = [(line, line.spent) for line in files.privacy if line.spent and line.spent.purpose != TRAINING]
-    try:
-        start = _count_of_start(files) if beside else 1
-    except ConfigError:  # of another version's settings; ε is not recomputed then, and the report says why
-        start = None
-    paid = [
-        ReleaseReport(
-            round_number=line.round_number,
-            site=line.site,
-            purpose=spent.purpose,
-            event=spent.event,
-            epsilon_added=spent.epsilon_round,
-            count=start if spent.purpose == INITIALISATION else 1,
-        )
-        for line, spent in beside
-    ]
-    counts = [
-        ReleaseReport(number, site, EVALUATION, sampled_gaussian(noise, 1.0), None, value)
-        for number, site, noise, value in _noised_counts(files)
-    ]
-    return paid + counts
-
-
-def _noised_counts(files: RunFiles) -> list[tuple[int, str, float, float]]:
-    """Return (round, site, noise's standard deviation in records, count), each once even if told twice."""
-    told = [
-        (line.round_number, count.site, count.noise_std, count.value)
-        for line in files.rounds
-        for count in line.noised_correct
-    ]
-    return list(dict.fromkeys(told))
-
-
-def _count_of_start(files: RunFiles) -> int:
-    """Return how many releases the run's start is, by its settings: no line says it, and a probe is many steps.
-
-    Raises:
-        ConfigError: they are no settings of this version.
-    """
-    release = configure(files.config.settings).origin.release()
-    return release.count if release else 1
-
-
-def releases_of(paid: Iterable[SpendingFigures], files: RunFiles) -> list[Release]:
-    """Return what a site's spendings say was released, in order.
-
-    One for training is as many as its steps, one of the start as many as the start has; any other is one release.
-
-    Raises:
-        ConfigError: one of them holds figures that no mechanism has, or is of a kind that has no price here; or the
-            run's settings are none of this version.
-    """
-    spendings = list(paid)
-    start = _count_of_start(files) if any(s.purpose == INITIALISATION for s in spendings) else 1
-    counts = {INITIALISATION: start}
-    return [
-        Release(s.event, s.steps_round if s.purpose == TRAINING else counts.get(s.purpose, 1), s.purpose)
-        for s in spendings
-    ]
-
-
-def releases_of_site(name: str, files: RunFiles) -> list[Release]:
-    """Return everything that one site released in this run; errors as of ``releases_of``."""
-    paid = [line.spent for line in files.privacy if line.site == name and line.spent]
-    noises = [noise for _, site, noise, _ in _noised_counts(files) if site == name and paid]
-    return releases_of(paid, files) + [_count(noise) for noise in noises]
-
-
-def _count(noise: float) -> Release:
-    """Return a noised count as a release."""
-    return gaussian_release(noise, 1.0, 1, EVALUATION)
 
 
 def _counted(name: str, files: RunFiles) -> list[bool]:
@@ -334,7 +172,7 @@ def _alone(paid: Sequence[SpendingFigures], files: RunFiles, delta: float | None
 
 
 def fewest_summed(files: RunFiles) -> int:
-    """Return of how many sites the sum of fewest sites is, among the rounds that counted; 0 where none did."""
+    """Return the size of the smallest sum among the rounds that counted; 0 if none did."""
     # Round 0 sums nothing: where its start is from public records, its line has no participants.
     counted = (line for line in files.rounds if line.complete and line.round_number)
     return min((len(line.participants) for line in counted), default=0)
@@ -342,14 +180,14 @@ def fewest_summed(files: RunFiles) -> int:
 
 def colluders_of(files: RunFiles) -> int:
     """Return how many sites of a sum may help the server, by the run's settings."""
-    told = files.config.settings.get("privacy.colluders", 0)
-    return told if isinstance(told, int) else 0
+    colluders = files.config.settings.get("privacy.colluders", 0)
+    return colluders if isinstance(colluders, int) else 0
 
 
 def _honest(name: str, paid: Sequence[SpendingFigures], files: RunFiles, but: int) -> float | None:
-    """Return ε if of the sum of fewest sites all add their noise ``but`` so many; None where none is shared.
+    """Return ε if in the smallest sum all sites except ``but`` add their noise; None where no noise is shared.
 
-    What does not count is priced as the site paid for it: of how many sites that sum was, no line says.
+    Releases that do not count are priced as the site paid for them: no line has the size of those sums.
     """
     releases, sites = releases_of(paid, files), fewest_summed(files) - but
     own = [

@@ -19,12 +19,12 @@ CHOSEN = {True: ", and was chosen by its score", False: ", and another one was c
 
 
 def at_least(tuning: TuningFile | None, epsilon: float | None) -> TuningFile | None:
-    """Return what is told of all trials, with no smaller ε than that of the run itself."""
+    """Return the trials with an ε that is at least the run's own."""
     return tuning if tuning is None or epsilon is None else replace(tuning, epsilon=max(tuning.epsilon, epsilon))
 
 
 def trials_figure(tuning: TuningFile) -> str:
-    """Return the figure that stands beside the headline's.
+    """Return the figure beside the headline's.
 
     >>> trials_figure(TuningFile(trials=3, chosen=True, epsilon=5.2, delta=1e-5))
     'all 3 trials together: ε 5.200 at δ 1e-05'

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from fedveil.common.words import number_text
 from fedveil.privacy import MECHANISMS
-from fedveil.reports.claim import Claim, server_is_trusted
+from fedveil.reports.claim import Claim
 from fedveil.reports.sites import SiteReport
 
 
@@ -47,16 +47,11 @@ TO_SERVER = "with its own records: it clips what it sends, and adds no noise"
 
 
 def actors_of(claim: Claim, epsilon: float | None) -> list[Actor]:
-    """Return the parties of a run; without a finite claim everyone who gets anything is trusted with records.
-
-    Args:
-        claim: of the run.
-        epsilon: the federation's; None: there is none yet.
-    """
+    """Return the parties of a run; without a finite ε everyone who gets anything is trusted with records."""
     promised = claim.made and not (epsilon is not None and math.isinf(epsilon))
     whole = "" if promised else "with everything: no finite ε is promised"
     noised = MECHANISMS[claim.privacy_mode].noised if promised else ""
-    central = promised and server_is_trusted(claim.privacy_mode)
+    central = promised and claim.trusts_server
     return [
         Actor(
             "a site, with its steward and its machine",
@@ -81,20 +76,14 @@ def actors_of(claim: Claim, epsilon: float | None) -> list[Actor]:
 
 
 def unprotected_of(sites: Sequence[SiteReport], cut_test: str, claim: Claim) -> list[str]:
-    """Return the quantities that no noise protects, each a phrase.
-
-    Args:
-        sites: of the run.
-        cut_test: what is said of a public test part that is cut from the sites' source; empty: it is not.
-        claim: of the run.
-    """
+    """Return the quantities that no noise protects, each a phrase; ``cut_test`` as ``data.cut_test`` returns it."""
     sizes = [site.public_size for site in sites if site.public_size is not None]
     said = [
         f"the number of {claim.per or 'record'}s that each site declares ({number_text(sum(sizes))} in all)",
         "which site took part in which round, when, and how long it took",
         "what each site's ledger says: steps, ε spent and left over all runs on its records, its budget and its δ",
     ]
-    if claim.made and server_is_trusted(claim.privacy_mode):
+    if claim.made and claim.trusts_server:
         said = [
             f"the number of sites in the cohort ({number_text(sum(sizes))})",
             "when rounds began and ended, from whoever watches the server or gets its logs",

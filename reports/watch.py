@@ -1,9 +1,8 @@
-"""A run's report on loopback, made anew while the run goes on: for whoever sits at this machine, and nobody else.
+"""A run's report on loopback, updated while the run goes on, for the person at this machine.
 
-It reads the run's folder and writes nothing. Pages are those of ``write_reports``; while the run goes on a browser asks
-for them again every few seconds, and the first lines say what goes on. Only a request that names this very address is
-answered, so that no page from elsewhere can read a report through the browser of the person at this machine. Every user
-of the machine reaches the port, so the address has a secret in it.
+It reads the run's folder and writes nothing. A browser reloads the pages every few seconds while the run goes on. Only
+requests to this very address are answered, so that no page from elsewhere can read a report through that person's
+browser. Every user of the machine reaches the port, so the address contains a secret.
 """
 
 from __future__ import annotations
@@ -17,12 +16,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from markupsafe import escape
-
 from fedveil.common.errors import DataError, FedVeilError
 from fedveil.common.run_lines import ProgressFile, read_if_there
 from fedveil.common.words import visible
-from fedveil.reports.claim import server_is_trusted
 from fedveil.reports.data import ReportData, report_of
 from fedveil.reports.files import REPORT_JSON, to_json
 from fedveil.reports.markdown import to_markdown
@@ -31,17 +27,16 @@ from fedveil.reports.page import to_html
 LOOPBACK = "127.0.0.1"
 REFRESH_SECONDS = 5
 UNFINISHED = "unfinished"
-TITLE = "<h1>Privacy report</h1>"
 TO_NOBODY = (
     "Right now: the run goes on. This page is for the trusted server's own people alone: when a round ends may tell "
     "who was drawn for it"
 )
-FORMS: Mapping[str, tuple[str, Callable[[ReportData], bytes]]] = {
-    "/": ("text/html; charset=utf-8", lambda data: to_html(data).encode()),
-    "/report.md": ("text/plain; charset=utf-8", lambda data: to_markdown(data).encode()),
-    f"/{REPORT_JSON}": ("application/json", to_json),
+FORMS: Mapping[str, tuple[str, Callable[[ReportData, str], bytes]]] = {
+    "/": ("text/html; charset=utf-8", lambda data, progress: to_html(data, progress).encode()),
+    "/report.md": ("text/plain; charset=utf-8", lambda data, _: to_markdown(data).encode()),
+    f"/{REPORT_JSON}": ("application/json", lambda data, _: to_json(data)),
 }
-"""What is served, by path."""
+"""Media type and writer of each path; a writer gets the report and a line on the round under way."""
 
 
 class Watched(ThreadingHTTPServer):
@@ -81,10 +76,10 @@ class Watched(ThreadingHTTPServer):
 
     @property
     def address(self) -> str:
-        """The page's address, which is for nobody else."""
+        """The page's secret address."""
         return f"http://{LOOPBACK}:{self.server_port}{self._secret}/"
 
-    def told(self, path: str) -> str | None:
+    def below_secret(self, path: str) -> str | None:
         """Return a path below the secret that it begins with; None: it begins otherwise."""
         length = len(self._secret)
         same = secrets.compare_digest(path[:length].encode(), self._secret.encode())
@@ -104,24 +99,18 @@ class Watched(ThreadingHTTPServer):
             return self._data
 
     def page(self, path: str) -> tuple[str, bytes, bool]:
-        """Return type and content of a page, and whether the run goes on.
-
-        Args:
-            path: a key of ``FORMS``.
+        """Return media type and content of one of ``FORMS``, and whether the run goes on.
 
         Raises:
             FedVeilError, OSError: the folder cannot be read any more.
         """
-        kind, made = FORMS[path]
+        kind, write = FORMS[path]
         data = self.report()
-        content, goes_on = made(data), data.status == UNFINISHED
-        if path == "/" and goes_on and (words := self._progress(data)):
-            said = f'{TITLE}\n<p class="care" role="status">{escape(visible(words))}</p>'
-            content = content.replace(TITLE.encode(), said.encode(), 1)
-        return kind, content, goes_on
+        goes_on = data.status == UNFINISHED
+        return kind, write(data, self._progress(data) if goes_on else ""), goes_on
 
     def _progress(self, data: ReportData) -> str:
-        if server_is_trusted(data.claim.privacy_mode):
+        if data.claim.trusts_server:
             return TO_NOBODY
         try:
             state = read_if_there(ProgressFile, self.folder)
@@ -141,7 +130,7 @@ class _Handler(BaseHTTPRequestHandler):
     server_version, sys_version = "FedVeil", ""
 
     def do_GET(self) -> None:
-        path = self.server.told(self.path)
+        path = self.server.below_secret(self.path)
         if self.headers.get("Host") not in self.server.names or path is None:
             self._send(HTTPStatus.FORBIDDEN, "text/plain", b"ask for the address that fedveil watch printed\n")
             return

@@ -18,8 +18,8 @@ from fedveil.common.run_lines import ProgressFile, Reached, ResultFile, ServerSt
 from fedveil.common.words import counted
 from fedveil.privacy.figures import epsilon_text
 from fedveil.reports import federation_epsilon, write_reports
+from fedveil.reports.course import epsilon_by
 from fedveil.reports.folder import read_run
-from fedveil.reports.sites import epsilon_by
 from fedveil.server.admission import Admission
 from fedveil.server.begin import begin, resume
 from fedveil.server.checkpoint import Checkpoint, load_checkpoint

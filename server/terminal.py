@@ -31,7 +31,7 @@ def epsilon_words(
         figures: of each site.
         unit: of the promise, in a word.
         whose: the figures are.
-        own: the figure by all lines of the run (``reports.sites.epsilon_by``), which holds where it is the larger: a
+        own: the figure by all lines of the run (``reports.course.epsilon_by``), which holds where it is the larger: a
             site may tell less than its releases cost; None: not known.
     """
     spent = [one for one in spendings if one]

@@ -15,8 +15,8 @@ from fedveil.common.log import place_of
 from fedveil.common.model.score import Score
 from fedveil.common.observers import NO_OBSERVER, OBSERVERS, RunObserver
 from fedveil.common.run_lines import COHORT, BaselineFile, PrivacyLine, RoundLine, read_if_there, read_lines
+from fedveil.reports.course import epsilon_course
 from fedveil.reports.folder import read_run
-from fedveil.reports.sites import epsilon_course
 from fedveil.server.members import Member
 from fedveil.server.observers import Observer, RoundOutcome
 from fedveil.strategies.job import Job

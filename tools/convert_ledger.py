@@ -156,9 +156,9 @@ def _convert_server(path: Path) -> str:
     if _present_of_server(path)["format"] == SERVER_FORMAT:
         return f"has format {SERVER_FORMAT} already, nothing was changed"
     with _alone(path):
-        held = _present_of_server(path)
+        ledger = _present_of_server(path)
         plan: list[dict[str, Any]] = []
-        for charge in held["charges"]:
+        for charge in ledger["charges"]:
             planned = next((release for release in plan if release["event"] == charge["event"]), None)
             if planned is None:
                 plan.append({"event": charge["event"], "count": 1, "purpose": "training"})
@@ -166,20 +166,24 @@ def _convert_server(path: Path) -> str:
                 planned["count"] += 1
         if not plan:
             raise ConversionError("it holds no charge: move it away, and the first charge makes a new one")
-        _replace(path, json.dumps({**held, "format": SERVER_FORMAT, "first_plan": plan}, indent=1) + "\n")
-    return f"format {held['format']} became {SERVER_FORMAT}: {len(held['charges'])} charges"
+        _replace(path, json.dumps({**ledger, "format": SERVER_FORMAT, "first_plan": plan}, indent=1) + "\n")
+    return f"format {ledger['format']} became {SERVER_FORMAT}: {len(ledger['charges'])} charges"
 
 
 def _present_of_server(path: Path) -> dict[str, Any]:
     """Return what a trusted server's ledger holds, of the present format or the one before."""
-    held = json.loads(path.read_bytes())
-    if not isinstance(held, dict) or type(held.get("format")) is not int or not isinstance(held.get("charges"), list):
+    ledger = json.loads(path.read_bytes())
+    if (
+        not isinstance(ledger, dict)
+        or type(ledger.get("format")) is not int
+        or not isinstance(ledger.get("charges"), list)
+    ):
         raise ConversionError("it is not a FedVeil ledger: name another file")
-    if held["format"] not in (SERVER_FORMAT - 1, SERVER_FORMAT):
-        raise ConversionError(f"it has format {held['format']}, which is not known here: take a newer FedVeil")
-    if bool(held.get("first_plan")) != (held["format"] == SERVER_FORMAT):
-        raise ConversionError(f"it does not hold what format {held['format']} holds: ask for help")
-    return held
+    if ledger["format"] not in (SERVER_FORMAT - 1, SERVER_FORMAT):
+        raise ConversionError(f"it has format {ledger['format']}, which is not known here: take a newer FedVeil")
+    if bool(ledger.get("first_plan")) != (ledger["format"] == SERVER_FORMAT):
+        raise ConversionError(f"it does not hold what format {ledger['format']} holds: ask for help")
+    return ledger
 
 
 @contextmanager

@@ -160,11 +160,11 @@ CREATE TABLE releases (
         "SELECT id, dataset, run, round, purpose, figures, count, delta, charged_at, caused_by "
         "FROM releases ORDER BY id"
     ).fetchall()
-    held = [
+    columns = [
         (*row[:5], *(json.loads(row[5])[name] for name in ("noise_multiplier", "sample_rate", "clip_norm")), *row[6:])
         for row in new
     ]
-    if held != old:
+    if columns != old:
         raise ConversionError("the charges did not come over as they were: ask for help")
     run_script(
         db,

@@ -37,7 +37,8 @@ from fedveil.contrib.experiments.__main__ import app
 from fedveil.contrib.experiments.intruders import _factors, intruders_of, noise_alone
 from fedveil.contrib.experiments.spectra import Spectrum, count_above, spectrum_of, top_of
 from fedveil.experiments.in_process import run_in_process, simulated_nodes
-from fedveil.experiments.sweep.summary import groups, markdown_of
+from fedveil.experiments.sweep.groups import groups
+from fedveil.experiments.sweep.summary import markdown_of
 from fedveil.server.checkpoint import saved_state
 from fedveil.server.noise import site_noise
 from fedveil.server.optimizer import server_step

@@ -295,5 +295,5 @@ def test_a_report_counts_every_step_of_the_probe(toy_settings: dict[str, Any], m
     assert report.meaning is not None
     assert report.meaning.epsilon == pytest.approx(report.headline.epsilon, abs=1e-6)
     assert [release.count for release in report.other_releases] == [40, 40]
-    monkeypatch.setattr("fedveil.reports.sites._count_of_start", lambda files: 1)
+    monkeypatch.setattr("fedveil.reports.releases._count_of_start", lambda files: 1)
     assert [site.agreement for site in report_of(folder).sites] == ["larger", "larger"], "the planted fault is not seen"

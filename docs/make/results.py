@@ -12,8 +12,9 @@ from docs.make.page import page
 from docs.make.tables import markdown
 from fedveil.common.errors import DataError
 from fedveil.common.words import bytes_text
+from fedveil.experiments.sweep.groups import Group, groups
 from fedveil.experiments.sweep.rows import Row, read_rows, results_file
-from fedveil.experiments.sweep.summary import Group, groups, markdown_of
+from fedveil.experiments.sweep.summary import markdown_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "experiments" / "results"

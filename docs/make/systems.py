@@ -1,4 +1,4 @@
-"""Published systems and what a run has for each: settings that are that system, a command, or why there is none.
+"""Published systems and what a run has for each: settings that make it, a command, or the reason why it is missing.
 
 A row of a table that no system names here is put into the page all the same, under its own name.
 """

@@ -81,9 +81,9 @@ def calibrate(server_model: ServerModel, config: RunConfig, workers: int) -> Cal
     """Take a few steps of the configured model on up to 512 public test records and time them.
 
     Args:
-        server_model: the model and the public records; the model's state is put back to its start.
+        server_model: the model and the public records; the model's state returns to its start.
         config: clip, optimiser and privacy mode of the run.
-        workers: how many processes will train at once; each has its share of the cores.
+        workers: processes that will train at once, each with its share of the cores.
     """
     model, threads = server_model.model, torch.get_num_threads()
     order = torch.randperm(len(server_model.records), generator=stream(config.seed, "calibration")).tolist()
@@ -104,10 +104,7 @@ def calibrate(server_model: ServerModel, config: RunConfig, workers: int) -> Cal
     more = len(records) - count * len(few)
     long = sum(seconds for seconds, _ in steps)
     per_record = max(0.0, long - count * short) / more if more > 0 else long / len(records)
-    scored = records[:SCORED_RECORDS]
-    began = time.perf_counter()
-    model.score(scored)
-    scoring = (time.perf_counter() - began) * len(server_model.records) / len(scored)
+    scoring = _scoring_seconds(model, records[:SCORED_RECORDS])
     model.write(server_model.start)
     cuda = model.device.type == "cuda"
     return Calibration(
@@ -116,13 +113,20 @@ def calibrate(server_model: ServerModel, config: RunConfig, workers: int) -> Cal
         device=str(model.device),
         step_seconds=max(0.0, short - len(few) * per_record),
         record_seconds=per_record,
-        score_seconds=scoring,
+        score_seconds=scoring * len(server_model.records),
         peak_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10),
         accelerator_mib=torch.cuda.max_memory_allocated(model.device) / 2**20 if cuda else 0.0,
         alignment=alignment_of([mean for _, mean in steps]) if _clips(config) else None,
         feature_seconds=featuring,
-        scored_seconds=scoring / len(server_model.records),
+        scored_seconds=scoring,
     )
+
+
+def _scoring_seconds(model: FederatedModel, records: Sequence[Record]) -> float:
+    """Return the time of scoring one record."""
+    began = time.perf_counter()
+    model.score(records)
+    return (time.perf_counter() - began) / len(records)
 
 
 def round_seconds(
@@ -141,14 +145,7 @@ def round_seconds(
 def feature_seconds(
     calibration: Calibration, schedule: Schedule, sizes: Sequence[int], workers: int
 ) -> tuple[float, float]:
-    """Return the time of all that is computed of records ahead of their steps in a run, as ``round_seconds``.
-
-    Args:
-        calibration: what a record takes.
-        schedule: how often it is computed.
-        sizes: the sites' numbers of records.
-        workers: processes here.
-    """
+    """Return the time of what a run computes of records ahead of their steps, as ``round_seconds`` does."""
     jacobians, features = (
         sum(phase.computations() for phase in schedule.with_inputs(kind)) for kind in ("jacobians", "features")
     )

@@ -1,7 +1,7 @@
 """The spending of earlier runs, by their folders: a coordinator sees no ledger of a site's.
 
-Each site's lines say what it released. The site whose releases cost most stands for all. What a ledger holds beside
-these runs, no folder tells, but a site's own total does: each site that told more than its releases cost is named.
+Each site's lines say what it released, and the site whose releases cost most is taken for all. A ledger may hold more
+than these runs: each site that reported more than its releases cost is named.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedveil.common.errors import ConfigError
-from fedveil.common.messages.round import SpendingFigures
 from fedveil.common.words import natural
-from fedveil.privacy.accounting import Release
 from fedveil.privacy.figures import epsilon_text
 from fedveil.privacy.privacy_filter import FRESH, History, commitment_to, price_after
 from fedveil.reports.folder import RunFiles, read_run
-from fedveil.reports.sites import TOLERANCE, releases_of_site
+from fedveil.reports.releases import releases_of_site
+from fedveil.reports.sites import TOLERANCE
 from fedveil.strategies.job import Job, configure
 
 
@@ -28,7 +27,7 @@ class Earlier:
 
     history: History
     notes: tuple[str, ...] = ()
-    """What the folders cannot say: one for each site that told more than it released there, who told most first."""
+    """One for each site that reported more than it released in these runs, the largest total first."""
 
 
 def earlier_runs(folders: Sequence[Path], job: Job) -> Earlier:
@@ -39,8 +38,8 @@ def earlier_runs(folders: Sequence[Path], job: Job) -> Earlier:
         job: the run that comes after them.
 
     Raises:
-        ConfigError: a run was without privacy, of another unit, named twice, damaged or of another version, or tells of
-            no release.
+        ConfigError: a run was without privacy, of another unit, named twice, damaged, of another version or without
+            releases.
         DataError: one is no folder of a run.
     """
     if len({folder.resolve() for folder in folders}) < len(folders):
@@ -50,9 +49,9 @@ def earlier_runs(folders: Sequence[Path], job: Job) -> Earlier:
         return Earlier(FRESH)
     names = {line.site for files in runs for line in files.privacy if line.spent}
     sites = [_of_site(name, runs) for name in sorted(names, key=natural)]
-    # By what is known to have been released: what is told beside it has a price, but nothing that a run could follow.
+    # By the known releases: a larger total has a price, but no releases that a plan could continue.
     dearest = max(sites, key=lambda site: site.priced)
-    more = sorted((site for site in sites if site.told > site.priced + TOLERANCE), key=lambda site: -site.told)
+    more = sorted((site for site in sites if site.total > site.priced + TOLERANCE), key=lambda site: -site.total)
     return Earlier(dearest.history, tuple(_note(site, dearest) for site in more))
 
 
@@ -64,14 +63,14 @@ class _OfSite:
     history: History
     priced: float
     """ε of its releases in the named runs."""
-    told: float
-    """ε of all that its ledger held, by the largest total that it told."""
+    total: float
+    """ε of all that its ledger held, by the largest total that it reported."""
 
 
 def _note(site: _OfSite, counted: _OfSite) -> str:
-    own, held, of_all = map(epsilon_text, (site.priced, site.told, counted.priced))
+    own, total, of_all = map(epsilon_text, (site.priced, site.total, counted.priced))
     return (
-        f"{site.name} says that its ledger held ε {held} in all, more than these runs cost it, which is ε {own}: this "
+        f"{site.name} says that its ledger held ε {total} in all, more than these runs cost it, which is ε {own}: this "
         f"plan counts {of_all}, of {counted.name}. Name the other runs too, or take more noise"
     )
 
@@ -83,7 +82,7 @@ def _read(folder: Path, unit: str) -> RunFiles:
     try:
         claim = configure(files.config.settings).claim
     except ConfigError as error:
-        raise ConfigError(f"--after: the run in {folder} is none of this version: {error}") from error
+        raise ConfigError(f"--after: the run in {folder} is not of this version: {error}") from error
     if not claim.per:
         raise ConfigError(f"--after: the run in {folder} was without privacy, so no ε holds for its records any more")
     if unit and claim.per != unit:
@@ -91,23 +90,16 @@ def _read(folder: Path, unit: str) -> RunFiles:
             f"--after: the run in {folder} protects a {claim.per} and this one a {unit}: no ε holds for both"
         )
     if not any(line.spent for line in files.privacy):
-        raise ConfigError(f"--after: the run in {folder} tells of no release: leave it out")
+        raise ConfigError(f"--after: the run in {folder} has no release: leave it out")
     return files
 
 
 def _of_site(name: str, runs: Sequence[RunFiles]) -> _OfSite:
     released = [releases for releases in (releases_of_site(name, files) for files in runs) if releases]
-    told = _told(name, runs)
-    history = History(_joined(released), commitment_to([], released[0]), min(line.delta for line in told))
-    total = max(line.epsilon_total for line in told)
+    spent = [line.spent for files in runs for line in files.privacy if line.site == name and line.spent]
+    releases = tuple(release for of_run in released for release in of_run)
+    history = History(releases, commitment_to([], released[0]), min(one.delta for one in spent))
+    total = max(one.epsilon_total for one in spent)
     if total == math.inf:
         raise ConfigError(f"--after: records of {name} were released without privacy, so no ε holds for them any more")
     return _OfSite(name, history, price_after(history, (), history.delta)[0], total)
-
-
-def _told(name: str, runs: Sequence[RunFiles]) -> list[SpendingFigures]:
-    return [line.spent for files in runs for line in files.privacy if line.site == name and line.spent]
-
-
-def _joined(released: Sequence[Sequence[Release]]) -> tuple[Release, ...]:
-    return tuple(release for run in released for release in run)

@@ -1,7 +1,6 @@
-"""Turn the plan round: the noise, the number of rounds, or the sample rate that a privacy budget allows.
+"""The noise, the number of rounds, or the sample rate that a privacy budget allows.
 
-Every answer is priced again before it is given: it stays within the budget, and the next step beyond it
-does not.
+Every answer is priced again: it is within the budget, and the next step is not.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from fedveil.common.errors import BudgetExhausted, ConfigError, PrivacyError
 from fedveil.experiments.planner.payers import payer_of
 from fedveil.experiments.planner.price import MOST_ROUNDS, last_within, noise_for_all, paid_before, releases_of_round
 from fedveil.privacy.accounting import Release
-from fedveil.privacy.events import LEAST_NOISE, Event
+from fedveil.privacy.events import LEAST_NOISE
 from fedveil.privacy.privacy_filter import FRESH, History, price_after
 from fedveil.strategies.job import Job
 
@@ -39,11 +38,6 @@ class Found:
 def find(job: Job, quantity: str, history: History = FRESH) -> Found:
     """Return what the budget ``privacy.epsilon`` allows of ``quantity``: noise, rounds or sample-rate.
 
-    Args:
-        job: the run.
-        quantity: one of the three.
-        history: what earlier runs have spent of the records.
-
     Raises:
         ConfigError: privacy is off, the quantity is unknown, or it needs ``privacy.noise-multiplier``.
         BudgetExhausted: the budget allows not even the smallest step.
@@ -67,7 +61,7 @@ def noise_for(job: Job, history: History) -> Found:
     """Return the least noise multiplier that keeps every round within the budget, to a thousandth."""
     budget, steps = job.config.privacy.epsilon, job.config.rounds * releases_of_round(job)
     before = tuple(paid_before(job))
-    event = _event(job)
+    event = job.event
     noise = noise_for_all(history, event, steps, before, budget, _delta(job, history))
     return _found(
         job,
@@ -81,7 +75,7 @@ def noise_for(job: Job, history: History) -> Found:
 
 def rounds_for(job: Job, history: History) -> Found:
     """Return the most rounds that stay within the budget at the configured noise."""
-    event, local = _event(job), releases_of_round(job)
+    event, local = job.event, releases_of_round(job)
 
     def release(rounds: float) -> Release:
         return Release(event, int(rounds) * local)
@@ -94,7 +88,7 @@ def rounds_for(job: Job, history: History) -> Found:
 
 def sample_rate_for(job: Job, history: History) -> Found:
     """Return the largest sample rate of three digits that stays within the budget at the configured noise."""
-    event, steps = _event(job), job.config.rounds * releases_of_round(job)
+    event, steps = job.event, job.config.rounds * releases_of_round(job)
 
     def release(rate: float) -> Release:
         return Release(event.having(sample_rate=rate), steps)
@@ -115,10 +109,6 @@ QUANTITIES: dict[str, Callable[[Job, History], Found]] = {
     "rounds": rounds_for,
     "sample-rate": sample_rate_for,
 }
-
-
-def _event(job: Job) -> Event:
-    return job.event
 
 
 def _price(job: Job, history: History, release: Release) -> float:

@@ -152,14 +152,13 @@ class Forecast:
         if self.job.unit.grouped and self.calibration is not None:
             found.append(
                 f"times and signal are of persons with one record each: with up to "
-                f"{self.job.config.privacy.records_per_person}, a step takes up to so many times as long"
+                f"{self.job.config.privacy.records_per_person}, a step takes up to that many times as long"
             )
         return [*found, *payer_of(self.job).warnings(self.job, self.sizes)]
 
     def as_json(self) -> dict[str, Any]:
         """Return the forecast as plain values."""
-        config, seconds, signal = self.job.config, self.round_seconds, self.signal
-        features = self.feature_seconds
+        config, seconds, features = self.job.config, self.round_seconds, self.feature_seconds
         down, up = self.traffic.run(config.rounds, len(self.sizes))
         return {
             "settings": self.job.settings(),
@@ -191,16 +190,7 @@ class Forecast:
             "round_seconds_deployed": seconds[1] if seconds else None,
             "feature_seconds_simulated": features[0] if features else None,
             "feature_seconds_deployed": features[1] if features else None,
-            "signal_to_noise": None
-            if signal is None
-            else {
-                **dataclasses.asdict(signal),
-                "step": signal.step,
-                "step_bound": signal.step_bound,
-                "run": signal.run,
-                "run_bound": signal.run_bound,
-                "threshold": LEAST_SIGNAL,
-            },
+            "signal_to_noise": self.signal.as_json() if self.signal else None,
             "warnings": self.warnings,
         }
 
@@ -211,14 +201,12 @@ def forecast(
     """Return what a run of ``job`` over sites of these public sizes will cost.
 
     Args:
-        job: the checked configuration.
-        sizes: public sizes, one per site.
+        job, sizes, history: the run, its sites' public sizes, and the spending of earlier runs.
         workers: processes that train at once on this machine; 0: as many as ``fedveil run`` takes.
         calibrated: take a few steps on public test records, for time, memory and alignment.
-        history: what earlier runs have spent of the records.
 
     Raises:
-        PrivacyError: no such run can start: delta does not fit a size, or the budget cannot pay for a step.
+        PrivacyError: delta does not fit a size, or the budget cannot pay for a step.
         DataError, ModelError: the public data or the model cannot be loaded.
     """
     plans = site_plans(job, sizes, history)

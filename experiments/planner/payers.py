@@ -63,7 +63,7 @@ class SitesPay:
         return None
 
     def note(self, job: Job, plans: Sequence[PrivacyPlan]) -> str:
-        """Return what stands below the table of rounds; empty: nothing."""
+        """Return the note below the table of rounds, or an empty text."""
         del job, plans
         return ""
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from fedveil.common.data.partition import public_size_of_part, site_part
 from fedveil.common.data.sources import train_and_test
@@ -34,7 +35,7 @@ from fedveil.strategies.job import Job
 MOST_ROUNDS = 100_000
 """Rounds beyond which no end of the budget is looked for."""
 MOST_PRICED = 100
-"""Rounds that are priced one by one; of a longer run so many, evenly spread, and always the last."""
+"""Most rounds that are priced: of a longer run this many, evenly spread, and always the last."""
 LEAST_SIGNAL = 0.25
 """Signal-to-noise of a run below which it is said to hardly train; found by trying, see docs/guides/planning.md."""
 
@@ -57,7 +58,7 @@ class PricedRound:
 
 @dataclass(frozen=True)
 class ThrownAway:
-    """What a run costs a site in which so many attempts at a sum bring no sum: each is charged as a round."""
+    """A run's price for a site with a number of failed attempts at a sum, each charged as a round."""
 
     attempts: int
     epsilon: float
@@ -115,6 +116,11 @@ class SignalToNoise:
         """Whether the job will hardly train: even the upper end of the run's figure is below ``LEAST_SIGNAL``."""
         return (self.run_bound if self.run is None else self.run[1]) < LEAST_SIGNAL
 
+    def as_json(self) -> dict[str, Any]:
+        """Return fields and figures as plain values."""
+        figures = {name: getattr(self, name) for name in ("step", "step_bound", "run", "run_bound")}
+        return {**asdict(self), **figures, "threshold": LEAST_SIGNAL}
+
 
 def simulated_sizes(job: Job, sites: int) -> tuple[int, ...]:
     """Return the sizes that the sites of a simulation declare as public.
@@ -139,15 +145,10 @@ def paid_before(job: Job) -> list[Release]:
 def site_plans(job: Job, sizes: Sequence[int], history: History = FRESH) -> list[PrivacyPlan]:
     """Return each site's plan, as the run will make it; none where nothing is charged.
 
-    A trusted server has one plan, of the sum: it stands for every site.
-
-    Args:
-        job: the run.
-        sizes: public sizes, one per site.
-        history: what earlier runs have spent of the records.
+    A trusted server has one plan, of the sum, for all sites. ``sizes`` are the sites' public sizes.
 
     Raises:
-        PrivacyError: delta does not fit a size, or the budget is spent by earlier runs or the initialisation.
+        PrivacyError: delta does not fit a size, or earlier runs or the initialisation spend the budget.
     """
     return payer_of(job).plans(job, sizes, history)
 
@@ -187,10 +188,10 @@ def spread(count: int, most: int) -> list[int]:
 
 
 def thrown_away(job: Job, plan: PrivacyPlan, history: History = FRESH) -> list[ThrownAway]:
-    """Return what one attempt that is thrown away costs, and as many as the run tries; none where no sum is asked for.
+    """Return the price of one failed attempt and of the most that a run makes; empty without secure sums.
 
     Raises:
-        PrivacyError: no noise keeps so many rounds within the budget.
+        PrivacyError: no noise keeps these rounds within the budget.
     """
     most = job.config.rounds * job.config.round_retries
     if not job.config.privacy.honest_sites or not most:
@@ -236,7 +237,7 @@ def rounds_within(job: Job, plan: PrivacyPlan, history: History = FRESH) -> int:
 def last_within(fits: Callable[[int], bool], most: int) -> int:
     """Return an n from 0 to ``most`` such that n fits (or is 0) and n + 1 does not (or is above ``most``).
 
-    ``fits`` is asked in doubling steps and then by halving, so it must not hold again once it has failed.
+    ``fits`` is called in doubling steps and then by halving, so it must not hold again once it has failed.
 
     >>> last_within(lambda n: n * n <= 50, 1000), last_within(lambda n: False, 9), last_within(lambda n: True, 9)
     (7, 0, 9)

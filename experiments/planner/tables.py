@@ -49,13 +49,13 @@ def print_found(console: Console, job: Job, sizes: Sequence[int], found: Found) 
     """Print the answer of ``--find``, its check, and how to use it."""
     console.print(f"{found.setting} = {found.value}", style="bold")
     honest = job.config.privacy.honest_sites
-    rests = f", {_on(honest)}" if honest else ""
+    condition = f", {_on(honest)}" if honest else ""
     spent = epsilon_text(found.epsilon)
-    console.print(f"  costs ε {spent} of {found.budget:g} at δ {job.config.privacy.delta:g}{rests}")
+    console.print(f"  costs ε {spent} of {found.budget:g} at δ {job.config.privacy.delta:g}{condition}")
     if found.next_value is None or found.next_epsilon is None:
         console.print("  the search ends here; the budget would allow more")
     else:
-        dearer = f"ε {epsilon_text(found.next_epsilon)}{rests}"
+        dearer = f"ε {epsilon_text(found.next_epsilon)}{condition}"
         console.print(f"  one step further, {found.next_value:.6g}, would cost {dearer}")
     rate = job.config.training.sample_rate
     batches = ", ".join(f"{rate * size:.1f} of {size}" for size in sizes)
@@ -97,7 +97,7 @@ def _print_rounds(console: Console, forecast: Forecast) -> None:
     for accountant in others:
         console.print(f"* {accountant}")
     if honest:
-        console.print(_rests(forecast))
+        console.print(_conditions(forecast))
     if note := payer.note(forecast.job, forecast.plans):
         console.print(note)
     _print_lost(console, forecast)
@@ -110,7 +110,7 @@ def _print_rounds(console: Console, forecast: Forecast) -> None:
     console.print(f"{lasting} lasts {more}{lasts:,} rounds at this noise.")
 
 
-def _rests(forecast: Forecast) -> str:
+def _conditions(forecast: Forecast) -> str:
     """Say on how many honest sites the price of a sum counts, and what holds with fewer and with more."""
     honest = forecast.job.config.privacy.honest_sites
     others = []
@@ -141,13 +141,13 @@ def _print_lost(console: Console, forecast: Forecast) -> None:
         return
     begins = least_sites(privacy.honest_sites, privacy.colluders, privacy.drop_outs)
     least = max(config.min_sites + privacy.drop_outs, begins)
-    told = f"{counted(privacy.drop_outs, 'site')} may be lost from a sum, and a run begins with {least} sites or more"
+    loss = f"{counted(privacy.drop_outs, 'site')} may be lost from a sum, and a run begins with {least} sites or more"
     if sites < least:
-        console.print(f"{told}: {counted(sites, 'site')} are too few.")
+        console.print(f"{loss}: {counted(sites, 'site')} are too few.")
         return
     honest, fewest = sites - privacy.colluders, max(config.min_sites, privacy.honest_sites + privacy.colluders)
     console.print(
-        f"{told}. The noise of a sum is that of {counted(privacy.honest_sites, 'site')}: "
+        f"{loss}. The noise of a sum is that of {counted(privacy.honest_sites, 'site')}: "
         f"√({honest} / {privacy.honest_sites}) = {math.sqrt(honest / privacy.honest_sites):.3g} times "
         f"what {honest} honest ones would need if none is lost. "
         f"Sites that are gone for good end the run once fewer than {fewest} are left."

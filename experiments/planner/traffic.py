@@ -97,9 +97,8 @@ def _trained(job: Job, server_model: ServerModel, round_number: int, state: Adap
 def payload_by_strategy(server_model: ServerModel) -> dict[str, tuple[int, int]]:
     """Return payload bytes down and up of one site and round for every strategy, on this model at this rank.
 
-    The job's own strategy is on the job's adapter, every other on the one that it takes by default. The head is
-    counted where it is trained. What a strategy sends once is left out. Where the job has no adapter, the others have
-    the layers that its ``adapter.targets`` name, and are left out if that is none.
+    The job's own strategy has the job's adapter, every other its default one. A trained head counts; what a strategy
+    sends once does not. If the job has no adapter, the others adapt the layers of ``adapter.targets``, if any.
     """
     model, own = server_model.model, server_model.job.strategy
     layers = [layer_shape(layer) for layer in layers_of(model.peft_model).values()]

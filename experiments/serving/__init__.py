@@ -1,1 +1,1 @@
-"""A finished run's result in other people's hands: merged into its base model, or asked a question."""
+"""A finished run's result in use: merged into its base model, exported, or answering a question."""

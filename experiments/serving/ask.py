@@ -17,7 +17,7 @@ def ask_run(run: Path, words: Sequence[str]) -> list[Answer]:
         words: a text (and its pair, where the run's records have one), a prompt, or an image's path.
 
     Raises:
-        ConfigError: there are more words, or fewer, than this run's records are asked with.
+        ConfigError: there are more words, or fewer, than this run's records have.
         DataError: there is no saved adapter, or a word names nothing that can be read.
         ModelError: the base model on this machine is not the run's.
     """

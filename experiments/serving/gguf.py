@@ -7,6 +7,7 @@ whatever it is called there (rsLoRA, ranks of single layers), and GPT-2's transp
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,10 @@ KINDS = {
 """By transformers' ``model_type``."""
 
 
+Factors = Mapping[str, tuple[Tensor, Tensor, float]]
+"""A, B and the factor in front of their product, by layer."""
+
+
 def export_gguf(run: Path, file: Path) -> int:
     """Write a run's adapter as a GGUF file for llama.cpp, float32; return how many layers it changes.
 
@@ -50,10 +55,9 @@ def export_gguf(run: Path, file: Path) -> int:
         file: a file that does not exist yet.
 
     Raises:
-        DataError: there is no saved adapter or it is damaged, the package gguf is missing, or the file exists or cannot
-            be written.
-        ModelError: the run's model is missing or none that llama.cpp's names are known of here, its adapter is no plain
-            LoRA, or it has a head.
+        DataError: the adapter is missing or damaged, the package gguf is missing, or the file exists or cannot be
+            written.
+        ModelError: the run's model is missing or of an unknown kind, its adapter is no plain LoRA, or it has a head.
     """
     if file.exists():
         raise DataError(f"{file} exists already, and nothing is written over: name a new file")
@@ -68,29 +72,17 @@ def export_gguf(run: Path, file: Path) -> int:
             f"the run's base model is of kind {base.model_type!r}, and a GGUF adapter is made for {', '.join(KINDS)}: "
             "merge it with 'fedveil merge' and convert the whole model"
         )
-    kind = KINDS[base.model_type]
-    (known,) = (arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == kind.arch)
-    names = gguf.get_tensor_name_map(known, base.num_hidden_layers)
     # llama.cpp multiplies by one alpha over each layer's rank. Where alphas differ they go into B, and it is 1.
     alphas = {scale * len(A) for A, _, scale in factors.values()}
     alpha = alphas.pop() if len(alphas) == 1 else 1.0
     partial = file.absolute().with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        writer = gguf.GGUFWriter(partial, kind.arch)
+        writer = gguf.GGUFWriter(partial, KINDS[base.model_type].arch)
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
         writer.add_name(f"FedVeil run {run.name}")
-        for layer, (A, B, scale) in factors.items():
-            place = names.get_name(f"{layer}.weight", try_suffixes=(".weight",))
-            if place is None:
-                raise ModelError(f"llama.cpp has no name for the layer {layer!r}: name others in adapter.targets")
-            if layer.rpartition(".")[2] in kind.turned:
-                heads = base.num_attention_heads if layer.endswith("q_proj") else base.num_key_value_heads
-                B = turned(B, heads)
-            left = scale * len(A) / alpha
-            writer.add_tensor(f"{place}.lora_a", A.float().contiguous().numpy())
-            writer.add_tensor(f"{place}.lora_b", (B.double() * left).float().contiguous().numpy())
+        _add_layers(writer, factors, base, alpha)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -101,6 +93,25 @@ def export_gguf(run: Path, file: Path) -> int:
     finally:
         partial.unlink(missing_ok=True)
     return len(factors)
+
+
+def _add_layers(writer: Any, factors: Factors, base: Any, alpha: float) -> None:
+    """Add A and B of each layer to a file; ModelError if llama.cpp has no name for one."""
+    import gguf
+
+    kind = KINDS[base.model_type]
+    (known,) = (arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == kind.arch)
+    names = gguf.get_tensor_name_map(known, base.num_hidden_layers)
+    for layer, (A, B, scale) in factors.items():
+        place = names.get_name(f"{layer}.weight", try_suffixes=(".weight",))
+        if place is None:
+            raise ModelError(f"llama.cpp has no name for the layer {layer!r}: name others in adapter.targets")
+        if layer.rpartition(".")[2] in kind.turned:
+            heads = base.num_attention_heads if layer.endswith("q_proj") else base.num_key_value_heads
+            B = turned(B, heads)
+        left = scale * len(A) / alpha
+        writer.add_tensor(f"{place}.lora_a", A.float().contiguous().numpy())
+        writer.add_tensor(f"{place}.lora_b", (B.double() * left).float().contiguous().numpy())
 
 
 def turned(rows: Tensor, heads: int) -> Tensor:
@@ -130,7 +141,7 @@ def _config_of(about: AdapterFile) -> Any:
             raise ModelError(f"the run's base model {about.base_model!r} cannot be read ({reason})") from error
 
 
-def _read(adapter: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
+def _read(adapter: Path) -> Factors:
     """Return A, B and the factor in front of their product, by layer.
 
     Raises:

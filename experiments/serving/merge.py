@@ -33,16 +33,11 @@ def merge_run(run: Path, target: Path, form: str = "merged") -> str:
     those of base model and adapter by rounding alone. A base model in low bits (``model.quantise``) is written in
     float32 as the numbers that its bits stand for, because the adapter was trained beside these.
 
-    Args:
-        run: a run's folder.
-        target: a folder that does not exist yet, or is empty.
-        form: one of ``FORMS``.
-
     Returns:
         Python code that loads what was written, without FedVeil.
 
     Raises:
-        DataError: there is no saved adapter, or ``target`` holds something or cannot be written.
+        DataError: there is no saved adapter, or ``target`` is not empty or cannot be written.
         ModelError: the base model on this machine is not the run's, or a merged weight is not finite.
         ConfigError: the run's model has no such form.
     """
@@ -100,10 +95,10 @@ def _write_card(run: Path, form: Form, written: Path) -> None:
 
 
 def load_finished(run: Path) -> Finished:
-    """Return the model that a run ended with, in eval mode, the adapter merged into it; errors as of ``merge_run``."""
+    """Return a run's final model in eval mode, with the adapter merged; raises as ``merge_run``."""
     result = load_result(run / "adapter")
     module, task, base = result.module, result.task, result.base
-    # PEFT would merge into numbers that a layer of low bits makes anew, and lose them.
+    # PEFT would merge into numbers that a layer of low bits makes again, and lose them.
     in_full(module)
     encoder: Any = module.encoder
     if hasattr(encoder, "merge_and_unload"):

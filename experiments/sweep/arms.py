@@ -34,7 +34,7 @@ class Arm:
     fitted: bool = False
     """Whether a head is fitted to the frozen encoder instead of a run: without privacy, whatever the ε."""
     baseline: bool = True
-    """Whether it stands beside the federation; nothing of a baseline needs to travel between a server and sites."""
+    """Whether it is compared with the federation; nothing of a baseline needs to travel."""
 
     def sites(self, sites: int) -> list[int | None]:
         """Return the site of each of its runs: every one of ``sites``, or None for a run that is not one site's own."""

@@ -63,58 +63,72 @@ def run_sweep(
     any_code: bool = False,
     only: str = "*",
 ) -> Finished:
-    """Run what a sweep's table lacks, and write the table anew after every run.
+    """Run what a sweep's table lacks, and write the table again after every run.
 
     Args:
         sweep: the runs.
         output: folder of the runs; each has a folder of its own in it.
         results: folder of the table, ``<sweep>.jsonl`` and ``<sweep>.csv``.
-        say: told one line a run, and a line on what is kept and what is not.
+        say: prints a line, such as one for each run.
         jobs: runs at a time, which share the machine's cores.
         flower: whether runs of all sites go through Flower; the others never do.
-        any_code: whether a row of another version of the code stands for its run; the row says which.
-        only: names of the runs that may be started (``*`` is any text); rows of the others stay in the table.
+        any_code: whether to keep rows of other versions of the code.
+        only: pattern of the names of runs that may be started; rows of the others stay in the table.
 
     Raises:
-        ConfigError: more jobs than cores, or no run is called so.
-        DataError: the table that is there cannot be read.
-        RunFailed: another sweep writes ``output``, or what is left of one.
+        ConfigError: more jobs than cores, or no run has such a name.
+        DataError: the existing table cannot be read.
+        RunFailed: another sweep writes ``output``, or a process of a killed one.
     """
     threads = _threads(jobs)
     if not any(fnmatchcase(cell.name, only) for cell in sweep.cells):
         raise ConfigError(f"--only is {only!r}, and no run is called so; the first is {sweep.cells[0].name!r}")
     say(recipes_said(sweep.recipes))
-    code, commit = code_version(), commit_of()
+    origin = code_version(), commit_of(), threads
     output.mkdir(parents=True, exist_ok=True)
     with only_writer(output):
         file = results_file(results, sweep.name)
         works = [
-            Work(
-                sweep.name, cell, output.absolute() / cell.name, through_of(cell, flower=flower), code, commit, threads
-            )
+            Work(sweep.name, cell, output.absolute() / cell.name, through_of(cell, flower=flower), *origin)
             for cell in sweep.cells
         ]
-        before = read_rows(file)
-        rows = _kept(works, before, say, any_code=any_code)
-        _set_aside(file, [row for row in before if row not in rows.values()], say)
-        write_rows(file, _ordered(sweep, rows))
+        rows = _begun(sweep, works, file, say, any_code=any_code)
         missing = [work for work in works if _key(work.cell) not in rows and fnmatchcase(work.cell.name, only)]
         for work in missing:
             _move_aside(work.folder)
-        if rows:
-            say(f"{len(rows)} of {len(works)} runs are there already")
-        failed: list[Failed] = []
-        with closing(each_in_a_process(run_one, missing, jobs, threads, _log)) as ending:
-            for number, (work, outcome) in enumerate(ending, start=len(rows) + 1):
-                place = f"{number}/{len(works)} {work.cell.said}"
-                if isinstance(outcome, Failure):
-                    failed.append(Failed(work.cell, outcome.reason, _log(work)))
-                    say(f"{place}: FAILED, {outcome.reason}; log: {_log(work)}")
-                    continue
-                rows[outcome.key] = outcome
-                write_rows(file, _ordered(sweep, rows))
-                say(f"{place}: {row_words(outcome)}")
+        failed = _run_all(sweep, missing, rows, file, jobs, say)
     return Finished(_ordered(sweep, rows), failed)
+
+
+def _begun(sweep: Sweep, works: Sequence[Work], file: Path, say: Say, *, any_code: bool) -> dict[Key, Row]:
+    """Return the rows that are valid for their runs, once the table has these alone."""
+    before = read_rows(file)
+    rows = _valid(works, before, say, any_code=any_code)
+    _set_aside(file, [row for row in before if row not in rows.values()], say)
+    write_rows(file, _ordered(sweep, rows))
+    if rows:
+        say(f"{len(rows)} of {len(works)} runs are there already")
+    return rows
+
+
+def _run_all(
+    sweep: Sweep, works: Sequence[Work], rows: dict[Key, Row], file: Path, jobs: int, say: Say
+) -> list[Failed]:
+    """Add a row for each run and write the table again; return the runs that failed."""
+    failed: list[Failed] = []
+    if not works:
+        return failed
+    with closing(each_in_a_process(run_one, works, jobs, works[0].threads, _log)) as ending:
+        for number, (work, outcome) in enumerate(ending, start=len(rows) + 1):
+            place = f"{number}/{len(sweep.cells)} {work.cell.said}"
+            if isinstance(outcome, Failure):
+                failed.append(Failed(work.cell, outcome.reason, _log(work)))
+                say(f"{place}: FAILED, {outcome.reason}; log: {_log(work)}")
+                continue
+            rows[outcome.key] = outcome
+            write_rows(file, _ordered(sweep, rows))
+            say(f"{place}: {row_words(outcome)}")
+    return failed
 
 
 def row_words(row: Row) -> str:
@@ -146,12 +160,12 @@ def _ordered(sweep: Sweep, rows: dict[Key, Row]) -> list[Row]:
     return [rows[key] for key in map(_key, sweep.cells) if key in rows]
 
 
-def _kept(works: Sequence[Work], before: Iterable[Row], say: Say, *, any_code: bool) -> dict[Key, Row]:
-    """Return the rows that stand for their runs, of the table or of the runs' own folders."""
+def _valid(works: Sequence[Work], before: Iterable[Row], say: Say, *, any_code: bool) -> dict[Key, Row]:
+    """Return the rows, of the table or of the runs' own folders, that a run would have now as well."""
     known: dict[Key, list[Row]] = {}
     for row in before:
         known.setdefault(row.key, []).append(row)
-    kept: dict[Key, Row] = {}
+    valid: dict[Key, Row] = {}
     for work in works:
         found = known.get(_key(work.cell), []) + _of_folder(work)
         basis = basis_of(work.cell, work.through, work.code)
@@ -159,10 +173,10 @@ def _kept(works: Sequence[Work], before: Iterable[Row], say: Say, *, any_code: b
         fitting = [row for row, differs in zip(found, differing, strict=True) if not differs]
         if fitting:
             # Another sweep's name, or a run's folder that was made under it, is no part of a result.
-            kept[_key(work.cell)] = replace(fitting[0], sweep=work.sweep)
+            valid[_key(work.cell)] = replace(fitting[0], sweep=work.sweep)
         elif found:
             say(f"{work.cell.said}: a result with {differing[0]} is not taken for this one's")
-    return kept
+    return valid
 
 
 def _of_folder(work: Work) -> list[Row]:

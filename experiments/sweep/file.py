@@ -5,7 +5,7 @@
     base = "job.toml"                     # settings of every run; beside this file, or an absolute path
     sites = 4                             # simulated sites
     seeds = [1, 2, 3]
-    partition-by-seed = true              # a seed divides the records anew, and cuts the test part
+    partition-by-seed = true              # each seed divides the records, and cuts the test part
     epsilons = [1.0, 8.0, "none"]
     baselines = ["local-only", "pooled"]  # beside every variant, at the same ε and on the same test part; "fitted-head"
                                           # beside one of them: once a seed and without privacy
@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ class Cell:
     sites: int
     """That the records are divided among."""
     settings: Mapping[str, Scalar]
-    """As asked, flat, without ``output``."""
+    """As the file gives them, flat, without ``output``."""
 
     @property
     def name(self) -> str:
@@ -121,7 +122,7 @@ def read_sweep(path: Path) -> Sweep:
     """Return the runs of a sweep's file, or the one of a run's settings, each checked as ``configure`` checks a run.
 
     Raises:
-        ConfigError: the file cannot be read, has an unknown key, sets what is an axis, or one of its runs is none.
+        ConfigError: the file cannot be read, has an unknown key, sets an axis, or one of its runs is invalid.
     """
     content = read_toml(path, "the sweep")
     try:
@@ -142,10 +143,10 @@ def _single(content: Mapping[str, Any]) -> Cell:
     """Return the run of a run's own settings, at the usual number of sites, with its own seed and ε."""
     given = {**known_settings(), **(own := flatten(content))}
     mode, seed, epsilon = (given[key] for key in ("privacy.mode", "seed", "privacy.epsilon"))
-    asked = _epsilon(epsilon) if mode not in MECHANISMS or mode in promising() else None
+    budget = _epsilon(epsilon) if mode not in MECHANISMS or mode in promising() else None
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise ConfigError(f"seed must be a whole number, not {seed!r}")
-    cell = Cell(BASE, FEDERATED, None, asked, seed, USUAL, _with_recipe(own, {}, USUAL))
+    cell = Cell(BASE, FEDERATED, None, budget, seed, USUAL, _with_recipe(own, {}, USUAL))
     _check(cell)
     return cell
 
@@ -160,9 +161,6 @@ def _cells(content: Mapping[str, Any], folder: Path) -> list[Cell]:
     sites = content.get("sites", USUAL)
     if not isinstance(sites, int) or isinstance(sites, bool) or sites < 1:
         raise ConfigError(f"sites must be a whole number above 0, not {sites!r}")
-    seeds = _listed(content, "seeds", [1, 2, 3])
-    if not all(isinstance(seed, int) and not isinstance(seed, bool) for seed in seeds):
-        raise ConfigError(f"seeds must be whole numbers, not {seeds!r}")
     by_seed = content.get("partition-by-seed", True)
     if not isinstance(by_seed, bool):
         raise ConfigError(f"partition-by-seed must be true or false, not {by_seed!r}")
@@ -174,39 +172,56 @@ def _cells(content: Mapping[str, Any], folder: Path) -> list[Cell]:
             raise ConfigError(f"variants.{name} must be a table, not {variant!r}")
         _known(variant, VARIANT_KEYS, f"variants.{name}.")
         own = {**base, **_settings(variant, "config", folder, by_seed, f"variants.{name}.")}
-        arms = _listed({**content, **variant}, "baselines", [])
-        if unknown := [arm for arm in arms if arm not in BASELINES]:
-            raise ConfigError(f"baselines names {unknown[0]!r}; choose of {', '.join(BASELINES)}")
-        values = _listed({**content, **variant}, "epsilons", [known_settings()["privacy.epsilon"]])
-        epsilons = [_epsilon(value) for value in values]
-        # One method for all of a variant's ε: that of its private runs, if it has any.
-        first = max(epsilons, key=lambda epsilon: epsilon is not None)
         named |= {name} if names_recipe(own) else set()
-        own = _with_recipe(own, _protection(own, first, name), sites)
-        recipes[name] = str(own.get("recipe", AUTO))
-        for epsilon in epsilons:
-            protection = _protection(own, epsilon, name)
-            for seed in seeds:
-                seeded = {"seed": seed, **({"data.seed": seed} if by_seed else {})}
-                for arm in (ARMS[arm] for arm in ARMS if arm == FEDERATED or arm in arms):
-                    if arm.fitted and epsilon != epsilons[0]:
-                        continue  # it is the same whatever the ε
-                    settings = {**arm.settings({**own, **protection}), **seeded, **arm.overrides()}
-                    asked = None if arm.fitted else epsilon
-                    made = [Cell(name, arm.name, site, asked, seed, sites, settings) for site in arm.sites(sites)]
-                    _check(made[-1])
-                    cells += made
+        of_variant, recipes[name] = _of_variant(name, {**content, **variant}, own, sites, by_seed=by_seed)
+        cells += of_variant
     if len({cell.name for cell in cells}) < len(cells):
         raise ConfigError("two runs would have one name: give the variants other names, or the ε more distance")
     check_recipes(recipes, named)
     return cells
 
 
+def _of_variant(
+    name: str, axes: Mapping[str, Any], own: Mapping[str, Scalar], sites: int, *, by_seed: bool
+) -> tuple[list[Cell], str]:
+    """Return the runs of a variant, each checked, and its recipe.
+
+    Args:
+        name: of the variant.
+        axes: the sweep's file with the variant's axes laid over it.
+        own: settings of the variant, with the base below them.
+        sites: number of sites.
+        by_seed: whether a seed divides the records.
+    """
+    seeds = _listed(axes, "seeds", [1, 2, 3])
+    if not all(isinstance(seed, int) and not isinstance(seed, bool) for seed in seeds):
+        raise ConfigError(f"seeds must be whole numbers, not {seeds!r}")
+    arms = _listed(axes, "baselines", [])
+    if unknown := [arm for arm in arms if arm not in BASELINES]:
+        raise ConfigError(f"baselines names {unknown[0]!r}; choose of {', '.join(BASELINES)}")
+    epsilons = [_epsilon(value) for value in _listed(axes, "epsilons", [known_settings()["privacy.epsilon"]])]
+    # One method for all of a variant's ε: that of its private runs, if it has any.
+    first = max(epsilons, key=lambda epsilon: epsilon is not None)
+    own = _with_recipe(own, _protection(own, first, name), sites)
+    cells: list[Cell] = []
+    for epsilon, seed, arm in product(epsilons, seeds, ARMS.values()):
+        # A fitted head is the same whatever the ε.
+        if (arm.name != FEDERATED and arm.name not in arms) or (arm.fitted and epsilon != epsilons[0]):
+            continue
+        seeded = {"seed": seed, **({"data.seed": seed} if by_seed else {})}
+        settings = {**arm.settings({**own, **_protection(own, epsilon, name)}), **seeded, **arm.overrides()}
+        budget = None if arm.fitted else epsilon
+        made = [Cell(name, arm.name, site, budget, seed, sites, settings) for site in arm.sites(sites)]
+        _check(made[-1])
+        cells += made
+    return cells, str(own.get("recipe", AUTO))
+
+
 def _with_recipe(own: Mapping[str, Scalar], protection: Mapping[str, Scalar], sites: int) -> dict[str, Scalar]:
-    """Return a variant's settings with the recipe of a run of it at so many sites."""
+    """Return a variant's settings with the recipe of its runs over that number of sites."""
     try:
-        told = with_recipe({**own, **protection}, sites=sites)[0]
-        return {**own, **{key: told[key] for key in ("recipe", "data.records") if key in told}}
+        resolved = with_recipe({**own, **protection}, sites=sites)[0]
+        return {**own, **{key: resolved[key] for key in ("recipe", "data.records") if key in resolved}}
     except ConfigError:
         return dict(own)  # its runs are checked one by one, and the first names what is wrong
 

@@ -6,7 +6,7 @@ rows w_c and offsets b_c of the labels, and the features x less their mean, scal
     minimise  1/n Σ_i -log softmax(W x_i + b)[y_i]  +  λ/2 ‖W‖²
 
 The penalty λ is chosen by five-fold cross-validation on the training records: that of the most right answers, of equal
-ones that of the least loss. Records that are alike, or of one person, are in one fold. The test part is scored once, by
+ones that of the least loss. Equal records, and those of one person, are in one fold. The test part is scored once, by
 what was chosen without it.
 """
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fedveil.common.bundle import PROJECT, digest, files_of
 from fedveil.common.errors import RunFailed
@@ -22,6 +22,9 @@ from fedveil.experiments.sweep.arms import ARMS
 from fedveil.experiments.sweep.file import Cell
 from fedveil.experiments.sweep.rows import Basis, Row, line_of
 
+if TYPE_CHECKING:
+    from fedveil.strategies.job import Job
+
 Through = Literal["one process", "flower"]
 ROW = "row.json"
 LOG = "log.txt"
@@ -31,7 +34,7 @@ PROCESSORS = Path("/proc/cpuinfo")
 
 @dataclass(frozen=True)
 class Work:
-    """What a process is told to run."""
+    """One run for a process."""
 
     sweep: str
     cell: Cell
@@ -52,7 +55,7 @@ def code_version(project: Path = PROJECT) -> str:
 
 def commit_of(project: Path = PROJECT) -> str:
     """Return the commit of a work tree under git, with ``+`` if tracked files are changed; else an empty text."""
-    told = []
+    answers = []
     for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no")):
         try:
             done = subprocess.run(["git", "-C", str(project), *words], capture_output=True, text=True, check=False)
@@ -60,14 +63,14 @@ def commit_of(project: Path = PROJECT) -> str:
             return ""
         if done.returncode:
             return ""
-        told.append(done.stdout.strip())
-    return told[0] + ("+" if told[1] else "")
+        answers.append(done.stdout.strip())
+    return answers[0] + ("+" if answers[1] else "")
 
 
-def processor(told: Path = PROCESSORS) -> str:
+def processor(source: Path = PROCESSORS) -> str:
     """Return the model of the processor, as ``AMD EPYC``; its kind, as ``aarch64``, where the system names no model."""
     try:
-        text = told.read_text(encoding="utf-8", errors="replace")
+        text = source.read_text(encoding="utf-8", errors="replace")
     except OSError:
         text = ""
     model = re.search(r"^model name[ \t]*:[ \t]*(\S.*)$", text, flags=re.MULTILINE)
@@ -136,53 +139,60 @@ def _through_flower(work: Work) -> Path:
 
 def _row(work: Work, run: Path, seconds: float, processor_seconds: float) -> Row:
     from fedveil.common.data.sources import public_test
-    from fedveil.common.model.device import choose_device, choose_precision
     from fedveil.server.collect.door import shown_of
 
     cell, job = work.cell, work.cell.job(work.folder)
     result, baseline, config = read_file(ResultFile, run), read_file(BaselineFile, run), read_file(ConfigFile, run)
-    lines = read_lines(RoundLine, run)
-    scored = [line.loss for line in lines if line.complete and line.loss is not None]
     if result.reached is None or result.status == "failed":
         raise RunFailed(result.reason or "the run ended without a result")
-    reached, travels = result.reached, not ARMS[cell.arm].baseline
-    device = choose_device(job.config.device)
-    shown = shown_of(job)
+    reached, shown, lines = result.reached, shown_of(job), read_lines(RoundLine, run)
+    losses = [baseline.loss, *(line.loss for line in lines if line.complete and line.loss is not None)]
+    travels = not ARMS[cell.arm].baseline
     measured = work.through != "flower" and shown.seconds(processor_seconds) is not None
     return Row(
-        sweep=work.sweep,
-        variant=cell.variant,
-        arm=cell.arm,
+        **_origin(work, job),
         site=cell.site,
         epsilon_asked=cell.epsilon,
-        seed=cell.seed,
         status=result.status,
         accuracy_before=reached.accuracy_before,
         accuracy=reached.accuracy,
         loss_before=baseline.loss,
-        loss=scored[-1] if scored else baseline.loss,
+        loss=losses[-1],
         test_records=len(public_test(job.config.data, job.config.model.task).examples),
         epsilon=reached.epsilon,
         delta=None if reached.epsilon is None else job.config.privacy.delta,
         rounds=reached.rounds,
-        sites=cell.sites,
         bytes_down=sum(line.bytes_down for line in lines) if travels else None,
         bytes_up=sum(line.bytes_up for line in lines) if travels else None,
         seconds=shown.seconds(sum(line.seconds or 0.0 for line in lines)),
         seconds_in_all=shown.seconds(seconds),
-        through=work.through,
-        device=str(device),
-        precision=str(choose_precision(job.config.precision, device)).removeprefix("torch."),
-        threads=work.threads,
-        machine=f"{processor()}, {counted(_cores(), 'core')}",
         started=config.started,
-        code=work.code,
-        commit=work.commit,
         versions=config.versions,
         settings={key: value for key, value in config.settings.items() if key != "output"},
         sent=shown.of_a_site(most_sent(lines)),
         processor_seconds=shown.seconds(processor_seconds) if measured else None,
     )
+
+
+def _origin(work: Work, job: Job) -> dict[str, Any]:
+    """Return the fields of a row that say which run of a sweep it is, and on which code and machine."""
+    from fedveil.common.model.device import choose_device, choose_precision
+
+    device = choose_device(job.config.device)
+    return {
+        "sweep": work.sweep,
+        "variant": work.cell.variant,
+        "arm": work.cell.arm,
+        "seed": work.cell.seed,
+        "sites": work.cell.sites,
+        "through": work.through,
+        "device": str(device),
+        "precision": str(choose_precision(job.config.precision, device)).removeprefix("torch."),
+        "threads": work.threads,
+        "machine": f"{processor()}, {counted(_cores(), 'core')}",
+        "code": work.code,
+        "commit": work.commit,
+    }
 
 
 def most_sent(lines: Iterable[RoundLine]) -> int | None:
@@ -193,46 +203,33 @@ def most_sent(lines: Iterable[RoundLine]) -> int | None:
 
 def _fitted_row(work: Work) -> Row:
     """Return the row of a head that is fitted, which is no run: it has no round, and nothing of it travels."""
-    from fedveil.common.model.device import choose_device, choose_precision
     from fedveil.experiments.sweep.fitted_head import fitted
 
     cell, job, began = work.cell, work.cell.job(work.folder), time.monotonic()
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    found, basis = fitted(job), basis_of(cell, work.through, work.code)
-    device = choose_device(job.config.device)
+    head, basis = fitted(job), basis_of(cell, work.through, work.code)
     seconds = round(time.monotonic() - began, 3)
     return Row(
-        sweep=work.sweep,
-        variant=cell.variant,
-        arm=cell.arm,
+        **_origin(work, job),
         site=None,
         epsilon_asked=None,
-        seed=cell.seed,
         status="completed",
-        accuracy_before=found.before.accuracy,
-        accuracy=found.after.accuracy,
-        loss_before=found.before.loss,
-        loss=found.after.loss,
-        test_records=found.test_records,
+        accuracy_before=head.before.accuracy,
+        accuracy=head.after.accuracy,
+        loss_before=head.before.loss,
+        loss=head.after.loss,
+        test_records=head.test_records,
         epsilon=None,
         delta=None,
         rounds=0,
-        sites=cell.sites,
         bytes_down=None,
         bytes_up=None,
         seconds=seconds,
         seconds_in_all=seconds,
-        through=work.through,
-        device=str(device),
-        precision=str(choose_precision(job.config.precision, device)).removeprefix("torch."),
-        threads=work.threads,
-        machine=f"{processor()}, {counted(_cores(), 'core')}",
         started=started,
-        code=work.code,
-        commit=work.commit,
         versions=basis.versions,
         settings=basis.settings,
-        penalty=found.penalty,
+        penalty=head.penalty,
     )
 
 

@@ -48,10 +48,9 @@ def each_in_a_process(
     """Yield every piece of work with what ``function`` returned for it, in the order in which they end.
 
     Args:
-        function: top-level, of a module that another process can import.
-        works: to be pickled.
+        function, works: importable and picklable.
         jobs: processes at a time.
-        threads: of each, as of ``with_threads``.
+        threads: of each, as for ``with_threads``.
         log: file that takes the standard output and error of a piece of work, and the traceback of its failure; its
             folder is made.
 
@@ -83,10 +82,9 @@ def each_in_a_process(
 
 @contextmanager
 def with_threads(threads: int) -> Iterator[None]:
-    """Let every process that starts meanwhile have so many threads.
+    """Give every process that starts meanwhile this number of threads.
 
-    Their environment says it from the first: torch and what NumPy multiplies by read it once, when they are loaded, and
-    a process loads them before it does anything that it is told.
+    It is in their environment because torch and NumPy's libraries read it once, when a process loads them.
     """
     before = os.environ.get(THREADS)
     os.environ[THREADS] = str(threads)

@@ -26,7 +26,7 @@ class Published:
     epsilon: float | None = None
     """As stated there; None: no privacy."""
     note: str = ""
-    """Of whoever copied the figure."""
+    """By the one who copied the figure."""
 
 
 def read_published(path: Path) -> list[Published]:

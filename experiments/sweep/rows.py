@@ -1,7 +1,7 @@
 """The table of a sweep's results: a row a run, as JSON lines and as CSV.
 
-A row says everything that its figures rest on: the whole configuration, versions of packages, the version of the code.
-Only a row in which all of that is what a run would have now stands for the run.
+A row has everything that its figures depend on: the configuration, versions of packages, the version of the code. Only
+a row in which all of that is what a run would have now is taken for the run's.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Row:
     """Adapter payload of all rounds and sites; None of a baseline, of which nothing needs to travel."""
     bytes_up: int | None
     seconds: float | None
-    """Of all rounds; None where a round has none, as of a trusted server."""
+    """Of all rounds; None where a round has none, as with a trusted server."""
     seconds_in_all: float | None
     """Of the run's process, with loading and reports; None with ``seconds``, which it would tell."""
     through: Literal["one process", "flower"]
@@ -102,7 +102,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Basis:
-    """Everything that a row's figures rest on."""
+    """Everything that a row's figures depend on."""
 
     settings: dict[str, Scalar]
     sites: int
@@ -111,7 +111,7 @@ class Basis:
     code: str
 
     def differs(self, row: Row, *, code_too: bool = True) -> str:
-        """Return in words how a row was come by otherwise; empty if it was not.
+        """Return in words how the basis of a row differs; empty if it does not.
 
         Args:
             row: the row.
@@ -149,7 +149,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def row_of(text: str, what: str) -> Row:
-    """Return a row from its JSON; DataError, which names ``what``, if it is none."""
+    """Return a row from its JSON; DataError, which names ``what``, if it is invalid."""
     try:
         value = json_of(text)
     except ValueError as error:
@@ -171,12 +171,12 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 
 def columns(rows: Iterable[Row]) -> list[str]:
     """Return the columns of the CSV: the fields, then ``versions.NAME`` and ``settings.KEY`` of all rows."""
-    held = list(rows)
+    rows = list(rows)
     plain = [item.name for item in fields(Row) if item.name not in ("versions", "settings")]
     return [
         *plain,
-        *(f"versions.{name}" for name in sorted({name for row in held for name in row.versions})),
-        *(f"settings.{key}" for key in sorted({key for row in held for key in row.settings})),
+        *(f"versions.{name}" for name in sorted({name for row in rows for name in row.versions})),
+        *(f"settings.{key}" for key in sorted({key for row in rows for key in row.settings})),
     ]
 
 

@@ -437,6 +437,7 @@ PRICED_AS_FIXED = {
     "reports/meaning.py": {"meaning_of"},  # of a run that keeps to its plan: a departure is told beside it
     "server/last_rounds.py": {KEPT_TO},  # of a site's own lines, to end a run early: no charge follows from it
     # What a run's own lines cost, which is compared with its ledger's price; the larger one is told.
+    "reports/course.py": {KEPT_TO},
     "reports/sites.py": {KEPT_TO},
 }
 """Who asks for one of them outside the mechanisms, and why."""

@@ -25,9 +25,10 @@ from fedveil.experiments.sweep.arms import ARMS
 from fedveil.experiments.sweep.conduct import run_sweep
 from fedveil.experiments.sweep.file import read_sweep
 from fedveil.experiments.sweep.fitted_head import PENALTIES, Array, Labels, choose_penalty, fit, fitted, folds_of, judge
+from fedveil.experiments.sweep.groups import groups
 from fedveil.experiments.sweep.pictures import epsilon_figure
 from fedveil.experiments.sweep.rows import read_rows
-from fedveil.experiments.sweep.summary import groups, markdown_of
+from fedveil.experiments.sweep.summary import markdown_of
 from fedveil.server.model import ServerModel
 from fedveil.strategies.job import configure
 

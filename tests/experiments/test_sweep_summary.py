@@ -20,10 +20,11 @@ from fedveil.cli.main import app
 from fedveil.common.adapters import ADAPTERS
 from fedveil.common.errors import ConfigError, DataError
 from fedveil.experiments.sweep.conduct import row_words
+from fedveil.experiments.sweep.groups import beside, groups, interval
 from fedveil.experiments.sweep.pictures import bytes_figure, epsilon_figure, write_pictures
 from fedveil.experiments.sweep.published import SHIPPED, Published, read_published
 from fedveil.experiments.sweep.rows import Row, write_rows
-from fedveil.experiments.sweep.summary import beside, groups, interval, markdown_of
+from fedveil.experiments.sweep.summary import markdown_of
 from fedveil.reports.scores import beside_cells
 from fedveil.strategies import ROWS
 from fedveil.strategies.base import is_exact

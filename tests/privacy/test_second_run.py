@@ -589,5 +589,5 @@ def test_folders_that_cannot_say_what_was_spent_are_refused_or_warned_of(tmp_pat
     lines.write_text(whole, encoding="utf-8")
     config = folder / "config.json"
     config.write_text(config.read_text(encoding="utf-8").replace('"rounds"', '"roundz"'), encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"run.* is none of this version: .*roundz"):
+    with pytest.raises(ConfigError, match=r"run.* is not of this version: .*roundz"):
         earlier_runs([folder], job)

@@ -170,7 +170,7 @@ def test_every_answer_comes_back_from_the_file_as_it_was_given(tmp_path: Path) -
         assert declare(tmp_path, {"intended-use": text}).intended_use == text
         assert read_declared(tmp_path).intended_use == text
     assert declare(tmp_path, {"intended-use": ""}) == Declared()
-    with pytest.raises(ConfigError, match="nobody asks for 'epsilon'"):
+    with pytest.raises(ConfigError, match="unknown key 'epsilon'"):
         declare(tmp_path, {"epsilon": "0.1"})
 
 

@@ -19,7 +19,8 @@ from fedveil.reports import ReportData, report_of
 from fedveil.reports.alike import alike_absences, alike_releases, alike_sites, spread
 from fedveil.reports.markdown import to_markdown
 from fedveil.reports.page import to_html
-from fedveil.reports.sites import ReleaseReport, SiteReport
+from fedveil.reports.releases import ReleaseReport
+from fedveil.reports.sites import SiteReport
 
 ROUNDS = 3
 

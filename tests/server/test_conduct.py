@@ -23,8 +23,8 @@ from fedveil.common.run_lines import BaselineFile, PrivacyLine, ResultFile, Roun
 from fedveil.experiments.in_process import InProcessTransport, run_in_process
 from fedveil.privacy.figures import epsilon_text
 from fedveil.reports import report_of
+from fedveil.reports.course import epsilon_by
 from fedveil.reports.folder import read_run
-from fedveil.reports.sites import epsilon_by
 from fedveil.server import conduct
 from fedveil.server.collect import plain
 from fedveil.server.collect.base import Collected

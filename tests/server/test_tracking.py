@@ -19,8 +19,8 @@ from fedveil.experiments.in_process import run_in_process
 from fedveil.privacy.accountant import Accountant
 from fedveil.privacy.figures import epsilon_text
 from fedveil.reports import report_of
+from fedveil.reports.course import epsilon_by, epsilon_course
 from fedveil.reports.folder import read_run
-from fedveil.reports.sites import epsilon_by, epsilon_course
 from fedveil.server.collect.base import Collected
 from fedveil.server.collect.door import shown_of
 from fedveil.server.members import Member
@@ -100,7 +100,7 @@ def test_a_site_that_tells_too_little_is_told_by_what_its_lines_cost(tmp_path: P
 def test_a_long_course_is_priced_at_some_rounds_which_stand_for_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedveil.reports.sites.MOST_PRICED", 2)
+    monkeypatch.setattr("fedveil.reports.course.MOST_PRICED", 2)
     run = made(tmp_path).round(3, 0.75).round(4, 0.76)
     lines = [{**line, "epsilon_total": 0.0} for line in run.lines("privacy.jsonl")]
     (run.folder / "privacy.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

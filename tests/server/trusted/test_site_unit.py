@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from audits.site_rounds import sampler_faults
 from audits.tiny_site import OneSite
 from audits.whole_sites import MadeUp, Sent, flat
-from fedveil.cli.ledger import ASKED
+from fedveil.cli.ledger_words import ASKED
 from fedveil.cli.main import app
 from fedveil.client.ledger.ledger import Ledger
 from fedveil.client.policy import Policy

@@ -151,7 +151,7 @@ def test_a_server_that_tells_how_long_a_round_took_is_found(settings: dict[str, 
         # A report drops what such a file holds.
         assert "rounds.jsonl" in found
         assert not found & PUBLISHED
-        with patch("fedveil.reports.data._is_central", lambda files: False):
+        with patch("fedveil.reports.folder.RunFiles.trusts_server", False):
             assert "report.json" in leaks(settings)
 
 
