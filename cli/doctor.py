@@ -20,7 +20,8 @@ def doctor(
     task: Annotated[str, typer.Option(help="Of a server: what it is used for; classification if not said.")] = "",
 ) -> None:
     """Examine a server's or a site's folder; exit code 1 if a check fails. A site asks its server and stays offline."""
-    from fedveil.deploy.doctor import examine_server, examine_site
+    from fedveil.deploy.doctor import examine_site
+    from fedveil.deploy.server_checks import examine_server
     from fedveil.deploy.server_folder import is_server, open_server
     from fedveil.deploy.site_folder import open_site_folder
 

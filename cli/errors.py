@@ -22,11 +22,7 @@ class Commands(TyperGroup):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Return the command that the first word names.
-
-        Raises:
-            UsageError: there is none.
-        """
+        """Return the command that the first word names; UsageError for an unknown one."""
         if self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
             raise click.UsageError(f"No such command {args[0]!r}{nearest(args[0], self.commands)}", ctx)
         return super().resolve_command(ctx, args)

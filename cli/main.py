@@ -28,6 +28,7 @@ from fedveil.common.words import counted, decimal_text, names_text, natural, vis
 
 if TYPE_CHECKING:
     from fedveil.common.run_lines import ProgressFile
+    from fedveil.strategies.job import Job
 
 app = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(ledger_app, name="ledger")
@@ -96,13 +97,8 @@ def run(
     if note:  # what is wrong with the data is said without a line above it on what the data leave open
         train_and_test(job.config.data, job.config.model.task)
     typer.echo(note, err=True, nl=bool(note))
-    number, promise = sites_of(job.config, sites), job.mechanism.promise(job.config.privacy)
-    banner = (
-        f"{job.config.method} on {job.config.model.name} and {job.config.data.name}: "
-        f"{counted(number, 'site')}, {counted(job.config.rounds, 'round')} of "
-        f"{counted(job.config.training.local_steps, 'step')}, {promise}"
-    )
-    console.print(visible(banner))
+    number = sites_of(job.config, sites)
+    console.print(visible(_banner(job, number)))
     begun = [Path(str(overrides["resume"]))] if overrides.get("resume") else []
 
     def begin(folder: Path) -> None:
@@ -150,6 +146,16 @@ def stop(
     folder, process = stop(run, output)
     console.print(visible(f"ended: `fedveil run`, process {process}"))
     console.print(ways_on(folder))
+
+
+def _banner(job: Job, sites: int) -> str:
+    """Return a run in one line: what is trained on what, by how many sites and rounds, under which promise."""
+    config = job.config
+    return (
+        f"{config.method} on {config.model.name} and {config.data.name}: {counted(sites, 'site')}, "
+        f"{counted(config.rounds, 'round')} of {counted(config.training.local_steps, 'step')}, "
+        f"{job.mechanism.promise(config.privacy)}"
+    )
 
 
 def _progress_words(state: ProgressFile, seconds: float) -> str:

@@ -21,7 +21,7 @@ console = Console(highlight=False, emoji=False, markup=False)
 
 @for_people
 def plan(
-    settings: Annotated[list[str] | None, typer.Option("-c", "--config", help="Settings, as of 'fedveil run'.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("-c", "--config", help="Settings, as in 'fedveil run'.")] = None,
     sites: Annotated[
         int | None, typer.Option(min=1, help="Simulated sites that divide the data; 4 if not said.")
     ] = None,

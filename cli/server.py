@@ -90,7 +90,7 @@ def server_revoke(folder: Folder, site: Annotated[str, typer.Argument(help="The 
 @for_people
 def server_submit(
     folder: Folder,
-    config: Annotated[list[str] | None, typer.Option("-c", "--config", help="Settings, as of 'fedveil run'.")] = None,
+    config: Annotated[list[str] | None, typer.Option("-c", "--config", help="Settings, as in 'fedveil run'.")] = None,
     sites: Annotated[int, typer.Option(min=1, help="Sites that must be online first.")] = 1,
     patience: Annotated[float, typer.Option(min=0, help="Seconds to wait for them.")] = 300.0,
     once: Annotated[bool, typer.Option(help="Do not run a job again that ended well with the same settings.")] = False,

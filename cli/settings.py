@@ -15,7 +15,7 @@ from fedveil.cli.errors import for_people
 @for_people
 def settings(
     names: Annotated[list[str] | None, typer.Argument(help="Settings or sections; all if none is named.")] = None,
-    config: Annotated[list[str] | None, typer.Option("-c", "--config", help="Settings, as of 'fedveil run'.")] = None,
+    config: Annotated[list[str] | None, typer.Option("-c", "--config", help="Settings, as in 'fedveil run'.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write them to this file as well.")] = None,
 ) -> None:
     """Print every setting with its meaning, range, unit and value, as a TOML file that ``-c`` takes."""
@@ -30,9 +30,9 @@ def settings(
     job = configure(resolved)
     typer.echo(note, err=True, nl=bool(note))
     overrides = with_options(overrides)
-    asked, run = overrides, job.settings()
-    shown = [lines_of(setting, asked.get(setting.key), run.get(setting.key)) for setting in select(names or [], asked)]
+    given, run = overrides, job.settings()
+    shown = [lines_of(setting, given.get(setting.key), run.get(setting.key)) for setting in select(names or [], given)]
     sys.stdout.write("\n".join(shown))
     if json_file is not None:
-        content = json.dumps(values_of(asked, run, names or []), indent=2, ensure_ascii=False) + "\n"
+        content = json.dumps(values_of(given, run, names or []), indent=2, ensure_ascii=False) + "\n"
         write_output({json_file: content.encode()}, files_in(config or []))

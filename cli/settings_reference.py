@@ -39,7 +39,7 @@ class Setting:
 
     key: str
     default: Scalar
-    """As asked: 0, ``auto`` or empty may leave the value open."""
+    """As a user writes it: 0, ``auto`` or empty may leave the value open."""
     meaning: str
     unit: str
     """Empty: none."""
@@ -85,7 +85,7 @@ def options_of(row: type[Any]) -> Iterator[Setting]:
 def select(names: Sequence[str], values: Mapping[str, Scalar] = EMPTY) -> list[Setting]:
     """Return the settings of these names: keys, or sections such as ``training``; all, in order, if there are none.
 
-    ``values`` as of ``all_settings``.
+    ``values`` as for ``all_settings``.
 
     Raises:
         ConfigError: a name is neither; the nearest is named.
@@ -101,25 +101,25 @@ def select(names: Sequence[str], values: Mapping[str, Scalar] = EMPTY) -> list[S
     return list((chosen if names else settings).values())
 
 
-def lines_of(setting: Setting, asked: Scalar | None, value: Scalar | None) -> str:
+def lines_of(setting: Setting, given: Scalar | None, value: Scalar | None) -> str:
     """Return a setting in words and as TOML, so that all of them are a file that ``-c`` takes.
 
     Args:
         setting: what is described.
-        asked: its value as asked for; None: the default.
-        value: its value in the run; None: it is none of this run's.
+        given: the user's value; None: the default.
+        value: the value of the run; None: the run has no such setting.
     """
-    default = "" if setting.default == asked or asked is None else f"; default {toml_value(setting.default)}"
-    filled = f"; here {toml_value(value)}" if value is not None and value not in (asked, setting.default) else ""
+    default = "" if setting.default == given or given is None else f"; default {toml_value(setting.default)}"
+    filled = f"; here {toml_value(value)}" if value is not None and value not in (given, setting.default) else ""
     owners = f"option of {', '.join(setting.owners)}; " if setting.owners else ""
     unit = f"; unit: {setting.unit}" if setting.unit else ""
     comment = [*textwrap.wrap(setting.meaning, 100), f"({owners}{setting.range}{unit}{default}{filled})"]
-    own = setting.default if asked is None else asked
+    own = setting.default if given is None else given
     return "".join(f"# {line}\n" for line in comment) + f"{setting.key} = {toml_value(own)}\n"
 
 
 def _shared(before: Setting | None, option: Setting, owner: str) -> Setting:
-    """Return the option of one start more, whose meaning is said anew where it differs."""
+    """Return an option with one more owner, and its meaning there where that differs."""
     if before is None:
         return dataclasses.replace(option, owners=(owner,))
     said = before.meaning if option.meaning in before.meaning else f"{before.meaning} `{owner}`: {option.meaning}"
@@ -162,23 +162,23 @@ _OTHER_RUNS = {
 
 
 def _filled(key: str) -> str:
-    """Return what stands in the place of ``auto`` by default, as a sentence of a setting's meaning; empty: nothing."""
+    """Return the values that recipes give an open setting, as a sentence of its meaning; empty for other settings."""
     if not is_open(key):
         return ""
     rest = declared_settings().get(key)
     if rest is None:
         return ""
-    told = list[str]()
+    values = list[str]()
     for name in RECIPES:
         usual = recipe_settings(name, RunConfig()).get(key)
-        told += [f"{toml_value(usual)} of `{name}`"] if usual is not None else []
+        values += [f"{toml_value(usual)} of `{name}`"] if usual is not None else []
         for which, run in _OTHER_RUNS.items():
             value = recipe_settings(name, run).get(key, rest if usual is not None else None)
-            told += [f"{toml_value(value)} of `{name}` {which}"] if value not in (None, usual, AUTO) else []
-    if not told:
+            values += [f"{toml_value(value)} of `{name}` {which}"] if value not in (None, usual, AUTO) else []
+    if not values:
         return f" {AUTO!r} is {toml_value(rest)}."
     other = [] if rest == AUTO else [f"else {toml_value(rest)}"]
-    return f" Left to the recipe: {', '.join([*told, *other])}."
+    return f" Left to the recipe: {', '.join([*values, *other])}."
 
 
 def _range(key: str, kind: type, rules: Sequence[Rule]) -> str:
@@ -187,13 +187,13 @@ def _range(key: str, kind: type, rules: Sequence[Rule]) -> str:
     return said if not is_open(key) or AUTO in said else f"{said}, or {AUTO!r}"
 
 
-def values_of(asked: Mapping[str, Scalar], run: Mapping[str, Scalar], names: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the chosen settings as data, with what was asked of each and what the run does (None: it has none)."""
+def values_of(given: Mapping[str, Scalar], run: Mapping[str, Scalar], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the chosen settings as data, each with the user's value and the run's (None: it has no such setting)."""
     return [
         {
             **dataclasses.asdict(setting),
-            "asked": asked.get(setting.key, setting.default),
+            "asked": given.get(setting.key, setting.default),
             "value": run.get(setting.key),
         }
-        for setting in select(names, asked)
+        for setting in select(names, given)
     ]

@@ -3,8 +3,8 @@
 Both hold what RFC 5280 asks for and Python's contexts check by default from 3.13 on (VERIFY_X509_STRICT): key
 identifiers (sections 4.2.1.1 and 4.2.1.2) and critical key usage (4.2.1.3).
 
-Sites know one thing of the server: the authority's certificate. Whoever has the authority's key can
-pose as the server, so it is needed only to issue, and is best kept on another machine.
+Sites know one thing of the server: the authority's certificate. The authority's key can make a false server, so it is
+needed only to issue, and is best kept on another machine.
 """
 
 from __future__ import annotations
@@ -58,10 +58,7 @@ def new_authority(name: str) -> Issued:
 def new_server_certificate(names: Sequence[str], authority: Issued, now: datetime | None = None) -> Issued:
     """Return a server certificate for ``names`` (host names and IP addresses), signed by ``authority``.
 
-    Args:
-        names: what sites dial, and what programs on the server's own machine dial; at least one.
-        authority: the certificate authority.
-        now: when it is issued; it is valid for SERVER_DAYS from then. Default: now.
+    It is valid for SERVER_DAYS from ``now``, which defaults to the present.
 
     Raises:
         ConfigError: there is no name, or one is neither a host name nor an address.
@@ -168,8 +165,8 @@ def lacks(certificate: x509.Certificate) -> list[str]:
         "authority key identifier": x509.AuthorityKeyIdentifier,
         "key usage": x509.KeyUsage,
     }
-    held = {type(extension.value) for extension in certificate.extensions}
-    return [name for name, kind in wanted.items() if kind not in held]
+    present = {type(extension.value) for extension in certificate.extensions}
+    return [name for name, kind in wanted.items() if kind not in present]
 
 
 def fingerprint(certificate: x509.Certificate) -> str:

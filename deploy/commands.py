@@ -20,7 +20,7 @@ QUIET = {
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
 }
-"""Flower reports to nobody and installs nothing at run time."""
+"""Flower sends no telemetry and installs nothing at run time."""
 QUOTE, QUOTE_BY_NUMBER = r"\"", r"\u0022"
 """A quote within a text in TOML, in two ways."""
 
@@ -47,10 +47,8 @@ def superlink_environment(folder: ServerFolder, home: Path) -> dict[str, str]:
 def superlink_command(folder: ServerFolder, secret: Path | None = None) -> list[str]:
     """Return the SuperLink's command: TLS on every port, and only registered keys may join.
 
-    Args:
-        folder: the server's folder.
-        secret: file that a runner proves itself by; None: the SuperLink starts a process for every run, which runs the
-            code that was submitted, and any local user may ask its port for runs.
+    ``secret`` is a file that a runner proves itself by. Without it the SuperLink starts a process for every run, which
+    runs the submitted code, and any local user may ask its port for runs.
     """
     return [
         program("flower-superlink"),
@@ -67,13 +65,10 @@ def superlink_command(folder: ServerFolder, secret: Path | None = None) -> list[
 
 
 def supernode_command(folder: SiteFolder, more: str = "", secret: Path | None = None) -> list[str]:
-    """Return the SuperNode's command.
+    """Return the SuperNode's command; ``more``: node settings that win over the folder's.
 
-    Args:
-        folder: the site's folder.
-        more: node settings that win over the folder's.
-        secret: file that a worker proves itself by; None: the SuperNode starts a process for every message, which
-            runs the code of the server's bundle, and any local user may ask its port for tasks.
+    ``secret`` is a file that a worker proves itself by. Without it the SuperNode starts a process for every message,
+    which runs the code of the server's bundle, and any local user may ask its port for tasks.
     """
     return [
         program("flower-supernode"),
@@ -105,7 +100,7 @@ def runner_command(folder: ServerFolder, secret: Path) -> list[str]:
 
 
 def _isolation(secret: Path | None) -> list[str]:
-    """Return how Flower's process has its tasks done: by whoever knows the secret, or by itself."""
+    """Return how Flower's process has its tasks done: by a process that knows the secret, or by itself."""
     words = ["subprocess"] if secret is None else ["process", "--superexec-auth-secret-file", str(secret)]
     return ["--isolation", *words]
 

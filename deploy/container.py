@@ -1,16 +1,17 @@
 """The parts of docker-compose.yml that are no command of ``fedveil``: making keys once, letting sites in, and health.
 
-Run as ``python -m fedveil.deploy.container keys | job | healthy-server | healthy-site``. Health is asked
-for every few seconds, so its way imports the standard library alone.
+Run as ``python -m fedveil.deploy.container keys | job | healthy-server | healthy-site``. Health is queried every few
+seconds, so its way imports the standard library alone.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import ssl
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -22,10 +23,8 @@ FOLDER, PKI = Path("/federation"), Path("/pki")
 FLEET_PORT, CONTROL_PORT = 9092, 8000
 SERVER, CONTROL = "superlink", "control"
 """Host names on the sites' networks and on the coordinator's network."""
-PATIENCE = 600
-"""Seconds for which a job waits for its sites."""
-ESTABLISHED = "01"
-"""A TCP connection's state in /proc/net/tcp."""
+PATIENCE, ESTABLISHED = 600, "01"
+"""Seconds for which a job waits for its sites, and the state of a TCP connection in /proc/net/tcp."""
 
 
 def make_keys(
@@ -40,51 +39,32 @@ def make_keys(
     honest: int = 0,
     alone: float = 0.0,
 ) -> None:
-    """Make whatever is not there yet: authority, server, sites, and the coordinator's view without any key.
+    """Make every missing part: authority, server, sites, and the coordinator's view without any key.
 
-    Each site gets its part of a job's data for good: another number of sites, or another division, later would
-    divide the records anew, and ledgers would count for records that others hold. So what divides them is written
-    into the sites' settings, and they refuse a job that divides otherwise. A site beyond the first number has no part.
+    Each site gets its part of a job's data for good, and refuses a job that divides otherwise: ledgers would count for
+    other sites' records. A site beyond the first number has no part.
 
     Args:
-        sites: how many sites get a key pair.
-        epsilon: budget in each site's policy.
-        delta: the delta that it holds at.
+        sites: number of sites that get a key pair.
+        epsilon, delta: budget in each new site's policy.
         pki: where the volumes are mounted: ``authority``, ``server``, ``coordinator``, ``site-1``, ...
-        settings: of the job, as ``fedveil run -c`` takes them: each new site's policy pins what it asks for, and its
-            node how the data are divided.
-        fingerprint: of the job's base model, needed unless FedVeil knows that by its hash.
-        mechanisms: that each new site's policy allows beside what the job alone gets, names with commas between them:
-            a trusted server is in no policy unless it stands here.
-        honest: how many sites of the roster each policy takes for honest; 0: no site joins a secure sum. The roster is
-            of all sites, made anew and put into their policies whenever keys are: here one machine is all stewards.
-        alone: each policy's ``epsilon-alone``, needed with ``honest``.
+        settings, fingerprint: of the job, as ``fedveil run -c`` takes them, and of its base model unless that is known.
+        mechanisms: allowed by new policies beside the job's own, with commas; a trusted server must be named here.
+        honest, alone: sites that each policy takes for honest, and its ``epsilon-alone``; 0: no secure sums. The roster
+            is of all sites, and is pinned in their policies: here one machine plays all stewards.
 
     Raises:
-        FedVeilError: a volume cannot be written, or holds half a folder; or the settings are no job's, or a policy
-            cannot say what they ask for; or there is ``alone`` without ``honest``.
+        FedVeilError: a volume is unusable, a policy cannot express the settings, or ``alone`` lacks ``honest``.
     """
     from fedveil.common.config.text import parse_settings
     from fedveil.common.data.partition import division_of
     from fedveil.common.errors import ConfigError
-    from fedveil.deploy.peers import ENTRY, PEERS, make_roster
-    from fedveil.deploy.pin import pin_roster
-    from fedveil.deploy.policy_file import mechanisms_of_job, models_of, pins_of_job, policy_text
     from fedveil.deploy.server_folder import make_server
-    from fedveil.deploy.site_folder import make_site, open_site_folder
-    from fedveil.privacy.units import PERSON
     from fedveil.strategies.job import configure
 
     if alone and not honest:
         raise ConfigError("SITE_EPSILON_ALONE needs SITE_HONEST_SITES: say how many sites the policies take for honest")
     job = configure(parse_settings([settings]))
-    model, privacy = job.config.model, job.config.privacy
-    named = [name.strip() for name in mechanisms.split(",") if name.strip()]
-    allowed = list(dict.fromkeys([*mechanisms_of_job(job.config), *named]))
-    # Until all keys are made there is no roster: a hash that none has lets no site into a sum.
-    sums: dict[str, Scalar] = (
-        {"honest-sites": honest, "epsilon-alone": alone, "peers": PEERS, "peers-hash": "0" * 64} if honest else {}
-    )
     if not (pki / "server" / "server.toml").is_file():
         make_server(pki / "server", [SERVER], authority=pki / "authority", control_host=CONTROL)
         print("made the certificate authority and the server's certificate", flush=True)
@@ -95,57 +75,88 @@ def make_keys(
         _copy(pki / "server" / name, coordinator / name)
     parts, fixed = _handed_out(pki / "site-1", sites, division_of(job.config))
     for number in range(1, sites + 1):
-        folder, name = pki / f"site-{number}", f"site-{number}"
+        folder = pki / f"site-{number}"
         part = f"partition-id={number - 1} num-partitions={parts}{fixed}" if number <= parts else ""
         if not (folder / "site.toml").is_file():
-            make_site(
-                folder,
-                name,
-                f"{SERVER}:{FLEET_PORT}",
-                policy=policy_text(
-                    name,
-                    0,
-                    epsilon,
-                    delta,
-                    pins_of_job(job.config),
-                    models_of(model.name, fingerprint),
-                    allowed,
-                    job.config.data.person if privacy.unit == PERSON.name else "",
-                    sums,
-                ),
-                node=part,
-                authority=pki / "server" / "ca.crt",
-                model=model.name,
-                task=model.task,
-                fingerprint=fingerprint,
-            )
-            print(f"made the key pair of {name}", flush=True)
-        _say_if_refused(folder, name, job)
+            policy = _policy(job, folder.name, (epsilon, delta), fingerprint, mechanisms, (honest, alone))
+            _make_site(folder, job, part, policy, fingerprint)
+        _say_if_refused(folder, folder.name, job)
         if not part:
             print(
-                f"{name} has no part of the job's data, which are divided among {parts} sites: it needs "
+                f"{folder.name} has no part of the job's data, which are divided among {parts} sites: it needs "
                 f"SITE_{number}_DATA; 'docker compose down --volumes' starts over",
                 flush=True,
             )
         (folder / "ledger").mkdir(exist_ok=True)
-        _copy(folder / "node.pub", coordinator / "keys" / f"{name}.pub")
-    folders = [open_site_folder(pki / f"site-{number}") for number in range(1, sites + 1)]
-    for own in folders if honest else ():
+        _copy(folder / "node.pub", coordinator / "keys" / f"{folder.name}.pub")
+    if honest:
+        _pin_rosters([pki / f"site-{number}" for number in range(1, sites + 1)])
+
+
+def _policy(
+    job: Job, site: str, budget: tuple[float, float], fingerprint: str, mechanisms: str, sums: tuple[int, float]
+) -> str:
+    """Return the text of a new site's policy for a job, with ε and δ, and with h and ε alone of secure sums."""
+    from fedveil.deploy.peers import PEERS
+    from fedveil.deploy.policy_file import mechanisms_of_job, models_of, pins_of_job, policy_text
+    from fedveil.privacy.units import PERSON
+
+    config = job.config
+    named = [name.strip() for name in mechanisms.split(",") if name.strip()]
+    # Until all keys are made there is no roster: a hash that none has lets no site into a sum.
+    roster: dict[str, Scalar] = {"peers": PEERS, "peers-hash": "0" * 64}
+    return policy_text(
+        site,
+        0,
+        *budget,
+        pins_of_job(config),
+        models_of(config.model.name, fingerprint),
+        list(dict.fromkeys([*mechanisms_of_job(config), *named])),
+        config.data.person if config.privacy.unit == PERSON.name else "",
+        {"honest-sites": sums[0], "epsilon-alone": sums[1], **roster} if sums[0] else {},
+    )
+
+
+def _make_site(folder: Path, job: Job, part: str, policy: str, fingerprint: str) -> None:
+    from fedveil.deploy.site_folder import make_site
+
+    model = job.config.model
+    make_site(
+        folder,
+        folder.name,
+        f"{SERVER}:{FLEET_PORT}",
+        policy=policy,
+        node=part,
+        authority=folder.with_name("server") / "ca.crt",
+        model=model.name,
+        task=model.task,
+        fingerprint=fingerprint,
+    )
+    print(f"made the key pair of {folder.name}", flush=True)
+
+
+def _pin_rosters(sites: Sequence[Path]) -> None:
+    """Make each site's roster, and pin its hash in the policies that join secure sums."""
+    from fedveil.deploy.peers import ENTRY, make_roster
+    from fedveil.deploy.pin import pin_roster
+    from fedveil.deploy.site_folder import open_site_folder
+
+    folders = [open_site_folder(site) for site in sites]
+    for own in folders:
         roster = make_roster(own, [other.path / ENTRY for other in folders if other is not own])
-        policy = own.path / "policy.toml"
-        if _joins_sums(policy):
-            pin_roster(policy, roster.digest)
+        if _joins_sums(own.path / "policy.toml"):
+            pin_roster(own.path / "policy.toml", roster.digest)
 
 
 def _copy(source: Path, place: Path) -> None:
-    """Put a file's copy in the place of what is there: of a link as well, which may lead into a site's volume."""
+    """Replace a file by a copy, and a link as well, which may lead into a site's volume."""
     from fedveil.deploy.files import put_file, read_bytes
 
     put_file(place, read_bytes(source, "what the coordinator gets"), private=False)
 
 
 def _joins_sums(policy: Path) -> bool:
-    """Whether a policy takes part in secure sums; one that is none takes part in nothing, which was said."""
+    """Return whether a policy allows secure sums; the error of an invalid one has been printed."""
     from fedveil.client.policy_file import load_policy
     from fedveil.common.errors import ConfigError
 
@@ -167,7 +178,7 @@ def _say_if_refused(folder: Path, name: str, job: Job) -> None:
 
 
 def _handed_out(first: Path, sites: int, division: str) -> tuple[int, str]:
-    """Return among how many sites a job's data are divided, and how, as when the first was made."""
+    """Return the number of sites that divide a job's data, and how, as when the first was made."""
     from fedveil.deploy.site_folder import node_settings, open_site_folder
 
     if (first / "site.toml").is_file():
@@ -177,19 +188,10 @@ def _handed_out(first: Path, sites: int, division: str) -> tuple[int, str]:
 
 
 def job_command(sites: int, settings: str, folder: Path = FOLDER) -> list[str]:
-    """Register the sites' public keys and return the command that submits the job to those that are let in.
-
-    A key that was shut out is said and left out: it lies here at every start, and is no reason to stop the others.
-
-    Args:
-        sites: how many sites the job is for; those that were shut out are not waited for.
-        settings: of the job, as ``fedveil run -c`` takes them.
-        folder: the coordinator's.
+    """Register the sites' keys and return the command that submits the job; a revoked key is printed and left out.
 
     Raises:
-        ConfigError: a key is none or another site's, or all sites were shut out.
-        DataError: a file cannot be read.
-        RunFailed: the server refused or did not answer.
+        ConfigError: all sites were shut out, or as for ``register_site``, like DataError and RunFailed.
     """
     from fedveil.common.errors import ConfigError
     from fedveil.deploy.commands import program
@@ -211,7 +213,7 @@ def job_command(sites: int, settings: str, folder: Path = FOLDER) -> list[str]:
 
 
 def server_is_well(folder: Path = FOLDER) -> bool:
-    """Whether both ports of the SuperLink answer with a certificate of the federation's authority."""
+    """Return whether both ports of the SuperLink show a certificate of the authority."""
     context = ssl.create_default_context(cafile=str(folder / "ca.crt"))
     try:
         for host, port in (("localhost", FLEET_PORT), (CONTROL, CONTROL_PORT)):
@@ -236,12 +238,12 @@ def site_is_well(tables: tuple[Path, ...] = (Path("/proc/net/tcp"), Path("/proc/
 
 
 def _start_job() -> NoReturn:
-    command = job_command(_whole("SITES", 4, 1), os.environ.get("FEDVEIL_SETTINGS", ""))
+    command = job_command(int(_number("SITES", 4, 1)), os.environ.get("FEDVEIL_SETTINGS", ""))
     os.execv(command[0], command)
 
 
 def _said(do: Callable[[], None]) -> int:
-    """Return the exit code of a part whose errors are for people; those of the disk are as the machine says them."""
+    """Return the exit code of a part whose errors are printed for people."""
     from fedveil.common.errors import FedVeilError
 
     try:
@@ -254,36 +256,30 @@ def _said(do: Callable[[], None]) -> int:
 
 def _make_keys_by_environment() -> None:
     make_keys(
-        _whole("SITES", 4, 1),
+        int(_number("SITES", 4, 1)),
         _number("SITE_EPSILON", 8.0),
         _number("SITE_DELTA", 1e-5),
         settings=os.environ.get("FEDVEIL_SETTINGS", ""),
         fingerprint=os.environ.get("MODEL_FINGERPRINT", ""),
         mechanisms=os.environ.get("SITE_MECHANISMS", ""),
-        honest=_whole("SITE_HONEST_SITES", 0, 0),
+        honest=int(_number("SITE_HONEST_SITES", 0, 0)),
         alone=_number("SITE_EPSILON_ALONE", 0.0),
     )
 
 
-def _whole(name: str, default: int, least: int) -> int:
-    number = _number(name, default)
-    if not (number.is_integer() and number >= least):
-        _refuse(name, f"a whole number of at least {least}")
-    return int(number)
-
-
-def _number(name: str, default: float) -> float:
-    try:
-        number = float(os.environ.get(name, default))
-    except ValueError:
-        _refuse(name, "a number")
-    return number
-
-
-def _refuse(name: str, wanted: str) -> NoReturn:
+def _number(name: str, default: float, least: int | None = None) -> float:
+    """Return a figure of the environment; with ``least`` it is a whole number that is no less."""
     from fedveil.common.errors import ConfigError
 
-    raise ConfigError(f"{name} is {os.environ[name]!r}: write {wanted}, or leave it out")
+    text = os.environ.get(name, str(default))
+    wanted = "a number" if least is None else f"a whole number of at least {least}"
+    try:
+        number = float(text)
+    except ValueError:
+        number, wanted, least = math.nan, "a number", 0
+    if least is not None and not (number.is_integer() and number >= least):
+        raise ConfigError(f"{name} is {text!r}: write {wanted}, or leave it out")
+    return number
 
 
 def main(role: str) -> int:

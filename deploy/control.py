@@ -1,6 +1,6 @@
 """Flower's own command against a server's Control API: register, revoke, list, submit, status.
 
-Whose key a node's is, Flower's command does not show: that alone is asked by Flower's client of the API.
+Flower's command does not show whose key a node's is: that alone comes from Flower's client of the API.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ANSWER_SECONDS = 120.0
 
 
 class Control:
-    """The Control API of one server.
+    """The Control API of one server; each method raises RunFailed if the server refuses or does not answer.
 
     Args:
         home: Flower's own folder, with the connection.
@@ -49,42 +49,25 @@ class Control:
         self._authority = authority
 
     def register(self, public_key: Path) -> str:
-        """Register a site's public key and return its node id; an empty string if the server knows the key already.
-
-        Raises:
-            RunFailed: the server refused or did not answer.
-        """
+        """Register a site's public key and return its node id; an empty string if the server knows the key already."""
         answer = self._call("supernode", "register", str(public_key), CONNECTION)
         if not answer.get("success") and IN_USE in str(answer.get("error-message")):
             return ""
         return str(self._good(answer, "register the key")["node-id"])
 
     def revoke(self, node_id: str) -> None:
-        """Unregister a node: it is refused from its next call on, as is one that the server does not know or no more.
-
-        Raises:
-            RunFailed: the server refused or did not answer.
-        """
+        """Unregister a node, which is refused from its next call on; an unknown node is refused already."""
         answer = self._call("supernode", "unregister", node_id, CONNECTION)
         if answer.get("success") or NO_SUCH_NODE not in str(answer.get("error-message")):
             self._good(answer, "revoke the site")
 
     def node_of(self, line: bytes) -> str:
-        """Return the id of the node that a site's public key is registered as; empty: it is not, or was shut out.
-
-        Raises:
-            DataError: ``line`` is no public key in OpenSSH form.
-            RunFailed: the server refused or did not answer.
-        """
+        """Return the node id of a site's public key; empty if it is unknown or revoked. DataError if it is invalid."""
         key = public_pem(line)
         return next((str(n.node_id) for n in self._nodes() if n.public_key == key and n.status != SHUT_OUT), "")
 
     def has_node(self, node_id: str) -> bool:
-        """Return whether the server has, or had, a node of this number.
-
-        Raises:
-            RunFailed: the server refused or did not answer.
-        """
+        """Return whether the server has, or had, a node of this number."""
         return any(str(node.node_id) == node_id for node in self._nodes())
 
     def _nodes(self) -> list[NodeInfo]:
@@ -108,20 +91,12 @@ class Control:
         return nodes
 
     def online(self) -> set[int]:
-        """Return the numbers of the nodes that are online.
-
-        Raises:
-            RunFailed: the server did not answer.
-        """
+        """Return the numbers of the nodes that are online."""
         nodes = self._good(self._call("supernode", "list", CONNECTION), "list the sites")["nodes"]
         return {int(node["node-id"]) for node in nodes if node["status"] == "online"}
 
     def submit(self, settings: Mapping[str, Scalar]) -> str:
-        """Submit this project with ``settings`` and return the run's id.
-
-        Raises:
-            RunFailed: the server refused or did not answer.
-        """
+        """Submit this project with ``settings`` and return the run's id."""
         from fedveil.strategies.options import for_flower  # which loads torch
 
         overrides = self._home / "settings.toml"
@@ -131,27 +106,17 @@ class Control:
         return str(self._good(answer, "submit the run")["run-id"])
 
     def stop(self, run: str) -> None:
-        """End a run that goes on.
-
-        Raises:
-            RunFailed: the server refused or did not answer.
-        """
+        """End a run that goes on."""
         self._good(self._call("stop", run, CONNECTION), f"stop run {run}")
 
     def status(self, run: str) -> str:
-        """Return a run's status as Flower has it; ``unknown``: it has no such run.
-
-        ``running``, say, or ``finished:failed``, with the reason in brackets behind it where there is one.
-
-        Raises:
-            RunFailed: the server did not answer, which says nothing about the run.
-        """
+        """Return a run's status as Flower has it, such as ``finished:failed (reason)``; ``unknown``: no such run."""
         answer = self._call("list", CONNECTION, "--run-id", run)
         if not answer.get("success") and NO_SUCH_RUN in str(answer.get("error-message")):
             return "unknown"
-        (run_told,) = self._good(answer, "tell how the run stands")["runs"]
-        why = run_told.get("status-details", NO_DETAILS)
-        return str(run_told["status"]) + ("" if why == NO_DETAILS else f" ({why})")
+        (listed,) = self._good(answer, "tell how the run stands")["runs"]
+        why = listed.get("status-details", NO_DETAILS)
+        return str(listed["status"]) + ("" if why == NO_DETAILS else f" ({why})")
 
     def _call(self, *words: str) -> dict[str, Any]:
         command = [program("flwr"), *words, "--format", "json"]

@@ -19,8 +19,7 @@ FOLDER_MODE = 0o700
 def make_folder(folder: Path, files: Mapping[str, bytes], private: frozenset[str]) -> None:
     """Put ``files`` into ``folder``; those named in ``private`` are readable by their owner only.
 
-    Everything is written beside its place and synced first, and then moved, each name on disk before the
-    next. The last file of the mapping comes last, so a folder that has it is complete.
+    Everything is synced beside its place and then moved in order, so a folder with the last file is complete.
 
     Args:
         folder: made if it is not there.

@@ -57,12 +57,9 @@ class Reply:
 
 
 def ask_to_join(server: str, authority: bytes, key: ec.EllipticCurvePrivateKey) -> Reply:
-    """Return how the server at ``server`` (HOST:PORT) would answer this site.
+    """Return how the server at HOST:PORT, with a certificate of the authority (PEM), would answer this site.
 
-    Args:
-        server: the Fleet API.
-        authority: the certificate authority's certificate, PEM.
-        key: the site's private key; only a signature of the time goes out.
+    Of the site's private key only a signature of the time goes out.
     """
     with _channel(server, authority) as channel:
         try:
@@ -74,12 +71,10 @@ def ask_to_join(server: str, authority: bytes, key: ec.EllipticCurvePrivateKey) 
 
 
 def asks_for_keys(server: str, authority: bytes) -> bool | None:
-    """Return whether the server at ``server`` turns away a key that nobody has registered; None: it does not say.
+    """Return whether the server at ``server`` turns away an unregistered key; None: unknown.
 
-    It is one of this machine, which no proxy of the environment stands before.
-
-    A fresh key asks to be registered, which a server that asks for keys refuses to everyone. A server that takes it is
-    told at once to forget it again; the key never goes online.
+    The server is one of this machine, dialled past every proxy. A fresh key tries to register, which a server that
+    demands keys refuses to all. A server that accepts it gets a request to forget it; the key never goes online.
     """
     key = ec.generate_private_key(ec.SECP384R1())
     with _channel(server, authority, NO_PROXY) as channel:

@@ -1,9 +1,9 @@
-"""Run a Flower process and its worker as one: whoever stops this stops both, and a worker that ends comes back.
+"""Run a Flower process and its worker as one: a signal stops both, and a worker that ends is started again.
 
 A site's are its SuperNode and ``client.worker``, a server's its SuperLink and ``server.runner``. Run as ``python -P -m
 fedveil.deploy.pair NODE WORKER``, both commands as JSON lists. It stays while they run, so it imports the standard
-library alone. Flower's end is the pair's end: its unit or container starts the pair anew. A worker's end is nothing to
-the SuperNode, which keeps what the site must remember of a run.
+library alone. If Flower's process ends, so does the pair, which its unit or container starts again. The SuperNode,
+which remembers what the site must know of a run, survives a worker.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from types import FrameType
 from fedveil.common.parent import die_with_parent
 
 ANEW, NODE_TOO = 75, 76
-"""Exit codes of a worker, as in ``common.runtime``: start it anew; end Flower's process as well."""
+"""Exit codes of a worker, as in ``common.runtime``: start it again; end Flower's process as well."""
 POLL_SECONDS = 0.2
 SHORT_LIFE, MOST_SHORT_LIVES = 10.0, 5
-"""A worker that dies within so many seconds, so many times in a row, does not come up at all."""
+"""Seconds and number of successive short lives after which a worker is given up."""
 AGAIN_SECONDS = 1.0
 PATIENCE = 4.0
 """Seconds that both get to end by themselves."""

@@ -18,7 +18,7 @@ def make_roster(folder: SiteFolder, others: Sequence[Path]) -> Roster:
     """Write ``peers.toml`` from this site's entry and the other sites' (``identity.toml``), in place of an earlier one.
 
     Raises:
-        ConfigError: an entry is none, two give a site two keys, or together they are no roster.
+        ConfigError: an entry is invalid, a site has two keys, or together they are no roster.
         DataError: a file cannot be read or written.
     """
     places = [folder.path / ENTRY, *(expanded(path) for path in others)]

@@ -27,45 +27,43 @@ MODELS = "models"
 
 
 def changed_pins(path: Path, task: str, columns: Mapping[str, str], labels: str, max_length: int) -> Pins:
-    """Return the pins of a policy file with those that are given in place of its own; what neither has is a job's.
+    """Return the pins of a policy file with the given ones in place of its own, and a job's defaults for the rest.
 
     Args:
-        path: the policy; it need not be there.
-        task, columns, labels, max_length: as for ``pins_of``; empty, or 0, is not given.
+        path: the policy, which may be missing.
+        task, columns, labels, max_length: as for ``pins_of``; empty or 0: not given.
 
     Raises:
-        ConfigError: as for pins_of.
-        DataError: the file cannot be read.
+        ConfigError, DataError: as for ``pins_of``, or the file cannot be read.
     """
     from fedveil.client.pins import LABELS, MAX_LENGTH, TASK, keys_of
 
-    held = _read(path)
-    task = task or _held(path, held, TASK, str, ModelConfig().task)
-    kept = [key for key in held if task in TASKS and key in keys_of(task) and key not in columns]
-    own = {key: _held(path, held, key, str, "") for key in kept if key not in (TASK, LABELS, MAX_LENGTH)}
-    if not labels and LABELS in kept:
-        texts = _held(path, held, LABELS, list, [])
-        labels = labels_text(_held(path, {LABEL: text}, LABEL, str, "") for text in texts)
+    policy = _read(path)
+    task = task or _value_of(path, policy, TASK, str, ModelConfig().task)
+    read = [key for key in policy if task in TASKS and key in keys_of(task) and key not in columns]
+    own = {key: _value_of(path, policy, key, str, "") for key in read if key not in (TASK, LABELS, MAX_LENGTH)}
+    if not labels and LABELS in read:
+        texts = _value_of(path, policy, LABELS, list, [])
+        labels = labels_text(_value_of(path, {LABEL: text}, LABEL, str, "") for text in texts)
     if not max_length:
         usual = ModelConfig().max_length
-        max_length = _held(path, held, MAX_LENGTH, int, usual) if MAX_LENGTH in kept else usual
+        max_length = _value_of(path, policy, MAX_LENGTH, int, usual) if MAX_LENGTH in read else usual
     return pins_of(task, own | dict(columns), labels, max_length)
 
 
 def changed_models(path: Path, name: str, fingerprint: str) -> list[str]:
-    """Return the ``models`` of a policy file with this base model's entry in place of all that it has of the name.
+    """Return the ``models`` of a policy file with this base model's entry as the only one of its name.
 
     Args:
-        path: the policy; it need not be there.
-        name: as ``model.name``.
-        fingerprint: FINGERPRINT+FILES, from the coordinator.
+        path: the policy, which may be missing.
+        name, fingerprint: as ``model.name``, and FINGERPRINT+FILES from the coordinator.
 
     Raises:
         ConfigError: the policy's ``models`` is no list of texts.
         DataError: the file cannot be read.
     """
-    held = _read(path)
-    others = [_held(path, {MODEL: text}, MODEL, str, "") for text in _held(path, held, MODELS, list, [])]
+    policy = _read(path)
+    others = [_value_of(path, {MODEL: text}, MODEL, str, "") for text in _value_of(path, policy, MODELS, list, [])]
     return [entry for entry in others if entry.rpartition("=")[0] != name] + [f"{name}={fingerprint}"]
 
 
@@ -76,27 +74,25 @@ def _read(path: Path) -> dict[str, Any]:
         raise DataError(f"cannot change {path}: {' '.join(str(error).split())}") from error
 
 
-def _held(path: Path, held: Mapping[str, Any], key: str, kind: type[T], usual: T) -> T:
+def _value_of(path: Path, policy: Mapping[str, Any], key: str, kind: type[T], usual: T) -> T:
     """Return what a policy has under a key, or ``usual`` where it has nothing; ConfigError if that is no ``kind``."""
-    value = held.get(key, usual)
+    value = policy.get(key, usual)
     if not isinstance(value, kind) or isinstance(value, bool):
         raise ConfigError(f"the policy {path}: {key} must be {KINDS[kind]}, not {value!r}: mend it, or say what it is")
     return value
 
 
 def pin(path: Path, pins: Pins, more: Pins | None = None) -> None:
-    """Put pins into a policy file in place of those that it has; all its other keys and all comments stay.
-
-    A file that is not there yet is made.
+    """Replace the pins of a policy file, which is made if missing; all its other keys and all comments stay.
 
     Args:
         path: of the policy.
         pins: what the records are for.
-        more: of ``epsilon``, ``delta`` and ``models``, what takes the place of what the file has; the others stay.
+        more: new values of ``epsilon``, ``delta`` and ``models``.
 
     Raises:
-        ConfigError: the file is not a policy, or would be none with these pins, or is not there and its name is none
-            of a TOML file; nothing was changed.
+        ConfigError: the file is no policy, or would be none with these pins, or is missing and not named ``.toml``;
+            nothing was changed.
         DataError: it cannot be read or written.
     """
     from fedveil.client.pins import pin_keys
@@ -111,7 +107,7 @@ def pin(path: Path, pins: Pins, more: Pins | None = None) -> None:
 def pin_roster(path: Path, digest: str) -> None:
     """Put a roster's hash into a policy file in place of the one that it has.
 
-    For whoever is all stewards. One of several compares it with the others first, and writes it down then.
+    For one machine that plays all stewards. A steward compares the hash with the others' first.
 
     Raises:
         ConfigError, DataError: as for pin.
@@ -143,19 +139,19 @@ def _put(path: Path, *parts: tuple[Pins, Sequence[str], str]) -> None:
 
 def _with_pins(text: str, pins: Pins, keys: Sequence[str], head: str) -> str:
     """Return a policy's text with ``pins`` and without any other of ``keys``."""
-    lines, kept, found = list(io.StringIO(text)), list[str](), set[str]()
+    lines, rest, found = list(io.StringIO(text)), list[str](), set[str]()
     while lines:
         key, length = _pin_at(lines, keys)
         taken, lines = lines[:length], lines[length:]
         # By their text: true and 1.0 are equal to 1, and no whole number.
         if not key or (key in pins and toml_value(toml_of("".join(taken))[key]) == toml_value(pins[key])):
-            kept += taken
+            rest += taken
         else:
-            kept += [f"{comment}\n" for comment in _comments("".join(taken))]
-            kept += [f"{key} = {toml_value(pins[key])}\n"] if key in pins else []
+            rest += [f"{comment}\n" for comment in _comments("".join(taken))]
+            rest += [f"{key} = {toml_value(pins[key])}\n"] if key in pins else []
         found.add(key)
     added = "".join(f"{key} = {toml_value(value)}\n" for key, value in pins.items() if key not in found)
-    whole = "".join(kept)
+    whole = "".join(rest)
     gap = "\n" if whole and not whole.endswith("\n") else ""
     return whole + gap + ((head if not found & set(keys) else "") + added if added else "")
 
@@ -193,13 +189,13 @@ def _replace(path: Path, text: str) -> None:
 
     A new one is the caller's alone.
     """
-    held = path.stat() if path.exists() else None
+    earlier = path.stat() if path.exists() else None
     handle, draft = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.absolute().parent)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            if held and os.geteuid() == 0:  # a policy of root's own is none that the site can read
-                os.fchown(file.fileno(), held.st_uid, held.st_gid)
-            os.fchmod(file.fileno(), held.st_mode & 0o777 if held else 0o600)
+            if earlier and os.geteuid() == 0:  # a policy of root's own is none that the site can read
+                os.fchown(file.fileno(), earlier.st_uid, earlier.st_gid)
+            os.fchmod(file.fileno(), earlier.st_mode & 0o777 if earlier else 0o600)
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -14,7 +14,7 @@ from fedveil.privacy.record_level import DPSGD
 from fedveil.privacy.units import PERSON
 
 BUDGET_HEAD = """\
-# The budget counts all runs on these records, whoever asks for them.
+# The budget counts all runs on these records, of every server.
 """
 HEAD = f"""\
 # What the data steward of this site allows. Where a job's figures are laxer, the site takes these; what it forbids
@@ -48,29 +48,24 @@ def policy_text(
     """Return a policy's text: the budget of one data set, how it is protected, and what its records are for.
 
     Args:
-        dataset: what the ledger calls the records.
-        public_size: number of records, or persons, declared as public; 0 leaves it to the node's settings.
-        epsilon: budget over all runs.
-        delta: the delta that it holds at.
+        dataset: the ledger's name for the records.
+        public_size: declared number of records, or persons; 0 leaves it to the node's settings.
+        epsilon, delta: budget over all runs.
         pins: what the records are for; without them they are a part of a public data set.
-        models: base models that are allowed, as ``models_of`` returns them; empty: those that FedVeil knows by hash.
-        mechanisms: names of those that are allowed; at least one.
-        person: column that says whose a record is, where persons are protected; empty: records are.
+        models: allowed base models, as ``models_of`` returns them; empty: those that FedVeil knows by hash.
+        mechanisms: names of the allowed ones; at least one.
+        person: column of the person where persons are protected; empty: records are.
         sums: the policy's keys about secure sums; without them the site joins none.
 
     Raises:
-        ConfigError: a site with this policy would refuse every round: a figure is out of range, delta
-            above one over the public size, or the pins are not whole.
+        ConfigError: a site with this policy would refuse every round.
     """
     from fedveil.client.policy_file import parse_policy  # imports torch: seconds that only this needs
 
     settings: dict[str, Scalar | Sequence[str]] = {"dataset-id": dataset, "epsilon": epsilon, "delta": delta}
-    if person:
-        settings |= {"unit": PERSON.name, "person": person}
-    if public_size:
-        settings["public-size"] = public_size
-    if models:
-        settings["models"] = models
+    settings |= {"unit": PERSON.name, "person": person} if person else {}
+    settings |= {"public-size": public_size} if public_size else {}
+    settings |= {"models": models} if models else {}
     trusting = trusting_the_server(mechanisms)
     protection = MECHANISMS_HEAD + (TRUSTING.format(names=", ".join(trusting)) if trusting else "")
     protection += to_toml({"mechanisms": mechanisms, **(sums or {})})
@@ -85,13 +80,11 @@ def pins_of(task: str, columns: Mapping[str, str], labels: str, max_length: int)
     """Return the pins of a task.
 
     Args:
-        task: kind of task, as ``model.task``.
+        task, labels, max_length: as ``model.task``, ``data.labels`` and ``model.max-length``.
         columns: by setting; one that is left out has a job's default.
-        labels: all labels in order, as ``data.labels``; for a task without labels, none.
-        max_length: most tokens of a record.
 
     Raises:
-        ConfigError: the task is unknown or lacks labels, or a column or labels are given that it does not read.
+        ConfigError: the task is unknown, lacks labels, or does not read a given column or labels.
     """
     from fedveil.client.pins import LABELS, MAX_LENGTH, TASK
 
@@ -138,12 +131,8 @@ def mechanisms_of_job(config: RunConfig) -> list[str]:
 def models_of(name: str, fingerprint: str) -> list[str]:
     """Return the entry of a policy's ``models`` for a base model; none for one whose files FedVeil knows by hash.
 
-    Args:
-        name: as ``model.name``.
-        fingerprint: its fingerprint and the hash of its files, FINGERPRINT+FILES.
-
     Raises:
-        ConfigError: it is another model, and its fingerprint is not given.
+        ConfigError: it is another model, and its fingerprint (FINGERPRINT+FILES) is not given.
     """
     from fedveil.common.model.named import NAMED_MODELS
 

@@ -1,7 +1,7 @@
 """The registry of sites that may join: public keys and node ids, at the SuperLink and in the server's folder.
 
-Flower's answer and the folder's files are two steps, and a process may be killed between them. So Flower's word is what
-counts: a key that it knows is looked up there, and whoever repeats a command ends where it would have.
+Flower's answer and the folder's files are two steps, and a process may be killed between them. So Flower's word counts:
+a key that it knows is looked up there, and a repeated command completes an interrupted one.
 """
 
 from __future__ import annotations
@@ -27,17 +27,15 @@ def register_site(folder: ServerFolder, public_key: Path) -> str:
 
     Raises:
         ShutOut: the key was shut out.
-        ConfigError: the file is no public key with the site's name as its comment, the name has another key, or the key
-            is another site's.
-        DataError: a file cannot be read.
-        RunFailed: the server refused or did not answer.
+        ConfigError: the file is no public key with a site's name, or name or key is another site's.
+        DataError, RunFailed: a file cannot be read; the server refused or did not answer.
     """
     line = _words(public_key)
     if len(line) != 3 or not line[0].startswith("ecdsa-sha2-") or not SITE_NAME.fullmatch(line[2]):
         raise ConfigError(f"{public_key} is not a site's node.pub: it must be 'ecdsa-sha2-... KEY NAME'")
     name, text = line[2], " ".join(line) + "\n"
-    kept, number = folder.nodes / f"{name}.pub", folder.nodes / f"{name}.id"
-    if kept.exists() and _words(kept)[:2] != line[:2]:
+    key_file, number = folder.nodes / f"{name}.pub", folder.nodes / f"{name}.id"
+    if key_file.exists() and _words(key_file)[:2] != line[:2]:
         raise ConfigError(f"{name} is registered with another key: revoke it first with 'fedveil server revoke'")
     for other in sorted(folder.nodes.glob("*.pub")):
         if other.stem != name and _words(other)[:2] == line[:2]:
@@ -50,12 +48,12 @@ def register_site(folder: ServerFolder, public_key: Path) -> str:
     for other in sorted(folder.nodes.glob("*.id")):
         if known and other.stem != name and _words(other, "the site's number") == [known]:
             raise ConfigError(_owned(public_key, other.stem, name))
-    if known and kept.exists() and number.exists() and _words(number, "the site's number") == [known]:
+    if known and key_file.exists() and number.exists() and _words(number, "the site's number") == [known]:
         return f"{name} was registered before"
     folder.nodes.mkdir(exist_ok=True)
     # A run reads these while it goes on (``server.registered``): never half a file. The key comes first, so that the
-    # name is taken: whoever is killed in between leaves a key that is looked up the next time.
-    replace_file(kept, text.encode())
+    # name is taken: if this is killed in between, the key is looked up the next time.
+    replace_file(key_file, text.encode())
     replace_file(number, f"{node or known}\n".encode())
     return f"{name} is registered"
 
@@ -66,7 +64,7 @@ def _words(path: Path, what: str = "the site's public key") -> list[str]:
 
 
 def _key(path: Path) -> bytes:
-    """Return the line of a registered key; empty: there is none, or what is there is no key."""
+    """Return the line of a registered key; empty if it is missing or no key."""
     try:
         line = read_bytes(path, "the site's public key")
         public_pem(line)
@@ -90,21 +88,21 @@ def online_words(online: Collection[int], names: Mapping[int, str]) -> str:
 
 
 def revoke_site(folder: ServerFolder, name: str) -> str:
-    """Shut a site out and return what to tell people; one that Flower has shut out already is taken out of the folder.
+    """Shut a site out and return what to tell people; its files leave the folder.
 
     Raises:
         ConfigError: no site of this name was registered with this folder.
-        DataError: nothing in the folder says which node is the site's, or the server never had a node of its number.
+        DataError: the folder does not say which node is the site's, or the server never had it.
         RunFailed: the server refused or did not answer.
     """
-    kept, number = folder.nodes / f"{name}.pub", folder.nodes / f"{name}.id"
-    if not SITE_NAME.fullmatch(name) or not (kept.is_file() or number.is_file()):
+    key_file, number = folder.nodes / f"{name}.pub", folder.nodes / f"{name}.id"
+    if not SITE_NAME.fullmatch(name) or not (key_file.is_file() or number.is_file()):
         known = ", ".join(sorted({path.stem for kind in ("id", "pub") for path in folder.nodes.glob(f"*.{kind}")}))
         raise ConfigError(f"no site {name!r} is registered; registered are: {known or 'none'}")
-    node, key = " ".join(_words(number, "the site's number")) if number.is_file() else "", _key(kept)
+    node, key = " ".join(_words(number, "the site's number")) if number.is_file() else "", _key(key_file)
     numbered = node.isascii() and node.isdecimal()
     if not numbered and not key:
-        raise DataError(f"neither {number} nor {kept} says which node is the site's: put its node.pub there")
+        raise DataError(f"neither {number} nor {key_file} says which node is the site's: put its node.pub there")
     with control_of(folder) as control:
         if numbered:
             control.revoke(node)
@@ -115,9 +113,9 @@ def revoke_site(folder: ServerFolder, name: str) -> str:
         elif not control.has_node(node):
             raise DataError(
                 f"{number} says {node}, and the server never had such a node: nobody is shut out; put the site's "
-                f"node.pub at {kept}"
+                f"node.pub at {key_file}"
             )
-    for path in (kept, number):
+    for path in (key_file, number):
         path.unlink(missing_ok=True)
     sync_folder(folder.nodes)
     return f"{name} is shut out; what its ledger has been charged stays charged"

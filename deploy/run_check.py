@@ -1,9 +1,8 @@
-"""The server's doctor for a run: prints as JSON what a server app has it look at when the run begins.
+"""The server's own check when a run begins, printed as JSON for the server app.
 
-Run as ``python -m fedveil.deploy.run_check RUNS FOLDER``, where RUNS is where runs are kept and FOLDER what ``fedveil
-server start`` was given; empty: the SuperLink was started otherwise. The port that sites dial is asked for its
-certificate, and whether it takes a key that nobody has registered. Nobody goes online by that. No line names a path of
-the disks.
+Run as ``python -m fedveil.deploy.run_check RUNS FOLDER``: where runs are kept, and the folder of ``fedveil server
+start``, empty if the SuperLink was started otherwise. It reads the certificate of the port that sites dial, and whether
+that takes an unregistered key, without going online. No line names a path of the disks.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ from fedveil.common.strict_json import to_json
 from fedveil.deploy import shared_checks as shared
 from fedveil.deploy.certificates import as_fingerprint, fingerprint, read_certificate
 from fedveil.deploy.check_results import Check, CheckResult, examine
-from fedveil.deploy.doctor import authority_checks, certificate_checks, control_checks, task_checks
 from fedveil.deploy.files import read_bytes
 from fedveil.deploy.fleet import PATIENCE, asks_for_keys
 from fedveil.deploy.refusal import why_unreachable
+from fedveil.deploy.server_checks import authority_checks, certificate_checks, control_checks, task_checks
 from fedveil.deploy.server_folder import ServerFolder, open_server
 from fedveil.deploy.site_folder import SiteFolder
 from fedveil.server.registered import NODES, names_in
@@ -47,7 +46,7 @@ class Port:
 
 
 def ask_port(port: int) -> Port:
-    """Return what a port of this machine shows, whatever it is: whether to trust that is asked elsewhere."""
+    """Return what a port of this machine shows, trusted or not."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     try:
@@ -106,7 +105,7 @@ def check_run(runs: Path, named: str) -> OwnCheck:
 
 
 FOLDER, RUNS = "the server's folder", "the folder of runs"
-"""What stands in the place of their paths."""
+"""Their names in place of their paths."""
 
 
 def _opened(folder: Path) -> Iterator[CheckResult]:

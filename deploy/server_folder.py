@@ -49,9 +49,8 @@ Folder = TypeVar("Folder")
 
 FLEET_PORT = 9092
 CONTROL_PORT = 8000
-CONNECTION = "fedveil"
-"""Name of the server's connection in Flower's configuration."""
-RENEWAL = "renewal.key"
+CONNECTION, RENEWAL = "fedveil", "renewal.key"
+"""Name of the server's connection in Flower's configuration, and of the file of an unfinished renewal."""
 LOCAL_NAMES = ("localhost", "127.0.0.1")
 """Always in the certificate: the server's own programs dial these."""
 
@@ -66,7 +65,7 @@ class ServerFolder:
     fleet: str = f"0.0.0.0:{FLEET_PORT}"
     """Address of the Fleet API: the one port that sites need."""
     control_host: str = "127.0.0.1"
-    """Address of the Control API. Whoever reaches it can run code at every site."""
+    """Address of the Control API. Any program that reaches it can run code at every site."""
     control_port: int = CONTROL_PORT
 
     @property
@@ -111,12 +110,7 @@ def is_server(path: Path) -> bool:
 
 
 def open_server(path: Path) -> ServerFolder:
-    """Return the folder that ``fedveil server init`` made.
-
-    Raises:
-        ConfigError: it has no ``server.toml``, or that one has an unknown or ill-typed key, a fleet address without a
-            port, or a port that is none.
-    """
+    """Return the folder that ``fedveil server init`` made; ConfigError if ``server.toml`` is missing or invalid."""
     folder = open_folder(ServerFolder, expanded(path).absolute(), "server.toml", "fedveil server init")
     port = folder.fleet.rpartition(":")[2]
     if not (is_number(port) and 0 < int(port) < 1 << 16):
@@ -129,12 +123,12 @@ def open_server(path: Path) -> ServerFolder:
 
 
 def is_number(port: str) -> bool:
-    """Whether a text is a number that may be a port's: Python reads other digits as well, but not thousands of them."""
+    """Return whether a text may be a port: short and of ASCII digits, since Python reads other digits as well."""
     return port.isascii() and port.isdecimal() and len(port) <= len(str(LARGEST))
 
 
 def open_folder(kind: type[Folder], path: Path, name: str, command: str) -> Folder:
-    """Return a folder's description from its TOML file; keys are the fields of ``kind`` in kebab-case."""
+    """Return a folder's description from its TOML file, whose keys are the fields of ``kind``."""
     if not (path / name).is_file():
         raise ConfigError(f"{path} has no {name}: make the folder with '{command}'")
     known = {field.name.replace("_", "-"): field for field in fields(kind) if field.name != "path"}  # type: ignore[arg-type]
@@ -151,6 +145,12 @@ def open_folder(kind: type[Folder], path: Path, name: str, command: str) -> Fold
         raise ConfigError(f"{path / name} lacks a key: {error}") from error
 
 
+def folder_toml(folder: Any) -> bytes:
+    """Return the TOML file from which ``open_folder`` reads a folder's description."""
+    keys = [field.name for field in fields(folder) if field.name != "path"]
+    return to_toml({key.replace("_", "-"): getattr(folder, key) for key in keys}).encode()
+
+
 def make_server(
     path: Path,
     names: Sequence[str],
@@ -165,39 +165,27 @@ def make_server(
     """Make a server's folder: authority, certificate, connection.
 
     Args:
-        path: the folder.
-        names: host names and addresses that sites dial.
-        authority: folder of the certificate authority; made if it is not there. Default: ``authority_beside(path)``.
-        control_host: address of the Control API; a name is resolved when the server starts.
-        control_port: its port.
-        fleet_port: port of the Fleet API, on all addresses.
+        path, names, control_host, control_port, fleet_port: of the folder; it listens for sites on all addresses.
+        authority: folder of the certificate authority, made if missing. Default: ``authority_beside(path)``.
         unit: a service unit that goes into it as well, by the file's name.
-        now: when the certificate is issued; it is valid for SERVER_DAYS from then. Default: now.
+        now: when the certificate is issued, for SERVER_DAYS. Default: now.
 
     Raises:
-        ConfigError: a name or a port is not one, or the folder is there already; nothing was changed.
+        ConfigError: a name or a port is invalid, or the folder exists; nothing was changed.
         DataError: a folder cannot be written.
     """
     path = expanded(path).absolute()
-    if (path / "server.toml").exists():
+    if is_server(path):
         raise ConfigError(f"{path} is a server's folder already and is not overwritten: name another folder")
-    authority = expanded(authority or authority_beside(path)).absolute()
     alternative_names(names)
     for what, port in (("fleet-port", fleet_port), ("control-port", control_port)):
         check_port(what, port)
     if fleet_port == control_port:
         raise ConfigError(f"fleet-port and control-port are both {fleet_port}: give each its own")
-    certified = dict.fromkeys([*names, *LOCAL_NAMES, control_host])
-    _make_private(path)  # before the authority's folder: one that is named may lie in it
-    issuer = _authority(authority)
-    certificate = new_server_certificate(list(certified), issuer, now)
     folder = ServerFolder(path, ",".join(names), f"0.0.0.0:{fleet_port}", control_host, control_port)
-    described: dict[str, Scalar] = {
-        "names": folder.names,
-        "fleet": folder.fleet,
-        "control-host": folder.control_host,
-        "control-port": folder.control_port,
-    }
+    _make_private(path)  # before the authority's folder: one that is named may lie in it
+    issuer = _authority(expanded(authority or authority_beside(path)).absolute())
+    certificate = new_server_certificate(_certified(folder), issuer, now)
     files = {
         "ca.crt": issuer.certificate,
         "server.pem": certificate.certificate,
@@ -205,7 +193,7 @@ def make_server(
         TASKS: _tasks(issuer, now),
         "flwr/config.toml": connection_toml(folder).encode(),
         **(unit or {}),
-        "server.toml": to_toml(described).encode(),
+        "server.toml": folder_toml(folder),
     }
     make_folder(path, files, private=frozenset({"server.key", TASKS}))
     for place in (folder.database.parent, folder.runs, folder.nodes):
@@ -214,12 +202,13 @@ def make_server(
 
 
 def authority_beside(path: Path) -> Path:
-    """Return where the authority of a server's folder lies unless another place is named: not in what the server reads.
-
-    >>> authority_beside(Path("/srv/fedveil/server"))
-    PosixPath('/srv/fedveil/server-authority')
-    """
+    """Return the default folder of a server's authority: ``NAME-authority`` beside it, which no server reads."""
     return path.with_name(f"{path.name}-authority")
+
+
+def _certified(folder: ServerFolder) -> list[str]:
+    """Return the names and addresses that a server's certificate is for."""
+    return list(dict.fromkeys([*folder.name_list, *LOCAL_NAMES, folder.control_host]))
 
 
 def _make_private(path: Path) -> None:
@@ -242,17 +231,15 @@ def connection_toml(folder: ServerFolder) -> str:
 def renew_server(folder: ServerFolder, authority: Path | None = None) -> None:
     """Replace the server's certificate and key, and those of its tasks, by new ones; sites need nothing new.
 
-    The server's are written to one file first, in one step, and go to their places from there: whoever stops in between
-    leaves a pair that ``finish_renewal`` puts in place, and what an earlier renewal left is written over.
+    The server's pair is written to one file first, which ``finish_renewal`` puts in place, also after an interruption.
 
     Raises:
-        DataError: the authority's folder is not there or not whole, or is another than that of ``ca.crt``; or this one
-            cannot be written. What is in use stays.
+        DataError: the authority's folder is incomplete or not that of ``ca.crt``, or this one cannot be written.
+            The certificates in use stay.
     """
     authority = expanded(authority or authority_beside(folder.path)).absolute()
-    names = list(dict.fromkeys([*folder.name_list, *LOCAL_NAMES, folder.control_host]))
     issuer = _read_authority(authority)
-    made = new_server_certificate(names, issuer)
+    made = new_server_certificate(_certified(folder), issuer)
     known = read_certificate(read_bytes(folder.path / "ca.crt", "the authority's certificate"), "the authority")
     if not is_issued_by(read_certificate(made.certificate, "the server"), known):
         raise DataError(f"{authority} is not the authority of {folder.path / 'ca.crt'}: name that one's folder")
@@ -262,7 +249,7 @@ def renew_server(folder: ServerFolder, authority: Path | None = None) -> None:
 
 
 def finish_renewal(folder: ServerFolder) -> bool:
-    """Put a renewed certificate and its key in their places, and say whether there were any that were not.
+    """Put a pending certificate and its key in their places, and return whether there were any.
 
     Raises:
         DataError: the folder cannot be written, or the file with both is damaged.
@@ -290,7 +277,7 @@ def _tasks(authority: Issued, now: datetime | None = None) -> bytes:
 
 
 def check_tasks(path: Path) -> None:
-    """Raise DataError unless sites take the key of a server's folder for one that signs tasks."""
+    """Raise DataError unless sites accept the key of a server's folder as one that signs tasks."""
     key, encoded = read_tasks_key(path)
     authority = read_certificate(read_bytes(path / "ca.crt", "the authority's certificate"), "the authority")
     try:

@@ -61,7 +61,7 @@ def advisories() -> Iterator[CheckResult]:
 def private_file(path: Path, what: str) -> Iterator[CheckResult]:
     """A private file is there, and only its owner can read it."""
     if not path.is_file():
-        yield CheckResult(False, what, f"{path} is missing: restore it, or make the folder anew")
+        yield CheckResult(False, what, f"{path} is missing: restore it, or make the folder again")
         return
     mode = stat.S_IMODE(path.stat().st_mode)
     advice = "" if not mode & 0o077 else f"; others can read it: chmod 600 {path}"
@@ -90,33 +90,21 @@ def strictness(certificate: x509.Certificate, what: str, renewal: str) -> Iterat
 
 
 def disk(path: Path, what: str, place: str = "") -> Iterator[CheckResult]:
-    """There is room and the right to write where ``path`` is or will be.
-
-    Args:
-        path: the folder.
-        what: what is looked at.
-        place: what it is called where no path of a disk may be told; empty: the path is.
-    """
+    """There is room and the right to write where ``path`` is or will be, which the result calls ``place``, if given."""
     folder = path
     while not folder.exists():
         folder = folder.parent
-    free, told = shutil.disk_usage(folder).free, place or folder
+    free, name = shutil.disk_usage(folder).free, place or folder
     if not os.access(folder, os.W_OK):
-        yield CheckResult(False, what, f"{told} may not be written: give this user the right to")
+        yield CheckResult(False, what, f"{name} may not be written: give this user the right to")
         return
     low = free < LOW_DISK_BYTES
     advice = ": make room, a full disk stops training" if low else ""
-    yield CheckResult(not low, what, f"{free / (1 << 30):.1f} GiB free at {told}{advice}")
+    yield CheckResult(not low, what, f"{free / (1 << 30):.1f} GiB free at {name}{advice}")
 
 
 def base_model(name: str, task: str, expected: str) -> Iterator[CheckResult]:
-    """The base model loads, and is the one that the coordinator named; other files than its ones are not opened.
-
-    Args:
-        name: as ``model.name``.
-        task: as ``model.task``.
-        expected: FINGERPRINT+FILES, from the coordinator; empty: only shown.
-    """
+    """The base model loads, and is the coordinator's (FINGERPRINT+FILES; empty: unknown); no other file is opened."""
     from fedveil.common.model.base import load_base_model  # imports torch and transformers
     from fedveil.common.model.files import files_of
 

@@ -1,4 +1,4 @@
-"""The list, for a site's steward alone, of rows that are no records, by number and reason; none is quoted."""
+"""The list of invalid rows for a site's steward, by number and reason; no row is quoted."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from fedveil.privacy import UNITS
 
 if TYPE_CHECKING:
     from fedveil.client.policy import Policy
+    from fedveil.common.data.sources import Reading
 
 ROWS_SHOWN = 20
 """Numbers of rows that a line names."""
@@ -27,20 +28,18 @@ MUCH = 2
 
 
 def check_site(folder: SiteFolder, say: Callable[[str], None], more: str = "", *, rows: bool = True) -> None:
-    """Read the records as every round will, and say how many rows are records and which are none.
+    """Read the records as every round will, and say how many rows are records and which are invalid.
 
     Args:
         folder: the site's folder.
         say: prints one line.
         more: node settings that win over the folder's.
-        rows: whether to list the rows that are none.
+        rows: whether to list the invalid rows.
 
     Raises:
-        ConfigError: a node setting is unknown, or with these settings and this policy every round would be refused;
-            the site's own records among them if the policy does not pin what they are for; or ``reply-after`` does
-            not cover them: there are more than are declared, or they take longer to read than a round gives them.
-        DataError: the records are not there, or lack a column; the rows of a file cannot be told apart, or a line is
-            none; or no row is a record. Every round would then send noise alone, and pay for it.
+        ConfigError: every round would be refused with this policy and these settings, or ``reply-after`` is too short
+            for the declared number of records or for reading them.
+        DataError: the records are missing, cannot be read, or none is valid: a round would pay for noise alone.
         LedgerError: the ledger cannot be read.
     """
     from fedveil.client.ledger.file import withdrawn_in
@@ -52,41 +51,45 @@ def check_site(folder: SiteFolder, say: Callable[[str], None], more: str = "", *
     if "data" not in settings:
         say("records: a part of a job's data, which this site does not choose")
         return
-    began = time.monotonic()
-    source = str(settings["data"])
+    began, source = time.monotonic(), str(settings["data"])
     reading = load_protected(pinned_settings(policy), policy.task, source, line_breaks=policy.line_breaks)
     seconds = time.monotonic() - began
-    if reading.unreadable:
-        raise UnreadableFile(reading.unreadable[0])
-    if odd := next((row for row in reading.unfit if row.of_file), None):
-        raise UnreadableFile(odd.words)
+    _check_readable(reading, source)
     fit, others, unit = len(reading.dataset.examples), len(reading.unfit), UNITS[policy.unit]
-    if not fit:
-        why = f"row {reading.unfit[0].row} {reading.unfit[0].reason}" if others else "there is none"
-        raise DataError(f"{settings['data']}: no row is a record ({why}): mend the rows, or pin what they are")
+    declared, there = int(settings.get("public-size", policy.public_size)), unit.count(reading.dataset)
     if policy.reply_after:
-        declared = int(settings.get("public-size", policy.public_size))
-        _check_time(policy.reply_after, declared, unit.count(reading.dataset), seconds, unit.name)
+        _check_time(policy.reply_after, declared, there, seconds, unit.name)
     say(f"records: {fit} of {fit + others} rows fit" + ("; the others count as none" if others else ""))
     if (dataset := policy.dataset_of(settings, str(settings["site"]))) in withdrawn_in(ledger_of(settings)):
         say(f"withdrawn: {dataset} is, so every round is refused but one that was charged before")
     if unit.grouped:
         say(_persons(reading.dataset))
-    declared, there = int(settings.get("public-size", policy.public_size)), unit.count(reading.dataset)
-    for line in (*_labels(reading.dataset), *_size(declared, there, unit.name)) if rows else ():
+    listed = (*_labels(reading.dataset), *_size(declared, there, unit.name), *_by_reason(reading.unfit))
+    for line in listed if rows else ():
         say(line)
-    for line in _by_reason(reading.unfit) if rows else ():
-        say(line)
+
+
+def _check_readable(reading: Reading, source: str) -> None:
+    """Raise DataError if a file cannot be read, or no row of it is a record."""
+    if reading.unreadable:
+        raise UnreadableFile(reading.unreadable[0])
+    if odd := next((row for row in reading.unfit if row.of_file), None):
+        raise UnreadableFile(odd.words)
+    if not reading.dataset.examples:
+        why = f"row {reading.unfit[0].row} {reading.unfit[0].reason}" if reading.unfit else "there is none"
+        raise DataError(f"{source}: no row is a record ({why}): mend the rows, or pin what they are")
 
 
 def _labels(data: Dataset) -> Iterator[str]:
     """Say how many records each label has, and which has none, as a slip of the pen would leave it."""
-    held = Counter(example.label for example in data.examples)
+    counts = Counter(example.label for example in data.examples)
     if data.label_names:
-        named = (f"{labels_text([name])} {held[index]}" for index, name in enumerate(data.label_names) if held[index])
+        named = (
+            f"{labels_text([name])} {counts[index]}" for index, name in enumerate(data.label_names) if counts[index]
+        )
         yield f"labels: {', '.join(named)}"
         for index, name in enumerate(data.label_names):
-            if not held[index]:
+            if not counts[index]:
                 yield f"  no row has the label {name!r}: compare how it is written in the rows and in the policy"
 
 
@@ -101,14 +104,14 @@ def _size(declared: int, there: int, what: str) -> Iterator[str]:
 
 def _persons(data: Dataset) -> str:
     """Return how many persons there are and how many records they have, for the steward alone."""
-    held = sorted(Counter(example.person for example in data.examples).values())
-    return f"persons: {len(held)}, with {held[len(held) // 2]} records in the middle and {held[-1]} at most"
+    counts = sorted(Counter(example.person for example in data.examples).values())
+    return f"persons: {len(counts)}, with {counts[len(counts) // 2]} records in the middle and {counts[-1]} at most"
 
 
 def _check_time(reply_after: float, declared: int, units: int, seconds: float, unit: str) -> None:
-    """Raise ConfigError if the time of every answer cannot be kept for so many units.
+    """Raise ConfigError if ``reply-after`` is too short for the declared or the actual number of units.
 
-    Here alone the real number counts: a round that did anything else with more than are declared would tell.
+    Only here does the actual number count: a round that depended on it would reveal it.
     """
     from fedveil.client.deadline import PREPARED
 

@@ -23,14 +23,14 @@ from typing import TYPE_CHECKING
 from fedveil.client.ledger.file import only_ledger
 from fedveil.common.check import nearest
 from fedveil.common.config.sections import Scalar
-from fedveil.common.config.text import parse_settings, to_toml
+from fedveil.common.config.text import parse_settings
 from fedveil.common.errors import ConfigError
 from fedveil.common.files import expanded
 from fedveil.common.ports import check_port
 from fedveil.deploy.certificates import read_certificate
 from fedveil.deploy.files import make_folder, read_bytes
 from fedveil.deploy.node_keys import is_pair, new_node_key
-from fedveil.deploy.server_folder import FLEET_PORT, is_number, open_folder
+from fedveil.deploy.server_folder import FLEET_PORT, folder_toml, is_number, open_folder
 from fedveil.privacy.secure_sum import Identity
 from fedveil.privacy.secure_sum.roster import SITE_NAME, entry
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from fedveil.client.policy import Policy
 
 ANY_PORT = 0
-"""A free one at each start: nobody but this site's own processes dials it, so sites of one machine do not clash."""
+"""A free port at each start, so that sites of one machine do not clash."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,7 @@ def open_site_folder(path: Path) -> SiteFolder:
     """Return the folder that ``fedveil site init`` made.
 
     Raises:
-        ConfigError: it has no ``site.toml``, or that one has an unknown or ill-typed key, a server without a port, or a
-            port that is none.
+        ConfigError: ``site.toml`` is missing, or has an unknown or ill-typed key, or an invalid server or port.
     """
     folder = open_folder(SiteFolder, expanded(path).absolute(), "site.toml", "fedveil site init")
     file, (host, _, port) = folder.path / "site.toml", folder.server.rpartition(":")
@@ -116,20 +115,13 @@ def make_site(
     """Make a site's folder: key pair, policy, description.
 
     Args:
-        path: the folder.
-        site: the site's name in reports and as the key's comment.
-        server: HOST or HOST:PORT of the server.
+        path, site, server, node, runtime_port, model, task, fingerprint: of the folder; ``server`` may lack its port.
         policy: text of the site's policy file.
-        node: the node's other settings, as Flower takes them.
         authority: the authority's certificate; None: it is copied to ``ca.crt`` later.
-        runtime_port: port on the loopback for Flower's own processes; 0: a free one at each start.
-        model: base model that the doctor checks.
-        task: what it is used for, as ``model.task``.
-        fingerprint: its fingerprint, from the coordinator.
         unit: a service unit that goes into it as well, by the file's name.
 
     Raises:
-        ConfigError: a setting is wrong, or the folder is there already; nothing was changed.
+        ConfigError: a setting is wrong, or the folder exists; nothing was changed.
         DataError: a file cannot be read or written.
     """
     path = expanded(path).absolute()
@@ -139,30 +131,16 @@ def make_site(
         raise ConfigError(
             f"the site's name is {site!r}: take a letter or digit, then at most 63 of letters, digits, '.', '_' and '-'"
         )
-    host, _, port = server.rpartition(":") if ":" in server else (server, "", str(FLEET_PORT))
-    if ":" in host and not (host.startswith("[") and host.endswith("]")):
-        raise ConfigError(f"the server is {server!r}: write an address of IPv6 in brackets, as [ADDRESS]:PORT")
-    if not _is_host(host) or not is_number(port):
-        raise ConfigError(f"the server is {server!r}: write HOST or HOST:PORT")
-    check_port(f"the port of the server {server!r}", int(port))
+    address = _with_port(server)
     if (path / "site.toml").exists():
         raise ConfigError(f"{path} is a site's folder already and is not overwritten: name another folder")
-    folder = SiteFolder(path, site, f"{host}:{port}", runtime_port, model, task, fingerprint, node)
+    folder = SiteFolder(path, site, address, runtime_port, model, task, fingerprint, node)
     node_settings(folder)
     files: dict[str, bytes] = {}
     if authority is not None:
         files["ca.crt"] = read_bytes(expanded(authority), "the authority's certificate")
         read_certificate(files["ca.crt"], "the authority")
     key, identity = new_node_key(site), Identity.new()
-    described: dict[str, Scalar] = {
-        "site": folder.site,
-        "server": folder.server,
-        "runtime-port": folder.runtime_port,
-        "model": folder.model,
-        "task": folder.task,
-        "fingerprint": folder.fingerprint,
-        "node": folder.node,
-    }
     files |= {
         "node.key": key.private,
         "node.pub": key.public,
@@ -170,10 +148,21 @@ def make_site(
         "identity.toml": entry(site, identity.public).encode(),
         "policy.toml": policy.encode(),
         **(unit or {}),
-        "site.toml": to_toml(described).encode(),
+        "site.toml": folder_toml(folder),
     }
     make_folder(path, files, private=frozenset({"node.key", "identity.key", "policy.toml"}))
     return folder
+
+
+def _with_port(server: str) -> str:
+    """Return a server's address as HOST:PORT; ConfigError if it is invalid."""
+    host, _, port = server.rpartition(":") if ":" in server else (server, "", str(FLEET_PORT))
+    if ":" in host and not (host.startswith("[") and host.endswith("]")):
+        raise ConfigError(f"the server is {server!r}: write an address of IPv6 in brackets, as [ADDRESS]:PORT")
+    if not _is_host(host) or not is_number(port):
+        raise ConfigError(f"the server is {server!r}: write HOST or HOST:PORT")
+    check_port(f"the port of the server {server!r}", int(port))
+    return f"{host}:{port}"
 
 
 def node_settings(folder: SiteFolder, more: str = "") -> dict[str, Scalar]:
@@ -205,7 +194,7 @@ def check_name(folder: SiteFolder, settings: Mapping[str, Scalar]) -> None:
     Under any other one it would train and pay for every round, and the server would drop its replies.
 
     Raises:
-        ConfigError: the comment in node.pub is another name, or there is none; or node.key is another's.
+        ConfigError: node.pub has another name as its comment or none, or node.key does not belong to it.
         DataError: node.pub or node.key cannot be read, or is no key.
     """
     words = read_bytes(folder.path / "node.pub", "the site's public key").decode(errors="replace").split()
@@ -226,9 +215,8 @@ def policy_of_node(settings: Mapping[str, Scalar]) -> Policy:
     """Return the steward's policy, checked with the node's settings as every round will check them again.
 
     Raises:
-        ConfigError: the policy cannot be read, its delta is above one over the public size, a size or rank is no
-            whole number, or the settings say neither which records are the site's own nor which part of a job's data
-            it plays.
+        ConfigError: the policy is invalid, or not fit for the public size, or the settings name neither records nor
+            a part of a job's data.
     """
     # Imports torch: seconds that only this needs.
     from fedveil.client.node import part_of, policy_of, public_size_of, rank_of

@@ -1,4 +1,4 @@
-"""Become the SuperLink of a folder, or a SuperNode and its worker, and say first what stands in the way."""
+"""Become the SuperLink of a folder, or a SuperNode and its worker, unless something prevents it."""
 
 from __future__ import annotations
 
@@ -39,8 +39,7 @@ def start_server(folder: ServerFolder, say: Callable[[str], None]) -> None:
     """Replace this process by the SuperLink and its runner.
 
     Raises:
-        DataError: a certificate is expired, not the authority's, or not the key's; a file is missing; or a port is
-            taken.
+        DataError: a certificate is expired or wrong, a file is missing, or a port is taken.
         MechanismError: a test has replaced the operating system's entropy.
     """
     require_system_entropy()
@@ -81,7 +80,7 @@ def _host_and_port(address: str) -> tuple[str, int]:
 
 
 def _check_free(what: str, host: str, port: int, another: str) -> None:
-    """Raise DataError if nobody can listen on a port of this machine; ``another`` says how to choose one."""
+    """Raise DataError if a port of this machine is taken; ``another`` says how to choose one."""
     try:
         family, kind, proto, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, proto) as one:
@@ -97,20 +96,15 @@ def _check_free(what: str, host: str, port: int, another: str) -> None:
 def start_site(folder: SiteFolder, say: Callable[[str], None], more: str = "") -> None:
     """Wait until the server lets this site in, then replace this process by the SuperNode and its worker.
 
-    They talk by the folder's port, or by a free one where the folder names none. What keeps the site out is said once,
-    and again every five minutes. Most reasons go away at the server, so the site waits rather than ends.
+    The reason why the server refuses the site is printed once, and again every five minutes: most reasons end there.
 
     Args:
-        folder: the site's folder.
+        folder, more: the site's folder, and node settings that win over the folder's.
         say: prints one line.
-        more: node settings that win over the folder's.
 
     Raises:
-        ConfigError: a node setting is unknown, the site's name is not its key's, or with these settings and this
-            policy every round would be refused; the site's own records among them if the policy does not pin what
-            they are for.
-        DataError: a file of the folder is missing or damaged, the records cannot be read (see ``check_site``), or the
-            SuperNode's port is taken, as by another site of this machine.
+        ConfigError: the settings are wrong, the site's name is not its key's, or the policy refuses every round.
+        DataError: a file of the folder or the records cannot be read, or the SuperNode's port is taken.
     """
     check_name(folder, node_settings(folder, more))
     check_site(folder, say, more, rows=False)

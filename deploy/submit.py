@@ -32,7 +32,7 @@ POLL_SECONDS = 1.0
 ASK_SECONDS = 20.0
 """Asking Flower costs a second of a core."""
 SILENCE_SECONDS = 300.0
-"""How long the SuperLink may be silent, while nobody writes the run's folder, before a job is given up."""
+"""How long the SuperLink may be silent, while the run's folder is not written, before a job is given up."""
 
 
 @dataclass(frozen=True)
@@ -57,17 +57,15 @@ def submit(
     """Run one job on a server's sites and return the run's folder.
 
     Args:
-        folder: the server's folder, on the server's machine; its ``runs`` must be the SuperLink's.
+        folder: the server's, on its machine; its ``runs`` must be the SuperLink's.
         settings: overrides of the defaults, flat.
         say: prints one line.
-        sites: sites that must be online before the job is submitted.
-        patience: seconds to wait for them.
-        once: take up the last job where its settings are the same: report it if it ended well, follow it if it
-            still runs, resume it if it was cut off after a round.
+        sites, patience: sites that must be online first, and seconds to wait for them.
+        once: continue the last job if its settings are the same: report, follow or resume it.
 
     Raises:
         ConfigError: a setting is wrong; nothing was submitted.
-        RunFailed: too few sites, the server is silent, or the run did not end well; the message says why.
+        RunFailed: too few sites, the server is silent, or the run did not end well.
     """
     settings, note = with_recipe(settings_of_resumed({**settings, "output": str(folder.runs)}), divided=False)
     if note:
@@ -93,7 +91,7 @@ def submit(
         run = control.submit(resumed)
         path = run_folder(configure(resumed).config, run)
         write_json(_job_file(folder), to_json(LastJob(run, str(path), dict(settings))))
-        say(f"run {run} submitted" + (f", it goes on in {path}" if resumed.get("resume") else ""))
+        say(f"run {run} submitted" + f", it goes on in {path}" * bool(resumed.get("resume")))
         _follow_until_stopped(control, folder, run, path, say, since=began)
     return path
 

@@ -62,7 +62,7 @@ def server_unit(path: Path, authority: Path | None = None) -> dict[str, bytes]:
 def site_unit(path: Path, site: str) -> dict[str, bytes]:
     """Return ``fedveil-site.service`` of a site's folder at ``path``. GPUs are devices, so a site keeps /dev.
 
-    Its first process ends the others: a SuperNode that is told twice does not take leave of the server.
+    Its first process ends the others: a SuperNode that gets a second signal does not take leave of the server.
     """
     return _unit(path, "fedveil-site", f"FedVeil site {site} (SuperNode and worker)", ("site", "start"), "no")
 

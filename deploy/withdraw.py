@@ -10,20 +10,18 @@ from fedveil.deploy.site_folder import SiteFolder, node_settings, policy_of_node
 
 
 def withdraw_site(folder: SiteFolder, reason: str, say: Callable[[str], None], more: str = "") -> None:
-    """Write down that nothing of the site's data set is released any more, whatever name its records are given later.
+    """Withdraw the site's data set for good, under whatever name its records come later.
 
-    The name is withdrawn before a record is read, whatever becomes of that. Records that are gone, or cannot be read,
-    are known by what was charged for them, and by the name. A round that was charged before is answered still.
+    The name is withdrawn before a record is read. Records that cannot be read are known by their earlier charges and by
+    the name. A round that was charged before is answered still.
 
     Args:
-        folder: the site's folder.
+        folder, more: the site's folder, and node settings that win over the folder's.
         reason: the steward's; it stays in the ledger.
         say: prints one line.
-        more: node settings that win over the folder's.
 
     Raises:
-        ConfigError: a node setting is unknown, the policy cannot be read, or no reason is given.
-        LedgerError: the ledger cannot be written.
+        ConfigError, LedgerError: settings, policy or reason are wrong; the ledger cannot be written.
     """
     from fedveil.client.ledger.ledger import Ledger
     from fedveil.client.ledger.record_hashes import record_hashes
@@ -36,13 +34,12 @@ def withdraw_site(folder: SiteFolder, reason: str, say: Callable[[str], None], m
     with Ledger(ledger_of(settings)) as ledger:
         ledger.holds.withdraw(dataset, reason)
         say(f"{dataset}: withdrawn. From now on every round on it is refused, and on what was charged for it.")
-        unread = "" if "data" in settings else "this site has no records of its own"
-        if not (unread or policy.task):
-            unread = "the policy does not say what they are for, so how they are read is not known"
+        unread = "" if policy.task else "the policy does not say what they are for, so how they are read is not known"
+        unread = unread if "data" in settings else "this site has no records of its own"
         if not unread:
+            data, source = pinned_settings(policy), str(settings["data"])
             try:
-                source = str(settings["data"])
-                reading = load_protected(pinned_settings(policy), policy.task, source, line_breaks=policy.line_breaks)
+                reading = load_protected(data, policy.task, source, line_breaks=policy.line_breaks)
                 unread = "; ".join(reading.unreadable)
                 ledger.remember(dataset, record_hashes(reading.dataset, ledger.key))
             except DataError as error:

@@ -69,13 +69,11 @@ def simulate(
     Args:
         settings: overrides of the defaults, flat.
         sites: number of sites that divide the data.
-        watch: called about twice a second.
+        watch, begun: called about twice a second, and with the run's folder once it exists.
         workers: processes that train at the same time; 0: as many as pay off on this machine.
-        begun: called with the run's folder once it exists.
 
     Raises:
-        ConfigError: a setting is wrong; nothing was started.
-        DataError: the records cannot be read, or are too few for the sites; nothing was started.
+        ConfigError, DataError: a setting or the records are wrong; nothing was started.
         RunFailed: the run did not end well; the message says why.
     """
     output = str(expanded(str(settings.get("output", "runs"))).absolute())
@@ -88,10 +86,9 @@ def simulate(
         tempfile.TemporaryDirectory(prefix="fedveil-") as scratch,
         _superlink(Path(scratch)) as link,
     ):
-        known, began = 0, time.time()
-        if job.config.resume:
-            # The lines that the run's folder has already are not those that are waited for.
-            known = len(whole_lines(run_folder(job.config, "") / "run.log"))
+        began = time.time()
+        # A resumed run's folder has lines already.
+        known = len(whole_lines(run_folder(job.config, "") / "run.log")) if job.config.resume else 0
         run = _submit(link, settings, sites, worker_count(sites, workers, keeps=job.config.timeline.computes_ahead))
         folder = run_folder(job.config, run)
         record_sites(folder, sites)

@@ -40,8 +40,8 @@ from fedveil.server.checkpoint import NAME as CHECKPOINT
 from fedveil.strategies.job import Job, configure
 
 BUDGET, NOISE, STATE = "privacy.epsilon", "privacy.noise-multiplier", "tune.json"
-SAME: tuple[str, ...] = ("privacy.delta", "privacy.mode", "privacy.unit")
-SAME += ("data.name", "data.test", "data.test-size", "data.seed", "data.person", "model.task")
+DATA = ("data.name", "data.test", "data.test-size", "data.seed", "data.person", "model.task")
+SAME = ("privacy.delta", "privacy.mode", "privacy.unit", *DATA)
 """Settings that all trials share: they decide what is paid, and what scores are compared on."""
 Conduct = Callable[[str, Mapping[str, Scalar]], Path]
 """Run a trial by its name and settings to its end, resuming one that was cut off, and return its folder."""

@@ -80,10 +80,7 @@ class Calibration:
 def calibrate(server_model: ServerModel, config: RunConfig, workers: int) -> Calibration:
     """Take a few steps of the configured model on up to 512 public test records and time them.
 
-    Args:
-        server_model: the model and the public records; the model's state returns to its start.
-        config: clip, optimiser and privacy mode of the run.
-        workers: processes that will train at once, each with its share of the cores.
+    ``workers`` processes will train at once, each with its share of the cores. The model's state returns to its start.
     """
     model, threads = server_model.model, torch.get_num_threads()
     order = torch.randperm(len(server_model.records), generator=stream(config.seed, "calibration")).tolist()

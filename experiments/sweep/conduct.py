@@ -66,8 +66,7 @@ def run_sweep(
     """Run what a sweep's table lacks, and write the table again after every run.
 
     Args:
-        sweep: the runs.
-        output: folder of the runs; each has a folder of its own in it.
+        sweep, output: the runs, and the folder of their folders.
         results: folder of the table, ``<sweep>.jsonl`` and ``<sweep>.csv``.
         say: prints a line, such as one for each run.
         jobs: runs at a time, which share the machine's cores.
@@ -77,8 +76,7 @@ def run_sweep(
 
     Raises:
         ConfigError: more jobs than cores, or no run has such a name.
-        DataError: the existing table cannot be read.
-        RunFailed: another sweep writes ``output``, or a process of a killed one.
+        DataError, RunFailed: the table cannot be read, or another sweep writes ``output``.
     """
     threads = _threads(jobs)
     if not any(fnmatchcase(cell.name, only) for cell in sweep.cells):
@@ -88,14 +86,10 @@ def run_sweep(
     output.mkdir(parents=True, exist_ok=True)
     with only_writer(output):
         file = results_file(results, sweep.name)
-        works = [
-            Work(sweep.name, cell, output.absolute() / cell.name, through_of(cell, flower=flower), *origin)
-            for cell in sweep.cells
-        ]
+        place = output.absolute()
+        works = [Work(sweep.name, c, place / c.name, through_of(c, flower=flower), *origin) for c in sweep.cells]
         rows = _begun(sweep, works, file, say, any_code=any_code)
         missing = [work for work in works if _key(work.cell) not in rows and fnmatchcase(work.cell.name, only)]
-        for work in missing:
-            _move_aside(work.folder)
         failed = _run_all(sweep, missing, rows, file, jobs, say)
     return Finished(_ordered(sweep, rows), failed)
 
@@ -116,9 +110,10 @@ def _run_all(
 ) -> list[Failed]:
     """Add a row for each run and write the table again; return the runs that failed."""
     failed: list[Failed] = []
-    if not works:
-        return failed
-    with closing(each_in_a_process(run_one, works, jobs, works[0].threads, _log)) as ending:
+    for work in works:
+        _move_aside(work.folder)
+    threads = works[0].threads if works else 1
+    with closing(each_in_a_process(run_one, works, jobs, threads, _log)) as ending:
         for number, (work, outcome) in enumerate(ending, start=len(rows) + 1):
             place = f"{number}/{len(sweep.cells)} {work.cell.said}"
             if isinstance(outcome, Failure):

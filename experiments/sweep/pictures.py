@@ -55,7 +55,7 @@ def write_pictures(rows: Sequence[Row], published: Sequence[Published], folder: 
 
     Raises:
         ConfigError: matplotlib is not installed.
-        DataError: there is no row to draw, or they are judged by different things, or a file cannot be written.
+        DataError: there is no row, rows have accuracies as well as losses, or a file cannot be written.
     """
     found = groups(rows)
     if not found:
@@ -125,8 +125,8 @@ def _side_by_side(axes: Axes, lines: int, epsilon: float | None) -> None:
 def _published(axes: Axes, published: Sequence[Published]) -> None:
     """Draw figures of other models and data as open marks, a kind for each method, model and data set."""
     behind = _at_epsilons(axes, [item.epsilon for item in published])
-    for number, kind in enumerate(dict.fromkeys(_kind(item) for item in published)):
-        items = [item for item in published if _kind(item) == kind]
+    for number, kind in enumerate(dict.fromkeys(item.kind for item in published)):
+        items = [item for item in published if item.kind == kind]
         axes.plot(
             [item.epsilon or behind for item in items],
             [100 * item.accuracy for item in items],
@@ -152,10 +152,7 @@ def _at_epsilons(axes: Axes, budgets: Sequence[float | None]) -> float:
 
 
 def bytes_figure(found: Sequence[Group]) -> Figure:
-    """Return accuracy against the bytes of a whole run, all sites and both ways, with a part for each ε.
-
-    Baselines are left out: nothing of them needs to travel.
-    """
+    """Return accuracy against a run's bytes, all sites and both ways, with a part for each ε and no baselines."""
     sending = [group for group in found if group.payload]
     budgets = sorted({group.epsilon_asked for group in sending}, key=lambda epsilon: epsilon or math.inf)
     figure, parts = _figure(max(7.6, 2.7 * len(budgets)), [1.0] * max(1, len(budgets)), one_scale=True)
@@ -190,11 +187,7 @@ def _fitted_heads(axes: Axes, found: Sequence[Group]) -> None:
 
 
 def _line_name(variant: str, arm: str, honest: int) -> str:
-    """Return what a line is called, with the honest sites that its ε counts on.
-
-    >>> _line_name("sum", FEDERATED, 3), _line_name("probe", "pooled", 0)
-    ('sum, h = 3', 'probe, pooled')
-    """
+    """Return a line's name, such as ``sum, h = 3`` or ``probe, pooled``, with the honest sites that ε counts on."""
     return variant + ("" if arm == FEDERATED else f", {arm}") + (f", h = {honest}" if honest else "")
 
 
@@ -207,11 +200,7 @@ def _shown(group: Group) -> Interval:
 
 
 def _decades(low: float, high: float) -> list[float]:
-    """Return the powers of ten around two figures.
-
-    >>> _decades(2e3, 3e5)
-    [1000.0, 10000.0, 100000.0, 1000000.0]
-    """
+    """Return the powers of ten around two figures: of 2e3 and 3e5, those from 1e3 to 1e6."""
     return [10.0**power for power in range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 2)]
 
 
@@ -284,10 +273,6 @@ def _finish(figure: Figure, parts: Sequence[Axes], found: Sequence[Group]) -> No
 
 def _index(found: Sequence[Group], variant: str) -> int:
     return list(dict.fromkeys(group.variant for group in found)).index(variant)
-
-
-def _kind(item: Published) -> str:
-    return f"{item.method}, {item.model}, {item.data}"
 
 
 def drawn_from(rows: Sequence[Row], published: Sequence[Published]) -> str:

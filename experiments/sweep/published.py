@@ -28,6 +28,11 @@ class Published:
     note: str = ""
     """By the one who copied the figure."""
 
+    @property
+    def kind(self) -> str:
+        """Its method, model and data set."""
+        return f"{self.method}, {self.model}, {self.data}"
+
 
 def read_published(path: Path) -> list[Published]:
     """Return the figures of a file of ``[[published]]`` tables.

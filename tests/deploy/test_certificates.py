@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from fedveil.cli.main import app
 from fedveil.common.errors import DataError
 from fedveil.common.ports import free_ports
-from fedveil.deploy import certificates, doctor, start
+from fedveil.deploy import certificates, server_checks, start
 from fedveil.deploy.files import make_folder, put_file
 from fedveil.deploy.node_keys import read_node_key
 from fedveil.deploy.refusal import why_unreachable
@@ -60,7 +60,7 @@ def test_a_renewal_that_was_interrupted_is_completed_by_the_next_start_or_renewa
             renew_server(server)
     if step > 2:
         assert (server.path / RENEWAL).stat().st_mode & 0o777 == 0o600, "others can read the new key"
-        (finding,) = (f for f in doctor.certificate_checks(server) if "interrupted" in f.found)
+        (finding,) = (f for f in server_checks.certificate_checks(server) if "interrupted" in f.found)
         assert not finding.ok
     monkeypatch.setattr(start.os, "execve", lambda *_: None)
     start.start_server(server, lambda line: None)  # raises where certificate and key do not fit
@@ -218,7 +218,7 @@ def test_a_server_with_a_file_of_another_does_not_start(
     monkeypatch.setattr(start.os, "execve", lambda *_: pytest.fail("it starts"))
     with pytest.raises(DataError, match=words):
         start.start_server(server, lambda line: None)
-    assert not all(finding.ok for finding in doctor.certificate_checks(server))
+    assert not all(finding.ok for finding in server_checks.certificate_checks(server))
 
 
 def test_a_server_with_an_expired_certificate_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,7 +227,7 @@ def test_a_server_with_an_expired_certificate_does_not_start(tmp_path: Path, mon
     monkeypatch.setattr(start.os, "execve", lambda *_: pytest.fail("it starts"))
     with pytest.raises(DataError, match="the server's certificate has expired: renew it"):
         start.start_server(server, lambda line: None)
-    (finding,) = (found for found in doctor.certificate_checks(server) if not found.ok)
+    (finding,) = (found for found in server_checks.certificate_checks(server) if not found.ok)
     assert "expired 0 days ago: renew it" in finding.found
 
 
@@ -238,21 +238,21 @@ def test_the_doctor_says_from_when_to_when_a_certificate_holds_and_for_which_nam
         ("now", 0, True, "valid for 397 more days; SHA-256"),
     ):
         server = make_server(tmp_path / name, ["127.0.0.1"], now=datetime.now(UTC) + timedelta(days=days))
-        valid, *_, names = doctor.certificate_checks(server)
+        valid, *_, names = server_checks.certificate_checks(server)
         assert (valid.ok, words in valid.found, names.ok) == (ok, True, True), valid.found
     dialled = dataclasses.replace(server, names="127.0.0.1,fl.example.org")
-    (finding,) = (found for found in doctor.certificate_checks(dialled) if not found.ok)
+    (finding,) = (found for found in server_checks.certificate_checks(dialled) if not found.ok)
     assert finding.found == "it does not hold for fl.example.org: renew it with 'fedveil server renew'"
 
 
 def test_the_doctor_says_who_reaches_the_control_port(tmp_path: Path) -> None:
     server = make_server(tmp_path / "server", ["127.0.0.1"])
     for host, ok, words in (
-        ("127.0.0.1", True, "every user of this machine does: let nobody else there"),
+        ("127.0.0.1", True, "every user of this machine does: keep everyone else out"),
         ("control", True, "it has no login"),
         *((host, False, "set control-host to 127.0.0.1") for host in ("0.0.0.0", "::", "", "0", "::0")),
     ):
-        (finding,) = doctor.control_checks(dataclasses.replace(server, control_host=host))
+        (finding,) = server_checks.control_checks(dataclasses.replace(server, control_host=host))
         assert (finding.ok, words in finding.found) == (ok, True), finding.found
 
 
@@ -291,7 +291,7 @@ def test_certificates_pass_the_strict_check(tmp_path: Path, tls_server: Callable
         assert held.extensions.get_extension_for_class(x509.KeyUsage).critical
     assert not [
         finding
-        for finding in (*doctor.authority_checks(server.path), *doctor.certificate_checks(server))
+        for finding in (*server_checks.authority_checks(server.path), *server_checks.certificate_checks(server))
         if not finding.ok
     ]
 
@@ -323,13 +323,13 @@ def test_an_old_folder_is_named_by_the_doctor_and_gets_a_good_server_certificate
         without_identifiers(patch)
         server = make_server(tmp_path / "server", ["127.0.0.1"])
     assert "Missing" in strict_handshake(tls_server(server), server.path / "ca.crt"), "the fault is not found"
-    (own,) = (finding.found for finding in doctor.certificate_checks(server) if not finding.ok)
+    (own,) = (finding.found for finding in server_checks.certificate_checks(server) if not finding.ok)
     assert "lacks subject key identifier, authority key identifier, key usage" in own
     assert "fedveil server renew" in own
     renew_server(server)
     renewed = certificates.read_certificate((server.path / "server.pem").read_bytes(), "the server")
     assert certificates.lacks(renewed) == []
-    assert [finding for finding in doctor.certificate_checks(server) if not finding.ok] == []
-    (authority,) = (finding.found for finding in doctor.authority_checks(server.path) if not finding.ok)
+    assert [finding for finding in server_checks.certificate_checks(server) if not finding.ok] == []
+    (authority,) = (finding.found for finding in server_checks.authority_checks(server.path) if not finding.ok)
     assert "Python 3.13 and newer refuse it: the coordinator makes a new one" in authority
     assert why_unreachable(site_for(tmp_path, tls_server(server), server.path)) == "", "sites need nothing new"

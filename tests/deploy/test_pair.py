@@ -337,7 +337,7 @@ def test_the_doctor_names_the_bundles_and_finds_an_open_secret(
     ok, words = said("bundles")
     assert ok
     assert words.startswith(f"{own_digest()} (the installed version's own)")
-    assert said("worker's secret") == (True, "made anew at every start, for this user alone")
+    assert said("worker's secret") == (True, "new at every start, for this user alone")
     started_command(site, monkeypatch)
     secret = start.secret_file(site)
     assert said("worker's secret") == (True, f"{secret}, mode 0600")
