@@ -76,7 +76,7 @@ def test_auto_adapts_queries_and_values_in_each_layer(family: str, tmp_path: Pat
     adapter.export(model, read_factors(adapter, model), tmp_path, "base")
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     assert sorted(written["target_modules"]) == sorted(wanted), "a stock reader would look for layers called auto"
-    assert len(ADAPTERS["lora"](2, 2.0, wanted).layers(PeftModel.from_pretrained(make(), str(tmp_path)))) == len(layers)
+    assert len(layers_of(PeftModel.from_pretrained(make(), str(tmp_path)))) == len(layers)
 
 
 LISTED = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
