@@ -37,7 +37,8 @@ from audits.tiny_site import tiny_run
 from audits.vectors import audit_vectors
 from audits.whole_sites import audit_whole_sites
 from audits.worlds import World, fresh_world
-from fedveil.common.run_lines import ConfigFile, Finding
+from fedveil.common.findings import Finding
+from fedveil.common.run_lines import ConfigFile
 from fedveil.common.strict_json import to_json
 from fedveil.server.records import package_versions, write_json
 

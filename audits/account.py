@@ -21,7 +21,7 @@ from audits.tiny_site import OneSite, tiny_site
 from fedveil.client.ledger.ledger import Ledger
 from fedveil.client.rehearsal import _Rehearsal
 from fedveil.client.timing import Timing
-from fedveil.common.run_lines import Finding
+from fedveil.common.findings import Finding
 from fedveil.privacy import dpsgd, randomness
 from fedveil.privacy.randomness import private_poisson_sample
 

@@ -27,7 +27,7 @@ from audits.finding import judged
 from audits.shell import run_alone, with_each
 from fedveil.client.ledger.ledger import Ledger
 from fedveil.client.ledger.rows import Charge
-from fedveil.common.run_lines import Finding
+from fedveil.common.findings import Finding
 from fedveil.privacy.dpsgd import PrivateSteps
 from fedveil.privacy.plan import PrivacyPlan, gaussian_plan
 from fedveil.privacy.randomness import private_poisson_sample

@@ -10,9 +10,9 @@ from audits.faults import SOUND, Fault, zero_noise
 from audits.finding import judged
 from audits.sensitivity import MOST
 from audits.worlds import minus, norm
+from fedveil.common.findings import Finding
 from fedveil.common.messages.state import HEAD
 from fedveil.common.model.federated import FederatedModel
-from fedveil.common.run_lines import Finding
 from fedveil.common.starts import class_means
 from fedveil.common.starts.class_means import ClassMeans
 from fedveil.common.tasks import Record

@@ -23,7 +23,7 @@ from audits.shell import run_alone
 from fedveil.client.ledger.ledger import Ledger
 from fedveil.client.ledger.rows import Charge
 from fedveil.common.errors import BudgetExhausted
-from fedveil.common.run_lines import Finding
+from fedveil.common.findings import Finding
 from fedveil.privacy.accounting import Release, gaussian_release
 from fedveil.privacy.privacy_filter import promised
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from fedveil.common.run_lines import AuditFile, Finding
+from fedveil.common.findings import AuditFile, Finding
 
 SOUND = "as it is"
 """The case of a finding about the code, with nothing built in."""

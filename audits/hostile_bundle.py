@@ -24,8 +24,8 @@ from fedveil.client.worker import reply_to
 from fedveil.common import bundle as bundles
 from fedveil.common.bundle import PROJECT, SETTINGS, bundle_digest, files_of
 from fedveil.common.errors import FedVeilError, ProtocolError
+from fedveil.common.findings import Finding
 from fedveil.common.messages.wire import encode_task
-from fedveil.common.run_lines import Finding
 from fedveil.server import runner
 
 MARK = """

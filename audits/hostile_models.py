@@ -24,9 +24,9 @@ from audits.tiny_models import tiny_deberta, tiny_tokenizer
 from audits.tiny_site import tiny_site
 from fedveil.client.policy import Policy
 from fedveil.client.timing import Timing
+from fedveil.common.findings import Finding
 from fedveil.common.messages.round import Refusal
 from fedveil.common.model.federated import FederatedModel
-from fedveil.common.run_lines import Finding
 from fedveil.common.tasks import Record
 from fedveil.common.tasks.text import TextExample, TextTask
 

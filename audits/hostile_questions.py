@@ -21,9 +21,9 @@ from audits.tiny_site import OneSite, tiny_site
 from fedveil.client.policy import Policy
 from fedveil.common.config.sections import Scalar
 from fedveil.common.errors import ModelNotLoaded
+from fedveil.common.findings import Finding
 from fedveil.common.messages.round import Refusal, TrainTask
 from fedveil.common.model.files import files_of
-from fedveil.common.run_lines import Finding
 
 CODES = [f"code-{i:02}" for i in range(40)]
 RARE = "code-99"

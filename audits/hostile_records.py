@@ -20,8 +20,8 @@ from fedveil.client import site as client_site
 from fedveil.client.ledger.ledger import Ledger
 from fedveil.common.data.partition import division_of
 from fedveil.common.data.sources import Reading, load_dataset
+from fedveil.common.findings import Finding
 from fedveil.common.messages.round import Refusal, TrainResult, TrainTask
-from fedveil.common.run_lines import Finding
 from fedveil.privacy.accounting import Release
 from fedveil.privacy.privacy_filter import promised
 from fedveil.strategies.job import configure

@@ -33,9 +33,9 @@ from audits.hostile_state import BEHIND_CHARGE, NEIGHBOURS, UNCHECKED, audit_mas
 from audits.tiny_site import tiny_site
 from fedveil.client.ledger.ledger import Ledger
 from fedveil.client.ledger.rows import Charge
+from fedveil.common.findings import Finding
 from fedveil.common.messages.round import Refusal, TrainResult
 from fedveil.common.messages.state import AdapterState
-from fedveil.common.run_lines import Finding
 
 
 def nothing(*_: Any, **__: Any) -> None:

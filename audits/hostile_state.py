@@ -28,13 +28,13 @@ from fedveil.client.cache import RecordCache
 from fedveil.client.ledger.ledger import Ledger
 from fedveil.client.rehearsal import rehearse
 from fedveil.common.data.sources import train_and_test
+from fedveil.common.findings import Finding
 from fedveil.common.messages.columns import positions_of
 from fedveil.common.messages.round import Refusal
 from fedveil.common.messages.state import AdapterState
 from fedveil.common.model.base import load_base_model
 from fedveil.common.model.batching import length_batches
 from fedveil.common.model.federated import FederatedModel
-from fedveil.common.run_lines import Finding
 from fedveil.common.tasks import TASKS, Record
 from fedveil.contrib.strategies.columns import MASK
 from fedveil.privacy.dpsgd import PrivateSteps

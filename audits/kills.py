@@ -42,9 +42,9 @@ from fedveil.client.ledger.file import LedgerFile
 from fedveil.client.ledger.ledger import Ledger
 from fedveil.client.ledger.sums import Sums
 from fedveil.common.errors import LedgerError
+from fedveil.common.findings import Finding
 from fedveil.common.messages.round import Refusal, TrainTask
 from fedveil.common.messages.wire import encode_reply
-from fedveil.common.run_lines import Finding
 from fedveil.privacy.accounting import gaussian_release
 from fedveil.privacy.events import Event
 from fedveil.privacy.privacy_filter import promised

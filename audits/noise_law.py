@@ -15,7 +15,7 @@ from audits.bands import out_of_band, related
 from audits.faults import SOUND, Fault, same_seeds
 from audits.finding import judged
 from audits.worlds import Gradient, Recorder, World, flat, plan
-from fedveil.common.run_lines import Finding
+from fedveil.common.findings import Finding
 from fedveil.privacy.dpsgd import PrivateSteps
 from fedveil.privacy.plan import PrivacyPlan
 from fedveil.privacy.randomness import noise_grid

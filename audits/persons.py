@@ -25,7 +25,7 @@ from audits.shell import run_alone, with_each
 from audits.worlds import Gradient, Recorder, World, alone, minus, norm, plan
 from fedveil.client.ledger.ledger import Ledger
 from fedveil.client.ledger.rows import Charge
-from fedveil.common.run_lines import Finding
+from fedveil.common.findings import Finding
 from fedveil.common.tasks import Record
 from fedveil.common.tasks.base import OWNER
 from fedveil.privacy.dpsgd import PrivateSteps

@@ -7,7 +7,7 @@ import numpy as np
 from audits.faults import SOUND, Fault
 from audits.finding import judged
 from audits.worlds import Losses, World, alone, minus, norm, plan, released
-from fedveil.common.run_lines import Finding
+from fedveil.common.findings import Finding
 from fedveil.common.tasks.text import TextExample
 
 MOST = 1 + 1e-5

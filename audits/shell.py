@@ -12,7 +12,7 @@ from rich.console import Console
 
 from audits.faults import SOUND, Fault
 from audits.finding import quiet, show
-from fedveil.common.run_lines import Finding
+from fedveil.common.findings import Finding
 
 
 def with_each(faults: Sequence[Fault], folder: Path, audit: Callable[[Path, Fault], Finding]) -> list[Finding]:

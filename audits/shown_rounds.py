@@ -19,10 +19,10 @@ from audits.faults import SOUND, Fault, zero_noise
 from audits.finding import judged
 from audits.shell import with_each
 from audits.whole_sites import Cohort, MadeUp, noise_of
+from fedveil.common.findings import Finding
 from fedveil.common.messages.round import Refusal, Reply, Task, TrainResult
 from fedveil.common.messages.state import AdapterState
 from fedveil.common.model.score import Score
-from fedveil.common.run_lines import Finding
 from fedveil.server.collect import trusted
 from fedveil.server.collect.base import Collected
 from fedveil.server.collect.shown import Shown, ShownOfCohort

@@ -26,7 +26,8 @@ from audits.tiny_site import tiny_run
 from fedveil.common.bundle import OWN_SETTINGS
 from fedveil.common.data.partition import public_size_of_part
 from fedveil.common.errors import ConfigError
-from fedveil.common.run_lines import Finding, PrivacyLine, read_lines
+from fedveil.common.findings import Finding
+from fedveil.common.run_lines import PrivacyLine, read_lines
 from fedveil.deploy import app
 from fedveil.experiments.evaluate import load_result
 from fedveil.experiments.simulate import simulate

@@ -16,10 +16,10 @@ from audits.faults import SOUND, Fault, same_seeds
 from audits.finding import judged
 from fedveil.client.local_training import train_round
 from fedveil.client.site import Site
+from fedveil.common.findings import Finding
 from fedveil.common.messages.round import TrainTask
 from fedveil.common.messages.tensors import entries, fingerprint, start_fingerprint
 from fedveil.common.model.federated import FederatedModel
-from fedveil.common.run_lines import Finding
 from fedveil.common.tasks import Record
 from fedveil.common.tasks.examples import Dataset
 from fedveil.common.tasks.text import TextExample

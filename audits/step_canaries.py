@@ -18,8 +18,8 @@ from audits.tiny_site import tiny_run
 from audits.worlds import Recorder, flat
 from fedveil.common.adapters import ADAPTERS
 from fedveil.common.adapters.low_rank import LowRank
+from fedveil.common.findings import Finding
 from fedveil.common.model.federated import FederatedModel
-from fedveil.common.run_lines import Finding
 from fedveil.privacy.accounting import epsilon, gaussian_release
 from fedveil.privacy.dpsgd import PrivateSteps
 from fedveil.privacy.plan import gaussian_plan

@@ -36,8 +36,8 @@ from fedveil.client.cache import RecordCache
 from fedveil.client.ledger.ledger import Ledger
 from fedveil.client.process import SiteProcess
 from fedveil.client.timing import Timing
+from fedveil.common.findings import Finding
 from fedveil.common.messages.round import TrainResult
-from fedveil.common.run_lines import Finding
 from fedveil.privacy import dpsgd
 from fedveil.privacy.accounting import Release
 from fedveil.privacy.events import Event, SummedGaussian, sampled_gaussian

@@ -26,9 +26,9 @@ from audits.shell import each_of
 from audits.tiny_site import tiny_run
 from fedveil.client.head_alone import head_on_features
 from fedveil.client.linearised import Computation, Derivatives, Keeping, below_head, linearised
+from fedveil.common.findings import Finding
 from fedveil.common.messages.state import HEAD
 from fedveil.common.model.federated import FederatedModel
-from fedveil.common.run_lines import Finding
 from fedveil.common.tasks import Record
 from fedveil.common.tasks.examples import Dataset
 from fedveil.common.tasks.featured import FEATURES, SCALES, TANGENTS

@@ -27,10 +27,10 @@ from audits.finding import judged
 from audits.shell import each_of
 from audits.site_rounds import sampler_faults
 from audits.tiny_site import tiny_run
+from fedveil.common.findings import Finding
 from fedveil.common.messages.round import Refusal, Reply, Task, TrainResult
 from fedveil.common.messages.state import AdapterState
 from fedveil.common.messages.tensors import apply, entries
-from fedveil.common.run_lines import Finding
 from fedveil.privacy.entropy import replaced_entropy
 from fedveil.privacy.randomness import add_private_noise
 from fedveil.server import ledger

@@ -31,7 +31,7 @@ from pathlib import Path
 
 from audits.finding import audit_file, quiet
 from fedveil.common.errors import FedVeilError
-from fedveil.common.run_lines import Finding
+from fedveil.common.findings import Finding
 
 QUIET_SECONDS = 60.0
 """How long to listen after the job: what nodes send while nothing goes on."""

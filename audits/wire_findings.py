@@ -10,8 +10,9 @@ from audits.finding import SOUND
 from audits.frames import SEALED, Capture, Stream, read_capture, tls_records
 from audits.needles import Needles, find, needles_of_tensors, needles_of_texts
 from fedveil.common.data.sources import train_and_test
+from fedveil.common.findings import Finding
 from fedveil.common.model.base import load_base_model
-from fedveil.common.run_lines import ConfigFile, Finding, RoundLine, read_file, read_lines
+from fedveil.common.run_lines import ConfigFile, RoundLine, read_file, read_lines
 from fedveil.common.tasks.text import TextExample
 from fedveil.strategies.job import configure
 

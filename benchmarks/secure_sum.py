@@ -30,8 +30,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedveil.common.messages.blocks import Layout, layout_of
 from fedveil.common.messages.round import Spending, TrainResult, TrainTask
-from fedveil.common.messages.wire import Layout, decode_reply, encode_reply, encode_task, layout_of, message_bytes
+from fedveil.common.messages.wire import decode_reply, encode_reply, encode_task, message_bytes
 from fedveil.common.run_lines import RoundLine, read_lines
 from fedveil.experiments.in_process import run_in_process
 from fedveil.privacy.accountant import TRAINING, Accountant

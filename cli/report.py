@@ -56,7 +56,8 @@ def report(
 
 def _keep_beside(folder: Path, table: Path) -> None:
     from fedveil.common.files import replace_file
-    from fedveil.common.run_lines import BesideFile, ConfigFile, read_file
+    from fedveil.common.other_runs import BesideFile
+    from fedveil.common.run_lines import ConfigFile, read_file
     from fedveil.common.strict_json import to_json
     from fedveil.experiments.sweep import groups
     from fedveil.experiments.sweep.rows import read_rows
@@ -89,7 +90,7 @@ def verify(
     key: Annotated[Path, typer.Option(help="The signer's public key (Ed25519, PEM).")],
 ) -> None:
     """Say which run was signed by a key, when and with which figures: exit code 0, or 1 if a file is not genuine."""
-    from fedveil.common.run_lines import TuningFile
+    from fedveil.common.other_runs import TuningFile
     from fedveil.common.words import visible
     from fedveil.reports.signature import NotGenuine, verified
     from fedveil.reports.trials import trials_figure

@@ -16,6 +16,7 @@ from torch import nn
 
 from fedveil.client.linearised import Derivatives, Keeping, below_head
 from fedveil.common.messages.state import HEAD, AdapterState
+from fedveil.common.model.alone import head_alone
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.tasks import Record
 
@@ -36,7 +37,7 @@ def head_on_features(
     features, around = by_site.get(site), below_head(model)
     if features is None or features.of != of or not _same(features.around, around):
         by_site[site] = features = Derivatives(of, around)
-    with model.head_alone():
+    with head_alone(model):
         if records and features.source is not source:
             vectors = model.featurise([dict(record) for record in records], keeping.before_pass)
             by_site[site] = features = Derivatives(of, around, source, tuple(vectors))

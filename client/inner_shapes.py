@@ -15,11 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fedveil.common.foreign_words import TORCH_GROUPED
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.model.shapes import FixedBatch
-
-GROUPED = "grouped"
-"""In the name of every product of rows in groups, the sizes of which are numbers in a tensor and no shape."""
 
 Traced = tuple[Any, tuple[torch.Size, ...]]
 """An operation, and the shapes of what it takes and gives."""
@@ -62,7 +60,7 @@ def follow_from_records(model: FederatedModel, batches: Iterable[FixedBatch]) ->
         with torch.no_grad(), _Trace() as trace:
             model.losses(batch)
         operations = {operation for operation, _ in trace.seen}
-        if any(GROUPED in str(operation) for operation in operations) or (first or trace.seen) != trace.seen:
+        if any(TORCH_GROUPED in str(operation) for operation in operations) or (first or trace.seen) != trace.seen:
             return True
         first = trace.seen
     return False

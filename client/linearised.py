@@ -28,6 +28,7 @@ from fedveil.common.errors import MechanismError, ModelError
 from fedveil.common.log import place_of
 from fedveil.common.messages.round import TrainTask
 from fedveil.common.messages.state import AdapterState
+from fedveil.common.model.alone import step_alone
 from fedveil.common.model.device import autocast
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.model.shapes import FixedBatch
@@ -123,7 +124,7 @@ def linearised(
         with _at(model, derivatives.around):
             vectors = _vectors(model, records, keeping.before_pass)
         by_site[site] = derivatives = replace(derivatives, source=source, records=tuple(vectors))
-    with model.linearised(derivatives.around) as trained:
+    with step_alone(model, derivatives.around) as trained:
         yield list(derivatives.records) if records else [], trained
 
 

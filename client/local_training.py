@@ -30,6 +30,7 @@ from fedveil.common.messages.columns import Chosen, check_chosen, narrowed
 from fedveil.common.messages.round import NoisedCount, TrainResult, TrainTask, same_fingerprint
 from fedveil.common.messages.state import AdapterState
 from fedveil.common.messages.tensors import fingerprint, merge
+from fedveil.common.model.alone import columns_alone
 from fedveil.common.model.device import denormals_flushed
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.starts import PaidStart, UnpaidStart
@@ -278,7 +279,7 @@ def _trainable(
     inputs = "examples" if model.head_only else schedule.at(task.round_number).inputs
     if inputs == "examples":  # or the features that such a model's records have
         chosen, _ = columns_of(site, this.job, task, model)
-        with model.columns_alone(chosen):
+        with columns_alone(model, chosen):
             yield records, model.trained()
         return
     keeping = Keeping(Computation.of_task(task, schedule), this.kept, site.name, site.data, before_pass)

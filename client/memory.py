@@ -18,17 +18,11 @@ from pathlib import Path
 from fedveil.common.errors import ProtocolError
 from fedveil.common.files import replace_file
 from fedveil.common.log import about as about_run
+from fedveil.common.messages.blocks import Layout, decode_state, encode_state, layout_of
 from fedveil.common.messages.round import TrainResult, TrainTask, same_fingerprint
 from fedveil.common.messages.state import AdapterState
 from fedveil.common.messages.tensors import fingerprint, merge
-from fedveil.common.messages.wire import (
-    Layout,
-    decode_state,
-    encode_state,
-    layout_of,
-    result_from_bytes,
-    result_to_bytes,
-)
+from fedveil.common.messages.wire import result_from_bytes, result_to_bytes
 
 log = logging.getLogger("fedveil.site")
 HASH = hashlib.sha256().digest_size

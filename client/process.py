@@ -29,9 +29,11 @@ from fedveil.client.sums import agreed, next_key, reply_for_sum
 from fedveil.common.config.sections import Scalar
 from fedveil.common.errors import ConfigError, ProtocolError
 from fedveil.common.log import about, set_up
+from fedveil.common.messages.blocks import layout_of
 from fedveil.common.messages.round import KeyTask, Refusal, Reply, SumReply, SumTask, TrainResult, TrainTask
 from fedveil.common.messages.signed import check_unsigned
-from fedveil.common.messages.wire import decode_sum_task, decode_task, kind_of_task, layout_of, round_of
+from fedveil.common.messages.sum_messages import decode_sum_task
+from fedveil.common.messages.wire import decode_task, kind_of_task, round_of
 from fedveil.common.model.device import denormals_flushed, make_threads, own_cores
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.model.files import files_of

@@ -36,7 +36,9 @@ from fedveil.client.timing import Timing
 from fedveil.common.errors import MechanismError, ModelError
 from fedveil.common.messages.columns import Chosen
 from fedveil.common.messages.state import AdapterState
+from fedveil.common.model.alone import columns_alone, head_alone, step_alone
 from fedveil.common.model.federated import FederatedModel
+from fedveil.common.model.recomputed import computed_once
 from fedveil.common.model.shapes import FixedBatch, Shapes
 from fedveil.common.starts import PaidStart
 from fedveil.common.starts.gradient import initial_shapes
@@ -71,7 +73,7 @@ def rehearse(model: FederatedModel) -> Timing:
 
 def rehearse_columns(model: FederatedModel, chosen: Chosen) -> Timing:
     """Check the steps on chosen columns, in layers of their shapes, the others staying; as ``rehearse``."""
-    with away_from_zero(model), model.columns_alone(chosen):
+    with away_from_zero(model), columns_alone(model, chosen):
         return _Rehearsal(model).run()
 
 
@@ -95,13 +97,13 @@ def rehearse_linearised(model: FederatedModel) -> Timing:
     for (layer, name), p in model.below_head().items():
         away = AWAY * torch.randn(p.shape, generator=stream(0, "rehearsal", layer, name))
         around.setdefault(layer, {})[name] = p.detach() + away.to(p.device)
-    with model.linearised(around):
+    with step_alone(model, around):
         return _Rehearsal(model).run()
 
 
 def rehearse_head(model: FederatedModel) -> Timing:
     """Check the steps on features (``client.head_alone``), which ``rehearse_features`` has seen; as ``rehearse``."""
-    with model.head_alone():
+    with head_alone(model):
         return _Rehearsal(model).run()
 
 
@@ -179,7 +181,7 @@ class _Rehearsal:
         In the shortest shape no layer is computed again (``model.checkpointing``): what that changes shows there. In
         longer ones memory may not have room for all activations.
         """
-        once = self.model.computed_once() if length == self.shapes.lengths[0] else nullcontext()
+        once = computed_once(self.model.peft_model) if length == self.shapes.lengths[0] else nullcontext()
         for parameter in self.trained:
             parameter.grad = None
         with once:

@@ -20,6 +20,7 @@ from fedveil.client.ledger.ledger import Ledger
 from fedveil.client.party import Party
 from fedveil.client.site import Site
 from fedveil.common.errors import ProtocolError
+from fedveil.common.messages.blocks import encode_state, layout_digest, layout_of
 from fedveil.common.messages.round import (
     KeyReply,
     KeyTask,
@@ -32,7 +33,7 @@ from fedveil.common.messages.round import (
     UnmaskReply,
     UnmaskTask,
 )
-from fedveil.common.messages.wire import encode_state, layout_digest, layout_of
+from fedveil.common.model.alone import columns_alone
 from fedveil.common.model.federated import FederatedModel
 from fedveil.privacy.secure_sum import (
     AttemptName,
@@ -234,7 +235,7 @@ def terms_of(job: Job, public_size: int) -> Terms:
 
 
 def _hashes(task: TrainTask, job: Job, model: FederatedModel) -> Task:
-    with model.columns_alone(job.strategy.trained_columns(task.state, task.round_number, 0)):
+    with columns_alone(model, job.strategy.trained_columns(task.state, task.round_number, 0)):
         sent = job.sent(task.round_number, model.trained())
     trained = {layer: {name: p.detach() for name, p in factors.items()} for layer, factors in sent.items()}
     return Task(

@@ -1,7 +1,7 @@
 """The bundle of code that a server hands to sites (Flower's FAB, a zip), known by a hash of what is in it.
 
 The hash is SHA-256 over the sorted paths, each with the hash of its content, so neither the zip's times nor its
-packing matter. ``pyproject.toml`` counts by its values, because Flower writes its text anew, and Flower's own
+packing matter. ``pyproject.toml`` counts by its values, because Flower rewrites its text, and Flower's own
 list of the files (``.info/CONTENT``) not at all. A site compares it with its policy and, by default, with the hash
 of the version that is installed there. Nothing of a bundle is written to a disk or executed here.
 """
@@ -28,7 +28,7 @@ OWN_SETTINGS = "common/bundle.toml"
 """The project's ``pyproject.toml`` as package data: an installed wheel has no other."""
 MANIFEST = ".info/CONTENT"
 MOST_BYTES = 4 << 20
-"""Of the zip. FedVeil's own has 2 MB; what is larger is none, and is not opened."""
+"""Of the zip. FedVeil's own has 2 MB; a larger file is not opened."""
 MOST_FILES = 1000
 MOST_DIRECTORY = 128 << 10
 """Bytes of the zip's list of files; FedVeil's own has 21 kB. zipfile reads all of it, in a time that grows with the
@@ -49,13 +49,13 @@ def files_of(project: Path) -> dict[str, bytes]:
         project: the folder that holds the rooms: a checkout, an installed wheel's package, or an unpacked bundle, which
             has no ``common/bundle.toml`` but ``pyproject.toml``.
     """
-    own = project / OWN_SETTINGS
-    text = (own if own.is_file() else project / SETTINGS).read_bytes()
+    settings = project / OWN_SETTINGS
+    text = (settings if settings.is_file() else project / SETTINGS).read_bytes()
     patterns = tomllib.loads(text.decode())["tool"]["flwr"]["app"]["fab-include"]
-    found = {file.relative_to(project).as_posix(): file for pattern in patterns for file in project.glob(pattern)}
+    files = {file.relative_to(project).as_posix(): file for pattern in patterns for file in project.glob(pattern)}
     if not (project / PACKAGE).is_dir():  # a wheel's package: its own files lie among the rooms
-        found |= {f"{PACKAGE}/{file.name}": file for file in project.glob("*.py")}
-    return {SETTINGS: text, **{name: file.read_bytes() for name, file in sorted(found.items())}}
+        files |= {f"{PACKAGE}/{file.name}": file for file in project.glob("*.py")}
+    return {SETTINGS: text, **{name: file.read_bytes() for name, file in sorted(files.items())}}
 
 
 @lru_cache(maxsize=1)
@@ -75,8 +75,8 @@ def digest(files: Mapping[str, bytes]) -> str:
         if path == MANIFEST:
             continue
         name = path.encode()
-        told = _values(content) if path == SETTINGS else content
-        whole.update(len(name).to_bytes(4, "big") + name + hashlib.sha256(told).digest())
+        counted = _values(content) if path == SETTINGS else content
+        whole.update(len(name).to_bytes(4, "big") + name + hashlib.sha256(counted).digest())
     return whole.hexdigest()
 
 

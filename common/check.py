@@ -97,7 +97,7 @@ class Interval(Rule):
 
 @dataclass(frozen=True)
 class OneOf(Rule):
-    """One of some words; a table's are those that it has when it is asked."""
+    """One of some words; a table's are those that it has at the check."""
 
     choices: Iterable[str]
 
@@ -119,7 +119,7 @@ class OneOf(Rule):
 
 @dataclass(frozen=True)
 class Digits(Rule):
-    """Hexadecimal digits, so many of them, or no text at all."""
+    """A number of hexadecimal digits, or no text at all."""
 
     count: int
     source: str

@@ -37,10 +37,10 @@ def fields_said(of: type[Any]) -> dict[str, str]:
 def _texts(of: type[Any]) -> dict[str, str]:
     tree = ast.parse(textwrap.dedent(inspect.getsource(of)))
     (lines,) = (node.body for node in tree.body if isinstance(node, ast.ClassDef))
-    found = {}
+    texts = {}
     for field, below in pairwise(lines):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
             text = getattr(below.value, "value", None)
             if isinstance(text, str):
-                found[field.target.id] = " ".join(text.split())
-    return found
+                texts[field.target.id] = " ".join(text.split())
+    return texts

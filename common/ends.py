@@ -6,7 +6,7 @@ import signal
 
 
 def end_as_by_ctrl_c() -> None:
-    """Let SIGTERM, and SIGHUP as of a terminal that closes, end this process as Ctrl-C does.
+    """Let SIGTERM, and the SIGHUP of a terminal that closes, end this process as Ctrl-C does.
 
     A SIGHUP that is ignored, as under nohup, stays ignored.
     """

@@ -5,7 +5,7 @@
     FedVeilError
     ├── ConfigError            a setting is unknown, ill-typed or out of range
     ├── DataError              a data file is missing, empty or not what it says
-    │   └── UnreadableFile     its rows cannot be told apart
+    │   └── UnreadableFile     its rows cannot be separated
     ├── ModelError             a base model cannot be loaded or does not fit the job
     │   └── ModelNotLoaded     it cannot be found or read
     ├── ProtocolError          a message from the other side is not what it claims to be
@@ -35,7 +35,7 @@ class DataError(FedVeilError):
 
 
 class UnreadableFile(DataError):
-    """The rows of a data file cannot be told apart, or there is none."""
+    """The rows of a data file cannot be separated, or it has none."""
 
 
 class ModelError(FedVeilError):

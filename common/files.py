@@ -80,7 +80,7 @@ def with_usual_mode(folder: Path) -> None:
 
 
 def write_output(files: Mapping[Path, bytes], reads: Iterable[Path] = ()) -> None:
-    """Write what a command was asked for, each file as ``replace_file`` does, and never over what is somebody's own.
+    """Write a command's files, each as ``replace_file`` does, and never over what is somebody's own.
 
     Args:
         files: contents by path; all paths are looked at before the first is written.
@@ -160,9 +160,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def check_room(folder: Path, needed: int) -> None:
-    """Raise RunFailed if the disk of a folder has no room for so many bytes.
+    """Raise RunFailed if the disk of a folder has not this much room, in bytes.
 
-    A quota of the user's own, which nobody can ask for, is not seen.
+    A quota of the user's own cannot be read and is not seen.
     """
     left = shutil.disk_usage(folder).free
     if left < needed:
@@ -210,18 +210,18 @@ def whole_lines(path: Path) -> list[str]:
 def state_of(path: str | Path) -> FileState:
     """Return when a plain file was written last, and changed in any way, in nanoseconds, and its bytes; None: no such.
 
-    Whoever copies a file may set when it was written, as cp -p, tar and rsync -t do, and a row of equal length leaves
-    the bytes as many. The system alone sets when it was changed.
+    A copy may set when it was written, as cp -p, tar and rsync -t do, and a row of equal length leaves the number of
+    bytes. The system alone sets when it was changed.
     """
     try:
-        found = os.stat(path)
+        state = os.stat(path)
     except (OSError, ValueError):  # also of a name that no file can have
         return None
-    return (found.st_mtime_ns, found.st_ctime_ns, found.st_size) if stat.S_ISREG(found.st_mode) else None
+    return (state.st_mtime_ns, state.st_ctime_ns, state.st_size) if stat.S_ISREG(state.st_mode) else None
 
 
 def length(path: Path) -> int:
-    """Return a file's length in bytes; 0 if there is none."""
+    """Return a file's length in bytes; 0 if it is missing."""
     return path.stat().st_size if path.exists() else 0
 
 

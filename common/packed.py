@@ -26,7 +26,7 @@ class Form:
         besides: names of the fields that travel in another way.
 
     Raises:
-        TypeError: table and ``besides`` do not hold every field once, or name one that is none.
+        TypeError: table and ``besides`` do not hold every field once, or name an unknown one.
     """
 
     def __init__(self, of: type, table: Mapping[str, Format], besides: Collection[str] = ()) -> None:
@@ -40,18 +40,18 @@ class Form:
 
     def pack(self, value: Any) -> bytes:
         """Return the fields of ``value`` as ``size`` bytes; ProtocolError if one of them has no such form."""
-        held = {name: getattr(value, name) for name in self._table}
+        values = {name: getattr(value, name) for name in self._table}
         try:
-            places = [f.index(held[name]) if isinstance(f, tuple) else held[name] for name, f in self._table.items()]
-            return self._struct.pack(*places)
+            forms = zip(self._table.values(), values.values(), strict=True)
+            return self._struct.pack(*(form.index(x) if isinstance(form, tuple) else x for form, x in forms))
         except (ValueError, struct.error) as error:
-            raise ProtocolError(f"{', '.join(held)} cannot be sent as {held}: {error}") from error
+            raise ProtocolError(f"{', '.join(values)} cannot be sent as {values}: {error}") from error
 
     def unpack(self, data: bytes) -> dict[str, Any]:
         """Return the fields that ``size`` bytes hold, by name; ProtocolError if one has an unknown value."""
-        held = {}
+        values = {}
         for (name, form), value in zip(self._table.items(), self._struct.unpack(data), strict=True):
             if isinstance(form, tuple) and value >= len(form):
                 raise ProtocolError(f"{name} has the unknown value {value}")
-            held[name] = form[value] if isinstance(form, tuple) else value
-        return held
+            values[name] = form[value] if isinstance(form, tuple) else value
+        return values

@@ -11,7 +11,7 @@ _DIE_WITH_PARENT = 1
 
 
 def die_with_parent() -> None:
-    """Have this process told to end (SIGTERM) when the thread that started it is gone; nothing where there is no Linux.
+    """Have Linux end this process (SIGTERM) when the thread that started it is gone; elsewhere nothing happens.
 
     Called in the child, between its fork and whatever it does.
     """

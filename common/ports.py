@@ -25,7 +25,7 @@ def dialled(host: str, port: int) -> str:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return ``count`` different TCP ports of 127.0.0.1 that nobody listens on now; another process may take one."""
+    """Return ``count`` different TCP ports of 127.0.0.1 that are free now; another process may take one."""
     sockets = [socket.socket() for _ in range(count)]
     try:
         for one in sockets:

@@ -1,4 +1,4 @@
-"""Tables of rows that a setting names: the core's, and those of another package, each loaded when it is asked for."""
+"""Tables of rows that a setting names: the core's, and those of another package, each loaded on its first use."""
 
 from __future__ import annotations
 

@@ -16,8 +16,6 @@ from fedveil.common.files import ABOUT_ADAPTER
 from fedveil.common.messages.round import SpendingFigures
 from fedveil.common.strict_json import BESIDE, Endless, Measured, called, from_json, json_of
 
-AUDITS = "audit*"
-"""Names of the files in which audits leave their findings, each an ``AuditFile``."""
 COHORT = "the cohort"
 """What all sites of a trusted server together are called, in whose place no site has a line."""
 
@@ -48,63 +46,11 @@ class ConfigFile(RunFile):
     versions: dict[str, str]
     """Of Python and of packages, by name."""
     chosen: list[str] = field(default_factory=list)
-    """The settings that were asked for otherwise than by default."""
+    """The settings that the user set."""
     resumed: list[str] = field(default_factory=list)
     """When the run went on, as ``started``."""
     resumed_after: list[int] = field(default_factory=list)
     """After which round each time."""
-
-
-@dataclass(frozen=True)
-class CheckLine:
-    """One line of the server's own check, as ``fedveil doctor`` has it."""
-
-    ok: bool
-    what: str
-    found: str
-    """What was found; where it is not well, also what to do."""
-
-
-@dataclass(frozen=True)
-class OwnCheck:
-    """What a server found of itself when a run began or went on."""
-
-    named: bool = False
-    """Whether the SuperLink says which folder it was started from. If not, of TLS and keys nothing is known."""
-    tls: bool | None = None
-    """Whether the port that sites dial took a TLS handshake; None: not known."""
-    certificate: str = ""
-    """SHA-256 fingerprint of the certificate that this port showed; empty: not known."""
-    keys: bool | None = None
-    """Whether this port turned away a key that nobody had registered; None: not known."""
-    checks: list[CheckLine] = field(default_factory=list)
-
-
-Reach = Literal["network", "simulation", "one process"]
-"""How sites are reached; only in the first case does anything go over a network."""
-
-
-@dataclass(frozen=True)
-class ServerStart:
-    """One start of a run's server."""
-
-    began: str
-    """UTC, ISO 8601."""
-    bundle: str
-    """SHA-256 of the server's code, as ``fedveil bundle`` prints it."""
-    reach: Reach
-    """How sites are reached."""
-    check: OwnCheck
-    system_entropy: bool = True
-    """Whether private randomness came from the operating system; False: from a test's source."""
-
-
-@dataclass(frozen=True)
-class ServerFile(RunFile):
-    """What the server knew of its code, its connections and its machine, at each start of the run."""
-
-    NAME: ClassVar[str] = "server.json"
-    starts: list[ServerStart]
 
 
 @dataclass(frozen=True)
@@ -135,7 +81,7 @@ class BaselineFile(RunFile):
 
 @dataclass(frozen=True)
 class ProgressFile(RunFile):
-    """What goes on right now, for whoever watches."""
+    """What goes on right now, for ``fedveil watch``."""
 
     NAME: ClassVar[str] = "progress.json"
     phase: str
@@ -202,13 +148,13 @@ class AdapterFile(RunFile):
 
 @dataclass(frozen=True)
 class Absence:
-    """A site that did not take part in one attempt at a round, and why; or a whole attempt that asked nobody."""
+    """A site that did not take part in one attempt at a round, and why; or a whole attempt that reached no site."""
 
     round_number: int = field(metadata=called("round"))
     attempt: int
     """1-based."""
     site: str
-    """Its name as far as it can be trusted, else what stands for its node in this run; empty where too few sites were
+    """Its name as far as it can be trusted, else its node's name in this run; empty where too few sites were
     online to ask any."""
     kind: str
     """What the site refuses by (``REFUSAL_KINDS``), or what the server found: ``late``, ``failed``, ``reply`` (what it
@@ -238,7 +184,7 @@ class ShortenedLine:
 
 @dataclass(frozen=True)
 class RoundLine(RunFile):
-    """One round, asked for by the server, whether or not it counts."""
+    """One round that the server began, whether or not it counts."""
 
     NAME: ClassVar[str] = "rounds.jsonl"
     round_number: int = field(metadata=called("round"))
@@ -247,7 +193,7 @@ class RoundLine(RunFile):
     """Whether the quorum was reached; if not, nothing was averaged."""
     strategy: str
     participants: list[str]
-    """Sites whose result counts; with a trusted server, which tells nobody, the cohort."""
+    """Sites whose result counts; with a trusted server, which keeps them secret, the cohort."""
     accuracy: float | None
     """On public data; None, as ``loss``, in a round that was not scored."""
     loss: Measured | None
@@ -256,14 +202,14 @@ class RoundLine(RunFile):
     bytes_up: int
     """Adapter payload of all replies, likewise."""
     seconds: float | None
-    """None with a trusted server, which tells nobody who was drawn: how long a round takes follows from that."""
+    """None with a trusted server, which keeps the draw secret: how long a round takes follows from that."""
     privacy: str
     """The setting ``privacy.mode``."""
     head: str
     """The head's policy in words."""
     noised_correct: list[CountLine]
     refusals: list[Absence]
-    """The last word of each site that was asked and did not take part; with a trusted server, of none."""
+    """The last word of each site that got a task and did not take part; with a trusted server, of none."""
     attempts: int
     failures: list[Absence]
     """Everything that went wrong, in every attempt, also where a later one mended it."""
@@ -277,10 +223,10 @@ class RoundLine(RunFile):
 
 @dataclass(frozen=True)
 class PrivacyLine(RunFile):
-    """What one site released in one attempt at a round, or a trusted server for all: what the claim for it rests on.
+    """What one site released in one attempt at a round, or a trusted server for all: the basis of the claim for it.
 
     Also of attempts that were thrown away, of replies that do not count, and of rounds that were cut off by a crash and
-    asked for again: a round that counts has of each site its last line.
+    repeated: a round that counts has of each site its last line.
     """
 
     NAME: ClassVar[str] = "privacy.jsonl"
@@ -300,74 +246,6 @@ class PrivacyLine(RunFile):
     """The head's policy in words."""
     rank: int = 0
     """How many columns the site trains, declared as public; 0: the strategy does not ask."""
-
-
-@dataclass(frozen=True)
-class BesideRow:
-    """Runs of a sweep on the same base model and data as this run, of one variant, arm and ε."""
-
-    variant: str
-    arm: str
-    """``federated``, ``local-only`` (each site alone), ``pooled`` (all records at one site) or ``fitted-head`` (on the
-    frozen encoder, without privacy)."""
-    epsilon_asked: float | None
-    """The budget; None: no privacy."""
-    accuracy_before: float
-    accuracy: float
-    """Mean over the runs."""
-    half: float | None
-    """Half of its 95 % interval (Student's t); None of a single run."""
-    runs: int
-    honest: int = 0
-    """How many honest sites its ε counts on; 0: on none, as each site adds all of its noise itself."""
-
-
-@dataclass(frozen=True)
-class BesideFile(RunFile):
-    """What other runs came to, to be read beside this one (``fedveil report --beside``)."""
-
-    NAME: ClassVar[str] = "beside.json"
-    rows: list[BesideRow]
-
-
-@dataclass(frozen=True)
-class TuningFile(RunFile):
-    """That a run is one of several trials on the same records, and what all of them cost (``fedveil tune``)."""
-
-    NAME: ClassVar[str] = "tuning.json"
-    trials: int
-    chosen: bool | None
-    """Whether this one was chosen; None: not all have ended."""
-    epsilon: Endless
-    """Of all trials together, in a site that joins every round, or by a ledger where that holds more."""
-    delta: float
-
-
-@dataclass(frozen=True)
-class Finding:
-    """The outcome of one audit, or of one fault that was built in to see whether the audit sees it."""
-
-    audit: str
-    case: str
-    """What ran, in words; for a fault that was built in, its name."""
-    built_in: bool
-    """Whether the case is a fault that was built in on purpose."""
-    passed: bool
-    """The code as it is: no violation. A built-in fault: it was found."""
-    figures: dict[str, int | float | str]
-    """Counts and epsilons by name."""
-
-
-@dataclass(frozen=True)
-class AuditFile:
-    """What audits of a run's code found."""
-
-    passed: bool
-    """Whether all did."""
-    date: str
-    """UTC, ISO 8601."""
-    versions: dict[str, str]
-    findings: list[Finding]
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """A client of Flower's Runtime API: how a site's worker and a server's runner are handed tasks, and hold one.
 
 Flower's own way for a task starts a process, unpacks the bundle that came with it and runs the code in it. A SuperNode
-or a SuperLink in ``--isolation process`` starts none: it serves this API, and hands tasks to whoever knows the secret
-that it was started with. What of Flower is internal is called here, in ``client.runtime`` and in ``server.runner``;
-``test_worker.py`` and ``test_runner.py`` hold it to the version.
+or a SuperLink in ``--isolation process`` starts none: it serves this API, and hands tasks to a process that knows
+the secret that it was started with. What of Flower is internal is called here, in ``client.runtime`` and in
+``server.runner``; ``test_worker.py`` and ``test_runner.py`` hold it to the version.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 
 log = logging.getLogger("fedveil")
 ANEW, NODE_TOO = 75, 76
-"""Exit codes of a worker: start it anew, or Flower's process as well."""
+"""Exit codes of a worker: restart it, or Flower's process as well."""
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 _REFUSED = (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN)
 
@@ -77,7 +77,7 @@ class Runtime:
         self._client.close()
 
     def acquire(self) -> str:
-        """Return the token of the next task; empty: there is none, or nobody is there.
+        """Return the token of the next task; empty: no task, or no answer.
 
         Raises:
             NotOurNode: our secret is not taken.
@@ -119,13 +119,13 @@ class Runtime:
 
 
 def _is_held(client: RuntimeHttpClient, lost: Callable[[], None]) -> bool:
-    """Send one sign of life; False: nobody answered."""
+    """Send one sign of life; False: no answer."""
     try:
-        held = client.SendTaskHeartbeat(SendTaskHeartbeatRequest()).success
+        is_held = client.SendTaskHeartbeat(SendTaskHeartbeatRequest()).success
     except httpx.HTTPStatusError as error:
-        held = error.response.status_code not in _REFUSED
+        is_held = error.response.status_code not in _REFUSED
     except httpx.HTTPError:
         return False
-    if not held:
+    if not is_held:
         lost()
     return True

@@ -43,16 +43,16 @@ def called(key: str) -> dict[str, str]:
 
 def to_json(value: Any) -> dict[str, Any]:
     """Return a dataclass as plain objects, lists and values; ``from_json`` reads them."""
-    held: dict[str, Any] = {}
+    written: dict[str, Any] = {}
     for item in fields(value):
-        own = getattr(value, item.name)
+        content = getattr(value, item.name)
         if not item.metadata.get("beside"):
-            held[_key(item)] = _plain(own)
-        elif own is None:
-            held |= dict.fromkeys(_keys(_inner(type(value), item)))
+            written[_key(item)] = _plain(content)
+        elif content is None:
+            written |= dict.fromkeys(_keys(_inner(type(value), item)))
         else:
-            held |= to_json(own)
-    return held
+            written |= to_json(content)
+    return written
 
 
 def from_json(of: type[T], value: Any, what: str) -> T:
@@ -68,7 +68,7 @@ def from_json(of: type[T], value: Any, what: str) -> T:
     """
     if not isinstance(value, dict):
         raise DataError(f"{what} is not an object")
-    held: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     known, hints = _keys(of), _hints(of)  # type: ignore[arg-type]
     if unknown := [name for name in value if name not in known]:
         raise DataError(f"{what} has the unknown field {unknown[0]!r}")
@@ -76,16 +76,16 @@ def from_json(of: type[T], value: Any, what: str) -> T:
         if item.metadata.get("beside"):
             inner = _inner(of, item)
             part = {name: value[name] for name in _keys(inner) if name in value}
-            empty = len(part) == len(_keys(inner)) and all(own is None for own in part.values())
-            held[item.name] = None if empty else from_json(inner, part, what)
+            empty = len(part) == len(_keys(inner)) and all(content is None for content in part.values())
+            arguments[item.name] = None if empty else from_json(inner, part, what)
         elif _key(item) in value:
             try:
-                held[item.name] = _read(hints[item.name], value[_key(item)], what)
+                arguments[item.name] = _read(hints[item.name], value[_key(item)], what)
             except _MisfitError:
                 raise DataError(f"{what} has no usable field {_key(item)!r}") from None
         elif item.default is MISSING and item.default_factory is MISSING:
             raise DataError(f"{what} lacks the field {_key(item)!r}")
-    return of(**held)
+    return of(**arguments)
 
 
 class _MisfitError(Exception):

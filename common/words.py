@@ -65,7 +65,7 @@ def number_text(value: float | None) -> str:
 
 
 def decimal_text(value: float | None, decimals: int) -> str:
-    """Return a figure with so many decimals; one of a model that diverged has none.
+    """Return a figure with ``decimals`` decimals; one of a model that diverged has none.
 
     >>> decimal_text(0.5, 2), decimal_text(float("nan"), 2), decimal_text(None, 2)
     ('0.50', 'not finite', '–')

@@ -29,7 +29,8 @@ from fedveil.common.data.sources import load_dataset
 from fedveil.common.errors import ConfigError, DataError, FedVeilError
 from fedveil.common.starts.public_text import as_file, data_set_sentences
 from fedveil.common.tasks.cells import is_missing, plain
-from fedveil.common.tasks.tables import Table, read_file
+from fedveil.common.tasks.table_files import read_file
+from fedveil.common.tasks.tables import Table
 
 PERSONS, RECORDS_OF_ONE = 2000, 8
 """Authors whose reviews are cut into records, and the most sentences of one."""

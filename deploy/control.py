@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from fedveil.common.config.sections import Scalar
 from fedveil.common.config.text import to_toml
 from fedveil.common.errors import RunFailed
+from fedveil.common.foreign_words import FLOWER_KEY_IN_USE, FLOWER_NO_NODE, FLOWER_NO_RUN
 from fedveil.deploy.app import app_folder
 from fedveil.deploy.commands import environment, program
 from fedveil.deploy.files import read_bytes
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from flwr.proto.node_pb2 import NodeInfo
 
 NO_DETAILS = "N/A"
-IN_USE, NO_SUCH_NODE, NO_SUCH_RUN = "already in use", "Node ID not found", "Run ID not found"
 SHUT_OUT = "unregistered"
 """Status of a node whose key Flower keeps and lets in no more."""
 UNREACHED = "Connection to the SuperLink is unavailable"
@@ -51,14 +51,14 @@ class Control:
     def register(self, public_key: Path) -> str:
         """Register a site's public key and return its node id; an empty string if the server knows the key already."""
         answer = self._call("supernode", "register", str(public_key), CONNECTION)
-        if not answer.get("success") and IN_USE in str(answer.get("error-message")):
+        if not answer.get("success") and FLOWER_KEY_IN_USE in str(answer.get("error-message")):
             return ""
         return str(self._good(answer, "register the key")["node-id"])
 
     def revoke(self, node_id: str) -> None:
         """Unregister a node, which is refused from its next call on; an unknown node is refused already."""
         answer = self._call("supernode", "unregister", node_id, CONNECTION)
-        if answer.get("success") or NO_SUCH_NODE not in str(answer.get("error-message")):
+        if answer.get("success") or FLOWER_NO_NODE not in str(answer.get("error-message")):
             self._good(answer, "revoke the site")
 
     def node_of(self, line: bytes) -> str:
@@ -112,7 +112,7 @@ class Control:
     def status(self, run: str) -> str:
         """Return a run's status as Flower has it, such as ``finished:failed (reason)``; ``unknown``: no such run."""
         answer = self._call("list", CONNECTION, "--run-id", run)
-        if not answer.get("success") and NO_SUCH_RUN in str(answer.get("error-message")):
+        if not answer.get("success") and FLOWER_NO_RUN in str(answer.get("error-message")):
             return "unknown"
         (listed,) = self._good(answer, "tell how the run stands")["runs"]
         why = listed.get("status-details", NO_DETAILS)

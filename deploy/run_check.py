@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedveil.common.files import expanded
-from fedveil.common.run_lines import CheckLine, OwnCheck
+from fedveil.common.server_file import CheckLine, OwnCheck
 from fedveil.common.strict_json import to_json
 from fedveil.deploy import shared_checks as shared
 from fedveil.deploy.certificates import as_fingerprint, fingerprint, read_certificate

@@ -16,11 +16,12 @@ from peft import PeftModel, get_peft_model_state_dict
 from fedveil.common.adapters.attach import pefts_old_names
 from fedveil.common.data.sources import public_test
 from fedveil.common.errors import DataError, ModelError
+from fedveil.common.foreign_words import PEFT_MISSING_KEYS
 from fedveil.common.model.base import BaseModel, load_base_model
 from fedveil.common.model.device import choose_attention, choose_device
-from fedveil.common.model.federated import score_records
 from fedveil.common.model.files import check_files
 from fedveil.common.model.score import Score
+from fedveil.common.model.scoring import score_records
 from fedveil.common.paths import check_adapter
 from fedveil.common.run_lines import AdapterFile, read_file, read_json
 from fedveil.common.tasks import TASKS, Task
@@ -110,7 +111,7 @@ def _with_adapter(base: BaseModel, folder: Path) -> PeftModel:
     tensors = read_tensors(folder / "adapter_model.safetensors")
     with pefts_old_names(), _fitting(folder), warnings.catch_warnings():
         # PEFT leaves a missing tensor as it is made, and warns; a score without it would be another model's.
-        warnings.filterwarnings("ignore", "Found missing adapter keys", UserWarning)
+        warnings.filterwarnings("ignore", PEFT_MISSING_KEYS, UserWarning)
         model = PeftModel.from_pretrained(base.module, str(folder))
         present = get_peft_model_state_dict(model, save_embedding_layers=False)
         if missing := present.keys() - tensors.keys():

@@ -14,8 +14,9 @@ from typing import Any
 from fedveil.client.app import answer
 from fedveil.common.config.sections import Scalar
 from fedveil.common.errors import ConfigError
+from fedveil.common.messages.blocks import Layout, payload_bytes
 from fedveil.common.messages.round import Reply, SumReply, Task
-from fedveil.common.messages.wire import Layout, encode_reply, encode_task, payload_bytes
+from fedveil.common.messages.wire import encode_reply, encode_task
 from fedveil.common.paths import run_folder
 from fedveil.common.run_lines import ConfigFile
 from fedveil.server.conduct import conduct

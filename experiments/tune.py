@@ -18,15 +18,8 @@ from typing import Any
 from fedveil.common.config.sections import Scalar
 from fedveil.common.errors import ConfigError, PrivacyError, RunFailed
 from fedveil.common.files import finite, replace_file
-from fedveil.common.run_lines import (
-    BaselineFile,
-    ResultFile,
-    RoundLine,
-    TuningFile,
-    read_file,
-    read_if_there,
-    read_lines,
-)
+from fedveil.common.other_runs import TuningFile
+from fedveil.common.run_lines import BaselineFile, ResultFile, RoundLine, read_file, read_if_there, read_lines
 from fedveil.common.strict_json import json_of, to_json
 from fedveil.common.tasks import TASKS
 from fedveil.common.words import decimal_text, percent_text

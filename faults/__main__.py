@@ -25,7 +25,7 @@ from faults.server_scenarios import server_killed, superlink_killed
 from faults.sum_scenarios import drop_outs, server_lies, sums, survivor_lies
 from faults.table import show
 from fedveil.common.errors import FedVeilError, RunFailed
-from fedveil.common.run_lines import Finding
+from fedveil.common.findings import Finding
 
 SCENARIOS = (
     *("lies", "quorum", "slow", "kills", "cut", "server", "superlink", "sums", "server-lies", "stutters", "drop-outs"),

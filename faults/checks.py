@@ -24,9 +24,10 @@ from safetensors import safe_open
 
 from faults.federation import SIZES, Federation, Run
 from fedveil.client.ledger.ledger import Ledger
+from fedveil.common.findings import Finding
+from fedveil.common.messages.blocks import block_data
 from fedveil.common.messages.state import HEAD
-from fedveil.common.messages.wire import block_data
-from fedveil.common.run_lines import Finding, RoundLine, read_lines
+from fedveil.common.run_lines import RoundLine, read_lines
 from fedveil.server.checkpoint import NAME
 
 CLOSE = 1e-6

@@ -17,9 +17,10 @@ from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
 from faults.fault_plan import FaultPlan, open_plan
 from fedveil.client import app as honest
+from fedveil.common.messages.blocks import STYPE
 from fedveil.common.messages.round import Reply, TrainResult
 from fedveil.common.messages.tensors import apply
-from fedveil.common.messages.wire import STYPE, encode_reply, round_of
+from fedveil.common.messages.wire import encode_reply, round_of
 
 BEFORE, AFTER = "held before the charge", "held between charge and reply"
 TWICE = "asked twice"

@@ -15,9 +15,10 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from faults.checks import charges
 from faults.federation import SIZES, Federation, Run
 from faults.impostor import SERVER, Impostor, online
+from fedveil.common.findings import Finding
 from fedveil.common.messages.round import Refusal
 from fedveil.common.messages.wire import encode_reply, round_of
-from fedveil.common.run_lines import Finding, RoundLine, read_lines
+from fedveil.common.run_lines import RoundLine, read_lines
 
 IMPOSTOR, VICTIM, GROUP = "mill", "ward", "a registered site as another"
 HONEST, OPEN = "fedveil.client.worker", "faults.open_worker"

@@ -11,7 +11,8 @@ from faults.federation import PATIENCE, SIZES, Federation, Run
 from faults.network import Cable
 from faults.processes import wait_until
 from faults.stuttering_node import HALF, NODE
-from fedveil.common.run_lines import Finding, RoundLine, read_lines
+from fedveil.common.findings import Finding
+from fedveil.common.run_lines import RoundLine, read_lines
 
 ROOM = 3.0
 """The deadline of a round over the time that a round without a fault took here."""

@@ -13,7 +13,7 @@ from faults.faulty_site import AFTER
 from faults.federation import PATIENCE, SIZES, Federation, Run
 from faults.processes import wait_until
 from fedveil.common.errors import RunFailed
-from fedveil.common.run_lines import Finding
+from fedveil.common.findings import Finding
 from fedveil.deploy.control import Control
 
 PHASES = {BEFORE: 0, TRAINING: 1, AGGREGATING: 1, RENAME: 1, CHECKPOINT: 1}

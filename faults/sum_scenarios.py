@@ -14,7 +14,8 @@ from faults.federation import MORE_SIZES, SIZES, Federation, Run
 from faults.scenarios import LATE, NOTICED
 from fedveil.common.config.sections import Scalar
 from fedveil.common.config.text import to_toml
-from fedveil.common.run_lines import Finding, RoundLine, read_lines
+from fedveil.common.findings import Finding
+from fedveil.common.run_lines import RoundLine, read_lines
 from fedveil.deploy.peers import ENTRY, PEERS, make_roster
 from fedveil.deploy.pin import pin_roster
 

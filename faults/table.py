@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from fedveil.common.run_lines import Finding
+from fedveil.common.findings import Finding
 
 COLUMNS = ("took part", "told", "charged", "adapter")
 """Figures that every round's finding has; others stand under "besides"."""

@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING
 
 from fedveil.common.check import at_least, in_range, positive
 from fedveil.common.errors import ConfigError
+from fedveil.common.foreign_words import ABSL_UNCONVERGED
 from fedveil.privacy.accountant import (
     BELOW_FLOOR,
     DEPARTED,
@@ -289,7 +290,7 @@ def _without_order_warnings() -> Iterator[None]:
     """Silence one absl warning per Renyi order that does not converge: leaving an order out only raises the bound."""
 
     def keep(record: logging.LogRecord) -> bool:
-        return "failed to converge" not in str(record.msg)
+        return ABSL_UNCONVERGED not in str(record.msg)
 
     logger = logging.getLogger("absl")
     logger.addFilter(keep)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fedveil.common.run_lines import AuditFile, Finding
+from fedveil.common.findings import AuditFile, Finding
 from fedveil.privacy.figures import epsilon_text, honest_text
 
 COMPARED = ("fedveil", "torch", "opacus", "dp-accounting", "flwr")

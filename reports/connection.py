@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from fedveil.common.run_lines import CheckLine, ServerFile, ServerStart
+from fedveil.common.server_file import CheckLine, ServerFile, ServerStart
 
 NO_NETWORK = {
     "simulation": "Nothing went over a network: the sites were simulated on the server's machine. So there was no TLS, "

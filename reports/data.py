@@ -15,7 +15,8 @@ from fedveil.common.config.sections import Scalar, method_of
 from fedveil.common.data.sources import unprotected_test
 from fedveil.common.errors import DataError
 from fedveil.common.files import sha256_of
-from fedveil.common.run_lines import Absence, AdapterFile, BesideRow, TuningFile, read_file
+from fedveil.common.other_runs import BesideRow, TuningFile
+from fedveil.common.run_lines import Absence, AdapterFile, read_file
 from fedveil.reports.audits import AuditReport, audit_alarms, audit_cares, audit_reports
 from fedveil.reports.claim import Claim, claim_of
 from fedveil.reports.connection import ConnectionReport, connection_cares, connection_reports

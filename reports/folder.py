@@ -14,21 +14,10 @@ from typing import TypeVar
 
 from fedveil.common.config.sections import Scalar
 from fedveil.common.errors import DataError
-from fedveil.common.run_lines import (
-    AUDITS,
-    Absence,
-    AuditFile,
-    BaselineFile,
-    BesideFile,
-    BesideRow,
-    ConfigFile,
-    PrivacyLine,
-    ResultFile,
-    RoundLine,
-    RunFile,
-    ServerFile,
-    TuningFile,
-)
+from fedveil.common.findings import AUDITS, AuditFile
+from fedveil.common.other_runs import BesideFile, BesideRow, TuningFile
+from fedveil.common.run_lines import Absence, BaselineFile, ConfigFile, PrivacyLine, ResultFile, RoundLine, RunFile
+from fedveil.common.server_file import ServerFile
 from fedveil.common.strict_json import from_json, json_of
 from fedveil.common.words import pathless
 from fedveil.privacy import trusting_the_server

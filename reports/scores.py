@@ -14,7 +14,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedveil.common.run_lines import BesideRow, LabelScore
+from fedveil.common.other_runs import BesideRow
+from fedveil.common.run_lines import LabelScore
 from fedveil.common.words import UNKNOWN, percent_text
 from fedveil.privacy.figures import honest_text
 

@@ -42,16 +42,10 @@ from cryptography.hazmat.primitives.serialization import (
 
 from fedveil.common.errors import DataError
 from fedveil.common.files import finite
-from fedveil.common.run_lines import (
-    AUDITS,
-    BaselineFile,
-    ConfigFile,
-    PrivacyLine,
-    ResultFile,
-    RoundLine,
-    ServerFile,
-    TuningFile,
-)
+from fedveil.common.findings import AUDITS
+from fedveil.common.other_runs import TuningFile
+from fedveil.common.run_lines import BaselineFile, ConfigFile, PrivacyLine, ResultFile, RoundLine
+from fedveil.common.server_file import ServerFile
 
 CONTEXT = "FedVeil signed run, 2"
 STATEMENT, SIGNATURE = "report.signed.json", "report.signed.json.sig"

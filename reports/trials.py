@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fedveil.common.run_lines import TuningFile
+from fedveil.common.other_runs import TuningFile
 from fedveil.privacy.figures import epsilon_text
 
 TRIAL_ALONE = (

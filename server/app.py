@@ -14,11 +14,12 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.superlink.grid import InMemoryGrid
 
 from fedveil.common.log import place_of
+from fedveil.common.messages.blocks import Layout, payload_bytes
 from fedveil.common.messages.round import Reply, SumReply, Task
 from fedveil.common.messages.signed import check_unsigned
-from fedveil.common.messages.wire import Layout, encode_task, payload_bytes
+from fedveil.common.messages.wire import encode_task
 from fedveil.common.paths import run_folder
-from fedveil.common.run_lines import Reach
+from fedveil.common.server_file import Reach
 from fedveil.server.conduct import conduct
 from fedveil.server.model import ServerModel
 from fedveil.server.own_check import began, own_check

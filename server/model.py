@@ -10,11 +10,12 @@ from torch import Tensor
 from fedveil.common.adapters.layers import base_weight, layers_of
 from fedveil.common.data.sources import public_test, slices_of
 from fedveil.common.errors import ModelError
+from fedveil.common.messages.blocks import Layout, layout_of
 from fedveil.common.messages.columns import chosen_factors
 from fedveil.common.messages.state import AdapterState
 from fedveil.common.messages.tensors import merge
-from fedveil.common.messages.wire import Layout, layout_of
-from fedveil.common.model.federated import FederatedModel, phrases_of
+from fedveil.common.model.federated import FederatedModel
+from fedveil.common.model.head import phrases_of
 from fedveil.common.model.score import Score
 from fedveil.common.starts import Labels
 from fedveil.common.tasks import Record, wording_of

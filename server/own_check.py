@@ -19,7 +19,7 @@ from pathlib import Path
 from fedveil.common.bundle import own_digest
 from fedveil.common.errors import DataError
 from fedveil.common.log import place_of
-from fedveil.common.run_lines import CheckLine, OwnCheck, Reach, ServerStart
+from fedveil.common.server_file import CheckLine, OwnCheck, Reach, ServerStart
 from fedveil.common.strict_json import from_json
 from fedveil.privacy.entropy import entropy_is_replaced
 

@@ -21,7 +21,7 @@ from flwr.superlink.grid.http_grid import HttpGrid
 from google.protobuf.message import DecodeError
 
 from fedveil.common.log import place_of
-from fedveil.common.messages.wire import Layout
+from fedveil.common.messages.blocks import Layout
 
 UNREADABLE = (ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError, DecodeError)
 """What Flower raises when it unpacks bytes that are no message; trouble at the SuperLink is none of them."""

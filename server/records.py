@@ -56,12 +56,11 @@ from fedveil.common.run_lines import (
     ResultFile,
     RoundLine,
     RunFile,
-    ServerFile,
-    ServerStart,
     ShortenedLine,
     read_file,
     read_if_there,
 )
+from fedveil.common.server_file import ServerFile, ServerStart
 from fedveil.common.strict_json import to_json
 from fedveil.server.checkpoint import NAME, Checkpoint, save_checkpoint
 from fedveil.server.collect.door import shown_of

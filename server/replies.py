@@ -7,9 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 from fedveil.common.errors import ProtocolError
+from fedveil.common.messages.blocks import Layout
 from fedveil.common.messages.columns import narrowed_layout
 from fedveil.common.messages.round import Refusal, Reply, SumReply, Task, TrainResult, TrainTask
-from fedveil.common.messages.wire import Layout, decode_reply, decode_sum_reply, round_of
+from fedveil.common.messages.sum_messages import decode_sum_reply
+from fedveil.common.messages.wire import decode_reply, round_of
 from fedveil.common.words import clean
 from fedveil.server.marks import mark_of
 from fedveil.strategies.base import chooses

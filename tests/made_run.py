@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from fedveil.common.findings import AuditFile
 from fedveil.common.messages.round import Spending, SpendingFigures
 from fedveil.common.run_lines import (
     Absence,
-    AuditFile,
     BaselineFile,
     ConfigFile,
     PrivacyLine,

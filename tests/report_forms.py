@@ -8,7 +8,7 @@ from typing import Any
 from typer.testing import CliRunner
 
 from fedveil.cli.main import app
-from fedveil.common.run_lines import AuditFile, Finding
+from fedveil.common.findings import AuditFile, Finding
 from fedveil.reports import write_reports
 
 

@@ -10,22 +10,10 @@ from typing import Any
 
 from made_run import DELTA, MadeRun, adapter_told, spent
 
-from fedveil.common.run_lines import (
-    Absence,
-    AuditFile,
-    BaselineFile,
-    BesideFile,
-    BesideRow,
-    CheckLine,
-    Finding,
-    LabelScore,
-    OwnCheck,
-    PrivacyLine,
-    RoundLine,
-    ServerFile,
-    ServerStart,
-    read_lines,
-)
+from fedveil.common.findings import AuditFile, Finding
+from fedveil.common.other_runs import BesideFile, BesideRow
+from fedveil.common.run_lines import Absence, BaselineFile, LabelScore, PrivacyLine, RoundLine, read_lines
+from fedveil.common.server_file import CheckLine, OwnCheck, ServerFile, ServerStart
 from fedveil.common.strict_json import to_json
 from fedveil.privacy.accounting import gaussian_release
 from fedveil.privacy.privacy_filter import promised

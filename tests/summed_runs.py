@@ -13,9 +13,10 @@ import torch
 from audits.bands import out_of_band
 from audits.summed import CELLS, SHIFTS, unevenness
 from fedveil.client.ledger.ledger import Ledger
+from fedveil.common.messages.blocks import block_data
 from fedveil.common.messages.round import Refusal, Task, TrainTask
 from fedveil.common.messages.tensors import entries
-from fedveil.common.messages.wire import block_data, encode_reply
+from fedveil.common.messages.wire import encode_reply
 from fedveil.experiments.in_process import InProcessTransport
 from fedveil.privacy.randomness import noise_grid
 from fedveil.server import checkpoint

@@ -10,9 +10,10 @@ import torch
 from flwr.app import ConfigRecord, RecordDict
 from hypothesis import settings
 
+from fedveil.common.messages.blocks import Layout, layout_of
 from fedveil.common.messages.round import Refusal, Reply, Spending, TrainResult, TrainTask
 from fedveil.common.messages.state import AdapterState
-from fedveil.common.messages.wire import Layout, decode_reply, decode_task, encode_reply, encode_task, layout_of
+from fedveil.common.messages.wire import decode_reply, decode_task, encode_reply, encode_task
 from fedveil.privacy.accountant import Accountant
 from fedveil.privacy.events import sampled_gaussian
 

@@ -16,6 +16,7 @@ from fedveil.common.adapters.layers import base_weight, layer_shape, layers_of
 from fedveil.common.adapters.mapped import Mapped
 from fedveil.common.adapters.targets import is_named, targets_in
 from fedveil.common.errors import ConfigError, ModelError, ProtocolError
+from fedveil.common.foreign_words import PEFT_OLD_NAME
 from fedveil.common.messages.state import AdapterState, Factors
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def write_factors(adapter: Adapter, model: nn.Module, state: AdapterState) -> No
 def pefts_old_names() -> Iterator[None]:
     """Hide what PEFT is warned of for using an old name of transformers, which we cannot change."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        warnings.filterwarnings("ignore", PEFT_OLD_NAME, FutureWarning)
         yield
 
 

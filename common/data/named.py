@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Protocol
 
 from fedveil.common.rows import Table as Rows
-from fedveil.common.tasks.tables import Table, read_file
+from fedveil.common.tasks.table_files import read_file
+from fedveil.common.tasks.tables import Table
 
 
 class KnownPlace(Protocol):
@@ -49,7 +50,7 @@ class NamedDataset:
     fields: Mapping[str, str] = field(default_factory=dict)
     """What the fields of an example hold: format strings over the table's columns. Of a folder, none."""
     label: str = ""
-    """Column of the label; empty: of a folder, or there is none."""
+    """Column of the label; empty: of a folder, or no such column."""
     labels: Mapping[str, str] = field(default_factory=dict)
     """The name of each label by what the column holds, in the labels' order; empty: records have none."""
     label_phrases: tuple[tuple[str, ...], ...] = ()
@@ -63,7 +64,7 @@ class NamedDataset:
     shares_sentences_with: tuple[str, ...] = ()
     """Named data sets of the same sentences, in part at least: neither is public text for the other."""
     sentences_sha256: str = ""
-    """SHA-256 of its sentences as public text, one a line (``start.text``); empty: whoever uses them says it."""
+    """SHA-256 of its sentences as public text, one a line (``start.text``); empty: its user says it."""
 
     @property
     def label_names(self) -> tuple[str, ...]:

@@ -7,8 +7,10 @@ import dataclasses
 import io
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
 import torch
@@ -65,20 +67,20 @@ def check_division(fixed: str, config: RunConfig) -> None:
         ConfigError: ``fixed`` is no such text, or names an unknown setting.
     """
     try:
-        kept = dict(parse_qsl(fixed, keep_blank_values=True, strict_parsing=True))
+        handed_out = dict(parse_qsl(fixed, keep_blank_values=True, strict_parsing=True))
     except ValueError as error:
         raise ConfigError(
             f"the node setting 'division' cannot be read ({error}): write name=value&name=value"
         ) from error
-    handed_out, asked = _dividing(DataConfig(), ModelConfig()), _dividing(config.data, config.model)
-    for key in kept:
-        if key not in handed_out:
-            raise ConfigError(f"the node setting 'division' names {key!r}{nearest(key, handed_out)}")
-    for key, value in {**handed_out, **kept}.items():
-        if asked[key] != value:
+    defaults, of_run = _dividing(DataConfig(), ModelConfig()), _dividing(config.data, config.model)
+    for key in handed_out:
+        if key not in defaults:
+            raise ConfigError(f"the node setting 'division' names {key!r}{nearest(key, defaults)}")
+    for key, value in {**defaults, **handed_out}.items():
+        if of_run[key] != value:
             raise PolicyRefusal(
                 f"this site's part of the records was handed out with {key} = {value!r}; the run asks for "
-                f"{asked[key]!r}, which would divide them anew"
+                f"{of_run[key]!r}, which would divide them anew"
             )
 
 
@@ -104,7 +106,7 @@ def site_part(train: Dataset, config: DataConfig, partition_id: int, num_partiti
         num_partitions: number of sites.
 
     Raises:
-        ConfigError: ``partition_id`` is out of range, or ``dirichlet`` is asked of records without labels.
+        ConfigError: ``partition_id`` is out of range, or ``dirichlet`` is set for records without labels.
         DataError: fewer records, persons or keys than sites, or no Dirichlet draw gave every site a record, or a person
             has records of several keys.
     """
@@ -138,20 +140,13 @@ def _shares(train: Dataset, config: DataConfig, num_partitions: int) -> tuple[tu
     import datasets  # slow to import, and only a simulation needs it
     from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, NaturalIdPartitioner, Partitioner
 
-    partitioner: Partitioner
-    if config.partition == "iid":
-        partitioner = IidPartitioner(num_partitions)
-    elif config.partition == "dirichlet":
-        partitioner = DirichletPartitioner(
-            num_partitions,
-            "label",
-            config.dirichlet_alpha,
-            min_partition_size=1,
-            self_balancing=False,
-            seed=config.seed,
-        )
-    else:
-        partitioner = NaturalIdPartitioner("site")
+    settings: dict[str, Any] = {"min_partition_size": 1, "self_balancing": False, "seed": config.seed}
+    partitioners: dict[str, Callable[[], Partitioner]] = {
+        "iid": lambda: IidPartitioner(num_partitions),
+        "dirichlet": lambda: DirichletPartitioner(num_partitions, "label", config.dirichlet_alpha, **settings),
+        "natural": lambda: NaturalIdPartitioner("site"),
+    }
+    partitioner = partitioners[config.partition]()
     table = {name: [column[i] for i in order] for name, column in columns.items()}
     partitioner.dataset = datasets.Dataset.from_dict({"record": order, **table})
     # NaturalIdPartitioner draws a progress bar, DirichletPartitioner warns of every draw that it repeats.
@@ -174,25 +169,25 @@ def _many_labels(train: Dataset) -> str:
 
 def _shares_of_persons(train: Dataset, config: DataConfig, num_partitions: int) -> tuple[tuple[int, ...], ...]:
     """Return the same where persons are divided, each by the first of their records, which all the others follow."""
-    held: dict[str, list[int]] = {}
+    records_of: dict[str, list[int]] = {}
     for i, example in enumerate(train.examples):
-        held.setdefault(example.person, []).append(i)
-    if len(held) < num_partitions:
+        records_of.setdefault(example.person, []).append(i)
+    if len(records_of) < num_partitions:
         raise DataError(
-            f"{train.name} has {len(held)} different values of data.person {config.person!r}, too few for "
-            f"{num_partitions} sites: use at most {len(held)}"
+            f"{train.name} has {len(records_of)} different values of data.person {config.person!r}, too few for "
+            f"{num_partitions} sites: use at most {len(records_of)}"
         )
     if config.partition == "natural":
-        for own in held.values():
-            if len({train.examples[i].key for i in own}) > 1:
+        for records in records_of.values():
+            if len({train.examples[i].key for i in records}) > 1:
                 raise DataError(
                     f"a person of {train.name} (data.person {config.person!r}) has records with several values of "
                     f"data.key {config.key!r}, which would divide them: choose another data.partition"
                 )
-    everyone = list(held.values())
-    firsts = tuple(dataclasses.replace(train.examples[own[0]], person="") for own in everyone)
+    persons = list(records_of.values())
+    firsts = tuple(dataclasses.replace(train.examples[records[0]], person="") for records in persons)
     parts = _shares(dataclasses.replace(train, examples=firsts), config, num_partitions)
-    return tuple(tuple(i for number in part for i in everyone[number]) for part in parts)
+    return tuple(tuple(i for number in part for i in persons[number]) for part in parts)
 
 
 def _sites_of_keys(train: Dataset, config: DataConfig, num_partitions: int) -> list[int]:
@@ -214,7 +209,7 @@ def _sites_of_keys(train: Dataset, config: DataConfig, num_partitions: int) -> l
 def public_size_of_part(count: int) -> int:
     """Return the public size of a site that plays a partition: the count, cut to two significant digits.
 
-    It is a plain function of the count and protects none: 1900 and 1899 records are told apart. It may
+    It is a plain function of the count and protects none: 1900 and 1899 records have different ones. It may
     be declared because the partition follows from public settings: a public data set, its seed, the
     number of sites. A steward of private records names a number of his own. Never below 1.
 

@@ -1,7 +1,7 @@
 """Plain English prose, public text from which a start can be made (``start.text = "prose"``).
 
 A start asks of a text how words are put together, not what it is about, so prose of any matter does. It is one text for
-all data sets, and nobody's record: sentences of FedVeil's own documents as they once were.
+all data sets, and no record: sentences of FedVeil's own documents as they once were.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The one place that decides which rows of a table are records, for public data and for protected ones.
 
-Whoever reads public data gets an error that names the first row that does not fit. At a site that
-protects its records such a row contributes nothing, as if it were not there, and its steward alone hears of it.
+Of public data the first row that does not fit is an error. At a site that protects its records such a row contributes
+nothing, as if it were not there, and only its steward learns of it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from fedveil.common.tasks.cells import UNREADABLE, Misfit, is_missing, plain, re
 from fedveil.common.tasks.examples import Dataset, Example
 from fedveil.common.tasks.layouts import known_layout
 from fedveil.common.tasks.roles import LABEL, Column
-from fedveil.common.tasks.tables import Table, Unfit, separated_otherwise
+from fedveil.common.tasks.table_files import separated_otherwise
+from fedveil.common.tasks.tables import Table, Unfit
+
+TWO_LABELS = "and a classifier needs 2: name all labels in data.labels"
 
 
 def read_rows(
@@ -31,27 +34,56 @@ def read_rows(
     *,
     protected: bool = False,
 ) -> tuple[Dataset, list[Unfit], dict[Path, FileState]]:
-    """Return the rows that are records, in their order, those that are not, and files that ``protected`` cells name.
-
-    Of a file, as it was before it was opened first.
+    """Return the records, the rows that are none, and the files that ``protected`` cells name, as before their opening.
 
     Args:
-        name: what the data set is called.
+        name: of the data set.
         tables: what was read; a folder has several.
-        columns: which are read, and for which role.
+        columns: the columns to read.
         example: what a row becomes; it has a field for each role.
-        labels: names of the labels in order; empty: the source's own, else the sorted distinct values.
-        protected: whether a row that does not fit is left out; else it is an error. Then ``labels`` must be given.
+        labels: names of the labels in order; empty: the source's own, else the distinct values, sorted.
+        protected: whether a row that does not fit is left out; else it is an error.
 
     Raises:
-        DataError: a header lacks a column. Of public data also: a row does not fit, no JSON line has a column, or
-            there is but one label.
-        ConfigError: ``protected`` rows with labels that nobody named.
+        DataError: a header lacks a column, or there is but one label; of public data also: a row does not fit.
+        ConfigError: ``protected`` rows, and ``labels`` is empty.
     """
+    _check_columns(tables, columns, protected=protected)
+    labels = _labels_of(columns, tables, labels, protected=protected)
+    examples, unfit, files = list[Example](), list[Unfit](), dict[Path, FileState]()
+    index = {label: i for i, label in enumerate(labels)}
+    for table, row in ((each, row) for each in tables for row in range(each.size)):
+        for path in _files_named(table, row, columns) if protected else ():
+            files.setdefault(path, state_of(path))
+        record = _filled_in(table, row, columns, example.left_out) or _record(table, row, columns, example, index)
+        if isinstance(record, Example):
+            examples.append(record)
+        elif protected:
+            unfit.append(record)
+        else:
+            raise DataError(record.words)
+    if len(labels) == 1:
+        raise DataError(f"{name} has only the label {labels[0]!r}, {TWO_LABELS}")
+    return Dataset(name, tuple(examples), labels), unfit, files
+
+
+def _labels_of(
+    columns: Sequence[Column], tables: Sequence[Table], labels: tuple[str, ...], *, protected: bool
+) -> tuple[str, ...]:
+    labelled = next((column for column in columns if column.role is LABEL), None)
+    if labelled is None:
+        return ()
+    if protected and not labels:
+        raise ConfigError("the labels of protected records are not read off them: name all in data.labels")
+    return labels or tables[0].class_names.get(labelled.name, ()) or _distinct(tables, labelled)
+
+
+def _check_columns(tables: Iterable[Table], columns: Sequence[Column], *, protected: bool) -> None:
+    """Raise DataError if a header lacks a column, or, of public data, if a row could not be read."""
     for table in tables:
-        unread = [] if protected else list(table.unread.values())
+        unread = None if protected else next(iter(table.unread.values()), None)
         if unread and not table.has_header:
-            raise DataError(unread[0].words)
+            raise DataError(unread.words)
         # Rows of a file that is separated otherwise have any number of fields: its header says why.
         for column in columns:
             # Without a header the rows make the columns: whether one is there would tell of a record.
@@ -63,34 +95,7 @@ def read_rows(
                     f"{known_layout(table.columns)}"
                 )
         if unread:
-            raise DataError(unread[0].words)
-    labelled = next((column for column in columns if column.role is LABEL), None)
-    if labelled is None:
-        labels = ()
-    elif not labels:
-        if protected:
-            raise ConfigError("the labels of protected records are not read off them: name all in data.labels")
-        labels = tables[0].class_names.get(labelled.name, ()) or _distinct(tables, labelled)
-    examples: list[Example] = []
-    unfit: list[Unfit] = []
-    files: dict[Path, FileState] = {}
-    index = {label: i for i, label in enumerate(labels)}
-    for table in tables:
-        for row in range(table.size):
-            for path in _files_named(table, row, columns) if protected else ():
-                files.setdefault(path, state_of(path))
-            found = _filled_in(table, row, columns, example.left_out) or _record(table, row, columns, example, index)
-            if isinstance(found, Example):
-                examples.append(found)
-            elif protected:
-                unfit.append(found)
-            else:
-                raise DataError(found.words)
-    if labelled and len(labels) < 2:
-        raise DataError(
-            f"{name} has only the label {labels[0]!r}, and a classifier needs 2: name all labels in data.labels"
-        )
-    return Dataset(name, tuple(examples), labels), unfit, files
+            raise DataError(unread.words)
 
 
 def _files_named(table: Table, row: int, columns: Sequence[Column]) -> Iterator[Path]:
@@ -115,7 +120,7 @@ def _record(
         except Misfit as misfit:
             reason = f"{misfit.what} {where}"
             return _unfit(table, row, reason, f"{reason}: {misfit.advice}" if misfit.advice else reason)
-        except Exception:  # of whatever a task reads cells with; its words might quote the cell
+        except Exception:  # of any reader that a task brings; its words might quote the cell
             reason = f"has a cell that cannot be read {where}"
             return _unfit(table, row, reason, reason)
         if column.role is LABEL:
@@ -125,13 +130,13 @@ def _record(
                 return _unfit(table, row, "has a label that is not among data.labels", quoted)
             value = index[str(value)]
         values[column.role.field] = value
-    found = example(**values, row=_row_digest(table, row))
-    reason, advice = found.lacks()
-    return _unfit(table, row, reason, f"{reason}: {advice}") if reason else found
+    record = example(**values, row=_row_digest(table, row))
+    reason, advice = record.lacks()
+    return _unfit(table, row, reason, f"{reason}: {advice}") if reason else record
 
 
 def _filled_in(table: Table, row: int, columns: Sequence[Column], names: Mapping[str, str]) -> Unfit | None:
-    """Return that a row is no record if it fills in a column that changes what it says and that nobody reads."""
+    """Return that a row is no record if it fills in a column that changes what it says and is not read."""
     read = {column.name for column in columns}
     for name, advice in names.items():
         if name in table.columns and name not in read and not _is_blank(table.columns[name][row]):
@@ -165,14 +170,14 @@ def _separated_otherwise(table: Table) -> str:
 
 def _distinct(tables: Iterable[Table], column: Column) -> tuple[str, ...]:
     """Return the labels sorted: as numbers if all are whole numbers, else as text."""
-    found = set()
+    labels = set()
     for table in tables:
         for value in table.columns.get(column.name, ()):
             try:
-                found.add(read_word(value))
-            except Misfit:  # found again, and told, where rows become examples
+                labels.add(read_word(value))
+            except Misfit:  # labels again, and told, where rows become examples
                 continue
     try:
-        return tuple(sorted(found, key=lambda label: (int(label), label)))
+        return tuple(sorted(labels, key=lambda label: (int(label), label)))
     except ValueError:
-        return tuple(sorted(found))
+        return tuple(sorted(labels))

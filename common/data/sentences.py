@@ -37,19 +37,19 @@ def likeness(text: str) -> str:
 
 def traces(text: str) -> set[str]:
     """Return what a text is known again by: the whole of it, and each of its sentences that is long enough to tell."""
-    kept = [text, *(s for s in sentences_of(text) if len(s.split()) >= FEWEST_WORDS)]
-    return {trace for trace in map(likeness, kept) if trace}
+    parts = [text, *(s for s in sentences_of(text) if len(s.split()) >= FEWEST_WORDS)]
+    return {trace for trace in map(likeness, parts) if trace}
 
 
 def ending_of(text: str, words: int) -> str:
-    """Return the last sentences that have at most so many words together; at least one.
+    """Return the last sentences that have at most ``words`` words together; at least one.
 
     >>> ending_of("I went there. It was late. All in all a fine film.", 9)
     'It was late. All in all a fine film.'
     """
-    found: list[str] = []
+    ending: list[str] = []
     for sentence in reversed(sentences_of(text)):
-        if found and sum(len(s.split()) for s in [sentence, *found]) > words:
+        if ending and sum(len(s.split()) for s in [sentence, *ending]) > words:
             break
-        found.insert(0, sentence)
-    return " ".join(found)
+        ending.insert(0, sentence)
+    return " ".join(ending)

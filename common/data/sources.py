@@ -8,27 +8,25 @@ written: a quote is a quote. Row numbers in messages count records from 1, witho
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from string import Formatter
 
 from fedveil.common.check import OneOf, nearest
 from fedveil.common.config.sections import DataConfig
-from fedveil.common.data.named import DATASETS, KnownPlace, NamedDataset, UserFile
-from fedveil.common.data.partition import public_size_of_part
+from fedveil.common.data.named import DATASETS
+from fedveil.common.data.read_named import load_named
 from fedveil.common.data.rows import read_rows
 from fedveil.common.data.split import public_split
 from fedveil.common.errors import ConfigError, DataError, UnreadableFile
 from fedveil.common.files import FileState, expanded
 from fedveil.common.labels import labels_of, labels_text
 from fedveil.common.tasks import TASKS
-from fedveil.common.tasks.cells import is_missing
 from fedveil.common.tasks.examples import Dataset
-from fedveil.common.tasks.roles import KEY, LABEL, PERSON, SLICE, Column, columns_of
-from fedveil.common.tasks.tables import READERS, Table, Unfit, read_file, read_hub
+from fedveil.common.tasks.roles import KEY, PERSON, SLICE, Column, columns_of
+from fedveil.common.tasks.table_files import READERS, read_file, read_hub
+from fedveil.common.tasks.tables import Table, Unfit
 
 MOST_SLICES = 50
 
@@ -41,7 +39,7 @@ class Reading:
     unfit: tuple[Unfit, ...] = ()
     """Rows that are no records."""
     unreadable: tuple[str, ...] = ()
-    """Files whose rows cannot be told apart, in words; none of their rows is a record."""
+    """Files whose rows cannot be separated, in words; none of their rows is a record."""
     files: Mapping[Path, FileState] = field(default_factory=dict)
     """Files that cells name, each as it was before it was opened."""
 
@@ -67,7 +65,7 @@ def load_protected(config: DataConfig, task: str, source: str | None = None, *, 
     """Load the records of a source that a site protects; what is no record is left out and never an error.
 
     A record left out contributes zero, as it must whatever the others are: batches are drawn of each record
-    by itself, and divisor, noise and price follow from public figures. Arguments as of load_dataset.
+    by itself, and divisor, noise and price follow from public figures. Arguments: see load_dataset.
 
     Args:
         config: see load_dataset.
@@ -86,7 +84,7 @@ def load_protected(config: DataConfig, task: str, source: str | None = None, *, 
 def _phrases_of(config: DataConfig, labels: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
     """Return the phrases about ``labels`` that ``data.name`` has, whatever source the records come from.
 
-    A frozen head never travels: server and sites must start it alike, though each reads records of its own.
+    A frozen head never travels: server and sites must start the same one, though each reads records of its own.
     """
     named = DATASETS.get(config.name)
     return named.label_phrases if named and named.label_names == labels else ()
@@ -115,7 +113,7 @@ def _load(
             raise ConfigError(
                 f"data.slice is {config.slice!r}, and {source!r} has no columns to choose from: leave it empty"
             )
-        reading = Reading(_load_named(source, key, person))
+        reading = Reading(load_named(source, key, person))
     else:
         kind = TASKS[task]
         tables, unreadable = _tables(source, task, protected=protected, line_breaks=line_breaks)
@@ -196,131 +194,11 @@ def known_labels(config: DataConfig) -> tuple[str, ...]:
     return _configured_labels(config) or (named.label_names if named else ())
 
 
-def count_labels(config: DataConfig, task: str) -> int:
-    """Return how many labels a file of a run has that is here; 0: there is none, or it cannot be read.
-
-    It opens what the settings name, so it is for whoever makes a job, and for no site.
-    """
-    source = config.test or config.name
-    dataset = None if source in DATASETS else _here(config, task, source)
-    return len(dataset.label_names) if dataset else 0
-
-
-def count_records(config: DataConfig, task: str) -> int:
-    """Return about how many records simulated sites divide, cut to two digits as a site's public size is; 0: unknown.
-
-    It opens what the settings name, so it is for whoever makes a job of a simulation.
-    """
-    dataset = _here(config, task, config.name)
-    whole = len(dataset.examples) if dataset else 0
-    records = whole if config.test else max(0, whole - config.test_size)
-    return public_size_of_part(records) if records else 0
-
-
-def _here(config: DataConfig, task: str, source: str) -> Dataset | None:
-    """Return the records of a source that is here; None: it is not, or cannot be read."""
-    if source.startswith("hub:"):
-        return None
-    try:
-        return load_dataset(config, task, source)
-    except (ConfigError, DataError, OSError):
-        return None  # whoever needs its records says what is wrong
-
-
 def _configured_labels(config: DataConfig) -> tuple[str, ...]:
     names = labels_of(config.labels)
     if names and (len(names) < 2 or len(set(names)) < len(names) or "" in names):
         raise ConfigError(f"data.labels is {config.labels!r}: name at least 2 different labels, separated by commas")
     return names
-
-
-@lru_cache(maxsize=4)
-def _load_named(name: str, key: str, person: str) -> Dataset:
-    """Load a named data set; kept, because a simulation asks for it again every round."""
-    named = DATASETS[name]
-    kind = TASKS[named.task]
-    if named.is_folder:
-        with _located(name, named.file) as folder:
-            table = kind.read_source(folder)
-        if table is None:
-            raise DataError(f"the data set {name!r} is no folder that model.task {named.task!r} reads")
-        table = dataclasses.replace(table, origin=name, folder=None)
-        read = [Column(role, role.column) for role in kind.roles]
-    else:
-        table = _table_of(name, named)
-        given = (*named.fields, *([LABEL.field] if named.label else []))
-        read = [Column(role, role.field) for role in kind.roles if role.field in given]
-    if key:
-        read.append(Column(KEY, key))
-    if person:
-        read.append(Column(PERSON, person))
-    return read_rows(name, [table], read, kind.example, named.label_names)[0]
-
-
-def _table_of(origin: str, named: NamedDataset) -> Table:
-    """Return a named data set's table: the columns of its file, and one for each field."""
-    if named.is_folder:
-        raise DataError(f"the data set {named.name!r} is a folder, and no table of texts")
-    with _located(named.name, named.file) as place:
-        file = named.read(place)
-    _check_columns(named, file)
-    rows = [dict(zip(file.columns, row, strict=True)) for row in zip(*file.columns.values(), strict=True)]
-    if named.only:
-        rows = [row for row in rows if row[named.only[0]] == named.only[1]]
-    clean = [{column: str(value).strip() for column, value in row.items()} for row in rows]
-    columns: dict[str, list[object]] = {column: [row[column] for row in clean] for column in file.columns}
-    for name, words in named.fields.items():
-        filled = (words.format_map(row) for row in clean)
-        columns[name] = [named.cut(text) if named.cut else text for text in filled]
-    if named.label:
-        columns[LABEL.field] = [named.labels[row[named.label]] for row in clean]
-    return Table(origin, columns)
-
-
-@contextmanager
-def _located(name: str, file: KnownPlace | UserFile) -> Iterator[Path]:
-    """Yield where a named data set lies; DataError if it is not there, saying how to get it."""
-    if not isinstance(file, UserFile):
-        with file.located() as place:
-            yield place
-        return
-    path = Path(file.path)
-    if not path.exists():
-        raise DataError(
-            f"the data set {name!r} is read from {path.absolute()}, which is not there and which {file.how}"
-        )
-    yield path
-
-
-def _check_columns(named: NamedDataset, file: Table) -> None:
-    """Raise DataError, naming the first row that does not fit, unless a file of the user's is of the row's form."""
-    if named.public:
-        return
-    wanted = [name for words in named.fields.values() for _, name, _, _ in Formatter().parse(words) if name]
-    for column in [*wanted, *([named.label] if named.label else [])]:
-        if column not in file.columns:
-            raise DataError(f"{file.origin} has no column {column!r}, which the data set {named.name!r} is read from")
-        for row, value in enumerate(file.columns[column]):
-            if row in file.unread:
-                raise DataError(file.unread[row].words)
-            if is_missing(value):
-                raise DataError(f"{file.origin} row {row + 1} has no value in column {column!r}: remove the row")
-            if column == named.label and str(value).strip() not in named.labels:
-                raise DataError(
-                    f"{file.origin} row {row + 1} has the {column} {value!r}; those of the data set {named.name!r} are "
-                    f"{', '.join(named.labels)}"
-                )
-
-
-def load_texts(name: str) -> list[str]:
-    """Return every text of a named data set, in its order: of a pair both. Its labels are not read.
-
-    Raises:
-        DataError: its file is missing, altered or no table.
-    """
-    named = DATASETS[name]
-    table = _table_of(name, dataclasses.replace(named, label="", labels={}))
-    return [str(text) for row in zip(*(table.columns[field] for field in named.fields), strict=True) for text in row]
 
 
 def _files_of(source: str) -> list[Path]:

@@ -1,4 +1,4 @@
-"""The public test part: seeded, stratified, and no two records that are alike on both sides."""
+"""The public test part: seeded, stratified, and without near-duplicates across the two sides."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from fedveil.common.words import counted
 def public_split(dataset: Dataset, test_size: int, seed: int) -> tuple[Dataset, Dataset]:
     """Divide a data set into a training part and a public test part.
 
-    The parts are disjoint and together are the data set. Records that are alike (``Example.likeness``: texts that
+    The parts are disjoint and together are the data set. Near-duplicates (``Example.likeness``: texts that
     differ in case and blanks alone) are on the same side, so a premise with several hypotheses is never split; so are
     the records of one person (``Example.person``), and whatever is tied to them by either. The
     test part follows from what records hold and the seed alone, not from the order of records, the platform or a
-    library. Its classes are in the proportions of the whole, as far as records that are alike allow.
+    library. Its classes are in the proportions of the whole, as far as near-duplicates allow.
 
     Args:
         dataset: records.
-        test_size: records of the test part; it has fewer only where records that are alike leave no other choice.
+        test_size: records of the test part; it has fewer only where near-duplicates leave no other choice.
         seed: picks the test part.
 
     Returns:
@@ -76,7 +76,7 @@ def _test_records(dataset: Dataset, test_size: int, seed: int) -> tuple[int, ...
 
 
 def tied(dataset: Dataset) -> list[str]:
-    """Return for each record a text that those have alike which must be on one side."""
+    """Return for each record a text that is equal for those which must be on one side."""
     texts = [example.likeness() for example in dataset.examples]
     if not any(example.person for example in dataset.examples):
         return texts

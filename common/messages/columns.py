@@ -1,12 +1,11 @@
 """The columns of an adapter that a round trains: the part of each layer that a site trains and sends, and the whole.
 
 One frozen A and one scale for all: a column of B then means the same at every site, whichever others are trained
-beside it. So a column that a site did not train stands, in the mean of the sites' weights, at what all received.
+beside it. So a column that a site did not train is, in the mean of the sites' weights, what all received.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -67,11 +66,11 @@ def chosen_factors(state: AdapterState, chosen: Chosen | None) -> AdapterState:
     """Return the tensors of ``state`` of which some column is chosen, whole; None: all."""
     if chosen is None:
         return state
-    kept = {
+    trained = {
         layer: {name: t for name, t in factors.items() if layer not in chosen or len(chosen[layer].get(name, ()))}
         for layer, factors in state.items()
     }
-    return {layer: factors for layer, factors in kept.items() if factors}
+    return {layer: factors for layer, factors in trained.items() if factors}
 
 
 def narrowed(state: AdapterState, chosen: Chosen | None) -> AdapterState:
@@ -113,30 +112,13 @@ def narrowed_layout(
     layout: Mapping[str, Mapping[str, tuple[int, ...]]], chosen: Chosen | None
 ) -> dict[str, dict[str, tuple[int, ...]]]:
     """Return names and shapes of ``narrowed`` states, from those of whole ones."""
-    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    narrow: dict[str, dict[str, tuple[int, ...]]] = {}
     for layer, factors in layout.items():
         if chosen is None or layer not in chosen:
-            found[layer] = dict(factors)
+            narrow[layer] = dict(factors)
             continue
         counts = {name: len(chosen[layer].get(name, ())) for name in factors}
-        kept = {name: (*shape[:-1], counts[name]) for name, shape in factors.items() if counts[name]}
-        if kept:
-            found[layer] = kept
-    return found
-
-
-def shares_of_columns(chosen: Sequence[Chosen], weights: Sequence[float], whole: AdapterState) -> AdapterState:
-    """Return, by layer and factor, the part of all weight that the sites have which train a column, float64.
-
-    0 where nobody does, and exactly 1 where all do.
-    """
-    total, found = math.fsum(weights), dict[str, dict[str, Tensor]]()
-    places = dict.fromkeys((place, name) for one in chosen for place, factors in one.items() for name in factors)
-    for layer, name in places:
-        columns = [set(one[layer][name].tolist()) for one in chosen]
-        shares = [
-            math.fsum(weight for weight, own in zip(weights, columns, strict=True) if i in own) / total
-            for i in range(whole[layer][name].shape[-1])
-        ]
-        found.setdefault(layer, {})[name] = torch.tensor(shares, dtype=torch.float64)
-    return found
+        trained = {name: (*shape[:-1], counts[name]) for name, shape in factors.items() if counts[name]}
+        if trained:
+            narrow[layer] = trained
+    return narrow

@@ -25,9 +25,9 @@ FINGERPRINT_DIGITS = 32
 """Hexadecimal digits (128 bits) of a fingerprint that travel."""
 
 
-def same_fingerprint(told: str, own: str) -> bool:
-    """Return whether ``told``, whole or as it travels, is the beginning of the fingerprint ``own``."""
-    return len(told) >= FINGERPRINT_DIGITS and own.startswith(told)
+def same_fingerprint(sent: str, local: str) -> bool:
+    """Return whether ``sent``, whole or as it travels, is the beginning of the fingerprint ``local``."""
+    return len(sent) >= FINGERPRINT_DIGITS and local.startswith(sent)
 
 
 @dataclass(frozen=True)
@@ -48,17 +48,15 @@ class TrainTask:
     start_fingerprint: str
     """Of the adapter's seeded start; factors that never travel must be the same everywhere."""
     attempt: int = 0
-    """Of a secure sum, from 0; 0 as well where none is asked for."""
+    """Of a secure sum, from 0; 0 as well without one."""
     offers: tuple[KeyOffer, ...] = ()
-    """The keys of all sites of a secure sum, in the order of their names; empty where none is asked for."""
+    """The keys of all sites of a secure sum, in the order of their names; empty without one."""
     sealed: tuple[bytes, ...] = ()
     """Where sites may be lost from the sum: what each of these sites has sealed for this one; else empty."""
 
 
 @dataclass(frozen=True)
-class KeyTask:
-    """Server to site: make a key for one attempt at a round, whose sum nobody sees the parts of."""
-
+class _OfAttempt:
     run: str
     round_number: int
     """1-based."""
@@ -67,81 +65,71 @@ class KeyTask:
 
 
 @dataclass(frozen=True)
-class KeyReply:
-    """Site to server: its key for the attempt that was asked for. It follows from no record."""
-
+class _OfSite:
     run: str
     round_number: int
     site: str
+
+
+class KeyTask(_OfAttempt):
+    """Server to site: make a key for one attempt at a round, of whose sum no party sees the parts."""
+
+
+@dataclass(frozen=True)
+class KeyReply(_OfSite):
+    """Site to server: its key for the task's attempt. It follows from no record."""
+
     offer: KeyOffer
 
 
 @dataclass(frozen=True)
-class ShareTask:
+class ShareTask(_OfAttempt):
     """Server to site, where sites may be lost from a sum: share the secrets of your masks out among these sites."""
 
-    run: str
-    round_number: int
-    attempt: int
     offers: tuple[KeyOffer, ...]
     """Keys to seal the shares with, of all sites that gave one, in the order of their names."""
 
 
 @dataclass(frozen=True)
-class ShareReply:
+class ShareReply(_OfSite):
     """Site to server: the key of its masks, and its sealed shares. They follow from no record."""
 
-    run: str
-    round_number: int
-    site: str
     sharing: Sharing
 
 
 @dataclass(frozen=True)
-class SurvivorTask:
+class SurvivorTask(_OfAttempt):
     """Server to site, after the vectors: these sites' have come; sign that the sum is of them and of no others."""
 
-    run: str
-    round_number: int
-    attempt: int
     survivors: tuple[str, ...]
     """In the order of their names."""
 
 
 @dataclass(frozen=True)
-class SurvivorReply:
+class SurvivorReply(_OfSite):
     """Site to server: its signature."""
 
-    run: str
-    round_number: int
-    site: str
     agreement: Agreement
 
 
 @dataclass(frozen=True)
-class UnmaskTask:
-    """Server to site: so many have signed that list; tell one share of each site."""
+class UnmaskTask(_OfAttempt):
+    """Server to site: these have signed that list; send one share of each site."""
 
-    run: str
-    round_number: int
-    attempt: int
     signatures: tuple[tuple[str, bytes], ...]
     """By site."""
 
 
 @dataclass(frozen=True)
-class UnmaskReply:
+class UnmaskReply(_OfSite):
     """Site to server: a share of each site of the sum, of its own mask if it survived, else of its key."""
 
-    run: str
-    round_number: int
-    site: str
     shares: tuple[bytes, ...]
     """In the order of the sites' names."""
 
 
 SumTask = KeyTask | ShareTask | SurvivorTask | UnmaskTask
-"""What is asked for a secure sum beside the vectors."""
+"""Tasks of a secure sum beside the vectors."""
 SumReply = KeyReply | ShareReply | SurvivorReply | UnmaskReply
 Task = TrainTask | SumTask
 

@@ -1,11 +1,11 @@
 """Signatures of tasks and answers: by them a site knows that the server asks, and the server which site answers.
 
 Flower checks which node calls, and not whose a message is that it hands over: any registered site can push a task in
-the server's name, and, to whoever can name a task, an answer in another site's.
+the server's name, and, to anyone who can name a task, an answer in another site's.
 
 The server signs each task with a key (Ed25519) whose certificate is of the federation's authority, and of no other use:
 neither is a TLS certificate one that signs tasks, nor the reverse. It signs the run, as Flower numbers it, the hash of
-the settings that the site is given with the message, the node that is asked, and the message, which says round and
+the settings that the site is given with the message, the node that receives it, and the message, which says round and
 attempt. A site signs each answer with its node's key (ECDSA P-384), over the hash of the signed task and the message.
 What is signed is in canonical form, opened by its purpose (``privacy.secure_sum.canonical``), and holds the message's
 random bytes: no signature is of two messages.
@@ -85,8 +85,8 @@ class Asked:
             ProtocolError: the message has not the records that a message of FedVeil has.
         """
         # Each value by its type and its text: 1, 1.0, True and "1" are four settings.
-        told = [[key, type(value).__name__, str(value)] for key, value in sorted(self.settings.items())]
-        where: dict[str, Value] = {"run": self.run, "settings": told, "node": str(self.node)}
+        settings = [[key, type(value).__name__, str(value)] for key, value in sorted(self.settings.items())]
+        where: dict[str, Value] = {"run": self.run, "settings": settings, "node": str(self.node)}
         return canonical(TASK, where | _content(record))
 
 
@@ -168,7 +168,7 @@ def is_answer(record: RecordDict, task: bytes, public: bytes) -> bool:
 
 
 def check_unsigned(config: RunConfig) -> None:
-    """Raise PolicyRefusal if a run whose messages nobody signs counts on nobody knowing which sites are drawn.
+    """Raise PolicyRefusal if a run without signatures counts on a secret draw of sites.
 
     Any registered site could send them tasks, and see by what becomes of them who was drawn.
     """

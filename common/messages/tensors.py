@@ -73,9 +73,9 @@ def weighted_sum(weights: Sequence[float], states: Sequence[AdapterState]) -> Ad
 
 def select(state: AdapterState, factors: Iterable[str]) -> AdapterState:
     """Return the part of ``state`` whose factor names are in ``factors``; layers left empty are dropped."""
-    wanted = frozenset(factors)
-    kept = {layer: {n: t for n, t in values.items() if n in wanted} for layer, values in state.items()}
-    return {layer: values for layer, values in kept.items() if values}
+    names = frozenset(factors)
+    selected = {layer: {n: t for n, t in values.items() if n in names} for layer, values in state.items()}
+    return {layer: values for layer, values in selected.items() if values}
 
 
 def merge(base: AdapterState, changes: AdapterState) -> AdapterState:

@@ -92,6 +92,19 @@ def model_fingerprint(module: nn.Module, processor: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def turn_dropout_off(module: nn.Module) -> None:
+    """Set every dropout to 0: in train mode, which per-record gradients need, it would add noise to a frozen base."""
+    for child in module.modules():
+        if isinstance(child, nn.Dropout):
+            child.p = 0.0
+    for name in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob"):
+        for child in module.modules():
+            if hasattr(getattr(child, "config", None), name):
+                setattr(child.config, name, 0.0)
+            if isinstance(getattr(child, "attention_dropout", None), float):
+                child.attention_dropout = 0.0  # type: ignore[assignment]
+
+
 def _load(name: str, folder: Path, kind: Task) -> tuple[nn.Module, Any]:
     """Return what a task takes of the model in a folder, which is called ``name`` or by its path."""
     try:
@@ -121,7 +134,7 @@ def load_base_model(name: str, task: str, pool: str = "mean", bits: str = "none"
 
     Raises:
         ModelError: bitsandbytes is not installed, or the model has no linear layers for it.
-        ModelNotLoaded: the model cannot be found or read, is none of a kind that the task takes, or has other files.
+        ModelNotLoaded: the model cannot be found or read, is of a kind that the task does not take, or has other files.
         DataError: the package that carries a named model is missing or altered.
     """
     from transformers.utils.logging import disable_progress_bar

@@ -19,7 +19,7 @@ def choose_device(wanted: str) -> torch.device:
     """Return the device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
 
     Raises:
-        ConfigError: a GPU is asked for by name and there is none.
+        ConfigError: a GPU is named, and this machine has none.
     """
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -104,9 +104,9 @@ def worker_count(sites: int, workers: int, *, keeps: bool) -> int:
 
     Args:
         sites: of the federation.
-        workers: as asked for. 0: one for each GPU, else for each core; a single one, with all cores, where sites keep.
+        workers: the setting. 0: one for each GPU, else for each core; a single one, with all cores, where sites keep.
         keeps: whether sites keep from round to round what a pass over their records costs. Which process plays a site
-            changes, and another one would have to make it anew.
+            changes, and another one would have to make it again.
     """
     cores = own_cores()
     return min(workers or (1 if keeps else torch.cuda.device_count() or cores), sites, cores)

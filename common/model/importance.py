@@ -1,7 +1,7 @@
 """LoRAPrune's criterion, from changes that the server has anyway.
 
 Zhang, Chen et al.: LoRAPrune: Structured Pruning Meets Low-Rank Parameter-Efficient Fine-Tuning, Findings of ACL 2024.
-A weight matters by how much the loss would change without it, |∂L/∂W ∘ W|, and what stands for the gradient is a
+A weight matters by how much the loss would change without it, |∂L/∂W ∘ W|, and the gradient is replaced by a
 step of s B A of rate 1: ``s (g_B A + B g_A - g_B g_A) = s (B A - (B - g_B)(A - g_A))``, made of LoRA's gradients alone.
 With one plain step at the sites the averaged change over their rate is these gradients, noised: so the criterion is
 post-processing, and free. A choice by gradients or activations of private records would be a release of its own.
@@ -9,7 +9,7 @@ post-processing, and free. A choice by gradients or activations of private recor
 The paper takes absolute values. Here they are squares, because of these the noise is known: on gradients with noise of
 variance τ² a number adds τ² (W_ij)² s² ‖A_j‖² under a frozen A. Where A is trained as well it adds what depends on the
 gradients without noise, s² (W_ij)² τ² (‖(A - g_A)_j‖² + ‖(B - g_B)_i‖² + r τ²). Of the noised gradients each of these
-lengths is longer by r τ² in the mean, so ‖(A - g_A)_j‖² + ‖(B - g_B)_i‖² - r τ² of them stands for it without bias.
+lengths is longer by r τ² in the mean, so ‖(A - g_A)_j‖² + ‖(B - g_B)_i‖² - r τ² of them estimates it without bias.
 That is taken off. Scores are over the length of all scores of a layer, and a running mean over rounds, as in the paper.
 """
 

@@ -1,7 +1,7 @@
 """Frozen weights in the precision of the forward pass, for as long as many small passes are made.
 
-Autocast casts a frozen weight anew in every pass. Private passes are small (``common.model.shapes``), and there that is
-seven percent of the time (MiniLM, bfloat16, 384 tokens). The numbers are those that autocast makes, so nothing else
+Autocast casts a frozen weight again in every pass. Private passes are small (``common.model.shapes``), and there that
+is seven percent of the time (MiniLM, bfloat16, 384 tokens). The numbers are those that autocast makes, so nothing else
 changes.
 """
 

@@ -2,7 +2,7 @@
 
 Gradient checkpointing (Chen et al. 2016, arXiv 1604.06174), in torch's reentrant form. A layer's first pass keeps no
 activation and has no gradient, so Opacus' hooks see nothing of it: they take activations while it is computed again,
-right before its backward pass, once. The other form computes again without calling the hooks anew at the right time,
+right before its backward pass, once. The other form computes again without calling the hooks again at the right time,
 and a trained tensor then has no gradient of its own for each record (``docs/concepts/site.md``).
 
 The reentrant form forgets a layer of which no input has a gradient. In place of making the embeddings' output have one,

@@ -18,7 +18,7 @@ class Score:
     records: tuple[int, ...] = ()
     """Records of each label."""
     slice_right: tuple[int, ...] = ()
-    """Records that the model gets right, by slice of the test data; empty where there is none."""
+    """Records that the model gets right, by slice of the test data; empty without slices."""
     slice_records: tuple[int, ...] = ()
     """Records of each slice."""
 

@@ -66,7 +66,7 @@ class Shapes:
     uniform: bool = False
     """Whether all records are of the longest size, as images are: then one shape without padding serves all."""
     narrow: tuple[tuple[int, int], ...] = ()
-    """Lengths with fewer rows than that, and how many: what ``client.rehearsal`` found the device to compute alike."""
+    """Lengths with fewer rows than that, and how many: those that a device computes equally (``client.rehearsal``)."""
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -92,7 +92,7 @@ class Shapes:
         return max(1, min(self.most, self.tokens // length, dict(self.narrow).get(length, self.most)))
 
     def narrowed(self, length: int, rows: int) -> Shapes:
-        """Return these shapes with at most so many rows for this length."""
+        """Return these shapes with at most ``rows`` rows for this length."""
         return replace(self, narrow=tuple(sorted((dict(self.narrow) | {length: rows}).items())))
 
     def groups(self, tokens: Sequence[int]) -> Iterator[tuple[int, list[int]]]:

@@ -19,8 +19,8 @@ from fedveil.common.adapters import Adapter, Place
 from fedveil.common.config.fields import check_fields
 from fedveil.common.config.sections import PrivacyConfig, RunConfig
 from fedveil.common.errors import ConfigError
+from fedveil.common.messages.blocks import Layout
 from fedveil.common.messages.state import METRIC, AdapterState, Factors
-from fedveil.common.messages.wire import Layout
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.starts.directions import orthonormal_rows
 from fedveil.common.tasks import Batch

@@ -31,8 +31,9 @@ from fedveil.common.check import POSITIVE, OneOf
 from fedveil.common.config.fields import RATIO
 from fedveil.common.config.sections import RunConfig
 from fedveil.common.errors import ConfigError
+from fedveil.common.messages.blocks import Layout
 from fedveil.common.messages.state import HEAD, METRIC, AdapterState, Factors
-from fedveil.common.messages.wire import Layout
+from fedveil.common.model.alone import head_alone
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.model.shapes import FixedBatch
 from fedveil.common.starts.base import Labels, seeded
@@ -102,7 +103,7 @@ class ClassMeans(PaidByShare):
 
     def opened(self, model: FederatedModel) -> AbstractContextManager[Any]:
         """Return the context in which the head alone takes a gradient: as long as the sums, and in vectors."""
-        return model.head_alone()
+        return head_alone(model)
 
     def privatise(
         self,
@@ -113,7 +114,7 @@ class ClassMeans(PaidByShare):
     ) -> AdapterState:
         """Return sums and counts of one sample, clipped, noised, over a public divisor."""
         public, count = self._map(model), COUNT * self.clip_norm
-        with model.head_alone(), _summing(model, *self.layout(model)[HEAD]["sums"]) as sums:
+        with head_alone(model), _summing(model, *self.layout(model)[HEAD]["sums"]) as sums:
             # Copies: the rounds after this one read the records as they were.
             vectors = model.featurise([dict(record) for record in records], before_pass)
             chosen = [vectors[i] for i in next(plan.draws(vectors))]

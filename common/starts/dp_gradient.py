@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from fedveil.common.messages.blocks import Layout
 from fedveil.common.messages.state import AdapterState, Factors
-from fedveil.common.messages.wire import Layout
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.starts.gradient import drawn, gradient_basis, gradient_layout, private_gradient
 from fedveil.common.starts.paid import PaidGradient

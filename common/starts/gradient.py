@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from fedveil.common.adapters.layers import layer_shape, layers_of, stored_transposed
 from fedveil.common.errors import ModelError
+from fedveil.common.messages.blocks import Layout
 from fedveil.common.messages.state import AdapterState
-from fedveil.common.messages.wire import Layout
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.model.shapes import Shapes
 from fedveil.common.starts.directions import leading_singular_triple

@@ -18,8 +18,9 @@ from fedveil.common.config.sections import DataConfig
 from fedveil.common.data import prose
 from fedveil.common.data.named import DATASETS, share_sentences
 from fedveil.common.data.phrases import SENTIMENT
+from fedveil.common.data.read_named import load_texts
 from fedveil.common.data.sentences import FEWEST_WORDS, likeness, sentences_of, traces
-from fedveil.common.data.sources import load_texts, public_test, train_and_test
+from fedveil.common.data.sources import public_test, train_and_test
 from fedveil.common.errors import ConfigError, DataError
 from fedveil.common.files import expanded
 from fedveil.common.tasks.examples import Example

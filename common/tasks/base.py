@@ -91,7 +91,7 @@ class Task(ABC):
     wording: ClassVar[Wording | None] = None
     """How public words become examples; None: its records hold no words."""
     questions: ClassVar[Questions | None] = None
-    """How its finished model is asked; None: it cannot be asked with words."""
+    """How its finished model answers words; None: it does not."""
     export: ClassVar[Export] = Export()
     """How stock libraries load its finished model."""
 
@@ -137,7 +137,7 @@ class Task(ABC):
         None: it is read as ``common.tasks.tables`` reads it.
 
         Raises:
-            UnreadableFile: its rows cannot be told apart.
+            UnreadableFile: its rows cannot be separated.
             DataError: it cannot be opened.
         """
         return None

@@ -16,7 +16,7 @@ UNREADABLE = object()
 """In place of a cell that no Python value can hold, such as a time before the year 1."""
 
 Reader = Callable[[object, Path | None], object]
-"""Takes a cell and the folder of the file that it stands in (None: no file of this machine's); returns its value."""
+"""Takes a cell and the folder of its file (None: no file of this machine's); returns its value."""
 Namer = Callable[[object, Path | None], Path | None]
 """Takes the same and returns the file that a reader of the cell opens, there or not; None: none."""
 
@@ -58,12 +58,12 @@ def read_text(value: object, folder: Path | None = None) -> str:
 
 
 def read_optional(value: object, folder: Path | None = None) -> str:
-    """Return a cell as text, empty where it is blank; Misfit as of read_text."""
+    """Return a cell as text, empty where it is blank; Misfit: see read_text."""
     return "" if is_missing(value) else read_text(value)
 
 
 def read_word(value: object, folder: Path | None = None) -> str:
-    """Return a cell as text without blanks around it; errors as of read_text."""
+    """Return a cell as text without blanks around it; errors: see read_text."""
     return read_text(value).strip()
 
 

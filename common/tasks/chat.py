@@ -1,8 +1,8 @@
 """The task of conversations, with loss on the assistant's turns alone, averaged inside each record.
 
-The base model's own chat template makes text of turns. It is asked for the turns before an answer, with the words by
-which the assistant is asked for one, and for the turns up to and with the answer: what the second has more is the
-answer. Each part becomes tokens by itself, as it does when the model is asked, so no token is half a question.
+The base model's own chat template makes text of turns. It renders the turns before an answer, with
+the words that begin one, and the turns up to and with the answer: what the second has more is the answer. Each part
+becomes tokens by itself, as it does for a question to the model, so no token is half a question.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SPEAKERS: Mapping[tuple[str, str], Mapping[str, str]] = {
 }
 """How a turn is written: as TRL has it, and as LLaMA-Factory's sharegpt layout does; and whose it is."""
 MOST_TURNS = 256
-"""A template is asked anew for every answer, so the time for a record grows with the square of its turns."""
+"""The template renders all turns again for each answer, so a record's time grows with the square of its turns."""
 
 Turn = tuple[str, str]
 """Who speaks, and the words."""
@@ -72,11 +72,11 @@ class Conversation(Example):
         return json.dumps({"turns": self.spoken, "label": label})
 
     def likeness(self) -> str:
-        """Return what was asked, but for case and blanks."""
+        """Return what the user says, but for case and blanks."""
         return " ".join(words for who, text in self.spoken if who == USER for words in text.split()).casefold()
 
     def lacks(self) -> tuple[str, str]:
-        """Return that nobody asks: an answer to nothing is learnt as one, and all such records would be alike."""
+        """Return that no user asks: all such records would be near-duplicates."""
         if any(who == USER for who, _ in self.spoken):
             return "", ""
         return "has no turn of the user", "if it stands in a column of its own, name that in data.context"
@@ -87,7 +87,7 @@ class Conversation(Example):
 
 
 def read_turns(value: object, folder: Path | None = None) -> tuple[Turn, ...]:
-    """Return a cell's turns up to the assistant's last one; a system's turn without words is none.
+    """Return a cell's turns up to the assistant's last one; a system's turn without words is left out.
 
     Args:
         value: a list of objects, or its JSON, of one of the forms of ``SPEAKERS``.
@@ -105,7 +105,7 @@ def read_turns(value: object, folder: Path | None = None) -> tuple[Turn, ...]:
 
 
 def read_before(value: object, folder: Path | None = None) -> tuple[Turn, ...]:
-    """Return a cell's turns, whoever says the last one; a system's turn without words is none.
+    """Return a cell's turns, whose last one may be anyone's; a system's turn without words is left out.
 
     Raises:
         Misfit: it is no such list, has too many turns or characters, or a turn has no words or holds more than words.
@@ -128,16 +128,16 @@ def read_before(value: object, folder: Path | None = None) -> tuple[Turn, ...]:
 
 
 def _turn(item: object) -> list[Turn]:
-    given = {key: held for key, held in item.items() if held is not None} if isinstance(item, dict) else {}
-    form = next((form for form in SPEAKERS if set(given) == set(form)), None)
+    fields = {key: value for key, value in item.items() if value is not None} if isinstance(item, dict) else {}
+    form = next((form for form in SPEAKERS if set(fields) == set(form)), None)
     if form is None:
         raise Misfit("has a turn that is not who speaks and what is said", "tools, images and other parts are not read")
-    who = SPEAKERS[form].get(str(given[form[0]]))
+    who = SPEAKERS[form].get(str(fields[form[0]]))
     if who is None:
         raise Misfit("has a turn of somebody else than system, user and assistant", "remove the row")
-    if not isinstance(given[form[1]], str):
+    if not isinstance(fields[form[1]], str):
         raise Misfit("has a turn whose words are no text", "tools, images and other parts are not read")
-    return [] if who == SYSTEM and is_missing(given[form[1]]) else [(who, read_text(given[form[1]]))]
+    return [] if who == SYSTEM and is_missing(fields[form[1]]) else [(who, read_text(fields[form[1]]))]
 
 
 SYSTEM_ROLE = Role(
@@ -197,7 +197,7 @@ class Chat(CausalLM):
         A conversation that is too long loses its beginning, never the beginning of its last answer.
 
         Raises:
-            ConfigError: the chat template is none that can be trained on.
+            ConfigError: the chat template cannot be trained on.
             DataError: it does not take a conversation.
         """
         _check_template(tokenizer)
@@ -216,8 +216,8 @@ class Chat(CausalLM):
                 tokens += tokenizer(text, add_special_tokens=False)[TOKENS]
                 labels += tokens[len(labels) :] if own else [IGNORED] * (len(tokens) - len(labels))
             end = min(len(tokens), last + max(1, max_length - 1))
-            kept = slice(max(0, end - max_length), end)
-            records.append({TOKENS: tokens[kept], "attention_mask": [1] * len(tokens[kept]), "labels": labels[kept]})
+            part = slice(max(0, end - max_length), end)
+            records.append({TOKENS: tokens[part], "attention_mask": [1] * len(tokens[part]), "labels": labels[part]})
         return records
 
 
@@ -236,7 +236,7 @@ def _parts(tokenizer: Any, turns: Sequence[Turn], given: int = 0) -> list[tuple[
     """Return the text of a conversation in parts, and of each whether it is learnt: the assistant's, after those given.
 
     Raises:
-        DataError: the template writes earlier turns anew when later ones come, so that nobody can say whose is what.
+        DataError: the template rewrites earlier turns when later ones come, so that no part is one speaker's.
     """
     parts, done = list[tuple[str, bool]](), ""
     for i, (who, _) in enumerate(turns):
@@ -256,7 +256,7 @@ def _text(tokenizer: Any, turns: Sequence[Turn], *, asking: bool = False) -> str
 
 
 def _template(tokenizer: Any) -> str:
-    """Return the chat template that a tokenizer uses unless told otherwise; empty: it has none."""
+    """Return a tokenizer's default chat template; empty: it has none."""
     try:
         template: str = tokenizer.get_chat_template()
     except (ValueError, AttributeError):  # as transformers says that there is none

@@ -25,9 +25,9 @@ class Example(ABC):
     key: str = ""
     """Value of the natural partition's column, such as an author."""
     person: str = field(default="", repr=False)
-    """Whose it is, as the column ``data.person`` says; empty: nobody is named. It never leaves a site."""
+    """Whose it is, as the column ``data.person`` says; empty: no one is named. It never leaves a site."""
     slice: str = field(default="", compare=False)
-    """Of a public test record: the part of the test data that it is of; empty: none is asked for."""
+    """Of a public test record: the part of the test data that it is of; empty: no slices are read."""
     row: bytes = field(default=b"", compare=False, repr=False)
     """SHA-256 of the whole row that it was read from, whichever columns were chosen; empty: made up."""
 
@@ -41,7 +41,7 @@ class Example(ABC):
 
     @abstractmethod
     def likeness(self) -> str:
-        """Return a text that is equal for records so alike that the public test part takes all of them or none."""
+        """Return a text that is equal for near-duplicates, of which the public test part takes all or none."""
 
     def lacks(self) -> tuple[str, str]:
         """Return why it is no record though each of its cells is well, and what to do about it; else nothing, twice."""

@@ -84,10 +84,10 @@ def label_probabilities(model: Finished, example: Example) -> list[Answer]:
 
 @dataclass(frozen=True)
 class Questions:
-    """How the finished model of a task is asked."""
+    """How words become a question to a task's finished model, and its answers."""
 
     example: Callable[[Sequence[str]], Example]
-    """Makes the example of a question, given a word for each role with ``in_question``; DataError as of a reader."""
+    """Makes the example of a question from a word for each role with ``in_question``; DataError if one is no input."""
     answer: Callable[[Finished, Example], list[Answer]] = label_probabilities
     """Returns what the model answers, the likeliest first."""
 

@@ -1,7 +1,7 @@
 """Image classification: a vision transformer, its class token beside the mean of its patches, one linear head.
 
 All images have one size, so all records have one shape, and no mask. The size follows from ``model.max-length``: the
-largest square of whole patches that has at most so many tokens, and no larger than the model's authors use.
+largest square of whole patches that has at most that many tokens, and no larger than the model's authors use.
 
 The head sees the class token and the mean of the patches side by side, as DINOv2's own classifier does (Oquab et al.
 2023, section 7.1): what is wrong in one corner of an image shows in its patches.

@@ -110,10 +110,10 @@ class ImageProcessor:
         image = decoded(picture.content)
         box = (0.0, 0.0, float(image.width), float(image.height))
         if self.edge:
-            # Only what is kept is scaled: an image of one row of pixels would grow without bound.
-            kept = min(image.size) * self.side / self.edge
-            left, top = (image.width - kept) / 2, (image.height - kept) / 2
-            box = (left, top, left + kept, top + kept)
+            # Only what is square is scaled: an image of one row of pixels would grow without bound.
+            square = min(image.size) * self.side / self.edge
+            left, top = (image.width - square) / 2, (image.height - square) / 2
+            box = (left, top, left + square, top + square)
         scaled = image.resize((side, side), self.resample, box=box)
         return torch.from_numpy(np.array(scaled)).permute(2, 0, 1).contiguous()
 

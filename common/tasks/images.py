@@ -4,7 +4,7 @@ A cell holds a file's bytes, or its path below the table's folder. Only PNG and 
 size and bytes were held against limits: a file of a few bytes may state any size. What cannot be decoded is no
 image, and its row no record.
 
-An image is told from others by its pixels: encoded otherwise without loss, it is the same.
+An image's identity is its pixels: encoded otherwise without loss, it is the same.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from fedveil.common.errors import DataError, UnreadableFile
 from fedveil.common.tasks.cells import UNREADABLE, Misfit, is_missing
-from fedveil.common.tasks.tables import READERS, Table, Unfit
+from fedveil.common.tasks.table_files import READERS
+from fedveil.common.tasks.tables import Table, Unfit
 
 if TYPE_CHECKING:
     from PIL.Image import Image

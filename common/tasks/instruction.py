@@ -31,7 +31,7 @@ def read_history(value: object, folder: Path | None = None) -> tuple[Turn, ...]:
     """Return the turns of earlier exchanges, none of a blank cell.
 
     Args:
-        value: a list of pairs, what was asked and what was answered, or its JSON.
+        value: a list of pairs of question and answer, or its JSON.
         folder: of the file; no cell names another.
 
     Raises:
@@ -60,7 +60,7 @@ PAIRS = "write [['a question', 'its answer'], ...] as JSON"
 
 @dataclass(frozen=True, slots=True)
 class Exchange(Example):
-    """One record: what is asked, what that is about, and the answer, behind what was said before."""
+    """One record: instruction, its input and the answer, after what was said before."""
 
     left_out: ClassVar[Mapping[str, str]] = {
         **LEFT_OUT,
@@ -95,7 +95,7 @@ class Exchange(Example):
         return json.dumps({"turns": self.spoken, "label": label})
 
     def likeness(self) -> str:
-        """Return what was asked last, but for case and blanks."""
+        """Return the last question, but for case and blanks."""
         return " ".join(self.question.split()).casefold()
 
     def texts(self) -> list[str]:

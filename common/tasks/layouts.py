@@ -15,7 +15,7 @@ class Layout:
     columns: frozenset[str]
     """Columns that every file of it has."""
     advice: str
-    """How it is read here, in words for whoever named other columns."""
+    """How it is read here, for a user who named other columns."""
     alone: bool = False
     """Whether its columns are too common to tell it by, unless a file has no others."""
 
@@ -63,5 +63,5 @@ def known_layout(columns: Collection[str]) -> str:
     >>> known_layout(["conversations", "id"])
     ". It is LLaMA-Factory's sharegpt layout: set model.task to 'chat' and data.messages to 'conversations'"
     """
-    found = next((layout for layout in LAYOUTS if layout.fits(frozenset(columns))), None)
-    return f". It is {found.name}: {found.advice}" if found else ""
+    known = next((layout for layout in LAYOUTS if layout.fits(frozenset(columns))), None)
+    return f". It is {known.name}: {known.advice}" if known else ""

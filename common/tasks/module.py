@@ -44,7 +44,7 @@ class TaskModule(nn.Module):
         reading: what the task takes from the encoder: with a head, features of shape (records, width), float32;
             without, logits.
         width: of the features.
-        classes: rows of the head; 0: there is none.
+        classes: rows of the head; 0: no head.
         feature_scale: length that features are brought to; 0 leaves them as they are.
     """
 

@@ -28,7 +28,7 @@ def patch_side(base: BaseModel) -> int:
 
 
 def position_options(base: BaseModel) -> dict[str, bool]:
-    """Return what makes a model take images of another size than its table of places is for, where it must be asked."""
+    """Return the option by which a model takes images of another size than its position table, if it has one."""
     key = "interpolate_pos_encoding"
     return {key: True} if key in inspect.signature(base.module.forward).parameters else {}
 

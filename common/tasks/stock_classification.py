@@ -48,7 +48,7 @@ class StockExport(SentenceExport):
 
         Raises:
             ConfigError: the run trained the head alone, so there is no adapter.
-            ModelError: as of ``write``.
+            ModelError: see ``write``.
         """
         from safetensors.torch import save_file
 
@@ -57,10 +57,10 @@ class StockExport(SentenceExport):
         if not (adapter / "adapter_config.json").is_file():
             raise ConfigError("this run trained the head alone, and has no adapter: merge it without --form")
         stock = stock_of(model, LOADER)
-        own, inside = "base_model.model.", f"base_model.model.{stock.base_model_prefix}."
+        prefix, inside = "base_model.model.", f"base_model.model.{stock.base_model_prefix}."
         loaded = read_tensors(adapter / "adapter_model.safetensors")
-        tensors = {inside + key.removeprefix(own): tensor for key, tensor in loaded.items()}
-        tensors |= {f"{own}{HEAD}.{name}": tensor for name, tensor in head_of(model).items()}
+        tensors = {inside + key.removeprefix(prefix): tensor for key, tensor in loaded.items()}
+        tensors |= {f"{prefix}{HEAD}.{name}": tensor for name, tensor in head_of(model).items()}
         config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
         config |= {"task_type": "SEQ_CLS", "modules_to_save": [HEAD]}
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

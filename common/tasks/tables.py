@@ -1,29 +1,11 @@
-"""Reading files and hub data sets into columns, before any check of their cells.
-
-A row that cannot be read (not JSON, another number of fields than the header) keeps its place as a row
-of empty cells, with the reason beside it. A file whose rows cannot be told apart is an error.
-
-Of protected records a row is a line, whatever stands in the others: in a CSV file whose cells may hold line breaks one
-quote that nobody doubled makes one cell of all rows up to the next.
-"""
+"""Tables as they were read from a file or from the hub, before any check of their cells."""
 
 from __future__ import annotations
 
-import csv
-import json
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
-
-from fedveil.common.errors import DataError, UnreadableFile
-from fedveil.common.tasks.cells import UNREADABLE
-
-Columns = dict[str, list[object]]
-HEADER = "the header"
 
 
 @dataclass(frozen=True)
@@ -67,13 +49,13 @@ class Table:
 
         So what is made of a row follows from it alone, however another one orders its names.
         """
-        if isinstance(self.columns, _Objects):
+        if isinstance(self.columns, Objects):
             return sorted(self.columns.rows[index].items(), key=itemgetter(0))
         return ((name, column[index]) for name, column in self.columns.items())
 
 
-class _Objects(Mapping[str, Sequence[object]]):
-    """The columns of rows that name their cells themselves; each is made when it is asked for.
+class Objects(Mapping[str, Sequence[object]]):
+    """The columns of rows that name their cells themselves; each is made on its first use.
 
     All of them at once would be as large as the number of rows times that of all names, so that one row of many names
     would have every other take its time and its memory.
@@ -82,7 +64,7 @@ class _Objects(Mapping[str, Sequence[object]]):
     def __init__(self, rows: Sequence[Mapping[str, object]]) -> None:
         self.rows = rows
         self._names = dict.fromkeys(name for row in rows for name in row)
-        self._made: Columns = {}
+        self._made: dict[str, list[object]] = {}
 
     def __getitem__(self, name: str) -> Sequence[object]:
         if name not in self._names:
@@ -99,255 +81,3 @@ class _Objects(Mapping[str, Sequence[object]]):
 
     def __len__(self) -> int:
         return len(self._names)
-
-
-def read_hub(source: str) -> Table:
-    """Return the columns of ``hub:NAME[:SPLIT]``.
-
-    Raises:
-        DataError: the hub does not give it, or it is empty.
-    """
-    name, _, split = source.removeprefix("hub:").partition(":")
-    import datasets  # slow to import, and only this source needs it
-
-    try:
-        loaded = datasets.load_dataset(name, split=split or "train")
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise DataError(
-            f"{source} cannot be loaded from the hub ({reason}): check the name, the split and the connection, "
-            f"or name a file"
-        ) from error
-    if not len(loaded):
-        raise DataError(f"{source} is empty: it has no records")
-    for column, kind in loaded.features.items():
-        if isinstance(kind, datasets.Image):  # as bytes: whoever reads the cell decodes it, within limits
-            loaded = loaded.cast_column(column, datasets.Image(decode=False))
-    columns: dict[str, list[Any]] = dict(loaded[:])
-    classes = {
-        column: tuple(kind.names) for column, kind in loaded.features.items() if isinstance(kind, datasets.ClassLabel)
-    }
-    for column, names in classes.items():
-        # -1 is the hub's way to say that a record has no label.
-        columns[column] = [None if i is None or i < 0 else names[i] for i in columns[column]]
-    return Table(source, columns, classes)
-
-
-def read_file(path: Path, *, by_line: bool = False) -> Table:
-    """Return the columns of a CSV, TSV, JSONL or Parquet file.
-
-    Args:
-        path: the file.
-        by_line: whether each line of a CSV or TSV is a row by itself, which no other line changes.
-
-    Raises:
-        UnreadableFile: its rows cannot be told apart, or there is none, or two columns have one name.
-        DataError: the file cannot be opened.
-    """
-    try:
-        readers = {**READERS, **BY_LINE} if by_line else READERS
-        table = readers[path.suffix.lower()](path)
-    except UnicodeDecodeError as error:
-        raise UnreadableFile(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
-    except OSError as error:
-        if not path.is_file() or error.errno is not None:
-            raise DataError(f"{path} cannot be opened ({error.strerror or error}): check path and rights") from error
-        raise _unreadable(path, error) from error  # Arrow says so of files that were cut short
-    except (csv.Error, ValueError, LookupError, TypeError, NotImplementedError) as error:
-        # csv's errors are of quotes that do not match and of line ends inside a cell: the rows after them are
-        # anyone's guess. Arrow's are kinds of the others.
-        raise _unreadable(path, error) from error
-    if not table.size:
-        raise UnreadableFile(f"{path} is empty: it has no records")
-    return table
-
-
-def _unreadable(path: Path, error: Exception) -> UnreadableFile:
-    what = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".") + ": mend it or save it anew"
-    if isinstance(error, csv.Error):
-        with path.open(encoding="utf-8-sig", errors="replace") as lines:
-            what = separated_otherwise(lines.readline()) or what
-    return UnreadableFile(f"{path} cannot be read as {path.suffix[1:].upper()}: {what}")
-
-
-def separated_otherwise(header: str) -> str:
-    """Return what to do about a header without commas that has another sign between its names; empty: it has none."""
-    sign = next((sign for sign in ";\t" if sign in header), "")
-    if not sign or "," in header:
-        return ""
-    name = "semicolons" if sign == ";" else "tabs"
-    return f"its fields are separated by {name}; save it with commas, or with tabs as .tsv"
-
-
-def _check_names(names: Sequence[str]) -> None:
-    """Raise ValueError if two columns have one name: nobody could say which of them is meant."""
-    twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
-    if twice is not None:
-        raise ValueError(f"two columns are called {twice!r}")
-
-
-@contextmanager
-def _cells_of_any_size() -> Iterator[None]:
-    """Lift csv's limit on a cell, which would refuse the file; what is too large is decided row by row."""
-    before = csv.field_size_limit(sys.maxsize)
-    try:
-        yield
-    finally:
-        csv.field_size_limit(before)
-
-
-def read_delimited(path: Path, delimiter: str, quoting: int) -> Table:
-    """Return the columns of a text whose first line names them; errors as csv's and a file's own."""
-    options: dict[str, Any] = {"delimiter": delimiter, "quoting": quoting, "strict": True}
-    with path.open(encoding="utf-8-sig", newline="") as lines, _cells_of_any_size():
-        reader, rows, begins = csv.reader(lines, **options), list[list[str]](), 1
-        try:
-            for row in reader:
-                rows += [row] if row else []
-                begins = reader.line_num + 1
-        except csv.Error as error:
-            # A quote that is never closed takes the rest of the file, so where the error was met says nothing.
-            where = f"row {len(rows)}, which begins in line {begins}," if rows else HEADER
-            raise _located(where, error) from error
-    return _of_rows(path, rows[0] if rows else [], rows[1:])
-
-
-def _located(where: str, error: csv.Error) -> csv.Error:
-    """Return csv's error with the row that has it."""
-    open_quote = "unexpected end" in str(error)
-    return csv.Error(f"{where} has {'a quote that is never closed' if open_quote else error}")
-
-
-def _read_by_line(path: Path, delimiter: str, quoting: int) -> Table:
-    """Return the columns of a text of which each line is read by itself; one that is no row is unread."""
-    options: dict[str, Any] = {"delimiter": delimiter, "quoting": quoting, "strict": True}
-    header: list[str] = []
-    rows: list[list[str] | Unfit] = []
-    with _cells_of_any_size():
-        for number, line in _lines(path):
-            try:
-                if isinstance(line, UnicodeDecodeError):
-                    raise line
-                row = next(csv.reader([line], **options), [])
-            except (UnicodeDecodeError, csv.Error) as error:
-                if not header and isinstance(error, csv.Error):
-                    raise _located(HEADER, error) from error
-                if not header:
-                    raise
-                rows.append(_no_row(path, len(rows), number, error))
-                continue
-            if row and header:
-                rows.append(row)
-            header = header or row
-    return _of_rows(path, header, rows)
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str | UnicodeDecodeError]]:
-    """Yield number and text of each line, or why it is not UTF-8; a line break is a line feed alone."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                yield number, error
-
-
-def _no_row(path: Path, row: int, number: int, error: Exception) -> Unfit:
-    if isinstance(error, UnicodeDecodeError):
-        return _unread(path, row, "is not UTF-8", f"line {number} is not UTF-8: save the file as UTF-8", of_file=True)
-    advice = (
-        "double the quotes inside a quoted cell; if cells hold line breaks and a program that doubles quotes wrote the "
-        "file, write line-breaks = true into the policy, or save it as JSONL or Parquet"
-    )
-    words = f"line {number} is no row by itself ({error}): {advice}"
-    return _unread(path, row, "is a line that is no row by itself", words, of_file=True)
-
-
-def _of_rows(path: Path, header: Sequence[str], rows: Sequence[Sequence[str] | Unfit]) -> Table:
-    _check_names(header)
-    unread: dict[int, Unfit] = {}
-    kept: list[Sequence[object]] = []
-    empty: list[object] = [None] * len(header)
-    for i, row in enumerate(rows):
-        if isinstance(row, Unfit):
-            unread[i] = row
-        elif len(row) != len(header):
-            where = f"row {i + 1} has {len(row)} fields, but the header names {len(header)}"
-            advice = "(a text that contains the separator must be quoted in CSV and changed in TSV)"
-            unread[i] = _unread(path, i, "has another number of fields than the header", f"{where} {advice}")
-        kept.append(empty if i in unread or isinstance(row, Unfit) else row)
-    columns = {name: [row[i] for row in kept] for i, name in enumerate(header)}
-    return Table(str(path), columns, unread=unread, folder=path.parent)
-
-
-def _unread(path: Path, row: int, reason: str, words: str, *, of_file: bool = False) -> Unfit:
-    kind = path.suffix[1:].upper()
-    return Unfit(str(path), row + 1, reason, f"{path} cannot be read as {kind}: {words}", of_file)
-
-
-def _read_jsonl(path: Path) -> Table:
-    records: list[dict[str, object]] = []
-    unread: dict[int, Unfit] = {}
-    for number, line in _lines(path):
-        record: Any = {}
-        if isinstance(line, UnicodeDecodeError):
-            unread[len(records)] = _no_row(path, len(records), number, line)
-        elif not line.strip():
-            continue
-        else:
-            try:
-                record = json.loads(line, object_pairs_hook=_object)
-            except (ValueError, RecursionError) as error:
-                what = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-                unread[len(records)] = _unread(path, len(records), "is not JSON", f"line {number} is not JSON ({what})")
-        if not isinstance(record, dict):
-            what = f"line {number} is not a JSON object"
-            unread[len(records)] = _unread(path, len(records), "is not a JSON object", what)
-            record = {}
-        records.append(record)
-    return Table(str(path), _Objects(records), unread=unread, has_header=False, folder=path.parent)
-
-
-def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    if len({name for name, _ in pairs}) < len(pairs):
-        raise ValueError("a name occurs twice in one object")
-    return dict(pairs)
-
-
-def _read_parquet(path: Path) -> Table:
-    import pyarrow.parquet  # slow to import, and only this kind of file needs it
-
-    table = pyarrow.parquet.read_table(path)
-    _check_names(table.column_names)
-    columns = {name: _values(table.column(name)) for name in table.column_names}
-    return Table(str(path), columns, folder=path.parent)
-
-
-def _values(column: Any) -> list[object]:
-    """Return a column's cells; one that Python cannot hold must not hide the others."""
-    try:
-        values: list[object] = column.to_pylist()
-    except (ValueError, OverflowError):
-        return [_value(cell) for cell in column]
-    return values
-
-
-def _value(cell: Any) -> object:
-    try:
-        value: object = cell.as_py()
-    except (ValueError, OverflowError):
-        return UNREADABLE
-    return value
-
-
-READERS: Mapping[str, Callable[[Path], Table]] = {
-    ".csv": lambda path: read_delimited(path, ",", csv.QUOTE_MINIMAL),
-    ".tsv": lambda path: read_delimited(path, "\t", csv.QUOTE_NONE),
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-}
-BY_LINE: Mapping[str, Callable[[Path], Table]] = {
-    ".csv": lambda path: _read_by_line(path, ",", csv.QUOTE_MINIMAL),
-    ".tsv": lambda path: _read_by_line(path, "\t", csv.QUOTE_NONE),
-}
-"""In place of those of ``READERS`` where one line must not change what another is; JSONL is read so anyway."""

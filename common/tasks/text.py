@@ -51,7 +51,7 @@ def text_of(text: str, pair: str | None = None) -> Example:
 
 
 class TextTask(Task):
-    """Texts, cut to so many tokens; a record's size is its number of tokens."""
+    """Texts; a record's size is its number of tokens."""
 
     example: ClassVar[type[Any]] = TextExample
     wording: ClassVar[Wording | None] = Wording(text_of, text_of, text_of)
@@ -62,21 +62,21 @@ class TextTask(Task):
         return {"tokenizer": _tokenizer_parts(processor)}
 
     def limit(self, base: BaseModel, max_length: int) -> int:
-        """Return the tokens that records are cut to; fewer where the model has no positions for so many and padding."""
+        """Return the tokens that records are cut to; fewer where the model has no positions for them and padding."""
         from fedveil.common.model.shapes import longest_within
 
         limit = min(max_length, longest_within(base.positions))
-        own = base.processor.num_special_tokens_to_add(pair=True)
-        if limit <= own:
+        special = base.processor.num_special_tokens_to_add(pair=True)
+        if limit <= special:
             # Truncation does nothing then, and a record keeps its whole length.
             raise ConfigError(
                 f"model.max-length is {limit}, of which the tokenizer of {base.name!r} itself takes up to "
-                f"{own}: set it to {own + 1} or more"
+                f"{special}: set it to {special + 1} or more"
             )
         return limit
 
     def prepare(self, base: BaseModel, examples: Sequence[Example], limit: int) -> list[Record]:
-        """Return tokenised records of at most ``limit`` tokens; DataError as of ``tokenise``."""
+        """Return tokenised records of at most ``limit`` tokens; DataError: see ``tokenise``."""
         return self.tokenise(base.processor, cast(Sequence[TextExample], examples), limit)
 
     @abstractmethod
@@ -117,7 +117,7 @@ class TextTask(Task):
 
 
 def pad_id(base: BaseModel) -> int:
-    """Return the token that fills up a batch; masked everywhere, so any token serves if there is none."""
+    """Return the token that fills up a batch; masked everywhere, so any token serves if it has none."""
     tokenizer = base.processor
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return int(next(token for token in candidates if token is not None))
@@ -150,10 +150,10 @@ def _tokenizer_parts(tokenizer: Any) -> dict[str, Any]:
     if tokenizer.is_fast:
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
         # It stands beside the rules. Where it is off, fingerprints are those from before it counted.
-        own = {"split_special_tokens": True} if getattr(tokenizer, "split_special_tokens", False) else {}
+        split = {"split_special_tokens": True} if getattr(tokenizer, "split_special_tokens", False) else {}
         # Both are set anew by every call.
         counted = {key: value for key, value in rules.items() if key not in ("truncation", "padding")}
-        return {**parts, **own, "rules": counted}
+        return {**parts, **split, "rules": counted}
     options = {key: _content(value) for key, value in tokenizer.init_kwargs.items() if key not in UNCOUNTED}
     return {**parts, "vocabulary": tokenizer.get_vocab(), "options": options}
 

@@ -1,6 +1,6 @@
 """Made-up images: smooth fields of many scales, with waves or plain shapes on every second and third of them.
 
-They are nobody's, and whoever makes one by its number gets the same. Where a vision model's features of any image
+They are no one's, and a number always makes the same one. Where a vision model's features of any image
 point, and along which directions those of images differ most, they tell well enough to centre and whiten by; pixels
 drawn one by one do not (``experiments/log``).
 """

@@ -8,7 +8,7 @@ the basis that A is written in. Nothing as large as a weight is formed: with A�
 B Rᵀ. Of ``lora-diagonal`` it shrinks z, S2-LoRA's sparsity.
 
 ξ is the noise's own edge: what the largest singular value of one round's averaged noise behind A exceeds in any layer
-with chance ``common.nulls.LEVEL``. So where records say nothing B stays at 0, to the bit, and no schedule is needed.
+with chance ``contrib.nulls.LEVEL``. So where records say nothing B stays at 0, to the bit, and no schedule is needed.
 That needs one plain step at the sites and a plain one at the server, and is refused elsewhere: Adam, or a ball that
 rolls on, would give a part of the noise back behind the threshold. Under ``client-level`` the noise is the server's
 own, so more steps at the sites are fine. Without privacy there is no noise, and ``soft-threshold.threshold`` says ξ.
@@ -36,7 +36,7 @@ from fedveil.common.config.fields import Unit
 from fedveil.common.config.sections import RunConfig
 from fedveil.common.errors import ConfigError, ModelError
 from fedveil.common.messages.state import AdapterState, Factors
-from fedveil.common.nulls import LEVEL, edge_behind
+from fedveil.contrib.nulls import LEVEL, edge_behind
 from fedveil.strategies.base import Strategy
 from fedveil.strategies.rules.base import Known, ServerRule
 

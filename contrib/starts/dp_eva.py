@@ -9,7 +9,7 @@ server, which is post-processing. Moments are not centred, and every layer has t
 Noise of standard deviation τ on every number of the packed moment is noise of variance τ² / 2 beside the diagonal,
 whose eigenvalues reach τ √(2 n): a direction of the records is found where its eigenvalue is above τ √(n / 2). Plain
 upper triangles (Dwork, Talwar et al. 2014, "Analyze Gauss") would need √2 times that for the same price. Behind round 0
-the server says how many are found, and their eigenvalues less what noise lifts them by (``common.nulls.without_lift``).
+the server says how many are found, and their eigenvalues less their lift by noise (``contrib.nulls.without_lift``).
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ import torch
 
 from fedveil.common.messages.state import AdapterState
 from fedveil.common.model.federated import FederatedModel
-from fedveil.common.nulls import without_lift
 from fedveil.common.starts.gradient import drawn, released
 from fedveil.common.starts.paid import PaidStart
 from fedveil.common.tasks import Record
+from fedveil.contrib.nulls import without_lift
 from fedveil.contrib.starts.inputs import OfInputs, open_moments, packed, unpacked
 from fedveil.privacy.plan import PrivacyPlan
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from fedveil.common.adapters.layers import layer_shape, layers_of
 from fedveil.common.check import NOT_NEGATIVE
 from fedveil.common.config.fields import Unit
+from fedveil.common.messages.blocks import Layout
 from fedveil.common.messages.state import AdapterState, Factors
-from fedveil.common.messages.wire import Layout
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.starts.directions import leading_singular_triple, orthonormal_rows
 from fedveil.common.starts.gradient import drawn, released

@@ -22,8 +22,8 @@ from fedveil.common.adapters import Place
 from fedveil.common.adapters.layers import layer_shape, layers_of
 from fedveil.common.config.sections import RunConfig
 from fedveil.common.errors import ModelError
+from fedveil.common.messages.blocks import Layout
 from fedveil.common.messages.state import AdapterState, Factors
-from fedveil.common.messages.wire import Layout
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.starts.base import Labels, Start, seeded
 from fedveil.common.starts.directions import leading_rows

@@ -12,8 +12,8 @@ from typing import Annotated, ClassVar
 from fedveil.common.adapters import Place
 from fedveil.common.check import POSITIVE
 from fedveil.common.config.fields import RATIO
+from fedveil.common.messages.blocks import Layout
 from fedveil.common.messages.state import AdapterState, Factors
-from fedveil.common.messages.wire import Layout
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.starts.base import seeded
 from fedveil.common.starts.gradient import gradient_basis, gradient_layout, mean_gradient

@@ -22,8 +22,9 @@ from fedveil.common.config.fields import RATIO, Unit
 from fedveil.common.config.schedule import learning_rate
 from fedveil.common.config.sections import RunConfig
 from fedveil.common.errors import ConfigError
+from fedveil.common.messages.blocks import Layout
 from fedveil.common.messages.state import HEAD, METRIC, AdapterState, Factors
-from fedveil.common.messages.wire import Layout
+from fedveil.common.model.alone import head_alone
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.starts.base import Labels, Needs
 from fedveil.common.starts.paid import PaidByShare
@@ -93,7 +94,7 @@ class Probe(PaidByShare, PublicMetric):
 
     def opened(self, model: FederatedModel) -> AbstractContextManager[Any]:
         """Return the context in which the head alone takes a gradient."""
-        return model.head_alone()
+        return head_alone(model)
 
     def privatise(
         self,
@@ -103,7 +104,7 @@ class Probe(PaidByShare, PublicMetric):
         before_pass: Callable[[], None] = lambda: None,
     ) -> AdapterState:
         """Return by how much ``steps`` private steps move the head behind the map."""
-        with model.head_alone(), self._whitened(model):
+        with head_alone(model), self._whitened(model):
             begun = {name: p.detach().clone() for name, p in model.head.items()}
             # Copies: the rounds after this one read the records as they were.
             vectors = model.featurise([dict(record) for record in records], before_pass)

@@ -18,8 +18,8 @@ from fedveil.common.config.sections import RunConfig
 from fedveil.common.data.named import share_sentences
 from fedveil.common.data.sources import load_dataset
 from fedveil.common.errors import ConfigError
+from fedveil.common.messages.blocks import Layout
 from fedveil.common.messages.state import AdapterState, Factors
-from fedveil.common.messages.wire import Layout
 from fedveil.common.model.device import choose_batch_tokens
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.starts.base import Labels, Needs, Start, seeded

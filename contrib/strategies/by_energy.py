@@ -1,12 +1,12 @@
 """The interface of a strategy that chooses layers by what the sites' changes of a round have in common.
 
 The statistic is the cross-site energy ``Σ_{j≠k} p_j p_k ⟨D_j, D_k⟩`` of a layer's trained columns over its standard
-deviation under noise alone (``common.nulls``). Its mean is 0 where there is noise and nothing else, however much, so a
+deviation under noise alone (``contrib.nulls``). Its mean is 0 where there is noise and nothing else, however much, so a
 layer above ``least_score`` learns. It is a function of what was sent, which was noised: a choice by it costs no
 privacy, and other records change it through nothing else.
 
 One site cannot buy a choice by the length of what it sends: in the score no change is longer than the middle one
-(``common.nulls.evened``), so that what it makes up is to the others' noise as noise is. What remains: it can hold a
+(``contrib.nulls.evened``), so that what it makes up is to the others' noise as noise is. What remains: it can hold a
 layer back by sending the opposite of what the others have in common, or nothing, and speak for a layer in which their
 records move, as far as its share of the average goes.
 
@@ -27,7 +27,7 @@ from fedveil.common.errors import ConfigError
 from fedveil.common.messages.columns import FACTOR, narrowed
 from fedveil.common.messages.state import OWN, AdapterState
 from fedveil.common.messages.tensors import merge, select
-from fedveil.common.nulls import cross_site_energy, evened, least_score
+from fedveil.contrib.nulls import cross_site_energy, evened, least_score
 from fedveil.contrib.strategies.columns import MASK, Columns
 from fedveil.strategies.state import Contribution, ServerState
 

@@ -13,13 +13,14 @@ A choice of the server follows from what was sent, which is noised: it costs no 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 
-from fedveil.common.messages.columns import FACTOR, Chosen, positions_of, shares_of_columns, widened
+from fedveil.common.messages.columns import FACTOR, Chosen, positions_of, widened
 from fedveil.common.messages.state import OWN, AdapterState
 from fedveil.common.messages.tensors import merge, select
 from fedveil.strategies.base import Strategy, Takes, mean
@@ -73,3 +74,20 @@ class Columns(Strategy):
             averaged[layer][FACTOR] = torch.where(shares[FACTOR] > 0, averaged[layer][FACTOR], old)
         adapter = merge(state.adapter, averaged)
         return replace(state, round_number=state.round_number + 1, adapter=adapter, active=active)
+
+
+def shares_of_columns(chosen: Sequence[Chosen], weights: Sequence[float], whole: AdapterState) -> AdapterState:
+    """Return, by layer and factor, the part of all weight that the sites have which train a column, float64.
+
+    0 where no site does, and exactly 1 where all do.
+    """
+    total, by_layer = math.fsum(weights), dict[str, dict[str, torch.Tensor]]()
+    places = dict.fromkeys((place, name) for choice in chosen for place, factors in choice.items() for name in factors)
+    for layer, name in places:
+        columns = [set(choice[layer][name].tolist()) for choice in chosen]
+        shares = [
+            math.fsum(weight for weight, trained in zip(weights, columns, strict=True) if i in trained) / total
+            for i in range(whole[layer][name].shape[-1])
+        ]
+        by_layer.setdefault(layer, {})[name] = torch.tensor(shares, dtype=torch.float64)
+    return by_layer

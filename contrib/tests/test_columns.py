@@ -29,11 +29,12 @@ from fedveil.common.adapters import LoRAFrozenA
 from fedveil.common.adapters.split import SplitColumns
 from fedveil.common.config.sections import RunConfig, Scalar
 from fedveil.common.errors import ConfigError, ProtocolError, RunFailed
+from fedveil.common.messages.blocks import layout_of
 from fedveil.common.messages.columns import Chosen, narrowed, narrowed_layout, widened
 from fedveil.common.messages.round import KeyTask, TrainResult, TrainTask
 from fedveil.common.messages.state import HEAD, AdapterState
 from fedveil.common.messages.tensors import merge
-from fedveil.common.messages.wire import decode_reply, encode_task, layout_of
+from fedveil.common.messages.wire import decode_reply, encode_task
 from fedveil.common.run_lines import PrivacyLine, RoundLine, read_lines
 from fedveil.contrib.strategies.columns import MASK
 from fedveil.contrib.strategies.flexlora import FlexLoRA

@@ -18,6 +18,7 @@ from fedveil.common.errors import ConfigError, ModelError
 from fedveil.common.messages.round import Reply, TrainResult
 from fedveil.common.messages.state import HEAD
 from fedveil.common.messages.tensors import merge
+from fedveil.common.model.alone import head_alone
 from fedveil.common.model.base import load_base_model
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.run_lines import PrivacyLine, RoundLine, read_lines
@@ -196,7 +197,7 @@ def test_round_0_rehearses_the_head_alone(model_folder: Folder) -> None:
     timing = rehearse_initial(model, start)
     assert list(timing.passes) == [1]
     assert model.shapes == narrowed
-    with pytest.raises(ModelError, match="no head"), tiny_without_head(model).head_alone():
+    with pytest.raises(ModelError, match="no head"), head_alone(tiny_without_head(model)):
         pass
 
 

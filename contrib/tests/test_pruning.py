@@ -25,8 +25,8 @@ from fedveil.common.data.sources import public_test
 from fedveil.common.errors import ConfigError, DataError, ModelError, ProtocolError
 from fedveil.common.messages.round import TrainTask
 from fedveil.common.model.base import load_base_model
-from fedveil.common.model.federated import score_records
 from fedveil.common.model.importance import COLUMNS, ROWS, importance, running
+from fedveil.common.model.scoring import score_records
 from fedveil.common.starts import STARTS
 from fedveil.contrib.experiments.pruning import prune
 from fedveil.contrib.experiments.pruning.files import NAME, read_pruned

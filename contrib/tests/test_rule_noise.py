@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_weight_noise import RANK, Layer
 
-from fedveil.common.nulls import LEVEL
+from fedveil.contrib.nulls import LEVEL
 from fedveil.contrib.rules.align_guard import guarded
 from fedveil.strategies.rules import RULES
 from fedveil.strategies.rules.base import Known

@@ -24,9 +24,9 @@ from fedveil.common.adapters.layers import layers_of
 from fedveil.common.errors import ConfigError, DataError, ModelError
 from fedveil.common.messages.state import HEAD, AdapterState
 from fedveil.common.model.base import load_base_model
-from fedveil.common.nulls import LEVEL, edge_behind, noise_edge
 from fedveil.common.run_lines import RoundLine, read_lines
 from fedveil.common.starts import STARTS
+from fedveil.contrib.nulls import LEVEL, edge_behind, noise_edge
 from fedveil.contrib.rules.align_guard import AlignGuard, guarded
 from fedveil.contrib.rules.soft_threshold import entries_shrunk, product_shrunk
 from fedveil.experiments.in_process import run_in_process

@@ -11,7 +11,8 @@ import csv
 from pathlib import Path
 
 from fedveil.common.data.named import NamedDataset
-from fedveil.common.tasks.tables import Table, read_delimited
+from fedveil.common.tasks.table_files import read_delimited
+from fedveil.common.tasks.tables import Table
 from fedveil.demo.packaged import PackagedFile
 
 TOPICS = (

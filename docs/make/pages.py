@@ -28,6 +28,7 @@ from fedveil.client.policy import Policy
 from fedveil.client.policy_values import UNLIMITED
 from fedveil.common.config.fields import kebab
 from fedveil.common.docstrings import fields_said, said_of
+from fedveil.common.findings import AUDITS, AuditFile, Finding
 from fedveil.common.messages import wire
 from fedveil.common.messages.round import (
     PROTOCOL,
@@ -46,29 +47,21 @@ from fedveil.common.messages.round import (
     UnmaskReply,
     UnmaskTask,
 )
+from fedveil.common.other_runs import BesideFile, BesideRow, TuningFile
 from fedveil.common.run_lines import (
-    AUDITS,
     Absence,
     AdapterFile,
-    AuditFile,
     BaselineFile,
-    BesideFile,
-    BesideRow,
-    CheckLine,
     ConfigFile,
     CountLine,
-    Finding,
     LabelScore,
-    OwnCheck,
     PrivacyLine,
     ProgressFile,
     Reached,
     ResultFile,
     RoundLine,
-    ServerFile,
-    ServerStart,
-    TuningFile,
 )
+from fedveil.common.server_file import CheckLine, OwnCheck, ServerFile, ServerStart
 from fedveil.common.tasks import roles_of_all
 from fedveil.deploy.advisories import ADVISORIES
 from fedveil.experiments.sweep.arms import ARMS

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 
 from fedveil.common.adapters.attach import target_shapes
 from fedveil.common.adapters.layers import layer_shape, layers_of
+from fedveil.common.messages.blocks import payload_bytes
 from fedveil.common.messages.columns import narrowed
 from fedveil.common.messages.round import Spending, TrainResult, TrainTask
 from fedveil.common.messages.state import HEAD, AdapterState
 from fedveil.common.messages.tensors import fingerprint
-from fedveil.common.messages.wire import encode_reply, encode_task, message_bytes, payload_bytes
+from fedveil.common.messages.wire import encode_reply, encode_task, message_bytes
 from fedveil.experiments.planner.payers import payer_of
 from fedveil.privacy.accountant import TRAINING, Accountant
 from fedveil.privacy.plan import PrivacyPlan

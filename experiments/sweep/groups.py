@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fedveil.common.adapters import ADAPTERS
 from fedveil.common.config.sections import Scalar
 from fedveil.common.errors import DataError
-from fedveil.common.run_lines import BesideFile, BesideRow
+from fedveil.common.other_runs import BesideFile, BesideRow
 from fedveil.common.tasks import TASKS
 from fedveil.common.words import UNKNOWN
 from fedveil.experiments.sweep.arms import ARMS

@@ -19,8 +19,8 @@ from dataclasses import replace
 
 from fedveil.common.errors import ConfigError
 from fedveil.common.log import about
+from fedveil.common.messages.blocks import Layout
 from fedveil.common.messages.round import KeyReply, KeyTask, Refusal, TrainResult
-from fedveil.common.messages.wire import Layout
 from fedveil.common.run_lines import Absence
 from fedveil.privacy.secure_sum import KeyOffer, check_headroom, least_sites, may_be_lost
 from fedveil.privacy.secure_sum.masks import Words

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fedveil.common.config.sections import RunConfig
 from fedveil.common.errors import ConfigError
+from fedveil.common.messages.blocks import Layout
 from fedveil.common.messages.round import TrainResult
 from fedveil.common.messages.state import HEAD, AdapterState
-from fedveil.common.messages.wire import Layout
 from fedveil.privacy.events import Event
 from fedveil.privacy.plan import PrivacyPlan
 from fedveil.privacy.secure_sum import check_headroom, total

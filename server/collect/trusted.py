@@ -22,10 +22,11 @@ import torch
 from fedveil.common.errors import BudgetExhausted, LedgerError
 from fedveil.common.files import expanded
 from fedveil.common.log import about
+from fedveil.common.messages.blocks import Layout, payload_bytes
 from fedveil.common.messages.round import Spending, TrainResult, TrainTask
 from fedveil.common.messages.state import HEAD, AdapterState
 from fedveil.common.messages.tensors import fingerprint
-from fedveil.common.messages.wire import Layout, encode_task, payload_bytes
+from fedveil.common.messages.wire import encode_task
 from fedveil.common.paths import run_folder
 from fedveil.common.run_lines import COHORT, Absence
 from fedveil.privacy.client_level import clipped

@@ -32,7 +32,7 @@ from audits.site_rounds import audit_sites
 from audits.step_canaries import audit_steps, audited, model_for
 from audits.summed import CASES
 from audits.worlds import flat
-from fedveil.common.run_lines import Finding
+from fedveil.common.findings import Finding
 from fedveil.common.tasks.text import TextExample
 from fedveil.privacy.accounting import epsilon, gaussian_release
 from fedveil.reports import markdown_report

@@ -13,7 +13,7 @@ from audits.hostile_models import UNCOMPARED, UNREHEARSED, audit_files, audit_mo
 from audits.hostile_records import APART, COLUMNS, DIVISIONS, ROWS, audit_records
 from audits.hostile_server import FORGOTTEN, UNPAID, audit_rounds
 from audits.hostile_state import BEHIND_CHARGE, UNCHECKED, audit_masks
-from fedveil.common.run_lines import Finding
+from fedveil.common.findings import Finding
 
 Audit = Callable[[Path, Fault], Finding]
 CASES: dict[Audit, tuple[Fault, ...]] = {

@@ -16,8 +16,10 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from fedveil.cli.main import app
+from fedveil.common.foreign_words import BITSANDBYTES_UNLOADED as UNLOADED
+from fedveil.common.foreign_words import TORCH_HOOK
+from fedveil.common.foreign_words import TRANSFORMERS_REPORT as REPORT
 from fedveil.common.model.base import load_base_model
-from fedveil.common.quiet import HOOKED, REPORT, UNLOADED
 from fedveil.experiments.in_process import run_in_process
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,10 +67,18 @@ def test_weights_that_are_missing_are_told(
 @pytest.mark.parametrize(
     ("logger", "text", "told"),
     [
-        ("bitsandbytes.backends.cpu.ops", f"{UNLOADED}: No module named 'kernels'. Please make sure", False),
+        (
+            "bitsandbytes.backends.cpu.ops",
+            f"{UNLOADED}: No module named 'kernels'. Please make sure",
+            False,
+        ),
         ("bitsandbytes.backends.cpu.ops", "the native library could not be loaded", True),
         ("transformers.modeling_utils", f"BertModel{REPORT} from: x\npooler | UNEXPECTED", False),
-        ("transformers.modeling_utils", f"BertModel{REPORT} from: x\npooler | UNEXPECTED\nlayer | MISSING", True),
+        (
+            "transformers.modeling_utils",
+            f"BertModel{REPORT} from: x\npooler | UNEXPECTED\nlayer | MISSING",
+            True,
+        ),
         ("transformers.modeling_utils", f"BertModel{REPORT} from: x\nlayer | MISMATCH", True),
         ("transformers.modeling_utils", "the attention implementation is another", True),
     ],
@@ -103,7 +113,7 @@ def test_a_head_on_features_is_trained_in_silence() -> None:
         subprocess.run([sys.executable, "-c", first + code], cwd=ROOT, capture_output=True, text=True, check=True)
         for first in ("", "import fedveil.common; ")
     ]
-    assert HOOKED in told[0].stderr
+    assert TORCH_HOOK in told[0].stderr
     assert told[1].stdout + told[1].stderr == ""
 
 

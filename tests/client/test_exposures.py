@@ -23,8 +23,9 @@ from fedveil.client.ledger.rows import Charge, Receipt
 from fedveil.client.policy import Policy
 from fedveil.common.config.text import to_toml
 from fedveil.common.errors import ConfigError, PolicyRefusal
+from fedveil.common.messages.blocks import layout_of
 from fedveil.common.messages.round import Refusal, Spending
-from fedveil.common.messages.wire import decode_reply, encode_reply, layout_of
+from fedveil.common.messages.wire import decode_reply, encode_reply
 from fedveil.common.run_lines import ResultFile, RoundLine, read_file, read_lines
 from fedveil.common.tasks.examples import Dataset
 from fedveil.common.tasks.text import TextExample

@@ -11,10 +11,10 @@ import torch
 from audits.tiny_site import OneSite
 from fedveil.client.local_training import train_round
 from fedveil.client.memory import Memory
+from fedveil.common.messages.blocks import encode_state, layout_of
 from fedveil.common.messages.round import Refusal, TrainResult, TrainTask
 from fedveil.common.messages.state import AdapterState
 from fedveil.common.messages.tensors import entries, fingerprint, scale
-from fedveil.common.messages.wire import encode_state, layout_of
 
 pytestmark = pytest.mark.rough_prices
 

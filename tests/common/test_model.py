@@ -23,9 +23,10 @@ from fedveil.common.errors import ConfigError, FedVeilError, ModelError, Protoco
 from fedveil.common.messages.state import HEAD, AdapterState
 from fedveil.common.messages.tensors import entries, fingerprint
 from fedveil.common.model.base import BaseModel, load_base_model, model_fingerprint, weights_fingerprint
-from fedveil.common.model.federated import FederatedModel, model_of, score_records
+from fedveil.common.model.federated import FederatedModel, model_of
 from fedveil.common.model.files import files_of
 from fedveil.common.model.plain import plain_step
+from fedveil.common.model.scoring import score_records
 from fedveil.common.starts import STARTS
 from fedveil.common.starts.kaiming import Kaiming
 from fedveil.common.tasks import TASKS, Classification, Record

@@ -18,8 +18,8 @@ from fedveil.common.adapters.layers import ADAPTER_NAME, layer_shape, layers_of
 from fedveil.common.adapters.lora import LoRA
 from fedveil.common.adapters.low_rank import lora_modules
 from fedveil.common.errors import ConfigError
+from fedveil.common.messages.blocks import decode_state, encode_state, layout_of
 from fedveil.common.messages.state import HEAD, Factors
-from fedveil.common.messages.wire import decode_state, encode_state, layout_of
 from fedveil.common.run_lines import RoundLine, read_lines
 from fedveil.experiments.evaluate import evaluate_run
 from fedveil.experiments.in_process import run_in_process

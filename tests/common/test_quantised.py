@@ -29,6 +29,7 @@ from fedveil.common.errors import ConfigError, ModelError
 from fedveil.common.messages.round import Refusal
 from fedveil.common.model.base import load_base_model, weights_fingerprint
 from fedveil.common.model.federated import FederatedModel
+from fedveil.common.model.recomputed import computed_once
 from fedveil.common.run_lines import RoundLine, read_lines
 from fedveil.common.starts import STARTS
 from fedveil.common.starts.gradient import open_weights
@@ -85,7 +86,7 @@ def test_gradients_are_each_records_own_and_those_of_the_weights_that_the_bits_s
     found = samples(model, model.fixed_batch(records, 8, 3))
     trained = [p for p in model.module.parameters() if p.requires_grad]
     for row, record in enumerate(records):
-        with model.computed_once():
+        with computed_once(model.peft_model):
             loss = model.losses(model.fixed_batch([record], 8, 3)).sum()
         want = torch.autograd.grad(loss, trained)
         for sample, gradient in zip(found, want, strict=True):

@@ -36,7 +36,8 @@ from wire_messages import (
 )
 
 from fedveil.common.errors import ProtocolError
-from fedveil.common.messages import wire
+from fedveil.common.messages import header, spent
+from fedveil.common.messages.blocks import decode_state, encode_state, layout_of, payload_bytes
 from fedveil.common.messages.round import (
     FINGERPRINT_DIGITS,
     REFUSAL_KINDS,
@@ -51,16 +52,11 @@ from fedveil.common.messages.round import (
 from fedveil.common.messages.state import AdapterState
 from fedveil.common.messages.tensors import count, entries
 from fedveil.common.messages.wire import (
-    _pack_spending,
     decode_reply,
-    decode_state,
     decode_task,
     encode_reply,
-    encode_state,
     encode_task,
-    layout_of,
     message_bytes,
-    payload_bytes,
     result_from_bytes,
     result_to_bytes,
 )
@@ -297,7 +293,7 @@ def test_a_public_size_that_is_no_size_is_refused(wrong: int) -> None:
 
 
 @each_message
-@pytest.mark.parametrize("code", [len(wire._KINDS), 255])
+@pytest.mark.parametrize("code", [len(header.KINDS), 255])
 def test_an_unknown_kind_of_message_is_refused(message: str, code: int) -> None:
     make, read = MESSAGES[message]
     with pytest.raises(ProtocolError, match="unknown kind"):
@@ -305,10 +301,11 @@ def test_an_unknown_kind_of_message_is_refused(message: str, code: int) -> None:
 
 
 def test_texts_too_long_or_not_utf8_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "fedveil.common.messages.wire._text",
-        lambda value, longest=0: len(value.encode()).to_bytes(2, "little") + value.encode(),
-    )
+    def pack_whole(value: str, longest: int = 0) -> bytes:
+        return len(value.encode()).to_bytes(2, "little") + value.encode()
+
+    monkeypatch.setattr(header, "pack_text", pack_whole)
+    monkeypatch.setattr("fedveil.common.messages.wire.pack_text", pack_whole)
     cases: list[tuple[Any, str, int]] = [(RESULT, "site", 200), (REFUSAL, "site", 200), (REFUSAL, "reason", 1000)]
     for good, key, longest in cases:
         read_reply(encode_reply(replace(good, **{key: "é" * longest})))
@@ -331,7 +328,7 @@ def test_half_a_surrogate_pair_does_not_keep_a_refusal_from_arriving() -> None:
     assert got.reason == "file ? is missing"
 
 
-SPENT_AT = body(encode_reply(RESULT)).index(_pack_spending(SPENDING))
+SPENT_AT = body(encode_reply(RESULT)).index(spent.pack_spending(SPENDING))
 
 
 FIGURES = [*range(13, 53, 8), *range(61, 85, 8)]
@@ -381,8 +378,8 @@ def test_a_release_that_has_no_price_here_is_refused_with_its_whole_reply(event:
 
 def test_an_event_travels_by_the_names_of_its_figures_whatever_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
     swapped = Event(SPENDING.event.kind, dict(reversed(list(SPENDING.event.figures.items()))))
-    assert wire._pack_event(swapped) == wire._pack_event(SPENDING.event)
-    assert wire._pack_event(swapped)[8:] == struct.pack("<3d", 1.0, 0.8, 0.1), "clip, noise, rate: the order of names"
+    assert spent.pack_event(swapped) == spent.pack_event(SPENDING.event)
+    assert spent.pack_event(swapped)[8:] == struct.pack("<3d", 1.0, 0.8, 0.1), "clip, noise, rate: the order of names"
     monkeypatch.delitem(EVENTS, "sampled-gaussian")
     with pytest.raises(ProtocolError, match="unknown kind"):
         read_reply(encode_reply(RESULT))
@@ -408,9 +405,9 @@ def test_a_result_with_parts_that_this_version_does_not_know_is_refused() -> Non
 
 def test_the_order_of_a_dataclass_changes_no_byte_and_its_fields_are_held_to_the_table() -> None:
     by_hand = struct.pack("<BIQ5d", 0, 5, 15, 1e-5, 0.5, 1.5, 8.0, 6.5)
-    assert wire._SPENT.pack(SPENDING) == by_hand
-    table = wire._SPENT._table
-    assert wire._SPENT.unpack(by_hand) == {name: getattr(SPENDING, name) for name in table}
+    assert spent.SPENT.pack(SPENDING) == by_hand
+    table = spent.SPENT._table
+    assert spent.SPENT.unpack(by_hand) == {name: getattr(SPENDING, name) for name in table}
     backwards = [field.name for field in reversed(dataclasses.fields(Spending))]
     reordered = dataclasses.make_dataclass("Reordered", backwards)
     value = reordered(*(getattr(SPENDING, name) for name in backwards))
@@ -431,7 +428,7 @@ def test_a_table_that_lacks_a_field_or_has_an_unknown_one_is_an_error_where_it_i
 
 
 def test_an_accountant_travels_in_eight_bytes_and_says_the_same_at_the_other_end() -> None:
-    assert len(_pack_spending(SPENDING)) == wire._SPENT.size + len(wire._pack_event(SPENDING.event)) + 8
+    assert len(spent.pack_spending(SPENDING)) == spent.SPENT.size + len(spent.pack_event(SPENDING.event)) + 8
     for accountant in (ACCOUNTANT, replace(ACCOUNTANT, method="rdp", detour=DETOUR)):
         got = read_reply(encode_reply(replace(RESULT, spending=replace(SPENDING, accountant=accountant))))
         assert isinstance(got, TrainResult)
@@ -461,7 +458,7 @@ DETOURED = replace(RESULT, spending=replace(SPENDING, accountant=Accountant("rdp
 )
 def test_a_detour_that_no_accountant_takes_is_refused(place: int, data: bytes) -> None:
     record = encode_reply(DETOURED)
-    at = len(body(record)) - wire._DETOUR.size
+    at = len(body(record)) - spent.DETOUR.size
     read_reply(record)
     with pytest.raises(ProtocolError, match="detour"):
         read_reply(with_bytes(record, at + place, data))
@@ -473,7 +470,7 @@ def test_a_detour_of_no_spending_or_that_is_none_is_refused() -> None:
             encode_reply(replace(RESULT, spending=replace(SPENDING, accountant=Accountant("pld", "0.6.0", Detour()))))
         )
     packed = body(encode_reply(replace(RESULT, spending=None)))
-    told = packed[:-1] + b"\x04" + wire._DETOUR.pack(DETOUR)
+    told = packed[:-1] + b"\x04" + spent.DETOUR.pack(DETOUR)
     with pytest.raises(ProtocolError, match="without its spending, or one that is none"):
         read_reply(with_header(encode_reply(RESULT), body=told))
 

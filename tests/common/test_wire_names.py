@@ -37,7 +37,8 @@ from wire_messages import (
 )
 
 from fedveil.common.errors import ProtocolError
-from fedveil.common.messages import wire
+from fedveil.common.messages import blocks, header
+from fedveil.common.messages.blocks import STYPE, block_data, encode_state, payload_bytes
 from fedveil.common.messages.round import (
     KeyReply,
     KeyTask,
@@ -51,16 +52,7 @@ from fedveil.common.messages.round import (
 )
 from fedveil.common.messages.state import AdapterState
 from fedveil.common.messages.tensors import count, entries
-from fedveil.common.messages.wire import (
-    STYPE,
-    block_data,
-    decode_task,
-    encode_reply,
-    encode_state,
-    encode_task,
-    payload_bytes,
-    round_of,
-)
+from fedveil.common.messages.wire import decode_task, encode_reply, encode_task, round_of
 from fedveil.privacy.secure_sum import Agreement, KeyOffer, Sharing
 
 BLOCKS = (("task", "adapter"), ("task", "basis"), ("result", "adapter"))
@@ -104,7 +96,7 @@ def test_a_block_of_another_message_is_refused(message: str, block: str) -> None
         read(record)
 
 
-LARGE: AdapterState = {"l": {"A": torch.zeros(2 * wire.PART_BYTES // 4)}}
+LARGE: AdapterState = {"l": {"A": torch.zeros(2 * blocks.PART_BYTES // 4)}}
 """As zeros its parts would all be known to everybody."""
 
 
@@ -149,7 +141,7 @@ def test_a_message_without_random_bytes_can_be_named_by_whoever_knows_it(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The planted fault."""
-    monkeypatch.setattr(wire.secrets, "token_bytes", bytes)
+    monkeypatch.setattr(header.secrets, "token_bytes", bytes)
     assert set(parts(EVERY_KIND[kind]())) == set(parts(EVERY_KIND[kind]()))
 
 

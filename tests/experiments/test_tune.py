@@ -19,7 +19,8 @@ from audits.tiny_models import write_reviews
 from fedveil.client.ledger.ledger import Ledger
 from fedveil.common.config.text import to_toml
 from fedveil.common.errors import ConfigError, PrivacyError, RunFailed
-from fedveil.common.run_lines import Reached, ResultFile, TuningFile, read_file
+from fedveil.common.other_runs import TuningFile
+from fedveil.common.run_lines import Reached, ResultFile, read_file
 from fedveil.deploy.server_folder import ServerFolder, make_server
 from fedveil.experiments import tune
 from fedveil.experiments.tune import BUDGET, Tuning, read_tuning

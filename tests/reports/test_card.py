@@ -20,7 +20,7 @@ from fedveil.common.bundle import own_digest
 from fedveil.common.errors import ConfigError
 from fedveil.common.model.base import load_base_model
 from fedveil.common.model.named import NAMED_MODELS
-from fedveil.common.run_lines import TuningFile
+from fedveil.common.other_runs import TuningFile
 from fedveil.experiments.in_process import run_in_process
 from fedveil.experiments.serving.merge import merge_run
 from fedveil.privacy import MECHANISMS

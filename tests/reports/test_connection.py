@@ -26,7 +26,8 @@ from fedveil.cli.report import print_summary
 from fedveil.common.bundle import own_digest
 from fedveil.common.errors import ConfigError, RunFailed
 from fedveil.common.ports import free_ports
-from fedveil.common.run_lines import CheckLine, ConfigFile, OwnCheck, Reach, ServerFile, ServerStart, read_file
+from fedveil.common.run_lines import ConfigFile, read_file
+from fedveil.common.server_file import CheckLine, OwnCheck, Reach, ServerFile, ServerStart
 from fedveil.common.strict_json import to_json
 from fedveil.deploy import doctor, shared_checks
 from fedveil.deploy.certificates import SERVER_DAYS, fingerprint, read_certificate

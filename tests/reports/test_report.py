@@ -15,7 +15,8 @@ from made_run import DELTA, MadeRun
 from report_forms import audit_file, fedveil, forms, found
 
 from fedveil.common.errors import DataError
-from fedveil.common.run_lines import Finding, Reached
+from fedveil.common.findings import Finding
+from fedveil.common.run_lines import Reached
 from fedveil.common.words import names_text
 from fedveil.privacy.accounting import gaussian_release
 from fedveil.privacy.privacy_filter import promised

@@ -15,7 +15,8 @@ from made_run import DELTA, MadeRun
 from test_card import with_adapter
 
 from fedveil.cli import report as summary
-from fedveil.common.run_lines import AuditFile, BesideRow, Finding
+from fedveil.common.findings import AuditFile, Finding
+from fedveil.common.other_runs import BesideRow
 from fedveil.privacy.accounting import Release, alone, gaussian_release
 from fedveil.privacy.figures import bound_text, epsilon_text, remaining_text
 from fedveil.privacy.privacy_filter import promised

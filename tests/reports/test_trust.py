@@ -12,7 +12,7 @@ import pytest
 from made_run import MadeRun
 from report_forms import audit_file, fedveil, forms
 
-from fedveil.common.run_lines import Finding
+from fedveil.common.findings import Finding
 from fedveil.privacy import MECHANISMS
 from fedveil.reports import report_of
 from fedveil.reports.audits import bound_note, bound_sentences

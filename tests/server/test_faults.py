@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from audits.tiny_models import toy_run
 from fedveil.common.errors import ConfigError, RunFailed
 from fedveil.common.files import length
+from fedveil.common.messages.blocks import STYPE
 from fedveil.common.messages.round import (
     KeyReply,
     KeyTask,
@@ -30,7 +31,7 @@ from fedveil.common.messages.round import (
 )
 from fedveil.common.messages.state import AdapterState
 from fedveil.common.messages.tensors import apply
-from fedveil.common.messages.wire import STYPE, decode_reply, encode_reply
+from fedveil.common.messages.wire import decode_reply, encode_reply
 from fedveil.common.run_lines import Absence, ConfigFile, PrivacyLine, ResultFile, RoundLine, read_file, read_lines
 from fedveil.common.words import LONGEST_REASON, clean
 from fedveil.experiments.in_process import InProcessTransport, run_in_process

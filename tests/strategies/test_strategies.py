@@ -18,10 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedveil.common.adapters import ADAPTERS, Adapter, LoRA, LoRAFrozenA
 from fedveil.common.errors import ConfigError, ProtocolError
+from fedveil.common.messages.blocks import decode_state, encode_state, layout_of
 from fedveil.common.messages.columns import narrowed, widened
 from fedveil.common.messages.state import HEAD, AdapterState
 from fedveil.common.messages.tensors import apply, entries, merge, scale, select
-from fedveil.common.messages.wire import decode_state, encode_state, layout_of
 from fedveil.strategies import STRATEGIES, base
 from fedveil.strategies.average import Average
 from fedveil.strategies.base import Facts, Strategy, Takes, check_adapter, chooses, is_exact, mean

@@ -28,7 +28,7 @@ from fedveil.common.data.partition import site_part
 from fedveil.common.data.sources import load_dataset, load_protected, train_and_test
 from fedveil.common.data.split import public_split
 from fedveil.common.errors import DataError, MechanismError
-from fedveil.common.messages import wire
+from fedveil.common.messages import header
 from fedveil.common.messages.wire import encode_reply
 from fedveil.common.tasks import Record
 from fedveil.common.tasks.base import OWNER
@@ -194,7 +194,7 @@ def test_records_say_whose_they_are_and_no_batch_does(world: World) -> None:
 
 
 def test_a_blank_person_contributes_zero_and_changes_no_byte(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire.secrets, "token_bytes", bytes)
+    monkeypatch.setattr(header.secrets, "token_bytes", bytes)
     noise = patch("fedveil.privacy.dpsgd.add_private_noise", lambda total, std: total.double())
     own = Path(str(site.node["data"]))
     text = own.read_text()

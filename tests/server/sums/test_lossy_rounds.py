@@ -31,7 +31,8 @@ from fedveil.common.messages.round import (
     UnmaskReply,
     UnmaskTask,
 )
-from fedveil.common.messages.wire import decode_sum_reply, decode_sum_task, encode_reply, encode_task, kind_of_task
+from fedveil.common.messages.sum_messages import decode_sum_reply, decode_sum_task
+from fedveil.common.messages.wire import encode_reply, encode_task, kind_of_task
 from fedveil.common.run_lines import RoundLine, read_lines
 from fedveil.experiments.in_process import InProcessTransport, run_in_process
 from fedveil.privacy import dpsgd

@@ -17,8 +17,9 @@ from audits.bands import out_of_band
 from audits.sum_site import SumSite
 from fedveil.client.ledger.ledger import Ledger
 from fedveil.common.errors import ProtocolError, RunFailed
+from fedveil.common.messages.blocks import WORDS_STYPE, block_data
 from fedveil.common.messages.round import KeyReply, KeyTask, Refusal, Task, TrainResult, TrainTask
-from fedveil.common.messages.wire import WORDS_STYPE, block_data, decode_reply, encode_reply
+from fedveil.common.messages.wire import decode_reply, encode_reply
 from fedveil.common.run_lines import Absence, PrivacyLine, RoundLine, read_lines
 from fedveil.experiments.in_process import InProcessTransport, run_in_process
 from fedveil.privacy.accounting import Release

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import fedveil.common.nulls
+import fedveil.contrib.nulls
 from fedveil.common.messages.round import Spending, TrainResult
 from fedveil.common.messages.state import HEAD, AdapterState
-from fedveil.common.nulls import Energy, cross_site_energy, least_score, noise_edge
+from fedveil.contrib.nulls import Energy, cross_site_energy, least_score, noise_edge
 from fedveil.privacy.accountant import INITIALISATION, TRAINING, Accountant
 from fedveil.privacy.plan import PrivacyPlan
 from fedveil.privacy.record_level import DPSGD
@@ -145,7 +145,7 @@ def test_a_common_signal_is_found_at_the_strength_that_the_formula_says() -> Non
 
 def test_the_edge_of_a_wide_matrix_is_the_limit_and_near_the_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = noise_edge(100, 100, 0.05)
-    monkeypatch.setattr(fedveil.common.nulls, "WIDE", 50)
+    monkeypatch.setattr(fedveil.contrib.nulls, "WIDE", 50)
     assert noise_edge(100, 100, 0.05) == pytest.approx(drawn, rel=2e-3)
 
 

@@ -28,7 +28,7 @@ FEWER_DRAWS = 5_000
 BEYOND = 4
 """Of these draws, how many are to be above a level's quantile."""
 _TRACY_WIDOM = (46.446, 0.186054, 9.84801)
-"""Shape, scale and shift of the gamma law that stands for Tracy and Widom's (Chiani 2014, real case)."""
+"""Shape, scale and shift of the gamma law that approximates Tracy and Widom's (Chiani 2014, real case)."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def evened(changes: Sequence[Tensor], noises: Sequence[float] | None = None) -> 
 
     Args:
         changes: D_k, each of shape (d,).
-        noises: τ_k; None: not known, and 1 stands for each.
+        noises: τ_k; None: not known, and each counts as 1.
     """
     units = [1.0] * len(changes) if noises is None else noises
     lengths = [float(change.norm()) / unit for change, unit in zip(changes, units, strict=True)]
@@ -99,7 +99,7 @@ def evened(changes: Sequence[Tensor], noises: Sequence[float] | None = None) -> 
 
 
 def least_score(layers: int) -> float:
-    """Return the score above which one of so many layers learns; one round in 1/``LEVEL`` has such a one by chance.
+    """Return the score above which one of ``layers`` layers learns; one round in 1/``LEVEL`` has such a one by chance.
 
     >>> round(least_score(12), 2)
     2.64
@@ -168,7 +168,7 @@ def without_lift(lifted: Tensor, size: int, noise: float) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _behind(rows: int, gains: tuple[float, ...], draws: int) -> np.ndarray:
-    """Return so many draws of the largest singular value of x S."""
+    """Return draws of the largest singular value of x S."""
     kept = np.array([gain for gain in gains if gain > 0])
     count, draw = len(kept), np.random.default_rng([rows, *(int(gain * 10_000) for gain in kept)])
     if rows < count:
