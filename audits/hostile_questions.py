@@ -19,7 +19,7 @@ from audits.finding import judged
 from audits.tiny_models import write_reviews
 from audits.tiny_site import OneSite, tiny_site
 from fedveil.client.policy import Policy
-from fedveil.common.config.sections import Scalar
+from fedveil.common.config.flat import Scalar
 from fedveil.common.errors import ModelNotLoaded
 from fedveil.common.findings import Finding
 from fedveil.common.messages.round import Refusal, TrainTask

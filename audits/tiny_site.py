@@ -11,7 +11,7 @@ from typing import Any
 from audits.tiny_models import save_tiny_model, toy_run, write_reviews
 from fedveil.client.app import answer
 from fedveil.client.ledger.ledger import Ledger
-from fedveil.common.config.sections import Scalar
+from fedveil.common.config.flat import Scalar
 from fedveil.common.config.text import to_toml
 from fedveil.common.data.sources import load_dataset
 from fedveil.common.messages.round import Refusal, Reply, TrainResult, TrainTask

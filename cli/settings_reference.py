@@ -10,7 +10,9 @@ from typing import Any
 
 from fedveil.common.check import Rule, nearest
 from fedveil.common.config.fields import kebab, kinds_of, rules_of, unit_of
-from fedveil.common.config.sections import Columns, ModelConfig, PrivacyConfig, RunConfig, Scalar
+from fedveil.common.config.flat import Columns, Scalar
+from fedveil.common.config.run import RunConfig
+from fedveil.common.config.sections import ModelConfig, PrivacyConfig
 from fedveil.common.config.text import toml_value
 from fedveil.common.docstrings import fields_said
 from fedveil.common.errors import ConfigError

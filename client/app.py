@@ -8,7 +8,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedveil.client.process import SiteProcess
-from fedveil.common.config.sections import Scalar
+from fedveil.common.config.flat import Scalar
 from fedveil.common.messages.round import Reply, SumReply
 from fedveil.common.messages.wire import encode_reply
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from fedveil.client.ledger.file import withdrawn_in
 from fedveil.client.node import ledger_of
 from fedveil.client.site import named_files
-from fedveil.common.config.sections import Scalar
+from fedveil.common.config.flat import Scalar
 from fedveil.common.errors import LedgerError
 from fedveil.common.files import FileState, expanded, state_of
 

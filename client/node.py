@@ -31,7 +31,7 @@ from fedveil.client.pins import pin_command
 from fedveil.client.policy import Policy
 from fedveil.client.policy_file import load_policy
 from fedveil.common.check import nearest
-from fedveil.common.config.sections import Scalar
+from fedveil.common.config.flat import Scalar
 from fedveil.common.errors import ConfigError
 from fedveil.common.files import expanded
 from fedveil.privacy import promising

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fedveil.client.pins import refusal
 from fedveil.client.policy import Policy
-from fedveil.common.config.sections import Scalar
+from fedveil.common.config.flat import Scalar
 from fedveil.common.errors import ConfigError, PolicyRefusal
 from fedveil.common.files import expanded
 from fedveil.privacy.secure_sum import Identity, Roster

@@ -11,7 +11,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fedveil.common.check import not_negative, one_of
-from fedveil.common.config.sections import Columns, ModelConfig, RunConfig
+from fedveil.common.config.flat import Columns
+from fedveil.common.config.run import RunConfig
+from fedveil.common.config.sections import ModelConfig
 from fedveil.common.data.sources import known_labels
 from fedveil.common.errors import ConfigError, PolicyRefusal
 from fedveil.common.labels import labels_of, labels_text

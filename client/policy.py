@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from fedveil.client.pins import check_pins, refusal, unpinned_columns
 from fedveil.client.policy_values import MODEL_DIGITS, UNLIMITED, check_values, models_in, names_in
-from fedveil.common.config.sections import Columns, Scalar
+from fedveil.common.config.flat import Columns, Scalar
 from fedveil.common.errors import ConfigError, ModelNotLoaded, PolicyRefusal
 from fedveil.common.model.named import NAMED_MODELS
 from fedveil.privacy import UNITS

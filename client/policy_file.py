@@ -9,7 +9,7 @@ from pathlib import Path
 from fedveil.client.pins import LABELS
 from fedveil.client.policy import Policy
 from fedveil.client.policy_values import names_in
-from fedveil.common.config.sections import Scalar, from_section
+from fedveil.common.config.flat import Scalar, from_section
 from fedveil.common.errors import ConfigError
 from fedveil.common.labels import labels_text
 from fedveil.common.toml import toml_of

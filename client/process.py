@@ -26,7 +26,7 @@ from fedveil.client.party import Party, party_of
 from fedveil.client.rehearsals import Rehearsals
 from fedveil.client.site import Site, check_job, open_site
 from fedveil.client.sums import agreed, next_key, reply_for_sum
-from fedveil.common.config.sections import Scalar
+from fedveil.common.config.flat import Scalar
 from fedveil.common.errors import ConfigError, ProtocolError
 from fedveil.common.log import about, set_up
 from fedveil.common.messages.blocks import layout_of

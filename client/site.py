@@ -14,7 +14,9 @@ from fedveil.client.ledger.file import withdrawn_in
 from fedveil.client.ledger.holds import WITHDRAWN
 from fedveil.client.node import check_keys, ledger_of, name_of, part_of, policy_of, public_size_of, rank_of
 from fedveil.client.policy import Policy
-from fedveil.common.config.sections import Columns, DataConfig, RunConfig, Scalar
+from fedveil.common.config.flat import Columns, Scalar
+from fedveil.common.config.run import RunConfig
+from fedveil.common.config.sections import DataConfig
 from fedveil.common.data.named import DATASETS
 from fedveil.common.data.partition import check_division, public_size_of_part, site_part
 from fedveil.common.data.sources import (

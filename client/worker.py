@@ -27,7 +27,7 @@ from fedveil.client.node import name_of, policy_of
 from fedveil.client.outgoing import UNTOLD, refused
 from fedveil.client.runtime import LostMessage, Node, failed
 from fedveil.common.bundle import bundle_digest, own_digest
-from fedveil.common.config.sections import Scalar
+from fedveil.common.config.flat import Scalar
 from fedveil.common.errors import ConfigError, DataError
 from fedveil.common.log import about, place_of, set_up
 from fedveil.common.messages.signed import Asked, SiteKeys, check_task, digest, sign_answer

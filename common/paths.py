@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path, PurePath
 
 from fedveil.common.check import PLAIN_NAME
-from fedveil.common.config.sections import RunConfig
+from fedveil.common.config.run import RunConfig
 from fedveil.common.errors import ConfigError, DataError
 from fedveil.common.files import ABOUT_ADAPTER, expanded
 

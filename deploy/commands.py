@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from fedveil.common.config.sections import Scalar
+from fedveil.common.config.flat import Scalar
 from fedveil.common.config.text import toml_value
 from fedveil.deploy.server_folder import ServerFolder
 from fedveil.deploy.site_folder import SiteFolder, node_settings

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
-    from fedveil.common.config.sections import Scalar
+    from fedveil.common.config.flat import Scalar
     from fedveil.strategies.job import Job
 
 FOLDER, PKI = Path("/federation"), Path("/pki")

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedveil.common.config.sections import Scalar
+from fedveil.common.config.flat import Scalar
 from fedveil.common.config.text import to_toml
 from fedveil.common.errors import RunFailed
 from fedveil.common.foreign_words import FLOWER_KEY_IN_USE, FLOWER_NO_NODE, FLOWER_NO_RUN

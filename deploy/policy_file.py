@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from fedveil.common.config.sections import DataConfig, ModelConfig, RunConfig, Scalar
+from fedveil.common.config.flat import Scalar
+from fedveil.common.config.run import RunConfig
+from fedveil.common.config.sections import DataConfig, ModelConfig
 from fedveil.common.config.text import to_toml
 from fedveil.common.errors import ConfigError
 from fedveil.common.labels import labels_of, labels_text

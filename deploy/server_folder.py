@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fedveil.common.check import nearest
-from fedveil.common.config.sections import Scalar
+from fedveil.common.config.flat import Scalar
 from fedveil.common.config.text import read_settings_file, to_toml
 from fedveil.common.errors import ConfigError, DataError, ProtocolError
 from fedveil.common.files import expanded

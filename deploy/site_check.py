@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from fedveil.common.config.sections import Columns, DataConfig
+from fedveil.common.config.flat import Columns
+from fedveil.common.config.sections import DataConfig
 from fedveil.common.errors import ConfigError, DataError, UnreadableFile
 from fedveil.common.labels import labels_text
 from fedveil.common.tasks import TASKS

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from fedveil.client.ledger.file import only_ledger
 from fedveil.common.check import nearest
-from fedveil.common.config.sections import Scalar
+from fedveil.common.config.flat import Scalar
 from fedveil.common.config.text import parse_settings
 from fedveil.common.errors import ConfigError
 from fedveil.common.files import expanded

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedveil.client.app import answer
-from fedveil.common.config.sections import Scalar
+from fedveil.common.config.flat import Scalar
 from fedveil.common.errors import ConfigError
 from fedveil.common.messages.blocks import Layout, payload_bytes
 from fedveil.common.messages.round import Reply, SumReply, Task

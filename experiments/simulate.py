@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedveil.client.door import VARIABLE
-from fedveil.common.config.sections import Scalar
+from fedveil.common.config.flat import Scalar
 from fedveil.common.config.text import to_toml
 from fedveil.common.data.partition import check_partition, site_part
 from fedveil.common.data.sources import train_and_test

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from fedveil.common.config.sections import RunConfig
+from fedveil.common.config.run import RunConfig
 from fedveil.common.errors import ConfigError
 from fedveil.common.paths import run_folder
 from fedveil.common.run_lines import RunFile, read_if_there

@@ -15,7 +15,7 @@ from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
-from fedveil.common.config.sections import Scalar
+from fedveil.common.config.flat import Scalar
 from fedveil.common.errors import ConfigError, PrivacyError, RunFailed
 from fedveil.common.files import finite, replace_file
 from fedveil.common.other_runs import TuningFile

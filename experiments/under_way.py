@@ -16,7 +16,7 @@ from glob import escape
 from pathlib import Path
 from typing import ClassVar
 
-from fedveil.common.config.sections import RunConfig
+from fedveil.common.config.run import RunConfig
 from fedveil.common.errors import ConfigError, RunFailed
 from fedveil.common.files import expanded
 from fedveil.common.run_lines import ConfigFile, RunFile, read_file

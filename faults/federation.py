@@ -20,7 +20,7 @@ from faults.bundle import PROJECT, make_bundle
 from faults.fault_plan import VARIABLE, FaultPlan
 from faults.processes import Processes, wait_until
 from faults.warm import WarmPrograms
-from fedveil.common.config.sections import Scalar
+from fedveil.common.config.flat import Scalar
 from fedveil.common.model.base import load_base_model
 from fedveil.common.paths import run_folder
 from fedveil.common.ports import free_ports

@@ -12,7 +12,7 @@ from faults.faulty_server import DROPS, EQUIVOCATES, INVENTS, REPLAYS, SIGNS_TWI
 from faults.faulty_site import AFTER
 from faults.federation import MORE_SIZES, SIZES, Federation, Run
 from faults.scenarios import LATE, NOTICED
-from fedveil.common.config.sections import Scalar
+from fedveil.common.config.flat import Scalar
 from fedveil.common.config.text import to_toml
 from fedveil.common.findings import Finding
 from fedveil.common.run_lines import RoundLine, read_lines

@@ -31,7 +31,8 @@ from fedveil.privacy.units import SITE, Unit
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedveil.common.config.sections import PrivacyConfig, RunConfig, TrainingConfig
+    from fedveil.common.config.run import RunConfig
+    from fedveil.common.config.sections import PrivacyConfig, TrainingConfig
     from fedveil.common.messages.state import AdapterState
 
 

@@ -21,7 +21,8 @@ from fedveil.privacy.claim import NOTHING, Claim
 from fedveil.privacy.units import PERSON, RECORD, UNITS, Unit
 
 if TYPE_CHECKING:
-    from fedveil.common.config.sections import PrivacyConfig, RunConfig, TrainingConfig
+    from fedveil.common.config.run import RunConfig
+    from fedveil.common.config.sections import PrivacyConfig, TrainingConfig
     from fedveil.privacy.events import Event
     from fedveil.privacy.plan import Plan, PrivacyPlan
 

@@ -20,7 +20,8 @@ from fedveil.privacy.plan import PrivacyPlan
 from fedveil.privacy.units import RECORD
 
 if TYPE_CHECKING:
-    from fedveil.common.config.sections import PrivacyConfig, RunConfig, TrainingConfig
+    from fedveil.common.config.run import RunConfig
+    from fedveil.common.config.sections import PrivacyConfig, TrainingConfig
     from fedveil.privacy.dpsgd import PrivateSteps
 
 T = TypeVar("T")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fedveil.common.config.sections import Scalar
+from fedveil.common.config.flat import Scalar
 from fedveil.common.data.sources import unprotected_test
 from fedveil.common.starts.public_text import words_of
 from fedveil.common.words import EACH, names_text, natural

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
-from fedveil.common.config.sections import Scalar, method_of
+from fedveil.common.config.flat import Scalar
+from fedveil.common.config.run import method_of
 from fedveil.common.data.sources import unprotected_test
 from fedveil.common.errors import DataError
 from fedveil.common.files import sha256_of

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fedveil.common.check import nearest
 from fedveil.common.config.fields import kebab
-from fedveil.common.config.sections import Scalar
+from fedveil.common.config.flat import Scalar
 from fedveil.common.config.text import read_settings_file
 from fedveil.common.errors import ConfigError, DataError
 from fedveil.common.files import replace_file

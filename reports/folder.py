@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import TypeVar
 
-from fedveil.common.config.sections import Scalar
+from fedveil.common.config.flat import Scalar
 from fedveil.common.errors import DataError
 from fedveil.common.findings import AUDITS, AuditFile
 from fedveil.common.other_runs import BesideFile, BesideRow, TuningFile

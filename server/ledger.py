@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from fedveil.common.config.sections import Scalar
+from fedveil.common.config.flat import Scalar
 from fedveil.common.errors import BudgetExhausted, ConfigError, DataError, LedgerError
 from fedveil.common.files import expanded, replace_file
 from fedveil.common.messages.round import Spending

@@ -23,7 +23,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fedveil.common.config.sections import RunConfig
+from fedveil.common.config.run import RunConfig
 from fedveil.common.messages.state import HEAD, AdapterState
 from fedveil.common.messages.tensors import merge, subtract
 from fedveil.strategies.state import Moments, ServerState

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from glob import escape
 from pathlib import Path
 
-from fedveil.common.config.sections import RunConfig, Scalar
+from fedveil.common.config.flat import Scalar
+from fedveil.common.config.run import RunConfig
 from fedveil.common.errors import ConfigError
 from fedveil.common.files import expanded
 from fedveil.common.run_lines import ConfigFile, read_file

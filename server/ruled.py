@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-from fedveil.common.config.sections import RunConfig
+from fedveil.common.config.run import RunConfig
 from fedveil.common.messages.state import OWN, AdapterState
 from fedveil.common.messages.tensors import merge, subtract
 from fedveil.server.collect.noise import Noise

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedveil.common.config.sections import Scalar
+from fedveil.common.config.flat import Scalar
 from fedveil.common.errors import DataError
 from fedveil.common.messages.signed import Asked, certificate_der, is_answer, sign_task
 from fedveil.privacy.secure_sum.identity import Identity

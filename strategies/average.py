@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
-from fedveil.common.config.sections import RunConfig
+from fedveil.common.config.run import RunConfig
 from fedveil.common.messages.state import AdapterState
 from fedveil.common.messages.tensors import merge
 from fedveil.strategies.base import Strategy, mean

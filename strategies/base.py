@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 
 from fedveil.common.adapters import Adapter
 from fedveil.common.config.fields import check_fields
-from fedveil.common.config.sections import RunConfig
+from fedveil.common.config.run import RunConfig
 from fedveil.common.errors import ConfigError, ProtocolError
 from fedveil.common.messages.columns import Chosen
 from fedveil.common.messages.state import HEAD, AdapterState

@@ -8,7 +8,8 @@ from typing import TypeVar
 
 from fedveil.common.adapters import Adapter, build_adapter
 from fedveil.common.check import nearest
-from fedveil.common.config.sections import RunConfig, Scalar, defaults, from_section, to_mapping, typed
+from fedveil.common.config.flat import Scalar, defaults, from_section, to_mapping, typed
+from fedveil.common.config.run import RunConfig
 from fedveil.common.data.counts import count_labels, count_records
 from fedveil.common.data.sources import known_labels
 from fedveil.common.errors import ConfigError

@@ -13,7 +13,8 @@ from typing import Any
 
 from fedveil.common.adapters import ADAPTERS
 from fedveil.common.check import OneOf, Rule
-from fedveil.common.config.sections import RunConfig, Scalar, defaults
+from fedveil.common.config.flat import Scalar, defaults
+from fedveil.common.config.run import RunConfig
 from fedveil.common.config.text import flatten, toml_value
 from fedveil.common.errors import ConfigError
 from fedveil.common.rows import Table

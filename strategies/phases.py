@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fedveil.common.adapters import Adapter
 from fedveil.common.config.phases import Schedule
-from fedveil.common.config.sections import RunConfig
+from fedveil.common.config.run import RunConfig
 from fedveil.common.errors import ConfigError
 from fedveil.common.tasks import TASKS
 from fedveil.strategies.base import Strategy, chooses

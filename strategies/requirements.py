@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from fedveil.common.adapters import ADAPTERS, Adapter
-from fedveil.common.config.sections import NO_ADAPTER, RunConfig, to_mapping
+from fedveil.common.config.flat import to_mapping
+from fedveil.common.config.run import RunConfig
+from fedveil.common.config.sections import NO_ADAPTER
 from fedveil.common.errors import ConfigError
 from fedveil.common.messages.state import METRIC
 from fedveil.common.observers import NO_OBSERVER

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from fedveil.common.adapters import ALIASES
 from fedveil.common.check import OneOf
+from fedveil.common.config.flat import Scalar, from_section
 from fedveil.common.config.phases import parse_phases, phases_text, rounds_of
-from fedveil.common.config.sections import RunConfig, Scalar, from_section
+from fedveil.common.config.run import RunConfig
 from fedveil.common.data.sources import known_labels
 from fedveil.strategies import ROWS
 from fedveil.strategies.options import START, is_open

@@ -27,7 +27,7 @@ from digits import TOKENS, digits, encoded, save_vit
 from audits.tiny_models import FILLER, write_reviews
 from fedveil.common.adapters import ADAPTERS
 from fedveil.common.adapters.layers import layers_of
-from fedveil.common.config.sections import defaults
+from fedveil.common.config.flat import defaults
 from fedveil.common.errors import ConfigError
 from fedveil.common.messages.state import OWN, AdapterState
 from fedveil.common.run_lines import RoundLine, read_lines

@@ -1,30 +1,20 @@
-"""The configuration of a run, and the flat form of all settings.
+"""The sections of a run's configuration: model, data, adapter, head, privacy, training and server.
 
-A value that is left open is ``None``, and ``auto`` where people write it. Keys are dotted and in
-kebab-case, as Flower passes them (``"adapter.rank"``); fields are the same words in snake_case. A key that
-no field answers to, or a value of another type, is an error that names the key. Everything in here is
-public: the server knows it, and so does every site.
+Everything in here is public: the server knows it, and so does every site. A value that is left open is ``None``, and
+``auto`` where people write it.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Annotated, Any, ClassVar, TypeVar, cast
+from typing import Annotated, ClassVar
 
-from fedveil.common.check import CLIP_NORM, NOT_NEGATIVE, POSITIVE, Interval, OneOf, nearest
-from fedveil.common.config.fields import OPEN, RATIO, TARGET_KINDS, Section, Unit, kebab, kinds_of
-from fedveil.common.config.phases import ADAPTER, HEAD, Phase, Schedule, parse_phases
+from fedveil.common.check import CLIP_NORM, NOT_NEGATIVE, POSITIVE, Interval, OneOf
+from fedveil.common.config.fields import OPEN, RATIO, TARGET_KINDS, Section, Unit
+from fedveil.common.config.flat import Columns, columns_of_jobs
 from fedveil.common.errors import ConfigError
-from fedveil.common.observers import NO_OBSERVER, OBSERVERS
-from fedveil.common.tasks import TASKS, roles_of_all
-from fedveil.common.tasks.roles import Role
+from fedveil.common.tasks import TASKS
 from fedveil.privacy import MECHANISMS, UNITS, Mechanism
-
-Scalar = str | int | float | bool
-S = TypeVar("S")
 
 PARTITIONS = ("iid", "dirichlet", "natural")
 NO_ADAPTER = "none"
@@ -39,36 +29,6 @@ SERVER_OPTIMIZERS = ("none", "adam", "momentum")
 SCALES = ("rank", "sqrt-rank")
 QUANTISE = ("none", "8bit", "4bit")
 PRECISIONS = ("auto", "float32", "bfloat16")
-
-
-class Columns(Mapping[str, str]):
-    """The column of every role that some task has, by the role's setting; each is a key of its section.
-
-    >>> Columns({"text": "note"})["text"]
-    'note'
-    """
-
-    def __init__(self, named: Mapping[str, str]) -> None:
-        self._named = dict(named)
-
-    def __getitem__(self, setting: str) -> str:
-        return self._named[setting]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._named)
-
-    def __len__(self) -> int:
-        return len(self._named)
-
-    def __hash__(self) -> int:
-        return hash(frozenset(self._named.items()))
-
-    def __repr__(self) -> str:
-        return f"Columns({self._named})"
-
-
-def _columns_of_jobs() -> Columns:
-    return Columns({role.setting: role.column for role in roles_of_all()})
 
 
 @dataclass(frozen=True)
@@ -110,7 +70,7 @@ class DataConfig(Section):
     """Column of ``data.test`` by whose values scores are given as well, such as a region. Empty: none."""
     test_size: Annotated[int, POSITIVE, Unit("records")] = 1000
     """The size of the public test part when ``data.test`` is empty."""
-    columns: Columns = field(default_factory=_columns_of_jobs)
+    columns: Columns = field(default_factory=columns_of_jobs)
     """The column of the source that each role (``common.tasks.roles``) is read from: ``data.text``, ``data.label``."""
     labels: str = ""
     """Label values in order, separated by commas, with double quotes around one that holds a comma, or a list of texts.
@@ -134,7 +94,7 @@ class DataConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "columns", Columns({**_columns_of_jobs(), **self.columns}))
+        object.__setattr__(self, "columns", Columns({**columns_of_jobs(), **self.columns}))
         if self.slice and not self.test:
             raise ConfigError(
                 f"data.slice is {self.slice!r}, which is a column of the public test file, and data.test names none: "
@@ -336,218 +296,3 @@ class ServerConfig(Section):
     """For ``momentum``: standard deviation that the noise of a phase may give a trained number: the head first, the
     adapter, the head again. The learning rate is lowered to keep it, of the head and of the rest each for itself
     (``server.rates``). 0: no bound."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig(Section):
-    """Everything that defines a run; ``None`` where a value is open (``strategies.resolve`` fills it in).
-
-    Of a resolved run four figures have no one value: ``device``, ``precision`` and ``batch-tokens`` are each machine's,
-    a noise multiplier and a largest norm of 0 each site's. An alpha of 0 is measured at the server before round 1.
-    Which layers ``adapter.targets = "auto"`` names, the base model says.
-    """
-
-    recipe: str = OPEN
-    """Settings that go together: a file of ``strategies/recipes``. Open: the one that suits the run. It fills
-    in what is left open. A strategy, or a setting of adapter, head, training or server, that is written out says that
-    the method is your own, also where its value is the one that it has by default."""
-    strategy: str = "fedavg-lora"
-    """The rule of aggregation: a row of ``strategies.STRATEGIES``, whose options are set under its name. One that is
-    written out has its own adapter, unless ``adapter.name`` or ``recipe`` says otherwise."""
-    rounds: Annotated[int, POSITIVE, Unit("rounds")] = 6
-    """The length of the run."""
-    phases: str = ""
-    """What the rounds train, in their order: such as ``12 head on features, 20 adapter on jacobians, 5 head on
-    features``, whose rounds add up to ``rounds``. ``adapter+head on examples`` (``adapter on examples`` where
-    ``head.policy`` is frozen) trains the model as it is. ``head on features`` trains the head alone, on features that
-    each record has once (``client.head_alone``). ``adapter on jacobians`` trains the model to first order around where
-    the phase began, by one pass over all records and then steps that cost next to nothing; ``every 10`` makes that pass
-    again after ten rounds (``client.linearised``). Each phase has the whole ``schedule``. Empty: one phase of all
-    rounds, which trains all that is trained."""
-    seed: Annotated[int, RATIO] = 1
-    """Public seed of the adapter's and the head's start and of non-private batch order."""
-    device: str = "auto"
-    """``auto`` (a GPU where there is one), ``cpu``, ``cuda``, ``cuda:1``. Each machine finds its own."""
-    precision: Annotated[str, OneOf(PRECISIONS)] = "auto"
-    """Of the forward pass: ``auto`` (bfloat16 where the device is fast at it), ``float32``, ``bfloat16``."""
-    output: str = "runs"
-    """Folder that run folders are made in; relative to where the program was started."""
-    tracker: Annotated[str, OneOf((NO_OBSERVER, *OBSERVERS))] = NO_OBSERVER
-    """The server's experiment tracker, which gets the figures of the run's folder."""
-    min_sites: Annotated[int, POSITIVE, Unit("sites")] = 1
-    """Replies that a round needs to count. With ``client-level`` every round counts that begins, and so many sites must
-    be connected for that."""
-    round_timeout: Annotated[float, POSITIVE, Unit("seconds")] = 3600.0
-    """How long an attempt at a round waits for sites, and then for their replies."""
-    round_retries: Annotated[int, NOT_NEGATIVE, Unit("attempts")] = 1
-    """How often a round is tried again when fewer than ``min-sites`` sites succeeded. Then the run stops."""
-    evaluate_every: Annotated[int, POSITIVE, Unit("rounds")] = 1
-    """From one scoring of the global model to the next. The last round is always scored."""
-    max_update_norm: Annotated[float, NOT_NEGATIVE, Unit("L2 norm")] = 0.0
-    """The largest change of a site to what it received. 0: what the run's own settings make plausible."""
-    max_size_ratio: Annotated[float, POSITIVE, RATIO] = 100.0
-    """Largest public size that a site may declare, over the median of the round's (three sites or more)."""
-    max_share: Annotated[float, Interval(0, 1), RATIO] = 0.5
-    """Largest part of a round's average that one of three sites or more may be, whatever size it declares; of two sites
-    ``(1 + max-share) / 2``."""
-    shorten_updates: bool = True
-    """Whether an update that is much longer than the round's others is scaled down. ``false``, without privacy alone,
-    averages updates as they are sent; with ``max-share = 1.0`` that is the plain average by public sizes."""
-    resume: str = ""
-    """Id or folder of a run to go on with after its last complete round. Empty: a new run."""
-    schedule: Annotated[str, OneOf(SCHEDULES)] = "linear"
-    """Course of the learning rate over the run. ``slanted`` rises in the first tenth of more than ten steps, and
-    falls from there on as ``linear`` does. The server's optimiser follows it if there is one, else the sites' do;
-    beside a server's optimiser the sites' rate is constant."""
-    head_rate: Annotated[float, POSITIVE, RATIO] = OPEN
-    """The head's learning rate over that of the other tensors, applied once, by whichever optimiser follows
-    ``schedule``. Open: 4 in a private run, else 5."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    adapter: AdapterConfig = field(default_factory=AdapterConfig)
-    head: HeadConfig = field(default_factory=HeadConfig)
-    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    server: ServerConfig = field(default_factory=ServerConfig)
-
-    @property
-    def total_steps(self) -> int:
-        """Optimiser steps of a site that joins every round."""
-        return self.rounds * self.training.local_steps
-
-    @property
-    def method(self) -> str:
-        """What a run trains, in one name, as its folder and its card have it."""
-        return method_of(self.strategy, self.adapter.name)
-
-    @property
-    def timeline(self) -> Schedule:
-        """The run's phases."""
-        return _schedule(
-            self.phases, self.rounds, adapter=self.adapter.name != NO_ADAPTER, head=self.head.policy == "trained"
-        )
-
-    def site_rate(self, round_number: int, step: int) -> float:
-        """Return a site's learning rate of a round's step (from 0 on)."""
-        training = self.training
-        course = self.schedule if self.moved_at_sites else "constant"
-        return self.timeline.rate(course, training.learning_rate, round_number, step, training.local_steps)
-
-    def server_rate(self, round_number: int) -> float:
-        """Return the learning rate of the server's optimiser after a round."""
-        return self.timeline.rate(self.schedule, self.server.learning_rate, round_number)
-
-    @property
-    def moved_at_sites(self) -> bool:
-        """Whether the sites' optimiser moves the model by ``schedule`` and ``head-rate``; else the server's does."""
-        return self.server.optimizer == "none"
-
-    @property
-    def site_head_rate(self) -> float:
-        """The head's learning rate at a site over that of the other tensors."""
-        return self.head_rate if self.moved_at_sites else 1.0
-
-
-@lru_cache(maxsize=256)
-def _schedule(phases: str, rounds: int, *, adapter: bool, head: bool) -> Schedule:
-    """Return the phases that settings ask for; one of all rounds where none are listed."""
-    if not phases:
-        if not adapter:
-            return Schedule((Phase(rounds, (HEAD,), "features"),))
-        return Schedule((Phase(rounds, (ADAPTER, HEAD) if head else (ADAPTER,)),))
-    schedule = Schedule(parse_phases(phases))
-    if schedule.rounds != rounds:
-        raise ConfigError(
-            f"phases has {schedule.rounds} rounds, and rounds is {rounds}: set rounds to {schedule.rounds}"
-        )
-    return schedule
-
-
-def method_of(strategy: str, adapter: str) -> str:
-    """Return the strategy's name, or ``head-only`` where there is no adapter for it to average.
-
-    >>> method_of("ffa-lora", "lora-frozen-a"), method_of("fedavg-lora", "none")
-    ('ffa-lora', 'head-only')
-    """
-    return "head-only" if adapter == NO_ADAPTER else strategy
-
-
-def defaults(section: type[Any], prefix: str = "") -> dict[str, Scalar]:
-    """Return every key of a dataclass of settings with its default, flat and in kebab-case.
-
-    >>> defaults(AdapterConfig, "adapter.")["adapter.rank"]
-    8
-    """
-    return {prefix + key: value for key, value in _defaults(section, roles_of_all()).items()}  # type: ignore[arg-type]
-
-
-# Every job asks for the defaults of all rows, several times.
-@lru_cache(maxsize=1024)
-def _defaults(section: type[Any], roles: tuple[Role, ...]) -> Mapping[str, Scalar]:
-    del roles  # of which defaults have the columns
-    return to_mapping(section())
-
-
-def from_section(section: type[S], values: Mapping[str, Scalar], prefix: str) -> S:
-    """Build one dataclass of settings from the keys that start with ``prefix``; keys left out keep their defaults.
-
-    Raises:
-        ConfigError: a key is unknown (the nearest known one is named), a value has the wrong type
-            or is out of range.
-    """
-    known = {prefix + key: value for key, value in defaults(section).items()}
-    for key in values:
-        if key.startswith(prefix) and key not in known:
-            raise ConfigError(f"unknown setting {key!r}{nearest(key, known)}")
-    return _build(section, values, prefix)
-
-
-def _build(section: type[S], values: Mapping[str, Scalar], prefix: str) -> S:
-    kinds = kinds_of(section)
-    arguments: dict[str, Any] = {}
-    for item in dataclasses.fields(section):  # type: ignore[arg-type]
-        key, kind = _key(item, prefix), kinds[item.name]
-        if kind is Columns:
-            keys = {role.setting: prefix + role.setting for role in roles_of_all()}
-            named = {setting: typed(key, values[key], str) for setting, key in keys.items() if key in values}
-            arguments[item.name] = Columns({setting: str(column) for setting, column in named.items()})
-        elif dataclasses.is_dataclass(kind):
-            arguments[item.name] = _build(cast(type[Any], kind), values, key + ".")
-        elif key in values:
-            arguments[item.name] = typed(key, values[key], kind)
-    return section(**arguments)
-
-
-def typed(key: str, value: Scalar, kind: type) -> Scalar:
-    """Return the value of a setting in its kind: a whole number serves as a number.
-
-    Raises:
-        ConfigError: it is of another kind, or too large.
-    """
-    if isinstance(value, int) and abs(value) >= 2**63:
-        raise ConfigError(f"{key} is too large: a whole number must fit 64 bits")
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not kind:
-        wanted = {int: "a whole number", float: "a number", str: "text in quotes", bool: "true or false"}[kind]
-        raise ConfigError(f"{key} must be {wanted}, not {value!r}")
-    return value
-
-
-def to_mapping(config: Any, prefix: str = "") -> dict[str, Scalar]:
-    """Return the flat, dotted, kebab-case form of ``config``: the inverse of from_section."""
-    flat: dict[str, Scalar] = {}
-    for item in dataclasses.fields(config):
-        flat.update(_flat(item, getattr(config, item.name), prefix))
-    return flat
-
-
-def _flat(item: dataclasses.Field[Any], value: Any, prefix: str) -> dict[str, Scalar]:
-    if isinstance(value, Columns):
-        return {prefix + setting: column for setting, column in value.items()}
-    key = _key(item, prefix)
-    return to_mapping(value, key + ".") if dataclasses.is_dataclass(value) else {key: value}
-
-
-def _key(item: dataclasses.Field[Any], prefix: str) -> str:
-    return prefix + kebab(item.name)

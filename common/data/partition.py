@@ -16,7 +16,9 @@ from urllib.parse import parse_qsl, urlencode
 import torch
 
 from fedveil.common.check import nearest, positive
-from fedveil.common.config.sections import DataConfig, ModelConfig, RunConfig, Scalar, to_mapping
+from fedveil.common.config.flat import Scalar, to_mapping
+from fedveil.common.config.run import RunConfig
+from fedveil.common.config.sections import DataConfig, ModelConfig
 from fedveil.common.errors import ConfigError, DataError, PolicyRefusal
 from fedveil.common.tasks import TASKS
 from fedveil.common.tasks.examples import Dataset

@@ -29,7 +29,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, load_ssh_private_key, load_ssh_public_key
 
-from fedveil.common.config.sections import RunConfig, Scalar
+from fedveil.common.config.flat import Scalar
+from fedveil.common.config.run import RunConfig
 from fedveil.common.errors import DataError, PolicyRefusal, ProtocolError
 from fedveil.privacy.secure_sum.canonical import Value, canonical
 from fedveil.privacy.secure_sum.identity import Identity

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fedveil.common.adapters import Adapter, Place
 from fedveil.common.config.fields import check_fields
-from fedveil.common.config.sections import PrivacyConfig, RunConfig
+from fedveil.common.config.run import RunConfig
+from fedveil.common.config.sections import PrivacyConfig
 from fedveil.common.errors import ConfigError
 from fedveil.common.messages.blocks import Layout
 from fedveil.common.messages.state import METRIC, AdapterState, Factors

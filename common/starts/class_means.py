@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from fedveil.common.adapters import Adapter, Place
 from fedveil.common.check import POSITIVE, OneOf
 from fedveil.common.config.fields import RATIO
-from fedveil.common.config.sections import RunConfig
+from fedveil.common.config.run import RunConfig
 from fedveil.common.errors import ConfigError
 from fedveil.common.messages.blocks import Layout
 from fedveil.common.messages.state import HEAD, METRIC, AdapterState, Factors

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Self
 from fedveil.common.adapters import Adapter
 from fedveil.common.check import POSITIVE, Digits
 from fedveil.common.config.fields import Unit
-from fedveil.common.config.sections import RunConfig
+from fedveil.common.config.run import RunConfig
 from fedveil.common.errors import ConfigError
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.starts.base import Needs, Start

@@ -25,7 +25,7 @@ from fedveil.common.adapters.layers import layers_of, stored_transposed
 from fedveil.common.adapters.lora_metric import shrunk
 from fedveil.common.check import POSITIVE, OneOf
 from fedveil.common.config.fields import RATIO
-from fedveil.common.config.sections import RunConfig
+from fedveil.common.config.run import RunConfig
 from fedveil.common.data.sources import is_paired
 from fedveil.common.errors import ConfigError, ModelError
 from fedveil.common.messages.state import HEAD, METRIC, AdapterState, Factors

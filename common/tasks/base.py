@@ -22,7 +22,7 @@ from fedveil.common.tasks.roles import LABEL, Role
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from fedveil.common.config.sections import RunConfig
+    from fedveil.common.config.run import RunConfig
     from fedveil.common.model.base import BaseModel
     from fedveil.common.model.shapes import Shapes
     from fedveil.common.tasks.module import TaskModule

@@ -21,7 +21,7 @@ from fedveil.common.tasks.text import TOKENS, TextExample, TextTask, pad_id, pad
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from fedveil.common.config.sections import Scalar
+    from fedveil.common.config.flat import Scalar
     from fedveil.common.model.base import BaseModel
     from fedveil.common.tasks.module import TaskModule
 

@@ -11,7 +11,7 @@ from fedveil.common.errors import ConfigError
 from fedveil.common.tasks.examples import Example
 
 if TYPE_CHECKING:
-    from fedveil.common.config.sections import Scalar
+    from fedveil.common.config.flat import Scalar
     from fedveil.common.model.base import BaseModel
     from fedveil.common.tasks.base import Task
     from fedveil.common.tasks.module import TaskModule

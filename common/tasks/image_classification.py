@@ -33,7 +33,7 @@ from fedveil.common.tasks.textures import made_up_image, made_up_pixels
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from fedveil.common.config.sections import RunConfig
+    from fedveil.common.config.run import RunConfig
     from fedveil.common.model.base import BaseModel
     from fedveil.common.model.shapes import Shapes
     from fedveil.common.tasks.module import TaskModule

@@ -25,7 +25,7 @@ from torch import Tensor
 from fedveil.common.adapters import Adapter
 from fedveil.common.check import POSITIVE, Digits
 from fedveil.common.config.fields import RATIO, Unit
-from fedveil.common.config.sections import RunConfig
+from fedveil.common.config.run import RunConfig
 from fedveil.common.errors import ConfigError, ModelError
 from fedveil.common.messages.state import AdapterState
 from fedveil.common.messages.tensors import entries

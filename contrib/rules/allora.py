@@ -19,7 +19,7 @@ from torch import Tensor
 from fedveil.common.adapters import Adapter
 from fedveil.common.check import POSITIVE
 from fedveil.common.config.fields import RATIO
-from fedveil.common.config.sections import RunConfig
+from fedveil.common.config.run import RunConfig
 from fedveil.common.errors import ConfigError
 from fedveil.common.messages.state import AdapterState
 from fedveil.strategies.base import Strategy

@@ -33,7 +33,7 @@ from torch import Tensor
 from fedveil.common.adapters import Adapter
 from fedveil.common.check import NOT_NEGATIVE
 from fedveil.common.config.fields import Unit
-from fedveil.common.config.sections import RunConfig
+from fedveil.common.config.run import RunConfig
 from fedveil.common.errors import ConfigError, ModelError
 from fedveil.common.messages.state import AdapterState, Factors
 from fedveil.contrib.nulls import LEVEL, edge_behind

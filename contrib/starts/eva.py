@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fedveil.common.adapters import Place
 from fedveil.common.adapters.layers import layers_of
-from fedveil.common.config.sections import RunConfig
+from fedveil.common.config.run import RunConfig
 from fedveil.common.messages.state import AdapterState, Factors
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.starts.base import Labels, seeded

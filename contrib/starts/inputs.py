@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fedveil.common.adapters import Place
 from fedveil.common.adapters.layers import layer_shape, layers_of
-from fedveil.common.config.sections import RunConfig
+from fedveil.common.config.run import RunConfig
 from fedveil.common.errors import ModelError
 from fedveil.common.messages.blocks import Layout
 from fedveil.common.messages.state import AdapterState, Factors

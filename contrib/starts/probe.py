@@ -19,8 +19,8 @@ import torch
 from fedveil.common.adapters import Adapter, Place
 from fedveil.common.check import POSITIVE
 from fedveil.common.config.fields import RATIO, Unit
+from fedveil.common.config.run import RunConfig
 from fedveil.common.config.schedule import learning_rate
-from fedveil.common.config.sections import RunConfig
 from fedveil.common.errors import ConfigError
 from fedveil.common.messages.blocks import Layout
 from fedveil.common.messages.state import HEAD, METRIC, AdapterState, Factors

@@ -14,7 +14,7 @@ import torch
 from fedveil.common.adapters import Adapter, Place
 from fedveil.common.check import POSITIVE
 from fedveil.common.config.fields import RATIO, Unit
-from fedveil.common.config.sections import RunConfig
+from fedveil.common.config.run import RunConfig
 from fedveil.common.data.named import share_sentences
 from fedveil.common.data.sources import load_dataset
 from fedveil.common.errors import ConfigError

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedveil.common.config.sections import RunConfig
+from fedveil.common.config.run import RunConfig
 from fedveil.common.errors import ConfigError
 from fedveil.common.messages.columns import FACTOR, narrowed
 from fedveil.common.messages.state import OWN, AdapterState

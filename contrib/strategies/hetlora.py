@@ -21,7 +21,7 @@ from typing import ClassVar
 
 import torch
 
-from fedveil.common.config.sections import RunConfig
+from fedveil.common.config.run import RunConfig
 from fedveil.common.errors import ConfigError
 from fedveil.common.messages.columns import FACTOR, widened
 from fedveil.common.messages.state import OWN, AdapterState

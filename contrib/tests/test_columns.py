@@ -27,7 +27,8 @@ from fedveil.client.ledger.ledger import Ledger
 from fedveil.client.site import Site, open_site
 from fedveil.common.adapters import LoRAFrozenA
 from fedveil.common.adapters.split import SplitColumns
-from fedveil.common.config.sections import RunConfig, Scalar
+from fedveil.common.config.flat import Scalar
+from fedveil.common.config.run import RunConfig
 from fedveil.common.errors import ConfigError, ProtocolError, RunFailed
 from fedveil.common.messages.blocks import layout_of
 from fedveil.common.messages.columns import Chosen, narrowed, narrowed_layout, widened

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from docs.make.page import MADE
 from fedveil.cli.settings_reference import Setting, all_settings, options_of
 from fedveil.common.config.fields import kinds_of
-from fedveil.common.config.sections import RunConfig, Scalar
+from fedveil.common.config.flat import Scalar
+from fedveil.common.config.run import RunConfig
 from fedveil.common.config.text import toml_value
 from fedveil.common.docstrings import said_of
 from fedveil.common.errors import ConfigError

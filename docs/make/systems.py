@@ -13,7 +13,7 @@ from typing import Any
 from docs.make.differences import DIFFERENCES
 from docs.make.tables import markdown
 from fedveil.common.adapters import ADAPTERS
-from fedveil.common.config.sections import Scalar
+from fedveil.common.config.flat import Scalar
 from fedveil.common.starts import STARTS
 from fedveil.common.tasks.sentence_modules import ENCODER
 from fedveil.strategies import ROWS

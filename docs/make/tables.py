@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedveil.common.adapters import ADAPTERS, Adapter
-from fedveil.common.config.sections import defaults
+from fedveil.common.config.flat import defaults
 from fedveil.common.data.named import DATASETS, UserFile
 from fedveil.common.docstrings import said_of
 from fedveil.common.errors import ConfigError

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fedveil.client.linearised import Computation, Keeping, linearised
 from fedveil.client.optimizers import build_optimizer
 from fedveil.common.config.phases import Schedule
-from fedveil.common.config.sections import RunConfig
+from fedveil.common.config.run import RunConfig
 from fedveil.common.data.sources import public_test
 from fedveil.common.model.device import own_cores
 from fedveil.common.model.federated import FederatedModel

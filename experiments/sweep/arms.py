@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fedveil.common.config.sections import Scalar
+from fedveil.common.config.flat import Scalar
 
 READ = ("model.", "data.", "head.pool", "head.start", "head.phrases", "device", "precision")
 """Settings, or their beginnings, that decide what a frozen encoder makes of which records."""

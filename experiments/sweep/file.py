@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from fedveil.common.check import nearest
-from fedveil.common.config.sections import Scalar
+from fedveil.common.config.flat import Scalar
 from fedveil.common.config.text import flatten, read_settings_file
 from fedveil.common.data.partition import check_partition
 from fedveil.common.errors import ConfigError

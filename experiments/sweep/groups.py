@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fedveil.common.adapters import ADAPTERS
-from fedveil.common.config.sections import Scalar
+from fedveil.common.config.flat import Scalar
 from fedveil.common.errors import DataError
 from fedveil.common.other_runs import BesideFile, BesideRow
 from fedveil.common.tasks import TASKS

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from fedveil.common.config.sections import Scalar
+from fedveil.common.config.flat import Scalar
 from fedveil.common.errors import DataError
 from fedveil.common.files import finite, replace_file
 from fedveil.common.strict_json import Endless, Measured, from_json, json_of, to_json

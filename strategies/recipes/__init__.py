@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from fedveil.common.config.sections import RunConfig, Scalar
+from fedveil.common.config.flat import Scalar
+from fedveil.common.config.run import RunConfig
 from fedveil.common.config.text import read_settings_file
 from fedveil.common.tasks import TASKS
 from fedveil.common.words import counted

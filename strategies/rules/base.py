@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from fedveil.common.adapters import Adapter
 from fedveil.common.config.fields import check_fields
-from fedveil.common.config.sections import RunConfig
+from fedveil.common.config.run import RunConfig
 from fedveil.common.messages.state import AdapterState, Factors
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.requirements import Requirement

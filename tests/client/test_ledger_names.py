@@ -17,7 +17,7 @@ from fedveil.client.ledger.ledger import Ledger, _remember
 from fedveil.client.ledger.rows import Charge, Receipt
 from fedveil.client.node import user_folder
 from fedveil.client.site import open_site
-from fedveil.common.config.sections import Scalar
+from fedveil.common.config.flat import Scalar
 from fedveil.common.errors import LedgerError
 from fedveil.privacy.accounting import Release, gaussian_release
 from fedveil.strategies.job import configure

@@ -24,7 +24,8 @@ from fedveil.client.lookout import Lookout
 from fedveil.client.process import SiteProcess
 from fedveil.common import files
 from fedveil.common.bundle import own_digest
-from fedveil.common.config.sections import Columns, DataConfig, Scalar
+from fedveil.common.config.flat import Columns, Scalar
+from fedveil.common.config.sections import DataConfig
 from fedveil.common.config.text import to_toml
 from fedveil.common.data import rows
 from fedveil.common.messages.round import Refusal

@@ -35,7 +35,8 @@ from audits.tiny_site import OneSite, clinic, pins
 from fedveil.client.outgoing import UNLOADED
 from fedveil.client.policy import Policy
 from fedveil.client.site import check_job, open_site, own_settings
-from fedveil.common.config.sections import Columns, DataConfig, ModelConfig, Scalar, to_mapping
+from fedveil.common.config.flat import Columns, Scalar, to_mapping
+from fedveil.common.config.sections import DataConfig, ModelConfig
 from fedveil.common.data.sources import load_dataset, public_names
 from fedveil.common.errors import FedVeilError, PolicyRefusal
 from fedveil.common.messages.round import Refusal

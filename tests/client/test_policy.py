@@ -27,7 +27,7 @@ from fedveil.client.policy import Policy
 from fedveil.client.policy_file import load_policy
 from fedveil.client.process import in_simulation
 from fedveil.client.site import Site, check_job, open_site
-from fedveil.common.config.sections import Scalar, to_mapping
+from fedveil.common.config.flat import Scalar, to_mapping
 from fedveil.common.config.text import to_toml
 from fedveil.common.data.partition import division_of
 from fedveil.common.data.sources import load_dataset, train_and_test

@@ -19,7 +19,8 @@ from audits.tiny_site import OneSite, clinic
 from fedveil.client.ledger.ledger import Ledger
 from fedveil.client.outgoing import UNTOLD
 from fedveil.client.site import open_site
-from fedveil.common.config.sections import Columns, DataConfig
+from fedveil.common.config.flat import Columns
+from fedveil.common.config.sections import DataConfig
 from fedveil.common.data.sources import Reading, load_dataset, load_protected
 from fedveil.common.errors import DataError, LedgerError, UnreadableFile
 from fedveil.common.messages import header

@@ -13,7 +13,8 @@ import torch
 
 from audits.tiny_models import FILLER
 from fedveil.client.own_records import prepared
-from fedveil.common.config.sections import Columns, DataConfig
+from fedveil.common.config.flat import Columns
+from fedveil.common.config.sections import DataConfig
 from fedveil.common.data.sources import load_dataset, load_protected
 from fedveil.common.errors import ConfigError, DataError
 from fedveil.common.model.base import BaseModel, load_base_model

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedveil.common.config import sections as choices
-from fedveil.common.config.sections import RunConfig, Scalar, defaults, to_mapping
+from fedveil.common.config.flat import Scalar, defaults, to_mapping
+from fedveil.common.config.run import RunConfig
 from fedveil.common.config.text import flatten, parse_settings, read_settings_file, to_toml
 from fedveil.common.errors import ConfigError
 from fedveil.common.starts import STARTS, Start

@@ -14,7 +14,8 @@ import pytest
 from dataset_files import HEADER, write
 
 from fedveil.client.ledger.record_hashes import record_hashes
-from fedveil.common.config.sections import Columns, DataConfig
+from fedveil.common.config.flat import Columns
+from fedveil.common.config.sections import DataConfig
 from fedveil.common.data.named import DATASETS
 from fedveil.common.data.read_named import load_named
 from fedveil.common.data.sources import load_dataset, load_protected, public_names

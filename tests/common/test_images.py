@@ -15,7 +15,8 @@ import pytest
 from digits import digits, encoded, write_folder
 from PIL import Image
 
-from fedveil.common.config.sections import Columns, DataConfig
+from fedveil.common.config.flat import Columns
+from fedveil.common.config.sections import DataConfig
 from fedveil.common.data.sources import load_dataset, load_protected
 from fedveil.common.errors import DataError, UnreadableFile
 from fedveil.common.tasks import images

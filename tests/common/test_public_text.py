@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from audits.tiny_models import write_questions
-from fedveil.common.config.sections import Columns, DataConfig
+from fedveil.common.config.flat import Columns
+from fedveil.common.config.sections import DataConfig
 from fedveil.common.data import sources
 from fedveil.common.data.named import DATASETS, NamedDataset, UserFile, share_sentences
 from fedveil.common.data.sentences import FEWEST_WORDS, ending_of, likeness, sentences_of, traces

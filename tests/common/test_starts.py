@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from fedveil.common.config.sections import Scalar, defaults
+from fedveil.common.config.flat import Scalar, defaults
 from fedveil.common.errors import ConfigError
 from fedveil.common.starts import STARTS, PaidStart, Start, UnpaidStart
 from fedveil.privacy import MECHANISMS

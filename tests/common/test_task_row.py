@@ -25,7 +25,7 @@ from audits.tiny_site import OneSite
 from fedveil.cli.column_options import with_columns
 from fedveil.client.own_records import prepared
 from fedveil.common import tasks
-from fedveil.common.config.sections import to_mapping
+from fedveil.common.config.flat import to_mapping
 from fedveil.common.data.sources import load_dataset, load_protected
 from fedveil.common.errors import ConfigError, DataError
 from fedveil.common.messages.round import Refusal, TrainResult

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from fedveil.cli.main import app
 from fedveil.client.policy_file import load_policy
 from fedveil.client.site import check_job
-from fedveil.common.config.sections import Scalar
+from fedveil.common.config.flat import Scalar
 from fedveil.common.config.text import parse_settings
 from fedveil.common.errors import ConfigError, DataError, ModelNotLoaded, PolicyRefusal
 from fedveil.deploy import container

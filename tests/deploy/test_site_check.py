@@ -15,7 +15,7 @@ from fedveil.cli.main import app
 from fedveil.client.ledger.ledger import Ledger
 from fedveil.client.policy import Policy
 from fedveil.client.site import own_settings
-from fedveil.common.config.sections import Columns, Scalar
+from fedveil.common.config.flat import Columns, Scalar
 from fedveil.common.errors import ConfigError, DataError, UnreadableFile
 from fedveil.common.ports import free_ports
 from fedveil.common.tasks import TASKS

@@ -17,7 +17,8 @@ from fedveil.cli.main import app
 from fedveil.cli.settings_reference import all_settings, lines_of, select
 from fedveil.common.check import NOT_NEGATIVE, POSITIVE, Digits, Interval, OneOf, Rule
 from fedveil.common.config.fields import Section, kinds_of, rules_of, unit_of
-from fedveil.common.config.sections import RunConfig, Scalar
+from fedveil.common.config.flat import Scalar
+from fedveil.common.config.run import RunConfig
 from fedveil.common.config.text import flatten, parse_settings
 from fedveil.common.errors import ConfigError
 from fedveil.common.starts import STARTS

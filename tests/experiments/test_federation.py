@@ -13,7 +13,7 @@ from audits.tiny_models import NEED_PLAIN_STEP, PLAIN_STEP, write_reviews
 from audits.tiny_site import pins
 from fedveil.client.ledger.ledger import Ledger
 from fedveil.client.ledger.rows import Charge
-from fedveil.common.config.sections import Scalar
+from fedveil.common.config.flat import Scalar
 from fedveil.common.config.text import to_toml
 from fedveil.common.errors import ConfigError, RunFailed
 from fedveil.common.messages.wire import round_of

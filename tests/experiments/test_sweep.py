@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from audits.tiny_models import TARGETS, save_tiny_model, write_reviews
 from fedveil.cli.main import app
-from fedveil.common.config.sections import method_of
+from fedveil.common.config.run import method_of
 from fedveil.common.config.text import to_toml
 from fedveil.common.data.partition import public_size_of_part
 from fedveil.common.errors import ConfigError, DataError, RunFailed

@@ -33,7 +33,8 @@ from fedveil.client.ledger.ledger import Ledger
 from fedveil.client.policy import Policy
 from fedveil.client.site import check_job
 from fedveil.client.timing import Timing
-from fedveil.common.config.sections import PrivacyConfig, Scalar, TrainingConfig
+from fedveil.common.config.flat import Scalar
+from fedveil.common.config.sections import PrivacyConfig, TrainingConfig
 from fedveil.common.errors import ConfigError, MechanismError, PolicyRefusal
 from fedveil.common.messages.round import Refusal
 from fedveil.common.messages.state import AdapterState

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedveil.common.config.sections import RunConfig
+from fedveil.common.config.run import RunConfig
 from fedveil.common.errors import ConfigError
 from fedveil.common.messages.state import HEAD, METRIC, AdapterState
 from fedveil.common.messages.tensors import apply, entries, merge

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from audits.tiny_models import BAD, FILLER, GOOD, TARGETS, write_reviews
 from fedveil.common.adapters.layers import base_weight, layers_of
-from fedveil.common.config.sections import Columns, DataConfig
+from fedveil.common.config.flat import Columns
+from fedveil.common.config.sections import DataConfig
 from fedveil.common.data.sources import is_paired
 from fedveil.common.messages.state import AdapterState
 from fedveil.common.model.federated import FederatedModel

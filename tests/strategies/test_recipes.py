@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 from audits.tiny_models import VOCABULARY, tiny_tokenizer
 from fedveil.client import linearised
 from fedveil.client.ledger.ledger import Ledger
-from fedveil.common.config.sections import PrivacyConfig, RunConfig, typed
+from fedveil.common.config.flat import typed
+from fedveil.common.config.run import RunConfig
+from fedveil.common.config.sections import PrivacyConfig
 from fedveil.common.config.text import flatten
 from fedveil.common.errors import ConfigError, ModelError, RunFailed
 from fedveil.common.run_lines import ConfigFile, RoundLine, read_file, read_lines

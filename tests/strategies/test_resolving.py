@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fedveil.common.config.sections import Scalar
+from fedveil.common.config.flat import Scalar
 from fedveil.common.config.text import read_settings_file
 from fedveil.common.errors import ConfigError
 from fedveil.strategies.job import configure, with_recipe

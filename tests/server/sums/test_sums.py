@@ -20,7 +20,7 @@ from faults.sum_scenarios import SERVER_LIES, wrong_after_a_lie
 from fedveil.cli.main import app
 from fedveil.client import app as client_app
 from fedveil.client import sums
-from fedveil.common.config.sections import Scalar
+from fedveil.common.config.flat import Scalar
 from fedveil.common.errors import ConfigError
 from fedveil.common.messages.round import KeyTask, Refusal
 from fedveil.common.messages.state import HEAD
