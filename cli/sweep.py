@@ -27,22 +27,13 @@ console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
 
 @for_people
 def sweep(
-    file: Annotated[
-        Path,
-        typer.Argument(help="TOML file: a base configuration and its axes, or one run's settings."),
-    ],
-    output: Annotated[
-        Path | None, typer.Option(help="Folder of the runs, a folder each; in runs/sweeps if not said.")
-    ] = None,
-    results: Annotated[
-        Path | None, typer.Option(help="Folder of the table, as .jsonl, .csv and .md; the output if not said.")
-    ] = None,
+    file: Annotated[Path, typer.Argument(help="TOML file: a base configuration and its axes, or one run's settings.")],
+    output: Annotated[Path | None, typer.Option(help="Folder of the runs; in runs/sweeps if not said.")] = None,
+    results: Annotated[Path | None, typer.Option(help="Folder of the table; the output if not said.")] = None,
     jobs: Annotated[int, typer.Option(help="Runs at a time; each has its share of the cores.")] = 1,
     flower: Annotated[bool, typer.Option("--flower", help="Run through Flower, not in one process.")] = False,
     only: Annotated[str, typer.Option(help="Names of the runs to start, such as '*-eps-8-*'.")] = "*",
-    any_code: Annotated[
-        bool, typer.Option("--any-code", help="Keep rows of other versions of the code; each says which.")
-    ] = False,
+    any_code: Annotated[bool, typer.Option("--any-code", help="Keep rows of other code; each says which.")] = False,
 ) -> None:
     """Run every variant × ε × seed of a file with its baselines, and write one table.
 
@@ -66,9 +57,8 @@ def sweep(
     _say(f"\n{markdown_of(ended.rows, folded=False)}")
     _say(f"written to {table}, and .csv and .md beside it")
     if ended.failed:
-        _say(f"{len(ended.failed)} of {len(read.cells)} runs failed:")
-        for failed in ended.failed:
-            _say(f"  {failed.cell.said}: {failed.reason}; log: {failed.log}")
+        lines = (f"  {failed.cell.said}: {failed.reason}; log: {failed.log}" for failed in ended.failed)
+        _say("\n".join([f"{len(ended.failed)} of {len(read.cells)} runs failed:", *lines]))
         raise typer.Exit(1)
 
 

@@ -158,8 +158,7 @@ class ServerLedger:
         holds is composed at the smallest δ that any of it was charged at, and priced by what the first run planned.
 
         Args:
-            run, round_number, event: whose round it is, which, from 1, and what it releases.
-            delta, max_epsilon: of the run, for all that the file holds.
+            run, round_number, event, delta, max_epsilon: of the round, numbered from 1, and of the run's budget.
             planned: everything that the run is to release; it is written down with a file's first charge alone.
 
         Raises:

@@ -41,6 +41,11 @@ LIMITS = {
     "server/rounds reaches": 110,
     "members of Strategy": 12,
     "members of Adapter": 20,
+    "members of Task": 24,
+    "product files above 300 lines": 15,
+    "functions above 40 lines": 15,
+    "deepest nesting": 4,
+    "private words per 1,000 of docstrings": 1.1,
     "questions of kind": 60,
     "README lines": 120,
     "lines of documents, made": 2000,
@@ -201,7 +206,7 @@ def main() -> None:
     for name, figure in found.items():
         print(f"{name:48} {figure}" + (f"  (at most {LIMITS[name]})" if name in LIMITS else ""))
     if above := [
-        name for name, figure in found.items() if isinstance(figure, int) and figure > LIMITS.get(name, figure)
+        name for name, figure in found.items() if isinstance(figure, int | float) and figure > LIMITS.get(name, figure)
     ]:
         sys.exit(f"above the limit: {', '.join(above)}. Take away, or raise LIMITS in this commit and say why")
 

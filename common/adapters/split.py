@@ -62,19 +62,22 @@ def split_columns(adapter: Adapter, model: nn.Module, chosen: Chosen) -> Iterato
     wholes: list[tuple[LoraLayer, nn.Linear]] = []
     resting: list[nn.Parameter] = []
     layers = layers_of(model)
+    trained = [
+        (layer, name, parameter)
+        for layer, factors in parameters_of(adapter, model).items()
+        for name, parameter in factors.items()
+        if parameter.requires_grad
+    ]
     try:
-        for layer, factors in parameters_of(adapter, model).items():
-            for name, parameter in factors.items():
-                if not parameter.requires_grad:
-                    continue
-                columns = chosen[layer].get(name, torch.zeros(0, dtype=torch.int64))
-                if not len(columns):
-                    parameter.requires_grad_(False)
-                    resting.append(parameter)
-                elif len(columns) < parameter.shape[-1]:
-                    whole = cast(nn.Linear, layers[layer].lora_B[ADAPTER_NAME])
-                    wholes.append((layers[layer], whole))
-                    layers[layer].lora_B[ADAPTER_NAME] = SplitColumns(whole, columns)
+        for layer, name, parameter in trained:
+            columns = chosen[layer].get(name, torch.zeros(0, dtype=torch.int64))
+            if not len(columns):
+                parameter.requires_grad_(False)
+                resting.append(parameter)
+            elif len(columns) < parameter.shape[-1]:
+                whole = cast(nn.Linear, layers[layer].lora_B[ADAPTER_NAME])
+                wholes.append((layers[layer], whole))
+                layers[layer].lora_B[ADAPTER_NAME] = SplitColumns(whole, columns)
         yield
     finally:
         for lora, whole in wholes:
