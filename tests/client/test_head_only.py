@@ -421,12 +421,12 @@ def test_only_the_head_travels(toy_settings: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"head__policy": "frozen"}, "nothing is trained"),
-        ({"model__task": "causal-lm", "head__policy": "frozen"}, "no head"),
+        ({"head__policy": "frozen"}, "because nothing else is trained"),
+        ({"model__task": "causal-lm", "head__policy": "frozen"}, "needs head.policy 'trained'"),
         *(({"adapter__start": start}, "has no factors") for start in ("eva", "public-gradient")),
         ({"adapter__start": "dp-gradient"}, "has no factors"),
         ({"adapter__start": "nonprivate-gradient", "privacy__mode": "none"}, "has no factors"),
-        ({"model__checkpointing": True}, r"^model\.checkpointing has no effect on adapter\.name 'none'"),
+        ({"model__checkpointing": True}, r"needs model\.checkpointing False, because no gradient"),
     ],
 )
 def test_a_run_that_would_train_nothing_is_refused(
