@@ -320,7 +320,7 @@ def test_signatures_that_are_forged_or_of_something_else_do_not_count() -> None:
             asked.reveal(signatures, federation.roster)
     told = asked.reveal(good, federation.roster)
     assert asked.reveal({**good, "site-00": bytes(64), "mole": good["site-01"]}, federation.roster) == told
-    with planted(recovery, "is_signed", lambda *own: True):  # the planted fault
+    with planted(survivors, "is_signed", lambda *own: True):  # the planted fault
         assert asked.reveal(lies["forged"], federation.roster)
 
 
