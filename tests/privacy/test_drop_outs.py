@@ -37,6 +37,7 @@ from fedveil.privacy.secure_sum import (
     total,
     unmasked,
 )
+from fedveil.privacy.secure_sum import survivors as signing
 from fedveil.privacy.secure_sum.canonical import canonical
 from fedveil.privacy.secure_sum.masks import Words, mask_of, pair_seed
 from fedveil.privacy.secure_sum.shares import PRIME, SHARE_BYTES, combined, weights
@@ -320,7 +321,7 @@ def test_signatures_that_are_forged_or_of_something_else_do_not_count() -> None:
             asked.reveal(signatures, federation.roster)
     told = asked.reveal(good, federation.roster)
     assert asked.reveal({**good, "site-00": bytes(64), "mole": good["site-01"]}, federation.roster) == told
-    with planted(survivors, "is_signed", lambda *own: True):  # the planted fault
+    with planted(signing, "is_signed", lambda *own: True):  # the planted fault
         assert asked.reveal(lies["forged"], federation.roster)
 
 
