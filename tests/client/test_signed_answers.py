@@ -31,6 +31,7 @@ from fedveil.server.collect.shown import Shown
 from fedveil.server.own_check import FOLDER
 from fedveil.server.registered import NODES
 from fedveil.server.signing import signing_of
+from fedveil.strategies.ffa_lora import FFALoRA
 
 pytestmark = pytest.mark.usefixtures("fresh_process")
 
@@ -59,7 +60,7 @@ def transport(parties: World, grid: Grid, monkeypatch: pytest.MonkeyPatch, *, si
         monkeypatch.setattr(TaskIdentity, name, 1)
     monkeypatch.setenv(NODES, str(parties.server.nodes))
     monkeypatch.setenv(FOLDER, str(parties.server.path))
-    job = SimpleNamespace(strategy=SimpleNamespace(chooses=lambda: False), config=SimpleNamespace())
+    job = SimpleNamespace(strategy=FFALoRA(), config=SimpleNamespace())
     folder = SimpleNamespace(progress=lambda _: None, shown=Shown(1, "record", 0))
     model = SimpleNamespace(reply_layout=lambda _: {"l": {"A": (2, 2)}})
     signing = signing_of("17", SETTINGS) if signs else None
@@ -156,7 +157,7 @@ def test_a_registered_site_that_knows_every_name_makes_nobody_pay_and_speaks_for
         installed.process.keep_lookout(None, signed=signs)
         return worker.reply_to(message, context, own_bundle(), site.node, parties.keys if signs else None).content
 
-    job = SimpleNamespace(strategy=SimpleNamespace(chooses=lambda: False), config=SimpleNamespace())
+    job = SimpleNamespace(strategy=FFALoRA(), config=SimpleNamespace())
     folder = SimpleNamespace(progress=lambda _: None, shown=Shown(1, "record", 0))
     parts = (link.grid(), job, SimpleNamespace(reply_layout=lambda _: layout), folder)
     transport = FlowerTransport(*cast(Any, parts), signing_of(run, site.settings) if signs else None)

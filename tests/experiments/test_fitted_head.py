@@ -186,7 +186,7 @@ def test_pairs_and_images_have_fitted_heads_too(toy_settings: dict[str, Any], tm
 
 
 def test_a_task_without_a_head_has_none(toy_generation: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="'causal-lm' has no head to train"):
+    with pytest.raises(ConfigError, match=r"needs head\.policy 'trained'"):
         fitted(configure(of(toy_generation)))
 
 

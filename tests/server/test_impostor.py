@@ -21,6 +21,7 @@ from fedveil.server.app import FlowerTransport
 from fedveil.server.collect.shown import Shown
 from fedveil.server.pulls import HEADER_PARTS
 from fedveil.server.sites import Exchange
+from fedveil.strategies.ffa_lora import FFALoRA
 
 TRIES = 150
 """Of microseconds each way; between two tasks of one push the finding counted 59 to 83."""
@@ -41,7 +42,7 @@ class Run:
 
     def __init__(self, link: Link, timeout: float = 60.0) -> None:
         config = SimpleNamespace(rounds=1, round_timeout=timeout)
-        job = SimpleNamespace(config=config, strategy=SimpleNamespace(chooses=lambda: False))
+        job = SimpleNamespace(config=config, strategy=FFALoRA())
         model = SimpleNamespace(reply_layout=lambda _: LAYOUT)
         folder = SimpleNamespace(progress=lambda _: None, shown=Shown(1, "record", 0))
         self.transport = FlowerTransport(*cast(Any, (link.grid(), job, model, folder)))

@@ -92,7 +92,7 @@ def test_no_file_of_a_run_has_the_number_of_a_node(
 def test_a_mark_that_is_the_number_is_found(toy_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The fault: what stood for a node before."""
     for module in ("admission", "replies"):
-        monkeypatch.setattr(f"server.{module}.mark_of", lambda node, run: f"node {node}")
+        monkeypatch.setattr(f"fedveil.server.{module}.mark_of", lambda node, run: f"node {node}")
     found = leaks(told_run(toy_settings, None, "bare"))
     assert {NAME, "rounds.jsonl", "report.json", "log.jsonl"} <= found, "the fault is not found"
 
