@@ -1,4 +1,4 @@
-"""What a steward's check says of records, policy and keys before a site goes online."""
+"""A steward's check of records, policy and keys before a site goes online."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which records of a person a run has, and on which side of a division the person is."""
+"""The records of a person that a run has, and the side of a division that the person is on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a trusted server tells of a cohort: nothing of who was drawn, in no form."""
+"""Silence of a trusted server: no form of what it shows says who was drawn."""
 
 from __future__ import annotations
 
