@@ -194,7 +194,7 @@ class World:
         return self._generative(folder, lambda one, two: {"prompt": one, "completion": two})
 
     def _instruction(self, folder: Path) -> dict[str, Any]:
-        return self._generative(folder, lambda one, two: {"instruction": one, "input": "", "output": two})
+        return self._generative(folder, lambda one, two: {"prompt": one, "completion": two})
 
     def _chat(self, folder: Path) -> dict[str, Any]:
         def turns(one: str, two: str) -> dict[str, Any]:

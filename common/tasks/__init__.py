@@ -18,8 +18,11 @@ TASKS: dict[str, Task] = {
 
 
 def roles_of_all() -> tuple[Role, ...]:
-    """Return the roles of all tasks, one for each setting, in the table's order."""
-    return tuple({role.setting: role for task in TASKS.values() for role in task.roles}.values())
+    """Return the roles of all tasks, of each setting the first, in the table's order."""
+    first: dict[str, Role] = {}
+    for role in (role for task in TASKS.values() for role in task.roles):
+        first.setdefault(role.setting, role)
+    return tuple(first.values())
 
 
 __all__ = [

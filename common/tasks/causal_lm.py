@@ -96,8 +96,8 @@ class CausalLM(TextTask):
 
     name: ClassVar[str] = "causal-lm"
     roles: ClassVar[tuple[Role, ...]] = (
-        Role("prompt", "text", "the prompt", optional=True, usual=True),
-        Role("completion", "completion", "the completion", in_question=False),
+        Role("prompt", "text", "the prompt, or the instruction", optional=True, usual=True),
+        Role("completion", "completion", "the completion, or the answer", in_question=False),
     )
 
     wording: ClassVar[Wording | None] = Wording(

@@ -163,7 +163,7 @@ class Chat(CausalLM):
     name: ClassVar[str] = "chat"
     roles: ClassVar[tuple[Role, ...]] = (
         Role("messages", "turns", "the conversation", read=read_turns),
-        Role("context", "before", "what was said before, and is not learnt", optional=True, read=read_before),
+        Role("context", "before", "what was said before", optional=True, read=read_before),
         SYSTEM_ROLE,
     )
     example: ClassVar[type[Example]] = Conversation

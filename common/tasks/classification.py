@@ -94,7 +94,7 @@ class Classification(TextTask):
     name: ClassVar[str] = "classification"
     roles: ClassVar[tuple[Role, ...]] = (
         Role("text", "text", "the text"),
-        Role(PAIR, "text_pair", "a second text", optional=True),
+        Role(PAIR, "text_pair", "a second text, or of what an instruction is about", optional=True),
         LABEL,
     )
     counted: ClassVar[bool] = True

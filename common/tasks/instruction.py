@@ -64,7 +64,8 @@ class Exchange(Example):
 
     left_out: ClassVar[Mapping[str, str]] = {
         **LEFT_OUT,
-        "history": "set data.history to 'history', or remove the column",
+        "input": "set data.text-pair to 'input', or remove the column",
+        "history": "set data.context to 'history', or remove the column",
     }
 
     instruction: str
@@ -112,11 +113,11 @@ class Instruction(Chat):
 
     name: ClassVar[str] = "instruction"
     roles: ClassVar[tuple[Role, ...]] = (
-        Role("instruction", "instruction", "the instruction"),
-        Role("input", "input", "what the instruction is about", optional=True, usual=True, read=read_optional),
-        Role("output", "output", "the answer", in_question=False),
+        Role("prompt", "instruction", "the instruction"),
+        Role("text-pair", "input", "what the instruction is about", optional=True, read=read_optional),
+        Role("completion", "output", "the answer", in_question=False),
         SYSTEM_ROLE,
-        Role("history", "history", "earlier exchanges", optional=True, in_question=False, read=read_history),
+        Role("context", "history", "earlier exchanges", optional=True, in_question=False, read=read_history),
     )
     example: ClassVar[type[Example]] = Exchange
     questions: ClassVar[Questions | None] = Questions(

@@ -51,7 +51,8 @@ LAYOUTS = (
     Layout(
         "LLaMA-Factory's alpaca layout",
         frozenset({"instruction", "output"}),
-        "set model.task to 'instruction', and data.input to '' if it has no input",
+        "set model.task to 'instruction', data.prompt to 'instruction', data.completion to 'output' and, if it has an "
+        "input, data.text-pair to 'input'",
     ),
 )
 """The first that fits is meant."""

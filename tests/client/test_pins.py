@@ -372,34 +372,30 @@ def test_no_setting_of_a_server_gets_the_records_tokenised_anew_nor_before_its_t
 
 def test_the_loader_reads_the_columns_of_the_table(tmp_path: Path) -> None:
     """Not one beside it: each cell tells its column; of an image, by a file of that name and width."""
-
-    def cell(name: str) -> str:
-        if name.startswith("history"):
-            return json.dumps([[name, name]])
-        return (
-            json.dumps([{"role": who, "content": name} for who in ("user", "assistant")])
-            if name.startswith(("messages", "context"))
-            else name
-        )
-
     names = [f"{role.setting}-column" for role in roles_of_all()]
-    path = tmp_path / "columns.csv"
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([names, map(cell, names), [cell(f"{name}-2") for name in names]])
     pictures = dict[str, str]()
     for width, name in enumerate((name for column in names for name in (column, f"{column}-2")), start=1):
         (tmp_path / name).write_bytes(encoded(np.zeros((1, width), np.uint8)))
         pictures[name] = read_image(name, tmp_path).pixels
     for task, roles in ((name, task.roles) for name, task in TASKS.items()):
+        fields = {f"{role.setting}-column": role.field for role in roles}
+
+        def cell(name: str, fields: dict[str, str] = fields) -> str:
+            field = fields.get(name.removesuffix("-2"))
+            turns = [{"role": who, "content": name} for who in ("user", "assistant")]
+            kinds = {"history": [[name, name]], "turns": turns, "before": turns}
+            return json.dumps(kinds[field]) if field in kinds else name
+
+        path = tmp_path / f"{task}.csv"
+        with path.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([names, map(cell, names), [cell(f"{name}-2") for name in names]])
         config = DataConfig(columns=Columns({role.setting: f"{role.setting}-column" for role in roles}))
         data = load_dataset(config, task, str(path))
         for role in roles:
             value = getattr(data.examples[0], role.field)
             if isinstance(value, Picture):
                 assert value.pixels == pictures[f"{role.setting}-column"]
-            elif role.field == "history":
-                assert value == (("user", "history-column"), ("assistant", "history-column"))
-            elif role.field in ("turns", "before"):
+            elif role.field in ("history", "turns", "before"):
                 assert value == tuple((who, f"{role.setting}-column") for who in ("user", "assistant"))
             else:
                 assert (data.label_names[value] if role.field == "label" else value) == f"{role.setting}-column"

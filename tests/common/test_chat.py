@@ -49,6 +49,8 @@ TURNS = (
     ("assistant", "the actor was dull"),
 )
 SENT = [{"role": who, "content": text} for who, text in TURNS]
+COLUMNS = {"prompt": "instruction", "completion": "output"}
+"""Of alpaca."""
 
 WithTemplate = Callable[[str], str]
 
@@ -320,7 +322,7 @@ def test_alpaca_is_one_exchange_with_instruction_and_input_on_lines_of_their_own
         {"instruction": "is the film warm", "input": "a story", "output": "very"},
         {"instruction": "and the actor", "input": "", "output": "dull"},
     ]
-    found = loaded(write(tmp_path / "alpaca.jsonl", rows), "instruction")
+    found = loaded(write(tmp_path / "alpaca.jsonl", rows), "instruction", **COLUMNS, **{"text-pair": "input"})
     assert [example.spoken[0] for example in found] == [
         ("user", "is the film warm\na story"),
         ("user", "and the actor"),
@@ -328,7 +330,7 @@ def test_alpaca_is_one_exchange_with_instruction_and_input_on_lines_of_their_own
     records = Instruction().prepare(base, found, 40)
     assert records == Chat().prepare(base, [Conversation(turns=example.spoken) for example in found], 40)
     bare = [{name: text for name, text in row.items() if name != "input"} for row in rows]
-    without = loaded(write(tmp_path / "bare.jsonl", bare), "instruction", input="")
+    without = loaded(write(tmp_path / "bare.jsonl", bare), "instruction", **COLUMNS)
     assert without[1] == found[1] == Exchange(instruction="and the actor", output="dull")
 
 
@@ -354,7 +356,7 @@ def test_system_and_history_of_alpaca_are_turns_and_their_answers_are_learnt(bas
         {**last, "system": "", "history": []},
         {**last, "system": None, "history": '[["is very warm", "quite"]]'},
     ]
-    columns = {"input": "", "system": "system", "history": "history"}
+    columns = {**COLUMNS, "system": "system", "context": "history"}
     found = loaded(write(tmp_path / "alpaca.jsonl", rows), "instruction", **columns)
     assert [example.spoken for example in found] == [TURNS, TURNS[3:], TURNS[1:]]
     assert found[0].canonical(None) == Conversation(turns=TURNS).canonical(None)
@@ -379,6 +381,8 @@ def test_a_history_that_is_none_makes_no_record(cell: object, words: str) -> Non
 
 
 ALPACA = {"instruction": "is the film warm", "output": "very"}
+SETTINGS = {"input": "text-pair", "history": "context"}
+"""The settings that name columns of other names."""
 
 
 @pytest.mark.parametrize(
@@ -387,7 +391,8 @@ ALPACA = {"instruction": "is the film warm", "output": "very"}
         ("chat", {"messages": SENT}, {"system": "be kind"}, "set data.system to 'system'"),
         ("chat", {"messages": SENT}, {"tools": '[{"name": "look"}]'}, "tools are not read: remove the rows"),
         ("instruction", ALPACA, {"system": "be kind"}, "set data.system to 'system'"),
-        ("instruction", ALPACA, {"history": [["a", "b"]]}, "set data.history to 'history'"),
+        ("instruction", ALPACA, {"history": [["a", "b"]]}, "set data.context to 'history'"),
+        ("instruction", ALPACA, {"input": "a story"}, "set data.text-pair to 'input'"),
         ("instruction", ALPACA, {"tools": [{"name": "look"}]}, "tools are not read"),
     ],
 )
@@ -398,7 +403,7 @@ def test_no_record_is_trained_on_as_another_text_than_was_written(
     (column,) = filled
     blank = [{**row, column: value} for value in (None, "", [] if column == "tools" else " ")]
     path = write(tmp_path / "theirs.jsonl", [*blank, {**row, **filled}])
-    own = {"input": ""} if task == "instruction" else {}
+    own = COLUMNS if task == "instruction" else {}
     with pytest.raises(
         DataError, match=rf"row 4 fills in the column '{column}', which is not read: {advice}"
     ) as caught:
@@ -408,7 +413,7 @@ def test_no_record_is_trained_on_as_another_text_than_was_written(
     assert len(reading.dataset.examples) == 3
     assert [unfit.reason for unfit in reading.unfit] == [f"fills in the column '{column}', which is not read"]
     if column != "tools":
-        assert len(loaded(path, task, **own, **{column: column})) == 4
+        assert len(loaded(path, task, **own, **{SETTINGS.get(column, column): column})) == 4
 
 
 @pytest.mark.parametrize(
@@ -421,7 +426,7 @@ def test_no_record_is_trained_on_as_another_text_than_was_written(
             "chat",
             "LLaMA-Factory's sharegpt layout: set model.task to 'chat' and data.messages",
         ),
-        ({"instruction": "a", "output": "b"}, "causal-lm", "alpaca layout: set model.task to 'instruction'"),
+        ({"instruction": "a", "output": "b"}, "causal-lm", "alpaca layout: set model.task to 'instruction', data.p"),
         ({"prompt": SENT, "completion": SENT}, "chat", "to 'chat' with data.context 'prompt' and data.messages"),
         (
             {"text": "a"},

@@ -177,7 +177,7 @@ def test_a_configuration_leaves_nothing_open_that_one_value_holds_for() -> None:
         "server.most-noise",
         "server.scores",
     }
-    none |= {"model.checkpointing", "data.system", "data.history", "data.context"}
+    none |= {"model.checkpointing", "data.system", "data.context"}
     assert open_values == each_machines | each_sites | the_models | none
 
 
