@@ -1,1 +1,7 @@
 """The ``fedveil`` command: every subcommand, its words and its errors."""
+
+import os
+
+# Before torch is imported, and for every process that a command starts. Threads that wait for each other would spin: on
+# a machine that is busy otherwise a pass of a small encoder then takes sixty times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
