@@ -30,6 +30,7 @@ import numpy as np
 import pytest
 import seconds
 import torch
+from forked_python import Run, parent_of_forks
 
 from audits.tiny_models import TARGETS, save_tiny_model, toy_run, write_questions
 from fedveil.privacy import accounting, calibration, meaning
@@ -205,6 +206,13 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], st
         return made[family]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def fresh_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """Return what runs code in another process, which has loaded the libraries already."""
+    with parent_of_forks(tmp_path_factory.mktemp("fresh-python")) as run:
+        yield run
 
 
 @pytest.fixture

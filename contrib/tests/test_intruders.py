@@ -17,8 +17,8 @@ import torch
 from made_run import MadeRun
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.intruders import reduce_intruder_dimension
-from test_model_files import nothing_opened, spoil
-from test_sweep_summary import row as swept
+from spoilt_files import nothing_opened, spoil
+from swept_rows import row as swept
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from typer.testing import CliRunner

@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from probes import ask, settings
 
 from audits.tiny_models import TARGETS
-from audits.tiny_site import OneSite, clinic
+from audits.tiny_site import clinic
 from fedveil.client.rehearsal import rehearse, rehearse_features, rehearse_initial
 from fedveil.common.adapters import ADAPTERS
 from fedveil.common.config.sections import HeadConfig
 from fedveil.common.errors import ConfigError, ModelError
-from fedveil.common.messages.round import Reply, TrainResult
+from fedveil.common.messages.round import TrainResult
 from fedveil.common.messages.state import HEAD
 from fedveil.common.messages.tensors import merge
 from fedveil.common.model.alone import head_alone
@@ -62,25 +63,6 @@ def tiny(folder: str, start: Probe) -> FederatedModel:
 
 def records_of(model: FederatedModel) -> list[Record]:
     return model.prepare([TextExample(text=text, label=i % 2) for i, text in enumerate(TEXTS)])
-
-
-def settings(toy: dict[str, Any], **more: Any) -> dict[str, Any]:
-    own = {
-        "strategy": "fedavg-lora",
-        "adapter.name": "lora-metric",
-        "adapter.start": "probe",
-        "adapter.rank": 2,
-        "server.optimizer": "momentum",
-        "server.learning-rate": 0.5,
-        "training.optimizer": "sgd",
-        "training.learning-rate": 1.0,
-        "training.local-steps": 1,
-        "start.records": 16,
-        "start.steps": 5,
-        "start.sample-rate": 0.5,
-        "start.noise-multiplier": 4.0,
-    }
-    return {**toy, **own, **{key.replace("__", ".").replace("_", "-"): value for key, value in more.items()}}
 
 
 # --- at a site --------------------------------------------------------------------------------------------------------
@@ -158,10 +140,6 @@ def test_the_model_and_the_records_are_left_as_they_were(model_folder: Folder) -
     assert {name for name, p in model.module.named_parameters() if p.requires_grad} == trained
     after = model.read()
     assert all(torch.equal(before[layer][n], after[layer][n]) for layer in before for n in before[layer])
-
-
-def ask(site: OneSite) -> Reply:
-    return site.ask(replace(site.task(0), state={}, basis={}, basis_fingerprint=""))
 
 
 @pytest.mark.usefixtures("few_texts")

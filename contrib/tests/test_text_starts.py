@@ -143,8 +143,9 @@ def test_server_and_site_that_start_from_other_texts_disagree(model_folder: Fold
     assert plain not in told
 
 
-@pytest.mark.parametrize("strategy", ["ffa-lora", "fed-svd", "fed-sb", "fedavg-lora"])
-@pytest.mark.parametrize("mode", ["dp-sgd", "none"])
+@pytest.mark.parametrize(
+    ("strategy", "mode"), [("ffa-lora", "dp-sgd"), ("fed-svd", "none"), ("fed-sb", "dp-sgd"), ("fedavg-lora", "none")]
+)
 def test_a_run_from_public_text_costs_nothing_and_sends_a_once(
     strategy: str, mode: str, toy_settings: dict[str, Any]
 ) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked_python import Run
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -103,18 +104,15 @@ def test_peft_is_imported_in_silence() -> None:
     assert done.stdout + done.stderr == ""
 
 
-def test_a_head_on_features_is_trained_in_silence() -> None:
+def test_a_head_on_features_is_trained_in_silence(fresh_python: Run) -> None:
     """In a process of its own: this one's filters are pytest's."""
     code = (
         "import torch; layer = torch.nn.Linear(2, 2); layer.register_full_backward_hook(lambda *_: None); "
         "layer(torch.ones(1, 2)).sum().backward()"
     )
-    told = [
-        subprocess.run([sys.executable, "-c", first + code], cwd=ROOT, capture_output=True, text=True, check=True)
-        for first in ("", "import fedveil.common; ")
-    ]
-    assert TORCH_HOOK in told[0].stderr
-    assert told[1].stdout + told[1].stderr == ""
+    assert TORCH_HOOK in fresh_python(code).stderr
+    done = fresh_python(f"import fedveil.common; {code}")
+    assert done.stdout + done.stderr == ""
 
 
 @pytest.mark.parametrize("command", ["ask", "merge", "evaluate"])

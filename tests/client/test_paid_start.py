@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_probe import ask, settings
+from probes import ask, settings
 from test_second_run import clinic as ward
 
 from audits.tiny_site import OneSite, clinic

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import shutil
 import stat
 import struct
@@ -19,7 +18,8 @@ from pathlib import Path
 
 import pytest
 from flwr.cli.build import build_fab_from_disk, build_fab_from_files
-from test_entropy import PRODUCT
+from forked_python import Run
+from product import PRODUCT
 from typer.testing import CliRunner
 
 from fedveil.cli.main import app
@@ -62,7 +62,7 @@ def test_a_bundle_that_was_unpacked_knows_its_own_hash(tmp_path: Path) -> None:
     assert digest(files_of(tmp_path)) == own_digest()
 
 
-def test_an_installed_wheel_has_the_same_hash(tmp_path: Path) -> None:
+def test_an_installed_wheel_has_the_same_hash(tmp_path: Path, fresh_python: Run) -> None:
     source, site_packages = tmp_path / "source", tmp_path / "site-packages"
     for package in PRODUCT:
         shutil.copytree(ROOT / package, source / package, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
@@ -81,14 +81,14 @@ def test_an_installed_wheel_has_the_same_hash(tmp_path: Path) -> None:
             (folder / room / "__init__.py").write_text("raise ImportError('another package')")
         (folder / SETTINGS).write_bytes((ROOT / SETTINGS).read_bytes())
     code = """
+import sys
+sys.path[:0] = sys.argv[1:]
 import fedveil, fedveil.common.bundle as bundle, fedveil.server.app
 from importlib.resources import files
 print(len(fedveil.__path__), bundle.own_digest(), files("fedveil").joinpath("py.typed").is_file())
 print(files("fedveil.experiments").joinpath("configs/head-only.toml").is_file())
 """
-    environment = os.environ | {"PYTHONPATH": f"{site_packages}{os.pathsep}{tmp_path / 'other'}"}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=tmp_path / "other", env=environment, capture_output=True, text=True, check=True)
+    done = fresh_python(code, str(site_packages), str(tmp_path / "other"), folder=tmp_path / "other")
     assert done.stdout.split() == ["1", own_digest(), "True", "True"]
 
 

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from alone import SIZES, away_from_zero, records_of, samples
-from digits import TOKENS, save_vit
+from alone import SIZES, records_of, samples
+from digits import save_vit
+from recomputed_models import Folder, batch_of, tiny
 from torch import Tensor, nn
 
-from audits.tiny_models import TARGETS
 from fedveil.client.linearised import Computation, Keeping, linearised
 from fedveil.client.rehearsal import rehearse, rehearse_linearised
-from fedveil.common.adapters import ADAPTERS
-from fedveil.common.config.sections import HeadConfig
 from fedveil.common.errors import MechanismError, ModelError
 from fedveil.common.model import recomputed
-from fedveil.common.model.base import load_base_model
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.model.recomputed import computed_once
 from fedveil.common.model.shapes import FixedBatch
-from fedveil.common.starts import STARTS
-from fedveil.common.tasks import TASKS, Record
+from fedveil.common.tasks import Record
 from fedveil.common.tasks.examples import Dataset
 from fedveil.common.tasks.featured import TANGENTS
 from fedveil.contrib.adapters.lora_nested import Nested
@@ -33,8 +28,6 @@ from fedveil.strategies.job import configure
 
 pytestmark = pytest.mark.rough_prices
 
-Folder = Callable[[str], str]
-TASK = {"bert": "classification", "vit": "image-classification"}
 FAMILIES = ("bert", "gpt2", "llama", "vit")
 CASES = [
     *((family, adapter, "float32") for family in FAMILIES for adapter in ("lora", "lora-sb", "dora", "lora-diagonal")),
@@ -46,38 +39,6 @@ CASES = [
 def folder(model_folder: Folder, tmp_path_factory: pytest.TempPathFactory) -> Folder:
     vit = save_vit(tmp_path_factory.mktemp("vit"), "vit")
     return lambda family: vit if family == "vit" else model_folder(family)
-
-
-def tiny(
-    folder: str,
-    family: str,
-    adapter: str = "lora",
-    precision: str = "float32",
-    again: bool = True,
-    targets: str = "",
-    device: str = "cpu",
-) -> FederatedModel:
-    """Return a model whose factors are away from zero."""
-    task = TASK.get(family, "causal-lm")
-    start = STARTS["orthonormal" if "B" in ADAPTERS[adapter].directions else "kaiming"]()
-    named = targets or TARGETS.get(family, "auto")
-    model = FederatedModel(
-        load_base_model(folder, task),
-        ADAPTERS[adapter](2, 4.0, tuple(named.split(",")), start),
-        TASKS[task],
-        HeadConfig(start="random"),
-        seed=1,
-        label_names=("bad", "good"),
-        max_length=TOKENS if family == "vit" else 24,
-        device=device,
-        precision=precision,
-        checkpointing=again,
-    )
-    return away_from_zero(model)
-
-
-def batch_of(model: FederatedModel, records: list[Record], rows: int = 3) -> FixedBatch:
-    return model.fixed_batch(records, model.shapes.lengths[0], rows)
 
 
 # --- gradients --------------------------------------------------------------------------------------------------------

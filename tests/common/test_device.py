@@ -5,8 +5,6 @@ from __future__ import annotations
 import builtins
 import io
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from alone import records_of, samples
-from test_checkpointing import batch_of, tiny
+from forked_python import Run
+from recomputed_models import batch_of, tiny
 
 from fedveil.common.config.text import read_settings_file
 from fedveil.common.errors import ConfigError
@@ -222,10 +221,9 @@ print(float(torch.tensor(1e-40) * 1.0) > 0)
 """
 
 
-def test_every_thread_of_a_sites_process_flushes_denormals_and_its_own_prices_do_not() -> None:
+def test_every_thread_of_a_sites_process_flushes_denormals_and_its_own_prices_do_not(fresh_python: Run) -> None:
     """In a process of its own, as a worker's: threads that were made before flush none."""
-    done = subprocess.run([sys.executable, "-c", FLUSHED], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = fresh_python(FLUSHED)
     threads = max(1, own_cores())
     flushes = torch.set_flush_denormal(True)
     torch.set_flush_denormal(False)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import ast
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from digits import digits, encoded, write_folder
+from forked_python import Run
 from image_worlds import NAME, example, targets_of, toy_digits
 from made_run import spent
 
@@ -96,11 +95,11 @@ for folder, code in json.load(sys.stdin).items():
 
 @pytest.fixture(scope="module")
 def merged(
-    vit: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory
+    vit: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory, fresh_python: Run
 ) -> dict[str, tuple[Path, Path, list[float]]]:
     """Return of each kind the folder of its merged model, its run, and the shares that the printed code tells.
 
-    It runs in another process: one for all kinds, as libraries load slowly.
+    It runs in another process, which has no FedVeil.
     """
     runs, codes = dict[str, Path](), dict[str, str]()
     for kind in MERGED:
@@ -109,9 +108,7 @@ def merged(
         runs[kind] = run_in_process({**toy_digits(vit, folder), **own, "rounds": 1}, 2)
         (folder / "image.png").write_bytes(encoded(digits(count=1)[0][0]))
         codes[str(folder)] = merge_run(runs[kind], folder / QUOTED)
-    words = [sys.executable, "-P", "-c", ASK]
-    done = subprocess.run(words, input=json.dumps(codes), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = fresh_python(ASK, given=json.dumps(codes))
     said = [list(ast.literal_eval(line).values()) for line in done.stdout.splitlines()]
     return {kind: (Path(folder), runs[kind], shares) for kind, folder, shares in zip(MERGED, codes, said, strict=True)}
 

@@ -6,13 +6,13 @@ import csv
 import json
 import logging
 import re
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked_python import Run
 
 from audits.tiny_site import clinic, pins
 from fedveil.client.app import answer
@@ -76,13 +76,13 @@ def test_lines_name_run_round_and_site_and_nothing_private(
             assert not re.search(r"\b(loss|norm)\b", line["message"]), f"a figure of records is logged: {line}"
 
 
-def test_a_line_comes_once_whatever_handlers_the_root_has() -> None:
+def test_a_line_comes_once_whatever_handlers_the_root_has(fresh_python: Run) -> None:
     program = (
         "import logging, fedveil.client.app, fedveil.server.conduct\n"
         "logging.basicConfig(); from fedveil.common.log import set_up; set_up()\n"
         "set_up(); logging.getLogger('fedveil.server').info('before training'); logging.warning('of another')"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = fresh_python(program)
     lines = [line for line in done.stderr.splitlines() if "before" in line or "another" in line]
     assert len(lines) == 2, "the root's handlers write what is others' alone"
     assert lines[0].endswith(" INFO fedveil: before training")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from spoilt_files import nothing_opened, spoil
+from transformers import AutoModel
 from typer.testing import CliRunner
 
 from audits.tiny_site import tiny_site
@@ -23,21 +23,6 @@ from fedveil.common.model.files import files_digest, files_of
 from fedveil.demo.models import MINILM
 from fedveil.demo.packaged import packaged_folder
 from fedveil.experiments.in_process import run_in_process
-
-
-@contextmanager
-def nothing_opened() -> Iterator[None]:
-    """Fail where transformers opens a model."""
-    with pytest.MonkeyPatch.context() as patch:
-        for loader in (AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer):
-            patch.setattr(loader, "from_pretrained", lambda *_, **__: pytest.fail("transformers opened the model"))
-        yield
-
-
-def spoil(folder: Path) -> None:
-    """Change a value of the model's configuration that nothing computes with."""
-    config = folder / "config.json"
-    config.write_text(config.read_text(encoding="utf-8").replace("{", '{"note": 1,', 1), encoding="utf-8")
 
 
 def written(folder: Path, contents: dict[str, str]) -> Path:

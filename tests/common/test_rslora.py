@@ -11,8 +11,8 @@ import pytest
 import torch
 from golden_runs import seeded_entropy
 from peft import PeftModel
+from private_problem import gap, problem, train_privately
 from safetensors.torch import load_file
-from test_ffa_lora import gap, problem, train_privately
 from torch import nn
 from transformers import AutoModel
 

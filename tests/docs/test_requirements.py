@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
-from test_entropy import PRODUCT
+from product import PRODUCT
 
 from fedveil.common.data.named import DATASETS
 from fedveil.demo.dinov2 import DINOV2_SMALL

@@ -78,10 +78,7 @@ def a_tree(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
         f"Path({str(folder / 'd.pid')!r}).write_text(str(kept.pid))\ntime.sleep(1000)\n"
     )
 
-    def begin() -> None:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would be ignored, in all that is below
-
-    with subprocess.Popen([sys.executable, "-P", "-c", starter], preexec_fn=begin) as process:
+    with subprocess.Popen([sys.executable, "-P", "-c", starter]) as process:
         try:
             assert until(lambda: len([path for path in folder.glob("*.pid") if path.read_text()]) == 4)
             assert all(map(is_alive, numbers(folder)))
@@ -93,12 +90,10 @@ def a_tree(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
                     os.kill(number, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP, signal.SIGTERM])
-def test_whichever_way_a_starter_ends_nothing_of_what_it_started_is_left(
-    number: signal.Signals, tmp_path: Path
-) -> None:
+def test_where_a_starter_is_killed_nothing_of_what_it_started_is_left(tmp_path: Path) -> None:
+    """The operating system tells the keeper, by a pipe, so every other end is told in the same way."""
     with a_tree(tmp_path) as (starter, own):
-        starter.send_signal(number)
+        starter.kill()
         assert until(lambda: not any(map(is_alive, numbers(tmp_path))))
         assert until(lambda: not own.exists()), "the messages of the run stay on the disk"
 
@@ -142,12 +137,16 @@ def test_a_site_that_works_on_and_on_does_not_hold_the_end_up(tmp_path: Path) ->
     assert not (tmp_path / keeper.DOOR).exists()
 
 
-@pytest.mark.parametrize(
-    ("command", "ignored"), [(["run", "-c"], False), (["sweep"], False), (["tune"], False), (["run", "-c"], True)]
-)
-def test_a_terminal_that_closes_ends_a_command_as_ctrl_c_does_but_under_nohup(
-    command: list[str], ignored: bool, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("command", ["sweep", "tune"])
+def test_sweeps_end_as_a_run_does(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[str]()
+    monkeypatch.setattr("fedveil.cli.sweep.end_as_by_ctrl_c", lambda: asked.append(command))
+    assert CliRunner().invoke(app, [command, str(tmp_path / "none.toml")]).exit_code == 1
+    assert asked == [command]
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_terminal_that_closes_ends_a_run_as_ctrl_c_does_but_under_nohup(ignored: bool, tmp_path: Path) -> None:
     """The command waits for its settings, which come through a pipe that has a name."""
     settings = tmp_path / "settings.toml"
     os.mkfifo(settings)
@@ -155,7 +154,7 @@ def test_a_terminal_that_closes_ends_a_command_as_ctrl_c_does_but_under_nohup(
     def begin() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
 
-    typed = [str(BINARIES / "fedveil"), *command, str(settings)]
+    typed = [str(BINARIES / "fedveil"), "run", "-c", str(settings)]
     with subprocess.Popen(typed, preexec_fn=begin, stderr=-1, text=True, cwd=tmp_path) as process:
         pipes: list[int] = []
 

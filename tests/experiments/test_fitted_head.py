@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from digits import PROCESSOR, SIDE, TOKENS, digits, tiny_vit, write_folder
-from test_sweep_summary import OPEN, SEEDS, row
+from swept_rows import OPEN, SEEDS, row
 
 from audits.tiny_models import write_reviews
 from fedveil.common.config.text import to_toml

@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from merged_runs import CLOSE, TEXTS, logits_of
 from safetensors.torch import load_file, save_file
-from test_merge import CLOSE, TEXTS, logits_of
+from stock_jobs import stock_job
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoTokenizer
 
-from audits.tiny_models import TARGETS, VOCABULARY, tiny_tokenizer, toy_run, write_questions
+from audits.tiny_models import TARGETS, toy_run, write_questions
 from fedveil.common.run_lines import ConfigFile, read_file
 from fedveil.experiments.evaluate import load_result
 from fedveil.experiments.in_process import run_in_process
@@ -104,18 +105,6 @@ def default_job(toy: dict[str, Any]) -> dict[str, Any]:
     # Much noise is priced soonest, and moves weights as well.
     noise = {"privacy.epsilon": 50.0, "privacy.noise-multiplier": 6.0}
     return {**{key: toy[key] for key in (*kept, "output")}, **small, **noise, "recipe": "metric"}
-
-
-def stock_job(toy: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Return settings of a run with the head that transformers has, on a tiny BERT whose files hold a pooler."""
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-    with torch.random.fork_rng():
-        torch.manual_seed(7)
-        config = AutoConfig.for_model("bert", vocab_size=len(VOCABULARY), max_position_embeddings=40, **sizes)
-        AutoModel.from_config(config).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    own = {"head.pool": "stock", "model.feature-scale": 0.0, "adapter.targets": "query,value", "rounds": 1}
-    return {**toy, **own, "model.name": str(folder), "training.learning-rate": 0.1}
 
 
 def causal_job(toy: dict[str, Any], folder: Path, model: str) -> dict[str, Any]:

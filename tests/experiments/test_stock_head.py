@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from merged_runs import CLOSE, TEXTS, fedveil, logits_of
 from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file, save_file
-from test_merge import CLOSE, TEXTS, fedveil, logits_of
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 

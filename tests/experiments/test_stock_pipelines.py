@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from io import StringIO
@@ -15,9 +13,9 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 from digits import digits, encoded, save_vit
+from forked_python import Run
 from image_worlds import toy_digits
-from test_image_classification import TOKENS
-from test_served import stock_job
+from stock_jobs import stock_job
 
 from audits.tiny_models import toy_run
 from fedveil.common.model.base import load_base_model
@@ -26,6 +24,8 @@ from fedveil.experiments.in_process import run_in_process
 from fedveil.experiments.serving.ask import ask_run
 from fedveil.experiments.serving.merge import merge_run
 from fedveil.reports import report_of
+
+pytestmark = pytest.mark.rough_prices
 
 HEAD_ALONE = {"strategy": "fedavg-lora", "adapter.name": "none"}
 PAIRS = {"data.text-pair": "author"}
@@ -81,7 +81,9 @@ def run_of(kind: str, place: Path, model: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def served(model_folder: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Served]:
+def served(
+    model_folder: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory, fresh_python: Run
+) -> dict[str, Served]:
     """Return every kind of classifier, asked in another process, which has no FedVeil."""
     folders, asked, jobs = dict[str, tuple[Path, Path]](), dict[str, dict[str, float]](), dict[str, Any]()
     for kind in KINDS:
@@ -94,9 +96,7 @@ def served(model_folder: Callable[[str], str], tmp_path_factory: pytest.TempPath
         asked[kind] = {answer.text: answer.probability or 0.0 for answer in ask_run(run, words)}
         piped = {"text": words[0], "text_pair": words[1]} if form == "pairs" else words[0]
         jobs[kind] = (str(place), str(merged), code, TASK.get(form, "text-classification"), piped)
-    command = [sys.executable, "-P", "-c", SERVE]
-    done = subprocess.run(command, input=json.dumps(jobs), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = fresh_python(SERVE, given=json.dumps(jobs))
     told = json.loads(done.stdout.splitlines()[-1])
     return {kind: Served(*folders[kind], asked[kind], *told[kind]) for kind in KINDS}
 
@@ -213,4 +213,4 @@ def test_a_base_model_of_another_kind_of_problem_makes_no_other_probabilities(
 def test_images_have_the_size_that_they_were_trained_at(served: dict[str, Served]) -> None:
     """The stock class takes images of any size, so the processor alone says which one is right."""
     made = json.loads((served["stock-images"].folder / "preprocessor_config.json").read_text())
-    assert made["size"] == {"height": 8, "width": 8}, TOKENS
+    assert made["size"] == {"height": 8, "width": 8}

@@ -7,14 +7,15 @@ import json
 import os
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import Result
 from typer.testing import CliRunner
 
 from audits.tiny_models import TARGETS, save_tiny_model, write_reviews
@@ -22,12 +23,13 @@ from fedveil.cli.main import app
 from fedveil.common.config.run import method_of
 from fedveil.common.config.text import to_toml
 from fedveil.common.data.partition import public_size_of_part
-from fedveil.common.errors import ConfigError, DataError, RunFailed
+from fedveil.common.errors import ConfigError, DataError, ModelError, RunFailed
 from fedveil.common.run_lines import PrivacyLine, ResultFile, RoundLine, read_file, read_lines
 from fedveil.experiments.site_count import recorded_sites
 from fedveil.experiments.sweep import conduct, one_run
 from fedveil.experiments.sweep.conduct import Finished, run_sweep
 from fedveil.experiments.sweep.file import read_sweep
+from fedveil.experiments.sweep.processes import Failure
 from fedveil.experiments.sweep.rows import Row, columns, line_of, read_rows, write_rows
 from fedveil.experiments.sweep.summary import markdown_of
 from fedveil.server.lock import only_writer
@@ -61,26 +63,37 @@ class Swept:
     runs: Path
 
 
-def each_here(function: Callable[[Any], Any], works: list[Any], *others: Any) -> Iterator[tuple[Any, Any]]:
+def each_here(
+    function: Callable[[Any], Any], works: list[Any], jobs: int, threads: int, log: Callable[[Any], Path]
+) -> Iterator[tuple[Any, Any]]:
     """Do in this process what a sweep has done in processes of their own, which load their libraries anew."""
     for work in works:
-        yield work, function(work)
+        try:
+            yield work, function(work)
+        except ModelError as error:
+            log(work).parent.mkdir(parents=True, exist_ok=True)
+            log(work).write_text(str(error), encoding="utf-8")
+            yield work, Failure(str(error))
 
 
 @pytest.fixture(scope="module")
 def swept(world: Path) -> Swept:
     results, runs = world / "results", world / "runs" / "sweeps" / "tiny"
-    command = [sys.executable, "-m", "fedveil.cli.main", "sweep", str(TINY), "--results", str(results)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as first:
+
+    def sweep() -> Result:
+        return CliRunner().invoke(app, ["sweep", str(TINY), "--results", str(results)])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conduct, "each_in_a_process", each_here)
+        first = get_context("fork").Process(target=sweep)  # of this process, which has loaded the libraries
+        first.start()
         deadline = time.monotonic() + PATIENCE
         while len(read_rows(results / "tiny.jsonl")) < 2 and time.monotonic() < deadline:
             time.sleep(0.05)
         first.kill()
-    killed = read_rows(results / "tiny.jsonl")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conduct, "each_in_a_process", each_here)
-        answer = CliRunner().invoke(app, ["sweep", str(TINY), "--results", str(results)])
+        first.join()
+        killed = read_rows(results / "tiny.jsonl")
+        answer = sweep()
     assert answer.exit_code == 0, answer.output
     return Swept(killed, answer.output, read_rows(results / "tiny.jsonl"), results, runs)
 
@@ -299,7 +312,7 @@ def test_a_table_without_the_runs_folders_is_enough(sweeping: Sweeping) -> None:
     assert sweeping().rows == rows
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("here")
 def test_a_failed_run_is_named_with_its_log_and_the_rest_goes_on(sweeping: Sweeping, tmp_path: Path) -> None:
     sweeping.axes += "[variants.good]\n[variants.lost]\nsettings = { model.name = 'nowhere' }\n"
     sweeping.axes += "[variants.last]\nsettings = { rounds = 2 }\n"

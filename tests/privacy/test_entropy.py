@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from product import PRODUCT
 
 from fedveil.client import worker
 from fedveil.common.errors import MechanismError
@@ -20,20 +21,6 @@ from fedveil.reports.claim import SEEDED
 from fedveil.reports.folder import read_run
 
 ROOT = Path(__file__).resolve().parents[2]
-PRODUCT = (
-    "fedveil",
-    "common",
-    "privacy",
-    "demo",
-    "strategies",
-    "client",
-    "server",
-    "reports",
-    "deploy",
-    "experiments",
-    "cli",
-    "contrib",
-)
 
 
 def zeros(count: int) -> np.ndarray:

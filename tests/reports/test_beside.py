@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 from made_run import MadeRun
 from report_forms import fedveil, forms
-from test_sweep_summary import OPEN, SEEDS, SITES
+from swept_rows import OPEN, SEEDS, SITES
 
 from fedveil.experiments.sweep.rows import write_rows
 from fedveil.reports import report_of
+
+pytestmark = pytest.mark.rough_prices
 
 
 @pytest.fixture

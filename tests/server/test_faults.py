@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from faulty_rounds import Faulty, faulty, plain
 from made_run import told as stating
 from safetensors.torch import load_file
 
-from audits.tiny_models import toy_run
 from fedveil.common.errors import ConfigError, RunFailed
 from fedveil.common.files import length
 from fedveil.common.messages.blocks import STYPE
@@ -43,7 +42,6 @@ from fedveil.server.app import in_short
 from fedveil.server.collect.base import Collected
 from fedveil.server.marks import mark_of
 from fedveil.server.replies import read_reply, refusal
-from fedveil.server.sites import Exchange
 
 pytestmark = pytest.mark.rough_prices
 
@@ -60,52 +58,6 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
 def same(left: Path, right: Path) -> bool:
     a, b = adapter(left), adapter(right)
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def plain(toy_settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings under which equal work gives equal bits."""
-    return {**toy_settings, "privacy.mode": "none"}
-
-
-class Faulty(InProcessTransport):
-    """A federation in which chosen attempts at asking chosen nodes fail, or nodes come and go."""
-
-    lost: Mapping[int, Collection[int]] = {}
-    """Nodes that do not answer, by how many times tasks were sent before."""
-    away: Mapping[int, Collection[int]] = {}
-    """Nodes that are offline, by how many times nodes were looked up before."""
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.sent = self.looked = 0
-        self.asked: list[tuple[int, list[int]]] = []
-
-    def nodes(self, wanted: int, besides: Collection[int]) -> list[int]:
-        away = self.away.get(self.looked, ())
-        self.looked += 1
-        return [node for node in super().nodes(wanted, besides) if node not in away]
-
-    def exchange(self, tasks: Mapping[int, TrainTask], timeout: float) -> Exchange:
-        lost = self.lost.get(self.sent, ())
-        self.sent += 1
-        self.asked.append((next(iter(tasks.values())).round_number, sorted(tasks)))
-        got = super().exchange({node: task for node, task in tasks.items() if node not in lost}, timeout)
-        silent = {node: refusal(tasks[node], node, "late", "no answer in 1 s") for node in tasks if node in lost}
-        return Exchange({**got.replies, **silent}, got.bytes_down, got.bytes_up)
-
-
-def faulty(**plan: Any) -> tuple[type[Faulty], list[Faulty]]:
-    """Return a kind of transport with this plan, and a list that will hold the one that is made."""
-    made: list[Faulty] = []
-
-    class Planned(Faulty):
-        lost, away = plan.get("lost", {}), plan.get("away", {})
-
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
-            made.append(self)
-
-    return Planned, made
 
 
 # Quorum, attempts, deadline
@@ -288,38 +240,34 @@ LIES: dict[str, tuple[Tamper, str, int]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def without_the_liar(
-    model_folder: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[int], Path]:
-    """Return a function from a round to the folder of a run in which node 1 is away from that round on."""
+def liar(lies: Mapping[str, tuple[Tamper, str, int]]) -> tuple[type[InProcessTransport], dict[int, str]]:
+    """Return a transport whose node 1 tells a lie a round, and the rounds' lies.
 
-    @cache
-    def run(first: int) -> Path:
-        gone, _ = faulty(away={number: [1] for number in range(first - 1, 2)})
-        settings = plain(toy_run(model_folder("bert"), tmp_path_factory.mktemp(f"away-from-{first}")))
-        return run_in_process(settings, 3, "good", gone)
+    First come those that need no past; then, after an honest round, the others.
+    """
+    new, known = ([lie for lie, (*_, first) in lies.items() if first == number] for number in (1, 2))
+    lie_of = dict(enumerate(new, 1)) | dict(enumerate(known, len(new) + 2))
 
-    return run
+    def tamper(result: TrainResult) -> Any:
+        return lies[lie_of[result.round_number]][0](result) if result.round_number in lie_of else result
+
+    return hostile(tamper), lie_of
 
 
-@pytest.mark.parametrize("lie", LIES)
-def test_a_lie_is_dropped_named_and_changes_no_bit(
-    toy_settings: dict[str, Any], lie: str, without_the_liar: Callable[[int], Path]
-) -> None:
-    tamper, words, first = LIES[lie]
-    settings = plain(toy_settings)
-    folder = run_in_process(settings, 3, "lie", hostile(tamper, first))
-    lines = read_lines(RoundLine, folder)
-    for line in lines:
-        lying = line.round_number >= first
-        assert line.participants == (["site-0", "site-2"] if lying else ["site-0", "site-1", "site-2"])
-        if lying:
+def test_lies_are_dropped_named_and_change_no_bit(toy_settings: dict[str, Any]) -> None:
+    kind, lie_of = liar(LIES)
+    settings = {**plain(toy_settings), "rounds": max(lie_of), "evaluate-every": max(lie_of)}
+    folder = run_in_process(settings, 3, "lie", kind)
+    for line in read_lines(RoundLine, folder):
+        lie = lie_of.get(line.round_number, "")
+        assert line.participants == (["site-0", "site-2"] if lie else ["site-0", "site-1", "site-2"]), lie
+        if lie:
             (failure,) = line.failures
-            assert failure.kind == ("late" if lie == "an old round" else "reply")
-            assert words in failure.reason, f"the records do not say what was wrong: {failure.reason}"
+            assert failure.kind == ("late" if lie == "an old round" else "reply"), lie
+            assert LIES[lie][1] in failure.reason, f"the records do not say what was wrong: {failure.reason}"
             assert len(failure.reason) <= LONGEST_REASON
-    assert same(folder, without_the_liar(first)), "the good replies imply another adapter"
+    gone, _ = faulty(away={number - 1: [1] for number in lie_of})
+    assert same(folder, run_in_process(settings, 3, "good", gone)), "the good replies imply another adapter"
 
 
 PRIVATE_LIES: dict[str, tuple[Tamper, str, int]] = {
@@ -343,17 +291,19 @@ PRIVATE_LIES: dict[str, tuple[Tamper, str, int]] = {
 }
 
 
-@pytest.mark.parametrize("lie", PRIVATE_LIES)
-def test_a_spending_that_contradicts_the_run_is_dropped(toy_settings: dict[str, Any], lie: str) -> None:
-    tamper, words, first = PRIVATE_LIES[lie]
-    folder = run_in_process({**toy_settings, "rounds": first}, 3, "lie", hostile(tamper, first))
-    line = read_lines(RoundLine, folder)[first - 1]
-    assert line.participants == ["site-0", "site-2"]
-    assert words in line.failures[0].reason
-    told = {(p.round_number, p.site) for p in read_lines(PrivacyLine, folder)}
-    # Whatever an update that is too long holds, its price is that of an honest one, and it was sent.
-    believed = words == "norm"
-    assert ((first, "site-1") in told) == believed, "a figure that is not believed stands in the privacy records"
+def test_spendings_that_contradict_the_run_are_dropped(toy_settings: dict[str, Any]) -> None:
+    kind, lie_of = liar(PRIVATE_LIES)
+    settings = {**toy_settings, "rounds": max(lie_of), "evaluate-every": max(lie_of)}
+    folder = run_in_process(settings, 3, "lie", kind)
+    told = {(line.round_number, line.site) for line in read_lines(PrivacyLine, folder)}
+    for line in read_lines(RoundLine, folder):
+        if lie := lie_of.get(line.round_number):
+            words = PRIVATE_LIES[lie][1]
+            assert line.participants == ["site-0", "site-2"], lie
+            assert words in line.failures[0].reason, lie
+            # Whatever an update that is too long holds, its price is that of an honest one, and it was sent.
+            believed = words == "norm"
+            assert ((line.round_number, "site-1") in told) == believed, f"believed in the privacy records: {lie}"
 
 
 def test_a_spending_in_a_run_without_privacy_is_no_claim(toy_settings: dict[str, Any]) -> None:

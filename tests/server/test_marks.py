@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from faulty_rounds import Faulty, plain
+from pulled import Grid, answered, exchange
 from safetensors import safe_open
-from test_faults import Faulty, plain
-from test_pulls import Grid, answered, exchange
 
 from fedveil.common.messages.round import Refusal, Task
 from fedveil.common.run_lines import ProgressFile, RoundLine, read_lines

@@ -9,34 +9,12 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-import torch
+from pulled import SHOWN, Grid, answered, exchange
 
-from fedveil.common.messages.round import Refusal, TrainTask
+from fedveil.common.messages.round import Refusal
 from fedveil.server import pulls
 from fedveil.server.app import FlowerTransport
-from fedveil.server.collect.shown import Shown
 from fedveil.server.pulls import Pulls
-
-SHOWN = Shown(1, "record", 0)
-"""Of a run whose folder tells who has answered."""
-
-
-class Grid:
-    """A grid whose pulls do what a test says, by the id of the task's message."""
-
-    def __init__(self, **pulled: Callable[[], list[Any]]) -> None:
-        self._pulled, self.asked = pulled, list[str]()
-
-    def push_messages(self, messages: list[Any]) -> list[str]:
-        return list(self._pulled)
-
-    def pull_messages(self, wanted: list[str]) -> list[Any]:
-        self.asked += wanted
-        pulled = self._pulled[wanted[0]]()
-        for message in pulled:
-            message.metadata = SimpleNamespace(reply_to_message_id=wanted[0])
-        return pulled
-
 
 REPLY: Any = SimpleNamespace()
 LATE: Any = SimpleNamespace()
@@ -101,21 +79,6 @@ def test_an_exchange_ends_at_its_deadline_whoever_hangs(stuck: Event, monkeypatc
     assert len(grid.asked) > 3, "a reply that was not there is not asked for again"
     told = {node: (reply.kind, reply.reason) for node, reply in replies.items() if isinstance(reply, Refusal)}
     assert told == {1: ("late", "no whole answer in 1 s"), 2: ("late", "no answer in 1 s"), 3: ("failed", "away")}
-
-
-def exchange(grid: Any, tasks: int, timeout: float = 1.0, progress: Callable[[Any], None] = lambda _: None) -> Any:
-    job = SimpleNamespace(config=SimpleNamespace(rounds=1, round_timeout=timeout))
-    server_model, folder = (
-        SimpleNamespace(reply_layout=lambda _: {}),
-        SimpleNamespace(progress=progress, shown=SHOWN),
-    )
-    transport = FlowerTransport(*cast(Any, (grid, job, server_model, folder)))
-    task = TrainTask("1", 1, {"x": {"B": torch.zeros(2)}}, {}, "", "ab" * 16, "cd" * 16)
-    return transport.exchange(dict.fromkeys(range(1, tasks + 1), task), timeout)
-
-
-def answered(reason: str) -> Callable[[], list[Any]]:
-    return lambda: [SimpleNamespace(has_error=lambda: True, error=SimpleNamespace(reason=reason))]
 
 
 class BusyGrid(Grid):

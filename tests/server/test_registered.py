@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_faults import Faulty, plain
+from faulty_rounds import Faulty, plain
 
 from fedveil.common.errors import DataError
 from fedveil.common.messages.round import Refusal, TrainResult, TrainTask

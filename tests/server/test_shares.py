@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from admitted import DEAR_START, NUMBERS, STATE, answer, plan
 from hypothesis import given
 from hypothesis import strategies as st
 from made_run import told
-from test_admission import DEAR_START, NUMBERS, STATE, answer, plan
 
 from fedveil.common.errors import BudgetExhausted, ConfigError
 from fedveil.common.messages.round import TrainResult

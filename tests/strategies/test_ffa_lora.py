@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from private_problem import IN, OUT, RANK, gap, problem, train_privately
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -28,7 +29,6 @@ from fedveil.strategies.ffa_lora import FFALoRA
 from fedveil.strategies.state import Contribution
 
 fast = settings(max_examples=25, deadline=None)
-OUT, IN, RANK = 6, 9, 3
 
 
 @fast
@@ -69,36 +69,6 @@ def test_the_shared_a_follows_from_the_seed_alone(model_folder: Callable[[str], 
 
 
 # F2: DP-SGD on one linear layer whose frozen weight is W0 = 0, with squared loss.
-
-
-def train_privately(
-    adapter: LoRAFrozenA, A: Tensor, x: Tensor, y: Tensor, noise: list[Tensor], rate: float, clip: float
-) -> tuple[list[Tensor], float]:
-    """Return the change of the weight after every step of DP-SGD on B, and the share of clipped records."""
-    B, course, clipped = torch.zeros(OUT, RANK, dtype=torch.float64), [], 0
-    for draw in noise:
-        total = torch.zeros_like(B)
-        for record, target in zip(x, y, strict=True):
-            residual = adapter.delta({"A": A, "B": B}) @ record - target
-            gradient = adapter.scaling * torch.outer(residual, A @ record)
-            clipped += int(gradient.norm() > clip)
-            total += gradient * min(1.0, clip / float(gradient.norm()))
-        B = B - rate / len(x) * (total + clip * draw)
-        course.append(adapter.delta({"A": A, "B": B}))
-    return course, clipped / (len(noise) * len(x))
-
-
-def problem(seed: int) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
-
-    def tensor(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    return tensor(RANK, IN) / 3, tensor(5, IN), tensor(5, OUT), [tensor(OUT, RANK) for _ in range(4)]
-
-
-def gap(left: list[Tensor], right: list[Tensor]) -> float:
-    return max(float((a - b).abs().max()) for a, b in zip(left, right, strict=True))
 
 
 @fast

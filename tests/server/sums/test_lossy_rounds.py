@@ -246,8 +246,8 @@ def test_a_site_that_signs_nothing_costs_the_others_no_attempt(lossy: dict[str, 
                 return replace(exchange, replies={**exchange.replies, 1: unsigned})
             return exchange
 
-    lines = read_lines(RoundLine, run_in_process(lossy, SITES, kind=Lying))
-    assert [(line.attempts, len(line.participants)) for line in lines] == [(1, SITES), (1, SITES)]
+    (line,) = read_lines(RoundLine, run_in_process({**lossy, "rounds": 1}, SITES, kind=Lying))
+    assert (line.attempts, len(line.participants)) == (1, SITES)
 
 
 @pytest.mark.parametrize("bad", ["one fewer", "no number of the field"])
@@ -260,10 +260,10 @@ def test_a_site_that_tells_no_shares_costs_the_others_no_attempt_and_is_noted(ba
                 return replace(exchange, replies={**exchange.replies, 0: replace(reply, shares=wrong)})
             return exchange
 
-    for line in read_lines(RoundLine, run_in_process(lossy, SITES, kind=Lying)):
-        assert (line.attempts, len(line.participants)) == (1, SITES)
-        assert [(failure.site, failure.kind) for failure in line.failures] == [("site-0", "reply")]
-        assert "not one share of each site" in line.failures[0].reason
+    (line,) = read_lines(RoundLine, run_in_process({**lossy, "rounds": 1}, SITES, kind=Lying))
+    assert (line.attempts, len(line.participants)) == (1, SITES)
+    assert [(failure.site, failure.kind) for failure in line.failures] == [("site-0", "reply")]
+    assert "not one share of each site" in line.failures[0].reason
 
 
 def test_a_server_that_tells_a_site_another_model_gets_no_sum(lossy: dict[str, Any]) -> None:
