@@ -1,4 +1,4 @@
-"""``fedveil doctor``: a server's or a site's folder, examined."""
+"""``fedveil doctor`` and ``bundle``: a folder of a server or a site, and the code that all of them run."""
 
 from __future__ import annotations
 
@@ -38,3 +38,14 @@ def doctor(
     if failed:
         print(f"{failed} failed")
         raise typer.Exit(1)
+
+
+@for_people
+def bundle(
+    file: Annotated[Path | None, typer.Argument(help="A bundle as 'flwr build' writes it (.fab).")] = None,
+) -> None:
+    """Print the hash of the installed version's own bundle, or of a file, for ``bundles`` in a site's policy."""
+    from fedveil.common.bundle import bundle_digest, own_digest
+    from fedveil.deploy.files import read_bytes
+
+    print(bundle_digest(read_bytes(file, "the bundle")) if file else own_digest())

@@ -36,20 +36,21 @@ def for_people(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except FedVeilError as error:
-            _say(error)
+            _say(error, error)
             raise typer.Exit(1) from error
         except OSError as error:
             # Of the disk or of a port, as the machine says it: no fault of the program, whose trace would say nothing.
-            _say(f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error)
+            _say(f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error, error)
             raise typer.Exit(1) from error
         except KeyboardInterrupt as stop:
-            _say(str(stop) or "stopped by you; what was charged to a ledger stays charged")
+            _say(str(stop) or "Interrupted. Privacy already spent stays spent.", stop)
             raise typer.Exit(130) from None
 
     return wrapped
 
 
-def _say(what: object) -> None:
+def _say(what: object, error: BaseException) -> None:
+    """Print a line, and below it the notes on the error: where what was begun lies, and how to go on."""
     console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False, markup=False)
     with suppress(OSError):  # of a terminal that is gone
-        console.print(f"fedveil: {what}")
+        console.print("\n".join([f"fedveil: {what}", *getattr(error, "__notes__", [])]))

@@ -13,13 +13,9 @@ import typer
 from rich.console import Console
 
 from fedveil.cli.errors import Commands, for_people
-from fedveil.cli.ledger_words import EXPOSED, conditions, csv_of, figure, history_of, receipt_lines, rows_of
 from fedveil.common.check import in_range, nearest, one_of, positive
 from fedveil.common.errors import ConfigError, LedgerError
-from fedveil.common.words import counted
-from fedveil.privacy.figures import epsilon_text, honest_text, remaining_text
-from fedveil.privacy.meaning import MOST_UNITS
-from fedveil.privacy.units import RECORD
+from fedveil.common.words import counted, natural
 
 if TYPE_CHECKING:
     from fedveil.client.ledger.ledger import Ledger
@@ -35,26 +31,49 @@ Dataset = Annotated[str, typer.Option(help="The data set's id, as the ledger cal
 @ledger_app.command("show")
 @for_people
 def show(
-    path: LedgerFile,
+    path: Annotated[Path, typer.Argument(help="The ledger's file; or a run, also as 'latest', for all in its folder.")],
     records_per_person: Annotated[
         int | None,
-        typer.Option(min=1, max=MOST_UNITS, help="Print ε of a person with this number of records, too."),
+        typer.Option(min=1, help="Print ε of a person with this number of records, too."),
     ] = None,
 ) -> None:
     """Print what has been charged to every data set of a ledger, and every budget that was set, in order of time."""
-    with _opened(path) as ledger:
-        for dataset in _datasets(ledger):
-            _say(_spent(ledger, dataset, records_per_person))
-            for line in history_of(ledger, dataset):
-                _say(f"  {line}")
-            if ledger.exposed(dataset):
-                _say(f"  {EXPOSED}")
-            if ledger.holds.withdrawn([dataset]):
-                _say(f"  {WITHDRAWN}")
+    from fedveil.cli.ledger_words import EXPOSED, history_of
+    from fedveil.privacy.meaning import MOST_UNITS
+
+    if records_per_person is not None:
+        in_range(0, MOST_UNITS, records_per_person=records_per_person)
+    for file in _ledgers(path):
+        with _opened(file) as ledger:
+            for dataset in _datasets(ledger):
+                _say(_spent(ledger, dataset, records_per_person))
+                for line in history_of(ledger, dataset):
+                    _say(f"  {line}")
+                if ledger.exposed(dataset):
+                    _say(f"  {EXPOSED}")
+                if ledger.holds.withdrawn([dataset]):
+                    _say(f"  {WITHDRAWN}")
+
+
+def _ledgers(path: Path) -> list[Path]:
+    """Return a ledger's file, or those in the folder of the run that is named."""
+    from fedveil.common.paths import given_run
+
+    if path.suffix and not path.is_dir():
+        return [path]
+    folder = given_run(path)
+    ledgers = sorted(folder.glob("ledgers/*.sqlite"), key=lambda file: natural(file.name))
+    if folder.is_dir() and not ledgers:
+        raise LedgerError(f"{folder} has no ledgers of simulated sites: name a ledger's file")
+    return ledgers if folder.is_dir() else [folder]
 
 
 def _spent(ledger: Ledger, dataset: str, records_per_person: int | None) -> str:
     """Return the line on what a data set has spent, and on what its records and a person of it have."""
+    from fedveil.cli.ledger_words import conditions, figure
+    from fedveil.privacy.figures import honest_text
+    from fedveil.privacy.units import RECORD
+
     terms, honest = ledger.terms(dataset), ledger.honest_sites(dataset)
     delta = min(terms.delta, 1.0)
     units = sorted({entry.unit for entry in ledger.entries() if entry.dataset == dataset})
@@ -81,6 +100,9 @@ def remaining(
     delta: Annotated[float | None, typer.Option(help="A δ; the ledger's own holds if it is smaller.")] = None,
 ) -> None:
     """Print how much of its budget a data set has left."""
+    from fedveil.cli.ledger_words import EXPOSED, conditions
+    from fedveil.privacy.figures import epsilon_text, remaining_text
+
     if epsilon is not None:
         positive(epsilon=epsilon)
     if delta is not None:
@@ -118,6 +140,9 @@ def budget(
     delta: Annotated[float | None, typer.Option(help="A δ; the ledger's own holds if it is smaller.")] = None,
 ) -> None:
     """Raise or lower the budget of a data set; the old one stays in the ledger's history, with the time."""
+    from fedveil.cli.ledger_words import EXPOSED, conditions
+    from fedveil.privacy.figures import epsilon_text
+
     with _opened(path, dataset) as ledger:
         at = ledger.terms(dataset).delta if delta is None else delta
         if at == float("inf"):
@@ -149,6 +174,7 @@ def reserve(
 ) -> None:
     """Keep a part of a data set's budget for one run until a day: other runs are refused what would go into it."""
     from fedveil.client.ledger.holds import moment
+    from fedveil.privacy.figures import honest_text, remaining_text
 
     end = moment(until)
     with _opened(path, dataset) as ledger:
@@ -195,6 +221,7 @@ def receipt(
     sign: Annotated[Path | None, typer.Option(help="A private key; the signature goes beside the file.")] = None,
 ) -> None:
     """Print what one run has cost a data set; as a file, with every charge, it can be signed and handed over."""
+    from fedveil.cli.ledger_words import receipt_lines
     from fedveil.client.ledger.receipts import receipt_of
     from fedveil.common.files import write_output
 
@@ -225,6 +252,8 @@ def export(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="A file; without it, to the terminal.")] = None,
 ) -> None:
     """Write all rows of a ledger as JSON, or all but plans, budgets, reservations and withdrawals as CSV."""
+    from fedveil.cli.ledger_words import csv_of, rows_of
+
     one_of(("json", "csv"), format=form)
     with _opened(path) as ledger:
         rows = rows_of(ledger)

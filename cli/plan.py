@@ -11,17 +11,21 @@ import typer
 from rich.console import Console
 
 from fedveil.cli.errors import for_people
+from fedveil.cli.table_options import Given, with_table
 from fedveil.common.errors import ConfigError
+from fedveil.common.words import visible
 
 if TYPE_CHECKING:
+    from fedveil.common.config.flat import Scalar
     from fedveil.strategies.job import Job
 
 console = Console(highlight=False, emoji=False, markup=False)
 
 
 @for_people
+@with_table
 def plan(
-    settings: Annotated[list[str] | None, typer.Option("-c", "--config", help="Settings, as in 'fedveil run'.")] = None,
+    given: Given,
     sites: Annotated[
         int | None, typer.Option(min=1, help="Simulated sites that divide the data; 4 if not said.")
     ] = None,
@@ -36,30 +40,18 @@ def plan(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything to this file as well.")] = None,
 ) -> None:
     """Print what a run will cost in privacy, bytes, time and memory, before any training."""
-    from fedveil.common.config.text import files_in, parse_settings
     from fedveil.common.files import write_output
+    from fedveil.common.paths import given_run
     from fedveil.experiments.planner.earlier import earlier_runs
     from fedveil.experiments.planner.find import find as find_within_budget
     from fedveil.experiments.planner.forecast import forecast
     from fedveil.experiments.planner.price import site_plans
     from fedveil.experiments.planner.tables import print_forecast, print_found
-    from fedveil.experiments.site_count import USUAL
-    from fedveil.strategies.job import configure, with_recipe
+    from fedveil.strategies.job import configure
 
-    given = parse_settings(settings or [])
-    overrides, note = with_recipe(given, divided=not sizes, sites=0 if sizes else sites or USUAL)
-    job = configure(overrides)
-    public_sizes = _sizes(job, sites, sizes)  # before the note: of data that cannot be read their error says all
-    typer.echo(note, err=True, nl=bool(note))
-    if sizes and not given.get("data.records"):
-        as_these = {**given, "data.records": sum(public_sizes)}
-        other = with_recipe(as_these, sites=len(public_sizes))[0]["recipe"]
-        if other != job.config.recipe:
-            console.print(
-                f"what follows is of the recipe {job.config.recipe!r}; with data.records = {sum(public_sizes)}, as "
-                f"these sites have, it is {other!r}"
-            )
-    earlier = earlier_runs(after or [], job)
+    overrides, job, public_sizes = _prepared(given, sites, sizes)
+    after = [given_run(place) for place in after or []]
+    earlier = earlier_runs(after, job)
     history = earlier.history
     for note in earlier.notes:
         console.print(f"WARNING: {note}", style="bold")
@@ -75,8 +67,35 @@ def plan(
         content = planned.as_json()
     if json_file is not None:
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        write_output({json_file: text.encode()}, [*files_in(settings or []), *(after or [])])
+        write_output({json_file: text.encode()}, [*given.files, *after])
         console.print(f"written to {json_file}", soft_wrap=True)
+
+
+def _prepared(given: Given, sites: int | None, sizes: str) -> tuple[dict[str, Scalar], Job, tuple[int, ...]]:
+    """Return the settings of a run, its job and its sites' sizes, and say what was guessed and which recipe it has."""
+    from fedveil.common.data.sources import unprotected_test
+    from fedveil.experiments.own_table import hints, with_guesses
+    from fedveil.experiments.site_count import USUAL
+    from fedveil.strategies.job import configure, with_recipe
+
+    settings, notes = (given.settings, []) if sizes else with_guesses(given.settings)
+    overrides, note = with_recipe(settings, divided=not sizes, sites=0 if sizes else sites or USUAL)
+    job = configure(overrides)
+    public_sizes = _sizes(job, sites, sizes)  # before the notes: of data that cannot be read their error says all
+    data = job.config.data
+    notes += [note, "" if sizes else unprotected_test(data.name, data.test, data.test_size)]
+    notes += [] if sizes else hints(job.config)
+    for line in filter(None, notes):
+        typer.echo(visible(line), err=True)
+    if sizes and not settings.get("data.records"):
+        as_these = {**settings, "data.records": sum(public_sizes)}
+        other = with_recipe(as_these, sites=len(public_sizes))[0]["recipe"]
+        if other != job.config.recipe:
+            console.print(
+                f"what follows is of the recipe {job.config.recipe!r}; with data.records = {sum(public_sizes)}, as "
+                f"these sites have, it is {other!r}"
+            )
+    return overrides, job, public_sizes
 
 
 def _sizes(job: Job, sites: int | None, sizes: str) -> tuple[int, ...]:

@@ -1,33 +1,26 @@
-"""``fedveil report``, ``verify`` and ``keygen``, and the summary that a run ends with."""
+"""``fedveil report``, ``watch``, ``verify`` and ``keygen``."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from fedveil.cli.errors import for_people
+from fedveil.cli.summary import print_summary
 from fedveil.common.errors import DataError
 from fedveil.common.words import counted
-from fedveil.privacy.figures import epsilon_text
 
-if TYPE_CHECKING:
-    from fedveil.reports.data import ReportData
-
-MOST_NAME = 20
-"""Columns that a narrow terminal keeps for the name of a site."""
 console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
 
 
 @for_people
 def report(
-    folder: Annotated[Path, typer.Argument(help="A run's folder, of a finished run or of one that goes on.")],
+    folder: Annotated[Path, typer.Argument(help="A run's folder, its id, or 'latest'; it may go on.")],
     sign: Annotated[Path | None, typer.Option(help="Private key (Ed25519, PEM) to sign the result with.")] = None,
     declared: Annotated[
         list[str] | None,
@@ -42,9 +35,11 @@ def report(
 ) -> None:
     """Write a run's report as a page, Markdown and JSON, and its adapter's model card, from the files in its folder."""
     from fedveil.common.config.text import parse_settings
+    from fedveil.common.paths import given_run
     from fedveil.reports import write_reports
     from fedveil.reports.declared import declare
 
+    folder = given_run(folder)
     if declared:
         declare(folder, parse_settings(declared))
     if beside is not None:
@@ -70,13 +65,14 @@ def _keep_beside(folder: Path, table: Path) -> None:
 
 @for_people
 def watch(
-    folder: Annotated[Path, typer.Argument(help="A run's folder, of a run that goes on or of a finished one.")],
+    folder: Annotated[Path, typer.Argument(help="A run's folder, its id, or 'latest'; it may be finished.")],
     port: Annotated[int, typer.Option(help="Port on this machine alone; 0: a free one.")] = 0,
 ) -> None:
     """Serve a run's report on this machine alone, updated while the run goes on, until Ctrl-C."""
+    from fedveil.common.paths import given_run
     from fedveil.reports.watch import Watched
 
-    with Watched(folder, port) as watched:
+    with Watched(given_run(folder), port) as watched:
         console.print(f"{watched.address} (Ctrl-C ends it)")
         try:
             watched.serve_forever(poll_interval=0.2)
@@ -86,15 +82,18 @@ def watch(
 
 @for_people
 def verify(
-    folder: Annotated[Path, typer.Argument(help="A run's folder, or its report.json; the signature lies beside it.")],
+    folder: Annotated[Path, typer.Argument(help="A run's folder, its id, 'latest', or its report.json.")],
     key: Annotated[Path, typer.Option(help="The signer's public key (Ed25519, PEM).")],
 ) -> None:
     """Say which run was signed by a key, when and with which figures: exit code 0, or 1 if a file is not genuine."""
     from fedveil.common.other_runs import TuningFile
+    from fedveil.common.paths import given_run
     from fedveil.common.words import visible
+    from fedveil.privacy.figures import epsilon_text
     from fedveil.reports.signature import NotGenuine, verified
     from fedveil.reports.trials import trials_figure
 
+    folder = given_run(folder)
     folder = folder if folder.is_dir() else folder.parent
     try:
         signed = verified(folder, key)
@@ -141,88 +140,3 @@ def keygen(path: Annotated[Path, typer.Argument(help="Where the private key goes
 
     public = make_key(path)
     console.print(f"private key: {path} (keep it to yourself)\npublic key: {public} (give it away)")
-
-
-def print_summary(folder: Path) -> None:
-    """Print the table by site, the federation's figure and accuracy before and after."""
-    from fedveil.common.words import visible
-    from fedveil.reports import report_of
-    from fedveil.reports.connection import connection_sentences
-    from fedveil.reports.meaning import attack_sentence, several_sentence
-
-    data = report_of(folder)
-    console.print(_spent_table(data))
-    for line in _federation_lines(data):
-        console.print(line)
-    if data.meaning is not None:
-        sentences = (attack_sentence(data.meaning), several_sentence(data.meaning), data.meaning.caution)
-        console.print(visible(" ".join(text for text in sentences if text)))
-    for text in connection_sentences(data.connections):
-        console.print(visible(text))
-    for text in data.alarms:
-        console.print(Text(f"AUDIT FAILED: {visible(text)}", style="bold red"))
-    for text in [*data.problems, *data.claim.gaps]:
-        console.print(f"take care: {visible(text)}")
-    for line in _accuracy_lines(data):
-        console.print(line)
-    if data.status != "completed":
-        console.print(visible(f"{data.status}: {data.reason or 'no result yet'}"))
-
-
-def _spent_table(data: ReportData) -> Table:
-    from fedveil.common.words import visible
-    from fedveil.reports.alike import alike_sites
-    from fedveil.reports.sharing import at_h
-
-    central = data.claim.trusts_server
-    table = Table(title="privacy spent, by " + ("the server's ledger" if central else f"site{at_h(data.sharing)}"))
-    rows = alike_sites(data.sites)
-    longest = max((len(word) for row in rows for word in visible(row.names).split()), default=0)
-    # A name is never cut: a narrow terminal breaks figures at their spaces first, then a very long name anywhere.
-    table.add_column("whose" if central else "site", overflow="fold", min_width=min(longest, MOST_NAME))
-    alone = ("ε alone",) if data.sharing and data.sharing.on_others else ()
-    for column in ("rounds", "steps", "sample rate", "noise", "clip", "ε spent", "ε budget", "ε left", *alone):
-        table.add_column(column, justify="right")
-    for row in rows:
-        figures = (row.joined, row.steps, row.rates, row.noises, row.clips, row.spent, row.budgets, row.left)
-        table.add_row(Text(visible(row.names)), *figures, *((row.alone,) if alone else ()))
-    return table
-
-
-def _federation_lines(data: ReportData) -> list[str]:
-    """Return the federation's ε with its conditions and bounds, or why it has none."""
-    from fedveil.reports.audits import bound_note
-    from fedveil.reports.sharing import THIS_RUN, others_of, rests_on
-    from fedveil.reports.trials import trials_figure
-
-    head, condition = data.headline, rests_on(data.sharing)
-    if head.epsilon is None:
-        return [f"federation: {data.claim.sentence}"]
-    whose = "of the cohort" if data.claim.trusts_server else "the maximum over sites"
-    lines = [
-        f"federation: (ε, δ) = ({epsilon_text(head.epsilon)}, {head.delta:g}) per {data.claim.per}, "
-        f"{whose}{condition and f', {condition}'}" + (f"; {trials_figure(data.tuning)}" if data.tuning else "")
-    ]
-    lines += [f"{THIS_RUN}, {other}" for other in (others_of(data.sharing) if data.sharing else ())]
-    return lines + [note for note in (bound_note(data.audit_results), data.unbounded) if note]
-
-
-def _accuracy_lines(data: ReportData) -> list[str]:
-    from fedveil.common.words import percent_text
-    from fedveil.reports.scores import share_text
-
-    head = data.headline
-    last = f", the last of {counted(head.last_sites, 'site')}"
-    lines = [
-        f"accuracy on public data: {percent_text(head.accuracy_before)} before, "
-        f"{percent_text(head.accuracy_after)} after {counted(head.rounds_done, 'round')}"
-        + last
-        * (head.rounds_done > 0 and not data.claim.trusts_server)
-    ]
-    if data.accuracy:
-        score = data.accuracy[0]
-        lines.append(
-            f"with 95 % intervals, on {counted(score.records, 'public record')}: {share_text(score.before)} before, "
-            f"{share_text(score.after)} after"
-        )
-    return lines

@@ -96,7 +96,7 @@ def server_submit(
     once: Annotated[bool, typer.Option(help="Do not run a job again that ended well with the same settings.")] = False,
 ) -> None:
     """Run a job on the sites, follow it to its end, and say by the exit code how it ended."""
-    from fedveil.cli.report import print_summary
+    from fedveil.cli.summary import print_summary
     from fedveil.common.config.text import parse_settings
     from fedveil.deploy.server_folder import open_server
     from fedveil.deploy.submit import submit

@@ -1,4 +1,4 @@
-"""``fedveil merge``, ``export`` and ``ask``: what becomes of a finished run's model."""
+"""``fedveil evaluate``, ``ask``, ``merge`` and ``export``: what becomes of a finished run's model."""
 
 from __future__ import annotations
 
@@ -9,11 +9,23 @@ import typer
 from rich.console import Console
 
 from fedveil.cli.errors import for_people
-from fedveil.common.paths import check_adapter, check_vacant
-from fedveil.common.words import counted, percent_text
+from fedveil.common.words import counted, decimal_text, percent_text
 
 console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
-RunFolder = Annotated[Path, typer.Argument(help="A run's folder.")]
+RunFolder = Annotated[Path, typer.Argument(help="A run's folder, its id, or 'latest'.")]
+
+
+@for_people
+def evaluate(folder: RunFolder) -> None:
+    """Load a run's adapter with stock PEFT and score it on the run's public test data."""
+    from fedveil.common.paths import check_adapter, given_run
+
+    folder = given_run(folder)
+    check_adapter(folder / "adapter")
+    from fedveil.experiments.evaluate import evaluate_run
+
+    score = evaluate_run(folder)
+    console.print(f"accuracy {100 * score.accuracy:.1f} %  loss {decimal_text(score.loss, 4)}")
 
 
 @for_people
@@ -26,6 +38,9 @@ def merge(
     ] = "merged",
 ) -> None:
     """Merge a run's adapter into its base model and write both as stock libraries load them."""
+    from fedveil.common.paths import check_adapter, check_vacant, given_run
+
+    folder = given_run(folder)
     check_adapter(folder / "adapter")
     check_vacant(target)
     from fedveil.experiments.serving.merge import merge_run
@@ -40,6 +55,9 @@ def export(
     gguf: Annotated[Path, typer.Option(help="A new file for the adapter in llama.cpp's format.")],
 ) -> None:
     """Write a language model's adapter as one GGUF file, which llama.cpp takes with --lora."""
+    from fedveil.common.paths import check_adapter, given_run
+
+    folder = given_run(folder)
     check_adapter(folder / "adapter")
     from fedveil.experiments.serving.gguf import export_gguf
 
@@ -56,6 +74,9 @@ def ask(
     ],
 ) -> None:
     """Ask the model that a run ended with: labels with their probabilities, or a completion."""
+    from fedveil.common.paths import check_adapter, given_run
+
+    folder = given_run(folder)
     check_adapter(folder / "adapter")
     from fedveil.experiments.serving.ask import ask_run
 

@@ -9,6 +9,7 @@ import typer
 
 from fedveil.cli.column_options import with_columns
 from fedveil.cli.errors import Commands, for_people
+from fedveil.cli.table_options import labels_said
 from fedveil.common.errors import ConfigError
 from fedveil.common.files import expanded
 
@@ -16,9 +17,10 @@ site_app = typer.Typer(cls=Commands, no_args_is_help=True, help="A site's side: 
 EPSILON, DELTA = 8.0, 1e-5
 """The budget of a new policy for which none is named."""
 Labels = Annotated[
-    str,
+    list[str] | None,
     typer.Option(
-        help="All labels in the job's order, as data.labels: commas between them, quotes around one that has some."
+        help="All labels in the job's order, as data.labels: commas between them, quotes around one that has some; or "
+        "the option once for each label, as it stands."
     ),
 ]
 MaxLength = Annotated[int, typer.Option(help="Most tokens that a job may cut a record to.")]
@@ -50,7 +52,7 @@ def site_init(
     task: Annotated[str, typer.Option(help="What the records are for, as the setting model.task.")] = "classification",
     *,
     columns: dict[str, str],
-    labels: Labels = "",
+    labels: Labels = None,
     max_length: MaxLength = 128,
     model: Annotated[
         str, typer.Option(help="Base model that the doctor checks and the policy allows.")
@@ -75,7 +77,7 @@ def site_init(
         node = f"{node_config({'data': str(data)})} {node}".strip()
     site = name or expanded(folder).absolute().name
     # A part of a public data set needs no pins, and then nobody may know its labels here.
-    pins = pins_of(task, columns, labels, max_length) if data or columns or labels else {}
+    pins = pins_of(task, columns, labels_said(labels), max_length) if data or columns or labels else {}
     made = make_site(
         folder,
         site,
@@ -110,7 +112,7 @@ def site_pin(
     task: Annotated[str, typer.Option(help="What the records are for, as model.task; at first, classification.")] = "",
     *,
     columns: dict[str, str],
-    labels: Labels = "",
+    labels: Labels = None,
     max_length: Annotated[int, typer.Option(min=0, help="Most tokens of a record; at first, 128.")] = 0,
     epsilon: Annotated[float, typer.Option(min=0, help="Budget of the data set, over all runs; at first, 8.")] = 0.0,
     delta: Annotated[float, typer.Option(min=0, help="Below one over the number of records; at first, 1e-05.")] = 0.0,
@@ -133,7 +135,7 @@ def site_pin(
     if bool(model) != bool(fingerprint):
         raise ConfigError("--model and --fingerprint name one base model: give both, or neither")
     models = {MODELS: changed_models(path, model, fingerprint)} if model else {}
-    pin(path, changed_pins(path, task, columns, labels, max_length), {**budget, **models})
+    pin(path, changed_pins(path, task, columns, labels_said(labels), max_length), {**budget, **models})
     policy = load_policy(path)
     if made:
         _say(f"made a new policy, with a budget of ε ≤ {policy.epsilon:g} at δ = {policy.delta:g}: {path}")

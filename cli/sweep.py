@@ -16,7 +16,6 @@ from fedveil.cli.errors import for_people
 from fedveil.common.ends import end_as_by_ctrl_c
 from fedveil.common.errors import ConfigError, DataError
 from fedveil.common.words import visible
-from fedveil.privacy.figures import epsilon_text
 
 if TYPE_CHECKING:
     from fedveil.experiments.sweep.rows import Row
@@ -77,6 +76,7 @@ def tune(
 ) -> None:
     """Print what all variants cost together, ask, run each with the same noise, charged in full, and name the best."""
     from fedveil.experiments import tune as trials
+    from fedveil.privacy.figures import epsilon_text
 
     end_as_by_ctrl_c()
     tuning = trials.read_tuning(file)

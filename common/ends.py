@@ -16,4 +16,4 @@ def end_as_by_ctrl_c() -> None:
 
 
 def _end(number: int, _: object) -> None:
-    raise KeyboardInterrupt(f"ended by {signal.Signals(number).name}; what was charged to a ledger stays charged")
+    raise KeyboardInterrupt(f"Ended by {signal.Signals(number).name}. Privacy already spent stays spent.")

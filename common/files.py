@@ -25,6 +25,10 @@ LONGEST_WRITE = 60.0
 """Seconds."""
 ABOUT_ADAPTER = "fedveil.json"
 """What says of a saved adapter what it is."""
+ABOUT_RUN = "config.json"
+"""What the folder of every run has."""
+PROCESS = "process.json"
+"""What names the process that conducts a simulated run, in its folder."""
 BESIDE_DATABASE = ("-journal", "-wal", "-shm")
 """How the names of the files end that belong to a database."""
 

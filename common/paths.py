@@ -2,17 +2,55 @@
 
 from __future__ import annotations
 
+from glob import escape
 from pathlib import Path, PurePath
 
 from fedveil.common.check import PLAIN_NAME
 from fedveil.common.config.run import RunConfig
 from fedveil.common.errors import ConfigError, DataError
-from fedveil.common.files import ABOUT_ADAPTER, expanded
+from fedveil.common.files import ABOUT_ADAPTER, ABOUT_RUN, expanded
 
 RUN_NAME = PLAIN_NAME
 """A server chooses it."""
 REPLIES = "replies"
 """In a run's folder, what simulated sites answered last."""
+
+
+LATEST = "latest"
+"""Names the run that began, or went on, last."""
+
+
+def runs_in(output: Path) -> list[Path]:
+    """Return the folders of the runs in ``output``, the one that began or went on last at the end."""
+    return [path.parent for path in sorted(output.glob(f"*/{ABOUT_RUN}"), key=lambda path: path.stat().st_mtime_ns)]
+
+
+def named_run(name: str, output: str = "", holding: str = ABOUT_RUN) -> Path:
+    """Return the folder of the run that ``name`` names: by its path, its id in ``output``, or as ``latest``.
+
+    Args:
+        name: as people write it.
+        output: folder of the runs; empty: the default's.
+        holding: a file that the folder must have.
+
+    Raises:
+        ConfigError: no run, or more than one, has the name.
+    """
+    runs = expanded(output or RunConfig().output)
+    places = [expanded(name), runs / name, *sorted(runs.glob(f"*-{escape(name)}"))]
+    found = list(dict.fromkeys(place.absolute() for place in places if (place / holding).is_file()))
+    if name == LATEST and not found:
+        found = [place.absolute() for place in runs_in(runs) if (place / holding).is_file()][-1:]
+    if len(found) != 1:
+        none = f"no run{' with a checkpoint' * (holding != ABOUT_RUN)} in {runs.absolute()}"
+        many = f"more than one run: {', '.join(map(str, found))}" if found else none
+        raise ConfigError(f"{name!r} names {many}; give the path of the run's folder (`fedveil runs` lists them)")
+    return found[0]
+
+
+def given_run(place: Path) -> Path:
+    """Return the folder that a command is given: one that is there, or that of the run which has the name."""
+    return place if place.exists() else named_run(str(place))
 
 
 def check_adapter(folder: Path) -> None:

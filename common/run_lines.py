@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 from fedveil.common.errors import DataError
-from fedveil.common.files import ABOUT_ADAPTER
+from fedveil.common.files import ABOUT_ADAPTER, ABOUT_RUN
 from fedveil.common.messages.round import SpendingFigures
 from fedveil.common.strict_json import BESIDE, Endless, Measured, called, from_json, json_of
 
@@ -37,7 +37,7 @@ F = TypeVar("F", bound=RunFile)
 class ConfigFile(RunFile):
     """Every setting of a run with the value that it has, and versions of what computed it."""
 
-    NAME: ClassVar[str] = "config.json"
+    NAME: ClassVar[str] = ABOUT_RUN
     run: str
     """What messages, records and ledgers call it."""
     started: str

@@ -39,6 +39,7 @@ from fedveil.experiments.under_way import conducting
 from fedveil.server.ledger import with_ledger
 from fedveil.server.lock import is_written
 from fedveil.server.records import LEAST_ROOM
+from fedveil.server.submission import CHECKED
 from fedveil.strategies.job import Job, configure
 from fedveil.strategies.options import for_flower
 
@@ -79,7 +80,7 @@ def simulate(
     output = str(expanded(str(settings.get("output", "runs"))).absolute())
     settings = with_ledger({**settings, "output": output})
     job = configure(settings)
-    _check(job, sites)
+    check_simulated(job, sites)
     _check_output(Path(output))
     with (
         ExitStack() as until_over,
@@ -103,7 +104,7 @@ def simulate(
     return folder
 
 
-def _check(job: Job, sites: int) -> None:
+def check_simulated(job: Job, sites: int) -> None:
     """Raise ConfigError or DataError unless a job can run over that number of sites."""
     config = job.config
     if sites < 1:
@@ -153,7 +154,9 @@ def _superlink(home: Path) -> Iterator[_Link]:
         **os.environ,
         "FLWR_HOME": str(home),
         VARIABLE: str(home / keeper.DOOR),
+        CHECKED: "1",
         "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(port),
@@ -220,9 +223,7 @@ def _follow(
     checked, seen = time.monotonic(), 0.0
     while True:
         ended = _result(folder, since)
-        lines = whole_lines(folder / "run.log")
-        watch(Progress(lines[printed:], read_if_there(ProgressFile, folder) or ProgressFile("starting Flower and Ray")))
-        printed = len(lines)
+        printed = _show(folder, watch, printed)
         if ended:
             break
         if link.process.poll() is not None:
@@ -241,9 +242,17 @@ def _follow(
     # The reports come after the result; the server is ended, with the SuperLink, as soon as this returns or raises.
     deadline = time.monotonic() + REPORT_SECONDS
     while is_written(folder) and time.monotonic() < deadline:
+        printed = _show(folder, watch, printed)
         time.sleep(0.1)
     if ended.status == "failed":
         raise RunFailed(ended.reason)
+
+
+def _show(folder: Path, watch: Callable[[Progress], None], printed: int) -> int:
+    """Call ``watch`` with the lines of a run after the first ``printed``, and return how many there are."""
+    lines = whole_lines(folder / "run.log")
+    watch(Progress(lines[printed:], read_if_there(ProgressFile, folder) or ProgressFile("starting Flower and Ray")))
+    return len(lines)
 
 
 def _result(folder: Path, since: float) -> ResultFile | None:

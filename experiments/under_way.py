@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
@@ -12,17 +11,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from glob import escape
 from pathlib import Path
 from typing import ClassVar
 
-from fedveil.common.config.run import RunConfig
 from fedveil.common.errors import ConfigError, RunFailed
-from fedveil.common.files import expanded
-from fedveil.common.run_lines import ConfigFile, RunFile, read_file
+from fedveil.common.files import PROCESS
+from fedveil.common.paths import named_run
+from fedveil.common.run_lines import RunFile, read_file
 from fedveil.common.strict_json import to_json
 from fedveil.server.checkpoint import NAME
-from fedveil.server.lock import GLANCE_SECONDS, is_written, locked
+from fedveil.server.lock import GLANCE_SECONDS, is_locked, is_written, locked
 
 STOP_SECONDS = 60.0
 """How long the end of a run may take: more than sites at work and what runs below have together."""
@@ -33,7 +31,7 @@ POLL_SECONDS = 0.2
 class ProcessFile(RunFile):
     """The process that conducts a simulated run, which holds the operating system's lock on this file."""
 
-    NAME: ClassVar[str] = "process.json"
+    NAME: ClassVar[str] = PROCESS
     process: int
     where: str
     """The machine, and on Linux the space of its process numbers: a container has its own."""
@@ -61,14 +59,14 @@ def conducting(folder: Path) -> Iterator[None]:
 def stop(run: str, output: Path | None = None) -> tuple[Path, int]:
     """End the ``fedveil run`` that is under way, wait until it is over, and return its folder and its process.
 
-    ``run`` is the run's folder or its id in ``output``, by default ``runs``.
+    ``run`` and ``output`` as for ``named_run``.
 
     Raises:
         ConfigError: no or several folders have the name, or no ``fedveil run`` conducts it here.
         RunFailed: it may not be ended by this user, or is not over after ``STOP_SECONDS``.
     """
-    folder = _folder(run, expanded(output or RunConfig().output))
-    if _is_free(folder / ProcessFile.NAME):
+    folder = named_run(run, str(output or ""))
+    if not is_locked(folder / ProcessFile.NAME):
         other = "; a server, a sweep or another program writes it: end that one" if is_written(folder) else ""
         raise ConfigError(f"no `fedveil run` is under way in {folder}{other}")
     owner = read_file(ProcessFile, folder)
@@ -82,7 +80,7 @@ def stop(run: str, output: Path | None = None) -> tuple[Path, int]:
     except ProcessLookupError:
         pass  # it has ended just now
     deadline = time.monotonic() + STOP_SECONDS
-    while not _is_free(folder / ProcessFile.NAME) or is_written(folder):
+    while is_locked(folder / ProcessFile.NAME) or is_written(folder):
         if time.monotonic() > deadline:
             raise RunFailed(f"process {owner.process}, which conducts {folder}, has not ended in {STOP_SECONDS:g} s")
         time.sleep(POLL_SECONDS)
@@ -92,28 +90,9 @@ def stop(run: str, output: Path | None = None) -> tuple[Path, int]:
 def ways_on(folder: Path) -> str:
     """Return where a run lies, and the command that goes on with it if one of its rounds is complete."""
     if not (folder / NAME).is_file():
-        return f"folder: {folder} (no round is complete: there is nothing to go on from)"
+        return f"folder: {folder} (no round is complete, so there is nothing to resume)"
     quote = "'" if set('"\\') & set(str(folder)) else '"'
-    return f"folder: {folder}\ngo on: fedveil run -c {shlex.quote(f'resume={quote}{folder}{quote}')}"
-
-
-def _is_free(path: Path) -> bool:
-    """Return whether a file's lock is free; a missing file has none."""
-    with suppress(FileNotFoundError), path.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-    return True
-
-
-def _folder(run: str, output: Path) -> Path:
-    places = [expanded(run), output / run, *sorted(output.glob(f"*-{escape(run)}"))]
-    found = list(dict.fromkeys(place.absolute() for place in places if (place / ConfigFile.NAME).is_file()))
-    if len(found) != 1:
-        many = f"more than one run: {', '.join(map(str, found))}" if found else f"no run in {output}"
-        raise ConfigError(f"{run!r} names {many}; give the path of the run's folder")
-    return found[0]
+    return f"folder: {folder}\nresume with: fedveil run -c {shlex.quote(f'resume={quote}{folder}{quote}')}"
 
 
 def _here() -> str:

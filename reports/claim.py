@@ -190,7 +190,8 @@ def _by_note(wrong: Sequence[SiteReport], sites: int) -> list[str]:
 def _gaps(files: RunFiles, sites: Sequence[SiteReport], unpaid: list[str]) -> list[str]:
     settings = files.config.settings
     sharing = sharing_of(files, sites)
-    cut_test = unprotected_test(str(settings.get("data.name", "")), str(settings.get("data.test", "")))
+    name, test = (str(settings.get(f"data.{key}", "")) for key in ("name", "test"))
+    cut_test = unprotected_test(name, test, int(settings.get("data.test-size", 0)))
     gaps = [cut_test] if cut_test and "data.name" in settings else []
     if files.server and not all(start.system_entropy for start in files.server.starts):
         gaps.append(SEEDED)

@@ -220,7 +220,8 @@ def cut_test(data: ReportData) -> str:
 
 
 def _cut_test(settings: Mapping[str, Any]) -> str:
-    return unprotected_test(str(settings.get("data.name", "")), str(settings.get("data.test", "")))
+    name, test = (str(settings.get(f"data.{key}", "")) for key in ("name", "test"))
+    return unprotected_test(name, test, int(settings.get("data.test-size", 0)))
 
 
 def cares_of(data: ReportData) -> list[str]:

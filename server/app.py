@@ -31,7 +31,8 @@ from fedveil.server.signing import Signing, signing_of
 from fedveil.server.sites import Exchange
 from fedveil.strategies.job import Job, configure
 
-POLL_SECONDS = 0.5
+POLL_SECONDS, SIMULATED_POLL_SECONDS = 0.5, 0.1
+"""How often answers are asked for; in a simulation they lie in this process's own memory."""
 PATIENCE_SECONDS = 60.0
 """Trouble at the SuperLink that lasts longer ends the run."""
 RAY_WITHOUT_MEMORY = "ray.exceptions.OutOfMemoryError"
@@ -57,6 +58,7 @@ class FlowerTransport:
     ) -> None:
         self._grid, self._job, self._folder, self._signing = grid, job, folder, signing
         self._layout_of_round = server_model.reply_layout
+        self._poll_seconds = SIMULATED_POLL_SECONDS if isinstance(grid, InMemoryGrid) else POLL_SECONDS
         log.info("sites have the names %s", "in their replies" if self.registered() is None else "of their keys")
 
     def nodes(self, wanted: int, besides: Collection[int]) -> list[int]:
@@ -68,7 +70,7 @@ class FlowerTransport:
                 self._folder.progress(self._folder.shown.ready())
                 return nodes
             self._folder.progress(self._folder.shown.waiting(len(nodes), wanted))
-            time.sleep(POLL_SECONDS)
+            time.sleep(self._poll_seconds)
 
     def registered(self) -> Mapping[int, str] | None:
         """Return the name that each node's key is registered under, where the coordinator's folder says so."""
@@ -108,7 +110,7 @@ class FlowerTransport:
             answered = [reply.site for reply in replies.values()]
             self._folder.progress(self._folder.shown.answered(task.round_number, answered, len(tasks)))
             if waiting:
-                time.sleep(POLL_SECONDS)
+                time.sleep(self._poll_seconds)
         for message_id in waiting:
             node, why = sent[message_id].node, _late(message_id, pulls, timeout)
             replies[node] = refusal(task, node, "late", why)

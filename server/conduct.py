@@ -149,6 +149,7 @@ def _logged(job: Job, run: str, folder: RunFolder, connect: Callable[[ServerMode
                 log.error("the run has no report: %s", second, extra=about(run))
             raise
         tracking.close()
+        folder.progress(ProgressFile("writing the report"))
         write_reports(folder.path)
 
 
@@ -162,7 +163,8 @@ def _conduct(
     server_model: ServerModel | None = None
     try:
         folder.progress(ProgressFile("loading model and data"))
-        if warning := unprotected_test(job.config.data.name, job.config.data.test):
+        data = job.config.data
+        if warning := unprotected_test(data.name, data.test, data.test_size):
             folder.say(warning)
         server_model = ServerModel(job)
         terminal = Terminal(job, folder, server_model)
@@ -224,6 +226,7 @@ def _leave(folder: RunFolder, server_model: ServerModel, status: Status, reason:
     if saved is None:
         return
     job = server_model.job
+    folder.progress(ProgressFile("saving the adapter"))
     folder.save_adapter(server_model.model, saved.state.adapter, server_model.label_names)
     reached = Reached(
         accuracy_before=saved.baseline.accuracy,

@@ -10,7 +10,7 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fedveil.common.errors import FedVeilError, RunFailed
@@ -68,3 +68,13 @@ def is_written(folder: Path) -> bool:
             return False
     except RunFailed:
         return True
+
+
+def is_locked(path: Path) -> bool:
+    """Return whether somebody holds the lock of a file; a missing file has none."""
+    with suppress(FileNotFoundError), path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False

@@ -100,6 +100,7 @@ class RunFolder(Observer):
         self.label_names: tuple[str, ...] = ()
         """Of the public records; set before the first line is written, as the slices' names."""
         self.slice_names: tuple[str, ...] = ()
+        self._progress: ProgressFile | None = None
         self._baseline = saved.baseline if saved else Score(accuracy=0.0, loss=0.0)
         now = datetime.now(UTC).isoformat(timespec="seconds")
         path.mkdir(parents=True, exist_ok=True)
@@ -218,8 +219,9 @@ class RunFolder(Observer):
             file.write(line + "\n")
 
     def progress(self, progress: ProgressFile | None) -> None:
-        """Say what goes on right now; None: what was said last still does."""
-        if progress is not None:
+        """Say what goes on right now, where it is another thing than before; None: what was said last still does."""
+        if progress is not None and progress != self._progress:
+            self._progress = progress
             self._write(progress)
 
     def ended(self, result: ResultFile) -> None:

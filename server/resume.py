@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from glob import escape
 from pathlib import Path
 
 from fedveil.common.config.flat import Scalar
-from fedveil.common.config.run import RunConfig
 from fedveil.common.errors import ConfigError
-from fedveil.common.files import expanded
+from fedveil.common.paths import named_run
 from fedveil.common.run_lines import ConfigFile, read_file
 from fedveil.server.checkpoint import NAME, load_checkpoint
 from fedveil.server.lock import GLANCE_SECONDS, only_writer
@@ -47,11 +45,9 @@ def settings_of_resumed(overrides: Mapping[str, Scalar]) -> dict[str, Scalar]:
     wanted = str(overrides.get("resume", ""))
     if not wanted:
         return dict(overrides)
-    output = expanded(str(overrides.get("output", RunConfig().output)))
-    places = [expanded(wanted), output / wanted, *sorted(output.glob(f"*-{escape(wanted)}"))]
-    found = list(dict.fromkeys(place.absolute() for place in places if (place / NAME).is_file()))
-    if len(found) != 1:
-        many = f"more than one run: {', '.join(map(str, found))}" if found else f"no run with a checkpoint in {output}"
-        raise ConfigError(f"resume: {wanted!r} names {many}; give the path of the run's folder")
-    began = read_file(ConfigFile, found[0]).settings
-    return {**began, **overrides, "resume": str(found[0])}
+    try:
+        found = named_run(wanted, str(overrides.get("output", "")), NAME)
+    except ConfigError as error:
+        raise ConfigError(f"resume: {error}") from error
+    began = read_file(ConfigFile, found).settings
+    return {**began, **overrides, "resume": str(found)}

@@ -9,6 +9,7 @@ the run starts, so nothing depends on where a job was sent from.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -17,6 +18,8 @@ from fedveil.common.errors import ConfigError
 
 OVERRIDES = "run_config_overrides"
 """What Flower's command line calls its ``-c``."""
+CHECKED = "FEDVEIL_SETTINGS_CHECKED"
+"""Environment variable of a ``flwr run`` whose caller has checked the settings: to do it again costs seconds."""
 
 
 def refuse_wrong_settings() -> None:
@@ -27,7 +30,7 @@ def refuse_wrong_settings() -> None:
             or the strategy, adapter and privacy mode do not fit together; one line.
     """
     context = click.get_current_context(silent=True)
-    if context is None or OVERRIDES not in context.params:
+    if context is None or OVERRIDES not in context.params or os.environ.get(CHECKED):
         return
     from flwr.common.config import flatten_dict, get_project_config, parse_config_args
 

@@ -19,7 +19,8 @@ LISTS = ("data.labels",)
 """Settings that may be written as a list of texts. Flower's have one value each, so they are read as one text."""
 SHOWN = 60
 """Characters of a value that an error shows."""
-PAIR = re.compile(r"""\s*([A-Za-z0-9_.-]+)=("[^"]*"|'[^']*'|\[[^\]]*\]|\S+)\s*""")
+QUOTED = r"""(?:"(?:[^"\\]|\\.)*"|'[^']*')"""
+PAIR = re.compile(rf"""\s*([A-Za-z0-9_.-]+)=({QUOTED}|\[(?:{QUOTED}|[^\]"'])*\]|\S+)\s*""")
 
 
 def parse_settings(texts: Iterable[str]) -> dict[str, Scalar]:

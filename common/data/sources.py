@@ -27,6 +27,7 @@ from fedveil.common.tasks.examples import Dataset
 from fedveil.common.tasks.roles import KEY, PERSON, SLICE, Column, columns_of
 from fedveil.common.tasks.table_files import READERS, read_file, read_hub
 from fedveil.common.tasks.tables import Table, Unfit
+from fedveil.common.words import counted
 
 MOST_SLICES = 50
 
@@ -273,16 +274,18 @@ def slices_of(test: Dataset) -> tuple[str, ...]:
     return names
 
 
-def unprotected_test(name: str, test: str) -> str:
-    """Return a sentence if the public test part is cut from a source that may hold somebody's records, else nothing.
+def unprotected_test(name: str, test: str, size: int) -> str:
+    """Return a sentence if the public test set is cut from a source that may hold somebody's records, else nothing.
 
     Args:
         name: the setting ``data.name``.
         test: the setting ``data.test``.
+        size: the setting ``data.test-size``.
     """
     if test or is_public(name):
         return ""
+    source = name if name.startswith("hub:") else Path(name).name
     return (
-        f"the test part is cut from data.name {name!r} itself and is not protected: its records are taken for public, "
-        "and the accuracy on them is published exactly; where they are anybody's, name others as data.test"
+        f"{counted(size, 'row')} of {source} are held out as the test set. They get no privacy protection; if they "
+        "describe people, pass a public file as data.test"
     )

@@ -28,11 +28,11 @@ def test_a_command_that_is_like_no_other_is_told_of_none() -> None:
 @pytest.mark.parametrize(
     ("words", "wanted"),
     [
-        (("ask", "absent", "a text"), "holds no adapter"),
-        (("evaluate", "absent"), "holds no adapter"),
-        (("merge", "absent", "new"), "holds no adapter"),
+        (("ask", "absent", "a text"), "names no run in"),
+        (("evaluate", "."), "holds no adapter"),
+        (("merge", "latest", "new"), "names no run in"),
         (("merge", "run", "full"), "exists already"),
-        (("export", "absent", "--gguf", "new.gguf"), "holds no adapter"),
+        (("export", "absent", "--gguf", "new.gguf"), "names no run in"),
     ],
 )
 def test_a_folder_is_looked_at_before_what_takes_seconds_is_imported(
@@ -58,7 +58,7 @@ def test_a_folder_is_looked_at_before_what_takes_seconds_is_imported(
     [
         ("question,kind\na,b\n", "has no column 'text'"),
         ("text,label\na,b\nc\n", "row 2 has 1 fields"),
-        ("text,label\n" + "".join(f"a {i},{i % 5}\n" for i in range(300)), "test-size"),
+        ("text,label\n" + "".join(f"a {i},{i % 5}\n" for i in range(2)), "too few for 3 sites"),
     ],
     ids=["column", "row", "few"],
 )

@@ -20,8 +20,8 @@ from fedveil.common.run_lines import RoundLine, read_lines
 from fedveil.experiments.in_process import run_in_process
 from fedveil.strategies.job import configure
 
-ODD = ("people, names", "Orte & Länder 🌍", 'so "called"')
-WRITTEN = '"people, names",Orte & Länder 🌍,"so ""called"""'
+ODD = ("people, names", "Orte & Länder 🌍", 'so "called"', "[a]")
+WRITTEN = '"people, names",Orte & Länder 🌍,"so ""called""",[a]'
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1).map(str.strip).filter(bool)))
@@ -56,7 +56,8 @@ def made_site(folder: Path, labels: str, *names: str) -> Path:
     data = folder / "own.csv"
     rows = "".join('"{}",{}\n'.format(f"text {i}", labels_text([name])) for i, name in enumerate(names * 4))
     data.write_text(f"text,label\n{rows}", encoding="utf-8")
-    words = ("--server", "localhost", "--data", data, "--public-size", 12, "--delta", 1e-3, "--labels", labels)
+    size = ("--public-size", 4 * len(names), "--delta", 1e-3)
+    words = ("--server", "localhost", "--data", data, *size, "--labels", labels)
     code, said = fedveil("site", "init", folder / "clinic", *words)
     assert code == 0, said
     return folder / "clinic"
@@ -65,8 +66,8 @@ def made_site(folder: Path, labels: str, *names: str) -> Path:
 def test_a_table_with_such_labels_has_a_way_into_a_site(tmp_path: Path) -> None:
     site = made_site(tmp_path, WRITTEN, *ODD)
     code, said = fedveil("site", "check", site)
-    assert (code, "12 of 12 rows fit" in said) == (0, True), said
-    assert 'labels: "people, names" 4, Orte & Länder 🌍 4, "so ""called""" 4' in said
+    assert (code, "16 of 16 rows fit" in said) == (0, True), said
+    assert 'labels: "people, names" 4, Orte & Länder 🌍 4, "so ""called""" 4, [a] 4' in said
     code, said = fedveil("site", "pin", site, "--max-length", 64)
     assert (code, load_policy(site / "policy.toml").labels) == (0, WRITTEN), "labels that stay were written anew"
 

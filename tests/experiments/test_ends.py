@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import io
+import json
 import os
+import pty
 import shlex
 import signal
 import subprocess
@@ -24,9 +26,9 @@ from fedveil.cli.main import app
 from fedveil.common.config.text import parse_settings
 from fedveil.common.ends import end_as_by_ctrl_c
 from fedveil.common.errors import ConfigError, RunFailed
-from fedveil.experiments import keeper
-from fedveil.experiments.under_way import ProcessFile, conducting, stop, ways_on
-from fedveil.server.lock import only_writer
+from fedveil.experiments import detached, keeper
+from fedveil.experiments.under_way import ProcessFile, _here, conducting, stop, ways_on
+from fedveil.server.lock import is_locked, only_writer
 
 PATIENCE = 60.0
 BINARIES = Path(sys.executable).parent
@@ -174,7 +176,7 @@ def test_a_terminal_that_closes_ends_a_run_as_ctrl_c_does_but_under_nohup(ignore
         os.close(pipes[0])
         _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == (1 if ignored else 130)
-    assert ("ended by SIGHUP" in errors) is not ignored
+    assert ("Ended by SIGHUP" in errors) is not ignored
     assert "Traceback" not in errors
 
 
@@ -260,8 +262,52 @@ def test_a_second_run_does_not_conduct_what_is_under_way(run: Path) -> None:
 def test_the_command_that_goes_on_is_read_as_it_is_printed(name: str, tmp_path: Path) -> None:
     folder = tmp_path / name
     folder.mkdir()
-    assert "nothing to go on from" in ways_on(folder)
+    assert "nothing to resume" in ways_on(folder)
     (folder / "checkpoint.safetensors").touch()
-    typed = shlex.split(ways_on(folder).splitlines()[-1].removeprefix("go on: "))
+    typed = shlex.split(ways_on(folder).splitlines()[-1].removeprefix("resume with: "))
     assert typed[:3] == ["fedveil", "run", "-c"]
     assert parse_settings(typed[3:]) == {"resume": str(folder)}
+
+
+def conductor(folder: Path) -> str:
+    """Return a program that conducts a run as ``fedveil run`` does, without importing what that does."""
+    path, about = folder / ProcessFile.NAME, {"where": _here()}
+    return (
+        "import fcntl, json, os, signal, time\n"
+        f"file = open({str(path)!r}, 'w'); fcntl.flock(file, fcntl.LOCK_EX)\n"
+        f"file.write(json.dumps({about!r} | {{'process': os.getpid()}})); file.flush()\n"
+        "print('ignored:', signal.getsignal(signal.SIGHUP) == signal.SIG_IGN, flush=True)\n"
+        "time.sleep(1000)\n"
+    )
+
+
+def test_a_detached_run_outlives_its_terminal_and_stop_ends_it(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The terminal is a real one, and what runs in it dies with it."""
+    monkeypatch.setattr(detached, "COMMAND", (sys.executable, "-c", conductor(run)))
+    begun = run.parent / "begun"
+    shell, terminal = pty.fork()
+    if not shell:
+        try:
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
+            folder, process = detached.begin_detached({"rounds": 1}, run.parent, {"--sites": 2})
+            begun.write_text(json.dumps([str(folder), process]))
+            time.sleep(1000)
+        finally:
+            os._exit(1)
+    assert until(lambda: begun.exists() and begun.read_text())
+    folder, process = json.loads(begun.read_text())
+    os.close(terminal)
+    assert os.waitpid(shell, 0)[1] == signal.SIGHUP, "the terminal did not go"
+    assert folder == str(run)
+    assert is_locked(run / ProcessFile.NAME)
+    assert (run / detached.LINES).read_text() == "ignored: True\n"
+    assert not list(run.parent.glob(".terminal-*"))
+    assert stop("latest", run.parent) == (run, process)
+    assert not is_alive(process)
+
+
+def test_a_detached_run_that_ends_at_once_says_why(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detached, "COMMAND", (sys.executable, "-c", "raise SystemExit('no room')"))
+    with pytest.raises(RunFailed, match=r"before it began \(no room\)"):
+        detached.begin_detached({}, run.parent, {})
+    assert not list(run.parent.glob(".terminal-*"))

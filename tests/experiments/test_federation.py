@@ -97,7 +97,7 @@ def test_every_strategy_runs_with_and_without_privacy(
     assert all(set(to_json(line)) >= set(PRIVACY_FIELDS) for line in privacy)
     assert all(head in line.head for line in privacy)
     assert (rounds[0].bytes_down, rounds[0].bytes_up) == tuple(3 * sent for sent in sent_once(strategy, head))
-    assert "is not protected" in (folder / "run.log").read_text(encoding="utf-8").splitlines()[0]
+    assert "held out as the test set" in (folder / "run.log").read_text(encoding="utf-8").splitlines()[0]
     assert rounds[-1].accuracy == evaluate_run(folder).accuracy, "the saved adapter does not score like the run"
     if mode == "none":
         assert all(line.spent is None and "nothing is promised" in line.accountant for line in privacy)

@@ -87,7 +87,8 @@ def test_a_federation_runs_through_flower_and_ray(settings_file: Path, tmp_path:
     rounds, privacy = read_lines(RoundLine, folder), read_lines(PrivacyLine, folder)
     assert [line.participants for line in rounds] == [["site-0", "site-1", "site-2"]] * 2
     assert len(privacy) == 6
-    for words in ("round 1/2", "round 2/2", "privacy spent, by site", "site-2", "(ε, δ) =", "before", "after 2 rounds"):
+    said = ("round 1/2", "round 2/2", "privacy: ε =", "before training", "in 2 of 2 rounds", f"folder: {folder}")
+    for words in (*said, "next: fedveil ask"):
         assert words in done.stdout, f"the terminal does not say {words!r}:\n{done.stdout}"
     for site in range(3):
         with Ledger(folder / "ledgers" / f"site-{site}.sqlite") as ledger:

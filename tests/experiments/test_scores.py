@@ -10,7 +10,7 @@ import pytest
 from made_run import MadeRun
 from scipy.stats import binomtest
 
-from fedveil.cli.report import print_summary
+from fedveil.cli.summary import print_summary
 from fedveil.common.run_lines import BaselineFile, LabelScore, RoundLine, read_file, read_lines
 from fedveil.common.strict_json import to_json
 from fedveil.experiments.evaluate import evaluate_run
@@ -61,7 +61,7 @@ def test_every_form_shows_the_interval_of_every_label(tmp_path: Path, capsys: py
     assert whole.after is not None
     assert whole.after.value == 0.76
     print_summary(run.folder)
-    assert "60.0 % (50.2 to 69.1) before, 76.0 % (66.8 to 83.3) after" in capsys.readouterr().out
+    assert "76.0 % (66.8 to 83.3), from 60.0 % (50.2 to 69.1) before training" in capsys.readouterr().out
     for text in (markdown_report(run.folder), to_html(report_of(run.folder))):
         assert "90.0 % (79.9 to 95.3)" in text, "the label that got better is hidden"
         assert "55.0 % (39.8 to 69.3)" in text, "the label that got worse is hidden"

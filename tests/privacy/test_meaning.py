@@ -13,12 +13,12 @@ from made_run import DELTA, MadeRun
 from numpy.typing import NDArray
 from scipy.stats import norm
 
-from fedveil.cli.report import print_summary
+from fedveil.cli.summary import print_summary
 from fedveil.common.errors import ConfigError
 from fedveil.privacy import meaning
 from fedveil.privacy.accounting import Release, epsilon, gaussian_release
 from fedveil.privacy.events import Event, SampledGaussian
-from fedveil.privacy.figures import epsilon_text
+from fedveil.privacy.figures import bound_text, epsilon_text
 from fedveil.privacy.meaning import FALSE_POSITIVES, UNITS, meaning_of
 from fedveil.reports import markdown_report, report_of
 from fedveil.reports import meaning as told
@@ -202,7 +202,10 @@ def test_every_form_and_the_terminal_say_what_epsilon_means(made: MadeRun, capsy
     assert (found.site, found.delta, found.caution) == ("north", DELTA, "")
     assert found.bounds == meaning_of([gaussian_release(0.8, 0.05, 10)], DELTA)
     print_summary(made.folder)
-    texts = (markdown_report(made.folder), to_html(report_of(made.folder)), capsys.readouterr().out)
+    attack, said = found.bounds.attacks[0], capsys.readouterr().out
+    assert f"finds at most {bound_text(attack.true_positives)} of the records" in said
+    assert f"{100 * attack.false_positives:g} % false alarms" in said
+    texts = (markdown_report(made.folder), to_html(report_of(made.folder)))
     for text in texts:
         assert "false alarms finds at most" in text
         assert "A person with several records at one site has a larger ε at δ 1e-05" in text

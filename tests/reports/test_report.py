@@ -299,7 +299,7 @@ def test_a_test_part_of_ones_own_file_is_called_unprotected_in_every_form(tmp_pa
         ]
     ):
         run = MadeRun(tmp_path / str(i), {"rounds": 1, **settings}).start().round(1, 0.7).end()
-        assert {"itself and is not protected" in text for text in forms(run.folder).values()} == {told}, settings
+        assert {"are held out as the test set" in text for text in forms(run.folder).values()} == {told}, settings
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", "{}"])

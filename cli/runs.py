@@ -1,0 +1,60 @@
+"""``fedveil runs`` and ``stop``: simulated federations, listed and ended."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fedveil.cli.errors import for_people
+from fedveil.common.files import expanded
+from fedveil.common.words import percent_text, visible
+
+console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
+
+
+@for_people
+def runs(output: Annotated[Path, typer.Argument(help="Folder of the runs.")] = Path("runs")) -> None:
+    """List the runs of a folder, the latest at the end; which of them are under way."""
+    from fedveil.experiments.runs import UNDER_WAY, listed_runs
+    from fedveil.privacy.figures import epsilon_text
+
+    found = listed_runs(expanded(output))
+    if not found:
+        console.print(visible(f"no run in {output}: `fedveil run TABLE` starts one"))
+        return
+    table = Table("run", "began (UTC)", "state", "rounds", "accuracy", "ε")
+    for one in found:
+        accuracy = "" if one.accuracy is None else percent_text(one.accuracy)
+        figures = f"{one.rounds} of {one.planned}", accuracy, epsilon_text(one.epsilon)
+        row = (visible(one.folder.name), one.began[:16].replace("T", " "), one.state, *figures)
+        table.add_row(*map(Text, row), style="bold" if one.state == UNDER_WAY else "")
+    console.print(table)
+    console.print("`latest` names the last one wherever a command asks for a run, such as `fedveil report latest`")
+
+
+@for_people
+def stop(
+    run: Annotated[
+        str, typer.Argument(help="A run's folder, its id or 'latest', or a server's folder for its last job.")
+    ],
+    output: Annotated[Path | None, typer.Option(help="Folder of the runs; runs if not said.")] = None,
+) -> None:
+    """End the `fedveil run` that is under way, as Ctrl-C in its terminal does, or the run of a server's last job.
+
+    What sites have paid stays paid, and 'resume' goes on after the last round.
+    """
+    from fedveil.deploy.server_folder import is_server, open_server
+    from fedveil.deploy.submit import stop_job
+    from fedveil.experiments.under_way import stop, ways_on
+
+    if is_server(Path(run)):
+        print(stop_job(open_server(Path(run))))
+        return
+    folder, process = stop(run, output)
+    console.print(visible(f"ended: `fedveil run`, process {process}"))
+    console.print(ways_on(folder))
