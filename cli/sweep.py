@@ -26,7 +26,10 @@ console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
 
 @for_people
 def sweep(
-    file: Annotated[Path, typer.Argument(help="TOML file: a base configuration and its axes, or one run's settings.")],
+    file: Annotated[
+        Path,
+        typer.Argument(help="A sweep: a TOML file with axes, or with one run's settings; or a shipped one by name."),
+    ],
     output: Annotated[Path | None, typer.Option(help="Folder of the runs; in runs/sweeps if not said.")] = None,
     results: Annotated[Path | None, typer.Option(help="Folder of the table; the output if not said.")] = None,
     jobs: Annotated[int, typer.Option(help="Runs at a time; each has its share of the cores.")] = 1,
@@ -63,7 +66,9 @@ def sweep(
 
 @for_people
 def tune(
-    file: Annotated[Path, typer.Argument(help="A sweep's file, with one seed and one ε: that of all together.")],
+    file: Annotated[
+        Path, typer.Argument(help="A sweep's file or name, with one seed and one ε: that of all together.")
+    ],
     output: Annotated[Path | None, typer.Option(help="Folder of the trials; in runs/tune if not said.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask once the total is printed.")] = False,
     server: Annotated[

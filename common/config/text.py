@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedveil.common.config.flat import Scalar
+from fedveil.common.config.shipped import is_name, shipped
 from fedveil.common.errors import ConfigError
 from fedveil.common.files import expanded
 from fedveil.common.labels import labels_text
@@ -24,18 +25,18 @@ PAIR = re.compile(rf"""\s*([A-Za-z0-9_.-]+)=({QUOTED}|\[(?:{QUOTED}|[^\]"'])*\]|
 
 
 def parse_settings(texts: Iterable[str]) -> dict[str, Scalar]:
-    """Return flat settings from ``key=value`` texts and paths of TOML files.
+    """Return flat settings from ``key=value`` texts, paths of TOML files and names of shipped configurations.
 
     >>> parse_settings(['adapter.rank=4 strategy="fed-sb"', 'rounds=2'])
     {'adapter.rank': 4, 'strategy': 'fed-sb', 'rounds': 2}
 
     Raises:
-        ConfigError: a text is neither, a file cannot be read, or a value is not a TOML scalar.
+        ConfigError: a text is none of these, a file cannot be read, or a value is not a TOML scalar.
     """
     settings: dict[str, Scalar] = {}
     for text in texts:
-        if files_in([text]):
-            settings |= read_settings_file(Path(text))
+        if files_in([text]) or is_name(text):
+            settings |= read_settings_file(shipped(text, "configs") if is_name(text) else Path(text))
             continue
         position = 0
         while position < len(text.rstrip()):

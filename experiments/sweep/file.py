@@ -31,6 +31,7 @@ from typing import Any
 
 from fedveil.common.check import nearest
 from fedveil.common.config.flat import Scalar
+from fedveil.common.config.shipped import is_name, shipped
 from fedveil.common.config.text import flatten, read_settings_file
 from fedveil.common.data.partition import check_partition
 from fedveil.common.errors import ConfigError
@@ -121,9 +122,13 @@ def epsilon_name(epsilon: float | None) -> str:
 def read_sweep(path: Path) -> Sweep:
     """Return the runs of a sweep's file, or the one of a run's settings, each checked as ``configure`` checks a run.
 
+    Args:
+        path: of the file, or the name of a shipped sweep, such as ``tiny``.
+
     Raises:
         ConfigError: the file cannot be read, has an unknown key, sets an axis, or one of its runs is invalid.
     """
+    path = shipped(str(path), "sweeps") if is_name(str(path)) else path
     content = read_toml(path, "the sweep")
     try:
         cells = tuple([_single(content)] if _is_run(content) else _cells(content, path.parent))
