@@ -8,6 +8,7 @@ import typer
 
 from fedveil.cli.doctor import bundle, doctor
 from fedveil.cli.errors import Commands
+from fedveil.cli.import_ import import_
 from fedveil.cli.ledger import ledger_app
 from fedveil.cli.plan import plan
 from fedveil.cli.report import keygen, report, verify, watch
@@ -21,7 +22,7 @@ from fedveil.cli.sweep import pictures, sweep, tune
 
 REAL_SITES = "Real sites"
 PANELS = {
-    "Train": (run, plan, runs, stop, settings),
+    "Train": (run, plan, runs, stop, settings, import_),
     "Look": (report, watch, evaluate, keygen, verify),
     "Use": (ask, merge, export),
     REAL_SITES: (doctor, bundle),
@@ -46,7 +47,7 @@ app = typer.Typer(
 )
 for panel, commands in PANELS.items():
     for command in commands:
-        app.command(rich_help_panel=panel)(command)
+        app.command(command.__name__.rstrip("_"), rich_help_panel=panel)(command)
 for name, (group, panel) in GROUPS.items():
     app.add_typer(group, name=name, rich_help_panel=panel)
 

@@ -74,7 +74,9 @@ def _given(
     config: Annotated[
         list[str] | None,
         typer.Option(
-            "-c", "--config", help="Other settings: 'key=value key2=\"text\"' or a TOML file; may be given again."
+            "-c",
+            "--config",
+            help="Other settings: 'key=value', a TOML file, or a shipped one's name; may be given again.",
         ),
     ] = None,
 ) -> Given:

@@ -74,6 +74,11 @@ def test_an_installed_wheel_has_the_same_hash(tmp_path: Path, fresh_python: Run)
         wheel.extractall(site_packages)
     assert sorted(path.name for path in site_packages.iterdir()) == ["fedveil", "fedveil-0.1.0.dist-info"]
     assert digest(files_of(site_packages / "fedveil")) == own_digest()
+    for folder in ("configs", "formats", "sweeps"):
+        carried, own = (place / "experiments" / folder for place in (site_packages / "fedveil", ROOT))
+        names = {path.relative_to(own) for path in own.rglob("*.toml")}
+        assert names
+        assert {path.relative_to(carried) for path in carried.rglob("*.toml")} == names
     # An older FedVeil, or anybody's folders of these names, beside it or on the path before it change nothing.
     for folder in (site_packages, tmp_path / "other"):
         for room in ("common", "server"):
