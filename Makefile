@@ -1,4 +1,5 @@
-# make demo   environment, then the main job: a private federated fine-tune on real text
+# make demo   FedVeil as a user has it, then the main job: a private federated fine-tune on real text
+# make wheel  the wheel, in dist/
 # make test   environment, then every test
 # make generative   the model and data of the generative example
 # make texts   the sets of newswire and newsgroups, for experiments
@@ -7,12 +8,14 @@
 # make test-many   a secure sum of a hundred sites of which ten are lost; half a minute on one core
 # make test-harness   a tiny run under lm-evaluation-harness, in an environment of its own
 # make test-peft   adapters and exports under the oldest PEFT that pyproject.toml allows, in an environment of its own
+# make test-pythons  tests under each Python from 3.11 to 3.14 that is here and the newest torch; TESTS=... runs some of them
 # make test-product   every task, adapter, start, strategy and mechanism with every other: a run, or one sentence
 # make test-trackers  runs with the real trackers, in an environment of its own
 # make audit  attacks on noise, clip, batches and ledger, and faults that they must find; RUN=folder puts audit.json there
 # make faults sites, server and network broken on a real federation; cutting the network needs root and iproute2
 # make browser  reports in headless Chromium, wide and narrow, checked by axe-core; RUN=folder takes that run's (needs Node.js)
 # make docs   pages and settings that are made from the code, and the tables and the plot of results
+# make site   the documents as a site, build/site/index.html
 # make check  formatters, linters, types
 # make house  the sizes of the code base, from its syntax trees
 PYTHON ?= python3
@@ -20,22 +23,28 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
+DEMO       := $(VENV)/.demo
 GENERATIVE := $(VENV)/.generative
 VISION     := $(VENV)/.vision
 TEXTS      := $(VENV)/.texts
 
 INSTALL := install --quiet --disable-pip-version-check
 PIP    := $(BIN)/pip $(INSTALL)
+# What takes minutes shows what it does.
+SHOWN  := $(BIN)/pip $(filter-out --quiet,$(INSTALL))
 # What Python brings along may have advisories, and installs what comes after it.
 NEW_PIP := -m pip $(INSTALL) --upgrade --only-binary :all: -r requirements/pip.txt
 OLDEST_PEFT := $(shell sed -n 's/^ *"peft>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 # Wheels of which every byte is known, and nothing that they ask for: no setup.py runs.
 EXACT  := --require-hashes --no-deps --only-binary :all:
 
-.PHONY: demo test test-many test-deployment test-harness test-trackers test-peft test-product audit faults docs check house format environment generative texts vision browser clean
+.PHONY: demo wheel test test-many test-pythons test-deployment test-harness test-trackers test-peft test-product audit faults docs site check house format environment generative texts vision browser clean
 
-demo: environment
+demo: $(DEMO)
 	$(BIN)/fedveil run
+
+wheel:
+	$(PYTHON) -m pip wheel --disable-pip-version-check --no-deps --wheel-dir dist .
 
 # Tests start many processes, each of which would compile this project's files anew where no bytecode may be kept.
 test: environment generative texts $(VISION)
@@ -67,9 +76,11 @@ test-peft: environment
 	$(VENV)/peft/bin/python -c 'import sys, peft; sys.exit(not peft.__version__.startswith("$(OLDEST_PEFT)"))'
 	PYTHONPATH=. $(VENV)/peft/bin/python -m pytest -m peft
 
+test-pythons:
+	$(PYTHON) tools/pythons.py $(TESTS)
+
 test-product: environment
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 -m product contrib/tests
-
 
 # The trackers' packages, some 1 GB on the disk, likewise.
 test-trackers: environment
@@ -91,6 +102,9 @@ faults: environment
 docs: environment
 	$(BIN)/python -m docs.make
 
+site: environment
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 house:
 	$(PYTHON) tools/house.py
 
@@ -109,13 +123,21 @@ format: environment
 
 environment: $(READY)
 
-$(READY): pyproject.toml requirements/pip.txt requirements/demo.txt requirements/override.txt
+$(DEMO): pyproject.toml requirements/pip.txt requirements/demo.txt requirements/override.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "FedVeil needs Python 3.11 or newer; name one with: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@echo "Installing FedVeil into $(VENV): 2.2 GB on the disk (7 GB where torch comes with CUDA), one to ten minutes."
+	@echo "The demonstration after it takes about five minutes on 2 cores, and fetches nothing."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(NEW_PIP)
 	$(PIP) $(EXACT) -r requirements/demo.txt
-	$(PIP) -e '.[demo,vision,pictures,quantised,dev]'
+	$(SHOWN) -e '.[demo]'
+	$(PIP) --upgrade --no-deps --only-binary :all: -r requirements/override.txt
+	@touch $(DEMO)
+
+# The tools of developers, and every extra that tests need.
+$(READY): $(DEMO)
+	$(SHOWN) -e '.[demo,vision,pictures,quantised,docs,dev]'
 	$(PIP) --upgrade --no-deps --only-binary :all: -r requirements/override.txt
 	@touch $(READY)
 

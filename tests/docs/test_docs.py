@@ -6,6 +6,7 @@ import ast
 import re
 import shlex
 import subprocess
+import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -64,6 +65,20 @@ def check_settings(words: list[str]) -> None:
     configure(parse_settings(texts))
 
 
+def check_install(words: list[str]) -> None:
+    """Hold the wheel that a page installs, its extras and the version over Flower's pin against ``pyproject.toml``."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    override = (ROOT / "requirements" / "override.txt").read_text(encoding="utf-8").splitlines()[-1]
+    assert words[1] == "install"
+    for word in [word for word in words[2:] if not word.startswith("--")]:
+        if ".whl" in word:
+            name, _, extras = Path(word).name.rstrip("]").partition("[")
+            assert name == f"fedveil-{project['version']}-py3-none-any.whl"
+            assert set(extras.split(",")) <= set(project["optional-dependencies"])
+        else:
+            assert word == override
+
+
 def made_here() -> list[str]:
     """Return what keys, models and pictures the pages' commands write into the folder in which they are given."""
     named = set()
@@ -116,6 +131,10 @@ def test_every_command_in_the_docs_exists(page: str, line: str) -> None:
     elif program == "flower-supernode":
         node = parse_settings([words[words.index("--node-config") + 1]])
         assert set(node) <= set(NODE_KEYS), f"{page}: a site knows no {set(node) - set(NODE_KEYS)}"
+    elif program == "pip":
+        check_install(words)
+    elif words[1:3] == ["-m", "venv"]:
+        assert (place := words[3]) != "fedveil", f"{page}: {place} would be imported instead of the package"
     elif program in ("python", "python3"):
         script = next(word for word in words[1:] if not word.startswith("-"))
         module = script.removeprefix("fedveil.").replace(".", "/") if words[1] == "-m" else script
