@@ -24,7 +24,8 @@ def evaluate(folder: RunFolder) -> None:
     check_adapter(folder / "adapter")
     from fedveil.experiments.evaluate import evaluate_run
 
-    score = evaluate_run(folder)
+    with console.status("loading the model and scoring"):
+        score = evaluate_run(folder)
     console.print(f"accuracy {100 * score.accuracy:.1f} %  loss {decimal_text(score.loss, 4)}")
 
 
@@ -45,7 +46,8 @@ def merge(
     check_vacant(target)
     from fedveil.experiments.serving.merge import merge_run
 
-    code = merge_run(folder, target, form)
+    with console.status("merging"):
+        code = merge_run(folder, target, form)
     console.print(f"model: {target}\n\n{code}", end="")
 
 
@@ -80,6 +82,8 @@ def ask(
     check_adapter(folder / "adapter")
     from fedveil.experiments.serving.ask import ask_run
 
-    for answer in ask_run(folder, words):
+    with console.status("loading the model"):
+        answers = list(ask_run(folder, words))
+    for answer in answers:
         share = "" if answer.probability is None else f"{percent_text(answer.probability):>8}  "
         console.print(f"{share}{answer.text}")

@@ -6,6 +6,7 @@ A guess opens the table. So it is for simulations alone: real sites and what is 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 from fedveil.common.config.flat import Scalar, defaults
 from fedveil.common.config.run import RunConfig
@@ -121,6 +122,6 @@ def _is_text(column: Sequence[object]) -> bool:
 
 def _words(table: Table, columns: Mapping[str, Scalar]) -> str:
     roles = {"data.text": "texts", "data.label": "labels"}
-    what = " and ".join(f"{roles[key]} from the column {columns[key]!r}" for key in roles if key in columns)
+    what = " and ".join(f"{roles[key]} in {columns[key]!r}" for key in roles if key in columns)
     flags = " and ".join(key.replace("data.", "--") for key in roles if key in columns)
-    return f"{table.origin}: {what}, which is a guess: {flags} would name another"
+    return f"Guessed columns of {Path(table.origin).name}: {what} ({flags} would name others)"

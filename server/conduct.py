@@ -69,12 +69,11 @@ class Terminal(Observer):
         """Say what the start was made of, and who took no part in it."""
         results = outcome.got.results.values()
         spent = self._epsilon(0) if any(result.spending for result in results) else None
-        cost = (
-            "no record used" if not results else "no claim" if spent is None else f"ε {epsilon_text(spent)}, worst site"
-        )
+        cost = "no claim" if spent is None else f"ε {epsilon_text(spent)}, worst site"
         text = self._job.origin.fingerprint
-        made = f", public text of SHA-256 {text}" if text else ""
-        self._folder.say(f"initialisation by {self._job.origin.name}{made}: {counted(len(results), 'site')}, {cost}", 0)
+        made = f" from public text of SHA-256 {text}" if text else ""
+        of = f"{counted(len(results), 'site')}, {cost}" if results else "no private records used"
+        self._folder.say(f"initialised by {self._job.origin.name}{made}: {of}", 0)
         if words := self._server_model.public_words:
             self._folder.say(words, 0)
         for absence in outcome.got.refusals.values():

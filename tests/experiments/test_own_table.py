@@ -34,7 +34,7 @@ def test_a_column_is_guessed_where_one_choice_is_sure_and_the_guess_is_said(tmp_
     own = table(tmp_path, id=list(range(60)), question=QUESTIONS, kind=["HUM", "LOC"] * 30)
     found, (line,) = guessed(own)
     assert found == {"data.text": "question", "data.label": "kind"}
-    for word in ("'question'", "'kind'", "guess", "--text and --label"):
+    for word in ("'question'", "'kind'", "Guessed", "--text and --label"):
         assert word in line
 
 

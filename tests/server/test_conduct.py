@@ -225,7 +225,7 @@ def test_round_0_is_told_with_its_sites_its_price_and_who_had_no_part(toy_settin
     lines = told(folder)
     assert max(spent(line).epsilon_total for line in later) > 1.01 * spent(first).epsilon_total
     spent_then = epsilon_by(read_run(folder), 0)
-    assert f"initialisation by dp-gradient: 1 site, ε {epsilon_text(spent_then)}, worst site" in lines
+    assert f"initialised by dp-gradient: 1 site, ε {epsilon_text(spent_then)}, worst site" in lines
     assert spent_then == pytest.approx(spent(first).epsilon_total, rel=1e-3)
     assert "  site-1 did not take part (policy): never" in lines
     before = read_file(BaselineFile, folder)
@@ -235,7 +235,7 @@ def test_round_0_is_told_with_its_sites_its_price_and_who_had_no_part(toy_settin
     # Of a start that nobody is asked for nothing is told, and one without privacy claims nothing.
     open_start = {**settings, "privacy.mode": "none", "adapter.start": "nonprivate-gradient"}
     folder = run_in_process({k: v for k, v in open_start.items() if k != "privacy.noise-multiplier"}, 2, "open")
-    assert "initialisation by nonprivate-gradient: 2 sites, no claim" in told(folder)
+    assert "initialised by nonprivate-gradient: 2 sites, no claim" in told(folder)
     asked = {**open_run(toy_settings), "rounds": 1}
     assert not [line for line in told(run_in_process(asked, 1, "plain")) if "round 0" in line or "initialis" in line]
 
@@ -263,7 +263,7 @@ def test_what_round_0_made_of_the_model_is_told_beside_what_was_there_before() -
     assert heard.lines == list(zip(told, (None, 0, None), strict=True))
     heard.lines.clear()
     observer.initialised(RoundOutcome(0, Collected(), None, 1.0))
-    assert heard.lines[0] == (f"initialisation by {job.origin.name}: 0 sites, no record used", 0)
+    assert heard.lines[0] == (f"initialised by {job.origin.name}: no private records used", 0)
     assert heard.lines[1:] == [("told", 0)]
     heard.lines.clear()
     model.statistic_words = ""
