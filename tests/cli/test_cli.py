@@ -52,6 +52,21 @@ def test_a_folder_is_looked_at_before_what_takes_seconds_is_imported(
     assert done.stdout.split() == ["imported:"]
 
 
+def test_the_help_begins_with_run_has_examples_and_imports_nothing_that_takes_time() -> None:
+    program = (
+        "import sys; from fedveil.cli.main import app\n"
+        "try: app(sys.argv[1:])\n"
+        "finally: print('imported:', *{'torch', 'numpy', 'dp_accounting', 'fedveil.privacy'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1] == "imported:"
+    panels = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("╭─")]
+    assert panels == ["Options", "Train", "Look", "Use", "Real", "Research"]
+    assert done.stdout.split("╭─ Train")[1].splitlines()[1].split()[1] == "run"
+    examples = done.stdout.split("Examples:")[1].splitlines()
+    assert len([line for line in examples if line.strip().startswith("fedveil ")]) == 5
+
+
 @pytest.mark.parametrize("command", ["run", "plan"])
 @pytest.mark.parametrize(
     ("content", "wanted"),
