@@ -39,6 +39,16 @@ def test_the_harness_is_an_extra_that_make_and_the_page_name() -> None:
         assert not re.search(r"install[^\n]*lm.eval", text), f"{name} names another range than the extra"
 
 
+def test_a_user_gets_no_tool_of_developers_and_a_developer_gets_those_of_the_pages() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    users = {Requirement(text).name for text in [*project["dependencies"], *extras["demo"]]}
+    assert not users & {Requirement(text).name for text in [*extras["dev"], *extras["docs"]]}
+    (installed,) = re.findall(r"-e '\.\[([^]]*dev[^]]*)\]'", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    assert {"demo", "docs", "dev"} <= set(installed.split(","))
+    assert f"[{installed}]" in (ROOT / "tools" / "pythons.py").read_text(encoding="utf-8")
+
+
 def lines_of(name: str) -> list[str]:
     text = (ROOT / "requirements" / name).read_text(encoding="utf-8")
     return [line for line in text.splitlines() if line and not line.startswith("#")]
