@@ -18,7 +18,7 @@ from fedveil.common.config.flat import Columns, Scalar
 from fedveil.common.config.run import RunConfig
 from fedveil.common.config.sections import DataConfig
 from fedveil.common.data.named import DATASETS
-from fedveil.common.data.partition import check_division, public_size_of_part, site_part
+from fedveil.common.data.partition import _shares, check_division, public_size_of_part, site_part
 from fedveil.common.data.sources import (
     Reading,
     is_public,
@@ -28,6 +28,7 @@ from fedveil.common.data.sources import (
     public_names,
     train_and_test,
 )
+from fedveil.common.data.split import _test_records
 from fedveil.common.errors import ConfigError, PolicyRefusal
 from fedveil.common.files import FileState
 from fedveil.common.labels import labels_text
@@ -174,6 +175,12 @@ def forget_readings() -> None:
     """Drop the records of sites' own files that this process has read; the next task reads them again."""
     _own_data.cache_clear()
     _named.clear()
+
+
+def forget_divided() -> None:
+    """Drop the records that this process's simulated sites divide, and the server's test part of them."""
+    for made in (_partition, train_and_test, _shares, _test_records):
+        made.cache_clear()
 
 
 def named_files() -> Mapping[Path, FileState]:

@@ -1,8 +1,8 @@
 """The sources of records.
 
 A source is a name in ``common.data.named.DATASETS``, ``hub:NAME`` or ``hub:NAME:SPLIT``, or a CSV, TSV,
-JSONL or Parquet file (UTF-8), or a folder of such files. A TSV is read without quoting, as GLUE's are
-written: a quote is a quote. Row numbers in messages count records from 1, without the header.
+JSONL or Parquet file (UTF-8), or a folder of such files, or what a simulation has in memory. A TSV is read without
+quoting, as GLUE's are written: a quote is a quote. Row numbers in messages count records from 1, without the header.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from fedveil.common.check import OneOf, nearest
 from fedveil.common.config.sections import DataConfig
+from fedveil.common.data.in_memory import MARK, tables_in_memory
 from fedveil.common.data.named import DATASETS
 from fedveil.common.data.read_named import load_named
 from fedveil.common.data.rows import read_rows
@@ -117,7 +118,7 @@ def _load(
         reading = Reading(load_named(source, key, person))
     else:
         kind = TASKS[task]
-        tables, unreadable = _tables(source, task, protected=protected, line_breaks=line_breaks)
+        tables, unreadable = tables_of(source, task, protected=protected, line_breaks=line_breaks)
         more = [Column(KEY, key)] if key else []
         more += [Column(PERSON, person)] if person else []
         more += [Column(SLICE, config.slice)] if config.slice and source == config.test and not protected else []
@@ -140,10 +141,12 @@ def _check_named(source: str, asked: str, labels: tuple[str, ...], config: DataC
         )
 
 
-def _tables(source: str, task: str, *, protected: bool, line_breaks: bool) -> tuple[list[Table], list[str]]:
+def tables_of(source: str, task: str, *, protected: bool, line_breaks: bool) -> tuple[list[Table], list[str]]:
     """Return what the files of a source hold, and of protected ones those that cannot be read, in words."""
     if source.startswith("hub:"):
         return [read_hub(source)], []
+    if source.startswith(MARK) and not protected:
+        return tables_in_memory(source), []
     tables, unreadable = list[Table](), list[str]()
 
     def read(path: Path, reader: Callable[[Path], Table | None]) -> bool:
@@ -284,7 +287,7 @@ def unprotected_test(name: str, test: str, size: int) -> str:
     """
     if test or is_public(name):
         return ""
-    source = name if name.startswith("hub:") else Path(name).name
+    source = "the given records" if name.startswith(MARK) else name if name.startswith("hub:") else Path(name).name
     return (
         f"{counted(size, 'row')} of {source} are held out as the test set. They get no privacy protection; if they "
         "describe people, pass a public file as data.test"

@@ -42,8 +42,23 @@ def read_hub(source: str) -> Table:
             f"{source} cannot be loaded from the hub ({reason}): check the name, the split and the connection, "
             f"or name a file"
         ) from error
+    return dataset_table(loaded, source)
+
+
+def dataset_table(loaded: Any, origin: str) -> Table:
+    """Return the columns of a ``datasets.Dataset``.
+
+    Args:
+        loaded: the data set.
+        origin: what messages call it.
+
+    Raises:
+        DataError: it is empty.
+    """
+    import datasets
+
     if not len(loaded):
-        raise DataError(f"{source} is empty: it has no records")
+        raise DataError(f"{origin} is empty: it has no records")
     for column, kind in loaded.features.items():
         if isinstance(kind, datasets.Image):  # as bytes: the cell's reader decodes them, within limits
             loaded = loaded.cast_column(column, datasets.Image(decode=False))
@@ -54,7 +69,7 @@ def read_hub(source: str) -> Table:
     for column, names in classes.items():
         # -1 is the hub's way to say that a record has no label.
         columns[column] = [None if i is None or i < 0 else names[i] for i in columns[column]]
-    return Table(source, columns, classes)
+    return Table(origin, columns, classes)
 
 
 def read_file(path: Path, *, by_line: bool = False) -> Table:
