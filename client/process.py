@@ -38,6 +38,7 @@ from fedveil.common.model.device import denormals_flushed, make_threads, own_cor
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.model.files import files_of
 from fedveil.common.paths import reply_file, run_name
+from fedveil.common.registered import require_installed_rows
 from fedveil.privacy.secure_sum import KeyOffer
 from fedveil.strategies.job import Job, configure
 
@@ -156,8 +157,10 @@ class SiteProcess:
                 job = configure(settings)
                 run = run_name(job.config, run)
                 check_job(node, job, simulated=simulated)
-                if not (simulated or self.signed):
-                    check_unsigned(job.config)
+                if not simulated:
+                    require_installed_rows()
+                    if not self.signed:
+                        check_unsigned(job.config)
             self.cache.free()
             self.cache.forget_other_runs(run)
             site = replace(open_site(node, job.config, run, simulated=simulated), apart=deadline.extended)

@@ -33,6 +33,7 @@ from fedveil.common.log import about, place_of, set_up
 from fedveil.common.messages.signed import Asked, SiteKeys, check_task, digest, sign_answer
 from fedveil.common.messages.wire import encode_reply, round_of
 from fedveil.common.paths import run_name
+from fedveil.common.registered import require_installed_rows
 from fedveil.common.runtime import ANEW, NODE_TOO, NotOurNode, TaskLost
 from fedveil.privacy.entropy import require_system_entropy
 from fedveil.strategies.job import configure
@@ -157,6 +158,7 @@ def main() -> int:
     parser.add_argument("--key", type=Path, required=True, help="the node's private key, which signs the answers")
     words = parser.parse_args()
     require_system_entropy()
+    require_installed_rows()
     write_no_dumps()
     set_up()
     settings: dict[str, Scalar] = json.loads(words.node)

@@ -35,6 +35,12 @@ class OwnCheck:
 
 Reach = Literal["network", "simulation", "one process"]
 """How sites are reached; only in the first case does anything go over a network."""
+ENGINES: dict[Reach, str] = {
+    "network": "Flower, with sites over a network",
+    "simulation": "Flower's simulation, with sites in processes of their own",
+    "one process": "in process, without Flower: one process for server and sites",
+}
+"""What conducts a run, in words."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,10 @@ class ServerStart:
     check: OwnCheck
     system_entropy: bool = True
     """Whether private randomness came from the operating system; False: from a test's source."""
+    fresh_ledgers: bool = False
+    """Whether the sites' ledgers are this run's own and began empty, as a simulation's that names none."""
+    registered: list[str] = field(default_factory=list)
+    """Rows of user code in this process, such as ``strategy 'mine'``, which no version of FedVeil has."""
 
 
 @dataclass(frozen=True)

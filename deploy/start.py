@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fedveil.common.errors import DataError
 from fedveil.common.ports import free_ports
+from fedveil.common.registered import require_installed_rows
 from fedveil.deploy.certificates import belongs_to, days_left, is_issued_by, read_certificate
 from fedveil.deploy.commands import (
     environment,
@@ -41,8 +42,10 @@ def start_server(folder: ServerFolder, say: Callable[[str], None]) -> None:
     Raises:
         DataError: a certificate is expired or wrong, a file is missing, or a port is taken.
         MechanismError: a test has replaced the operating system's entropy.
+        ConfigError: a row of user code is registered in this process.
     """
     require_system_entropy()
+    require_installed_rows()
     if finish_renewal(folder):
         say("an interrupted renewal of the server's certificate is complete now")
     server = read_certificate(read_bytes(folder.path / "server.pem", "the server's certificate"), "the server")

@@ -25,6 +25,9 @@ COVERED = (
     "every release beside training that is listed in this report",
     "all rounds together, and earlier runs as far as the site's ledger holds them",
 )
+COVERED_ALONE = (*COVERED[:-1], "all rounds of this run together")
+OTHER_RUNS = "other runs on the same records: ε is of this run alone, whose ledgers began empty with it"
+"""Of a simulation that keeps its ledgers to itself."""
 ENDED = "an end chosen by results: the planned end's ε holds"
 """The ε of fewer rounds is known only once their results are, and theorems on composition are of a plan."""
 NOT_COVERED = (
@@ -66,6 +69,7 @@ EXPOSED_RUN = (
 """Without names, which the page would not escape here: the gaps name the sites."""
 NOTHING_YET = "Privacy is on. No site has reported a release yet, so there is no figure."
 SEEDED = "noise and samples came from a test's source of random numbers, so this run protects nobody"
+REGISTERED = "{} is code that no version of FedVeil has: whether the claim holds with it, no test of FedVeil says"
 UNKNOWN = (
     "The run's privacy.mode {!r} is none that this FedVeil knows, or none for privacy.unit {!r}. It can say nothing "
     "about any record."
@@ -119,6 +123,7 @@ def claim_of(files: RunFiles, sites: Sequence[SiteReport]) -> Claim:
     if worst is None or delta is None:
         return Claim(False, False, mode, NOTHING_YET, *6 * ("",), head, [], [], gaps, text)
     central = files.trusts_server
+    fresh = not central and _has_fresh_ledgers(files)
     sentence = EXPOSED_RUN
     if not any(site.agreement == "exposed" for site in sites):
         sentence = _promise(claim, worst.epsilon_worst, delta, central=central)
@@ -137,11 +142,16 @@ def claim_of(files: RunFiles, sites: Sequence[SiteReport]) -> Claim:
         sampler=claim.sampler,
         accountant=", ".join(sorted({site.accountant for site in sites if site.epsilon_worst is not None})),
         head=head,
-        covered=list(COVERED_BY_SERVER if central else COVERED),
-        not_covered=[*claim.leaves_out, *(BY_SERVER if central else NOT_COVERED)],
+        covered=list(COVERED_BY_SERVER if central else COVERED_ALONE if fresh else COVERED),
+        not_covered=[*claim.leaves_out, *[OTHER_RUNS] * fresh, *(BY_SERVER if central else NOT_COVERED)],
         gaps=gaps,
         public_text=text,
     )
+
+
+def _has_fresh_ledgers(files: RunFiles) -> bool:
+    """Return whether the ledgers of the run's sites are its own, so that no other run is in them."""
+    return bool(files.server and all(start.fresh_ledgers for start in files.server.starts))
 
 
 def _promise(claim: Promise, epsilon: float | None, delta: float, *, central: bool) -> str:
@@ -195,6 +205,8 @@ def _gaps(files: RunFiles, sites: Sequence[SiteReport], unpaid: list[str]) -> li
     gaps = [cut_test] if cut_test and "data.name" in settings else []
     if files.server and not all(start.system_entropy for start in files.server.starts):
         gaps.append(SEEDED)
+    if files.server and (rows := sorted({row for start in files.server.starts for row in start.registered})):
+        gaps.append(REGISTERED.format(", ".join(rows)))
     gaps += _by_note([site for site in sites if site.agreement in ("smaller", "unknown", "exposed")], len(sites))
     gaps += [
         f"{site.site}: ε {epsilon_text(site.epsilon_total)}{at_h(sharing)} is above its budget of "

@@ -19,6 +19,7 @@ from fedveil.common.messages.round import Reply, SumReply, Task
 from fedveil.common.messages.signed import check_unsigned
 from fedveil.common.messages.wire import encode_task
 from fedveil.common.paths import run_folder
+from fedveil.common.registered import require_installed_rows
 from fedveil.common.server_file import Reach
 from fedveil.server.conduct import conduct
 from fedveil.server.model import ServerModel
@@ -192,7 +193,10 @@ def main(grid: Grid, context: Context) -> None:
     job = configure(dict(context.run_config))
     run = str(context.run_id)
     reach: Reach = "simulation" if isinstance(grid, InMemoryGrid) else "network"
-    start = began(reach, own_check(run_folder(job.config, run).parent, reach))
+    if reach == "network":
+        require_installed_rows()
+    check = own_check(run_folder(job.config, run).parent, reach)
+    start = began(reach, check, fresh_ledgers=reach == "simulation")
 
     def connect(server_model: ServerModel, folder: RunFolder) -> FlowerTransport:
         signing = None

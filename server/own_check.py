@@ -19,6 +19,7 @@ from pathlib import Path
 from fedveil.common.bundle import own_digest
 from fedveil.common.errors import DataError
 from fedveil.common.log import place_of
+from fedveil.common.registered import registered_rows
 from fedveil.common.server_file import CheckLine, OwnCheck, Reach, ServerStart
 from fedveil.common.strict_json import from_json
 from fedveil.privacy.entropy import entropy_is_replaced
@@ -31,10 +32,11 @@ PATIENCE = 120.0
 """Seconds for the check, most of them imports; far more than it takes on a busy machine."""
 
 
-def began(reach: Reach, check: OwnCheck | None = None) -> ServerStart:
+def began(reach: Reach, check: OwnCheck | None = None, *, fresh_ledgers: bool = False) -> ServerStart:
     """Return what is written down at a start of a run: when, by which code, and what the check found."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    return ServerStart(now, own_digest(), reach, check or OwnCheck(), not entropy_is_replaced())
+    entropy, rows = not entropy_is_replaced(), list(registered_rows())
+    return ServerStart(now, own_digest(), reach, check or OwnCheck(), entropy, fresh_ledgers, rows)
 
 
 def own_check(runs: Path, reach: Reach, command: Sequence[str] = (sys.executable, "-P", "-m", PROGRAM)) -> OwnCheck:

@@ -40,6 +40,7 @@ from fedveil.common.bundle import bundle_digest, own_digest
 from fedveil.common.errors import FedVeilError, RunFailed
 from fedveil.common.log import about, place_of, set_up
 from fedveil.common.parent import die_with_parent
+from fedveil.common.registered import require_installed_rows
 from fedveil.common.runtime import NODE_TOO, HeldTask, NotOurNode, Runtime, TaskLost
 from fedveil.privacy.entropy import require_system_entropy
 
@@ -168,6 +169,7 @@ def main() -> int:
     parser.add_argument("--secret", type=Path, required=True, help="file with the secret that it was started with")
     words = parser.parse_args()
     require_system_entropy()
+    require_installed_rows()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # its runs are ended first
     set_up()
     logging.getLogger("fedveil").propagate = False  # libraries put handlers of their own on the root

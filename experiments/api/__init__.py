@@ -1,0 +1,1 @@
+"""The front door in Python: what ``import fedveil`` offers (``fedveil.run``, ``plan``, ``load``, ``Run``)."""

@@ -1,0 +1,87 @@
+"""Registration of a user's own rows, for simulations in this process."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from typing import Any, TypeVar
+
+from fedveil.common.adapters import ADAPTERS, ALIASES, Adapter
+from fedveil.common.check import PLAIN_NAME
+from fedveil.common.errors import ConfigError
+from fedveil.common.observers import NO_OBSERVER, OBSERVERS, RunObserver
+from fedveil.common.registered import note_registered, registered_rows
+from fedveil.common.starts import STARTS, PaidStart, Start
+from fedveil.common.tasks import TASKS, Task
+from fedveil.strategies import CONTROLS, STRATEGIES, Strategy
+from fedveil.strategies.options import known_settings
+from fedveil.strategies.recipes import AUTO
+from fedveil.strategies.rules import RULES, ServerRule
+
+KINDS: dict[str, tuple[type[Any], MutableMapping[str, Any]]] = {
+    "strategy": (Strategy, STRATEGIES),
+    "adapter": (Adapter, ADAPTERS),
+    "task": (Task, TASKS),
+    "start": (Start, STARTS),
+    "rule": (ServerRule, RULES),
+    "observer": (RunObserver, OBSERVERS),
+}
+"""What can be registered: its base class, and the table that it becomes a row of."""
+T = TypeVar("T", bound=type[Any])
+
+
+def register(row: T) -> T:
+    """Make a class of your own a row that settings can name, in simulations of this process; return the class.
+
+    ::
+
+        @fedveil.register
+        @dataclass(frozen=True)
+        class Halved(Average):
+            name = "halved"
+            ...
+
+        fedveil.run("reviews.csv", strategy="halved")
+
+    A deployed site or server refuses to go on in a process with such a row: carry it there as a row of ``contrib``.
+    What protects records cannot be registered: no mechanism, accountant, source of noise, paid start or public data.
+
+    Args:
+        row: a subclass of ``Strategy``, ``Adapter``, ``Task``, ``Start``, ``ServerRule`` or ``RunObserver``. Registered
+            again, as by a cell that is run twice, the new class takes the place of the old one.
+
+    Raises:
+        ConfigError: it is none of these or not whole, or FedVeil has a row or a setting of its name.
+    """
+    kind, table = _kind_of(row)
+    if missing := sorted(getattr(row, "__abstractmethods__", ())):
+        raise ConfigError(f"{row.__name__} does not define {', '.join(missing)}: add it")
+    name = getattr(row, "name", None)
+    if not isinstance(name, str) or not PLAIN_NAME.fullmatch(name) or "." in name:
+        raise ConfigError(f"{row.__name__} needs a name of letters, digits, '_' and '-', such as name = 'mine'")
+    said = f"{kind} {name!r}"
+    if said in registered_rows():
+        del table[name]
+    _check_free(kind, name, table)
+    table[name] = row() if kind == "task" else row
+    note_registered(said)
+    return row
+
+
+def _kind_of(row: object) -> tuple[str, MutableMapping[str, Any]]:
+    kinds = ", ".join(base.__name__ for base, _ in KINDS.values())
+    if not isinstance(row, type):
+        raise ConfigError(f"{row!r} cannot be registered: give a subclass of {kinds}")
+    if issubclass(row, PaidStart):
+        raise ConfigError(f"{row.__name__} adds noise of its own, and what protects records cannot be registered")
+    for kind, (base, table) in KINDS.items():
+        if issubclass(row, base):
+            return kind, table
+    raise ConfigError(f"{row.__name__} cannot be registered: only a subclass of {kinds} can, and nothing that protects")
+
+
+def _check_free(kind: str, name: str, table: MutableMapping[str, Any]) -> None:
+    taken = {"strategy": {*CONTROLS}, "adapter": {*ALIASES}, "observer": {NO_OBSERVER}}
+    sections = {key.partition(".")[0] for key in known_settings()} - {*STRATEGIES, *RULES}
+    options = {*STRATEGIES, *CONTROLS, *RULES} if kind in ("strategy", "rule") else set()
+    if name in {*table, *taken.get(kind, ()), *sections, *options, AUTO}:
+        raise ConfigError(f"{name!r} is a name that FedVeil has: give the {kind} another one")
