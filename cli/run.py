@@ -10,7 +10,6 @@ import typer
 from rich.console import Console
 
 from fedveil.cli.errors import for_people
-from fedveil.cli.progress import RunProgress
 from fedveil.cli.summary import print_summary
 from fedveil.cli.table_options import Given, with_table
 from fedveil.common.ends import end_as_by_ctrl_c
@@ -33,6 +32,9 @@ def run(
     detach: Annotated[
         bool, typer.Option("--detach", help="Go on without this terminal, until the end or 'fedveil stop'.")
     ] = False,
+    in_process: Annotated[
+        bool, typer.Option("--in-process", help="Simulate in this process, without Flower: site after site.")
+    ] = False,
 ) -> None:
     """Fine-tune on a table that simulated sites divide, and report on it."""
     began = time.monotonic()
@@ -41,9 +43,10 @@ def run(
     settings, job, number = _prepared(given, sites)
     console.print(visible(_banner(job, number)))
     if detach:
-        _detached(settings, job, {"--sites": number, "--workers": workers})
+        flag: dict[str, int | None] = {"--in-process": None} if in_process else {}
+        _detached(settings, job, {"--sites": number, "--workers": workers, **flag})
     else:
-        _attended(settings, job, number, workers, began)
+        _attended(settings, job, number, None if in_process else workers, began)
 
 
 def _prepared(given: Given, sites: int | None) -> tuple[dict[str, Any], Job, int]:
@@ -64,8 +67,13 @@ def _prepared(given: Given, sites: int | None) -> tuple[dict[str, Any], Job, int
     return settings, job, number
 
 
-def _attended(settings: dict[str, Any], job: Job, sites: int, workers: int, began: float) -> None:
-    """Run the federation to its end below this terminal, show its progress and say what it has come to."""
+def _attended(settings: dict[str, Any], job: Job, sites: int, workers: int | None, began: float) -> None:
+    """Run the federation to its end below this terminal, show its progress and say what it has come to.
+
+    ``workers`` as for ``simulate``; None: in this process, without Flower.
+    """
+    from fedveil.experiments.in_process import simulate_in_process
+    from fedveil.experiments.progress import RunProgress
     from fedveil.experiments.simulate import simulate
     from fedveil.experiments.under_way import ways_on
     from fedveil.reports import write_reports
@@ -77,8 +85,13 @@ def _attended(settings: dict[str, Any], job: Job, sites: int, workers: int, bega
         console.print(visible(f"folder: {folder}"))
 
     try:
-        with RunProgress(console, _first_round(job)) as progress:
-            folder = simulate(settings, sites, progress.show, workers=workers, begun=begin)
+        with RunProgress(
+            console, _first_round(job), "starting" + " Flower and Ray" * (workers is not None)
+        ) as progress:
+            if workers is None:
+                folder = simulate_in_process(settings, sites, progress.show, begun=begin)
+            else:
+                folder = simulate(settings, sites, progress.show, workers=workers, begun=begin)
         if not _is_reported(folder):
             write_reports(folder)
         print_summary(folder, time.monotonic() - began)
@@ -88,7 +101,7 @@ def _attended(settings: dict[str, Any], job: Job, sites: int, workers: int, bega
         raise
 
 
-def _detached(settings: dict[str, Any], job: Job, options: dict[str, int]) -> None:
+def _detached(settings: dict[str, Any], job: Job, options: dict[str, int | None]) -> None:
     """Start the run in a session of its own, and say where it lies, how to follow and how to end it."""
     from fedveil.experiments.detached import LINES, begin_detached
 

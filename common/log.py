@@ -108,6 +108,25 @@ def set_up() -> None:
 
 
 @contextmanager
+def shown_otherwise(level: int = logging.WARNING) -> Iterator[None]:
+    """Keep from standard error, until the block ends, the server's lines and those of sites below ``level``.
+
+    They are shown by who follows the run's folder, and are kept there in any case.
+    """
+    set_up()
+    (handler,) = (one for one in logging.getLogger("fedveil").handlers if isinstance(one, _StandardError))
+
+    def is_left(record: logging.LogRecord) -> bool:
+        return record.name == "fedveil.site" and record.levelno >= level
+
+    handler.addFilter(is_left)
+    try:
+        yield
+    finally:
+        handler.removeFilter(is_left)
+
+
+@contextmanager
 def kept_in(path: Path, without: str = "") -> Iterator[None]:
     """Append the project's log lines, as JSON, to a file for as long as the context lasts.
 

@@ -121,6 +121,8 @@ class ResultFile(RunFile):
     """Empty when it completed."""
     reached: Reached | None = field(metadata=BESIDE)
     """None if no round was complete, or nothing could be saved."""
+    engine: str = ""
+    """What conducted the run, in words; empty: not recorded."""
 
 
 @dataclass(frozen=True, kw_only=True)

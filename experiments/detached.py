@@ -26,7 +26,7 @@ COMMAND = (sys.executable, "-P", "-m", "fedveil.cli.main", "run")
 POLL_SECONDS = 0.2
 
 
-def begin_detached(settings: Mapping[str, Scalar], output: Path, options: Mapping[str, int]) -> tuple[Path, int]:
+def begin_detached(settings: Mapping[str, Scalar], output: Path, options: Mapping[str, int | None]) -> tuple[Path, int]:
     """Start ``fedveil run`` in a session of its own; return the run's folder once it has begun, and its process.
 
     No signal of this process's terminal reaches it, and it ignores SIGHUP. Where this process is interrupted first, it
@@ -35,7 +35,7 @@ def begin_detached(settings: Mapping[str, Scalar], output: Path, options: Mappin
     Args:
         settings: of the run, flat.
         output: folder of the runs.
-        options: further options of the command, such as ``--sites``.
+        options: further options of the command, such as ``--sites``; None: it takes no value.
 
     Raises:
         RunFailed: it ended before it began to train; with the last line that it wrote.
@@ -45,7 +45,7 @@ def begin_detached(settings: Mapping[str, Scalar], output: Path, options: Mappin
     with tempfile.TemporaryDirectory(prefix="fedveil-") as scratch:
         written = Path(scratch, "settings.toml")
         written.write_text(to_toml(settings), encoding="utf-8")
-        words = [word for option, value in options.items() for word in (option, str(value))]
+        words = [str(word) for pair in options.items() for word in pair if word is not None]
         lines = Path(tempfile.mkstemp(prefix=".terminal-", suffix=".log", dir=output)[1])
         process = _start([*COMMAND, "-c", str(written), *words], lines)
         try:

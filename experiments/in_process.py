@@ -1,26 +1,37 @@
 """A whole federation in one process: the same messages, encoded and decoded, without Flower.
 
-For tests, benchmarks and debugging. Sites are described by node configurations, exactly as a
-SuperNode would be.
+Model and records are loaded once for all sites. Sites are described by node configurations, exactly as a SuperNode
+would be, and ledgers are charged and refuse as anywhere.
 """
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from fedveil.client.app import answer
 from fedveil.common.config.flat import Scalar
+from fedveil.common.ends import ends_wait
 from fedveil.common.errors import ConfigError
+from fedveil.common.files import expanded
+from fedveil.common.log import shown_otherwise
 from fedveil.common.messages.blocks import Layout, payload_bytes
 from fedveil.common.messages.round import Reply, SumReply, Task
 from fedveil.common.messages.wire import encode_reply, encode_task
 from fedveil.common.paths import run_folder
 from fedveil.common.run_lines import ConfigFile
+from fedveil.experiments.progress import Watch, followed
+from fedveil.experiments.simulate import check_output, check_simulated
+from fedveil.experiments.site_count import check_usual_sites, record_sites
+from fedveil.experiments.under_way import conducting
 from fedveil.server.conduct import conduct
+from fedveil.server.ledger import with_ledger
 from fedveil.server.model import ServerModel
+from fedveil.server.own_check import began
 from fedveil.server.records import RunFolder
 from fedveil.server.replies import read_reply, replies_to
 from fedveil.server.sites import Exchange, Transport
@@ -40,11 +51,12 @@ class InProcessTransport:
     def __init__(self, nodes: Sequence[dict[str, Scalar]], settings: Mapping[str, Scalar], job: Job) -> None:
         self._nodes, self._settings, self._job = nodes, dict(settings), job
         self._layout_of_round: Callable[[int], Layout] = lambda _: {}
+        self._folder: RunFolder | None = None
         self._memories: list[dict[str, bytes]] = [{} for _ in nodes]
 
-    def for_model(self, server_model: ServerModel) -> InProcessTransport:
-        """Take from the server what replies must look like."""
-        self._layout_of_round = server_model.reply_layout
+    def for_model(self, server_model: ServerModel, folder: RunFolder | None = None) -> InProcessTransport:
+        """Take from the server what replies must look like, and where to say who has answered."""
+        self._layout_of_round, self._folder = server_model.reply_layout, folder
         return self
 
     def nodes(self, wanted: int, besides: Collection[int]) -> list[int]:
@@ -63,11 +75,18 @@ class InProcessTransport:
         for node, task in tasks.items():
             content = encode_task(task)
             down += payload_bytes(content)
-            record = self.deliver(node, task, content)
+            with ends_wait():
+                record = self.deliver(node, task, content)
             up += payload_bytes(record)
             expected = replies_to(task, self._job, self._layout_of_round(task.round_number))
             replies[node] = read_reply(record, expected, task, node)
+            self._say(task, replies, len(tasks))
         return Exchange(replies, down, up)
+
+    def _say(self, task: Task, replies: Mapping[int, Reply | SumReply], asked: int) -> None:
+        if self._folder is not None:
+            answered = [reply.site for reply in replies.values()]
+            self._folder.progress(self._folder.shown.answered(task.round_number, answered, asked))
 
     def deliver(self, node: int, task: Task, content: Any) -> Any:
         """Return the message that a node sends back for a task's message; a test may send another.
@@ -85,6 +104,7 @@ def run_in_process(
     nodes: Sequence[dict[str, Scalar]] | int,
     run: str = "",
     kind: type[InProcessTransport] = InProcessTransport,
+    begun: Callable[[Path], None] = lambda _: None,
 ) -> Path:
     """Conduct a run over ``nodes`` and return its folder.
 
@@ -94,6 +114,7 @@ def run_in_process(
             ledgers in the run's folder; nodes that name a ledger of an earlier run are charged on top of it.
         run: the run's id; empty: a fresh one, as Flower draws it.
         kind: of the transport, which may misbehave.
+        begun: called with the run's folder before anything is loaded.
 
     Raises:
         ConfigError: a setting is wrong, or the folder holds a run of this id that is not resumed.
@@ -106,8 +127,56 @@ def run_in_process(
         raise ConfigError(f"{folder} holds a run already: give this one another id, or set resume = {run!r}")
     described = simulated_nodes(nodes, folder / "ledgers") if isinstance(nodes, int) else list(nodes)
     transport = kind(described, settings, job)
+    begun(folder)
 
-    def connect(server_model: ServerModel, _: RunFolder) -> Transport:
-        return transport.for_model(server_model)
+    def connect(server_model: ServerModel, folder: RunFolder) -> Transport:
+        return transport.for_model(server_model, folder)
 
-    return conduct(job, run, connect)
+    fresh = all(_ledger_is_fresh(node, folder) for node in described)
+    return conduct(job, run, connect, began("one process", fresh_ledgers=fresh))
+
+
+def simulate_in_process(
+    settings: Mapping[str, Scalar],
+    nodes: Sequence[dict[str, Scalar]] | int,
+    watch: Watch,
+    *,
+    begun: Callable[[Path], None] = lambda _: None,
+    alone: bool = True,
+    level: int = logging.WARNING,
+) -> Path:
+    """Run one federation of simulated sites in this process to its end and return the run's folder.
+
+    Args:
+        settings, watch, begun: as for ``simulate``, whose errors it has.
+        nodes: of the sites, or how many sites divide the data.
+        alone: whether the process is there for this run alone, so that ``fedveil stop`` may end it.
+        level: of the sites' log lines that go to standard error.
+    """
+    sites = nodes if isinstance(nodes, int) else len(nodes)
+    settings = with_ledger(settings)
+    job = configure(settings)
+    if isinstance(nodes, int) and job.config.resume:
+        check_usual_sites(run_folder(job.config, ""))
+    check_simulated(job, sites)
+    check_output(expanded(job.config.output))
+    with ExitStack() as until_over:
+        until_over.enter_context(shown_otherwise(level))
+
+        def start(folder: Path) -> None:
+            if isinstance(nodes, int):
+                record_sites(folder, sites)
+            folder.mkdir(parents=True, exist_ok=True)
+            if alone:
+                until_over.enter_context(conducting(folder))
+            begun(folder)
+            until_over.enter_context(followed(folder, watch))
+
+        return run_in_process(settings, nodes, begun=start)
+
+
+def _ledger_is_fresh(node: Mapping[str, Scalar], folder: Path) -> bool:
+    """Return whether a node's ledger lies in a run's folder, where that of a simulated one is that names none."""
+    if "ledger" in node:
+        return folder in expanded(str(node["ledger"])).absolute().parents
+    return not {"data", "policy"} & node.keys()

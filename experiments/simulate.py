@@ -34,7 +34,7 @@ from fedveil.common.run_lines import ProgressFile, ResultFile, read_if_there
 from fedveil.common.words import counted
 from fedveil.deploy.app import app_folder
 from fedveil.experiments import keeper
-from fedveil.experiments.site_count import record_sites
+from fedveil.experiments.site_count import check_usual_sites, record_sites
 from fedveil.experiments.under_way import conducting
 from fedveil.server.ledger import with_ledger
 from fedveil.server.lock import is_written
@@ -80,8 +80,10 @@ def simulate(
     output = str(expanded(str(settings.get("output", "runs"))).absolute())
     settings = with_ledger({**settings, "output": output})
     job = configure(settings)
+    if job.config.resume:
+        check_usual_sites(run_folder(job.config, ""))
     check_simulated(job, sites)
-    _check_output(Path(output))
+    check_output(Path(output))
     with (
         ExitStack() as until_over,
         tempfile.TemporaryDirectory(prefix="fedveil-") as scratch,
@@ -124,7 +126,7 @@ def check_simulated(job: Job, sites: int) -> None:
     site_part(train_and_test(config.data, config.model.task)[0], config.data, 0, sites)
 
 
-def _check_output(output: Path) -> None:
+def check_output(output: Path) -> None:
     """Raise ConfigError unless folders of runs can be made in ``output``, and RunFailed if there is no room in it."""
     try:
         output.mkdir(parents=True, exist_ok=True)

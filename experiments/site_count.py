@@ -1,12 +1,13 @@
-"""The number of simulated sites of a run, kept beside its ``config.json``.
+"""The simulated sites of a run, kept beside its ``config.json``: their number, their names and their ledgers.
 
-The number is no setting of the run (sites that own their data have none), yet another one divides
-the records otherwise: a resumed run would charge one site's records to another's budget.
+None of these is a setting of the run (sites that own their data have none), yet another number divides the records
+otherwise: a resumed run would charge one site's records to another's budget.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -27,12 +28,37 @@ class SimulatedFile(RunFile):
 
     NAME: ClassVar[str] = "simulated.json"
     sites: int
+    names: list[str] = field(default_factory=list)
+    """Of the sites; empty: the usual ones."""
+    ledgers: str = ""
+    """The folder of the sites' ledgers; empty: the run's own."""
 
 
-def record_sites(folder: Path, sites: int) -> None:
-    """Write the number of simulated sites into a run's folder, which is made if need be."""
+def record_sites(folder: Path, sites: int, names: Sequence[str] = (), ledgers: Path | None = None) -> None:
+    """Write which simulated sites a run has into its folder, which is made if need be; as ``SimulatedFile``."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / SimulatedFile.NAME, to_json(SimulatedFile(sites)))
+    file = SimulatedFile(sites, list(names), str(ledgers.absolute()) if ledgers else "")
+    write_json(folder / SimulatedFile.NAME, to_json(file))
+
+
+def recorded_ledgers(folder: Path, given: Path | None) -> Path | None:
+    """Return where the sites of a run that goes on have their ledgers; None: in the run's own folder.
+
+    Raises:
+        ConfigError: ``given`` is another place: what was spent so far would not count.
+    """
+    file = read_if_there(SimulatedFile, folder)
+    began = Path(file.ledgers) if file and file.ledgers else None
+    if given is not None and given.absolute() != began:
+        raise ConfigError(f"resume: the run in {folder} began with the ledgers in {began or folder}: leave ledger out")
+    return began
+
+
+def check_usual_sites(folder: Path) -> None:
+    """Raise ConfigError if a run that goes on began with ledgers or names of its sites that only Python can give."""
+    file = read_if_there(SimulatedFile, folder)
+    if file and (file.ledgers or file.names):
+        raise ConfigError(f"resume: the run in {folder} was begun from Python: go on with fedveil.run(resume=...)")
 
 
 def recorded_sites(folder: Path) -> int | None:

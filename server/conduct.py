@@ -15,7 +15,7 @@ from fedveil.common.model.score import Score
 from fedveil.common.observers import check_installed
 from fedveil.common.paths import REPLIES, run_folder, run_name
 from fedveil.common.run_lines import ProgressFile, Reached, ResultFile, Status
-from fedveil.common.server_file import ServerStart
+from fedveil.common.server_file import ENGINES, ServerStart
 from fedveil.common.words import counted
 from fedveil.privacy.figures import epsilon_text
 from fedveil.reports import federation_epsilon, write_reports
@@ -165,6 +165,7 @@ def _conduct(
         data = job.config.data
         if warning := unprotected_test(data.name, data.test, data.test_size):
             folder.say(warning)
+        folder.say(f"engine: {ENGINES[folder.reach]}")
         server_model = ServerModel(job)
         terminal = Terminal(job, folder, server_model)
         folder.label_names, folder.slice_names = server_model.label_names, server_model.slice_names

@@ -60,7 +60,7 @@ from fedveil.common.run_lines import (
     read_file,
     read_if_there,
 )
-from fedveil.common.server_file import ServerFile, ServerStart
+from fedveil.common.server_file import ENGINES, Reach, ServerFile, ServerStart
 from fedveil.common.strict_json import to_json
 from fedveil.server.checkpoint import NAME, Checkpoint, save_checkpoint
 from fedveil.server.collect.door import shown_of
@@ -101,6 +101,8 @@ class RunFolder(Observer):
         """Of the public records; set before the first line is written, as the slices' names."""
         self.slice_names: tuple[str, ...] = ()
         self._progress: ProgressFile | None = None
+        self.reach: Reach = "one process"
+        """What conducts the run."""
         self._baseline = saved.baseline if saved else Score(accuracy=0.0, loss=0.0)
         now = datetime.now(UTC).isoformat(timespec="seconds")
         path.mkdir(parents=True, exist_ok=True)
@@ -121,6 +123,7 @@ class RunFolder(Observer):
 
     def begun(self, start: ServerStart) -> None:
         """Record what the server knows of itself, beside what it knew when the run began or last went on."""
+        self.reach = start.reach
         before = read_if_there(ServerFile, self.path) if self.saved else None
         self._write(ServerFile([*(before.starts if before else []), start]))
 
@@ -226,7 +229,7 @@ class RunFolder(Observer):
 
     def ended(self, result: ResultFile) -> None:
         """Say how the run ended."""
-        self._write(result)
+        self._write(replace(result, engine=ENGINES[self.reach]))
 
     def save_adapter(self, model: FederatedModel, adapter: AdapterState, label_names: tuple[str, ...]) -> Path:
         """Write the final adapter in PEFT's format, the head, and what scoring it needs."""

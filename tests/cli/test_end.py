@@ -12,17 +12,17 @@ from made_run import MadeRun
 from rich.console import Console
 
 from fedveil.cli.errors import for_people
-from fedveil.cli.progress import RunProgress
 from fedveil.cli.summary import print_summary
 from fedveil.common.errors import RunFailed
 from fedveil.common.run_lines import ProgressFile
+from fedveil.experiments.progress import RunProgress
 
 
 def shown(*states: ProgressFile, clock: Any = None) -> list[tuple[str, str]]:
     """Return words and time left after each state, a second apart."""
     progress, said = RunProgress(Console(file=io.StringIO()), "reading 9 texts once"), []
     for second, state in enumerate(states):
-        said.append((progress._words(state), progress._left(state, float(second))))
+        said.append((progress.words(state), progress.left(state, float(second))))
     return said
 
 

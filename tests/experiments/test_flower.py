@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,10 @@ from fedveil.cli.main import app
 from fedveil.client.ledger.ledger import Ledger
 from fedveil.common.config.text import to_toml
 from fedveil.common.run_lines import PrivacyLine, ResultFile, RoundLine, read_file, read_lines
+from fedveil.common.server_file import ENGINES
 from fedveil.deploy.app import app_folder
+from fedveil.experiments.in_process import simulate_in_process
+from fedveil.experiments.simulate import simulate
 from fedveil.server.submission import OVERRIDES, refuse_wrong_settings
 
 pytestmark = pytest.mark.slow
@@ -98,6 +102,26 @@ def test_a_federation_runs_through_flower_and_ray(settings_file: Path, tmp_path:
     assert f"accuracy {100 * rounds[-1].accuracy:.1f} %" in scored.stdout
     left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=False).stdout
     assert not [line for line in left.splitlines() if "flower-superlink" in line and str(tmp_path) in line]
+
+
+@pytest.mark.deployment
+def test_both_engines_give_the_same_bits(
+    toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without privacy and with as many threads: the adapter, the head, every score and every byte that travelled."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    settings = {**toy_settings, "privacy.mode": "none", "strategy": "fed-svd"}
+    flower = simulate({**settings, "output": str(tmp_path / "flower")}, 3, lambda _: None, workers=1)
+    here = simulate_in_process({**settings, "output": str(tmp_path / "here")}, 3, lambda _: None)
+    for name in ("adapter_model.safetensors", "head.safetensors"):
+        assert (flower / "adapter" / name).read_bytes() == (here / "adapter" / name).read_bytes()
+    one, other = ([replace(line, seconds=None) for line in read_lines(RoundLine, folder)] for folder in (flower, here))
+    assert one == other
+    engines = [read_file(ResultFile, folder).engine for folder in (flower, here)]
+    assert engines == [ENGINES["simulation"], ENGINES["one process"]]
+    assert all(
+        f"engine: {engine}" in (f / "run.log").read_text() for f, engine in zip((flower, here), engines, strict=True)
+    )
 
 
 @pytest.mark.deployment

@@ -20,6 +20,7 @@ from fedveil.common.messages.round import Refusal, Task, TrainResult
 from fedveil.common.messages.wire import decode_reply, encode_reply
 from fedveil.common.model.score import Score
 from fedveil.common.run_lines import BaselineFile, PrivacyLine, ResultFile, RoundLine, read_file, read_lines
+from fedveil.common.server_file import ENGINES
 from fedveil.experiments.in_process import InProcessTransport, run_in_process
 from fedveil.privacy.figures import epsilon_text
 from fedveil.reports import report_of
@@ -115,7 +116,7 @@ def test_an_error_before_the_first_round_is_complete_leaves_its_reason_and_no_ad
     with pytest.raises(ValueError, match=WORDS):
         run_in_process(settings, 1, "cut", breaking(1, ValueError(WORDS)))
     folder = folder_of(settings, "cut")
-    assert read_file(ResultFile, folder) == ResultFile("failed", f"ValueError: {WORDS}", None)
+    assert read_file(ResultFile, folder) == ResultFile("failed", f"ValueError: {WORDS}", None, ENGINES["one process"])
     assert not (folder / "adapter").exists()
     assert (folder / "report.md").is_file()
     assert heard == ["update", "close"], "a tracker is told what is known before round 1, and that the run has ended"
@@ -145,7 +146,7 @@ def test_of_two_errors_the_run_ends_by_the_first_and_goes_on_all_the_same(
     assert "the run has no report: the report cannot be written" in (folder / "log.jsonl").read_text(encoding="utf-8")
     hint = "rounds up to 1 are kept; go on from there with resume = 'full'"
     reason = f"round 2: nobody. {hint}; the adapter could not be saved (OSError)"
-    assert read_file(ResultFile, folder) == ResultFile("failed", reason, None)
+    assert read_file(ResultFile, folder) == ResultFile("failed", reason, None, ENGINES["one process"])
     assert run_in_process({**settings, "resume": "full"}, 1) == folder
     assert [line.round_number for line in read_lines(RoundLine, folder)] == [1, 2]
     result = read_file(ResultFile, folder)
