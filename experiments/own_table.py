@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fedveil.common.config.flat import Scalar, defaults
 from fedveil.common.config.run import RunConfig
+from fedveil.common.data.in_memory import MARK, tables_in_memory
 from fedveil.common.data.named import DATASETS
 from fedveil.common.data.sources import train_and_test
 from fedveil.common.errors import ConfigError, DataError
@@ -30,21 +31,25 @@ LEAST_WORDS, LEAST_UNLIKE = 3, 0.5
 """What a column of texts has: so many words on average, and so large a share of texts that are not repeated."""
 
 
-def with_guesses(settings: Mapping[str, Scalar]) -> tuple[dict[str, Scalar], list[str]]:
+def with_guesses(settings: Mapping[str, Scalar], option: str = "--") -> tuple[dict[str, Scalar], list[str]]:
     """Return settings with the columns and the test size that a table of one's own suggests, and a line on each guess.
 
     What is written out stays as it is. A table that cannot be read is left to what reads its records.
+
+    Args:
+        settings: flat.
+        option: what stands before ``text`` and ``label`` where people name columns.
     """
-    table = _own_table(str(settings.get("data.name", "")))
-    if table is None:
+    tables = _own_tables(str(settings.get("data.name", "")))
+    if not tables:
         return dict(settings), []
     given, said = dict(settings), list[str]()
     if given.get("model.task", TASK) == TASK:
-        columns = _guessed(table, given)
+        columns = _guessed(tables[0], given)
         given |= columns
-        said += [_words(table, columns)] * bool(columns)
+        said += [_words(tables[0], columns, option)] * bool(columns)
     if not given.get("data.test") and "data.test-size" not in given:
-        given["data.test-size"] = held_out(table.size)
+        given["data.test-size"] = held_out(sum(table.size for table in tables))
     return given, said
 
 
@@ -73,14 +78,16 @@ def held_out(rows: int) -> int:
     return max(1, min(most, max(rows // SHARE, min(LEAST_TEST, rows // LARGEST_SHARE))))
 
 
-def _own_table(name: str) -> Table | None:
+def _own_tables(name: str) -> list[Table]:
+    if name.startswith(MARK):
+        return tables_in_memory(name)
     path = expanded(name)
     if name in DATASETS or path.suffix.lower() not in READERS or not path.is_file():
-        return None
+        return []
     try:
-        return read_file(path)
+        return [read_file(path)]
     except (ConfigError, DataError):
-        return None
+        return []
 
 
 def _guessed(table: Table, given: Mapping[str, Scalar]) -> dict[str, Scalar]:
@@ -120,8 +127,8 @@ def _is_text(column: Sequence[object]) -> bool:
     return words > 0 and words >= LEAST_WORDS * len(cells) and len(set(cells)) >= LEAST_UNLIKE * len(cells)
 
 
-def _words(table: Table, columns: Mapping[str, Scalar]) -> str:
+def _words(table: Table, columns: Mapping[str, Scalar], option: str) -> str:
     roles = {"data.text": "texts", "data.label": "labels"}
     what = " and ".join(f"{roles[key]} in {columns[key]!r}" for key in roles if key in columns)
-    flags = " and ".join(key.replace("data.", "--") for key in roles if key in columns)
+    flags = " and ".join(key.replace("data.", option) for key in roles if key in columns)
     return f"Guessed columns of {Path(table.origin).name}: {what} ({flags} would name others)"

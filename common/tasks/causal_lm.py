@@ -67,17 +67,21 @@ def prompt_tokens(tokenizer: Any, example: Example) -> list[int]:
 
 
 def complete(
-    model: Finished, example: Example, prompt_of: Callable[[Any, Example], list[int]] = prompt_tokens
-) -> list[Answer]:
-    """Return the likeliest next tokens, one after another, up to the end mark or ``MOST_NEW`` of them.
+    model: Finished, examples: Sequence[Example], prompt_of: Callable[[Any, Example], list[int]] = prompt_tokens
+) -> list[list[Answer]]:
+    """Return for each example the likeliest next tokens, up to the end mark or ``MOST_NEW`` of them.
 
     The prompt is read as in training, and loses its beginning where it leaves no room for an answer.
     """
+    return [[_completion(model, prompt_of(model.base.processor, example))] for example in examples]
+
+
+def _completion(model: Finished, prompt: list[int]) -> Answer:
     import torch
 
     tokenizer, decoder = model.base.processor, cast(Any, model.module.encoder)
     room = min(MOST_NEW, max(1, model.limit // 2))
-    prompt = prompt_of(tokenizer, example)[-(model.limit - room) :] or [tokenizer.eos_token_id or 0]
+    prompt = prompt[-(model.limit - room) :] or [tokenizer.eos_token_id or 0]
     tokens = torch.tensor([prompt], device=next(decoder.parameters()).device)
     with torch.no_grad():
         out = decoder.generate(
@@ -88,7 +92,7 @@ def complete(
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=pad_id(model.base),
         )
-    return [Answer(tokenizer.decode(out[0, tokens.shape[1] :], skip_special_tokens=True).strip(), None)]
+    return Answer(tokenizer.decode(out[0, tokens.shape[1] :], skip_special_tokens=True).strip(), None)
 
 
 class CausalLM(TextTask):

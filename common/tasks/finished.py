@@ -46,27 +46,27 @@ class Finished:
     inputs: tuple[str, ...]
     """Settings of the columns that a question gives, such as ``text`` and ``text-pair``, in the order of its words."""
 
-    def answer(self, words: Sequence[str]) -> list[Answer]:
-        """Return what the model answers, the likeliest first.
+    def answers(self, questions: Sequence[Sequence[str]]) -> list[list[Answer]]:
+        """Return what the model answers to each question, the likeliest first.
 
         Args:
-            words: one for each of ``inputs``: a text and its pair, a prompt, an image's path.
+            questions: the words of each, one for each of ``inputs``: a text and its pair, a prompt, an image's path.
 
         Raises:
             ConfigError: there are more words, or fewer, than ``inputs``, or the task takes no questions.
             DataError: a word names nothing that can be read.
         """
-        if len(words) != len(self.inputs):
+        wrong = next((words for words in questions if len(words) != len(self.inputs)), None)
+        if wrong is not None:
             names = " and ".join(self.inputs)
-            raise ConfigError(f"this run's records are asked with {names}: give {len(self.inputs)}, not {len(words)}")
-        questions = self.task.questions
-        if questions is None:
+            raise ConfigError(f"this run's records are asked with {names}: give {len(self.inputs)}, not {len(wrong)}")
+        if self.task.questions is None:
             raise ConfigError(f"a model of model.task {self.task.name!r} cannot be asked with words")
-        return questions.answer(self, questions.example(words))
+        return self.task.questions.answers(self, list(map(self.task.questions.example, questions)))
 
 
-def label_probabilities(model: Finished, example: Example) -> list[Answer]:
-    """Return every label with its probability, the likeliest first.
+def label_probabilities(model: Finished, examples: Sequence[Example]) -> list[list[Answer]]:
+    """Return for each example every label with its probability, the likeliest first.
 
     Raises:
         ConfigError: the model has no labels.
@@ -75,11 +75,11 @@ def label_probabilities(model: Finished, example: Example) -> list[Answer]:
         raise ConfigError(f"a model of model.task {model.task.name!r} has no labels to answer with")
     import torch
 
-    batch = model.task.collate(model.base, model.task.prepare(model.base, [example], model.limit))
+    batch = model.task.collate(model.base, model.task.prepare(model.base, examples, model.limit))
     with torch.no_grad():
-        probabilities = model.module(batch)[0].double().softmax(-1).tolist()
-    answers = [Answer(label, probability) for label, probability in zip(model.labels, probabilities, strict=True)]
-    return sorted(answers, key=lambda answer: -(answer.probability or 0.0))
+        rows = model.module(batch).double().softmax(-1).tolist()
+    answers = ([Answer(label, share) for label, share in zip(model.labels, row, strict=True)] for row in rows)
+    return [sorted(one, key=lambda answer: -(answer.probability or 0.0)) for one in answers]
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ class Questions:
 
     example: Callable[[Sequence[str]], Example]
     """Makes the example of a question from a word for each role with ``in_question``; DataError if one is no input."""
-    answer: Callable[[Finished, Example], list[Answer]] = label_probabilities
-    """Returns what the model answers, the likeliest first."""
+    answers: Callable[[Finished, Sequence[Example]], list[list[Answer]]] = label_probabilities
+    """Returns what the model answers to each, the likeliest first."""
 
 
 class Export:

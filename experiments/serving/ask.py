@@ -21,4 +21,4 @@ def ask_run(run: Path, words: Sequence[str]) -> list[Answer]:
         DataError: there is no saved adapter, or a word names nothing that can be read.
         ModelError: the base model on this machine is not the run's.
     """
-    return load_finished(run).answer(words)
+    return load_finished(run).answers([words])[0]
