@@ -12,6 +12,7 @@ import click
 import typer
 
 from docs.make import settings
+from docs.make.api import api_page
 from docs.make.page import page
 from docs.make.systems import row_table, system_table
 from docs.make.tables import (
@@ -263,6 +264,7 @@ def commands_page() -> str:
 
 
 PAGES: Mapping[str, Callable[[], str]] = {
+    "reference/api.md": api_page,
     "reference/tables.md": tables_page,
     "reference/systems.md": systems_page,
     "reference/run-folder.md": run_folder_page,

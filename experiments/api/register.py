@@ -40,6 +40,7 @@ def register(row: T) -> T:
             name = "halved"
             ...
 
+
         fedveil.run("reviews.csv", strategy="halved")
 
     A deployed site or server refuses to go on in a process with such a row: carry it there as a row of ``contrib``.

@@ -26,12 +26,14 @@ from docs.make.page import MADE
 from docs.make.tables import DEFAULT_RANK, DEFAULT_SHAPES, pair_table
 from fedveil.cli.main import app
 from fedveil.client.node import NODE_KEYS
+from fedveil.common import registered
 from fedveil.common.adapters import ADAPTERS
 from fedveil.common.adapters.targets import AUTO
 from fedveil.common.config.text import parse_settings, to_toml
 from fedveil.common.errors import ConfigError
 from fedveil.demo.models import MINILM
 from fedveil.demo.packaged import packaged_folder
+from fedveil.experiments.api import front
 from fedveil.experiments.in_process import run_in_process
 from fedveil.experiments.sweep import conduct
 from fedveil.experiments.sweep.rows import read_rows, results_file, write_rows
@@ -335,11 +337,11 @@ def test_the_researchers_guide_ends_in_a_result(
         if language == "python":
             if "MINILM" not in block:  # the plain job's own adapter; tests/demo/test_packaged.py loads that model
                 namespace: dict[str, Any] = {}
-                monkeypatch.setattr(
-                    "fedveil.experiments.in_process.run_in_process",
-                    lambda own, sites, run="own": run_in_process({**researcher, **OWN_RECORDS, **own}, sites, run),
-                )
+                usual = front.given_settings
+                monkeypatch.setattr(front, "given_settings", lambda *own, usual=usual: {**researcher, **usual(*own)})
                 exec(block, namespace)
+                STRATEGIES.pop("mine", None)
+                monkeypatch.setattr(registered, "_ROWS", [])
                 folder = namespace.get("folder", folder)
                 done.append("python")
             continue
