@@ -23,6 +23,8 @@ from fedveil.server.records import write_json
 from fedveil.strategies.job import configure
 
 FEDVEIL = str(Path(sys.executable).parent / "fedveil")
+SITES = [f"site-{number}" for number in range(1, 9)]
+"""Of the shipped composition."""
 
 
 PATIENCE = 600.0
@@ -30,6 +32,13 @@ PATIENCE = 600.0
 
 
 PART = "partition-id=0 num-partitions=1"
+
+
+def volumes(folder: Path) -> Path:
+    """Make what the keys' container is given, empty, in a folder."""
+    for name in ("authority", "server", "coordinator", *SITES):
+        (folder / name).mkdir(parents=True)
+    return folder
 
 
 def run(words: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -8,10 +8,10 @@ from typing import Any, cast
 
 import pytest
 import torch
+from adapter_models import bias_forgotten, losses, random_values, stock
 from made_run import spent
 from peft import LoraConfig, MissConfig, PeftConfig, PeftModel, RandLoraConfig, get_peft_model
 from safetensors.torch import load_file
-from test_adapters import bias_forgotten, losses, random_values, stock
 from torch import Tensor, nn
 from transformers import AutoModel
 from typer.testing import CliRunner

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from adapter_models import WITH_FACTORS, as_trained
 from digits import tiny_vit
 from exact import (
     ALPHA,
@@ -33,7 +34,6 @@ from exact import (
 )
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from test_adapters import WITH_FACTORS, as_trained
 from torch import Tensor, nn
 
 from audits.tiny_models import with_biases

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from adapter_models import Folder, float64_model, furthest_from_alone, stock
 from exact import (
     ALPHA,
     RANK,
@@ -27,7 +28,6 @@ from exact import (
 )
 from opacus.grad_sample import GradSampleHooks
 from peft import RandLoraConfig, get_peft_model
-from test_adapters import Folder, float64_model, furthest_from_alone, stock
 from torch import Tensor, nn
 
 from audits.tiny_models import TARGETS

@@ -9,10 +9,10 @@ from typing import Any, cast
 
 import pytest
 import torch
+from adapter_models import FAMILIES, Folder, float64_model, furthest_from_alone
 from digits import tiny_vit
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_adapters import FAMILIES, Folder, float64_model, furthest_from_alone
 from torch import Tensor, nn
 from transformers import AutoModel
 

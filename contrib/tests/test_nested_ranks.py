@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_adapters import Folder
-from test_record_gradients import RANK, RECORDS, ByLayer, World, each_family, largest, world_of
+from adapter_models import RANK, Folder
+from gradient_worlds import RECORDS, ByLayer, World, each_family, largest, world_of
 from torch import Tensor
 
 from fedveil.common.adapters.base import parameters_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_weight_noise import RANK, Layer
+from weight_layers import RANK, Layer
 
 from fedveil.contrib.nulls import LEVEL
 from fedveil.contrib.rules.align_guard import guarded

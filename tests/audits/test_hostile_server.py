@@ -15,6 +15,8 @@ from audits.hostile_server import FORGOTTEN, UNPAID, audit_rounds
 from audits.hostile_state import BEHIND_CHARGE, UNCHECKED, audit_masks
 from fedveil.common.findings import Finding
 
+pytestmark = pytest.mark.rough_prices
+
 Audit = Callable[[Path, Fault], Finding]
 CASES: dict[Audit, tuple[Fault, ...]] = {
     audit_records: (ROWS, COLUMNS, APART, DIVISIONS),

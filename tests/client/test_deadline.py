@@ -30,6 +30,8 @@ from fedveil.common.model.federated import FederatedModel
 from fedveil.privacy import dpsgd
 from fedveil.strategies.job import configure
 
+pytestmark = pytest.mark.rough_prices
+
 
 @pytest.fixture
 def site(toy_settings: dict[str, Any], tmp_path: Path) -> OneSite:

@@ -37,6 +37,8 @@ from fedveil.reports import federation_epsilon, report_of, write_reports
 from fedveil.server.admission import Admission
 from fedveil.strategies.job import configure
 
+pytestmark = pytest.mark.rough_prices
+
 OPEN = {"privacy.mode": "none"}
 WHISPER = gaussian_release(noise_multiplier=20.0, sample_rate=0.01, count=1)
 

@@ -31,6 +31,8 @@ from fedveil.privacy.figures import epsilon_text
 from fedveil.privacy.privacy_filter import promised
 from tools.convert_ledger import convert
 
+pytestmark = pytest.mark.rough_prices
+
 LATER = "2999-12-31T23:59:59+00:00"
 OTHER = gaussian_release(noise_multiplier=2.0, sample_rate=0.2, count=3)
 KEPT = cost_of(3) - cost_of(1)
@@ -156,7 +158,7 @@ def test_a_reservation_that_somebody_makes_meanwhile_counts(
     ledger: Ledger, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A price was made before; the ledger's version tells that it must be made again."""
-    from test_pricing import during_prices
+    from priced import during_prices
 
     made: list[int] = []
 

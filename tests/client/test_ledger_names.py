@@ -22,6 +22,8 @@ from fedveil.common.errors import LedgerError
 from fedveil.privacy.accounting import Release, gaussian_release
 from fedveil.strategies.job import configure
 
+pytestmark = pytest.mark.rough_prices
+
 WHISPER = gaussian_release(noise_multiplier=20.0, sample_rate=0.01, count=1)
 # fork: a child that has to import the libraries again takes seconds.
 processes = multiprocessing.get_context("fork")

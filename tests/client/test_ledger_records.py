@@ -25,6 +25,8 @@ from fedveil.common.tasks.images import Picture
 from fedveil.common.tasks.text import TextExample
 from fedveil.privacy.accounting import gaussian_release
 
+pytestmark = pytest.mark.rough_prices
+
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:

@@ -30,7 +30,7 @@ HEAD = {"strategy": "fedavg-lora", "adapter.name": "none", "training.sample-rate
 """Records become features."""
 LINEARISED = {"phases": "4 adapter on jacobians", "training.local-steps": 1, "training.sample-rate": 0.5}
 """They get derivatives."""
-pytestmark = pytest.mark.usefixtures("fresh_process")
+pytestmark = [pytest.mark.rough_prices, pytest.mark.usefixtures("fresh_process")]
 each_kind = pytest.mark.parametrize("own", [HEAD, LINEARISED], ids=["features", "derivatives"])
 
 

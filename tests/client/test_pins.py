@@ -47,6 +47,8 @@ from fedveil.common.tasks.images import Picture, read_image
 from fedveil.common.tasks.roles import Role
 from fedveil.strategies.job import configure
 
+pytestmark = pytest.mark.rough_prices
+
 
 def test_twelve_questions_of_a_hostile_server_are_refused_unread_in_the_same_words(
     site: OneSite, tmp_path: Path

@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 import random
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
+from priced import during_prices
 
 from audits.tiny_site import OneSite, clinic
 from fedveil.client.ledger.ledger import PRICES, Ledger
-from fedveil.client.ledger.rows import Charge, Receipt, price
+from fedveil.client.ledger.rows import Charge, Receipt
 from fedveil.common.config.sections import PrivacyConfig
 from fedveil.common.errors import BudgetExhausted, ConfigError, LedgerError
 from fedveil.privacy import accounting
@@ -27,7 +29,11 @@ from fedveil.strategies.resolve import resolve
 DELTA = 1e-5
 ROUND = gaussian_release(noise_multiplier=1.0, sample_rate=0.1, count=5)
 TERMS: dict[str, Any] = {"run": "1", "round_number": 1, "delta": DELTA, "max_epsilon": 8.0}
-COST = [promised([gaussian_release(1.0, 0.1, 5 * rounds)] if rounds else [], DELTA)[0] for rounds in range(4)]
+
+
+@cache
+def cost(rounds: int) -> float:
+    return promised([gaussian_release(1.0, 0.1, 5 * rounds)], DELTA)[0]
 
 
 @pytest.fixture
@@ -38,16 +44,6 @@ def path(tmp_path: Path) -> Path:
 def charge(ledger: Ledger, release: Release = ROUND, **overrides: Any) -> Receipt:
     held = {"dataset": "ward", "releases": (release,), **TERMS}
     return ledger.charge(Charge(**{name: overrides.pop(name, value) for name, value in held.items()}), **overrides)
-
-
-def during_prices(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
-    """Let ``act`` happen while a charge is being priced."""
-
-    def watched(*terms: Any) -> Receipt:
-        act()
-        return price(*terms)
-
-    monkeypatch.setattr("fedveil.client.ledger.ledger.price", watched)
 
 
 def check_that_nobody_waits_on_a_price(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,14 +81,14 @@ def check_that_a_price_is_made_again(path: Path, monkeypatch: pytest.MonkeyPatch
     def another() -> None:
         if next(others, None) == 1:
             with Ledger(path) as other:
-                charge(other, max_epsilon=COST[2])
+                charge(other, max_epsilon=cost(2))
 
     with Ledger(path) as ledger:
         during_prices(monkeypatch, another)
-        receipt = charge(ledger, max_epsilon=COST[2])
-        assert (receipt.epsilon_before, receipt.epsilon_after) == (COST[1], COST[2]), "priced on a history that is past"
+        receipt = charge(ledger, max_epsilon=cost(2))
+        assert (receipt.epsilon_before, receipt.epsilon_after) == (cost(1), cost(2)), "priced on a history that is past"
         with pytest.raises(BudgetExhausted):
-            charge(ledger, max_epsilon=COST[2])
+            charge(ledger, max_epsilon=cost(2))
 
 
 def test_what_others_charge_meanwhile_is_in_the_price(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +106,7 @@ def test_who_begins_to_share_records_meanwhile_is_charged_as_well(path: Path, mo
     with Ledger(path) as ledger:
         during_prices(monkeypatch, another)
         receipt = charge(ledger, records=[8, 9])
-        assert (receipt.epsilon_before, receipt.epsilon_after) == (COST[1], COST[2])
+        assert (receipt.epsilon_before, receipt.epsilon_after) == (cost(1), cost(2))
         assert [entry.dataset for entry in ledger.entries()] == ["clinic", "ward", "clinic"]
 
 
@@ -123,7 +119,7 @@ def test_a_price_that_nobody_looks_at_again_is_found_out(path: Path, monkeypatch
 def test_a_budget_that_is_lowered_meanwhile_holds(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def lower() -> None:
         with Ledger(path) as other:
-            other.lower_budget("ward", COST[1] / 2, DELTA)
+            other.lower_budget("ward", cost(1) / 2, DELTA)
 
     with Ledger(path) as ledger:
         during_prices(monkeypatch, lower)
@@ -141,7 +137,7 @@ def test_who_is_always_too_slow_is_priced_under_the_lock(path: Path, monkeypatch
 
     with Ledger(path) as ledger:
         during_prices(monkeypatch, another)
-        assert charge(ledger).epsilon_after == COST[1]
+        assert charge(ledger).epsilon_after == cost(1)
     assert next(made) == PRICES + 3, "one price for each time that others wrote, and one under the lock"
 
 
@@ -192,7 +188,7 @@ def test_a_plan_refuses_them_before_it_looks_for_a_noise(
         {"training.sample-rate": 1e-7},
         {"privacy.delta": 1e-300},
         {"privacy.noise-multiplier": 0.001},
-        {"rounds": 10**7, "privacy.noise-multiplier": 0.0},
+        {"training.local-steps": 10**7, "privacy.noise-multiplier": 0.0},
     ],
     ids=str,
 )

@@ -29,6 +29,8 @@ from fedveil.common.model.federated import FederatedModel
 from fedveil.privacy import randomness
 from fedveil.privacy.dpsgd import PrivateSteps
 
+pytestmark = pytest.mark.rough_prices
+
 
 @pytest.fixture
 def site(toy_settings: dict[str, Any], tmp_path: Path) -> OneSite:

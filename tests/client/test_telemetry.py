@@ -491,16 +491,15 @@ def planted() -> Iterator[tuple[str, Callable[[RecordDict], None]]]:
     yield "a figure in the shape", more_shape
 
 
-@pytest.mark.parametrize(("what", "plant"), list(planted()), ids=[what for what, _ in planted()])
-def test_a_planted_field_is_found(
-    what: str, plant: Callable[[RecordDict], None], toy_settings: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_planted_field_is_found(toy_settings: dict[str, Any], tmp_path: Path) -> None:
     reply = clinic(toy_settings, tmp_path).train()
-    record = encode_reply(reply)
-    check_content(record, reply)
-    plant(record)
-    with pytest.raises(Exception, match=r"list|follow|bytes|block"):
-        check_content(record, reply)
+    check_content(encode_reply(reply), reply)
+    for what, plant in planted():
+        print(what)  # pytest shows the last one where it is not found
+        record = encode_reply(reply)
+        plant(record)
+        with pytest.raises(Exception, match=r"list|follow|bytes|block"):
+            check_content(record, reply)
 
 
 def test_a_planted_field_of_the_message_is_found(toy_settings: dict[str, Any], tmp_path: Path) -> None:

@@ -170,43 +170,15 @@ def test_a_value_of_its_own_type_is_kept_and_a_whole_number_serves_as_a_number(k
 
 UP_TO_ONE = ("privacy.delta", "training.beta2", "training.momentum", "server.momentum")
 """Settings of which 1 is too much."""
-POSITIVE = (
-    "rounds",
-    "min-sites",
-    "round-timeout",
-    "model.max-length",
-    "data.test-size",
-    "data.dirichlet-alpha",
-    "adapter.rank",
-    "head.margin",
-    "training.beta2",
-    "head-rate",
-    "training.local-steps",
-    "training.sample-rate",
-    "training.learning-rate",
-    "server.learning-rate",
-    "server.adam-tau",
-    "privacy.epsilon",
-    "privacy.delta",
-    "privacy.clip-norm",
-)
-NOT_NEGATIVE = (
-    "adapter.alpha",
-    "model.feature-scale",
-    "training.momentum",
-    "training.weight-decay",
-    "training.batch-tokens",
-    "privacy.noise-multiplier",
-)
 RANGES = [
-    *((key, value) for key in POSITIVE for value in (0, -1)),
-    *((key, -1) for key in NOT_NEGATIVE),
-    *((key, v) for key in (*POSITIVE, *NOT_NEGATIVE) if isinstance(DECLARED[key], float) for v in (math.nan, math.inf)),
+    *((key, value) for key in ("rounds", "min-sites", "training.sample-rate") for value in (0, -1)),
+    *((f"privacy.{key}", value) for key in ("epsilon", "delta", "clip-norm") for value in (0, -1, math.nan, math.inf)),
+    *(("privacy.noise-multiplier", value) for value in (-1, math.nan, math.inf)),
     ("training.sample-rate", 1.5),
-    ("training.beta2", 1.0001),
-    ("privacy.delta", 0.6),
+    ("privacy.delta", 0.5),
     ("privacy.delta", 1.0),
 ]
+"""Of settings whose range a promise rests on; ``test_settings`` holds each rule to its words."""
 
 
 @pytest.mark.parametrize(("key", "value"), RANGES)
@@ -219,19 +191,6 @@ def test_a_value_out_of_range_is_refused_by_the_settings_name(key: str, value: f
 @pytest.mark.parametrize(("key", "value"), [("training.sample-rate", 1.0), ("privacy.noise-multiplier", 0.0)])
 def test_the_ends_of_a_range_that_make_sense_are_allowed(key: str, value: float) -> None:
     assert job_with(key, value).settings()[key] == value
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("privacy.delta", 0.5),
-        ("training.beta2", 1.0),
-        ("training.momentum", 1.0),
-    ],
-)
-def test_a_value_at_the_wrong_end_of_its_range_is_refused(key: str, value: float) -> None:
-    with pytest.raises(ConfigError, match=re.escape(key)):
-        job_with(key, value)
 
 
 @pytest.mark.parametrize("key", ["rounds", "privacy.epsilon"])

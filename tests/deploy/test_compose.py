@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from deployed import SITES, volumes
 from flwr.common.config import parse_config_args
 
 from fedveil.client.party import party_of
@@ -33,19 +34,11 @@ ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
 COMPOSE: dict[str, Any] = yaml.safe_load(TEXT)
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
-SITES = [f"site-{number}" for number in range(1, 9)]
 ONCE = ["keys", "job"]
 
 
 def networks_of(service: str) -> set[str]:
     return set(SERVICES[service].get("networks", ()))
-
-
-def volumes(folder: Path) -> Path:
-    """Make what the keys' container is given, empty, in a folder."""
-    for name in ("authority", "server", "coordinator", *SITES):
-        (folder / name).mkdir(parents=True)
-    return folder
 
 
 @pytest.fixture

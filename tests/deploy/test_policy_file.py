@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from deployed import volumes
 from typer.testing import CliRunner
 
 from fedveil.cli.main import app
@@ -467,15 +468,10 @@ def test_a_new_site_names_the_model_of_its_coordinator(tmp_path: Path) -> None:
 # Containers.
 
 
-def volumes(tmp_path: Path, *sites: str) -> None:
-    for name in ("authority", "server", "coordinator", *sites):
-        (tmp_path / name).mkdir()
-
-
 def test_containers_pin_what_the_job_asks_for_and_say_which_later_job_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    volumes(tmp_path, "site-1", "site-2")
+    volumes(tmp_path)
     asked = 'data.name="/data/test.csv" data.text="note" data.labels="bad,good" model.max-length=64'
     container.make_keys(1, 8.0, 1e-5, tmp_path, settings=asked)
     node = node_settings(open_site_folder(tmp_path / "site-1"))
@@ -511,7 +507,7 @@ def test_containers_make_no_site_for_a_job_that_no_policy_can_pin(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    volumes(tmp_path, "site-1")
+    volumes(tmp_path)
     make = container.make_keys
     monkeypatch.setattr(container, "make_keys", lambda *figures, **job: make(*figures, tmp_path, **job))
     monkeypatch.setenv("SITES", "1")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked_python import Run
 from made_run import spent
 from transformers import BertConfig, BertForMaskedLM
 
@@ -82,7 +81,7 @@ STRATEGY = Page(
 ADAPTER = Page(
     *("add-an-adapter", "OutputScale", "fedveil.common.adapters", "ADAPTERS", "output-scale"),
     tests=("tests/common/test_adapters.py",),
-    least=40,
+    least=18,
 )
 START = Page(
     *("add-a-start", "LongestRows", "fedveil.common.starts", "STARTS", "longest-rows"),
@@ -158,65 +157,33 @@ def test_the_pages_have_one_form(page: Page) -> None:
         assert f"`{file}`" in page.text, f"the page does not say that {file} tests its row"
 
 
-TEST_ROWS = """
-import os
+TEST_ROW = """
 import sys
 from pathlib import Path
 
 import pytest
 
-# Libraries, which are slow to load, and nothing of this project: its tables are read when its tests are collected.
-import datasets, flwr.app, flwr.clientapp, flwr.serverapp, opacus, peft, scipy.stats, torch, transformers
-import dp_accounting.pld, dp_accounting.rdp
-
+folder = Path(sys.argv[1])
+sys.path.insert(0, str(folder))
 # Some libraries bring plugins of pytest, whose assertions it would rewrite before they are loaded.
-OPTIONS = ["-p", "the_row", "-p", "no:cacheprovider", "-p", "no:xdist"]
-OPTIONS += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
-
-for name in sys.argv[1:]:
-    folder = Path(name)
-    if not (child := os.fork()):
-        out = os.open(folder / "said", os.O_WRONLY | os.O_CREAT)
-        for standard in (1, 2):
-            os.dup2(out, standard)
-        sys.path.insert(0, name)
-        code = 1
-        try:
-            code = pytest.main([*OPTIONS, *(folder / "words").read_text().splitlines()])
-            sys.stdout.flush()
-        finally:
-            os._exit(code)
-    (folder / "code").write_text(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
+options = ["-p", "the_row", "-p", "no:cacheprovider", "-p", "no:xdist"]
+options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
+print("ended with", int(pytest.main([*options, *(folder / "words").read_text().splitlines()])))
 """
-
-
-@pytest.fixture(scope="module")
-def tested_rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
-    """Return for each page how the tests of its table ended, and what they said, in a process that has its row alone.
-
-    The processes are forks of one that has loaded the libraries.
-    """
-    folders = {page.name: tmp_path_factory.mktemp(page.name) for page in PAGES}
-    for page in PAGES:
-        folder, (source, row, _) = folders[page.name], page.blocks
-        (folder / f"{page.module}.py").write_text(source, encoding="utf-8")
-        plugin = f"from {page.module} import {page.given}\nfrom {page.home} import {page.table}\n{row}"
-        (folder / "the_row.py").write_text(plugin, encoding="utf-8")
-        (folder / "words").write_text("\n".join([*page.tests, "-k", page.row]), encoding="utf-8")
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_ADDOPTS": ""}
-    subprocess.run([sys.executable, "-c", TEST_ROWS, *map(str, folders.values())], cwd=ROOT, env=env, check=True)
-    return {
-        name: (int((folder / "code").read_text()), (folder / "said").read_text(encoding="utf-8"))
-        for name, folder in folders.items()
-    }
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_tests_of_a_table_cover_the_pages_row_as_the_page_says(
-    page: Page, tested_rows: dict[str, tuple[int, str]]
+    page: Page, tmp_path: Path, fresh_python: Run
 ) -> None:
-    code, said = tested_rows[page.name]
-    assert code == 0, said
+    """In a process that has the page's row alone: tables are read when tests are collected."""
+    source, row, _ = page.blocks
+    (tmp_path / f"{page.module}.py").write_text(source, encoding="utf-8")
+    plugin = f"from {page.module} import {page.given}\nfrom {page.home} import {page.table}\n{row}"
+    (tmp_path / "the_row.py").write_text(plugin, encoding="utf-8")
+    (tmp_path / "words").write_text("\n".join([*page.tests, "-k", page.row]), encoding="utf-8")
+    said = fresh_python(TEST_ROW, str(tmp_path), folder=ROOT, environment={"PYTEST_ADDOPTS": ""}).stdout
+    assert said.endswith("ended with 0\n"), said
     assert int(re.findall(r"(\d+) passed", said)[0]) >= page.least, said
 
 

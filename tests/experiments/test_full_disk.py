@@ -17,6 +17,8 @@ from fedveil.common.run_lines import ResultFile, read_file
 from fedveil.experiments import simulate as simulation
 from fedveil.experiments.in_process import InProcessTransport, run_in_process
 
+pytestmark = pytest.mark.rough_prices
+
 USAGE = shutil.disk_usage
 
 

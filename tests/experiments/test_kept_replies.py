@@ -18,6 +18,8 @@ from fedveil.common.run_lines import PrivacyLine, ResultFile, RoundLine, read_fi
 from fedveil.experiments.in_process import InProcessTransport, run_in_process
 from fedveil.server.sites import Exchange
 
+pytestmark = pytest.mark.rough_prices
+
 SITES = 2
 CLIENT_LEVEL = {"privacy.mode": "client-level", "privacy.unit": "site", "privacy.cohort": 4, "privacy.site-rate": 1.0}
 

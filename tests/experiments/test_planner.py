@@ -42,6 +42,12 @@ from fedveil.strategies.job import configure
 MEASURED = Calibration(64, 1, "cpu", 0.1, 0.01, 2.0, 500.0, 0.0, (0.1, 0.2))
 
 
+@pytest.fixture(autouse=True)
+def few_made_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a map of 16 features be of few made-up records, each of which is a pass at every site and at the server."""
+    monkeypatch.setattr("fedveil.common.starts.public_metric.MADE", 48)
+
+
 def planned(settings: dict[str, Any], sizes: tuple[int, ...] = (60, 60), *, calibrated: bool = False) -> Forecast:
     return forecast(configure(settings), sizes, calibrated=calibrated)
 

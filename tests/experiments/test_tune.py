@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from carded_runs import with_adapter
+from composed_losses import composed_losses, epsilon_at
 from made_run import MadeRun
 from report_forms import fedveil
-from test_card import with_adapter
-from test_meaning import composed_losses, epsilon_at
 
 from audits.tiny_models import write_reviews
 from fedveil.client.ledger.ledger import Ledger

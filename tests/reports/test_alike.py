@@ -18,6 +18,8 @@ from fedveil.reports.alike import alike_sites, participants_text
 from fedveil.reports.markdown import to_markdown
 from fedveil.reports.page import to_html
 
+pytestmark = pytest.mark.rough_prices
+
 MANY = 1000
 
 

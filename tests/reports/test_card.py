@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import yaml
+from carded_runs import with_adapter
 from huggingface_hub import ModelCard
-from made_run import MadeRun, adapter_told
+from made_run import MadeRun
 from typer.testing import CliRunner
 
 from fedveil.cli.main import app
@@ -37,16 +38,6 @@ pytestmark = pytest.mark.rough_prices
 def fedveil(*words: Any) -> tuple[int, str]:
     done = CliRunner().invoke(app, [str(word) for word in words])
     return done.exit_code, done.output
-
-
-def with_adapter(run: MadeRun, base: str = "sentence-transformers/all-MiniLM-L6-v2") -> MadeRun:
-    """Leave the files of an adapter in a made run's folder."""
-    folder = run.folder / "adapter"
-    folder.mkdir()
-    (folder / "fedveil.json").write_text(json.dumps(adapter_told(base_model=base, bundle="cd" * 32)))
-    for name in ("adapter_config.json", "adapter_model.safetensors", "head.safetensors"):
-        (folder / name).write_bytes(name.encode())
-    return run
 
 
 @pytest.fixture

@@ -47,6 +47,8 @@ from fedveil.server.registered import NODES
 from fedveil.server.sites import Transport
 from fedveil.strategies.job import configure
 
+pytestmark = pytest.mark.rough_prices
+
 BUNDLE, SHOWN = "ab" * 32, "AB:CD:EF"
 WELL = OwnCheck(True, True, SHOWN, True, [CheckLine(True, "disk", "9 GiB free")])
 

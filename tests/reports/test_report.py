@@ -27,6 +27,8 @@ from fedveil.reports.folder import read_run
 from fedveil.reports.page import to_html
 from fedveil.reports.sites import Recomputed, _compare, site_reports
 
+pytestmark = pytest.mark.rough_prices
+
 HOSTILE = "<script>alert(1)</script>\x1b[2K\u202e|`*"
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from carded_runs import with_adapter
 from made_run import DELTA, MadeRun
-from test_card import with_adapter
 
 from fedveil.cli.report import verify
 from fedveil.cli.summary import print_summary

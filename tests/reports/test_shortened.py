@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 from made_run import MadeRun
 
 from fedveil.common.messages.round import Task, TrainResult, TrainTask
@@ -17,6 +18,8 @@ from fedveil.reports import report_of
 from fedveil.reports.markdown import to_markdown
 from fedveil.reports.page import to_html
 from fedveil.server.sites import Exchange
+
+pytestmark = pytest.mark.rough_prices
 
 
 class Longer(InProcessTransport):

@@ -14,9 +14,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from carded_runs import with_adapter
 from made_run import MadeRun
 from report_forms import audit_file, fedveil, found
-from test_card import with_adapter
 
 from fedveil.common.errors import DataError
 from fedveil.common.files import replace_file
@@ -24,6 +24,8 @@ from fedveil.privacy.figures import epsilon_text
 from fedveil.reports import ReportData, report_of, write_reports
 from fedveil.reports.declared import declare
 from fedveil.reports.signature import EVIDENCE, SIGNATURE, STATEMENT, members, sign
+
+pytestmark = pytest.mark.rough_prices
 
 
 @pytest.fixture

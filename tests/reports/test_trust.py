@@ -18,6 +18,8 @@ from fedveil.reports import report_of
 from fedveil.reports.audits import bound_note, bound_sentences
 from fedveil.reports.trust import SERVER
 
+pytestmark = pytest.mark.rough_prices
+
 
 def attack(at_least: float, claimed: float = 1.2, *, built_in: bool = False, name: str = "is at least") -> Finding:
     figures: dict[str, Any] = {"epsilon claimed": claimed, name: at_least}

@@ -22,6 +22,8 @@ from fedveil.reports.page import to_html
 from fedveil.reports.releases import ReleaseReport
 from fedveil.reports.sites import SiteReport
 
+pytestmark = pytest.mark.rough_prices
+
 ROUNDS = 3
 
 

@@ -13,6 +13,8 @@ from fedveil.common.run_lines import ConfigFile, read_file
 from fedveil.reports.folder import read_run
 from fedveil.reports.unseen import THEN, unseen_charges
 
+pytestmark = pytest.mark.rough_prices
+
 SITES = {"north": 2000, "south": 1500}
 
 

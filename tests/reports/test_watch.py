@@ -18,12 +18,14 @@ from urllib.parse import urlsplit
 
 import pytest
 from made_run import MadeRun
-from test_card import fedveil
+from report_forms import fedveil
 
 from fedveil.common.run_lines import ProgressFile
 from fedveil.reports import report_of, to_json
 from fedveil.reports.page import to_html
 from fedveil.reports.watch import LOOPBACK, Watched
+
+pytestmark = pytest.mark.rough_prices
 
 
 @contextmanager

@@ -6,7 +6,6 @@ head), because a strategy may rewrite its factors as long as their product is ri
 
 from __future__ import annotations
 
-import doctest
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,7 +21,7 @@ from fedveil.common.messages.blocks import decode_state, encode_state, layout_of
 from fedveil.common.messages.columns import narrowed, widened
 from fedveil.common.messages.state import HEAD, AdapterState
 from fedveil.common.messages.tensors import apply, entries, merge, scale, select
-from fedveil.strategies import STRATEGIES, base
+from fedveil.strategies import STRATEGIES
 from fedveil.strategies.average import Average
 from fedveil.strategies.base import Facts, Strategy, Takes, check_adapter, chooses, is_exact, mean
 from fedveil.strategies.job import configure
@@ -446,9 +445,3 @@ def test_a_strategy_that_needs_each_contribution_gets_them_and_one_that_needs_th
     assert all(torch.equal(tensor, mean(sites)[layer][name]) for layer, name, tensor in entries(given[0]))
     for strategy in STRATEGIES.values():
         assert not issubclass(strategy, Average) or strategy.combine is Average.combine, "the mean is gone around"
-
-
-def test_the_round_in_the_docstring_runs() -> None:
-    done = doctest.testmod(base)
-    assert done.attempted >= 8
-    assert not done.failed

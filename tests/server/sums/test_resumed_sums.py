@@ -23,6 +23,8 @@ from fedveil.privacy.secure_sum import AttemptName, Identity, SiteAttempt
 from fedveil.privacy.secure_sum.masks import Words
 from fedveil.server.sites import Exchange
 
+pytestmark = pytest.mark.rough_prices
+
 SITES = {0: 3, 1: 4}
 """By ``privacy.drop-outs``."""
 

@@ -41,7 +41,7 @@ from fedveil.server.tracking import rounds_of
 from fedveil.strategies import ServerState
 from fedveil.strategies.job import configure
 
-pytestmark = pytest.mark.one_length
+pytestmark = [pytest.mark.rough_prices, pytest.mark.one_length]
 
 
 NAMES = re.compile(r"site-[0-9]")
