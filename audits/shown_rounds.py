@@ -26,7 +26,7 @@ from fedveil.common.model.score import Score
 from fedveil.server.collect import trusted
 from fedveil.server.collect.base import Collected
 from fedveil.server.collect.shown import Shown, ShownOfCohort
-from fedveil.server.observers import RoundOutcome
+from fedveil.server.observers import RoundOutcome, Update
 from fedveil.server.records import RunFolder
 from fedveil.server.sites import Exchange, Sites
 from fedveil.server.terminal import round_line
@@ -95,7 +95,7 @@ def shown_of_draw(folder: Path, drawn: Sequence[int]) -> dict[str, str]:
     with _log() as lines, patch.object(trusted, "private_poisson_sample", lambda *_: torch.tensor(drawn)):
         got = cohort.asking(transport).collect(1, cohort.state)
         outcome = RoundOutcome(1, got, None, 1.0 + len(drawn))
-        transport.folder.finished(outcome, cohort.state, {})
+        transport.folder.finished(outcome, Update(cohort.state, cohort.state, cohort.state), {})
         transport.folder.say(round_line(transport.folder.shown, outcome, {}), 1)
     files = ("rounds.jsonl", "privacy.jsonl", "progress.json", "run.log")
     paths = {name: transport.folder.path / name for name in files}

@@ -147,8 +147,8 @@ def _mine(plan: FaultPlan, strategy: str) -> None:
     collect = PlainCollector.collect
     PlainCollector.collect = before(collect, lambda _, number, state: number, BEFORE)  # type: ignore[method-assign]
     kind = STRATEGIES[strategy]
-    kind.server_update = before(  # type: ignore[method-assign]
-        kind.server_update, lambda _, state, *got: state.round_number + 1, AGGREGATING
+    kind.combine = before(  # type: ignore[method-assign]
+        kind.combine, lambda _, state, *got: state.round_number + 1, AGGREGATING
     )
     save, rename = save_checkpoint, os.replace
 

@@ -28,7 +28,7 @@ from fedveil.server.collect.door import collector_of
 from fedveil.server.lock import GLANCE_SECONDS, only_writer
 from fedveil.server.members import Member
 from fedveil.server.model import ServerModel
-from fedveil.server.observers import Observer, Observers, RoundOutcome
+from fedveil.server.observers import Observer, Observers, RoundOutcome, Update
 from fedveil.server.own_check import began
 from fedveil.server.records import RunFolder
 from fedveil.server.rounds import run_rounds
@@ -79,7 +79,7 @@ class Terminal(Observer):
         for absence in outcome.got.refusals.values():
             self._folder.say(f"  {absence.site} did not take part ({absence.kind}): {absence.reason}", 0)
 
-    def finished(self, outcome: RoundOutcome, state: ServerState, members: Mapping[str, Member]) -> None:
+    def finished(self, outcome: RoundOutcome, update: Update, members: Mapping[str, Member]) -> None:
         """Say the round's line."""
         number, shown = outcome.round_number, self._folder.shown
         own = shown.by_lines(lambda: self._epsilon(number))

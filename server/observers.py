@@ -26,6 +26,22 @@ class RoundOutcome:
     """Whether the quorum was reached; if not, nothing was averaged."""
 
 
+@dataclass(frozen=True)
+class Update:
+    """The server's part of a round that counts: all three states are of the whole adapter, in its own dtype.
+
+    The length of the round's average, say, is
+    ``l2_norm(subtract(update.averaged.adapter, update.before.adapter))`` (``common.messages.tensors``).
+    """
+
+    before: ServerState
+    """What the sites started from."""
+    averaged: ServerState
+    """The same with the strategy's average of what they sent; what no site trained is as before."""
+    after: ServerState
+    """What the server's step made of it, and the next round starts from."""
+
+
 class Observer:
     """Receives the events of a run: its folder, the terminal, an experiment tracker. By default it ignores each."""
 
@@ -47,7 +63,7 @@ class Observer:
     def initialised(self, outcome: RoundOutcome) -> None:
         """The initialisation was made from the outcome's sites, or without sites from public records."""
 
-    def finished(self, outcome: RoundOutcome, state: ServerState, members: Mapping[str, Member]) -> None:
+    def finished(self, outcome: RoundOutcome, update: Update, members: Mapping[str, Member]) -> None:
         """A round is complete and counts."""
 
     def renewed(self, state: ServerState, members: Mapping[str, Member]) -> None:

@@ -65,7 +65,7 @@ from fedveil.common.strict_json import to_json
 from fedveil.server.checkpoint import NAME, Checkpoint, save_checkpoint
 from fedveil.server.collect.door import shown_of
 from fedveil.server.members import Member
-from fedveil.server.observers import Observer, RoundOutcome
+from fedveil.server.observers import Observer, RoundOutcome, Update
 from fedveil.server.privacy_lines import head_words, keep_charges, privacy_line
 from fedveil.strategies.job import Job
 from fedveil.strategies.state import ServerState
@@ -137,10 +137,10 @@ class RunFolder(Observer):
         self._baseline = baseline
         self._save(Checkpoint(self.run, self.job.settings(), state, dict(members), baseline, begun or baseline, {}))
 
-    def finished(self, outcome: RoundOutcome, state: ServerState, members: Mapping[str, Member]) -> None:
+    def finished(self, outcome: RoundOutcome, update: Update, members: Mapping[str, Member]) -> None:
         """Append the round's line and each site's privacy line, then make the round count by its checkpoint."""
         self._lines(outcome)
-        settings = self.job.settings()
+        settings, state = self.job.settings(), update.after
         self._save(Checkpoint(self.run, settings, state, dict(members), self._baseline, outcome.score, {}))
 
     def renewed(self, state: ServerState, members: Mapping[str, Member]) -> None:

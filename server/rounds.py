@@ -8,7 +8,7 @@ from typing import Protocol
 from fedveil.common.errors import RunFailed
 from fedveil.common.model.score import Score
 from fedveil.server.collect.base import Collected, Collector
-from fedveil.server.observers import Observer, RoundOutcome
+from fedveil.server.observers import Observer, RoundOutcome, Update
 from fedveil.strategies.state import ServerState
 
 
@@ -18,8 +18,11 @@ class Server(Protocol):
     def prepare(self, state: ServerState) -> ServerState:
         """Return the state that the next round starts from, where more than the last round made it."""
 
-    def update(self, state: ServerState, got: Collected) -> ServerState:
-        """Return the state one round on: the average of what was collected, and the server's step."""
+    def average(self, state: ServerState, got: Collected) -> ServerState:
+        """Return the state with the strategy's average of what was collected, one round on."""
+
+    def step(self, state: ServerState, averaged: ServerState, got: Collected) -> ServerState:
+        """Return the state that the server's step makes, from the one before the round towards its average."""
 
     def evaluate(self, state: ServerState) -> Score | None:
         """Return the model's score on public records; None where this round is not scored."""
@@ -59,8 +62,9 @@ def run_rounds(
                 raise RunFailed(got.too_few(round_number))
             observer.stopped(got.ending)
             break
-        state = server.update(state, got)
-        score = server.evaluate(state)
-        observer.finished(RoundOutcome(round_number, got, score, time.monotonic() - began), state, collector.members)
-        state = server.prepare(state)
+        averaged = server.average(state, got)
+        update = Update(state, averaged, server.step(state, averaged, got))
+        score = server.evaluate(update.after)
+        observer.finished(RoundOutcome(round_number, got, score, time.monotonic() - began), update, collector.members)
+        state = server.prepare(update.after)
     return state

@@ -18,7 +18,7 @@ from fedveil.common.run_lines import COHORT, BaselineFile, PrivacyLine, RoundLin
 from fedveil.reports.course import epsilon_course
 from fedveil.reports.folder import read_run
 from fedveil.server.members import Member
-from fedveil.server.observers import Observer, RoundOutcome
+from fedveil.server.observers import Observer, RoundOutcome, Update
 from fedveil.strategies.job import Job
 from fedveil.strategies.state import ServerState
 
@@ -41,7 +41,7 @@ class Tracking(Observer):
         """Log the score before training."""
         self.update()
 
-    def finished(self, outcome: RoundOutcome, state: ServerState, members: Mapping[str, Member]) -> None:
+    def finished(self, outcome: RoundOutcome, update: Update, members: Mapping[str, Member]) -> None:
         """Log a round."""
         self.update()
 

@@ -45,13 +45,17 @@ class ServerUpdate:
             self._measured = self._model.rule_statistic(state)
         return state
 
-    def update(self, state: ServerState, got: Collected) -> ServerState:
-        """Return the state one round on."""
-        job, round_number = self._job, state.round_number + 1
-        step = round_step(job, self._measured or {}, got.noise, round_number)
+    def average(self, state: ServerState, got: Collected) -> ServerState:
+        """Return the state with the strategy's average of what was collected, one round on."""
+        return self._job.strategy.combine(state, got.averaged)
+
+    def step(self, state: ServerState, averaged: ServerState, got: Collected) -> ServerState:
+        """Return the state that rule, optimiser and strategy make of an average, from the state before the round."""
+        job = self._job
+        step = round_step(job, self._measured or {}, got.noise, state.round_number + 1)
         if job.config.server.scores:
             step = watched(job, step, self._model.base_weight, got.noise.usual())
-        return job.strategy.server_update(state, got.averaged, step)
+        return job.strategy.settle(step(state, averaged))
 
     def evaluate(self, state: ServerState) -> Score | None:
         """Return the score of every ``evaluate-every``-th round and of the last one."""
