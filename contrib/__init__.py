@@ -57,6 +57,7 @@ ROWS: Mapping[str, Mapping[str, str]] = {
         "allora": "rules.allora:ALLoRA",
         "align-guard": "rules.align_guard:AlignGuard",
         "soft-threshold": "rules.soft_threshold:SoftThreshold",
+        "loraprune": "rules.loraprune:LoRAPrune",
     },
     "observers": {
         "tensorboard": "trackers.tensorboard:TensorBoard",

@@ -120,7 +120,6 @@ class ClientLevel(Mechanism):
     needs: ClassVar[str] = "privacy.cohort"
     requires: ClassVar[tuple[Requirement, ...]] = (
         Requirement("server.most-noise", 0.0, "the noise is the server's, and no site states any"),
-        Requirement("server.scores", False, "the noise is the server's, and no site states any"),
     )
     plans: ClassVar[type[PrivacyPlan] | None] = ClientLevelPlan
 

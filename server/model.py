@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from torch import Tensor
-
-from fedveil.common.adapters.layers import base_weight, layers_of
 from fedveil.common.data.sources import public_test, slices_of
 from fedveil.common.errors import ModelError
 from fedveil.common.messages.blocks import Layout, layout_of
@@ -92,10 +89,6 @@ class ServerModel:
         self.model.write(state.adapter)
         made = self.job.origin.around_head(self.model, self.job.config, self._labels())
         return self.job.renewed(state, made)
-
-    def base_weight(self, layer: str) -> Tensor:
-        """Return W0 of an adapted layer, shape (out, in), float64, on the CPU."""
-        return base_weight(layers_of(self.model.peft_model)[layer]).double().cpu()
 
     def rule_statistic(self, state: ServerState) -> AdapterState:
         """Return what the run's server rule takes from public text before round 1, as the function does."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from fedveil.common.messages.state import AdapterState
+from fedveil.common.messages.tensors import merge
 from fedveil.common.model.score import Score
 from fedveil.server.collect.base import Collected
 from fedveil.server.model import ServerModel
 from fedveil.server.ruled import round_step
-from fedveil.server.watched import watched
 from fedveil.strategies.job import Job
 from fedveil.strategies.state import ServerState
 
@@ -51,11 +52,10 @@ class ServerUpdate:
 
     def step(self, state: ServerState, averaged: ServerState, got: Collected) -> ServerState:
         """Return the state that rule, optimiser and strategy make of an average, from the state before the round."""
-        job = self._job
-        step = round_step(job, self._measured or {}, got.noise, state.round_number + 1)
-        if job.config.server.scores:
-            step = watched(job, step, self._model.base_weight, got.noise.usual())
-        return job.strategy.settle(step(state, averaged))
+        job, model = self._job, self._model.model
+        after = round_step(job, self._measured or {}, got.noise, state.round_number + 1)(state, averaged)
+        remembered = job.rule.remember(state, averaged, model, job.config, got.noise.usual)
+        return job.strategy.settle(replace(after, memory=merge(after.memory, remembered)))
 
     def evaluate(self, state: ServerState) -> Score | None:
         """Return the score of every ``evaluate-every``-th round and of the last one."""

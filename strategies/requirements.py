@@ -11,7 +11,7 @@ from fedveil.common.config.sections import NO_ADAPTER
 from fedveil.common.errors import ConfigError
 from fedveil.common.messages.state import METRIC
 from fedveil.common.observers import NO_OBSERVER
-from fedveil.common.requirements import Requirement, Value, check_requirements, one_plain_step
+from fedveil.common.requirements import Requirement, Value, check_requirements
 from fedveil.common.starts import Start, check_directions
 from fedveil.common.tasks import TASKS
 from fedveil.strategies.base import Strategy, check_adapter, chooses
@@ -38,7 +38,6 @@ OF_SETTINGS: Mapping[str, tuple[Callable[[Value], bool], tuple[Requirement, ...]
             Requirement("training.weight-decay", 0.0, "it bounds what plain steps pass on"),
         ),
     ),
-    "server.scores": (bool, one_plain_step("a score is made of gradients")),
     "tracker": (
         lambda tracker: tracker != NO_OBSERVER,
         (Requirement("privacy.site-rate", 1.0, "a tracker notes when rounds ended, which may show who was drawn"),),
@@ -94,8 +93,6 @@ def check_composed(config: RunConfig, strategy: Strategy, origin: Start, rule: S
         _check_quantise(config, origin, adapter)
     if not config.adapter.alpha:
         _check_calibration(config, strategy, origin)
-    if config.server.scores:
-        _check_scores(config, strategy, adapter)
     if config.server.rule != "none" and chooses(type(strategy)):
         raise ConfigError(
             f"strategy {strategy.name!r} chooses what is trained in a round, and server.rule {rule.name!r} would move "
@@ -120,22 +117,6 @@ def _check_quantise(config: RunConfig, origin: Start, adapter: Adapter) -> None:
         raise ConfigError(
             f"adapter.alpha is 0, to be calibrated by gradients {held}: give it a number, or set model.quantise to "
             "'none'"
-        )
-
-
-def _check_scores(config: RunConfig, strategy: Strategy, adapter: Adapter) -> None:
-    """Raise ConfigError unless an averaged change is a noised gradient of A and B, as LoRAPrune needs it."""
-    if not config.privacy.mechanism.charged:
-        raise ConfigError(
-            f"server.scores is true, and with privacy.mode {config.privacy.mode!r} the scores are of gradients without "
-            "noise: a base model that is pruned by them tells of records. Set server.scores to false, or privacy.mode "
-            "to 'dp-sgd'"
-        )
-    if chooses(type(strategy)) or adapter.name not in ("lora", "lora-frozen-a", "lora-frozen-b"):
-        raise ConfigError(
-            f"server.scores is true, and LoRAPrune's criterion is made of changes of all of A or B, which "
-            f"strategy {strategy.name!r} with the adapter {adapter.name!r} does not send in every round: set "
-            "server.scores to false"
         )
 
 

@@ -288,10 +288,8 @@ class ServerConfig(Section):
     """For ``momentum``: how much of the last step the next one keeps."""
     rule: str = "none"
     """What stands around the optimiser: a row of ``strategies.rules.RULES``, whose options are set under its name.
-    ``lora-pro`` turns the change of A and B before it, ``allora``, ``align-guard`` and ``soft-threshold`` its step."""
-    scores: bool = False
-    """Whether the server keeps LoRAPrune's score of every output and input of an adapted layer, by which ``python -m
-    fedveil.contrib.experiments prune --by`` chooses (docs/guides/serve.md). It asks no site for anything."""
+    ``lora-pro`` turns the change of A and B before it, ``allora``, ``align-guard`` and ``soft-threshold`` its step.
+    ``loraprune`` moves nothing: it keeps the scores that ``python -m fedveil.contrib.experiments prune --by`` takes."""
     most_noise: Annotated[float, NOT_NEGATIVE, RATIO] = 0.0
     """For ``momentum``: standard deviation that the noise of a phase may give a trained number: the head first, the
     adapter, the head again. The learning rate is lowered to keep it, of the head and of the rest each for itself

@@ -30,7 +30,7 @@ def prune(
     task: Annotated[str, typer.Option(help="Kind of task, as model.task.")] = "causal-lm",
     by: Annotated[
         Path | None,
-        typer.Option(help="A run on the large model with server.scores, whose scores choose in place of sentences."),
+        typer.Option(help="A run on the large model with server.rule 'loraprune', by whose scores to choose."),
     ] = None,
 ) -> None:
     """Write a base model with fewer heads and neurons, chosen on plain sentences or by a run, as a stock model."""

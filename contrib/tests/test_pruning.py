@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +26,6 @@ from fedveil.common.data.sources import public_test
 from fedveil.common.errors import ConfigError, DataError, ModelError, ProtocolError
 from fedveil.common.messages.round import TrainTask
 from fedveil.common.model.base import load_base_model
-from fedveil.common.model.importance import COLUMNS, ROWS, importance, running
 from fedveil.common.model.scoring import score_records
 from fedveil.common.starts import STARTS
 from fedveil.contrib.experiments.pruning import prune
@@ -33,10 +33,11 @@ from fedveil.contrib.experiments.pruning.files import NAME, read_pruned
 from fedveil.contrib.experiments.pruning.prune import prune_model
 from fedveil.contrib.experiments.pruning.recover import recover_run, score_recovered
 from fedveil.contrib.experiments.pruning.units import Kept, by_scores, by_text, pruned, recovered, units_of
+from fedveil.contrib.rules import loraprune
+from fedveil.contrib.rules.loraprune import COLUMNS, ROWS, importance, running
 from fedveil.experiments.evaluate import load_result
 from fedveil.experiments.in_process import run_in_process
 from fedveil.server.checkpoint import memory_of
-from fedveil.server.watched import watched
 from fedveil.strategies import Contribution, ServerState
 from fedveil.strategies.ffa_lora import FFALoRA
 from fedveil.strategies.job import configure
@@ -486,17 +487,17 @@ def test_invariant_p4_what_noise_adds_to_the_criterion_is_taken_off_without_bias
 
 @pytest.mark.parametrize(("strategy", "trained"), [("ffa-lora", ("B",)), ("fedavg-lora", ("A", "B"))])
 def test_invariant_p4_a_servers_scores_are_of_gradients_less_their_noise_and_a_tenth_is_new(
-    strategy: str, trained: tuple[str, ...]
+    strategy: str, trained: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     peak, noise = 0.3, 0.02
     plain: dict[str, Any] = {"training.local-steps": 1, "training.optimizer": "sgd", "training.learning-rate": peak}
     plain |= {"schedule": "linear", "server.optimizer": "none"}  # the second round of two has half the rate
-    own = {"strategy": strategy, "adapter.rank": 4, "adapter.alpha": 6.8, "server.scores": True, "rounds": 2}
+    own = {"strategy": strategy, "adapter.rank": 4, "adapter.alpha": 6.8, "server.rule": "loraprune", "rounds": 2}
     job = configure({**plain, "recipe": "plain", **own})
     W, A, B, s = draw(9, 13, seed=1), draw(2, 13, seed=2), draw(9, 2, seed=3), 6.8 / 4
-    step = watched(
-        job, lambda before, averaged: replace(before, round_number=before.round_number + 1), lambda _: W, noise
-    )
+    monkeypatch.setattr(loraprune, "layers_of", lambda _: {"layer": None})
+    monkeypatch.setattr(loraprune, "base_weight", lambda _: W)
+    model: Any = SimpleNamespace(peft_model=None, adapter=job.adapter)
     state, expected = ServerState(0, {"layer": {"A": A, "B": B}}, trained), dict[str, Tensor]()
     for round_number, rate in ((1, peak), (2, peak / 2)):
         variance = (noise / rate) ** 2
@@ -505,7 +506,9 @@ def test_invariant_p4_a_servers_scores_are_of_gradients_less_their_noise_and_a_t
         spread = sum(left[n].square().sum(d, keepdim=True) for n, d, of in PARTS if of in trained)
         bias = (W + s * B @ A).square() * s**2 * variance * (spread - (2 * variance if "A" in trained else 0))
         sent = {n: t - rate * gradients[n] if n in trained else t for n, t in (("A", A), ("B", B))}
-        state = step(state, replace(state, adapter={"layer": sent}))
+        averaged = replace(state, adapter={"layer": sent})
+        memory = job.rule.remember(state, averaged, model, job.config, lambda: noise)
+        state = replace(state, round_number=round_number, memory=memory)
         a = gradients["A"] if "A" in trained else torch.zeros_like(A)
         net = criterion(W, A, B, a, gradients["B"], s) - bias
         now = {ROWS: net.sum(1) / net.norm(), COLUMNS: net.sum(0) / net.norm()}
@@ -518,7 +521,7 @@ def test_invariant_p4_a_run_keeps_its_scores_and_prune_chooses_by_them(
     toy_generation: dict[str, Any], model_folder: Callable[[str], str], tmp_path: Path
 ) -> None:
     plain = {"training.local-steps": 1, "training.optimizer": "sgd", "strategy": "ffa-lora", "rounds": 2}
-    own = {**plain, "server.scores": True, "adapter.targets": "v_proj,down_proj"}
+    own = {**plain, "server.rule": "loraprune", "adapter.targets": "v_proj,down_proj"}
     folder = run_in_process({**toy_generation, **own}, 2)
     memory, _ = memory_of(folder)
     units = units_of(load_base_model(model_folder("llama"), "causal-lm").module)
@@ -534,17 +537,19 @@ def test_invariant_p4_a_run_keeps_its_scores_and_prune_chooses_by_them(
         prune_model(str(tmp_path / "small"), tmp_path / "smaller", 1, 8, by=folder)
 
 
+PRUNES: dict[str, Any] = {"training.local-steps": 1, "training.optimizer": "sgd", "server.rule": "loraprune"}
+
+
 def test_scores_of_gradients_without_noise_are_refused() -> None:
-    plain = {"training.local-steps": 1, "training.optimizer": "sgd", "strategy": "ffa-lora", "server.scores": True}
-    assert configure(plain).config.server.scores
-    with pytest.raises(ConfigError, match="gradients without noise: a base model that is pruned by them tells"):
+    plain = {**PRUNES, "strategy": "ffa-lora"}
+    assert configure(plain).rule == loraprune.LoRAPrune()
+    with pytest.raises(ConfigError, match="a base model that is pruned by them tells"):
         configure({**plain, "privacy.mode": "none"})
 
 
 def test_scores_are_refused_where_a_change_is_no_gradient_of_a_and_b() -> None:
     with pytest.raises(ConfigError, match="because a score is made of gradients"):
-        configure({"server.scores": True, "strategy": "ffa-lora", "training.local-steps": 2})
-    plain = {"training.local-steps": 1, "training.optimizer": "sgd", "server.scores": True}
+        configure({**PRUNES, "strategy": "ffa-lora", "training.local-steps": 2})
     for strategy in ("fed-sb", "rolora", "increlora", "dylora", "fedex-lora"):
-        with pytest.raises(ConfigError, match="made of changes of all of A or B"):
-            configure({**plain, "strategy": strategy})
+        with pytest.raises(ConfigError, match="scores by changes of all of A or B"):
+            configure({**PRUNES, "strategy": strategy})

@@ -437,6 +437,7 @@ FITTING: dict[str, dict[str, Any]] = {
     "allora": {"strategy": "ffa-lora"},
     "align-guard": {"strategy": "ffa-lora", "model.task": "causal-lm", "head.policy": "frozen"},
     "soft-threshold": {**PLAIN, "soft-threshold.threshold": 0.1},
+    "loraprune": {"strategy": "ffa-lora", "training.local-steps": 1, "training.optimizer": "sgd"},
 }
 
 
@@ -457,7 +458,7 @@ def test_a_rule_leaves_head_and_frozen_factors_and_comes_back_from_its_settings(
     plain, after = server_step(job.config, before, averaged), ruled_step(job, job.config, measured, before, averaged)
     assert torch.equal(plain.adapter[HEAD]["weight"], after.adapter[HEAD]["weight"])
     same = [torch.equal(plain.adapter["layer"][n], after.adapter["layer"][n]) for n in ("A", "B")]
-    assert same == [name in ("none", "allora", "align-guard", "soft-threshold"), name == "none"]
+    assert same == [name != "lora-pro", name in ("none", "loraprune")]
     assert after.round_number == 1
 
 

@@ -257,7 +257,7 @@ SYSTEMS: tuple[System, ...] = (
             **OF_LANGUAGE,
             "strategy": "ffa-lora",
             "adapter.targets": "v_proj,down_proj",
-            "server.scores": True,
+            "server.rule": "loraprune",
             "training.local-steps": 1,
             "training.optimizer": "sgd",
             "training.learning-rate": 1.0,

@@ -8,6 +8,7 @@ It takes nothing else, but for public text that it may measure at the server bef
 from __future__ import annotations
 
 from abc import ABC
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -18,6 +19,7 @@ from fedveil.common.messages.state import AdapterState, Factors
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.requirements import Requirement
 from fedveil.strategies.base import Strategy
+from fedveil.strategies.state import ServerState
 
 
 @dataclass(frozen=True)
@@ -84,3 +86,23 @@ class ServerRule(ABC):
         """
         del before, measured, known
         return after
+
+    def remember(
+        self,
+        before: ServerState,
+        averaged: ServerState,
+        model: FederatedModel,
+        config: RunConfig,
+        noise: Callable[[], float],
+    ) -> AdapterState:
+        """Return what goes into the memory of the state after a round, by layer and name; most rules keep nothing.
+
+        Args:
+            before: the state that the sites started from.
+            averaged: the same with the round's average.
+            model: the server's, whose base weights may be read.
+            config: the run's.
+            noise: returns the standard deviation of the noise on one number of the average; 0 without noise.
+        """
+        del before, averaged, model, config, noise
+        return {}

@@ -175,7 +175,6 @@ def test_a_configuration_leaves_nothing_open_that_one_value_holds_for() -> None:
         "adapter.site-ranks",
         "phases",
         "server.most-noise",
-        "server.scores",
     }
     none |= {"model.checkpointing", "data.system", "data.context"}
     assert open_values == each_machines | each_sites | the_models | none

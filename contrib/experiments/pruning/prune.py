@@ -35,7 +35,7 @@ def prune_model(
         groups: of heads that share a key and a value head, that stay in each layer. 0: all.
         neurons: of the gated layer, that stay in each layer. 0: all.
         task: kind of task, as ``model.task``.
-        by: folder of a run on the large model with ``server.scores``; None: the sentences decide.
+        by: folder of a run on the large model with ``server.rule = "loraprune"``; None: the sentences decide.
 
     Raises:
         DataError: ``target`` exists, or cannot be written; or ``by`` holds no run.

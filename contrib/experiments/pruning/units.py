@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from fedveil.common.errors import ConfigError, ModelError
 from fedveil.common.messages.state import Factors
-from fedveil.common.model.importance import COLUMNS, ROWS
+from fedveil.contrib.rules.loraprune import COLUMNS, ROWS
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj(?=\.|$)")
 _NAMES = {f"self_attn.{name}_proj" for name in "qkvo"} | {f"mlp.{name}_proj" for name in ("gate", "up", "down")}
@@ -130,7 +130,7 @@ def by_text(module: nn.Module, texts: Iterable[Tensor], groups: int, neurons: in
 
 
 def by_scores(module: nn.Module, scores: Mapping[str, Factors], groups: int, neurons: int) -> Kept:
-    """Return the units of every layer that a run's scores put first (``common.model.importance``).
+    """Return the units of every layer that a run's scores put first (``contrib.rules.loraprune``).
 
     A unit's score is the sum over the adapted layers that it goes through. Where all units of a kind stay, no score of
     that kind is needed.
@@ -156,8 +156,8 @@ def by_scores(module: nn.Module, scores: Mapping[str, Factors], groups: int, neu
                 totals[number, kind] = torch.ones(most, dtype=torch.float64)
             elif (number, kind) not in totals:
                 raise ConfigError(
-                    f"the run has no score of the {kind} of layer {number}: run it with server.scores = true and "
-                    "adapter.targets that go through them, such as 'v_proj,down_proj'"
+                    f"the run has no score of the {kind} of layer {number}: run it with server.rule = 'loraprune' "
+                    "and adapter.targets that go through them, such as 'v_proj,down_proj'"
                 )
     return _kept(totals, groups, neurons)
 
