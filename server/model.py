@@ -8,7 +8,7 @@ from dataclasses import replace
 from fedveil.common.data.sources import public_test, slices_of
 from fedveil.common.errors import ModelError
 from fedveil.common.messages.blocks import Layout, layout_of
-from fedveil.common.messages.columns import chosen_factors
+from fedveil.common.messages.columns import narrowed_layout
 from fedveil.common.messages.state import AdapterState
 from fedveil.common.messages.tensors import merge
 from fedveil.common.model.federated import FederatedModel
@@ -55,15 +55,12 @@ class ServerModel:
             if layer in trained
         }
 
-    def reply_layout(self, round_number: int) -> Layout:
-        """Return names and shapes of what a site may send in a round."""
+    def reply_layout(self, round_number: int, state: ServerState | None = None) -> Layout:
+        """Return names and shapes of what a site may send in a round, whole; from a state, of what it then trains."""
         if round_number == 0:
             return self.job.origin.layout(self.model)
-        strategy = self.job.strategy
-        began = strategy.downlink(self.job.start(self.start))
-        chosen = strategy.trained_columns(began, round_number, 0)
-        sent = chosen_factors(self.trained_start(), chosen)
-        return layout_of(self.job.sent(round_number, sent))
+        whole = layout_of(self.job.sent(round_number, self.trained_start()))
+        return narrowed_layout(whole, self.job.trained_columns(state)) if state else whole
 
     def public_statistic(self) -> AdapterState:
         """Return the statistic that the run's start asks the server for, of public records.

@@ -1,28 +1,27 @@
-"""B as two linear maps while columns of it are trained: those that are, and those that rest.
+"""A or B as two linear maps while columns of it are trained: those that are, and those that rest.
 
-Each gets its slice of ``A x``, and the first alone requires a gradient. So per-record gradients, the clip and the noise
-cover the trained columns and nothing else, by Opacus' own hooks, and the forward pass is that of the whole.
+Each gets its slice of the factor's inputs, and the first alone requires a gradient. So per-record gradients, the clip
+and the noise cover the trained columns and nothing else, by Opacus' own hooks, and the forward pass is that of the
+whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from fedveil.common.adapters.base import Adapter, parameters_of
 from fedveil.common.adapters.layers import ADAPTER_NAME, layers_of
+from fedveil.common.errors import ModelError
 from fedveil.common.messages.columns import Chosen
-
-if TYPE_CHECKING:
-    from peft.tuners.lora import LoraLayer
 
 
 class SplitColumns(nn.Module):
-    """A linear map (rank to out) whose chosen columns, at least one, are a parameter of their own."""
+    """A linear map whose chosen columns, at least one, are a parameter of their own."""
 
     def __init__(self, whole: nn.Linear, columns: Tensor) -> None:
         super().__init__()
@@ -35,15 +34,15 @@ class SplitColumns(nn.Module):
 
     @property
     def weight(self) -> nn.Parameter:
-        """The trained columns, shape (out, columns)."""
+        """The trained columns, shape (outputs, columns)."""
         return cast(nn.Parameter, self.moving.weight)
 
-    def forward(self, projected: Tensor) -> Tensor:
-        """Return ``B projected``, shape (..., out), from shape (..., rank)."""
-        moved: Tensor = self.moving(projected.index_select(-1, self.columns))
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return what the whole map makes of inputs of shape (..., columns of the whole)."""
+        moved: Tensor = self.moving(inputs.index_select(-1, self.columns))
         if self.resting is None:
             return moved
-        return moved + cast(Tensor, self.resting(projected.index_select(-1, self.others)))
+        return moved + cast(Tensor, self.resting(inputs.index_select(-1, self.others)))
 
 
 def _linear(weight: Tensor, *, trained: bool) -> nn.Linear:
@@ -57,9 +56,12 @@ def _linear(weight: Tensor, *, trained: bool) -> nn.Linear:
 def split_columns(adapter: Adapter, model: nn.Module, chosen: Chosen) -> Iterator[None]:
     """Let the chosen columns of every layer, and no other number of the adapter, take a gradient.
 
-    Afterwards B is whole again, with what was trained in its place.
+    Afterwards every factor is whole again, with what was trained in its place.
+
+    Raises:
+        ModelError: a factor of which a part is chosen is no linear map of the adapter.
     """
-    wholes: list[tuple[LoraLayer, nn.Linear]] = []
+    wholes: list[tuple[nn.ModuleDict, nn.Linear]] = []
     resting: list[nn.Parameter] = []
     layers = layers_of(model)
     trained = [
@@ -75,15 +77,18 @@ def split_columns(adapter: Adapter, model: nn.Module, chosen: Chosen) -> Iterato
                 parameter.requires_grad_(False)
                 resting.append(parameter)
             elif len(columns) < parameter.shape[-1]:
-                whole = cast(nn.Linear, layers[layer].lora_B[ADAPTER_NAME])
-                wholes.append((layers[layer], whole))
-                layers[layer].lora_B[ADAPTER_NAME] = SplitColumns(whole, columns)
+                maps = {"A": layers[layer].lora_A, "B": layers[layer].lora_B}[name]
+                whole = maps[ADAPTER_NAME]
+                if not isinstance(whole, nn.Linear) or whole.weight is not parameter:
+                    raise ModelError(f"the adapter {adapter.name!r} trains {name} whole or not: choose 'lora'")
+                wholes.append((maps, whole))
+                maps[ADAPTER_NAME] = SplitColumns(whole, columns)
         yield
     finally:
-        for lora, whole in wholes:
-            split = cast(SplitColumns, lora.lora_B[ADAPTER_NAME])
+        for maps, whole in wholes:
+            split = cast(SplitColumns, maps[ADAPTER_NAME])
             with torch.no_grad():
                 whole.weight[:, split.columns] = split.weight
-            lora.lora_B[ADAPTER_NAME] = whole
+            maps[ADAPTER_NAME] = whole
         for parameter in resting:
             parameter.requires_grad_(True)

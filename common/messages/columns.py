@@ -1,7 +1,8 @@
 """The columns of an adapter that a round trains: the part of each layer that a site trains and sends, and the whole.
 
-One frozen A and one scale for all: a column of B then means the same at every site, whichever others are trained
-beside it. So a column that a site did not train is, in the mean of the sites' weights, what all received.
+``narrowed`` is what a site sends of whole factors, and ``widened`` puts it back among what all received. With one
+frozen A and one scale for all, a column of B means the same at every site, whichever others are trained beside it. So
+a column that a site did not train is, in the mean of the sites' weights, what all received.
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ from torch import Tensor
 from fedveil.common.errors import ProtocolError
 from fedveil.common.messages.state import OWN, AdapterState
 
+PARTS = ("A", "B")
+"""The factors of which a part of the columns may be trained: A, shape (rank, in), and B, shape (out, rank). They are
+linear maps of their adapter (``common.adapters.split``). Of other factors all columns are trained, or none."""
 FACTOR = "B"
-"""The factor of which a part of the columns may be trained, shape (out, rank); of others all are, or none."""
+"""The one whose columns are the adapter's rank, which a site may have a bound on."""
 Chosen = Mapping[str, Mapping[str, Tensor]]
 """By layer and factor, the positions of the columns that are trained: int64, ascending, on the CPU. A factor that is
 left out, or has none, stays as it is. The head is in no choice: it is trained where the run's phase trains it."""
@@ -38,7 +42,7 @@ def check_chosen(chosen: Chosen, whole: AdapterState) -> None:
                 raise ProtocolError(f"the chosen columns of {name} in the layer {layer!r} are no ascending list")
             if len(columns) and not (int(columns[0]) >= 0 and int(columns[-1]) < width):
                 raise ProtocolError(f"columns of {name} are chosen beyond the {width} of the layer {layer!r}")
-            if 0 < len(columns) < width and name != FACTOR:
+            if 0 < len(columns) < width and name not in PARTS:
                 raise ProtocolError(f"a part of {name} is chosen in the layer {layer!r}, which is trained whole or not")
 
 

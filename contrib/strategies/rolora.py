@@ -12,16 +12,13 @@ moments and its clock at the server's optimiser.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from fedveil.common.messages.columns import Chosen, whole_factors
-from fedveil.common.messages.state import HEAD, AdapterState
+from fedveil.common.messages.state import AdapterState
 from fedveil.strategies.average import Average
 from fedveil.strategies.base import Facts, Takes
-from fedveil.strategies.state import ServerState
 
 TURNS = (("B",), ("A",))
 """The factors of odd rounds, and of even ones."""
@@ -43,17 +40,3 @@ class RoLoRA(Average):
         """Return all of B in odd rounds, all of A in even ones."""
         del rank
         return whole_factors(received, TURNS[(round_number + 1) % 2])
-
-    def update(self, state: ServerState, mean: AdapterState) -> ServerState:
-        """Return the state with the mean in place, and the factor that stays marked as inactive."""
-        turn = TURNS[state.round_number % 2]
-        active = {
-            layer: {
-                name: torch.full((factors[name].shape[-1],), float(name in turn), dtype=torch.float64)
-                for name in self.adapters.trains
-                if name in factors
-            }
-            for layer, factors in state.adapter.items()
-            if layer != HEAD
-        }
-        return replace(super().update(state, mean), active=active)

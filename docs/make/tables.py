@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 
 from fedveil.common.adapters import ADAPTERS, Adapter
 from fedveil.common.config.flat import defaults
+from fedveil.common.config.run import RunConfig
+from fedveil.common.config.sections import TrainingConfig
 from fedveil.common.data.named import DATASETS, UserFile
 from fedveil.common.docstrings import said_of
 from fedveil.common.errors import ConfigError
 from fedveil.common.starts import STARTS, Start
 from fedveil.common.tasks import TASKS
 from fedveil.demo.packaged import PackagedFile, PackagedTree
-from fedveil.strategies import STRATEGIES, Average, Strategy
+from fedveil.privacy import MECHANISMS
+from fedveil.strategies import STRATEGIES, Strategy
 from fedveil.strategies.base import check_adapter, is_exact
 from fedveil.strategies.payload import payload, preset_adapter
 from fedveil.strategies.rules import RULES
@@ -32,10 +37,22 @@ def strategy_table() -> str:
         adapter = preset_adapter(strategy, DEFAULT_RANK)
         down, up = payload(strategy(), adapter, DEFAULT_SHAPES)
         exact = "yes" if is_exact(strategy, type(adapter)) else "no"
-        modes = "dp-sgd, secure-sum, client-level, none" if issubclass(strategy, Average) else "dp-sgd, none"
         names = [f"`{strategy.name}` ({strategy.facts.paper})", f"`{adapter.name}`", ", ".join(adapter.trained)]
-        rows.append([*names, f"{up:,}", f"{down:,}", exact, strategy.facts.noise or adapter.traits.noise, modes])
+        rows.append(
+            [*names, f"{up:,}", f"{down:,}", exact, strategy.facts.noise or adapter.traits.noise, modes_of(strategy)]
+        )
     return markdown(header, rows)
+
+
+def modes_of(strategy: type[Strategy]) -> str:
+    """Return the values of ``privacy.mode`` whose runs may have a strategy, by its own check, at one plain step."""
+    config, modes = RunConfig(training=TrainingConfig(local_steps=1, optimizer="sgd", weight_decay=0.0)), []
+    for mechanism in MECHANISMS.values():
+        privacy = replace(config.privacy, mode=mechanism.name, unit=mechanism.unit.name)
+        with suppress(ConfigError):
+            strategy().check(replace(config, privacy=privacy))
+            modes.append(mechanism.name)
+    return ", ".join(modes)
 
 
 def adapter_table() -> str:

@@ -57,7 +57,7 @@ class MaskedCollector:
         sites: Sites,
         admission: Admission,
         last_rounds: LastRounds,
-        layout: Callable[[int], Layout],
+        layout: Callable[[int, ServerState], Layout],
     ) -> None:
         self._job, self._sites, self._admission, self._layout = job, sites, admission, layout
         self.ends_before = last_rounds.before
@@ -251,7 +251,8 @@ class MaskedCollector:
         state: ServerState,
     ) -> dict[int, TrainResult]:
         """Return the results whose vectors these are, or add up to, with what they make in ``got``; else none."""
-        summed = summed_contribution(self._job, results, vectors, self._layout(round_number), state, round_number)
+        layout = self._layout(round_number, state)
+        summed = summed_contribution(self._job, results, vectors, layout, state, round_number)
         if isinstance(summed, str):
             self._sites.note(got, Absence(round_number, got.attempts, "", "quorum", summed))
             return {}

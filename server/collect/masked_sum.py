@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedveil.common.config.run import RunConfig
 from fedveil.common.errors import ConfigError
 from fedveil.common.messages.blocks import Layout
+from fedveil.common.messages.columns import narrowed
 from fedveil.common.messages.round import TrainResult
 from fedveil.common.messages.state import HEAD, AdapterState
 from fedveil.privacy.events import Event
@@ -86,20 +86,21 @@ def summed_contribution(
             "site sent what is no vector of it, or the sites were told different things"
         )
     gradient = _shaped(summed / own.expected_batch_size, layout)
-    return Contribution(ALL, sizes, _stepped(job.config, state, gradient, round_number))
+    return Contribution(ALL, sizes, _stepped(job, state, gradient, round_number))
 
 
-def _stepped(config: RunConfig, state: ServerState, gradient: AdapterState, round_number: int) -> AdapterState:
+def _stepped(job: Job, state: ServerState, gradient: AdapterState, round_number: int) -> AdapterState:
     """Return all that sites train after one plain step; what is frozen is no part of the sum, and stays."""
-    rate = config.site_rate(round_number, 0)
+    config, rate = job.config, job.config.site_rate(round_number, 0)
+    whole = narrowed(state.adapter, job.trained_columns(state))
     moved = {
         layer: {name: before for name, before in factors.items() if state.trains(layer, name)}
-        for layer, factors in state.adapter.items()
+        for layer, factors in whole.items()
     }
     moved = {layer: factors for layer, factors in moved.items() if factors}
     for layer, factors in gradient.items():
         own_rate = rate * (config.site_head_rate if layer == HEAD else 1.0)
-        before = state.adapter[layer]
+        before = whole[layer]
         moved[layer] = {name: (before[name].double() - own_rate * tensor).float() for name, tensor in factors.items()}
     return moved
 

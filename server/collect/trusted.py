@@ -11,7 +11,6 @@ Whether sites are connected is looked at before anything is charged, drawn or se
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +21,8 @@ import torch
 from fedveil.common.errors import BudgetExhausted, LedgerError
 from fedveil.common.files import expanded
 from fedveil.common.log import about
-from fedveil.common.messages.blocks import Layout, payload_bytes
+from fedveil.common.messages.blocks import Layout, numbers_in, payload_bytes
+from fedveil.common.messages.columns import narrowed
 from fedveil.common.messages.round import Spending, TrainResult, TrainTask
 from fedveil.common.messages.state import HEAD, AdapterState
 from fedveil.common.messages.tensors import fingerprint
@@ -63,13 +63,15 @@ class TrustedCollector:
         job: the run.
         sites: to ask.
         admission: knows the names under which keys are registered.
-        layout: returns names and shapes of what a site sends in a round.
+        layout: returns names and shapes of what a site sends in a round that starts from a state.
     """
 
     members: Mapping[str, Member] = MappingProxyType({})
     """None: what a site sent is remembered by nobody."""
 
-    def __init__(self, job: Job, sites: Sites, admission: Admission, layout: Callable[[int], Layout]) -> None:
+    def __init__(
+        self, job: Job, sites: Sites, admission: Admission, layout: Callable[[int, ServerState], Layout]
+    ) -> None:
         self._job, self._sites, self._admission, self._layout = job, sites, admission, layout
         self._ledger = ServerLedger(ledger_path(job, sites.run), job.claim.per)
         self._plan = sums_plan(job, self._ledger.history(sites.run), self._ledger.first_event(sites.run))
@@ -104,7 +106,7 @@ class TrustedCollector:
         drawn = [nodes[i] for i in private_poisson_sample(len(nodes), self._plan.event.sample_rate).tolist()]
         replies = self._sites.ask(drawn, round_number, state).replies.values() if drawn else ()
         mean = self._mean((reply for reply in replies if isinstance(reply, TrainResult)), round_number, state)
-        got.averaged = (Contribution(COHORT, cohort, _moved(state, mean.change), noise=mean.noise),)
+        got.averaged = (Contribution(COHORT, cohort, self._moved(state, mean.change), noise=mean.noise),)
         got.noise, got.participants = ServerNoise(mean.noise), (COHORT,)
         got.bytes_down, got.bytes_up = self._usual_bytes(round_number, state)
         return got
@@ -133,14 +135,14 @@ class TrustedCollector:
 
     def _moving(self, round_number: int, state: ServerState) -> AdapterState:
         """Return, in float64, what is summed in a round: what sites send of layers that do not rest in it."""
-        config, layout = self._job.config, self._layout(round_number)
+        config, held = self._job.config, narrowed(state.adapter, self._job.trained_columns(state))
         head, adapter = (
             config.timeline.trains_head(round_number),
             config.timeline.trains_adapter(round_number),
         )
         return {
-            layer: {name: state.adapter[layer][name].double() for name in factors}
-            for layer, factors in layout.items()
+            layer: {name: held[layer][name].double() for name in factors}
+            for layer, factors in self._layout(round_number, state).items()
             if (head if layer == HEAD else adapter)
         }
 
@@ -176,9 +178,21 @@ class TrustedCollector:
         down = self._job.strategy.downlink(state)
         mark = fingerprint(basis) if basis else ""
         task = TrainTask(self._sites.run, round_number, down, {}, mark, self._sites.base, self._sites.start)
-        up = sum(4 * math.prod(shape) for factors in self._layout(round_number).values() for shape in factors.values())
-        sites = self._plan.expected_batch_size
+        up, sites = 4 * numbers_in(self._layout(round_number, state)), self._plan.expected_batch_size
         return round(sites * payload_bytes(encode_task(task))), round(sites * up)
+
+    def _moved(self, state: ServerState, change: AdapterState) -> AdapterState:
+        """Return all that sites train, moved by the change; what is frozen in the round as it is."""
+        moved: AdapterState = {}
+        for layer, factors in narrowed(state.adapter, self._job.trained_columns(state)).items():
+            own = change.get(layer, {})
+            trained = {name: tensor for name, tensor in factors.items() if name in own or state.trains(layer, name)}
+            if trained:
+                moved[layer] = {
+                    name: (tensor.double() + own[name]).to(tensor.dtype) if name in own else tensor
+                    for name, tensor in trained.items()
+                }
+        return moved
 
 
 def sums_plan(job: Job, history: History, first: Event | None = None) -> PrivacyPlan:
@@ -221,17 +235,3 @@ def _change(sent: AdapterState, before: AdapterState) -> AdapterState | None:
             return None
         change[layer] = {name: own[name].double() - tensor for name, tensor in factors.items()}
     return change
-
-
-def _moved(state: ServerState, change: AdapterState) -> AdapterState:
-    """Return all that sites train, moved by the change; what is frozen in the round as it is."""
-    moved: AdapterState = {}
-    for layer, factors in state.adapter.items():
-        own = change.get(layer, {})
-        trained = {name: tensor for name, tensor in factors.items() if name in own or state.trains(layer, name)}
-        if trained:
-            moved[layer] = {
-                name: (tensor.double() + own[name]).to(tensor.dtype) if name in own else tensor
-                for name, tensor in trained.items()
-            }
-    return moved
