@@ -1,4 +1,4 @@
-"""The interface of an observer of runs, and ``OBSERVERS``, the table of them, whose rows are in ``contrib``."""
+"""The interface of an experiment tracker, and ``TRACKERS``, the table of them, whose rows are in ``contrib``."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from typing import ClassVar
 from fedveil.common.errors import ConfigError
 from fedveil.common.rows import Table
 
-NO_OBSERVER = "none"
+NO_TRACKER = "none"
 
 
-class RunObserver(ABC):
+class Tracker(ABC):
     """A run as an experiment tracker records it, at the server: its settings, the figures of each round, its end.
 
+    The figures are those of ``server.tracking.rounds_of``.
+
     Args:
-        folder: of the run; what the observer writes goes into ``where`` in it.
+        folder: of the run; what the tracker writes goes into ``where`` in it.
         run: the run's name, which a resumed run keeps.
         settings: every setting of the run, flat.
 
     Raises:
-        Exception: whatever the package raises, here and in each method; the run continues without its observer.
+        Exception: whatever the package raises, here and in each method; the run continues without its tracker.
     """
 
     name: ClassVar[str]
@@ -45,13 +47,13 @@ class RunObserver(ABC):
         """Write what is buffered, and record that the run has ended."""
 
 
-OBSERVERS: Table[type[RunObserver]] = Table("observers", ())
+TRACKERS: Table[type[Tracker]] = Table("trackers", ())
 
 
 def check_installed(name: str) -> None:
-    """Raise ConfigError unless the package of an observer is installed on this machine."""
-    if name != NO_OBSERVER and find_spec(package := OBSERVERS[name].package) is None:
+    """Raise ConfigError unless the package of a tracker is installed on this machine."""
+    if name != NO_TRACKER and find_spec(package := TRACKERS[name].package) is None:
         raise ConfigError(
             f"tracker is {name!r}, whose package {package} is not installed: "
-            f"pip install 'fedveil[{name}]', or set tracker to {NO_OBSERVER!r}"
+            f"pip install 'fedveil[{name}]', or set tracker to {NO_TRACKER!r}"
         )

@@ -59,7 +59,7 @@ ROWS: Mapping[str, Mapping[str, str]] = {
         "soft-threshold": "rules.soft_threshold:SoftThreshold",
         "loraprune": "rules.loraprune:LoRAPrune",
     },
-    "observers": {
+    "trackers": {
         "tensorboard": "trackers.tensorboard:TensorBoard",
         "mlflow": "trackers.mlflow:MLflow",
         "wandb": "trackers.wandb:WeightsAndBiases",

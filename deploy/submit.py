@@ -11,10 +11,10 @@ from pathlib import Path
 from fedveil.common.config.flat import Scalar
 from fedveil.common.errors import ConfigError, DataError, RunFailed
 from fedveil.common.files import whole_lines
-from fedveil.common.observers import check_installed
 from fedveil.common.paths import run_folder
 from fedveil.common.run_lines import ResultFile, read_file, read_json
 from fedveil.common.strict_json import from_json, to_json
+from fedveil.common.trackers import check_installed
 from fedveil.common.words import counted
 from fedveil.deploy.control import Control, control_of
 from fedveil.deploy.registry import online_words

@@ -27,10 +27,10 @@ from fedveil.common.data.sources import train_and_test
 from fedveil.common.errors import ConfigError, RunFailed
 from fedveil.common.files import check_room, expanded, whole_lines
 from fedveil.common.model.device import own_cores, worker_count
-from fedveil.common.observers import check_installed
 from fedveil.common.paths import run_folder
 from fedveil.common.ports import free_ports
 from fedveil.common.run_lines import ProgressFile, ResultFile, read_if_there
+from fedveil.common.trackers import check_installed
 from fedveil.common.words import counted
 from fedveil.deploy.app import app_folder
 from fedveil.experiments import keeper

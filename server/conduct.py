@@ -12,10 +12,10 @@ from fedveil.common.errors import FedVeilError, RunFailed
 from fedveil.common.files import full_disk
 from fedveil.common.log import about, kept_in, place_of, set_up
 from fedveil.common.model.score import Score
-from fedveil.common.observers import check_installed
 from fedveil.common.paths import REPLIES, run_folder, run_name
 from fedveil.common.run_lines import ProgressFile, Reached, ResultFile, Status
 from fedveil.common.server_file import ENGINES, ServerStart
+from fedveil.common.trackers import check_installed
 from fedveil.common.words import counted
 from fedveil.privacy.figures import epsilon_text
 from fedveil.reports import federation_epsilon, write_reports

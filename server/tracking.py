@@ -1,6 +1,6 @@
-"""Pass the rounds of a run's folder to the observer that its settings name, such as an experiment tracker.
+"""Pass the rounds of a run's folder to the tracker that its settings name.
 
-Whatever goes wrong with an observer is logged once and the run continues: its rounds have been paid for.
+Whatever goes wrong with a tracker is logged once and the run continues: its rounds have been paid for.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 
 from fedveil.common.log import place_of
 from fedveil.common.model.score import Score
-from fedveil.common.observers import NO_OBSERVER, OBSERVERS, RunObserver
 from fedveil.common.run_lines import COHORT, BaselineFile, PrivacyLine, RoundLine, read_if_there, read_lines
+from fedveil.common.trackers import NO_TRACKER, TRACKERS, Tracker
 from fedveil.reports.course import epsilon_course
 from fedveil.reports.folder import read_run
 from fedveil.server.members import Member
@@ -26,14 +26,14 @@ log = logging.getLogger("fedveil.server")
 
 
 class Tracking(Observer):
-    """Passes each round of the folder to the job's observer once; with ``none`` it does nothing."""
+    """Passes each round of the folder to the job's tracker once; with ``none`` it does nothing."""
 
     def __init__(self, job: Job, folder: Path, run: str) -> None:
         self._folder, self._logged = folder, -1
-        self._observer: RunObserver | None = None
-        if job.config.tracker != NO_OBSERVER:
+        self._tracker: Tracker | None = None
+        if job.config.tracker != NO_TRACKER:
             with self._without_harm():
-                self._observer = OBSERVERS[job.config.tracker](folder, run, job.settings())
+                self._tracker = TRACKERS[job.config.tracker](folder, run, job.settings())
 
     def started(
         self, baseline: Score, state: ServerState, members: Mapping[str, Member], begun: Score | None = None
@@ -48,17 +48,17 @@ class Tracking(Observer):
     def update(self) -> None:
         """Log every round of the folder that has not been logged."""
         with self._without_harm():
-            for number, figures in rounds_of(self._folder).items() if self._observer else ():
-                if self._observer and number > self._logged:
-                    self._observer.log(number, figures)
+            for number, figures in rounds_of(self._folder).items() if self._tracker else ():
+                if self._tracker and number > self._logged:
+                    self._tracker.log(number, figures)
                     self._logged = number
 
     def close(self) -> None:
         """Log what is left, and the end of the run."""
         self.update()
-        if self._observer:
+        if self._tracker:
             with self._without_harm():
-                self._observer.close()
+                self._tracker.close()
 
     @contextmanager
     def _without_harm(self) -> Iterator[None]:
@@ -66,7 +66,7 @@ class Tracking(Observer):
             yield
         except Exception as error:  # of another's package, which no run may end by
             log.warning("the tracker fails, and the run goes on without it: %s", place_of(error))
-            self._observer = None
+            self._tracker = None
 
 
 def rounds_of(folder: Path) -> dict[int, dict[str, float]]:

@@ -86,8 +86,8 @@ class Strategy(ABC):
         """Raise ConfigError, saying what to do, if a run of this configuration cannot have the strategy."""
         if only_sum := config.privacy.mechanism.only_a_sum:
             raise ConfigError(
-                f"strategy {self.name!r} takes more of the sites than the mean of what they trained, and {only_sum} "
-                "more than a sum: choose another"
+                f"strategy {self.name!r} combines what each site sent, and {only_sum} more than a sum: choose a "
+                "strategy that averages, such as 'ffa-lora', or set privacy.mode to 'dp-sgd'"
             )
 
     def start(self, adapter: AdapterState, trained: tuple[str, ...]) -> ServerState:
@@ -115,13 +115,15 @@ class Strategy(ABC):
     def trained_columns(self, received: AdapterState, round_number: int, rank: int) -> Chosen | None:
         """Return the columns of every factor that a site trains in a round; None: every tensor whole.
 
-        Server and site both ask, so it follows from nothing else. The server's own choice travels in ``received``, as
-        masks of 0 and 1, and follows from what was sent to it.
+        Server and site both call it, so it follows from its arguments alone. The server's own choice travels in
+        ``received``, as masks of 0 and 1, and follows from what was sent to it. What a site sends has the chosen
+        columns alone (``common.messages.columns``): ``Average`` puts their mean back, another ``combine`` does so
+        itself and says in ``ServerState.active`` what rests.
 
         Args:
             received: what came down.
             round_number: the round's, from 1 on.
-            rank: how many columns the site trains at most, as it declares; 0: as many as the run has.
+            rank: how many columns of B the site trains at most, as it declares; 0: as many as the run has.
         """
         del received, round_number, rank
         return None
@@ -170,8 +172,8 @@ def check_adapter(strategy: type[Strategy], adapter: type[Adapter]) -> None:
         )
     if not takes.others and adapter.name != takes.default:
         raise ConfigError(
-            f"strategy {strategy.name!r} trains columns of B as {takes.default!r} has it, and the adapter is "
-            f"{adapter.name!r}: leave adapter.name at 'auto'"
+            f"strategy {strategy.name!r} trains parts of factors as the adapter {takes.default!r} has them, and "
+            f"adapter.name is {adapter.name!r}: leave it at 'auto'"
         )
 
 

@@ -10,10 +10,10 @@ from fedveil.common.config.run import RunConfig
 from fedveil.common.config.sections import NO_ADAPTER
 from fedveil.common.errors import ConfigError
 from fedveil.common.messages.state import METRIC
-from fedveil.common.observers import NO_OBSERVER
 from fedveil.common.requirements import Requirement, Value, check_requirements
 from fedveil.common.starts import Start, check_directions
 from fedveil.common.tasks import TASKS
+from fedveil.common.trackers import NO_TRACKER
 from fedveil.strategies.base import Strategy, check_adapter, chooses
 from fedveil.strategies.phases import check_phases
 from fedveil.strategies.rules import ServerRule
@@ -39,7 +39,7 @@ OF_SETTINGS: Mapping[str, tuple[Callable[[Value], bool], tuple[Requirement, ...]
         ),
     ),
     "tracker": (
-        lambda tracker: tracker != NO_OBSERVER,
+        lambda tracker: tracker != NO_TRACKER,
         (Requirement("privacy.site-rate", 1.0, "a tracker notes when rounds ended, which may show who was drawn"),),
     ),
 }

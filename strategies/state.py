@@ -19,7 +19,7 @@ class Moments:
     steps: Mapping[str, int] = field(default_factory=dict)
     """Steps since a layer's moments began."""
     clocks: AdapterState = field(default_factory=dict)
-    """The same of every column of a tensor that is trained by columns, shape (rank,), float64."""
+    """The same of every column of a tensor that is trained by columns, shape (columns,), float64."""
 
     def without(self, layers: Collection[str]) -> Moments:
         """Return the moments of all other layers: these start without moments."""
@@ -47,8 +47,8 @@ class ServerState:
     """What the server's optimiser needs."""
     active: AdapterState = field(default_factory=dict)
     """Of a state just averaged, the share of the weight of the sites that trained each column of a tensor, float64,
-    shape (rank,). A column of share 0 is inactive: the server's step leaves it and its moments as they are. A tensor
-    that is not in it is trained whole, by all."""
+    shape (columns,): as many as its last dimension has. A column of share 0 is inactive: the server's step leaves it
+    and its moments as they are. A tensor that is not in it is trained whole, by all."""
 
     def trains(self, layer: str, name: str) -> bool:
         """Return whether sites train this tensor of the adapter."""
@@ -68,7 +68,7 @@ class Contribution:
     """The site's public size, less where it states more noise than the run asks for; only ratios matter."""
     state: AdapterState
     rank: int = 0
-    """How many columns the site has declared that it trains; 0: the run's strategy does not ask."""
+    """How many columns of B the site has declared that it trains; 0: the run's strategy does not ask."""
     noise: float | None = None
     """Standard deviation of the noise on one number of an adapted layer, as far as it is known; 0 without noise."""
     factor: float = 1.0

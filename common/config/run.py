@@ -22,7 +22,7 @@ from fedveil.common.config.sections import (
     TrainingConfig,
 )
 from fedveil.common.errors import ConfigError
-from fedveil.common.observers import NO_OBSERVER, OBSERVERS
+from fedveil.common.trackers import NO_TRACKER, TRACKERS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class RunConfig(Section):
     """Of the forward pass: ``auto`` (bfloat16 where the device is fast at it), ``float32``, ``bfloat16``."""
     output: str = "runs"
     """Folder that run folders are made in; relative to where the program was started."""
-    tracker: Annotated[str, OneOf((NO_OBSERVER, *OBSERVERS))] = NO_OBSERVER
+    tracker: Annotated[str, OneOf((NO_TRACKER, *TRACKERS))] = NO_TRACKER
     """The server's experiment tracker, which gets the figures of the run's folder."""
     min_sites: Annotated[int, POSITIVE, Unit("sites")] = 1
     """Replies that a round needs to count. With ``client-level`` every round counts that begins, and so many sites must

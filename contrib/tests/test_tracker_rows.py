@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fedveil.common.observers import OBSERVERS, RunObserver
+from fedveil.common.trackers import TRACKERS, Tracker
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def instead(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return put
 
 
-def told_to(row: type[RunObserver], folder: Path) -> None:
+def told_to(row: type[Tracker], folder: Path) -> None:
     tracker = row(folder, "7", {"rounds": 2})
     tracker.log(1, {"accuracy": 0.7, "epsilon": 1.5})
     tracker.log(2, {"accuracy/a<b": 0.8})
@@ -55,7 +55,7 @@ def test_tensorboard_gets_scalars(instead: Callable[..., None], tmp_path: Path) 
             kept.append("close")
 
     instead("torch.utils.tensorboard", SummaryWriter=SummaryWriter)
-    told_to(OBSERVERS["tensorboard"], tmp_path)
+    told_to(TRACKERS["tensorboard"], tmp_path)
     assert kept[:3] == [str(tmp_path / "tensorboard"), ("settings", True), ("accuracy", 0.7, 1)]
     assert kept[3:] == [("epsilon", 1.5, 1), "flush", ("accuracy/a<b", 0.8, 2), "flush", "close"]
 
@@ -98,11 +98,11 @@ def test_mlflow_keeps_one_run_and_finds_it_again(
             kept.append((run_id, "ended"))
 
     instead("mlflow", MlflowClient=MlflowClient)
-    told_to(OBSERVERS["mlflow"], tmp_path)
+    told_to(TRACKERS["mlflow"], tmp_path)
     metrics = [("r", "accuracy", 0.7, 1), ("r", "epsilon", 1.5, 1), ("r", "accuracy/a_b", 0.8, 2)]
     assert kept == [f"sqlite:///{tmp_path}/mlflow.db", ("r", "rounds", 2), *metrics, ("r", "ended")]
     kept.clear()
-    told_to(OBSERVERS["mlflow"], tmp_path)
+    told_to(TRACKERS["mlflow"], tmp_path)
     assert kept[1:] == [("r", "RUNNING"), *metrics, ("r", "ended")], "a run that goes on became another"
 
 
@@ -115,7 +115,7 @@ def test_weights_and_biases_stays_offline(instead: Callable[..., None], tmp_path
         return run
 
     instead("wandb", init=init, Settings=lambda **given: SimpleNamespace(**given))
-    told_to(OBSERVERS["wandb"], tmp_path)
+    told_to(TRACKERS["wandb"], tmp_path)
     assert kept[0] == ("fedveil", "7", str(tmp_path), "offline", {"rounds": 2}, True)
     assert kept[1:] == [({"accuracy": 0.7, "epsilon": 1.5}, 1), ({"accuracy/a<b": 0.8}, 2), "finish"]
 
@@ -123,7 +123,7 @@ def test_weights_and_biases_stays_offline(instead: Callable[..., None], tmp_path
 def test_trackio_keeps_its_files_in_the_runs_folder(
     instead: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(OBSERVERS["trackio"], "_taken", "")
+    monkeypatch.setattr(TRACKERS["trackio"], "_taken", "")
     monkeypatch.setenv("TRACKIO_DIR", "before")  # so that what the row sets is taken back
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "before")
     monkeypatch.delenv("TRACKIO_DIR")
@@ -136,7 +136,7 @@ def test_trackio_keeps_its_files_in_the_runs_folder(
         return run
 
     instead("trackio", init=init)
-    told_to(OBSERVERS["trackio"], tmp_path)
+    told_to(TRACKERS["trackio"], tmp_path)
     quiet = {"auto_log_gpu": False, "auto_log_cpu": False}
     assert kept[0] == ("fedveil", "7", {"rounds": 2}, "allow", False, quiet, str(tmp_path / "trackio"))
     assert kept[1:] == [({"accuracy": 0.7, "epsilon": 1.5}, 1), ({"accuracy/a<b": 0.8}, 2), "finish"]

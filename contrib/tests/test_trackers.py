@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from fedveil.common.observers import OBSERVERS
+from fedveil.common.trackers import TRACKERS
 from fedveil.experiments.in_process import run_in_process
 from fedveil.server.tracking import rounds_of
 
@@ -130,14 +130,14 @@ def places() -> Iterator[None]:
 
 
 def test_every_tracker_has_a_reader() -> None:
-    assert set(READERS) == set(OBSERVERS)
+    assert set(READERS) == set(TRACKERS)
 
 
-@pytest.mark.parametrize("name", OBSERVERS)
+@pytest.mark.parametrize("name", TRACKERS)
 def test_what_a_run_tells_is_read_back(toy_settings: dict[str, Any], name: str) -> None:
     run = run_in_process({**toy_settings, "tracker": name}, 2)
     assert "the run goes on without it" not in (run / "run.log").read_text()
-    assert (run / OBSERVERS[name].where).exists(), "it was written elsewhere"
+    assert (run / TRACKERS[name].where).exists(), "it was written elsewhere"
     wanted, found = rounds_of(run), READERS[name](run, "1")
     assert set(found) == set(wanted) == {0, 1, 2}
     for number, figures in wanted.items():
@@ -148,16 +148,16 @@ def test_what_a_run_tells_is_read_back(toy_settings: dict[str, Any], name: str) 
 TELL = """
 import sys
 from pathlib import Path
-from fedveil.common.observers import OBSERVERS
+from fedveil.common.trackers import TRACKERS
 
 number = int(sys.argv[3])
-tracker = OBSERVERS[sys.argv[1]](Path(sys.argv[2]), "7", {"rounds": 2, "strategy": "fedavg-lora"})
+tracker = TRACKERS[sys.argv[1]](Path(sys.argv[2]), "7", {"rounds": 2, "strategy": "fedavg-lora"})
 tracker.log(number, {"accuracy": 0.5 + number / 8, "epsilon": 1.5 * number})
 tracker.close()
 """
 
 
-@pytest.mark.parametrize("name", OBSERVERS)
+@pytest.mark.parametrize("name", TRACKERS)
 def test_a_run_that_goes_on_keeps_what_was_told_before(tmp_path: Path, name: str) -> None:
     """Each time by a process of its own, as a server's runs are."""
     for number in ("1", "2"):
@@ -171,7 +171,7 @@ def test_a_run_that_goes_on_keeps_what_was_told_before(tmp_path: Path, name: str
 
 def test_trackio_refuses_a_second_folder_in_one_process(tmp_path: Path) -> None:
     """It would go on in the first run's."""
-    told = f"{TELL}\ntry:\n    OBSERVERS['trackio'](Path(sys.argv[2]) / 'other', '8', {{}})\nexcept OSError as error:\n"
+    told = f"{TELL}\ntry:\n    TRACKERS['trackio'](Path(sys.argv[2]) / 'other', '8', {{}})\nexcept OSError as error:\n"
     words = [sys.executable, "-c", f"{told}    print(error)", "trackio", str(tmp_path), "1"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert f"keeps to {tmp_path / 'trackio'} until this process ends" in done.stdout

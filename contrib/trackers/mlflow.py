@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
-from fedveil.common.observers import RunObserver
+from fedveil.common.trackers import Tracker
 
 EXPERIMENT, TAG = "fedveil", "fedveil.run"
 UNTAKEN = re.compile(r"[^\w\-. /]")
 """Characters that a metric's name may not have; a label has any."""
 
 
-class MLflow(RunObserver):
+class MLflow(Tracker):
     """A run of the experiment ``fedveil``; one that goes on is found again by its name."""
 
     name: ClassVar[str] = "mlflow"

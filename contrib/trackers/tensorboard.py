@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
-from fedveil.common.observers import RunObserver
+from fedveil.common.trackers import Tracker
 
 
-class TensorBoard(RunObserver):
+class TensorBoard(Tracker):
     """Scalars by name, and the settings as text."""
 
     name: ClassVar[str] = "tensorboard"

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
-from fedveil.common.observers import RunObserver
+from fedveil.common.trackers import Tracker
 
 
-class Trackio(RunObserver):
+class Trackio(Tracker):
     """A run of the project ``fedveil``.
 
     Raises:

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
-from fedveil.common.observers import RunObserver
+from fedveil.common.trackers import Tracker
 
 
-class WeightsAndBiases(RunObserver):
+class WeightsAndBiases(Tracker):
     """A run of the project ``fedveil``."""
 
     name: ClassVar[str] = "wandb"

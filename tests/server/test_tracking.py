@@ -13,8 +13,8 @@ from made_run import MadeRun
 
 from fedveil.common.errors import ConfigError
 from fedveil.common.messages.round import Spending
-from fedveil.common.observers import OBSERVERS, RunObserver, check_installed
 from fedveil.common.run_lines import RoundLine, read_lines
+from fedveil.common.trackers import TRACKERS, Tracker, check_installed
 from fedveil.experiments.in_process import run_in_process
 from fedveil.privacy.accountant import Accountant
 from fedveil.privacy.figures import epsilon_text
@@ -32,7 +32,7 @@ from fedveil.strategies.job import configure
 pytestmark = pytest.mark.rough_prices
 
 
-class Recorder(RunObserver):
+class Recorder(Tracker):
     """A row that keeps what it is told; it fails in the rounds of ``broken``."""
 
     name: ClassVar[str] = "tensorboard"
@@ -55,7 +55,7 @@ class Recorder(RunObserver):
 
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> type[Recorder]:
-    monkeypatch.setitem(OBSERVERS._rows, "tensorboard", Recorder)
+    monkeypatch.setitem(TRACKERS._rows, "tensorboard", Recorder)
     monkeypatch.setattr(Recorder, "told", [])
     monkeypatch.setattr(Recorder, "broken", set())
     return Recorder
@@ -165,7 +165,7 @@ def test_no_run_ends_by_its_tracker(
 def test_a_tracker_that_is_not_installed_is_said_before_anything_is_made(
     toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, row in OBSERVERS.items():
+    for name, row in TRACKERS.items():
         monkeypatch.setattr(row, "package", "no_such_package")
         with pytest.raises(ConfigError, match=rf"tracker is '{name}'.*pip install 'fedveil\[{name}\]'") as refused:
             check_installed(name)
@@ -183,5 +183,5 @@ def test_a_tracker_that_nobody_knows_is_refused() -> None:
 
 def test_every_tracker_has_its_extra() -> None:
     project = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
-    for name, row in OBSERVERS.items():
+    for name, row in TRACKERS.items():
         assert f'\n{name} = ["{row.package}>=' in project

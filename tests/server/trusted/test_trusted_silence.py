@@ -21,8 +21,8 @@ from fedveil.cli.summary import print_summary
 from fedveil.common.errors import ConfigError
 from fedveil.common.messages.round import Refusal, Task, TrainResult, TrainTask
 from fedveil.common.messages.tensors import entries
-from fedveil.common.observers import OBSERVERS
 from fedveil.common.run_lines import COHORT, Absence, ProgressFile, RoundLine
+from fedveil.common.trackers import TRACKERS
 from fedveil.experiments.in_process import InProcessTransport, run_in_process
 from fedveil.privacy.figures import bound_text
 from fedveil.reports import markdown_report, report_of
@@ -169,7 +169,7 @@ def test_the_log_says_that_it_is_not_to_be_published(settings: dict[str, Any]) -
     assert "is not to be published" in ShownOfCohort.log_note
 
 
-@pytest.mark.parametrize("tracker", OBSERVERS)
+@pytest.mark.parametrize("tracker", TRACKERS)
 def test_no_tracker_notes_when_a_round_ended_that_sites_were_drawn_for(settings: dict[str, Any], tracker: str) -> None:
     with pytest.raises(ConfigError, match="which may show who was drawn"):
         configure({**settings, "privacy.site-rate": 0.5, "tracker": tracker})
