@@ -17,8 +17,7 @@ from fedveil.privacy.calibration import noise_multiplier_for
 from fedveil.privacy.events import LEAST_RATE, MOST_NOISE, EventKind
 from fedveil.privacy.figures import epsilon_text, honest_text
 from fedveil.privacy.plan import PrivacyPlan
-from fedveil.server.marks import mark_of
-from fedveil.server.members import Member
+from fedveil.server.members import Member, mark_of
 from fedveil.server.optimizer import usual_change
 from fedveil.server.plausible import implausible, largest_norm, oversized, update_norm
 from fedveil.server.registered import misnamed

@@ -13,7 +13,7 @@ from fedveil.common.messages.round import Refusal, Reply, SumReply, Task, TrainR
 from fedveil.common.messages.sum_messages import decode_sum_reply
 from fedveil.common.messages.wire import decode_reply, round_of
 from fedveil.common.words import clean
-from fedveil.server.marks import mark_of
+from fedveil.server.members import mark_of
 from fedveil.strategies.base import chooses
 from fedveil.strategies.job import Job
 

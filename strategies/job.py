@@ -29,8 +29,7 @@ from fedveil.strategies import ROWS
 from fedveil.strategies.base import Strategy
 from fedveil.strategies.options import START, declared_settings, is_open, known_settings, tables, unnamed, with_options
 from fedveil.strategies.recipes import AUTO
-from fedveil.strategies.refused import REFUSED, REFUSED_STRATEGIES
-from fedveil.strategies.requirements import check_composed, check_run
+from fedveil.strategies.requirements import REFUSED, REFUSED_STRATEGIES, check_composed, check_run
 from fedveil.strategies.resolve import Resolved, resolve
 from fedveil.strategies.rules import RULES, ServerRule
 from fedveil.strategies.state import ServerState

@@ -52,6 +52,14 @@ def _linear(weight: Tensor, *, trained: bool) -> nn.Linear:
     return linear
 
 
+def _linear_map(adapter: Adapter, maps: nn.ModuleDict, name: str, parameter: nn.Parameter) -> nn.Linear:
+    """Return the linear map that has a factor as its weight."""
+    whole = dict(maps.items()).get(ADAPTER_NAME)
+    if not isinstance(whole, nn.Linear) or whole.weight is not parameter:
+        raise ModelError(f"the adapter {adapter.name!r} trains {name} whole or not at all: choose 'lora'")
+    return whole
+
+
 @contextmanager
 def split_columns(adapter: Adapter, model: nn.Module, chosen: Chosen) -> Iterator[None]:
     """Let the chosen columns of every layer, and no other number of the adapter, take a gradient.
@@ -78,11 +86,8 @@ def split_columns(adapter: Adapter, model: nn.Module, chosen: Chosen) -> Iterato
                 resting.append(parameter)
             elif len(columns) < parameter.shape[-1]:
                 maps = {"A": layers[layer].lora_A, "B": layers[layer].lora_B}[name]
-                whole = maps[ADAPTER_NAME]
-                if not isinstance(whole, nn.Linear) or whole.weight is not parameter:
-                    raise ModelError(f"the adapter {adapter.name!r} trains {name} whole or not: choose 'lora'")
-                wholes.append((maps, whole))
-                maps[ADAPTER_NAME] = SplitColumns(whole, columns)
+                wholes.append((maps, _linear_map(adapter, maps, name, parameter)))
+                maps[ADAPTER_NAME] = SplitColumns(wholes[-1][1], columns)
         yield
     finally:
         for maps, whole in wholes:

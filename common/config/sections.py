@@ -293,4 +293,4 @@ class ServerConfig(Section):
     most_noise: Annotated[float, NOT_NEGATIVE, RATIO] = 0.0
     """For ``momentum``: standard deviation that the noise of a phase may give a trained number: the head first, the
     adapter, the head again. The learning rate is lowered to keep it, of the head and of the rest each for itself
-    (``server.rates``). 0: no bound."""
+    (``server.ruled``). 0: no bound."""

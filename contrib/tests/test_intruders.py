@@ -42,7 +42,7 @@ from fedveil.experiments.sweep.summary import markdown_of
 from fedveil.server.checkpoint import saved_state
 from fedveil.server.noise import site_noise
 from fedveil.server.optimizer import server_step
-from fedveil.server.rates import within_noise
+from fedveil.server.ruled import within_noise
 from fedveil.strategies.job import configure
 from fedveil.strategies.rules import RULES
 

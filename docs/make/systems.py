@@ -17,7 +17,7 @@ from fedveil.common.config.flat import Scalar
 from fedveil.common.starts import STARTS
 from fedveil.common.tasks.sentence_modules import ENCODER
 from fedveil.strategies import ROWS
-from fedveil.strategies.refused import REFUSED_STRATEGIES
+from fedveil.strategies.requirements import REFUSED_STRATEGIES
 from fedveil.strategies.rules import RULES
 
 AXES: Mapping[str, Mapping[str, type[Any]]] = {

@@ -38,8 +38,7 @@ from audits.tiny_models import TARGETS
 from fedveil.common.adapters import ADAPTERS, Adapter
 from fedveil.common.adapters.attach import attach, initial_factors, read_factors, write_factors
 from fedveil.common.adapters.base import parameters_of
-from fedveil.common.adapters.branch import Branch
-from fedveil.common.adapters.layer import AdaptedLinear
+from fedveil.common.adapters.layer import AdaptedLinear, Branch
 from fedveil.common.adapters.layers import ADAPTER_NAME, layer_shape, layers_of
 from fedveil.common.adapters.lora_metric import LoRAMetric
 from fedveil.common.adapters.low_rank import LowRank

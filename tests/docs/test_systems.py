@@ -27,7 +27,7 @@ from fedveil.server.checkpoint import saved_state
 from fedveil.strategies import STRATEGIES
 from fedveil.strategies.ffa_lora import FFALoRA
 from fedveil.strategies.job import configure
-from fedveil.strategies.refused import REFUSED_STRATEGIES
+from fedveil.strategies.requirements import REFUSED_STRATEGIES
 
 pytestmark = [pytest.mark.rough_prices, pytest.mark.one_length, pytest.mark.peft]
 

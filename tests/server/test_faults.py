@@ -40,7 +40,7 @@ from fedveil.privacy.secure_sum.attempt import KeyOffer
 from fedveil.reports import report_of
 from fedveil.server.app import in_short
 from fedveil.server.collect.base import Collected
-from fedveil.server.marks import mark_of
+from fedveil.server.members import mark_of
 from fedveil.server.replies import read_reply, refusal
 
 pytestmark = pytest.mark.rough_prices

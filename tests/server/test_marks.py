@@ -18,8 +18,7 @@ from fedveil.experiments.in_process import run_in_process
 from fedveil.reports import write_reports
 from fedveil.server.admission import Admission
 from fedveil.server.checkpoint import NAME
-from fedveil.server.marks import mark_of
-from fedveil.server.members import Member
+from fedveil.server.members import Member, mark_of
 from fedveil.server.replies import refusal
 from fedveil.server.sites import Exchange
 from fedveil.server.tracking import rounds_of

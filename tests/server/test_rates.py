@@ -18,7 +18,7 @@ from fedveil.privacy.events import sampled_gaussian
 from fedveil.server.admission import Admission
 from fedveil.server.noise import SitesNoise, SumNoise, noised_at_sites, without_noise
 from fedveil.server.optimizer import server_step
-from fedveil.server.rates import within_noise
+from fedveil.server.ruled import within_noise
 from fedveil.server.terms import paid_plan
 from fedveil.strategies import Contribution, ServerState
 from fedveil.strategies.job import Job, configure

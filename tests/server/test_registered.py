@@ -18,7 +18,7 @@ from fedveil.deploy import start
 from fedveil.deploy.commands import superlink_environment
 from fedveil.deploy.server_folder import make_server
 from fedveil.experiments.in_process import run_in_process
-from fedveil.server.marks import mark_of
+from fedveil.server.members import mark_of
 from fedveil.server.registered import NODES, misnamed, names_in, registered_names
 
 pytestmark = pytest.mark.rough_prices
