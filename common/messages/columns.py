@@ -7,13 +7,13 @@ a column that a site did not train is, in the mean of the sites' weights, what a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from fedveil.common.errors import ProtocolError
-from fedveil.common.messages.state import OWN, AdapterState
+from fedveil.common.messages.state import OWN, AdapterState, below_head
 
 PARTS = ("A", "B")
 """The factors of which a part of the columns may be trained: A, shape (rank, in), and B, shape (out, rank). They are
@@ -57,12 +57,19 @@ def positions_of(mask: Tensor, what: str) -> Tensor:
     return mask.nonzero()[:, 0]
 
 
-def whole_factors(state: AdapterState, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
-    """Return the choice of all columns of factors of these names, and of nothing else, in every layer of ``state``."""
+def columns_of(state: AdapterState, choices: Mapping[str, Callable[[int], Tensor]]) -> Chosen:
+    """Return the choice of the same columns in every layer of ``state``.
+
+    Args:
+        state: the factors, by layer; the head and its features' map are in no choice.
+        choices: by factor, from how many columns it has to those that are trained; of others none is.
+
+    >>> columns_of({"layer": {"A": torch.zeros(2, 6)}}, {"A": lambda width: torch.arange(width).chunk(2)[0]})
+    {'layer': {'A': tensor([0, 1, 2])}}
+    """
     return {
-        layer: {name: torch.arange(factors[name].shape[-1]) for name in names if name in factors}
-        for layer, factors in state.items()
-        if layer not in OWN
+        layer: {name: choose(factors[name].shape[-1]) for name, choose in choices.items() if name in factors}
+        for layer, factors in below_head(state).items()
     }
 
 

@@ -15,7 +15,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedveil.common.messages.columns import Chosen, whole_factors
+import torch
+
+from fedveil.common.messages.columns import Chosen, columns_of
 from fedveil.common.messages.state import AdapterState
 from fedveil.strategies.average import Average
 from fedveil.strategies.base import Facts, Takes
@@ -39,4 +41,4 @@ class RoLoRA(Average):
     def trained_columns(self, received: AdapterState, round_number: int, rank: int) -> Chosen:
         """Return all of B in odd rounds, all of A in even ones."""
         del rank
-        return whole_factors(received, TURNS[(round_number + 1) % 2])
+        return columns_of(received, dict.fromkeys(TURNS[(round_number + 1) % 2], torch.arange))

@@ -22,7 +22,7 @@ from fedveil.common.adapters import ADAPTERS
 from fedveil.common.adapters.mapped import Mapped
 from fedveil.common.config.sections import HeadConfig
 from fedveil.common.errors import ConfigError, ModelError
-from fedveil.common.messages.columns import whole_factors
+from fedveil.common.messages.columns import columns_of
 from fedveil.common.messages.state import HEAD
 from fedveil.common.messages.tensors import entries
 from fedveil.common.model.base import BaseModel, load_base_model
@@ -350,7 +350,7 @@ def test_a_turn_rehearses_its_own_factors_alone(
     first, *others = sorted({name for _, name in model.below_head()})
     turns: list[set[int]] = []
     monkeypatch.setattr(rehearsal._Rehearsal, "run", lambda own: turns.append(set(map(id, own.trained))))
-    rehearse_columns(model, whole_factors(model.start, [first]))
+    rehearse_columns(model, columns_of(model.start, {first: torch.arange}))
     rehearse(model)
     resting = {id(p) for (_, name), p in model.below_head().items() if name in others}
     assert resting

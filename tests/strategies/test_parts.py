@@ -17,7 +17,7 @@ from docs.make.tables import modes_of
 from fedveil.common.errors import ProtocolError
 from fedveil.common.messages import columns
 from fedveil.common.messages.blocks import numbers_in
-from fedveil.common.messages.columns import Chosen, check_chosen
+from fedveil.common.messages.columns import Chosen, check_chosen, columns_of
 from fedveil.common.messages.state import AdapterState, below_head
 from fedveil.common.run_lines import RoundLine, read_lines
 from fedveil.experiments.in_process import run_in_process
@@ -45,14 +45,11 @@ class Halves(Average):
     def trained_columns(self, received: AdapterState, round_number: int, rank: int) -> Chosen:
         """Return half of the columns of one factor."""
         del rank
-        return {
-            layer: {"BA"[(round_number - 1) % 2]: half_of(factors["BA"[(round_number - 1) % 2]], round_number)}
-            for layer, factors in below_head(received).items()
-        }
+        return columns_of(received, {"BA"[(round_number - 1) % 2]: partial(half_of, round_number)})
 
 
-def half_of(tensor: Tensor, round_number: int) -> Tensor:
-    return torch.arange(tensor.shape[-1]).chunk(2)[(round_number - 1) // 2 % 2]
+def half_of(round_number: int, width: int) -> Tensor:
+    return torch.arange(width).chunk(2)[(round_number - 1) // 2 % 2]
 
 
 def normal(*shape: int, seed: int) -> Tensor:
@@ -65,7 +62,7 @@ def test_what_a_round_trains_is_the_mean_and_all_else_stays_to_the_bit(optimizer
     state = Halves().start({"layer": {"A": normal(3, 8, seed=1), "B": normal(5, 3, seed=2)}}, ("A", "B"))
     for number in range(1, 9):
         name, before = "BA"[(number - 1) % 2], state.adapter["layer"]
-        half = half_of(before[name], number)
+        half = half_of(number, before[name].shape[-1])
         sent = [normal(*before[name][:, half].shape, seed=10 * number + site) for site in (1, 2)]
         sites = [
             Contribution(f"{i}", w, {"layer": {name: t}}) for i, (w, t) in enumerate(zip((1, 3), sent, strict=True))
