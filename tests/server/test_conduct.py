@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 
 from fedveil.common.errors import ConfigError, DataError, RunFailed
 from fedveil.common.messages.round import Refusal, Task, TrainResult
+from fedveil.common.messages.state import below_head
+from fedveil.common.messages.tensors import l2_norm, subtract
 from fedveil.common.messages.wire import decode_reply, encode_reply
 from fedveil.common.model.score import Score
 from fedveil.common.run_lines import BaselineFile, PrivacyLine, ResultFile, RoundLine, read_file, read_lines
@@ -32,7 +34,8 @@ from fedveil.server.collect.base import Collected
 from fedveil.server.collect.shown import ShownOfCohort
 from fedveil.server.conduct import Terminal
 from fedveil.server.lock import only_writer
-from fedveil.server.observers import RoundOutcome
+from fedveil.server.members import Member
+from fedveil.server.observers import Observer, Observers, RoundOutcome, Update
 from fedveil.server.records import RunFolder
 from fedveil.server.sites import Exchange
 from fedveil.server.tracking import Tracking
@@ -306,3 +309,24 @@ def test_noise_that_a_held_down_site_costs_is_looked_for_once_a_run(
     monkeypatch.setattr(plain, "warn_of_noise", lambda _, results: looked.extend(r.round_number for r in results))
     run_in_process({**toy_settings, "rounds": 2}, 1, "looked")
     assert looked == [1]
+
+
+def test_an_observer_has_the_state_before_a_round_its_average_and_the_state_after(
+    toy_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    updates: list[Update] = []
+
+    class Lengths(Observer):
+        def finished(self, outcome: RoundOutcome, update: Update, members: Mapping[str, Member]) -> None:
+            updates.append(update)
+
+    monkeypatch.setattr(conduct, "Observers", lambda *others: Observers(*others, Lengths()))
+    plain_step = {"server.optimizer": "momentum", "server.momentum": 0.0, "server.learning-rate": 0.5}
+    run_in_process(open_run({**toy_settings, **plain_step, "schedule": "constant"}), 2, "observed")
+    assert [update.after.round_number for update in updates] == [1, 2]
+    for update in updates:
+        change = below_head(subtract(update.averaged.adapter, update.before.adapter))
+        step = below_head(subtract(update.after.adapter, update.before.adapter))
+        assert l2_norm(step) == pytest.approx(0.5 * l2_norm(change), rel=1e-4)
+        assert l2_norm(change) > 0
+    assert updates[1].before is updates[0].after
