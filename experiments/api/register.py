@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 from fedveil.common.adapters import ADAPTERS, ALIASES, Adapter
 from fedveil.common.check import PLAIN_NAME
 from fedveil.common.errors import ConfigError
-from fedveil.common.observers import NO_OBSERVER, OBSERVERS, RunObserver
 from fedveil.common.registered import note_registered, registered_rows
 from fedveil.common.starts import STARTS, PaidStart, Start
 from fedveil.common.tasks import TASKS, Task
+from fedveil.common.trackers import NO_TRACKER, TRACKERS, Tracker
 from fedveil.strategies import CONTROLS, STRATEGIES, Strategy
 from fedveil.strategies.options import known_settings
 from fedveil.strategies.recipes import AUTO
@@ -23,7 +23,7 @@ KINDS: dict[str, tuple[type[Any], MutableMapping[str, Any]]] = {
     "task": (Task, TASKS),
     "start": (Start, STARTS),
     "rule": (ServerRule, RULES),
-    "observer": (RunObserver, OBSERVERS),
+    "tracker": (Tracker, TRACKERS),
 }
 """What can be registered: its base class, and the table that it becomes a row of."""
 T = TypeVar("T", bound=type[Any])
@@ -47,7 +47,7 @@ def register(row: T) -> T:
     What protects records cannot be registered: no mechanism, accountant, source of noise, paid start or public data.
 
     Args:
-        row: a subclass of ``Strategy``, ``Adapter``, ``Task``, ``Start``, ``ServerRule`` or ``RunObserver``. Registered
+        row: a subclass of ``Strategy``, ``Adapter``, ``Task``, ``Start``, ``ServerRule`` or ``Tracker``. Registered
             again, as by a cell that is run twice, the new class takes the place of the old one.
 
     Raises:
@@ -81,7 +81,7 @@ def _kind_of(row: object) -> tuple[str, MutableMapping[str, Any]]:
 
 
 def _check_free(kind: str, name: str, table: MutableMapping[str, Any]) -> None:
-    taken = {"strategy": {*CONTROLS}, "adapter": {*ALIASES}, "observer": {NO_OBSERVER}}
+    taken = {"strategy": {*CONTROLS}, "adapter": {*ALIASES}, "tracker": {NO_TRACKER}}
     sections = {key.partition(".")[0] for key in known_settings()} - {*STRATEGIES, *RULES}
     options = {*STRATEGIES, *CONTROLS, *RULES} if kind in ("strategy", "rule") else set()
     if name in {*table, *taken.get(kind, ()), *sections, *options, AUTO}:

@@ -19,10 +19,10 @@ from fedveil.common.adapters import ADAPTERS
 from fedveil.common.adapters.lora import LoRA
 from fedveil.common.errors import ConfigError
 from fedveil.common.messages.round import Refusal
-from fedveil.common.observers import OBSERVERS, RunObserver
 from fedveil.common.starts import STARTS, PaidStart
 from fedveil.common.starts.orthonormal import Orthonormal
 from fedveil.common.tasks import TASKS, Classification
+from fedveil.common.trackers import TRACKERS, Tracker
 from fedveil.deploy import start
 from fedveil.privacy import MECHANISMS
 from fedveil.privacy.accountant import Accountant
@@ -34,7 +34,7 @@ from fedveil.strategies.rules.none import NoRule
 from fedveil.strategies.state import ServerState
 
 pytestmark = [pytest.mark.rough_prices, pytest.mark.one_length]
-TABLES = (STRATEGIES, ADAPTERS, TASKS, STARTS, RULES, OBSERVERS)
+TABLES = (STRATEGIES, ADAPTERS, TASKS, STARTS, RULES, TRACKERS)
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +77,7 @@ def test_every_axis_takes_a_row_of_its_kind() -> None:
         own = fedveil.register(type("Own", (base,), {"name": "own", "__doc__": "A row."}))
         assert table["own"] is own or type(table["own"]) is own
     methods = {name: lambda *_: None for name in ("__init__", "log", "close")}
-    assert fedveil.register(type("Seen", (RunObserver,), {**methods, "name": "seen"})) is OBSERVERS["seen"]
+    assert fedveil.register(type("Seen", (Tracker,), {**methods, "name": "seen"})) is TRACKERS["seen"]
     assert len(registered.registered_rows()) == 5
 
 
@@ -121,7 +121,7 @@ def test_what_protects_records_cannot_be_registered(row: Any) -> None:
 
 def test_a_row_that_is_not_whole_is_refused() -> None:
     with pytest.raises(ConfigError, match="does not define close, log"):
-        fedveil.register(type("Seen", (RunObserver,), {"name": "seen", "__init__": lambda *_: None}))
+        fedveil.register(type("Seen", (Tracker,), {"name": "seen", "__init__": lambda *_: None}))
 
 
 def test_sites_and_servers_do_not_start_beside_a_registered_row(
