@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from fedveil.common.run_lines import ConfigFile, PrivacyLine, ResultFile, read_f
 from fedveil.common.server_file import ENGINES
 from fedveil.common.tasks.tables import Table
 from fedveil.experiments import in_process
+from fedveil.experiments.api import front
 from fedveil.experiments.api.keywords import KEYWORDS, given_settings
 from fedveil.experiments.in_process import InProcessTransport
 from fedveil.experiments.simulate import simulate
@@ -35,6 +37,7 @@ from fedveil.strategies.options import known_settings
 
 pytestmark = [pytest.mark.rough_prices, pytest.mark.one_length]
 
+ROOT = Path(__file__).resolve().parents[2]
 NAMES = ["Accuracy", "Plan", "Run", "load", "plan", "register", "run"]
 """What ``import fedveil`` offers: a change here is one that users see."""
 
@@ -244,3 +247,17 @@ def test_the_command_runs_in_process_where_that_is_wanted(toy_settings: dict[str
     (folder,) = Path(toy_settings["output"]).iterdir()
     assert read_file(ResultFile, folder).engine == ENGINES["one process"]
     assert not (folder / PROCESS).exists()
+
+
+def test_the_readmes_lines_run_on_a_table_of_ones_own(
+    toy_settings: dict[str, Any], frame: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    frame.rename(columns={"text": "question", "label": "kind"}).to_csv("reviews.csv", index=False)
+    own = {key: value for key, value in toy_settings.items() if not key.startswith("data.")}
+    monkeypatch.setattr(front, "given_settings", lambda *given: {**own, **given_settings(*given)})
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.S)
+    namespace: dict[str, Any] = {}
+    exec(block, namespace)
+    assert namespace["run"].settings["data.test-size"] == 80
+    assert (tmp_path / "model" / "modules.json").is_file()
