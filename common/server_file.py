@@ -57,7 +57,7 @@ class ServerStart:
     system_entropy: bool = True
     """Whether private randomness came from the operating system; False: from a test's source."""
     fresh_ledgers: bool = False
-    """Whether the sites' ledgers are this run's own and began empty, as a simulation's that names none."""
+    """Whether all ledgers are this run's own and began empty, as a simulation's that names none."""
     registered: list[str] = field(default_factory=list)
     """Rows of user code in this process, such as ``strategy 'mine'``, which no version of FedVeil has."""
 

@@ -132,7 +132,7 @@ def run_in_process(
     def connect(server_model: ServerModel, folder: RunFolder) -> Transport:
         return transport.for_model(server_model, folder)
 
-    fresh = all(_ledger_is_fresh(node, folder) for node in described)
+    fresh = not job.config.privacy.ledger and all(_ledger_is_fresh(node, folder) for node in described)
     return conduct(job, run, connect, began("one process", fresh_ledgers=fresh))
 
 

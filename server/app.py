@@ -196,7 +196,7 @@ def main(grid: Grid, context: Context) -> None:
     if reach == "network":
         require_installed_rows()
     check = own_check(run_folder(job.config, run).parent, reach)
-    start = began(reach, check, fresh_ledgers=reach == "simulation")
+    start = began(reach, check, fresh_ledgers=reach == "simulation" and not job.config.privacy.ledger)
 
     def connect(server_model: ServerModel, folder: RunFolder) -> FlowerTransport:
         signing = None
