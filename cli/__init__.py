@@ -1,4 +1,4 @@
-"""The ``fedveil`` command: every subcommand, its words and its errors."""
+"""The ``fedveil`` command line: one module for each group of commands, with their help and their errors."""
 
 import os
 

@@ -1,1 +1,1 @@
-"""A site: its data, its ledger, and its part of a round. Never imports ``server``."""
+"""A site: its records, ledger and policy, and its part of a round. Never imports ``server``."""

@@ -1,4 +1,4 @@
-"""Shared words, shapes and rules. Imports nothing of ``strategies``, ``client``, ``server``."""
+"""Settings, data, models, adapters, tasks, messages: shared by server, sites and strategies. Imports none of these."""
 
 from fedveil.common.quiet import leave_out
 

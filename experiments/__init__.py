@@ -1,1 +1,1 @@
-"""Running and comparing: the command line, configurations, federations in one process."""
+"""Work on one machine: simulated federations, sweeps, tuning, planning, and the use of finished runs."""

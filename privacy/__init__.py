@@ -1,4 +1,4 @@
-"""The privacy room: mechanisms, accounting and plans. All claims rest on what is in here.
+"""Privacy mechanisms, sampling, noise and accounting: every claim rests on this folder.
 
 A mechanism is an axis of its own, chosen by ``privacy.mode``: one file and one row of ``MECHANISMS``. What a release
 costs is a row of ``privacy.events.EVENTS``.

@@ -1,4 +1,4 @@
-"""One strategy per file; ``STRATEGIES`` is the table of them.
+"""Strategies, what a server does with the sites' updates: one a file, and ``STRATEGIES``, the table of them.
 
 A strategy is a rule of aggregation with an adapter that it takes by default. A new one is one file
 and one row. Its own options are the fields of its dataclass, and are set in the run configuration

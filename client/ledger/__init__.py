@@ -1,1 +1,1 @@
-"""The ledger of a site: what its records have paid, durable, and enforced where they are."""
+"""A site's ledger: the durable record of what its records have cost, which enforces their budget."""

@@ -1,4 +1,4 @@
-"""One parameterisation per file; ``ADAPTERS`` is the table of them."""
+"""Parameterisations of a layer's change: one adapter a file, and ``ADAPTERS``, the table of them."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Settings: what exists, how people write them, and what they resolve to."""
+"""Settings: which exist, how users write them, and what they resolve to."""

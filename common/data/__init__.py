@@ -1,1 +1,1 @@
-"""Data sets and records: where they come from, which rows are records, and how they are divided."""
+"""Data sets and records: where they come from, which rows count, and how simulated sites divide them."""

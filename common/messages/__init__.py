@@ -1,1 +1,1 @@
-"""Messages between server and sites: adapter states, what is said in a round, and its encoding."""
+"""Messages between server and sites: adapter states, a round's tasks and replies, and their encoding."""

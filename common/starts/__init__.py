@@ -1,4 +1,4 @@
-"""Starts: where the factors of an adapter begin, and what that costs. One per file; ``STARTS`` is the table of them.
+"""Initialisations of an adapter's factors, and what each costs: one a file, and ``STARTS``, the table of them.
 
 A start is an axis of its own: any adapter begins in any start that gives the directions which it asks
 for. A new one is one file and one row. Its options are the fields of its dataclass, and are set in the

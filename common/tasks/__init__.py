@@ -1,4 +1,4 @@
-"""One kind of task per file; ``TASKS`` is the table of them."""
+"""Kinds of task, such as classification or chat: one a file, and ``TASKS``, the table of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A sum whose parts no one sees: noise shared by the sites, rounded words, and pairwise masks that cancel.
+"""Secure aggregation: a sum whose parts no one sees, with noise that sites share and pairwise masks that cancel.
 
 Every site rounds its noised vector to whole steps of a public grid, as words of 32 bits, and adds one mask for each
 other site, modulo 2³². The two sites of a pair derive the same mask, one adds it and the other takes it away. What a

@@ -1,1 +1,1 @@
-"""Collectors of a round's contributions: one for each way of collecting."""
+"""Collectors of a round's contributions: one each for plain updates, masked sums and a trusted server."""
