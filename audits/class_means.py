@@ -38,6 +38,15 @@ EACH_CLIPPED = Fault(
 """The counts for nothing: a record then moves both together by more than a clip."""
 
 
+def clipped(clip: float) -> type[ClassMeans]:
+    """Return the start whose sums are clipped to another norm."""
+
+    class Clipped(ClassMeans):
+        clip_norm = clip
+
+    return Clipped
+
+
 def audit_class_means(model: FederatedModel, records: Sequence[Record], fault: Fault = SOUND) -> Finding:
     """Take each record away in turn from what a site releases; a count is in the release as a sum is.
 
@@ -52,7 +61,7 @@ def audit_class_means(model: FederatedModel, records: Sequence[Record], fault: F
         patch.object(dpsgd, "add_private_noise", zero_noise),
     ):
         for clip in CLIPS:
-            start, plan = ClassMeans(clip_norm=clip), gaussian_plan(clip, 1.0, 1.0, 1.0, 1e-5, 50.0)
+            start, plan = clipped(clip)(), gaussian_plan(clip, 1.0, 1.0, 1.0, 1e-5, 50.0)
 
             def released(chosen: Sequence[Record], start: Any = start, plan: Any = plan) -> list[Any]:
                 found = start.privatise(model, chosen, plan)[HEAD]

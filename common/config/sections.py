@@ -166,6 +166,8 @@ class HeadConfig(Section):
     """The classification head."""
 
     prefix: ClassVar[str] = "head."
+    margin: ClassVar[float] = 3.0
+    """For ``label-words``: how many logits a label leads the others by on its own phrases, on average over labels."""
 
     policy: Annotated[str, OneOf(HEAD_POLICIES)] = "trained"
     """``trained`` (averaged, and part of the clipped vector) or ``frozen`` (kept at its start)."""
@@ -174,8 +176,6 @@ class HeadConfig(Section):
     label."""
     phrases: str = ""
     """For ``label-words``: phrases of one label separated by ``|``, labels by ``;``, in label order."""
-    margin: Annotated[float, POSITIVE, Unit("logits")] = 3.0
-    """For ``label-words``: how far a label leads the others on its own phrases, on average over labels."""
     pool: Annotated[str, OneOf(HEAD_POOLS)] = "mean"
     """``mean``: the head reads the mean of the last hidden states over tokens (an image: as its task says). ``stock``:
     what transformers' own classifier of the model reads, such as BERT's pooler, so that PEFT takes the result with its
@@ -249,6 +249,10 @@ class TrainingConfig(Section):
     """What a site does with one round."""
 
     prefix: ClassVar[str] = "training."
+    momentum: ClassVar[float] = 0.9
+    """For ``momentum``; also Adam's β₁."""
+    beta2: ClassVar[float] = 0.999
+    """Adam's β₂, for ``adam`` and ``adamw``."""
 
     local_steps: Annotated[int, POSITIVE, Unit("steps")] = OPEN
     """Optimiser steps of a round. Open: 1 in a private run, else 16."""
@@ -259,10 +263,6 @@ class TrainingConfig(Section):
     """``sgd``, ``momentum``, ``adam``, ``adamw``. Open: Adam, or plain SGD where the server has an optimiser."""
     learning_rate: Annotated[float, POSITIVE, RATIO] = OPEN
     """The site's, at the peak of ``schedule``. Open: what suits the optimiser, 0.01 for Adam and else 1."""
-    momentum: Annotated[float, Interval(0, 1, low_too=True, high_too=False), RATIO] = 0.9
-    """For ``momentum``; also Adam's β₁."""
-    beta2: Annotated[float, Interval(0, 1, high_too=False), RATIO] = 0.999
-    """Adam's β₂, for ``adam`` and ``adamw``."""
     weight_decay: Annotated[float, NOT_NEGATIVE, RATIO] = 0.0
     """Of the site's optimiser: the part of a weight that a step of rate 1 takes off."""
     batch_tokens: Annotated[int, NOT_NEGATIVE, Unit("tokens")] = 0

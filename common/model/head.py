@@ -67,7 +67,7 @@ def start_from_phrases(linear: nn.Linear, head: HeadConfig, means: Tensor, base_
     """Set a head to what the base model's features of public phrases say about each label (``label-words``).
 
     Each row is how the features of the phrases about that label differ from their mean over labels, scaled to
-    ``head.margin``; the bias makes a record whose features are that mean equally likely for all labels.
+    ``HeadConfig.margin``; the bias makes a record whose features are that mean equally likely for all labels.
 
     Args:
         linear: the head.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Self
 
 from fedveil.common.adapters import Place
-from fedveil.common.check import CLIP_NORM, POSITIVE, Interval
+from fedveil.common.check import POSITIVE, Interval
 from fedveil.common.config.fields import RATIO, Unit
 from fedveil.common.config.sections import PrivacyConfig
 from fedveil.common.messages.state import AdapterState, Factors
@@ -31,6 +31,8 @@ class PaidStart(Start):
     """A start from one release of every site's records: clipped, noised, and charged to its ledger."""
 
     needs: ClassVar[Needs] = "paid release"
+    clip_norm: ClassVar[float] = 1.0
+    """L2 bound of one record's statistic over all adapted layers together."""
     on_features: ClassVar[bool] = False
     """Whether the release is made from features of the frozen base model, which are computed before it."""
 
@@ -38,8 +40,6 @@ class PaidStart(Start):
     """Chance of each record to be used."""
     noise_multiplier: Annotated[float, POSITIVE, Unit("clip norms")] = 5.0
     """Standard deviation of the noise of the one release over its clip norm."""
-    clip_norm: Annotated[float, CLIP_NORM, Unit("L2 norm")] = 1.0
-    """L2 bound of one record's statistic over all adapted layers together."""
 
     def release(self, least_noise: float = 0.0) -> Release:
         """Return the one release; also for a run's plan, before any site is known."""

@@ -84,7 +84,8 @@ def test_without_noise_it_is_clipped_gradient_descent_on_whitened_features(
 ) -> None:
     without_noise(monkeypatch)
     clip = 0.8
-    start = Probe(steps=3, rate=0.7, sample_rate=1.0, clip_norm=clip, clip_share=0.2, head_clip_share=0.4)
+    monkeypatch.setattr(Probe, "clip_norm", clip)
+    start = Probe(steps=3, rate=0.7, sample_rate=1.0, clip_share=0.2, head_clip_share=0.4)
     model = tiny(model_folder("bert"), start)
     records = records_of(model)
     released = start.privatise(model, records, gaussian_plan(clip, 1.0, 1.0, 4.0, 1e-5, 8.0))[HEAD]

@@ -34,11 +34,11 @@ METHOD = ("strategy", "adapter.name", "adapter.start")
 DECIDED = ("adapter.", "head.", "server.", "training.", "start.", "schedule", "head-rate", "phases")
 """What a recipe decides as a whole: whoever writes one of these out has a method of their own."""
 FREE = (
-    *("adapter.rank", "adapter.targets", "head.phrases", "head.margin", "training.batch-tokens"),
+    *("adapter.rank", "adapter.targets", "head.phrases", "training.batch-tokens"),
     *("start.text", "start.text-sha256", "start.records"),
 )
 """Among them what may be set beside a recipe."""
-STEPS = ("server.", "training.optimizer", "training.learning-rate", "training.momentum", "training.weight-decay")
+STEPS = ("server.", "training.optimizer", "training.learning-rate", "training.weight-decay")
 """What ``long-steps`` decides as a whole, or what has no say beside it."""
 LONG_STEPS = {"strategy": ("ffa-lora", "fed-svd"), "adapter.name": ("lora-frozen-a",)}
 """What may be named beside ``long-steps``, which freezes A: where A is trained beside B, the noise of one is multiplied

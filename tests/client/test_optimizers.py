@@ -42,8 +42,6 @@ SETTINGS = TrainingConfig(
     sample_rate=0.1,
     optimizer="sgd",
     learning_rate=1.0,
-    momentum=0.8,
-    beta2=0.95,
     weight_decay=0.1,
 )
 TRAINED = {
@@ -52,9 +50,9 @@ TRAINED = {
 }
 WANTED: dict[str, tuple[type, dict[str, Any]]] = {
     "sgd": (torch.optim.SGD, {"momentum": 0, "nesterov": False}),
-    "momentum": (torch.optim.SGD, {"momentum": 0.8, "dampening": 0, "nesterov": False}),
-    "adam": (torch.optim.Adam, {"betas": (0.8, 0.95), "decoupled_weight_decay": False, "amsgrad": False}),
-    "adamw": (torch.optim.AdamW, {"betas": (0.8, 0.95), "amsgrad": False}),
+    "momentum": (torch.optim.SGD, {"momentum": 0.9, "dampening": 0, "nesterov": False}),
+    "adam": (torch.optim.Adam, {"betas": (0.9, 0.999), "decoupled_weight_decay": False, "amsgrad": False}),
+    "adamw": (torch.optim.AdamW, {"betas": (0.9, 0.999), "amsgrad": False}),
 }
 
 
@@ -154,7 +152,7 @@ def test_the_private_default_lowers_the_loss_with_every_strategy(
 
 def by_hand(name: str, value: float, gradients: list[float]) -> float:
     """Run an optimiser on one number, from the formulas of its paper."""
-    rate, b1, b2, decay = 0.03, 0.8, 0.95, 0.1
+    rate, b1, b2, decay = 0.03, 0.9, 0.999, 0.1
     m = v = 0.0
     for t, g in enumerate(gradients, 1):
         g = g if name == "adamw" else g + decay * value

@@ -273,11 +273,12 @@ PHRASES = "bright film | warm story ; dull film | cold story"
 @pytest.mark.parametrize("feature_scale", [0.0, 4.0])
 @pytest.mark.parametrize("margin", [1.0, 3.0])
 def test_label_words_lead_on_their_own_phrases_by_the_margin_and_are_even_at_the_mean(
-    margin: float, feature_scale: float, model_for: ModelFor
+    margin: float, feature_scale: float, model_for: ModelFor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(HeadConfig, "margin", margin)
     names = ("bad", "middling", "good")
     phrases = [["dull film", "cold story"], ["film is quite warm"], ["bright film and story"]]
-    head = HeadConfig(start="label-words", phrases=";".join("|".join(p) for p in phrases), margin=margin)
+    head = HeadConfig(start="label-words", phrases=";".join("|".join(p) for p in phrases))
     model = model_for(head=head, label_names=names, feature_scale=feature_scale)
     features = []
     for texts in phrases:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from audits.bands import out_of_band
-from audits.class_means import EACH_CLIPPED, audit_class_means
+from audits.class_means import EACH_CLIPPED, audit_class_means, clipped
 from audits.faults import DOUBLED, SOUND, Fault
 from audits.tiny_models import TARGETS
 from fedveil.common.adapters import ADAPTERS
@@ -38,6 +38,7 @@ LABELS = Labels(("bad", "good", "dull"), (("bad",), ("good",), ("dull",)))
 TEXTS = ("the film", "a warm story and a lovely actor", "dull", "the scene was very cold", "a film", "cold quiet story")
 KINDS = (0, 1, 2, 0, 0, 1)
 CLIP = 0.8
+Clipped = clipped(CLIP)
 RUN = {"strategy": "fedavg-lora", "adapter.name": "none", "adapter.start": "class-means", "head.metric": "public"}
 LORA = {"adapter.name": "lora", "head.metric": "none"}
 
@@ -92,7 +93,7 @@ def test_two_unequal_sites_sum_up_to_all_records_as_a_slow_reference_does(
     sums: str, make: Callable[..., FederatedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without_noise(monkeypatch)
-    start = ClassMeans(sums=sums, sample_rate=1.0, clip_norm=CLIP)
+    start = Clipped(sums=sums, sample_rate=1.0)
     model = make(start)
     made_map = start._map(model)
     longest = torch.cat([model.features(model.batch([r])) for r in records_of(model)]) - made_map["centre"]
@@ -135,7 +136,7 @@ def test_two_unequal_sites_sum_up_to_all_records_as_a_slow_reference_does(
 def test_a_noised_count_that_is_next_to_nothing_or_negative_is_taken_for_the_least(
     make: Callable[..., FederatedModel],
 ) -> None:
-    start = ClassMeans(sample_rate=1.0, clip_norm=CLIP)
+    start = Clipped(sample_rate=1.0)
     model, config = make(start), configure({**RUN, "privacy.clip-norm": 2.0}).config
     draw = torch.Generator().manual_seed(4)
     sums = torch.randn(start.layout(model)[HEAD]["sums"], generator=draw, dtype=torch.float64)
@@ -153,7 +154,7 @@ def test_a_noised_count_that_is_next_to_nothing_or_negative_is_taken_for_the_lea
 
 
 def test_what_is_public_is_the_same_bytes_at_sites_with_other_records(make: Callable[..., FederatedModel]) -> None:
-    start = ClassMeans(sample_rate=1.0, clip_norm=CLIP)
+    start = Clipped(sample_rate=1.0)
     seen = []
     for ends in ((0, 3), (3, 6)):
         model = make(start)
@@ -177,7 +178,7 @@ def test_the_audit_of_class_means_passes_on_the_code_as_it_is_and_finds_every_fa
 def test_a_site_without_a_record_sends_noise_alone_and_the_server_makes_numbers_of_it(
     make: Callable[..., FederatedModel],
 ) -> None:
-    start = ClassMeans(sample_rate=1.0, clip_norm=CLIP)
+    start = Clipped(sample_rate=1.0)
     model = make(start)
     sent = start.privatise(model, [], plan_of(2.0, noise=3.0))
     flat = torch.cat([t.flatten() for t in sent[HEAD].values()])

@@ -115,7 +115,7 @@ TRUSTED = {"privacy.mode": "client-level", "privacy.unit": "site", "privacy.coho
         ({**WORDS, "recipe": "long-steps", "strategy": "fedavg-lora"}, "long-steps", ""),
         ({"adapter.alpha": 8.0}, "plain", "because adapter.alpha is set: write recipe = 'metric' to keep that"),
         ({"head.pool": "mean"}, "plain", "because head.pool is set"),
-        ({"training.momentum": 0.9}, "plain", "because training.momentum is set"),
+        ({"training.weight-decay": 0.1}, "plain", "because training.weight-decay is set"),
         ({"schedule": "linear"}, "plain", "because schedule is set"),
         ({"data.partition": "dirichlet", "privacy.epsilon": 8.0, "model.feature-scale": 1.0}, "metric", ""),
         ({"schedule": "cosine"}, "plain", "because schedule is set"),

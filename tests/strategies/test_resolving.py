@@ -26,7 +26,7 @@ KEYS = (
     *("adapter.name", "adapter.rank", "adapter.alpha", "adapter.scale", "adapter.targets", "adapter.start"),
     *("head.policy", "head.start", "head.pool", "head.metric"),
     *("training.local-steps", "training.sample-rate", "training.optimizer", "training.learning-rate"),
-    *("training.momentum", "training.weight-decay"),
+    "training.weight-decay",
     *("server.optimizer", "server.learning-rate", "server.momentum", "server.adam-tau", "server.most-noise"),
     *("start.records", "start.ridge", "start.text", "start.clip-share", "start.share", "start.sums"),
 )
