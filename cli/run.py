@@ -84,17 +84,20 @@ def _attended(settings: dict[str, Any], job: Job, sites: int, workers: int | Non
         begun.append(folder)
         console.print(visible(f"folder: {folder}"))
 
+    def end(folder: Path) -> None:
+        progress.stop()
+        if not _is_reported(folder):
+            write_reports(folder)
+        print_summary(folder, time.monotonic() - began)
+
     try:
         with RunProgress(
             console, _first_round(job), "starting" + " Flower and Ray" * (workers is not None)
         ) as progress:
             if workers is None:
-                folder = simulate_in_process(settings, sites, progress.show, begun=begin)
+                end(simulate_in_process(settings, sites, progress.show, begun=begin))
             else:
-                folder = simulate(settings, sites, progress.show, workers=workers, begun=begin)
-        if not _is_reported(folder):
-            write_reports(folder)
-        print_summary(folder, time.monotonic() - began)
+                simulate(settings, sites, progress.show, workers=workers, begun=begin, ended=end)
     except BaseException as error:
         for place in begun[-1:]:
             error.add_note(ways_on(place))

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from fedveil.cli.errors import for_people
 from fedveil.common.files import expanded
-from fedveil.common.words import percent_text, visible
+from fedveil.common.words import UNKNOWN, percent_text, visible
 
 console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
 
@@ -29,8 +29,11 @@ def runs(output: Annotated[Path, typer.Argument(help="Folder of the runs.")] = P
         return
     table = Table("run", "began (UTC)", "state", "rounds", "accuracy", "ε")
     for one in found:
-        accuracy = "" if one.accuracy is None else percent_text(one.accuracy)
-        figures = f"{one.rounds} of {one.planned}", accuracy, epsilon_text(one.epsilon)
+        figures = (
+            f"{one.rounds} of {one.planned}",
+            percent_text(one.accuracy),
+            epsilon_text(one.epsilon, absent=UNKNOWN),
+        )
         row = (visible(one.folder.name), one.began[:16].replace("T", " "), one.state, *figures)
         table.add_row(*map(Text, row), style="bold" if one.state == UNDER_WAY else "")
     console.print(table)

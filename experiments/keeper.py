@@ -48,10 +48,15 @@ def start(folder: Path, command: list[str], environment: Mapping[str, str]) -> s
         )
 
 
-def end(keeper: subprocess.Popen[bytes]) -> None:
-    """Let a keeper end what is below it, and wait for that."""
+def let_end(keeper: subprocess.Popen[bytes]) -> None:
+    """Let a keeper end what is below it."""
     if keeper.stdin:
         keeper.stdin.close()
+
+
+def end(keeper: subprocess.Popen[bytes]) -> None:
+    """Let a keeper end what is below it, and wait for that."""
+    let_end(keeper)
     keeper.wait()
 
 

@@ -100,8 +100,13 @@ class RunProgress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._console.is_terminal:
-            self._live.stop()
+        self.stop()
+
+    def stop(self) -> None:
+        """Take the live line away; a second time it does nothing."""
+        with suppress(OSError):  # of a terminal that is gone
+            if self._console.is_terminal:
+                self._live.stop()
 
     def show(self, progress: Progress) -> None:
         """Print the new lines, and say what goes on."""

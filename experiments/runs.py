@@ -34,7 +34,7 @@ class ListedRun:
     accuracy: float | None
     """On public data, as it was scored last; None: not yet."""
     epsilon: float | None
-    """The largest of a site's, by what the sites said; None: no claim, or nothing is spent."""
+    """The largest of a site's, by what the sites said; None: no claim is made, or nothing is spent yet."""
 
 
 def listed_runs(output: Path) -> list[ListedRun]:

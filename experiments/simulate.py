@@ -64,6 +64,7 @@ def simulate(
     *,
     workers: int = 0,
     begun: Callable[[Path], None] = lambda _: None,
+    ended: Callable[[Path], None] = lambda _: None,
 ) -> Path:
     """Run one federation of ``sites`` simulated sites to its end and return the run's folder.
 
@@ -71,6 +72,7 @@ def simulate(
         settings: overrides of the defaults, flat.
         sites: number of sites that divide the data.
         watch, begun: called about twice a second, and with the run's folder once it exists.
+        ended: called with the folder of a run that has ended well, while what was started is being ended.
         workers: processes that train at the same time; 0: as many as pay off on this machine.
 
     Raises:
@@ -103,6 +105,8 @@ def simulate(
             with suppress(OSError):  # of a terminal that is gone
                 watch(Progress([], ProgressFile("ending: sites that have paid for a round finish it first")))
             raise
+        keeper.let_end(link.process)
+        ended(folder)
     return folder
 
 

@@ -34,8 +34,9 @@ def test_ten_commands_lead_from_a_table_to_a_served_model_and_a_signed_report(
     asked = {key: value for key, value in toy_settings.items() if not key.startswith("data.")}
     (tmp_path / "toy.toml").write_text(to_toml({**asked, "output": "runs"}), encoding="utf-8")
 
-    def in_process(settings: Any, sites: int, *_: Any, **__: Any) -> Path:
-        return run_in_process(settings, sites)
+    def in_process(settings: Any, sites: int, *_: Any, ended: Any, **__: Any) -> Path:
+        ended(folder := run_in_process(settings, sites))
+        return folder
 
     monkeypatch.setattr("fedveil.experiments.simulate.simulate", in_process)
     usual = front.given_settings
