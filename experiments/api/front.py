@@ -189,12 +189,15 @@ def _prepared(
 ) -> Iterator[tuple[dict[str, Scalar], Records, list[str]]]:
     """Yield the settings of a run, its records, and a line on each guess; then drop what was read of the records."""
     records = records_of(data, test, site, str(given.get("model.task", "classification")))
+    for key in {*records.settings} & {*given}:
+        raise ConfigError(f"{key} is given as a setting, and data, test or site say it too: leave the setting out")
+    began: dict[str, Scalar] = {}
+    if resumed := given.get("resume"):
+        settings = Run(str(resumed)).settings
+        records = as_before(records, settings)
+        began = {key: value for key, value in settings.items() if key.startswith("data.")}
     try:
-        if resumed := given.get("resume"):
-            records = as_before(records, Run(str(resumed)).settings)
-        for key in {*records.settings} & {*given}:
-            raise ConfigError(f"{key} is given as a setting, and data, test or site say it too: leave the setting out")
-        flat = {**given, **records.settings}
+        flat = {**began, **given, **records.settings}
         with records.opened():
             flat, notes = with_guesses(flat, option="")
             flat |= records.held_out(configure(flat).config)

@@ -101,16 +101,17 @@ def records_of(data: Data, test: Test = None, site: str | None = None, task: str
 
 
 def as_before(records: Records, began: Mapping[str, Scalar]) -> Records:
-    """Return the same records under the names that a run which goes on began with, and its test part."""
-    names = {
-        str(records.settings[key]): str(began[key]) for key in ("data.name", "data.test") if key in records.settings
-    }
-    tables = {names[name]: rows for name, rows in records.tables.items() if names[name].startswith(MARK)}
-    if len(tables) < len(records.tables):
+    """Return the same records, those in memory under the names that a run which goes on began with.
+
+    Raises:
+        ConfigError: the run did not begin with records in memory.
+    """
+    held = [key for key in ("data.name", "data.test") if records.settings.get(key) in records.tables]
+    names = {key: str(began[key]) for key in held}
+    if not all(name.startswith(MARK) for name in names.values()):
         raise ConfigError("resume: the run did not begin with records in memory: give the file that it began with")
-    kept = {key: value for key, value in began.items() if key.startswith("data.")}
-    given = {key: value for key, value in records.settings.items() if value not in records.tables}
-    return replace(records, settings={**kept, **given}, tables=tables)
+    tables = {names[key]: records.tables[str(records.settings[key])] for key in held}
+    return replace(records, settings={**records.settings, **names}, tables=tables)
 
 
 def _of_sites(data: Mapping[str, Source] | Sequence[Source], task: str) -> tuple[dict[str, Scalar], list[Table]]:

@@ -199,7 +199,9 @@ def test_an_interrupted_run_goes_on_and_pays_no_site_twice(
     assert fedveil.load(folder).status == "unfinished"
     with pytest.raises(ConfigError, match=r"go on with fedveil\.run"):
         simulate({**read_file(ConfigFile, folder).settings, "resume": str(folder)}, 2, lambda _: None)
-    whole = fedveil.run(data, resume=folder, output=given["output"], quiet=True)
+    with pytest.raises(ConfigError, match=r"resume: data\.name is"):
+        fedveil.run(str(folder / "rounds.jsonl"), resume=folder, quiet=True)
+    whole = fedveil.run(data, test=40, resume=folder, **given)
     assert whole.folder == folder
     assert whole.status == "completed"
     assert len([line for line in read_lines(PrivacyLine, folder) if line.site == "leeds"]) == 2
