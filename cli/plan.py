@@ -73,6 +73,7 @@ def plan(
 
 def _prepared(given: Given, sites: int | None, sizes: str) -> tuple[dict[str, Scalar], Job, tuple[int, ...]]:
     """Return the settings of a run, its job and its sites' sizes, and say what was guessed and which recipe it has."""
+    from fedveil.common.data.notes import notes_on
     from fedveil.common.data.sources import unprotected_test
     from fedveil.experiments.own_table import hints, with_guesses
     from fedveil.experiments.site_count import USUAL
@@ -84,7 +85,7 @@ def _prepared(given: Given, sites: int | None, sizes: str) -> tuple[dict[str, Sc
     public_sizes = _sizes(job, sites, sizes)  # before the notes: of data that cannot be read their error says all
     data = job.config.data
     notes += [note, "" if sizes else unprotected_test(data.name, data.test, data.test_size)]
-    notes += [] if sizes else hints(job.config)
+    notes += [] if sizes else [*hints(job.config), *notes_on(data, job.config.model.task)]
     for line in filter(None, notes):
         typer.echo(visible(line), err=True)
     if sizes and not settings.get("data.records"):

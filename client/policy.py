@@ -29,6 +29,11 @@ USUAL_MECHANISMS = (DPSGD.name,)
 not named a mechanism has not allowed it."""
 SHOWN_DIGITS = 12
 """Digits of a bundle's hash in messages, where nothing is compared."""
+OTHER_CODE = (
+    "run the same version of FedVeil at server and site, or let the steward add what 'fedveil bundle' prints at the "
+    "server to bundles in policy.toml"
+)
+"""What to do where the server's code is not allowed."""
 NO_BUDGET = (
     "the site's policy has no budget for its records, so that a server would set it: add epsilon, the most that all "
     "runs together may cost, and delta, such as epsilon = 3.0 and delta = 1e-05"
@@ -77,9 +82,9 @@ class Policy:
     max_steps: int = UNLIMITED
     """Most optimiser steps of one run that the site takes."""
     strategies: str = ""
-    """Names, separated by commas (in the file: a list); empty: any."""
+    """Strategies whose runs the site joins, separated by commas (in the file: a list); empty: any."""
     head_policies: str = ""
-    """The same of ``head.policy``."""
+    """Values of ``head.policy`` whose runs the site joins, likewise; empty: any."""
     models: str = ""
     """Base models, each as ``NAME=FINGERPRINT+FILES``: the job's ``model.name``, which is asked before anything is
     looked at; at least the first ``MODEL_DIGITS`` digits of its fingerprint, which is asked once it is loaded; and as
@@ -259,7 +264,8 @@ class Policy:
         allowed = self.allowed_bundles(own)
         if digest not in allowed:
             names = ", ".join(name[:SHOWN_DIGITS] for name in allowed)
-            raise refusal("bundles", names, f"the bundle {digest[:SHOWN_DIGITS]}" if digest else "one of other files")
+            asked = f"the bundle {digest[:SHOWN_DIGITS]}" if digest else "one of other files"
+            raise refusal("bundles", names, f"{asked}: {OTHER_CODE}")
 
     def check_round(self, rounds: int, steps: int) -> None:
         """Raise PolicyRefusal if the run would then have had more ``rounds`` or ``steps`` here than are allowed."""

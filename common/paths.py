@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from glob import escape
 from pathlib import Path, PurePath
 
 from fedveil.common.check import PLAIN_NAME
+from fedveil.common.config.flat import Scalar
 from fedveil.common.config.run import RunConfig
 from fedveil.common.errors import ConfigError, DataError
 from fedveil.common.files import ABOUT_ADAPTER, ABOUT_RUN, expanded
@@ -51,6 +53,32 @@ def named_run(name: str, output: str = "", holding: str = ABOUT_RUN) -> Path:
 def given_run(place: Path) -> Path:
     """Return the folder that a command is given: one that is there, or that of the run which has the name."""
     return place if place.exists() else named_run(str(place))
+
+
+PATHS = ("data.name", "data.test", "model.name", "output", "privacy.ledger", "resume", "start.data", "start.text")
+"""Settings that may be a path."""
+
+
+def without_paths(settings: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """Return a run's settings for others, with the last part of each absolute path on this machine."""
+    return {
+        key: PurePath(value).name if key in PATHS and isinstance(value, str) and is_path(value) else value
+        for key, value in settings.items()
+    }
+
+
+def is_path(name: str) -> bool:
+    """Whether a data set or a model is named by an absolute path, or by one that ``local_name`` made."""
+    return name.startswith(("/", "~", "./"))
+
+
+def local_name(name: str) -> str:
+    """Return a model's name for others: of an absolute path the last part, as a folder beside whoever loads it.
+
+    >>> local_name("/srv/models/own"), local_name("all-MiniLM-L6-v2")
+    ('./own', 'all-MiniLM-L6-v2')
+    """
+    return f"./{PurePath(name).name}" if is_path(name) else name
 
 
 def check_adapter(folder: Path) -> None:

@@ -61,6 +61,10 @@ class LabelScore:
     right: int
     """Records that it gets right."""
     records: int
+    predicted: int | None = None
+    """Records to which it gives this label; None: not counted."""
+    confused: list[int] = field(default_factory=list)
+    """Records of this label by the label that it gives them, in the order of the labels; empty: not counted."""
 
 
 @dataclass(frozen=True)
@@ -261,7 +265,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing: {path.parent} is not the folder of a finished run") from error
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}): check rights and files") from error
+        raise DataError(f"{path} cannot be read ({error.strerror}): check permissions and files") from error
     except ValueError as error:
         raise DataError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):

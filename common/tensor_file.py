@@ -23,4 +23,4 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise DataError(f"{path} is not there: take the whole folder of the run, or put that file back") from error
     except (OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())
-        raise DataError(f"{path} cannot be read ({reason}): take the run's folder anew, or that file") from error
+        raise DataError(f"{path} cannot be read ({reason}): copy the run's folder again, or that file") from error

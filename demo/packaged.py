@@ -113,7 +113,7 @@ def packaged_folder(folder: PackagedFolder) -> Iterator[Path]:
             except OSError as error:
                 raise DataError(
                     f"{path} of the package {folder.distribution} cannot be copied to {private} ({error.strerror}): "
-                    "check rights and space, or name another folder in TMPDIR"
+                    "check permissions and space, or name another folder in TMPDIR"
                 ) from error
             if digest != sha256:
                 raise DataError(_altered(folder, path))
@@ -138,7 +138,7 @@ def packaged_tree(tree: PackagedTree) -> Iterator[Path]:
         except OSError as error:
             raise DataError(
                 f"{tree.path} of the package {tree.distribution} cannot be copied to {private} ({error.strerror}): "
-                "check rights and space, or name another folder in TMPDIR"
+                "check permissions and space, or name another folder in TMPDIR"
             ) from error
         if whole.hexdigest() != tree.sha256:
             raise DataError(_altered(tree, tree.path))

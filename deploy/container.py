@@ -174,7 +174,8 @@ def _say_if_refused(folder: Path, name: str, job: Job) -> None:
     try:
         load_policy(folder / "policy.toml").check_job(job, private=False)
     except FedVeilError as error:
-        print(f"{name} will refuse this job: {error}; see 'fedveil site pin'", flush=True)
+        change = f"docker compose run --rm --entrypoint fedveil keys site pin {folder} ..."
+        print(f"{name} will refuse this job: {error}; '{change}' changes its policy, and its ledger stays", flush=True)
 
 
 def _handed_out(first: Path, sites: int, division: str) -> tuple[int, str]:

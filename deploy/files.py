@@ -71,7 +71,7 @@ def put_file(path: Path, content: bytes, *, private: bool) -> None:
         draft.replace(path)
         sync_folder(path.parent)
     except OSError as error:
-        raise DataError(f"cannot write {path} ({error.strerror}): check rights and space") from error
+        raise DataError(f"cannot write {path} ({error.strerror}): check permissions and space") from error
 
 
 def _write(path: Path, content: bytes, mode: int) -> None:

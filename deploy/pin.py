@@ -78,7 +78,7 @@ def _value_of(path: Path, policy: Mapping[str, Any], key: str, kind: type[T], us
     """Return what a policy has under a key, or ``usual`` where it has nothing; ConfigError if that is no ``kind``."""
     value = policy.get(key, usual)
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise ConfigError(f"the policy {path}: {key} must be {KINDS[kind]}, not {value!r}: mend it, or say what it is")
+        raise ConfigError(f"the policy {path}: {key} must be {KINDS[kind]}, not {value!r}: fix it, or say what it is")
     return value
 
 

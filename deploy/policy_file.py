@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
+from textwrap import wrap
 
+from fedveil.common.config.fields import kebab
 from fedveil.common.config.flat import Scalar
 from fedveil.common.config.run import RunConfig
 from fedveil.common.config.sections import DataConfig, ModelConfig
 from fedveil.common.config.text import to_toml
+from fedveil.common.docstrings import fields_said
 from fedveil.common.errors import ConfigError
 from fedveil.common.labels import labels_of, labels_text
 from fedveil.common.tasks import TASKS
@@ -31,6 +35,36 @@ TRUSTING = """\
 PINS_HEAD = """\
 # What the records are for. A job that asks for another task, other columns or labels, or longer records is refused.
 """
+
+OTHERS_HEAD = """\
+# Every other key, each with an example: take the sign "#" before it away to set it.
+"""
+EXAMPLES: Mapping[str, Scalar | Sequence[str]] = {
+    "unit": PERSON.name,
+    "person": "patient",
+    "records-per-person": 8,
+    "epsilon-person": 8.0,
+    "public-size": 1000,
+    "min-noise-multiplier": 1.0,
+    "sample-rate": 0.33,
+    "max-rounds": 100,
+    "max-steps": 1000,
+    "strategies": ["fedavg-lora"],
+    "head-policies": ["trained"],
+    "models": ["NAME=FINGERPRINT+FILES"],
+    "bundles": ["SHA-256"],
+    "line-breaks": True,
+    "send-noised-metrics": False,
+    "metrics-noise": 30.0,
+    "reply-after": 60.0,
+    "honest-sites": 2,
+    "epsilon-alone": 8.0,
+    "peers": "peers.toml",
+    "peers-hash": "SHA-256",
+    "allow-no-privacy": False,
+    "after-no-privacy": False,
+}
+"""Of keys that ``fedveil site init`` need not write; the pins are those that are not here."""
 
 Pins = Mapping[str, Scalar | Sequence[str]]
 """A policy's pins by their keys."""
@@ -71,11 +105,28 @@ def policy_text(
     trusting = trusting_the_server(mechanisms)
     protection = MECHANISMS_HEAD + (TRUSTING.format(names=", ".join(trusting)) if trusting else "")
     protection += to_toml({"mechanisms": mechanisms, **(sums or {})})
-    text = HEAD + to_toml(settings) + protection + (PINS_HEAD + to_toml(pins) if pins else "")
-    policy = parse_policy(text, "that would be written")
-    if public_size:
-        policy.check_size(public_size)
+    pinned = PINS_HEAD + to_toml(pins) if pins else ""
+    text = HEAD + to_toml(settings) + protection + pinned + _others({*settings, *(sums or {})})
+    parse_policy(text, "that would be written").check_size(public_size or 1)
     return text
+
+
+def _others(written: Collection[str]) -> str:
+    """Return the keys that are not ``written`` as comments: what each says, and an example."""
+    from fedveil.client.policy import Policy  # imports torch
+
+    code = re.compile("``([^`]*)``")
+    said = {
+        kebab(name): code.sub(lambda found: f"'{found[1].replace('_', '-')}'", text)
+        for name, text in fields_said(Policy).items()
+    }
+    lines = [
+        line
+        for key, example in EXAMPLES.items()
+        if key not in written
+        for line in (*wrap(said[key], 118, initial_indent="# ", subsequent_indent="# "), f"#{to_toml({key: example})}")
+    ]
+    return OTHERS_HEAD + "".join(line.rstrip("\n") + "\n" for line in lines)
 
 
 def pins_of(task: str, columns: Mapping[str, str], labels: str, max_length: int) -> Pins:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from fedveil.common.config.flat import Columns
 from fedveil.common.config.sections import DataConfig
+from fedveil.common.data.notes import notes_on_texts
 from fedveil.common.errors import ConfigError, DataError, UnreadableFile
 from fedveil.common.labels import labels_text
 from fedveil.common.tasks import TASKS
@@ -65,7 +66,12 @@ def check_site(folder: SiteFolder, say: Callable[[str], None], more: str = "", *
         say(f"withdrawn: {dataset} is, so every round is refused but one that was charged before")
     if unit.grouped:
         say(_persons(reading.dataset))
-    listed = (*_labels(reading.dataset), *_size(declared, there, unit.name), *_by_reason(reading.unfit))
+    listed = (
+        *_labels(reading.dataset),
+        *notes_on_texts(reading.dataset),
+        *_size(declared, there, unit.name),
+        *_by_reason(reading.unfit),
+    )
     for line in listed if rows else ():
         say(line)
 

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedveil.common.config.flat import Scalar
+from fedveil.common.config.run import RunConfig
+from fedveil.common.data.named import DATASETS
 from fedveil.common.errors import ConfigError, DataError, RunFailed
 from fedveil.common.files import whole_lines
 from fedveil.common.paths import run_folder
 from fedveil.common.run_lines import ResultFile, read_file, read_json
 from fedveil.common.strict_json import from_json, to_json
+from fedveil.common.tasks import TASKS
 from fedveil.common.trackers import check_installed
 from fedveil.common.words import counted
 from fedveil.deploy.control import Control, control_of
@@ -29,6 +32,8 @@ from fedveil.server.resume import settings_of_resumed, with_resumed
 from fedveil.strategies.job import configure, with_recipe
 
 POLL_SECONDS = 1.0
+FAR_MORE = 10_000_000
+"""Records with which a recipe that goes by their number is another than with one."""
 ASK_SECONDS = 20.0
 """Asking Flower costs a second of a core."""
 SILENCE_SECONDS = 300.0
@@ -67,11 +72,15 @@ def submit(
         ConfigError: a setting is wrong; nothing was submitted.
         RunFailed: too few sites, the server is silent, or the run did not end well.
     """
+    given = settings
     settings, note = with_recipe(settings_of_resumed({**settings, "output": str(folder.runs)}), divided=False)
     if note:
         say(note)
     settings = with_ledger(settings, folder.runs)
-    check_installed(configure(settings).config.tracker)
+    job = configure(settings)
+    if not given.get("resume"):
+        check_complete(job.config, given)
+    check_installed(job.config.tracker)
     with control_of(folder) as control:
         last = _last_job(folder, settings) if once else None
         path = Path(last.folder if last else "")
@@ -94,6 +103,30 @@ def submit(
         say(f"run {run} submitted" + f", it goes on in {path}" * bool(resumed.get("resume")))
         _follow_until_stopped(control, folder, run, path, say, since=began)
     return path
+
+
+def check_complete(config: RunConfig, given: Mapping[str, Scalar]) -> None:
+    """Raise ConfigError if a job for sites with records of their own leaves open what only its author knows.
+
+    Args:
+        config: of the job.
+        given: the settings that are written out.
+    """
+    if config.data.name in DATASETS:
+        return
+    labelled = TASKS[config.model.task].labelled and not config.data.labels
+    budget = config.privacy.mechanism.claims and not {"privacy.epsilon", "privacy.noise-multiplier"} & set(given)
+    sizes = () if "data.records" in given else (1, FAR_MORE)
+    recipes = {with_recipe({**given, "data.records": size}, divided=False)[0]["recipe"] for size in sizes}
+    open_ones = {
+        'data.labels=["bad", "good"] (all labels, in one order for every site)': labelled,
+        "privacy.epsilon=3 (the budget that sites are asked for)": budget,
+        "data.records=5000 (about how many records all sites have)": len(recipes) > 1,
+    }
+    if missing := [words for words, is_open in open_ones.items() if is_open]:
+        raise ConfigError(
+            f"sites have records of their own, so the job must also say {', '.join(missing)}: add it by -c"
+        )
 
 
 def stop_job(folder: ServerFolder) -> str:

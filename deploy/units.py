@@ -119,7 +119,7 @@ Next:
   2. open port {folder.fleet_port} to the sites; keep {folder.control} closed
   3. give every site   {folder.path}/ca.crt and the name {dialled(folder.name_list[0], folder.fleet_port)}
   4. let a site in     fedveil server register {path} THE_SITES_node.pub
-  5. look it over      fedveil doctor {path}
+  5. check it          fedveil doctor {path}
   6. run a job         fedveil server submit {path} -c SETTINGS --sites 2
   7. move {shlex.quote(str(place))} off this machine: it is needed only by 'fedveil server renew'."""
 
@@ -133,9 +133,9 @@ def site_steps(folder: SiteFolder) -> str:
 Next:{authority}
   1. read the policy   {folder.path}/policy.toml: budget and limits are yours to set
   2. send the coordinator {folder.path}/node.pub (never node.key)
-  3. look it over      fedveil site check {path} (which rows are no records)
+  3. check it          fedveil site check {path} (which rows cannot be used)
                        fedveil doctor {path}
-                       (compare the authority's fingerprint with the coordinator's by another way)
+                       (compare the authority's fingerprint with the coordinator's over a separate channel)
   4. start it          fedveil site start {path}
                        (or install {folder.path}/fedveil-site.service)
 Never restore {folder.path}/ledger from a backup: it would forget what was spent."""

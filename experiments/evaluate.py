@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ from fedveil.common.model.device import choose_attention, choose_device
 from fedveil.common.model.files import check_files
 from fedveil.common.model.score import Score
 from fedveil.common.model.scoring import score_records
-from fedveil.common.paths import check_adapter
-from fedveil.common.run_lines import AdapterFile, read_file, read_json
+from fedveil.common.paths import PATHS, check_adapter, local_name
+from fedveil.common.run_lines import AdapterFile, ConfigFile, read_file, read_if_there, read_json
 from fedveil.common.tasks import TASKS, Task
 from fedveil.common.tasks.module import TaskModule
 from fedveil.common.tensor_file import read_tensors
@@ -77,6 +77,13 @@ def about_of(adapter: Path) -> AdapterFile:
     """
     check_adapter(adapter)
     about = read_file(AdapterFile, adapter)
+    # An adapter that is given away names no path of the machine that made it. There, its run's folder still does.
+    with suppress(DataError):  # a file of that name may be another's
+        if config := read_if_there(ConfigFile, adapter.parent):
+            paths = {key: config.settings[key] for key in PATHS if key in about.settings and key in config.settings}
+            base = str(config.settings.get("model.name", ""))
+            base = base if local_name(base) == about.base_model else about.base_model
+            about = replace(about, settings={**about.settings, **paths}, base_model=base)
     if about.task not in TASKS or about.precision not in PRECISIONS:
         raise DataError(f"{adapter / AdapterFile.NAME} names a task or a precision that this FedVeil does not know")
     return about

@@ -17,8 +17,8 @@ COMPARED = ("fedveil", "torch", "opacus", "dp-accounting", "flwr")
 NONE_RUN = "No audit was run: the run's folder holds no findings of one."
 
 WHOSE = (
-    "Findings are read from files in the run's folder, and nobody vouches for how they came there but who signed this "
-    "report: to be sure, run the audits yourself."
+    "Findings are read from files in the run's folder. Only the signer of this report vouches for them: to be sure, "
+    "run the audits yourself."
 )
 
 
@@ -136,7 +136,7 @@ def audit_alarms(reports: Sequence[AuditReport]) -> list[str]:
     """Return a sentence for every audit that failed: nothing in a report may be read past it."""
     return [
         f"{report.audit} ({report.file}, {report.date}): {report.checks_failed} of {report.checks} checks of the code "
-        f"failed, {report.faults_missed} of {report.faults} faults built in were missed. Do not rely on the claim."
+        f"failed, {report.faults_missed} of {report.faults} planted faults were missed. Do not rely on the claim."
         for report in reports
         if not report.passed
     ]

@@ -88,7 +88,7 @@ def card_of(data: ReportData, declared: Declared, form: Form, report: bytes) -> 
     parts = [
         f"---\n{head}---",
         f"# {plain(_shown_base(data))}, fine-tuned by {plain(data.method)}",
-        f"{trained}, which no record left. Trained: {_trained(data)}, task {task.name}; the run "
+        f"{trained}. No record left its site. Trained: {_trained(data)}. Task: {task.name}. The run "
         f"{plain(data.status)} after {counted(data.headline.rounds_done, 'round')}.",
         f"Intended use: {plain(declared.intended_use)}" if declared.intended_use else "",
         f"## Load it\n\n```python\n{form.code}```",
@@ -156,7 +156,7 @@ def _metadata(data: ReportData, declared: Declared, form: Form) -> dict[str, Any
     )
     if head.accuracy_after is not None:
         metric = {"type": "accuracy", "value": round(head.accuracy_after, 4)}
-        data_set = {"name": "the run's public test part", "type": "public-test-part"}
+        data_set = {"name": "the run's public test set", "type": "public-test-set"}
         result = {"task": {"type": task.export.hub_task}, "dataset": data_set, "metrics": [metric]}
         meta["model-index"] = [{"name": f"run {visible(data.run)}", "results": [result]}]
     return meta
@@ -197,7 +197,7 @@ def _results(data: ReportData) -> str:
         rows = [("all", UNKNOWN, percent_text(head.accuracy_before), percent_text(head.accuracy_after))]
     table = "\n".join("| " + " | ".join(plain(cell) for cell in row) + " |" for row in rows)
     return (
-        "## Results\n\nAccuracy on the run's public test part, with 95 % intervals where records have labels:\n\n"
+        "## Results\n\nAccuracy on the run's public test set, with 95 % intervals where records have labels:\n\n"
         f"| label | records | before training | after |\n|---|---|---|---|\n{table}"
     )
 
@@ -214,42 +214,42 @@ def _privacy(data: ReportData) -> str:
         said = (attack_sentence(data.meaning), several_sentence(data.meaning), data.meaning.caution)
         lines += [part for text in said if text for part in (plain(text), "")]
     lines += [plain(data.unbounded), ""] if data.unbounded else []
-    lines += [part for text in cares_of(data) for part in (f"**Take care:** {plain(text)}", "")]
+    lines += [part for text in cares_of(data) for part in (f"**Warning:** {plain(text)}", "")]
     return "\n".join(lines)
 
 
 def _records(data: ReportData) -> str:
     sizes = sorted(site.public_size for site in data.sites if site.public_size is not None)
     text = "Trained on the records of sites, which are not published."
-    whose = f"in {data.claim.per}s, " if data.claim.per == PERSON.name else ""
+    whose = f"{data.claim.per}s " if data.claim.per == PERSON.name else ""
     if data.claim.trusts_server:
         most = number_text(sum(sizes))
-        text += f" They were a cohort of at most {most} sites; how many records one has is told to nobody."
+        text += f" They were a cohort of at most {most} sites; how many records each has is kept secret."
     elif sizes:
         text += (
-            f" Their number, {whose}as the sites declare it: {number_text(sum(sizes))}, from "
-            f"{number_text(sizes[0])} to {number_text(sizes[-1])} a site."
+            f" The sites declare {number_text(sum(sizes))} {whose}in all, from {number_text(sizes[0])} to "
+            f"{number_text(sizes[-1])} per site."
         )
-    return f"## Records\n\n{text}\n\nDeclared public, and not protected: {'; '.join(_public(data))}."
+    return f"## Records\n\n{text}\n\nTaken as public, and not protected: {'; '.join(_public(data))}."
 
 
 def _public(data: ReportData) -> list[str]:
     """Return the data that the run took for public, by name; a path is not quoted."""
     name, test = str(setting_of(data, "data.name")), str(setting_of(data, "data.test"))
-    found = ["the test part, a file of the coordinator's"]
+    found = ["the test set, a file of the coordinator's"]
     if cut_test(data):
-        found = ["the test part, which was cut from the same source as the sites' records"]
+        found = ["the test set, held out from the same source as the sites' records"]
     elif _is_name(test or name):
-        found = [f"the test part, {plain(test)}" if test else f"the test part of {plain(name)}"]
+        found = [f"the test set, {plain(test)}" if test else f"the test set of {plain(name)}"]
     text, sha256 = (str(setting_of(data, key)) for key in ("start.text", "start.text-sha256"))
     if text in SHIPPED:
-        found.append(f"the sentences that the start was made from, `{text}` of FedVeil (SHA-256 `{sha256}`)")
+        found.append(f"the text that the initialisation was made from, `{text}` of FedVeil (SHA-256 `{sha256}`)")
     elif text and text not in OF_NO_ONE:
         whose = plain(text) if _is_name(text) else "a file of the coordinator's"
-        found.append(f"the sentences that the start was made from, {whose} (SHA-256 `{sha256}`)")
+        found.append(f"the text that the initialisation was made from, {whose} (SHA-256 `{sha256}`)")
     if public := str(setting_of(data, "start.data")):
         whose = plain(public) if _is_name(public) else "a file of the coordinator's"
-        found.append(f"the records that the start was made from, {whose}")
+        found.append(f"the records that the initialisation was made from, {whose}")
     return found + ["the phrases of the settings"] * bool(setting_of(data, "head.phrases"))
 
 
@@ -258,9 +258,9 @@ def _is_name(source: str) -> bool:
 
 
 def _licences(data: ReportData, declared: Declared) -> str:
-    own = plain(declared.license) if declared.license else "nobody has declared one"
+    own = plain(declared.license) if declared.license else "not declared"
     known = _published(data)
-    base = plain(declared.base_license) if declared.base_license else "nobody has declared it"
+    base = plain(declared.base_license) if declared.base_license else "not declared"
     if known and not declared.base_license:
         base = f"{known.license}, as the hub has it for {known.hub}"
     used = f"\n- The weights that it was trained on are {known.differs}." if known and known.differs else ""

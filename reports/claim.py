@@ -20,42 +20,42 @@ from fedveil.reports.trials import at_least, trials_sentence
 from fedveil.reports.unseen import unseen_charges
 
 COVERED = (
-    "every adapter and head tensor that a site sent in a round that counted, and whatever is made of them: "
+    "every adapter and head tensor that a site sent in a round that counted, and everything computed from them: "
     "the final model, its accuracy, the choice of a round",
-    "every release beside training that is listed in this report",
-    "all rounds together, and earlier runs as far as the site's ledger holds them",
+    "every release other than training that this report lists",
+    "all rounds together, and earlier runs on the same records that are in the site's ledger",
 )
 COVERED_ALONE = (*COVERED[:-1], "all rounds of this run together")
 OTHER_RUNS = "other runs on the same records: ε is of this run alone, whose ledgers began empty with it"
 """Of a simulation that keeps its ledgers to itself."""
-ENDED = "an end chosen by results: the planned end's ε holds"
+ENDED = "stopping early because of results: then the ε of the planned end holds, not that of the rounds that ran"
 """The ε of fewer rounds is known only once their results are, and theorems on composition are of a plan."""
 NOT_COVERED = (
-    "choices of settings made by looking at earlier runs on the same records",
+    "settings that were chosen by looking at earlier runs on the same records",
     ENDED,
     "side channels, such as how long a site takes",
     "the base model, which may have been trained on the same records before",
-    "charges whose answer never came: the site's ledger has the last word",
+    "rounds that a site paid for but whose reply was lost: the site's own ledger counts them",
 )
 COVERED_BY_SERVER = (
-    "every model that the server gave away after a round, and whatever is made of it: the final model, its accuracy, "
-    "the choice of a round",
-    "this run's folder, but for what has the times of rounds (log.jsonl, ledgers/, the dates of files), which is the "
-    "server's own: its lines, its report and its checkpoint hold nothing of one site",
-    "all rounds together, and earlier runs as far as the server's ledger holds them",
+    "every model that the server gave away after a round, and everything computed from it: the final model, its "
+    "accuracy, the choice of a round",
+    "this run's folder: its lines, its report and its checkpoint hold nothing of one site. Excepted is what has the "
+    "times of rounds (log.jsonl, ledgers/, the dates of files), which the server keeps to itself",
+    "all rounds together, and earlier runs that are in the server's ledger",
 )
 """The same where the server is trusted with every update."""
 BY_SERVER = (
-    "choices of settings made by looking at earlier runs of the same sites",
+    "settings that were chosen by looking at earlier runs of the same sites",
     ENDED,
     "side channels, such as what the sites' network shows",
     "the base model, which may have been trained on the same records before",
-    "what a site has given away otherwise, such as in runs of another server, or by another ledger of this one",
+    "what a site has released elsewhere, such as in runs of another server or under another ledger of this one",
 )
 UNTOLD = (
-    "No site has a line here. Who was drawn and who answered is told to nobody, nor how long a round took or how many "
-    "bytes came, since both follow from it; bytes are those of the usual draw. Where privacy.site-rate is below 1, the "
-    "price counts on nobody knowing who was drawn."
+    "No site has a line here. Who was drawn and who answered is kept secret, and so are a round's time and bytes, from "
+    "which that could be inferred; the bytes shown are those of the usual draw. Where privacy.site-rate is below 1, ε "
+    "holds only while it stays secret who was drawn."
 )
 """What a report leaves out where a trusted server draws whole sites, and why."""
 OFF = (
@@ -64,15 +64,15 @@ OFF = (
 )
 EXPOSED_RUN = (
     "ε is ∞: records of a site were released without privacy before, so nothing is promised about them, whatever noise "
-    "this run added. What each site has spent stands in the table of sites."
+    "this run added. The table of sites shows what each site has spent."
 )
 """Without names, which the page would not escape here: the gaps name the sites."""
 NOTHING_YET = "Privacy is on. No site has reported a release yet, so there is no figure."
-SEEDED = "noise and samples came from a test's source of random numbers, so this run protects nobody"
 REGISTERED = "{} is code that no version of FedVeil has: whether the claim holds with it, no test of FedVeil says"
+SEEDED = "noise and samples came from a test's random numbers, so this run protects no record"
 UNKNOWN = (
-    "The run's privacy.mode {!r} is none that this FedVeil knows, or none for privacy.unit {!r}. It can say nothing "
-    "about any record."
+    "This FedVeil does not know the run's privacy.mode {!r}, or not with privacy.unit {!r}. It can say nothing about "
+    "any record."
 )
 
 
@@ -156,7 +156,7 @@ def _has_fresh_ledgers(files: RunFiles) -> bool:
 
 def _promise(claim: Promise, epsilon: float | None, delta: float, *, central: bool) -> str:
     """Return what is private at this ε and δ."""
-    at = f"is (ε, δ) = ({epsilon_text(epsilon)}, {delta:g}) differentially private in {claim.unit}"
+    at = f"is (ε, δ) = ({epsilon_text(epsilon)}, {delta:g}) differentially private for {claim.unit}"
     if central:
         return (
             f"What a trusted server gave away {at}: {claim.across} Nothing is promised against the server, which "
@@ -167,7 +167,7 @@ def _promise(claim: Promise, epsilon: float | None, delta: float, *, central: bo
 
 def none_refused(*, central: bool) -> str:
     """Return the text in place of an empty list of refusals; a trusted server (``central``) records none."""
-    return "None is told: see the cohort." if central else "None that is recorded."
+    return "Kept secret: see the cohort." if central else "None."
 
 
 def _shared(sharing: Sharing | None, sites: Sequence[SiteReport]) -> str:
@@ -177,10 +177,10 @@ def _shared(sharing: Sharing | None, sites: Sequence[SiteReport]) -> str:
     own = sharing.honest_sites == 1
     text = f" That holds {rests_on(sharing)}" + own * ": each site adds all of the noise that its records need"
     if any(site.agreement == "larger" for site in sites):
-        text += ". What a site's ledger holds of earlier runs rests on what these counted on"
+        text += ". Earlier runs in a site's ledger hold under their own conditions"
     if others := others_of(sharing):
         text += f". The sums of this run that counted cost, at the same δ, {'; '.join(others)}"
-    return f"{text}. A site's ledger also has attempts of which nothing came."
+    return f"{text}. A site's ledger also counts attempts that failed."
 
 
 def _public_text(settings: Mapping[str, Scalar]) -> str:
@@ -210,15 +210,15 @@ def _gaps(files: RunFiles, sites: Sequence[SiteReport], unpaid: list[str]) -> li
     gaps += _by_note([site for site in sites if site.agreement in ("smaller", "unknown", "exposed")], len(sites))
     gaps += [
         f"{site.site}: ε {epsilon_text(site.epsilon_total)}{at_h(sharing)} is above its budget of "
-        f"{site.epsilon_budget:g}: it shares records with other names of its ledger, and the figure is the dearest "
-        "name's"
+        f"{site.epsilon_budget:g}: it shares records with other names in its ledger, and the largest of their figures "
+        "counts"
         for site in sites
         if site.epsilon_total is not None
         and site.epsilon_budget is not None
         and site.epsilon_budget < site.epsilon_total < math.inf
     ]
     if unpaid:
-        gaps.append(f"no claim for {names_text(unpaid)}: a contribution came without a charge")
+        gaps.append(f"no claim for {names_text(unpaid)}: an update came without a charge")
     accounted = {(line.round_number, line.site) for line in files.privacy}
     for line in files.rounds:
         missing = [site for site in line.participants if (line.round_number, site) not in accounted]
@@ -227,5 +227,5 @@ def _gaps(files: RunFiles, sites: Sequence[SiteReport], unpaid: list[str]) -> li
             gaps.append(f"round {line.round_number}: no line in privacy.jsonl for {names}; ε is too low")
     gaps += unseen_charges(files)
     if files.result is None or files.result.status == "failed":
-        gaps.append("the run has no good end: sites may have charged a round that is not in these files")
+        gaps.append("the run failed or is not finished: sites may have charged a round that is not in these files")
     return gaps

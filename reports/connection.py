@@ -9,29 +9,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fedveil.common.server_file import CheckLine, ServerFile, ServerStart
+from fedveil.common.words import pathless
 
 NO_NETWORK = {
-    "simulation": "Nothing went over a network: the sites were simulated on the server's machine. So there was no TLS, "
-    "no certificate, and no site had a key.",
-    "one process": "Nothing went over a network: server and sites were one process. So there was no TLS, no "
+    "simulation": "Nothing went over a network: the sites were simulated on the server's machine. There was no TLS, no "
+    "certificate, and no site had a key.",
+    "one process": "Nothing went over a network: server and sites were one process. There was no TLS, no "
     "certificate, and no site had a key.",
 }
 """By how sites are reached."""
-NOT_KNOWN = "Not known to the server app:"
+NOT_KNOWN = "The server cannot know"
 """Before what only the operator can say."""
 NOT_NAMED = (
-    f"{NOT_KNOWN} whether connections were under TLS, by which certificate, and whether sites had to prove themselves "
-    "by keys. The SuperLink was not started by 'fedveil server start', which says where they lie."
+    f"{NOT_KNOWN} whether connections used TLS, with which certificate, and whether sites had to authenticate by key. "
+    "The SuperLink was not started by 'fedveil server start', which records them."
 )
 NEVER_KNOWN = (
-    "which port the sites dialled, and whether anything stands between them and it: that it is the one which was asked "
-    "is the operator's word",
-    "against which authority each site checks the certificate: each steward's own ca.crt decides",
-    "whether the server's clock is right: nothing here could be compared with it",
+    "whether the sites dialled the port that it checked, or a proxy in front of it",
+    "which authority each site checks the certificate against: each steward's own ca.crt decides",
+    "whether its clock is right: it had nothing to compare it with",
 )
 """Of a run over a network."""
-SITES_OWN = "What a site's own check finds stays at that site, and nothing of it is here."
-NOT_RECORDED = f"{NOT_KNOWN} anything of its connections: the run's folder does not say."
+SITES_OWN = "A site's own check stays at that site and is not part of this report."
+NOT_RECORDED = "The run's folder says nothing about the server's connections."
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,11 @@ def connection_cares(reports: Sequence[ConnectionReport]) -> list[str]:
     """Return what of the connections, and of the server's own check, was not well: every form says it first."""
     cares = []
     for report in reports:
-        when = f"when the server began at {report.began[0]}"
+        when = f"when the server started at {report.began[0]}"
         if report.tls is False:
-            cares.append(f"{when}, the port of the sites was NOT under TLS")
+            cares.append(f"{when}, the sites' port did NOT use TLS")
         if report.keys is False:
-            cares.append(f"{when}, sites did NOT have to prove themselves by keys")
+            cares.append(f"{when}, sites did NOT have to authenticate by key")
         cares += [f"{when}, its own check failed: {check.what}: {check.found}" for check in report.failed]
     return cares
 
@@ -103,7 +103,7 @@ def _report(start: ServerStart) -> ConnectionReport:
         certificate=check.certificate,
         keys=check.keys,
         unknown=list(NEVER_KNOWN) if network else [],
-        checks=check.checks,
+        checks=[replace(line, found=pathless(line.found)) for line in check.checks],
     )
 
 
@@ -112,19 +112,17 @@ def _said(start: ServerStart) -> list[str]:
     if not check.named:
         return [NOT_NAMED]
     tls = {
-        True: "TLS: the port of the sites took a TLS handshake when the run began, asked by the server app itself.",
-        False: "TLS: none. The port of the sites took no TLS handshake when the run began.",
-        None: f"{NOT_KNOWN} whether connections were under TLS. The port of the sites could not be asked.",
+        True: "TLS: on. The server checked the sites' port when the run began.",
+        False: "TLS: off. The sites' port took no TLS handshake when the run began.",
+        None: f"{NOT_KNOWN} whether connections used TLS. The sites' port could not be checked.",
     }[check.tls]
-    shown = [f"Certificate: the port showed the one of SHA-256 {check.certificate}."] if check.certificate else []
+    shown = [f"Certificate: SHA-256 {check.certificate}."] if check.certificate else []
     unsaid = (
-        "The port was asked, and its answer does not tell."
-        if check.tls
-        else "The port of the sites could not be asked."
+        "The port was checked, and its answer does not say." if check.tls else "The sites' port could not be checked."
     )
     keys = {
-        True: "Keys: this port turned away a key that nobody had registered.",
-        False: "Keys: none. This port took a key that nobody had registered.",
-        None: f"{NOT_KNOWN} whether sites had to prove themselves by keys. {unsaid}",
+        True: "Keys: required. The port turned away an unregistered key.",
+        False: "Keys: not required. The port accepted an unregistered key.",
+        None: f"{NOT_KNOWN} whether sites had to authenticate by key. {unsaid}",
     }[check.keys]
     return [tls, *shown, keys]

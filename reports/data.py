@@ -17,7 +17,8 @@ from fedveil.common.data.sources import unprotected_test
 from fedveil.common.errors import DataError
 from fedveil.common.files import sha256_of
 from fedveil.common.other_runs import BesideRow, TuningFile
-from fedveil.common.run_lines import Absence, AdapterFile, read_file
+from fedveil.common.paths import is_path
+from fedveil.common.run_lines import Absence, AdapterFile, LabelScore, read_file
 from fedveil.reports.audits import AuditReport, audit_alarms, audit_cares, audit_reports
 from fedveil.reports.claim import Claim, claim_of
 from fedveil.reports.connection import ConnectionReport, connection_cares, connection_reports
@@ -25,7 +26,7 @@ from fedveil.reports.folder import RunFiles, read_run
 from fedveil.reports.meaning import NO_BOUND, MeaningReport, meaning_report
 from fedveil.reports.releases import ReleaseReport, other_releases
 from fedveil.reports.rounds import RoundReport, round_reports, shortened_text
-from fedveil.reports.scores import LabelReport, label_reports
+from fedveil.reports.scores import Confusion, LabelReport, confusion_of, label_reports, macro_f1
 from fedveil.reports.sharing import Sharing, sharing_of
 from fedveil.reports.sites import SiteReport, federation_delta, site_reports, worst_site
 from fedveil.reports.trials import at_least
@@ -67,6 +68,9 @@ class Headline:
     worst_site: str
     rounds_done: int
     rounds_planned: int
+    macro_f1_before: float | None
+    macro_f1_after: float | None
+    """Of the last round that was scored; None, as before, where records have no labels, or this was not counted."""
     sites: int
     """Sites that took part in at least one round; with a trusted server, the cohort."""
     last_sites: int
@@ -116,6 +120,8 @@ class ReportData:
     sites: list[SiteReport]
     accuracy: list[LabelReport]
     """On public data, of all records and by label; empty where records have no labels, or no counts were kept."""
+    confusion: Confusion | None
+    """Which labels the final model takes for which, of up to 20; None: not counted."""
     slices: list[LabelReport]
     """On public data, by slice of it; empty without ``data.slice``."""
     beside: list[BesideRow]
@@ -172,8 +178,9 @@ def report_of(folder: Path) -> ReportData:
         sharing=sharing_of(files, sites) if claim.made else None,
         meaning=meaning_report(files, sites),
         sites=sites,
-        accuracy=_accuracy(files, "labels"),
-        slices=_accuracy(files, "slices")[1:],
+        accuracy=label_reports(*_scores(files, "labels")),
+        confusion=confusion_of(_scores(files, "labels")[1]),
+        slices=label_reports(*_scores(files, "slices"))[1:],
         beside=files.beside,
         rounds=round_reports(files),
         other_releases=other_releases(files),
@@ -204,7 +211,7 @@ def _origin(folder: Path, problems: list[str]) -> Origin | None:
             f"{ADAPTER} cannot be read ({type(error).__name__}): what the adapter is made of is missing here"
         )
         return None
-    local = about_adapter.base_model.startswith(("/", "~"))
+    local = is_path(about_adapter.base_model)
     base_model = PurePath(about_adapter.base_model).name if local else about_adapter.base_model
     return Origin(base_model, about_adapter.base_fingerprint, about_adapter.bundle, files, local)
 
@@ -251,6 +258,8 @@ def _headline(files: RunFiles, sites: Sequence[SiteReport]) -> Headline:
         worst_site=worst.site if worst else "",
         rounds_done=len({line.round_number for line in counted}),
         rounds_planned=planned if isinstance(planned, int) else 0,
+        macro_f1_before=macro_f1(_scores(files, "labels")[0]),
+        macro_f1_after=macro_f1(_scores(files, "labels")[1]),
         sites=number,
         last_sites=min(number, last) if not files.trusts_server else number,
         bytes_down=sum(line.bytes_down for line in files.rounds),
@@ -259,11 +268,11 @@ def _headline(files: RunFiles, sites: Sequence[SiteReport]) -> Headline:
     )
 
 
-def _accuracy(files: RunFiles, kind: Literal["labels", "slices"]) -> list[LabelReport]:
-    """Return the accuracy on all records, and then by label or slice."""
+def _scores(files: RunFiles, kind: Literal["labels", "slices"]) -> tuple[Sequence[LabelScore], Sequence[LabelScore]]:
+    """Return the scores by label or slice before training, and after the last round that was scored."""
     lines = [line for line in files.rounds if line.complete and line.round_number]
     scored = [counts for line in lines if (counts := getattr(line, kind))]
-    return label_reports(getattr(files.baseline, kind, []), scored[-1] if scored else [])
+    return getattr(files.baseline, kind, []), scored[-1] if scored else []
 
 
 def _settings(values: Mapping[str, Scalar], chosen: Collection[str]) -> list[Setting]:

@@ -92,5 +92,5 @@ def declare(folder: Path, values: Mapping[str, Scalar]) -> Declared:
     try:
         replace_file(folder / NAME, ("\n".join(lines) + "\n").encode())
     except OSError as error:
-        raise DataError(f"{folder / NAME} cannot be written ({error.strerror}): check rights and space") from error
+        raise DataError(f"{folder / NAME} cannot be written ({error.strerror}): check permissions and space") from error
     return declared

@@ -59,6 +59,18 @@ class Table:
     rows: Sequence[Sequence[str]]
     figures: Collection[int] = ()
     """Columns that hold figures."""
+    folded: str = ""
+    """What a reader opens it by; empty: it is open."""
+    matrix: bool = False
+    """Whether columns are of one kind, and a row is read across them: on a phone it scrolls."""
+
+    @property
+    def layout(self) -> str:
+        """Return how it fits a phone: a ``matrix`` scrolls, ``cards`` has a block for each row, else cells wrap."""
+        if self.matrix:
+            return "matrix"
+        wide = any(self.style_of(column) == "wide" for column in range(len(self.columns)))
+        return "cards" if wide or len(self.columns) > MOST_WRAPPED else "wraps"
 
     def style_of(self, column: int) -> str:
         """Return the class of a column's cells: ``n`` figures, ``wide`` sentences."""
@@ -69,6 +81,8 @@ class Table:
 
 LONG = 40
 """Characters from which on a cell is a sentence."""
+MOST_WRAPPED = 4
+"""Columns that fit a phone side by side."""
 
 
 Block = Text | Items | Terms | Table

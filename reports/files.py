@@ -69,7 +69,7 @@ def write_reports(folder: Path, key: Path | None = None) -> list[Path]:
             replace_file(folder / name, content)
     except OSError as error:
         raise DataError(
-            f"the report cannot be written to {folder} ({error.strerror}): check rights and space"
+            f"the report cannot be written to {folder} ({error.strerror}): check permissions and space"
         ) from error
     return [folder / name for name in contents if name != card]
 
@@ -81,7 +81,7 @@ def _evidence_of(folder: Path) -> dict[str, bytes]:
             drop_leftovers(place)
         return evidence(folder)
     except OSError as error:
-        raise DataError(f"{folder} cannot be read ({error.strerror}): check rights and files") from error
+        raise DataError(f"{folder} cannot be read ({error.strerror}): check permissions and files") from error
 
 
 def _signed_run(data: ReportData) -> Run:

@@ -7,23 +7,21 @@ every form of the report shows first. Only ``config.json`` must be there.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import TypeVar
 
-from fedveil.common.config.flat import Scalar
 from fedveil.common.errors import DataError
 from fedveil.common.findings import AUDITS, AuditFile
 from fedveil.common.other_runs import BesideFile, BesideRow, TuningFile
+from fedveil.common.paths import without_paths
 from fedveil.common.run_lines import Absence, BaselineFile, ConfigFile, PrivacyLine, ResultFile, RoundLine, RunFile
 from fedveil.common.server_file import ServerFile
 from fedveil.common.strict_json import from_json, json_of
 from fedveil.common.words import pathless
 from fedveil.privacy import trusting_the_server
 
-PATHS = ("data.name", "data.test", "model.name", "output", "privacy.ledger", "resume", "start.text")
-"""Settings that may be a path."""
 T = TypeVar("T")
 F = TypeVar("F", bound=RunFile)
 
@@ -71,7 +69,7 @@ def read_run(folder: Path) -> RunFiles:
         raise DataError(f"{folder} is not the folder of a run: {why}")
     audits = [path for path in sorted(folder.glob(AUDITS)) if path.is_file()]
     read = [(path.name, _file(AuditFile, path, problems, UNSAID)) for path in audits if path.suffix == ".json"]
-    config = replace(config, settings=_given_away(config.settings))
+    config = replace(config, settings=without_paths(config.settings))
     rounds = [
         replace(line, refusals=_pathless(line.refusals), failures=_pathless(line.failures))
         for line in _lines(RoundLine, folder, problems)
@@ -95,14 +93,6 @@ def read_run(folder: Path) -> RunFiles:
         _file(ServerFile, folder / ServerFile.NAME, problems),
         _file(TuningFile, folder / TuningFile.NAME, problems, UNTOLD_TRIALS),
     )
-
-
-def _given_away(settings: Mapping[str, Scalar]) -> dict[str, Scalar]:
-    """Return a run's settings for others, with the last part of each path on the server's machine."""
-    return {
-        key: PurePath(value).name if key in PATHS and isinstance(value, str) and value[:1] in ("/", "~") else value
-        for key, value in settings.items()
-    }
 
 
 def _pathless(absences: Sequence[Absence]) -> list[Absence]:

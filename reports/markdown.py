@@ -8,7 +8,7 @@ import re
 from fedveil.common.words import visible
 from fedveil.reports.data import ReportData
 from fedveil.reports.document import Block, Items, Table, Terms, Text
-from fedveil.reports.result import boxes_of, made_of, notices_of
+from fedveil.reports.result import alarms_of, boxes_of, made_of, promise_of
 from fedveil.reports.sections import sections_of
 
 LINKED = re.compile(r"(?i)(?<=w)w(?=w\.)|:(?=//)|(?<=mailto):|(?<=xmpp):|@")
@@ -32,8 +32,9 @@ def to_markdown(data: ReportData) -> str:
     parts = [
         f"# Run {plain(data.run)}: {plain(data.method)}",
         plain(made_of(data)),
-        *(f"> {_text(notice)}" for notice in notices_of(data)),
+        *(f"> {_text(alarm)}" for alarm in alarms_of(data)),
         "\n".join([f"- status: {plain(ended)}", *boxes]),
+        *(f"{'> ' * (text.style != 'claim')}{_text(text)}" for text in promise_of(data)),
     ]
     for section in sections_of(data):
         parts += [f"## {section.title}", *map(_block, section.blocks)]
@@ -50,7 +51,7 @@ def _block(block: Block) -> str:
         case Terms():
             return _table(Table("", ("", ""), block.rows))
         case Table():
-            return _table(block)
+            return f"{plain(block.folded)}\n\n{_table(block)}" if block.folded else _table(block)
 
 
 def _text(text: Text) -> str:

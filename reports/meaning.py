@@ -23,11 +23,11 @@ from fedveil.reports.sites import SiteReport
 from fedveil.reports.trials import TRIAL_ALONE
 
 RECORD = "record"
-THIS_RUN = "These figures are of this run's releases alone. {} ledger holds more, which an attacker may use as well."
-LEFT_OUT = "They leave out what could not be computed again: {}."
+THIS_RUN = "These figures cover this run's releases alone. {} ledger holds more, which an attacker may use too."
+LEFT_OUT = "They leave out sites whose ε could not be recomputed: {}."
 SCALE = (
-    "At ε = 0 the records of one unit would change nothing, and each further 1 allows nearly three times the odds. "
-    "Chances below δ are left out of ε."
+    "Any outcome is at most e^ε times as likely with the records of one unit as without them (1 at ε = 0, 2.7 at "
+    "ε = 1, 20 at ε = 3), apart from a probability of δ."
 )
 NO_BOUND = (
     "No bound on attacks is known for this ε: it is infinite, or too large for one, or could not be computed again."
@@ -153,7 +153,7 @@ def _within(own: Sequence[Release], other: Sequence[Release]) -> bool:
 
 def whose_sentence(*, central: bool) -> str:
     """Return of which sites the figures are; ``central``: whether a trusted server noised the sum of all."""
-    whose = "Of every site of the cohort." if central else "Of every site: each figure is the largest of theirs."
+    whose = "Figures hold for every site of the cohort." if central else "Figures are the worst case over sites."
     return f"{whose} {SCALE}"
 
 
@@ -172,7 +172,7 @@ def attack_sentence(meaning: MeaningReport) -> str:
     who = f"{on[:1].upper()}{on[1:]}, an attacker" if on else "An attacker"
     text = (
         f"{who} who sees {meaning.seen}, knows every other {meaning.per} and asks whether one {meaning.per} "
-        f"was trained on, {rates}. Guessing finds as many members as it has false alarms; no attack "
+        f"was trained on, {rates}. Guessing finds as many members as it raises false alarms; no attack "
         f"finds more than {bound_text(meaning.bounds.advantage)} beyond that."
     )
     if meaning.honest_sites > 1:

@@ -13,7 +13,7 @@ from fedveil.reports.data import ReportData
 from fedveil.reports.document import Bad, Good
 from fedveil.reports.page_style import STYLE
 from fedveil.reports.page_template import PAGE
-from fedveil.reports.result import boxes_of, made_of, notices_of
+from fedveil.reports.result import alarms_of, boxes_of, made_of, promise_of
 from fedveil.reports.sections import sections_of
 
 
@@ -37,7 +37,8 @@ def to_html(data: ReportData, progress: str = "") -> str:
         data=data,
         progress=progress,
         made=made_of(data),
-        notices=notices_of(data),
+        alarms=alarms_of(data),
+        promise=promise_of(data),
         boxes=boxes_of(data),
         groups=groups,
         sections=sections,

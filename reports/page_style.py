@@ -68,7 +68,14 @@ dl.words { display: grid; grid-template-columns: 17rem 1fr; gap: .3rem 1rem; }
 dl.words dt { color: var(--soft); }
 dl.words dd { margin: 0; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; margin: 0 0 1.2rem; border: 1px solid var(--rule); border-radius: 6px;
-  background: var(--card); }
+  background: linear-gradient(90deg, var(--card) 1rem, transparent 2.4rem) local,
+    linear-gradient(270deg, var(--card) 1rem, transparent 2.4rem) local right,
+    linear-gradient(90deg, var(--rule) 0, transparent .7rem), linear-gradient(270deg, var(--rule) 0, transparent .7rem),
+    var(--card); }
+.hint { display: none; color: var(--soft); font-size: .88rem; margin: 0 0 .3rem; }
+details { margin: 0 0 1.2rem; }
+summary { color: var(--accent); margin: 0 0 .6rem; cursor: pointer; }
+summary:focus-visible, a:focus-visible { outline: 2px solid var(--accent); }
 .scroll:focus-visible { outline: 2px solid var(--accent); }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; padding: .6rem .8rem; color: var(--soft); font-size: .88rem; }
@@ -81,6 +88,7 @@ tbody th[scope=row] { position: sticky; left: 0; background: var(--card); }
 tbody th[scope=row]:not(.n), td.name { min-width: 8.5rem; max-width: 14rem; overflow-wrap: anywhere; }
 th.n, td.n { text-align: right; white-space: nowrap; }
 td.wide { min-width: 11rem; overflow-wrap: anywhere; }
+.matrix th, .matrix td { padding: .42rem .5rem; }
 .ok { color: var(--good); font-weight: 600; } .bad { color: var(--alarm); font-weight: 600; }
 code { font-size: .88em; overflow-wrap: anywhere; }
 footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--rule); color: var(--soft);
@@ -94,7 +102,21 @@ footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--rule);
   .figures .big { font-size: 1.3rem; }
   dl.words { grid-template-columns: 1fr; gap: 0; }
   dl.words dd { margin-bottom: .6rem; }
-  th, td { padding: .38rem .6rem; }
+  th, td { padding: .38rem .5rem; }
+  th.n, td.n { white-space: normal; }
+  .wraps tbody th[scope=row]:not(.n), .wraps td.name { min-width: 0; }
+  .wraps th, .wraps td { overflow-wrap: anywhere; }
+  .matrix tbody th[scope=row]:not(.n) { min-width: 0; max-width: 7rem; }
+  .hint { display: block; }
+  .cards, .cards caption, .cards tbody, .cards tr, .cards th { display: block; }
+  .cards thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+  .cards tr { padding: .5rem .8rem .6rem; border-top: 1px solid var(--hair); }
+  .cards tbody th[scope=row], .cards td { position: static; padding: 0; border: 0; text-align: left; min-width: 0;
+    max-width: none; }
+  .cards td { display: inline-block; margin-right: 1rem; }
+  .cards td.wide { display: block; margin-right: 0; }
+  .cards td:empty { display: none; }
+  .cards td::before, .cards tbody th.n::before { content: attr(data-name) " "; color: var(--soft); font-weight: 400; }
 }
 @media print {
   :root { --paper: #fff; --card: #fff; --ink: #000; --soft: #444; --rule: #bbb; --hair: #ddd; --accent: #004a7c;

@@ -22,15 +22,21 @@ PAGE = """\
 </dl>
 {% endmacro %}
 {% macro table(block) %}
-<div class="scroll" role="region" tabindex="0" aria-label="{{ block.caption }}"><table>
+{% if block.folded %}<details><summary>{{ block.folded }}</summary>{% endif %}
+{% if block.matrix %}<p class="hint">Scroll the table sideways to see every column.</p>{% endif %}
+<div class="scroll" role="region" tabindex="0" aria-label="{{ block.caption }}">
+<table role="table" class="{{ block.layout }}">
 <caption><span>{{ block.caption }}</span></caption>
-<thead><tr>{% for column in block.columns %}<th scope="col"{% if loop.index0 in block.figures %} class="n"{% endif %}>
-{{- column }}</th>{% endfor %}</tr></thead>
-<tbody>{% for row in block.rows %}
-<tr><th scope="row" class="{{ block.style_of(0) }}">{{ row[0] }}</th>
-{%- for cell in row[1:] %}<td class="{{ block.style_of(loop.index) }} {{ cell|mark }}">{{ cell }}</td>{% endfor %}</tr>
+<thead role="rowgroup"><tr role="row">{% for column in block.columns %}<th scope="col" role="columnheader"
+{%- if loop.index0 in block.figures %} class="n"{% endif %}>{{ column }}</th>{% endfor %}</tr></thead>
+<tbody role="rowgroup">{% for row in block.rows %}
+<tr role="row"><th scope="row" role="rowheader" class="{{ block.style_of(0) }}" data-name="{{ block.columns[0] }}">
+{{- row[0] }}</th>
+{%- for cell in row[1:] %}<td role="cell" class="{{ block.style_of(loop.index) }} {{ cell|mark }}" data-name="
+{{- block.columns[loop.index] }}">{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</tbody>
 </table></div>
+{% if block.folded %}</details>{% endif %}
 {% endmacro %}
 <!doctype html>
 <html lang="en">
@@ -50,9 +56,10 @@ PAGE = """\
 <p class="meta"><span class="status {{ data.status }}">{{ data.status }}</span>
 {{ data.method }} · run {{ data.run }}{% if data.started %} · started {{ data.started|moment }}{% endif %}
 {% if data.reason %}<br>{{ data.reason }}{% endif %}
-{% if data.status == "unfinished" %}<br>The run goes on, or was killed: its folder holds no result yet.{% endif %}</p>
+{% if data.status == "unfinished" %}
+<br>The run is still going, or was killed: its folder holds no result yet.{% endif %}</p>
 <p class="lead">{{ made }}</p>
-{% for notice in notices %}{{ text(notice) }}{% endfor %}
+{% for alarm in alarms %}{{ text(alarm) }}{% endfor %}
 <dl class="figures">
 {% for box in boxes %}
 <div><dt>{{ box.label }}</dt><dd class="big">{{ box.figure }}</dd>
@@ -60,6 +67,7 @@ PAGE = """\
 {% endfor %}</div>
 {% endfor %}
 </dl>
+{% for block in promise %}{{ text(block) }}{% endfor %}
 <nav aria-label="Contents">
 {% for group, names in groups.items() %}
 <p><strong>{{ group }}:</strong>{% for anchor, title in names %} <a href="#{{ anchor }}">{{ title }}</a>{% endfor %}</p>

@@ -2,55 +2,66 @@
 
 from __future__ import annotations
 
+from fedveil.common.config.run import HEAD_ONLY
 from fedveil.common.words import UNKNOWN, bytes_text, counted, number_text, percent_text, seconds_text
 from fedveil.privacy.figures import epsilon_text
 from fedveil.reports.audits import bound_note
 from fedveil.reports.data import ReportData, setting_of
 from fedveil.reports.document import Box, Text
-from fedveil.reports.scores import share_text
+from fedveil.reports.scores import interval_text
 from fedveil.reports.sharing import THIS_RUN, others_of, rests_on
 from fedveil.reports.trials import trials_figure
 
 
 def made_of(data: ReportData) -> str:
-    """Return in plain words what was trained, by how many sites, and how the run ended."""
+    """Return what was trained, on whose records, for how many rounds, and whether the run ended early."""
     head, base = data.headline, str(setting_of(data, "model.name")).rstrip("/").rpartition("/")[2]
-    ended = {"completed": "It came to its planned end.", "unfinished": "It still goes on, or was cut off."}
-    last = f"The last was of {counted(head.last_sites, 'site')} alone. " if head.last_sites else ""
+    what = f"{base} was fine-tuned by {data.method}"
+    if data.method == HEAD_ONLY:
+        what = f"A classification head on the frozen model {base} was trained"
+    few = f" Only {counted(head.last_sites, 'site')} took part in the last round." if head.last_sites else ""
+    ended = {"completed": "", "unfinished": " The run is still going, or was cut off."}
     return (
-        f"A computer model, {base}, was trained further by {_most(data)}{counted(head.sites, 'site')} together, in "
-        f"{counted(head.rounds_done, 'round')} of {head.rounds_planned} planned. "
-        + last * (head.last_sites < head.sites)
-        + ended.get(data.status, f"It ended early ({data.status}).")
+        f"{what} on the records of {_most(data)}{counted(head.sites, 'site')}, for {head.rounds_done} of "
+        f"{counted(head.rounds_planned, 'planned round')}."
+        + few * (head.last_sites < head.sites)
+        + ended.get(data.status, f" It ended early ({data.status}).")
     )
 
 
-def notices_of(data: ReportData) -> list[Text]:
+def alarms_of(data: ReportData) -> list[Text]:
     """Return what every form says first and loudly."""
     off = [Text(data.claim.sentence, "alarm")] if data.claim.off else []
-    alarms = [Text(text, "alarm", "AUDIT FAILED:") for text in data.alarms]
-    return off + alarms + [Text(text, "care", "Take care:") for text in [*data.problems, *data.claim.gaps]]
+    return off + [Text(text, "alarm", "AUDIT FAILED:") for text in data.alarms]
+
+
+def promise_of(data: ReportData) -> list[Text]:
+    """Return the promise with everything that weakens it, which every form says beside the result."""
+    promise = [] if data.claim.off else [Text(data.claim.sentence, "claim")]
+    return promise + [Text(text, "care", "Warning:") for text in [*data.problems, *data.claim.gaps]]
 
 
 def boxes_of(data: ReportData) -> list[Box]:
     """Return the result in figures."""
     head, central = data.headline, data.claim.trusts_server
     scored = data.accuracy[0].after if data.accuracy else None
-    whole = [f"after training with its 95 % interval {share_text(scored)}"] if scored else []
+    whole = [f"95 % interval after training: {interval_text(scored)}"] if scored else []
+    if head.macro_f1_after is not None:
+        whole.append(f"macro-F1: {percent_text(head.macro_f1_before)} → {percent_text(head.macro_f1_after)}")
     in_last = "" if central or not head.rounds_done else f", {head.last_sites} in the last round"
     rounds = [f"{_most(data)}{counted(head.sites, 'site')}{in_last}"] + [seconds_text(head.seconds)] * (not central)
     return [
-        Box("Privacy spent, ε", *_spent_in_all(data)),
         Box(
             "Accuracy on public test data",
             f"{percent_text(head.accuracy_before)} → {percent_text(head.accuracy_after)}",
-            ["before and after training", *whole],
+            ["before → after training", *whole],
         ),
+        Box("Privacy spent, ε", *_spent_in_all(data)),
         Box("Rounds", f"{head.rounds_done} of {head.rounds_planned}", rounds),
         Box(
-            "Traffic, adapter payload",
+            "Traffic",
             f"{bytes_text(head.bytes_down)} down, {bytes_text(head.bytes_up)} up",
-            ["of the usual draw" if central else "all sites and rounds"],
+            ["adapter payload " + ("of the usual draw" if central else "of all sites and rounds")],
         ),
     ]
 

@@ -73,7 +73,7 @@ def shortened_text(rounds: Sequence[RoundLine]) -> str:
         return ""
     sites = names_text(sorted({one.site for one in lines}, key=natural))
     return (
-        f"The server shortened {counted(len(lines), 'update')} that {'was' if len(lines) == 1 else 'were'} longer than "
-        f"is likely, to {spread([one.factor for one in lines], number_text)} of the length: of {sites}. A site with "
-        "unusual records has longer updates. rounds.jsonl has each."
+        f"The server shortened {counted(len(lines), 'unusually long update')}, to "
+        f"{spread([one.factor for one in lines], number_text)} of the length: from {sites}. A site with unusual "
+        "records sends longer updates. rounds.jsonl lists each."
     )

@@ -19,6 +19,7 @@ from fedveil.common.run_lines import LabelScore
 from fedveil.common.words import UNKNOWN, percent_text
 from fedveil.privacy.figures import honest_text
 
+MACRO_F1 = "macro-F1: the mean over labels of 2 · precision · recall / (precision + recall)"
 Z = 1.959963984540054
 """The 97.5 % quantile of the normal distribution."""
 ALL = "all"
@@ -43,6 +44,15 @@ class LabelReport:
     before: Share | None
     """None, as after: there are no records, or no score."""
     after: Share | None
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """Which labels are taken for which."""
+
+    labels: list[str]
+    records: list[list[int]]
+    """By their label, and by the one that the model gives them."""
 
 
 def wilson(right: int, records: int) -> Share | None:
@@ -76,6 +86,23 @@ def label_reports(before: Sequence[LabelScore], after: Sequence[LabelScore]) -> 
     ]
 
 
+def macro_f1(scores: Sequence[LabelScore]) -> float | None:
+    """Return the mean of F1 over the labels that a record has or is given, 0 to 1; None where this was not counted.
+
+    >>> macro_f1([LabelScore("bad", 3, 4, 3), LabelScore("good", 6, 6, 7)])  # doctest: +ELLIPSIS
+    0.890...
+    """
+    met = [(score.right, score.records + score.predicted) for score in scores if score.predicted is not None]
+    shares = [2 * right / units for right, units in met if units]
+    return sum(shares) / len(shares) if shares else None
+
+
+def confusion_of(scores: Sequence[LabelScore]) -> Confusion | None:
+    """Return which labels are taken for which; None where this was not counted."""
+    counts = [score.confused for score in scores]
+    return Confusion([score.label for score in scores], counts) if counts and all(counts) else None
+
+
 def _whole(scores: Sequence[LabelScore]) -> LabelScore | None:
     """Return the score on the records of all labels; None without scores."""
     records = sum(score.records for score in scores)
@@ -87,8 +114,8 @@ def _share(score: LabelScore | None) -> Share | None:
 
 
 BESIDE = (
-    "Means of a sweep's runs on the same base model and data, with half of the 95 % interval over runs. They show "
-    "whether federating helped, and what privacy cost. An ε with h counts on so many honest sites."
+    "Means over a sweep's runs, ± half of the 95 % interval. They show whether federating helped, and what privacy "
+    "cost. An ε with h holds as long as h sites are honest."
 )
 
 
@@ -116,3 +143,8 @@ def share_text(share: Share | None) -> str:
     if share is None:
         return UNKNOWN
     return f"{percent_text(share.value)} ({100 * share.low:.1f} to {100 * share.high:.1f})"
+
+
+def interval_text(share: Share) -> str:
+    """Return the 95 % interval of a share in percent."""
+    return f"{100 * share.low:.1f} to {100 * share.high:.1f} %"

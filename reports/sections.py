@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fedveil.common.tasks import TASKS, roles_of_all
 from fedveil.common.words import (
     UNKNOWN,
     decimal_text,
@@ -22,37 +23,37 @@ from fedveil.reports.connection import NOT_KNOWN, NOT_RECORDED, SITES_OWN
 from fedveil.reports.data import ReportData, setting_of
 from fedveil.reports.document import Bad, Block, Good, Items, Section, Table, Terms, Text
 from fedveil.reports.meaning import attack_sentence, several_sentence, whose_sentence
-from fedveil.reports.scores import BESIDE, LabelReport, beside_cells, share_text
+from fedveil.reports.scores import BESIDE, Confusion, LabelReport, beside_cells, share_text
 from fedveil.reports.sharing import at_h
 from fedveil.reports.sites import distinct
 
 FIGURES = ("sample rate", "noise multiplier", "clip")
-PRIVACY, MODEL, CHECKS = "Privacy", "The model", "To check it"
+MODEL, PRIVACY, RUN = "The model", "Privacy", "The run"
 """Groups of the contents."""
 COUNTS = (
-    "The figure that counts is the ledger's total, by PLD (privacy loss distributions). RDP (Rényi differential "
-    "privacy) is an upper bound of its own and nearly always the larger one. Both are computed here from σ (the noise "
-    "over the clip), the sample rate and what {}, without a ledger."
+    "The ledger's total counts. It is computed by PLD (privacy loss distributions). The report recomputes this run's "
+    "share of it by PLD, and by RDP (Rényi differential privacy), a second bound that is nearly always larger. Both "
+    "recomputations use σ (noise over clip), the sample rate and the {}, and no ledger."
 )
 
 
 def sections_of(data: ReportData) -> list[Section]:
     """Return the sections of a report that have anything to say, in order."""
     found = [
+        Section("accuracy", "Accuracy on public data", MODEL, _accuracy(data)),
+        Section("beside", "Compared with other runs", MODEL, _beside(data)),
         Section("promise", "What is promised", PRIVACY, _claim(data)),
         Section("meaning", "What ε means", PRIVACY, _meaning(data)),
         Section("trust", "Who is trusted with what", PRIVACY, _trust(data)),
-        Section("audit", "Audit", PRIVACY, _audit(data)),
         Section("sites", "The cohort" if data.claim.trusts_server else "Sites", PRIVACY, _sites(data)),
         Section("refusals", "Refusals and failures", PRIVACY, _refusals(data)),
         Section("releases", "Releases other than training", PRIVACY, _releases(data)),
-        Section("server", "The server and its connections", PRIVACY, _connection(data)),
-        Section("accuracy", "Accuracy on public data", MODEL, _accuracy(data)),
-        Section("beside", "Beside other runs", MODEL, _beside(data)),
-        Section("rounds", "Rounds", MODEL, _rounds(data)),
-        Section("settings", "Settings", CHECKS, _settings(data)),
-        Section("versions", "Versions", CHECKS, [Items("", [f"{k} {v}" for k, v in data.versions.items()])]),
-        Section("origin", "What the adapter is made of", CHECKS, _origin(data)),
+        Section("audit", "Audit", PRIVACY, _audit(data)),
+        Section("rounds", "Rounds", RUN, _rounds(data)),
+        Section("server", "The server and its connections", RUN, _connection(data)),
+        Section("settings", "Settings", RUN, _settings(data)),
+        Section("versions", "Versions", RUN, [Text(", ".join(f"{k} {v}" for k, v in data.versions.items()))]),
+        Section("origin", "Files and their hashes", RUN, _origin(data)),
     ]
     return [section for section in found if section.blocks]
 
@@ -67,8 +68,8 @@ def _claim(data: ReportData) -> list[Block]:
         ("how ε is counted (accountant)", claim.accountant),
     ]
     words = [("the last layer (head)", claim.head)]
-    words += [("public text of the start", claim.public_text)] if claim.public_text else []
-    blocks: list[Block] = [Text(claim.sentence, "claim"), Terms([*(terms if claim.made else []), *words])]
+    words += [("public text of the initialisation", claim.public_text)] if claim.public_text else []
+    blocks: list[Block] = [Terms([*(terms if claim.made else []), *words])]
     lists = [Items("Covered:", claim.covered), Items("Not covered:", claim.not_covered)]
     return blocks + (lists if claim.made else [])
 
@@ -99,16 +100,19 @@ def _meaning(data: ReportData) -> list[Block]:
 def _trust(data: ReportData) -> list[Block]:
     rows = [(actor.who, actor.sees, actor.trusted) for actor in data.actors]
     caption = "Each party of the run, in the words of NIST SP 800-226"
-    return [Table(caption, ("who", "sees", "is trusted"), rows), Items("No noise protects:", data.unprotected)]
+    return [
+        Table(caption, ("who", "sees", "is trusted with"), rows),
+        Items("Not protected by noise:", data.unprotected),
+    ]
 
 
 def _audit(data: ReportData) -> list[Block]:
-    columns = ("audit", "outcome", "the code as it is", "faults built in", "with", "when", "file")
+    columns = ("audit", "outcome", "the code as it is", "planted faults found", "with", "when", "file")
     rows = []
     for result in data.audit_results:
         outcome, *more = audit_words(result)
         rows.append((result.audit, Good(outcome) if result.passed else Bad(outcome), *more, result.date, result.file))
-    caption = "Attacks on the code, and faults built in to see whether an attack would find them"
+    caption = "Attacks on the code, and on copies with planted faults, which they must find"
     blocks: list[Block] = [Table(caption, columns, rows)] if rows else [Text(NONE_RUN)]
     blocks += [Items("", bounds)] if (bounds := bound_sentences(data.audit_results)) else []
     files = [f"{name} (SHA-256 {digest})" for name, digest in data.audits.items()]
@@ -117,7 +121,7 @@ def _audit(data: ReportData) -> list[Block]:
 
 def _sites(data: ReportData) -> list[Block]:
     if not data.sites:
-        return [Text("No round was charged yet." if data.claim.trusts_server else "No site has answered yet.")]
+        return [Text("No round has been charged yet." if data.claim.trusts_server else "No site has replied yet.")]
     rows = alike_sites(data.sites)
     if data.claim.trusts_server:
         columns: tuple[str, ...] = ("whose", "sites", "rounds charged", "chance to be drawn", *FIGURES[1:])
@@ -129,14 +133,14 @@ def _sites(data: ReportData) -> list[Block]:
         cells = [(r.names, r.sizes, r.joined, r.refused, r.steps, r.rates, r.noises, r.clips) for r in rows]
         blocks = [Table("What each site did in this run", columns, cells, range(1, 8))]
     blocks.append(_spent(data, rows))
-    whence = "rounds the server wrote down" if data.claim.trusts_server else "steps each site reported"
+    whence = "rounds in the server's files" if data.claim.trusts_server else "steps that each site reported"
     return blocks + ([Text(COUNTS.format(whence))] if data.claim.made else [])
 
 
 def _spent(data: ReportData, rows: Sequence[Alike]) -> Table:
     bare = bool(data.sharing and data.sharing.on_others)
     at, more = at_h(data.sharing), ("ε alone, this run",) if bare else ()
-    again = (f"this run again, PLD{at}", f"this run, RDP{at}", *more)
+    again = (f"this run recomputed, PLD{at}", f"this run, RDP{at}", *more)
     who = "whose" if data.claim.trusts_server else "site"
     columns = (who, f"ε spent{at}", "at δ", "ε budget", f"ε left{at}", *again, "agreement")
     cells = []
@@ -146,7 +150,7 @@ def _spent(data: ReportData, rows: Sequence[Alike]) -> Table:
         figures = (row.spent, row.deltas, row.budgets, row.left, row.again, row.rdp)
         cells.append((row.names, *figures, *((row.alone,) if bare else ()), note))
     whose = "the cohort has spent, by the server's" if data.claim.trusts_server else "each site has spent, by its own"
-    caption = f"What {whose} ledger, and this run's releases computed again here"
+    caption = f"What {whose} ledger, and this run's part recomputed"
     return Table(caption, columns, cells, range(1, len(columns) - 1))
 
 
@@ -171,7 +175,7 @@ def _releases(data: ReportData) -> list[Block]:
         for r in alike_releases(data.other_releases, len(data.sites))
     ]
     columns = ("round", "site", "kind", "releases", "noise multiplier", "sample rate", "clip", "ε added", "value")
-    table = Table("Each was paid for from the same budget", columns, rows, (0, *range(3, 9)))
+    table = Table("Each was charged to the same budget", columns, rows, (0, *range(3, 9)))
     return [table if rows else Text("None.")]
 
 
@@ -181,29 +185,46 @@ def _connection(data: ReportData) -> list[Block]:
         said = [*report.said, *(f"{NOT_KNOWN} {text}." for text in report.unknown)]
         began = ", ".join(report.began)
         said.append(f"Bundle, the server's code: SHA-256 {report.bundle}.")
-        blocks.append(Items(f"When the server began ({began}):", said))
+        blocks.append(Items(f"When the server started ({began}):", said))
         rows = [(check.what, Good("ok") if check.ok else Bad("FAILED"), check.found) for check in report.checks]
         if rows:
-            blocks.append(Table(f"The server's own check, begun {began}", ("of", "outcome", "found"), rows))
+            blocks.append(Table(f"The server's own check at {began}", ("what", "outcome", "found"), rows))
     return [*blocks, Text(SITES_OWN if data.connections else NOT_RECORDED)]
 
 
 def _accuracy(data: ReportData) -> list[Block]:
-    caption = "Of all records and by label, with Wilson's 95 % interval in percent"
+    caption = "Accuracy on the test set, in all and by label, with Wilson's 95 % interval beside it"
     blocks: list[Block] = [_scores(caption, "label", data.accuracy)] if data.accuracy else []
+    if data.headline.macro_f1_after is not None:
+        macro = [percent_text(value) for value in (data.headline.macro_f1_before, data.headline.macro_f1_after)]
+        blocks.append(Text(f"{macro[0]} before training, {macro[1]} after", label="Macro-F1:"))
+    blocks += [_confused(data.confusion)] if data.confusion else []
     name = str(setting_of(data, "data.slice"))
-    return blocks + ([_scores(f"By {name}, as the public test file has it", name, data.slices)] if data.slices else [])
+    return blocks + (
+        [_scores(f"Accuracy by {name}, a column of the public test file", name, data.slices)] if data.slices else []
+    )
 
 
 def _scores(caption: str, name: str, reports: Sequence[LabelReport]) -> Table:
     rows = [(r.label, number_text(r.records), share_text(r.before), share_text(r.after)) for r in reports]
-    columns = (name, "records", "before (95 % interval)", "after (95 % interval)")
+    columns = (name, "records", "before", "after")
     return Table(caption, columns, rows, range(1, 4))
 
 
+def _confused(confusion: Confusion) -> Table:
+    """Return the matrix of labels and what they are taken for; the labels of its columns are by number."""
+    numbers = range(1, len(confusion.labels) + 1)
+    rows = [
+        [f"{n} {label}", *(Good(count) if at == n else str(count) for at, count in enumerate(counts, start=1))]
+        for n, label, counts in zip(numbers, confusion.labels, confusion.records, strict=True)
+    ]
+    caption = "Confusion matrix after training: records by their label (row) and by the model's answer (column)"
+    return Table(caption, ["label", *map(str, numbers)], rows, numbers, matrix=True)
+
+
 def _beside(data: ReportData) -> list[Block]:
-    columns = ("variant", "arm", "ε", "runs", "before", "after")
-    caption = "Accuracy on public data of other runs on the same base model and data"
+    columns = ("variant", "trained by", "ε", "runs", "before", "after")
+    caption = "Accuracy of other runs on the same base model and data"
     table = Table(caption, columns, [beside_cells(row) for row in data.beside], range(2, 6))
     return [Text(BESIDE), table] if data.beside else []
 
@@ -227,14 +248,21 @@ def _rounds(data: ReportData) -> list[Block]:
     ]
     if central:  # how long a round took tells who was drawn
         columns, rows = columns[:-1], [row[:-1] for row in rows]
-    caption = "Scores on public test data; bytes are adapter payload of all messages of the round"
+    caption = "Scores on the public test set; bytes are the adapter payload of all messages in the round"
     table = Table(caption, columns, rows, {0, 1, 2, 3, 5, 6, 7})
     return [table if rows else Text("No round has finished yet.")]
 
 
 def _settings(data: ReportData) -> list[Block]:
-    rows = [(s.key, value_text(s.value), value_text(s.default) if s.changed else "") for s in data.settings]
-    return [Table("Every setting", ("setting", "value", "default, where it differs"), rows)]
+    task = TASKS.get(str(setting_of(data, "model.task")))
+    unread = {f"data.{role.setting}" for role in roles_of_all() if task and role not in task.roles}
+    changed = [(s.key, value_text(s.value), value_text(s.default)) for s in data.settings if s.changed]
+    others = [(s.key, value_text(s.value)) for s in data.settings if not s.changed and s.key not in unread]
+    blocks: list[Block] = []
+    if changed:
+        blocks.append(Table("Settings of this run's own", ("setting", "value", "default"), changed))
+    folded = f"{len(others)} settings at their defaults or filled in by the recipe"
+    return [*blocks, Table("All other settings that this task reads", ("setting", "value"), others, folded=folded)]
 
 
 def _origin(data: ReportData) -> list[Block]:
@@ -242,5 +270,5 @@ def _origin(data: ReportData) -> list[Block]:
         return []
     rows = [(data.origin.base_model, data.origin.base), *data.origin.files.items()]
     rows[1:1] = [("the server's code", data.origin.bundle)] if data.origin.bundle else []
-    caption = "SHA-256 of the base model, of the server's code and of each file of the adapter"
+    caption = "SHA-256 of base model, server code and adapter files"
     return [Table(caption, ("what", "SHA-256"), rows)]

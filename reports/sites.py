@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from fedveil.common.errors import ConfigError
 from fedveil.common.messages.round import SpendingFigures
-from fedveil.common.words import natural
+from fedveil.common.words import natural, pathless
 from fedveil.privacy.accountant import TRAINING
 from fedveil.privacy.accounting import alone
 from fedveil.privacy.events import Event
@@ -22,12 +22,10 @@ from fedveil.reports.folder import RunFiles
 from fedveil.reports.releases import releases_of, releases_of_site
 
 EXPOSED = (
-    "no ε holds: records of its data set were released without privacy before, and its steward allowed private "
-    "rounds all the same; the figures computed again are of this run's releases alone"
+    "no ε holds: records of its data set were released without privacy before, and its steward still allowed private "
+    "rounds; the recomputed figures are of this run's releases alone"
 )
-MORE = (
-    "its ledger holds earlier runs, rounds that were charged and then did not count, or what its first plan still has"
-)
+MORE = "its ledger also has earlier runs, rounds that were charged and did not count, or the rest of its first plan"
 """Why a site may report more than this run's lines cost."""
 TOLERANCE = 1e-3
 """In ε: the PLD's discretisation."""
@@ -203,13 +201,16 @@ def _compare(total: float | None, again: Recomputed | None, fault: str) -> tuple
     if total == math.inf:
         return "exposed", EXPOSED
     if again is None:
-        return "unknown", f"cannot be computed again: {fault}"
+        return "unknown", f"cannot be recomputed: {pathless(fault)}"
     if abs(total - again.epsilon) <= TOLERANCE or total == again.epsilon:
         return "agrees", "agrees"
     if total > again.epsilon:
         return "larger", f"the site reports {total - again.epsilon:.3f} more: {MORE}"
     if total >= again.departed - TOLERANCE:
-        return "agrees", "agrees, by the price of what departs from a first plan; the larger figure counts here"
+        return (
+            "agrees",
+            "agrees, by the accountant of departures from a first plan; the larger figure counts here",
+        )
     return "smaller", "DISAGREES: the site reports less than its own lines cost; the larger figure counts here"
 
 

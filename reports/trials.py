@@ -12,10 +12,10 @@ from fedveil.common.other_runs import TuningFile
 from fedveil.privacy.figures import epsilon_text
 
 TRIAL_ALONE = (
-    "These figures are of this trial's releases alone. The server saw those of every other trial as well, and an "
-    "attacker may use them all."
+    "These figures cover this trial's releases alone. The server saw those of every other trial too, and an attacker "
+    "may use them all."
 )
-CHOSEN = {True: ", and was chosen by its score", False: ", and another one was chosen", None: ""}
+CHOSEN = {True: " and was chosen by its score", False: "; another one was chosen", None: ""}
 
 
 def at_least(tuning: TuningFile | None, epsilon: float | None) -> TuningFile | None:

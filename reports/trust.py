@@ -27,29 +27,29 @@ class Actor:
 
 
 SERVER = {
-    "at the site": "with no record (local model, of sites): the noise is there before anything reaches it",
-    "at the server": "with every record (central model, of sites): it sees each site's update without noise, clips it, "
-    "noises the sum, keeps the ledger, and must tell nobody who was drawn",
-    "in the sum": "with no record, as long as the claim's honest sites are (secure sum, of sites): the noise is in the "
-    "sum, and each site's part of it reaches the server under masks alone",
+    "at the site": "no record (local model, sites as parties): noise is added before anything reaches it",
+    "at the server": "every record (central model, sites as parties): it sees each site's update without noise, clips "
+    "it, adds noise to the sum, keeps the ledger, and must keep secret who was drawn",
+    "in the sum": "no record, as long as the claim's honest sites are honest (secure sum): the noise is in the sum, "
+    "and each site's part of it reaches the server only under masks",
 }
 """By ``Mechanism.noised``."""
 OTHERS = {
-    "at the site": "with no record",
-    "at the server": "with no update of another site",
-    "in the sum": "the claim's number of honest ones with their parts of the noise and with their keys: without these "
-    "the price alone holds",
+    "at the site": "no record",
+    "at the server": "no update of another site",
+    "in the sum": "as many of them as the claim counts on must add their noise and keep their keys: otherwise the ε "
+    "'alone' holds",
 }
 """By the same."""
-OWN = "as the curator of its records (central model): it clips, adds its noise and keeps the ledger"
-TO_SERVER = "with its own records: it clips what it sends, and adds no noise"
+OWN = "its records, as their curator (central model): it clips, adds noise and keeps the ledger"
+TO_SERVER = "its own records: it clips what it sends, and adds no noise"
 """What a site is trusted with; the second where the server is."""
 
 
 def actors_of(claim: Claim, epsilon: float | None) -> list[Actor]:
     """Return the parties of a run; without a finite ε everyone who gets anything is trusted with records."""
     promised = claim.made and not (epsilon is not None and math.isinf(epsilon))
-    whole = "" if promised else "with everything: no finite ε is promised"
+    whole = "" if promised else "everything: no finite ε is promised"
     noised = MECHANISMS[claim.privacy_mode].noised if promised else ""
     central = promised and claim.trusts_server
     return [
@@ -63,14 +63,14 @@ def actors_of(claim: Claim, epsilon: float | None) -> list[Actor]:
             "every message of every site",
             whole
             or SERVER[noised]
-            + ("" if central else ". With the result: a dishonest server can spoil the model, not the claim"),
+            + ("" if central else ". The result: a dishonest server can spoil the model, not the claim"),
         ),
         Actor("the other sites", "the global model after every round", whole or OTHERS[noised]),
-        Actor("everyone who gets the model", "the final model", whole or "with no record"),
+        Actor("everyone who gets the model", "the final model", whole or "no record"),
         Actor(
             "the code that sites run, FedVeil and its packages",
             "the site's records",
-            whole or "with everything: audits and fixed versions are what speaks for it",
+            whole or "everything: audits and pinned versions are the evidence for it",
         ),
     ]
 
@@ -81,17 +81,17 @@ def unprotected_of(sites: Sequence[SiteReport], cut_test: str, claim: Claim) -> 
     said = [
         f"the number of {claim.per or 'record'}s that each site declares ({number_text(sum(sizes))} in all)",
         "which site took part in which round, when, and how long it took",
-        "what each site's ledger says: steps, ε spent and left over all runs on its records, its budget and its δ",
+        "each site's ledger: steps, ε spent and left over all runs on its records, its budget and its δ",
     ]
     if claim.made and claim.trusts_server:
         said = [
             f"the number of sites in the cohort ({number_text(sum(sizes))})",
-            "when rounds began and ended, from whoever watches the server or gets its logs",
+            "when rounds began and ended, from anyone who watches the server or gets its logs",
             "whether enough sites were connected for a round",
         ]
     return [
         *said,
-        "every setting of the run, its labels, and the public test part that accuracy is measured on"
-        + (", which was cut from the same source as the sites' records" if cut_test else ""),
+        "every setting of the run, its labels, and the public test set"
+        + (", which was held out from the same source as the sites' records" if cut_test else ""),
         "the base model, which may have been trained on the same records before",
     ]

@@ -11,7 +11,7 @@ from fedveil.reports.folder import RunFiles
 
 LOST = {"late": "was late", "failed": "failed", "reply": "sent a reply that was refused"}
 """In words, the kinds of absence after which a site may have an unreported charge."""
-THEN = "told no charge after it: if it was charged, its own ledger alone says so, and ε is too low"
+THEN = "reported no charge after it: if it was charged, only its own ledger shows that, and ε here is too low"
 
 
 def unseen_charges(files: RunFiles) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from shutil import rmtree
 
+from fedveil.common.data.notes import notes_on
 from fedveil.common.data.sources import unprotected_test
 from fedveil.common.errors import FedVeilError, RunFailed
 from fedveil.common.files import full_disk
@@ -161,10 +162,13 @@ def _conduct(
 ) -> None:
     server_model: ServerModel | None = None
     try:
+        log.info("this run's files are in %s", folder.path, extra=about(run))
         folder.progress(ProgressFile("loading model and data"))
         data = job.config.data
         if warning := unprotected_test(data.name, data.test, data.test_size):
             folder.say(warning)
+            for note in notes_on(data, job.config.model.task):
+                folder.say(note)
         folder.say(f"engine: {ENGINES[folder.reach]}")
         server_model = ServerModel(job)
         terminal = Terminal(job, folder, server_model)

@@ -190,7 +190,7 @@ class ServerLedger:
         except FileNotFoundError:
             text = ""
         except (OSError, UnicodeDecodeError) as error:
-            raise LedgerError(f"the ledger {self.path} cannot be read: check rights and the disk") from error
+            raise LedgerError(f"the ledger {self.path} cannot be read: check permissions and the disk") from error
         content = self._read(text) if text or self.path.exists() else LedgerContent(FORMAT, self._unit, [], [])
         if len(content.charges) < self._seen:
             raise LedgerError(

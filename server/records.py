@@ -45,6 +45,7 @@ from fedveil.common.log import about
 from fedveil.common.messages.state import AdapterState
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.model.score import Score
+from fedveil.common.paths import local_name, without_paths
 from fedveil.common.run_lines import (
     AdapterFile,
     BaselineFile,
@@ -73,7 +74,7 @@ from fedveil.strategies.state import ServerState
 log = logging.getLogger("fedveil.server")
 LEAST_ROOM = 4_000_000
 """Bytes of disk that a run keeps for reports, lines and logs."""
-OF_THIS_MACHINE = ("output", "privacy.ledger", "resume")
+OWN = ("output", "privacy.ledger", "resume")
 """Settings that name the machine's folders and make no difference to the adapter, which is given away."""
 
 PACKAGES = ("fedveil", "flwr", "torch", "opacus", "transformers", "peft", "dp-accounting", "mpmath", "numpy")
@@ -195,8 +196,17 @@ class RunFolder(Observer):
         )
 
     def _by_label(self, score: Score) -> list[LabelScore]:
-        counts = zip(self.label_names, score.right, score.records, strict=False)
-        return [LabelScore(name, right, records) for name, right, records in counts]
+        known = range(min(len(self.label_names), len(score.right)))
+        return [
+            LabelScore(
+                self.label_names[n],
+                score.right[n],
+                score.records[n],
+                score.predicted[n] if score.predicted else None,
+                list(score.confusion[n]) if score.confusion else [],
+            )
+            for n in known
+        ]
 
     def _by_slice(self, score: Score) -> list[LabelScore]:
         counts = zip(self.slice_names, score.slice_right, score.slice_records, strict=False)
@@ -235,12 +245,12 @@ class RunFolder(Observer):
         """Write the final adapter in PEFT's format, the head, and what scoring it needs."""
         folder, config = self.path / "adapter", self.job.config
         model.write(adapter)
-        model.adapter.export(model.peft_model, adapter, folder, config.model.name)
+        model.adapter.export(model.peft_model, adapter, folder, local_name(config.model.name))
         if model.head:
             head = {name: tensor.float().cpu().contiguous() for name, tensor in model.folded_head.items()}
             save_file(head, str(folder / "head.safetensors"), metadata={"labels": json.dumps(label_names)})
         about = AdapterFile(
-            base_model=config.model.name,
+            base_model=local_name(config.model.name),
             base_fingerprint=model.base.fingerprint,
             base_files=model.base.files,
             bundle=own_digest(),
@@ -249,7 +259,7 @@ class RunFolder(Observer):
             max_length=config.model.max_length,
             feature_scale=config.model.feature_scale,
             precision=str(model.precision).removeprefix("torch."),
-            settings={key: value for key, value in self.job.settings().items() if key not in OF_THIS_MACHINE},
+            settings={key: value for key, value in without_paths(self.job.settings()).items() if key not in OWN},
         )
         write_json(folder / AdapterFile.NAME, to_json(about))
         for made in (folder, self.path / "ranks"):

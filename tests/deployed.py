@@ -66,7 +66,11 @@ def site_with_records(tmp_path: Path, name: str, content: bytes) -> SiteFolder:
     pinned = {**pins({"data.labels": "bad,good"}), "public-size": 50}
     (site.path / "policy.toml").write_text(to_toml(pinned), encoding="utf-8")
     node = to_toml({"node": f'data="{tmp_path / name}"'})
-    kept = [line for line in (site.path / "site.toml").read_text(encoding="utf-8").splitlines() if '"node"' not in line]
+    kept = [
+        line
+        for line in (site.path / "site.toml").read_text(encoding="utf-8").splitlines()
+        if not line.startswith("node =")
+    ]
     (site.path / "site.toml").write_text("\n".join([*kept, node]), encoding="utf-8")
     return open_site_folder(site.path)
 

@@ -222,13 +222,13 @@ def _one_line() -> Iterator[None]:
     except BlockingIOError as error:
         raise ConversionError("it is in use by a server: stop that, and try again") from error
     except sqlite3.OperationalError as error:
-        why = "check rights and space, of its folder too" if "locked" not in str(error) else "stop who uses it"
+        why = "check permissions and space, of its folder too" if "locked" not in str(error) else "stop who uses it"
         raise ConversionError(f"it cannot be converted ({error}): {why}") from error
     except (sqlite3.DatabaseError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ConversionError(f"it is damaged or not a ledger ({reason}): do not train, ask for help") from error
     except OSError as error:
-        raise ConversionError(f"it cannot be converted ({error.strerror}): check its name and rights") from error
+        raise ConversionError(f"it cannot be converted ({error.strerror}): check its name and permissions") from error
 
 
 def main(names: list[str]) -> int:

@@ -248,7 +248,7 @@ def one_line(path: Path, done: str) -> Iterator[None]:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the primary code of an extended one
         if code in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}:
             raise LedgerError(f"the ledger {path} was in use by another process for too long: try again") from error
-        raise LedgerError(f"the ledger {path} cannot be {done} ({error}): check rights and space") from error
+        raise LedgerError(f"the ledger {path} cannot be {done} ({error}): check permissions and space") from error
     except sqlite3.ProgrammingError as error:
         raise LedgerError(
             f"the ledger {path} cannot be {done} ({error}): open one in every thread, and use it before closing it"

@@ -150,10 +150,14 @@ def _schedule(phases: str, rounds: int, *, adapter: bool, head: bool) -> Schedul
     return schedule
 
 
+HEAD_ONLY = "head-only"
+"""The method of a run without an adapter."""
+
+
 def method_of(strategy: str, adapter: str) -> str:
     """Return the strategy's name, or ``head-only`` where there is no adapter for it to average.
 
     >>> method_of("ffa-lora", "lora-frozen-a"), method_of("fedavg-lora", "none")
     ('ffa-lora', 'head-only')
     """
-    return "head-only" if adapter == NO_ADAPTER else strategy
+    return HEAD_ONLY if adapter == NO_ADAPTER else strategy

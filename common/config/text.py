@@ -16,6 +16,8 @@ from fedveil.common.files import expanded
 from fedveil.common.labels import labels_text
 from fedveil.common.toml import TOO_DEEP, TOO_LARGE, read_toml, toml_of
 
+BARE = re.compile("[A-Za-z0-9_-]+")
+"""A key of TOML that needs no quotes."""
 LISTS = ("data.labels",)
 """Settings that may be written as a list of texts. Flower's have one value each, so they are read as one text."""
 SHOWN = 60
@@ -99,8 +101,8 @@ def to_toml(settings: Mapping[str, Scalar | Sequence[str]]) -> str:
     """
     lines = []
     for key, value in settings.items():
-        quoted = ".".join(f'"{part}"' for part in key.split("."))
-        lines.append(f"{quoted} = {toml_value(value)}")
+        name = ".".join(part if BARE.fullmatch(part) else f'"{part}"' for part in key.split("."))
+        lines.append(f"{name} = {toml_value(value)}")
     return "\n".join(lines) + "\n"
 
 

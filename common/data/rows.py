@@ -21,6 +21,7 @@ from fedveil.common.tasks.layouts import known_layout
 from fedveil.common.tasks.roles import LABEL, Column
 from fedveil.common.tasks.table_files import separated_otherwise
 from fedveil.common.tasks.tables import Table, Unfit
+from fedveil.common.words import counted
 
 TWO_LABELS = "and a classifier needs 2: name all labels in data.labels"
 
@@ -33,16 +34,16 @@ def read_rows(
     labels: tuple[str, ...] = (),
     *,
     protected: bool = False,
+    skip: bool = False,
 ) -> tuple[Dataset, list[Unfit], dict[Path, FileState]]:
     """Return the records, the rows that are none, and the files that ``protected`` cells name, as before their opening.
 
     Args:
         name: of the data set.
         tables: what was read; a folder has several.
-        columns: the columns to read.
-        example: what a row becomes; it has a field for each role.
-        labels: names of the labels in order; empty: the source's own, else the distinct values, sorted.
-        protected: whether a row that does not fit is left out; else it is an error.
+        columns, example: what is read, and what a row becomes; it has a field for each role.
+        labels: in order; empty: the source's own, else the distinct values, sorted.
+        protected, skip: whether a site protects the rows, and whether one that does not fit is left out or an error.
 
     Raises:
         DataError: a header lacks a column, or there is but one label; of public data also: a row does not fit.
@@ -58,13 +59,19 @@ def read_rows(
         record = _filled_in(table, row, columns, example.left_out) or _record(table, row, columns, example, index)
         if isinstance(record, Example):
             examples.append(record)
-        elif protected:
-            unfit.append(record)
         else:
-            raise DataError(record.words)
+            unfit.append(record)
+    if unfit and not (skip and (examples or protected)):
+        raise _unusable(unfit)
     if len(labels) == 1:
         raise DataError(f"{name} has only the label {labels[0]!r}, {TWO_LABELS}")
     return Dataset(name, tuple(examples), labels), unfit, files
+
+
+def _unusable(unfit: Sequence[Unfit]) -> DataError:
+    """Return an error with the first row that is no record, the number of all, and the remedy."""
+    more = f" ({counted(len(unfit), 'row')} in all cannot be used)" if len(unfit) > 1 else ""
+    return DataError(f"{unfit[0].words}{more}; data.invalid-rows = 'skip' leaves such rows out")
 
 
 def _labels_of(

@@ -60,7 +60,12 @@ def load_dataset(config: DataConfig, task: str, source: str | None = None) -> Da
         ConfigError: the task is unknown or not the one the named data set is for, or ``data.labels``
             has fewer than two or repeated labels.
     """
-    return _load(config, task, source, protected=False).dataset
+    return read_public(config, task, source).dataset
+
+
+def read_public(config: DataConfig, task: str, source: str | None = None) -> Reading:
+    """Return the records as ``load_dataset``, with the rows that ``data.invalid-rows`` leaves out."""
+    return _load(config, task, source, protected=False)
 
 
 def load_protected(config: DataConfig, task: str, source: str | None = None, *, line_breaks: bool = False) -> Reading:
@@ -123,7 +128,9 @@ def _load(
         more += [Column(PERSON, person)] if person else []
         more += [Column(SLICE, config.slice)] if config.slice and source == config.test and not protected else []
         columns = (*columns_of(kind.roles, config), *more)
-        dataset, unfit, files = read_rows(source, tables, columns, kind.example, labels, protected=protected)
+        out = protected or config.invalid_rows == "skip"
+        read = read_rows(source, tables, columns, kind.example, labels, protected=protected, skip=out)
+        dataset, unfit, files = read
         reading = Reading(dataset, tuple(unfit), tuple(unreadable), files)
     dataset = reading.dataset
     phrases = _phrases_of(config, dataset.label_names)

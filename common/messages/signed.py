@@ -63,7 +63,7 @@ class SiteKeys:
             key = load_ssh_private_key(node.read_bytes(), None)
             certificate = x509.load_pem_x509_certificate(authority.read_bytes())
         except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
-            raise DataError(f"{authority} or {node} cannot be read: restore them, or make the folder anew") from error
+            raise DataError(f"{authority} or {node} cannot be read: restore them, or make the folder again") from error
         if not isinstance(key, ec.EllipticCurvePrivateKey):
             raise DataError(f"{node} is not an elliptic-curve key: make a new pair")
         return cls(certificate, key)

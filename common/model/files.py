@@ -77,7 +77,9 @@ def files_digest(folder: Path) -> str:
     try:
         return listing_digest({name: _sha256(path, *_state(path)) for name, path in _files(folder, "")})
     except OSError as error:
-        raise ModelNotLoaded(f"{error.filename} cannot be read ({error.strerror}): check rights and links") from error
+        raise ModelNotLoaded(
+            f"{error.filename} cannot be read ({error.strerror}): check permissions and links"
+        ) from error
 
 
 def listing_digest(files: Mapping[str, str]) -> str:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+MOST_CONFUSED = 20
+"""Labels up to which it is counted which are taken for which."""
+
 
 @dataclass(frozen=True)
 class Score:
@@ -17,6 +20,10 @@ class Score:
     """Records that the model gets right, by label; empty where a record has no label."""
     records: tuple[int, ...] = ()
     """Records of each label."""
+    predicted: tuple[int, ...] = ()
+    """Records that the model gives each label."""
+    confusion: tuple[tuple[int, ...], ...] = ()
+    """Records by their label, and by the one that the model gives them; empty above ``MOST_CONFUSED`` labels."""
     slice_right: tuple[int, ...] = ()
     """Records that the model gets right, by slice of the test data; empty without slices."""
     slice_records: tuple[int, ...] = ()
@@ -24,5 +31,6 @@ class Score:
 
     def __post_init__(self) -> None:
         # A checkpoint's JSON has lists.
-        for counts in ("right", "records", "slice_right", "slice_records"):
+        for counts in ("right", "records", "predicted", "slice_right", "slice_records"):
             object.__setattr__(self, counts, tuple(getattr(self, counts)))
+        object.__setattr__(self, "confusion", tuple(map(tuple, self.confusion)))

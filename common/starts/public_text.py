@@ -88,15 +88,15 @@ def words_of(source: str, sha256: str) -> str:
     """Return in words which public text a start was made from, and who says that it is public.
 
     >>> words_of("made-up", "")
-    'none: made-up records, of words of the base model or of textures'
+    'none: made-up records'
     """
     if source == MADE_UP:
-        return "none: made-up records, of words of the base model or of textures"
+        return "none: made-up records"
     if source in SHIPPED:
         return f"{source} that comes with FedVeil, SHA-256 {sha256}"
     return (
-        f"{source!r}, SHA-256 {sha256}. That it is public is the coordinator's word; what was used of it stands "
-        "neither in the public test part, nor among the records of data.name where the server had them"
+        f"{source!r}, SHA-256 {sha256}. The coordinator says that it is public; it shares no sentence with the test "
+        "set, nor with the records of data.name where the server had them"
     )
 
 

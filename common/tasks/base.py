@@ -47,6 +47,8 @@ class Sums:
     correct: Tensor
     weight: Tensor
     """Units that loss and correct are over: 1 a record, or the completion's tokens."""
+    predicted: Tensor | None = None
+    """The label that the model gives each record, int64; None where records have none."""
 
     @property
     def losses(self) -> Tensor:
@@ -250,5 +252,5 @@ def classified(module: nn.Module, batch: Batch) -> Sums:
 
     logits = module(batch)
     loss = F.cross_entropy(logits, batch["labels"], reduction="none")
-    correct = (logits.argmax(-1) == batch["labels"]).float()
-    return Sums(loss, correct, torch.ones_like(loss))
+    predicted = logits.argmax(-1)
+    return Sums(loss, (predicted == batch["labels"]).float(), torch.ones_like(loss), predicted)

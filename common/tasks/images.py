@@ -114,7 +114,7 @@ def decoded(content: bytes) -> Image:
     except Image.DecompressionBombError:  # Pillow's own limit, where a file states far more than ours
         raise Misfit(f"has an image of more than {MOST_PIXELS} pixels", "make it smaller") from None
     except Exception:  # Pillow raises whatever a broken file leads it to; its words might quote the file
-        raise Misfit("has an image that cannot be decoded", "save it anew as PNG or JPEG") from None
+        raise Misfit("has an image that cannot be decoded", "save it again as PNG or JPEG") from None
 
 
 def _in_eight_bits(image: Any) -> Any:
@@ -150,7 +150,7 @@ def file_within(name: str, folder: Path | None) -> bytes:
                 raise Misfit("names something that is no file")
             content = file.read(MOST_BYTES + 1)
     except (OSError, ValueError, RuntimeError):  # of links in a circle, and names that no file can have
-        raise Misfit("names a file that is not there or cannot be opened", "check path and rights") from None
+        raise Misfit("names a file that is not there or cannot be opened", "check path and permissions") from None
     if len(content) > MOST_BYTES:
         raise Misfit(f"names an image of more than {MOST_BYTES >> 20} MiB")
     return content
@@ -182,7 +182,7 @@ def read_image_folder(path: Path) -> Table:
     try:
         names = sorted(_files_below(path))
     except OSError as error:
-        raise DataError(f"{path} cannot be opened ({error.strerror or error}): check path and rights") from error
+        raise DataError(f"{path} cannot be opened ({error.strerror or error}): check path and permissions") from error
     for row, name in enumerate(names):
         content: bytes | None = None
         try:

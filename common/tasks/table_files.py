@@ -90,7 +90,9 @@ def read_file(path: Path, *, by_line: bool = False) -> Table:
         raise UnreadableFile(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
     except OSError as error:
         if not path.is_file() or error.errno is not None:
-            raise DataError(f"{path} cannot be opened ({error.strerror or error}): check path and rights") from error
+            raise DataError(
+                f"{path} cannot be opened ({error.strerror or error}): check path and permissions"
+            ) from error
         raise _unreadable(path, error) from error  # Arrow says so of files that were cut short
     except (csv.Error, ValueError, LookupError, TypeError, NotImplementedError) as error:
         # csv's errors are of quotes that do not match and of line ends inside a cell: the rows after them are
@@ -102,7 +104,7 @@ def read_file(path: Path, *, by_line: bool = False) -> Table:
 
 
 def _unreadable(path: Path, error: Exception) -> UnreadableFile:
-    what = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".") + ": mend it or save it anew"
+    what = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".") + ": fix it, or save it again"
     if isinstance(error, csv.Error):
         with path.open(encoding="utf-8-sig", errors="replace") as lines:
             what = separated_otherwise(lines.readline()) or what

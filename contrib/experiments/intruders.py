@@ -32,7 +32,7 @@ from fedveil.common.paths import check_adapter
 from fedveil.common.run_lines import AdapterFile, PrivacyLine, RoundLine, read_file, read_lines
 from fedveil.contrib.adapters.lora_merged import pair_of
 from fedveil.contrib.experiments.spectra import Top, count_above, spectrum_of, top_of
-from fedveil.experiments.evaluate import base_of
+from fedveil.experiments.evaluate import about_of, base_of
 from fedveil.privacy.accountant import Accountant
 from fedveil.server.aggregation import contributions
 from fedveil.server.checkpoint import saved_state
@@ -84,7 +84,7 @@ def intruders_of(run: Path, top: int = TOP, cosine: float = COSINE) -> list[Laye
     positive(top=top)
     in_range(0, 1, cosine=cosine)
     check_adapter(run / "adapter")
-    about = read_file(AdapterFile, run / "adapter")
+    about = about_of(run / "adapter")
     job = configure(about.settings)
     adapter = job.adapter
     if not adapter.trained:

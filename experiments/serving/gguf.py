@@ -18,9 +18,9 @@ from torch import Tensor
 from fedveil.common.adapters.layers import PEFT_PREFIX
 from fedveil.common.errors import DataError, ModelError
 from fedveil.common.model.files import check_files, model_folder
-from fedveil.common.run_lines import AdapterFile, read_file
+from fedveil.common.run_lines import AdapterFile
 from fedveil.common.tensor_file import read_tensors
-from fedveil.experiments.evaluate import read_peft_config
+from fedveil.experiments.evaluate import about_of, read_peft_config
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def export_gguf(run: Path, file: Path) -> int:
     except ImportError as error:
         raise DataError("--gguf needs the package gguf, which is not installed: pip install 'fedveil[gguf]'") from error
     factors = _read(run / "adapter")
-    base = _config_of(read_file(AdapterFile, run / "adapter"))
+    base = _config_of(about_of(run / "adapter"))
     if base.model_type not in KINDS:
         raise ModelError(
             f"the run's base model is of kind {base.model_type!r}, and a GGUF adapter is made for {', '.join(KINDS)}: "
@@ -89,7 +89,7 @@ def export_gguf(run: Path, file: Path) -> int:
         writer.close()
         os.replace(partial, file)
     except OSError as error:
-        raise DataError(f"{file} cannot be written ({error.strerror}): check rights and space") from error
+        raise DataError(f"{file} cannot be written ({error.strerror}): check permissions and space") from error
     finally:
         partial.unlink(missing_ok=True)
     return len(factors)

@@ -58,7 +58,7 @@ def merge_run(run: Path, target: Path, form: str = "merged") -> str:
         with_usual_mode(partial)
         os.replace(partial, target)
     except OSError as error:
-        raise DataError(f"{target} cannot be written ({error.strerror}): check rights and space") from error
+        raise DataError(f"{target} cannot be written ({error.strerror}): check permissions and space") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return _code(finished, form, str(target))

@@ -41,7 +41,8 @@ async function findings(page) {
 // Presses Tab from the top; returns what should be reached, and what is wrong with how it was.
 async function walked(page) {
   const wanted = await page.evaluate(() => {
-    const all = [...document.querySelectorAll("a[href], button, input, select, summary, [tabindex='0']")];
+    const found = document.querySelectorAll("a[href], button, input, select, summary, [tabindex='0']");
+    const all = [...found].filter((one) => one.checkVisibility()); // what is folded is not there for the key
     all.forEach((one, number) => (one.dataset.place = number));
     document.activeElement?.blur();
     return all.length;

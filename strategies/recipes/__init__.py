@@ -75,8 +75,8 @@ class Choice:
         if self.recipe == "head-only":
             trains = "Training the classification head only, no LoRA adapter"
             return f"{trains} (recipe {self.recipe!r}): {self.reason}{keep}"
-        rather = f" and not {self.instead!r}" if self.instead else ""
-        return f"recipe is {self.recipe!r}{rather}, because {self.reason}{keep}"
+        rather = f", not {self.instead!r}" if self.instead else ""
+        return f"Recipe {self.recipe!r}{rather}: {self.reason}{keep}"
 
 
 def choose(run: RunConfig, written: Collection[str], labels: int = 0, sites: int = 0) -> Choice:

@@ -199,7 +199,7 @@ def test_records_that_make_no_data_set_are_refused(
         (
             "open.csv",
             b'text,label\n"two\nlines",1\n\nfine,0\n"never closed,1\nanother,0\nlast,1\n',
-            "cannot be read as CSV: row 3, which begins in line 6, has a quote that is never closed: mend it",
+            "cannot be read as CSV: row 3, which begins in line 6, has a quote that is never closed: fix it",
         ),
         ("head.csv", b'"text,label\na,1\n', "cannot be read as CSV: the header has a quote that is never closed"),
         (

@@ -20,6 +20,7 @@ from fedveil.common.messages.round import Refusal, TrainResult
 from fedveil.common.model import files
 from fedveil.common.model.base import load_base_model
 from fedveil.common.model.files import files_digest, files_of
+from fedveil.common.paths import local_name
 from fedveil.demo.models import MINILM
 from fedveil.demo.packaged import packaged_folder
 from fedveil.experiments.in_process import run_in_process
@@ -148,8 +149,8 @@ def test_no_command_fetches_a_model_that_somebodys_run_names(
     toy_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = run_in_process({**toy_settings, "rounds": 1}, 2)
-    about = run / "adapter" / "fedveil.json"
-    about.write_text(about.read_text(encoding="utf-8").replace(toy_settings["model.name"], "their/model"))
+    about, own = run / "adapter" / "fedveil.json", local_name(toy_settings["model.name"])
+    about.write_text(about.read_text(encoding="utf-8").replace(own, "their/model"))
     asked = []
 
     def snapshot(name: str, *, local_files_only: bool, **_: Any) -> str:

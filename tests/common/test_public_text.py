@@ -276,12 +276,15 @@ def test_a_run_from_a_data_sets_sentences_says_which_they_were(
     assert (written["start.text"], written["start.text-sha256"]) == ("asdiv", sha256)
     for kind in ("md", "html", "json"):
         assert sha256 in (folder / f"report.{kind}").read_text(), f"report.{kind} does not say which text it was"
-    assert "is the coordinator's word" in json.loads((folder / "report.json").read_text())["claim"]["public_text"]
+    assert (
+        "The coordinator says that it is public"
+        in json.loads((folder / "report.json").read_text())["claim"]["public_text"]
+    )
 
 
 def test_a_run_from_no_ones_text_says_so(toy_settings: dict[str, Any]) -> None:
     folder = run_in_process({**toy_settings, "adapter.start": "eva", "start.text": "made-up", "rounds": 1}, 2)
-    assert "public text of the start | none: made-up records, of words" in (folder / "report.md").read_text()
+    assert "public text of the initialisation | none: made-up records" in (folder / "report.md").read_text()
     assert "coordinator's word" not in (folder / "run.log").read_text()
 
 

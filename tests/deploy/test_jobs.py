@@ -174,7 +174,7 @@ def test_too_few_sites_is_an_error_that_counts_them(tmp_path: Path, fake_control
     with pytest.raises(RunFailed, match="3 sites wanted, 2 online, not ward after 0 s: look at the logs of those"):
         submission.submit(server, {}, said.append, sites=3, patience=0.0)
     assert said[1:] == ["3 sites wanted, 2 online, not ward: waiting up to 0 s"]
-    assert said[0].startswith("recipe is 'metric', because")
+    assert said[0].startswith("Recipe 'metric': ")
     assert control.submitted == []
 
 
@@ -275,3 +275,21 @@ def test_flowers_answers_are_read_whatever_its_exit_code(tmp_path: Path, monkeyp
     flwr.write_text("#!/bin/sh\nexec sleep 20\n")
     with pytest.raises(RunFailed, match=r"no answer in 0\.2 s"):
         control.online()
+
+
+def test_a_job_for_sites_with_records_of_their_own_says_what_only_its_author_knows(
+    tmp_path: Path, fake_control: Callable[..., FakeControl]
+) -> None:
+    server, control = make_server(tmp_path / "server", ["127.0.0.1"]), fake_control("completed")
+    own = {"data.name": str(tmp_path / "test.csv"), "data.test": str(tmp_path / "test.csv")}
+    with pytest.raises(ConfigError, match=r"must also say data\.labels=.*, privacy\.epsilon=") as caught:
+        submission.submit(server, own, print)
+    assert "\n" not in str(caught.value)
+    assert not control.submitted, "a job that fails at every site was submitted"
+    whole = {**own, "data.labels": "bad,good", "privacy.epsilon": 3.0, "data.records": 100}
+    submission.submit(server, whole, print)
+    named = {key: value for key, value in whole.items() if key != "data.records"}
+    with pytest.raises(ConfigError, match=r"must also say data\.records="):
+        submission.submit(server, named, print)
+    fake_control("completed")
+    submission.submit(server, {**named, "recipe": "plain"}, print)

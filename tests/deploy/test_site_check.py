@@ -112,7 +112,7 @@ def test_check_and_start_refuse_records_that_reply_after_has_no_time_for(tmp_pat
     rules = (site.path / "policy.toml").read_text(encoding="utf-8")
 
     def rule(reply_after: float, public_size: int) -> None:
-        text = rules.replace('"public-size" = 50', f'"public-size" = {public_size}')
+        text = rules.replace("public-size = 50", f"public-size = {public_size}")
         (site.path / "policy.toml").write_text(f"reply-after = {reply_after}\n{text}", encoding="utf-8")
 
     check_site(site, print)  # without it answers leave when they are there

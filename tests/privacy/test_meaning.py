@@ -234,7 +234,7 @@ def test_sites_that_could_not_be_computed_again_are_named_as_left_out(tmp_path: 
         run.append("privacy.jsonl", line)
     found = report_of(run.folder).meaning
     assert found is not None
-    assert (found.site, found.caution) == ("north", "They leave out what could not be computed again: south.")
+    assert (found.site, found.caution) == ("north", "They leave out sites whose ε could not be recomputed: south.")
 
 
 def test_a_run_without_a_claim_has_no_bounds(tmp_path: Path) -> None:

@@ -80,12 +80,10 @@ def test_page_and_markdown_stay_short_and_name_the_odd_ones(data: ReportData, fo
     assert len(form(data)) < 60_000
 
 
-def test_the_terminal_has_a_row_for_those_that_did_alike(thousand: MadeRun) -> None:
+def test_the_terminal_is_short_however_many_sites_there_are(thousand: MadeRun) -> None:
     code, said = fedveil("report", thousand.folder)
     assert code == 0
-    assert len(said.splitlines()) < 80
-    names = " ".join(" ".join(row.split("│")[1] for row in said.splitlines() if row.startswith("│")).split())
-    assert names == "site-0 … site-999 (998 sites) site-7 site-500"
+    assert len(said.splitlines()) < 20
 
 
 def test_every_site_stays_in_the_json(thousand: MadeRun) -> None:

@@ -66,7 +66,7 @@ def test_the_card_of_an_adapter_says_what_the_hub_and_people_ask(made: MadeRun) 
         assert words in text, f"the card does not say {words!r}"
     for words in data.claim.not_covered:
         assert words.split(",", maxsplit=1)[0] in text
-    assert "nobody has declared one" in text
+    assert "This model: not declared" in text
 
 
 def test_the_card_states_each_part_of_the_claim_under_its_own_name(made: MadeRun) -> None:
@@ -82,7 +82,7 @@ def test_the_card_states_each_part_of_the_claim_under_its_own_name(made: MadeRun
     names = {"Unit": own.unit, "Neighbours": own.adjacency, "Adversary": own.adversary, "Sampling": own.sampler}
     for name, said in names.items():
         assert f"- {name}: {plain(said)}\n" in text
-    assert "Their number, as the sites declare it: 3,500, from 1,500 to 2,000 a site." in text
+    assert "The sites declare 3,500 in all, from 1,500 to 2,000 per site." in text
     assert 'PeftModel.from_pretrained(model, "adapter")' in text
     assert "The classification head lies beside it" in text
     for name in ("adapter_config.json", "head.safetensors"):
@@ -230,18 +230,18 @@ def test_a_folder_here_is_no_repository_of_the_hub_of_that_name(
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({}, ["the test part of rotten-tomatoes", "`prose` of FedVeil (SHA-256 `"]),
-        ({"data.name": "FILE"}, ["cut from the same source"]),
-        ({"data.name": "FILE", "data.test": "hub:stanfordnlp/sst2"}, ["the test part, hub:stanfordnlp/sst2"]),
-        ({"data.name": "FILE", "data.test": "FILE"}, ["the test part, a file of the coordinator's"]),
-        ({"recipe": "metric"}, ["the sentences that the start was made from, `prose` of FedVeil (SHA-256 `"]),
+        ({}, ["the test set of rotten-tomatoes", "`prose` of FedVeil (SHA-256 `"]),
+        ({"data.name": "FILE"}, ["held out from the same source"]),
+        ({"data.name": "FILE", "data.test": "hub:stanfordnlp/sst2"}, ["the test set, hub:stanfordnlp/sst2"]),
+        ({"data.name": "FILE", "data.test": "FILE"}, ["the test set, a file of the coordinator's"]),
+        ({"recipe": "metric"}, ["the text that the initialisation was made from, `prose` of FedVeil (SHA-256 `"]),
         (
             {"recipe": "metric", "data.name": "FILE", "start.text": "OTHER", "start.text-sha256": "ef" * 32},
             [f"made from, a file of the coordinator's (SHA-256 `{'ef' * 32}`)"],
         ),
         (
             {"recipe": "plain", "adapter.start": "public-gradient", "start.data": "imdb-endings"},
-            ["the records that the start was made from, imdb-endings"],
+            ["the records that the initialisation was made from, imdb-endings"],
         ),
     ],
 )
@@ -251,9 +251,9 @@ def test_a_card_names_what_was_taken_for_public_and_no_path(
     files = {"FILE": str(tmp_path / "reviews.csv"), "OTHER": str(tmp_path / "texts.txt")}
     told = {key: files.get(value, value) for key, value in settings.items()}
     made = with_adapter(MadeRun(tmp_path / "run", {"rounds": 25, **told}).start().round(1, 0.76).end())
-    (said,) = [line for line in card(made).splitlines() if line.startswith("Declared public")]
+    (said,) = [line for line in card(made).splitlines() if line.startswith("Taken as public")]
     assert [words for words in named if words not in said] == []
-    assert ("start was made from" in said) == (settings.get("data.name") != "FILE" or "recipe" in settings)
+    assert ("initialisation was made from" in said) == (settings.get("data.name") != "FILE" or "recipe" in settings)
     assert ("the records that" in said) == ("start.data" in settings)
     assert str(tmp_path) not in said
 

@@ -73,10 +73,10 @@ def forms(folder: Path, *starts: ServerStart) -> dict[str, str]:
 def test_every_form_states_tls_keys_certificate_bundle_and_the_check(tmp_path: Path) -> None:
     found = forms(tmp_path, start(WELL))
     for name in ("report.md", "report.html", "report.json"):
-        for words in (SHOWN, BUNDLE, "9 GiB free", "took a TLS handshake", "a key that nobody had registered"):
+        for words in (SHOWN, BUNDLE, "9 GiB free", "TLS: on", "turned away an unregistered key"):
             assert words in found[name], (name, words)
     for name in ("report.md", "report.html"):
-        assert "operator&#39;s word" in found[name] or "operator's word" in found[name]
+        assert "a proxy in front of it" in found[name]
         assert SITES_OWN.split("'")[0] in found[name]
     assert report_of(tmp_path).problems == []
 
@@ -85,7 +85,7 @@ def test_every_form_states_tls_keys_certificate_bundle_and_the_check(tmp_path: P
     ("check", "reach", "words"),
     [
         (OwnCheck(), "network", NOT_NAMED),
-        (OwnCheck(named=True), "network", "The port of the sites could not be asked."),
+        (OwnCheck(named=True), "network", "The sites' port could not be checked."),
         (OwnCheck(), "simulation", NO_NETWORK["simulation"]),
         (OwnCheck(), "one process", NO_NETWORK["one process"]),
     ],
@@ -96,8 +96,8 @@ def test_what_is_not_known_is_said_to_be_unknown_and_nothing_is_claimed(
     found = forms(tmp_path, start(check, reach))
     assert words.replace("'", "&#x27;") in found["report.md"] or words in found["report.md"]
     for text in found.values():
-        assert "took a TLS handshake when" not in text
-        assert "turned away a key" not in text
+        assert "TLS: on" not in text
+        assert "turned away" not in text
     (report,) = report_of(tmp_path).connections
     assert (report.tls, report.certificate, report.keys) == (None, "", None)
     assert report.unknown == (list(NEVER_KNOWN) if reach == "network" else [])
@@ -105,8 +105,8 @@ def test_what_is_not_known_is_said_to_be_unknown_and_nothing_is_claimed(
 
 def test_a_port_whose_answer_does_not_tell_of_keys_was_asked(tmp_path: Path) -> None:
     text = forms(tmp_path, start(OwnCheck(True, True, SHOWN, None)))["report.md"]
-    assert "prove themselves by keys. The port was asked, and its answer does not tell." in text
-    assert "could not be asked" not in text
+    assert "authenticate by key. The port was checked, and its answer does not say." in text
+    assert "could not be checked" not in text
 
 
 def test_a_folder_without_the_servers_file_says_that_nothing_is_recorded(tmp_path: Path) -> None:
@@ -119,8 +119,8 @@ def test_a_folder_without_the_servers_file_says_that_nothing_is_recorded(tmp_pat
 @pytest.mark.parametrize(
     ("check", "words"),
     [
-        (OwnCheck(True, False, "", None), "the port of the sites was NOT under TLS"),
-        (OwnCheck(True, True, SHOWN, False), "sites did NOT have to prove themselves by keys"),
+        (OwnCheck(True, False, "", None), "port did NOT use TLS"),
+        (OwnCheck(True, True, SHOWN, False), "sites did NOT have to authenticate by key"),
         (OwnCheck(True, True, SHOWN, True, [CheckLine(False, "disk", "0.1 GiB free: make room")]), "0.1 GiB free"),
     ],
 )

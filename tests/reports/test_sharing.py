@@ -196,7 +196,7 @@ def test_the_sum_of_fewest_sites_is_one_that_counted_and_without_honest_ones_the
 
 def test_a_ledger_with_earlier_runs_says_on_what_these_counted(shared: ReportData, tmp_path: Path) -> None:
     files, sites = read_run(summed(tmp_path, 2, 1).folder), shared.sites
-    words = "What a site's ledger holds of earlier runs rests on what these counted on"
+    words = "Earlier runs in a site's ledger hold under their own conditions"
     assert words not in claim_of(files, sites).sentence
     assert words in claim_of(files, [replace(sites[0], agreement="larger"), *sites[1:]]).sentence
     assert "all of the noise that its records need" not in claim_of(files, sites).sentence

@@ -41,7 +41,7 @@ def test_a_round_counts_the_updates_that_it_made_shorter_and_by_how_much(toy_set
     assert [one.site for one in second] == ["site-1"]
     assert 0 < second[0].factor < 1
     assert first == third == []
-    assert report_of(folder).shortened.startswith("The server shortened 1 update that was longer than is likely")
+    assert report_of(folder).shortened.startswith("The server shortened 1 unusually long update,")
 
 
 def test_every_form_of_the_report_tells_them_and_says_nothing_where_there_are_none(tmp_path: Path) -> None:
@@ -52,8 +52,6 @@ def test_every_form_of_the_report_tells_them_and_says_nothing_where_there_are_no
         shorter = [to_json(ShortenedLine(site, factor)) for site, factor in factors.items()]
         made.append(RoundLine.NAME, {**to_json(line), "round": number, "shortened": shorter})
     data = report_of(made.folder)
-    assert "3 updates that were longer than is likely, to 0.125 to 0.5 of the length: of site-1, site-10." in (
-        data.shortened
-    )
+    assert "3 unusually long updates, to 0.125 to 0.5 of the length: from site-1, site-10." in data.shortened
     for form in (to_markdown(data), to_html(data)):
         assert data.shortened in form

@@ -53,7 +53,7 @@ def test_the_scores_of_slices_add_up_to_the_whole_and_stand_in_every_form(
     assert [(row.label, row.records) for row in data.slices] == [("<b>east", 10), ("north", 10), ("south", 10)]
     assert "| region | records |" in markdown_report(run)
     page = to_html(data)
-    assert "By region, as the public test file has it" in page
+    assert "Accuracy by region, a column of the public test file" in page
     assert "<b>east" not in page
 
 

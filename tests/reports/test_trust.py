@@ -33,10 +33,15 @@ def made(tmp_path: Path) -> MadeRun:
 
 def test_every_form_says_who_is_trusted_and_what_is_not_protected(made: MadeRun) -> None:
     data = report_of(made.folder)
-    assert [actor.trusted.split(" ")[1] for actor in data.actors] == ["the", "no", "no", "no", "everything:"]
+    assert [actor.trusted.split(" ")[0] for actor in data.actors] == ["its", "no", "no", "no", "everything:"]
     for form, text in forms(made.folder).items():
         shown = html.unescape(text)
-        for words in ("central model", "local model, of sites", "3,500 in all", "which site took part in which round"):
+        for words in (
+            "central model",
+            "local model, sites as parties",
+            "3,500 in all",
+            "which site took part in which round",
+        ):
             assert words in shown, f"report.{form} does not say {words!r}"
 
 
@@ -50,7 +55,7 @@ def test_without_a_finite_claim_everyone_is_trusted_with_everything(tmp_path: Pa
     lines = [{**line, "epsilon_total": "inf"} for line in exposed.lines("privacy.jsonl")]
     (exposed.folder / "privacy.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for run in (off, exposed):
-        assert {actor.trusted for actor in report_of(run.folder).actors} == {"with everything: no finite ε is promised"}
+        assert {actor.trusted for actor in report_of(run.folder).actors} == {"everything: no finite ε is promised"}
 
 
 def test_what_attacks_found_of_epsilon_stands_beside_what_was_claimed(made: MadeRun) -> None:
@@ -71,9 +76,9 @@ def check_that_the_bound_stands_beside_epsilon(run: MadeRun) -> None:
     code, said = fedveil("report", run.folder)
     assert code == 0
     words = " ".join(said.split())
-    assert words.index("federation:") < words.index(note) < words.index("An attacker who sees")
+    assert words.index("privacy: ε") < words.index(note) < words.index("trained:")
     page = html.unescape((run.folder / "report.html").read_text(encoding="utf-8"))
-    headline = page[page.index("<dt>Privacy spent, ε</dt>") : page.index("<dt>Accuracy on public test data</dt>")]
+    headline = page[page.index("<dt>Privacy spent, ε</dt>") : page.index("<dt>Rounds</dt>")]
     assert note in headline, "it is not in the box of ε"
     assert page.count(note) == 1
 

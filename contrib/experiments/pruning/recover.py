@@ -77,7 +77,7 @@ def recover_run(run: Path, target: Path, pruned: Path | None = None) -> str:
         put_json(target / RecoveredFile.NAME, to_json(made_of))
     except OSError as error:
         shutil.rmtree(target, ignore_errors=True)
-        raise DataError(f"{target} cannot be written ({error.strerror}): check rights and space") from error
+        raise DataError(f"{target} cannot be written ({error.strerror}): check permissions and space") from error
     return small.large
 
 

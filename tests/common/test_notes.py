@@ -1,0 +1,67 @@
+"""Rows that cannot be used are counted and may be left out; repeated texts and words for nothing are said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedveil.common.config.sections import DataConfig
+from fedveil.common.data.notes import notes_on
+from fedveil.common.data.sources import load_dataset, load_protected, train_and_test
+from fedveil.common.errors import ConfigError, DataError
+
+
+def table(folder: Path, rows: list[tuple[str, str]]) -> str:
+    path = folder / "table.csv"
+    path.write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in rows), encoding="utf-8")
+    return str(path)
+
+
+def plain(number: int) -> list[tuple[str, str]]:
+    return [(f"text {n}", ("bad", "good")[n % 2]) for n in range(number)]
+
+
+def test_all_rows_without_a_label_are_counted_and_can_be_left_out(tmp_path: Path) -> None:
+    name = table(tmp_path, [("first", ""), *plain(20), ("last", ""), ("odd", "")])
+    with pytest.raises(
+        DataError, match=r"row 1 has no value in column 'label'.*3 rows in all.*data.invalid-rows"
+    ) as caught:
+        load_dataset(DataConfig(name=name), "classification")
+    assert "\n" not in str(caught.value)
+    skipping = DataConfig(name=name, invalid_rows="skip", test_size=5)
+    assert len(load_dataset(skipping, "classification").examples) == 20
+    train, test = train_and_test(skipping, "classification")
+    assert (len(train.examples), len(test.examples)) == (15, 5)
+    (note,) = notes_on(skipping, "classification")
+    assert note.startswith("3 rows cannot be used and are left out: ")
+    with pytest.raises(ConfigError, match=r"data\.invalid-rows"):
+        DataConfig(invalid_rows="drop")
+
+
+def test_a_file_of_which_nothing_is_left_is_refused(tmp_path: Path) -> None:
+    name = table(tmp_path, [("first", ""), ("second", "")])
+    with pytest.raises(DataError, match="2 rows in all cannot be used"):
+        load_dataset(DataConfig(name=name, labels="bad,good", invalid_rows="skip"), "classification")
+
+
+def test_a_sites_own_rows_are_left_out_whatever_the_setting(tmp_path: Path) -> None:
+    """Whether a round is refused must not depend on a record."""
+    name = table(tmp_path, [("first", ""), *plain(4)])
+    reading = load_protected(DataConfig(name=name, labels="bad,good"), "classification")
+    assert (len(reading.dataset.examples), len(reading.unfit)) == (4, 1)
+
+
+def test_texts_that_occur_often_are_counted_with_what_epsilon_then_means(tmp_path: Path) -> None:
+    name = table(tmp_path, [*plain(30), *[("The  same", "bad"), ("the same", "good")] * 4])
+    (note,) = notes_on(DataConfig(name=name), "classification")
+    assert "8 of 38 rows share their text with another row, one text with 8 rows" in note
+    assert "ε protects one row" in note
+    assert notes_on(DataConfig(name=table(tmp_path, [*plain(100), ("text 1", "bad")])), "classification") == []
+    assert notes_on(DataConfig(name="rotten-tomatoes"), "classification") == []
+
+
+def test_texts_that_say_nothing_are_counted(tmp_path: Path) -> None:
+    name = table(tmp_path, [*plain(100), ("N/A", "bad"), ("n/a", "good"), ("None", "bad")])
+    (note,) = notes_on(DataConfig(name=name), "classification")
+    assert "3 rows have 'n/a', 'none' as their text" in note
