@@ -66,12 +66,7 @@ def check_site(folder: SiteFolder, say: Callable[[str], None], more: str = "", *
         say(f"withdrawn: {dataset} is, so every round is refused but one that was charged before")
     if unit.grouped:
         say(_persons(reading.dataset))
-    listed = (
-        *_labels(reading.dataset),
-        *notes_on_texts(reading.dataset),
-        *_size(declared, there, unit.name),
-        *_by_reason(reading.unfit),
-    )
+    listed = (*_texts(reading.dataset), *_size(declared, there, unit.name), *_by_reason(reading.unfit))
     for line in listed if rows else ():
         say(line)
 
@@ -85,6 +80,12 @@ def _check_readable(reading: Reading, source: str) -> None:
     if not reading.dataset.examples:
         why = f"row {reading.unfit[0].row} {reading.unfit[0].reason}" if reading.unfit else "there is none"
         raise DataError(f"{source}: no row is a record ({why}): mend the rows, or pin what they are")
+
+
+def _texts(data: Dataset) -> Iterator[str]:
+    """Say what labels and texts there are."""
+    yield from _labels(data)
+    yield from notes_on_texts(data)
 
 
 def _labels(data: Dataset) -> Iterator[str]:
