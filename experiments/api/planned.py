@@ -55,7 +55,10 @@ class Plan:
 
     def __repr__(self) -> str:
         text = io.StringIO()
-        console = Console(file=text, width=WIDTH, highlight=False, emoji=False, markup=False, color_system=None)
+        # In a notebook Rich would show the tables there, each a second time, and write nothing to the text.
+        console = Console(
+            file=text, width=WIDTH, force_jupyter=False, highlight=False, emoji=False, markup=False, color_system=None
+        )
         print_forecast(console, self._forecast)
         cost = "" if self.epsilon is None else f"in all: ε {epsilon_text(self.epsilon)} at each site"
         seconds = "" if self.seconds is None else f"{'in all: ' * (not cost)}about {self.seconds:.0f} s of rounds here"

@@ -46,6 +46,10 @@ def test_the_notebooks_run(toy_settings: dict[str, Any], tmp_path: Path, monkeyp
     for words in ("before training", "is spent", "valid: run", "probability"):
         assert words in shown, words
     assert "Traceback" not in shown
+    (planned,) = (cell.outputs for cell in book.cells if cell.source.endswith("\nplan"))
+    kinds = [output.output_type for output in planned if output.get("name") != "stderr"]
+    assert kinds == ["execute_result"], "the plan's tables are shown twice"
+    assert planned[-1].data["text/plain"].count("after round") == 1
 
 
 def test_the_notebooks_hold_no_output_and_each_says_what_to_change() -> None:
