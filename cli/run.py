@@ -76,7 +76,7 @@ def _attended(settings: dict[str, Any], job: Job, sites: int, workers: int | Non
     from fedveil.experiments.progress import RunProgress
     from fedveil.experiments.simulate import simulate
     from fedveil.experiments.under_way import ways_on
-    from fedveil.reports import write_reports
+    from fedveil.reports import read_report, write_reports
 
     begun = [Path(str(settings["resume"]))] if settings.get("resume") else []
 
@@ -86,9 +86,9 @@ def _attended(settings: dict[str, Any], job: Job, sites: int, workers: int | Non
 
     def end(folder: Path) -> None:
         progress.stop()
-        if not _is_reported(folder):
+        if (data := read_report(folder)) is None:
             write_reports(folder)
-        print_summary(folder, time.monotonic() - began)
+        print_summary(folder, data, time.monotonic() - began)
 
     try:
         with RunProgress(
@@ -112,12 +112,6 @@ def _detached(settings: dict[str, Any], job: Job, options: dict[str, int | None]
         folder, process = begin_detached(settings, Path(job.config.output), options)
     console.print(visible(f"process {process} goes on without this terminal, and writes to {folder / LINES}"))
     console.print(f"folder: {folder}\nfollow: fedveil watch {folder}\nend: fedveil stop {folder}")
-
-
-def _is_reported(folder: Path) -> bool:
-    """Return whether the server has written the report of the run's end."""
-    report, result = folder / "report.json", folder / "result.json"
-    return report.is_file() and result.is_file() and report.stat().st_mtime_ns >= result.stat().st_mtime_ns
 
 
 def _first_round(job: Job) -> str:

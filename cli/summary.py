@@ -15,16 +15,21 @@ if TYPE_CHECKING:
 console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
 
 
-def print_summary(folder: Path, seconds: float | None = None) -> None:
+def print_summary(folder: Path, data: ReportData | None = None, seconds: float | None = None) -> None:
     """Print what a run has come to, what it has spent, what was trained, where it lies, and three ways on.
 
     What weakens the claim stands before it, and how the run ended where it did not come to its planned end.
+
+    Args:
+        folder: of the run.
+        data: its report; None: it is made from the folder's files.
+        seconds: how long the run took; None: that is not said.
     """
     from fedveil.common.words import visible
     from fedveil.reports import report_of
     from fedveil.reports.data import cares_of
 
-    data = report_of(folder)
+    data = data or report_of(folder)
     for text in cares_of(data):
         if text in data.alarms:
             console.print(Text(f"AUDIT FAILED: {visible(text)}", style="bold red"))

@@ -7,13 +7,14 @@
 from __future__ import annotations
 
 from fedveil.reports.data import ReportData, federation_epsilon, report_of
-from fedveil.reports.files import REPORT_JSON, markdown_report, to_json, write_reports
+from fedveil.reports.files import REPORT_JSON, markdown_report, read_report, to_json, write_reports
 
 __all__ = [
     "REPORT_JSON",
     "ReportData",
     "federation_epsilon",
     "markdown_report",
+    "read_report",
     "report_of",
     "to_json",
     "write_reports",

@@ -48,8 +48,8 @@ class Setting:
     """One setting, and whether someone chose another value than the default (None: a setting that has none here)."""
 
     key: str
-    value: Any
-    default: Any
+    value: str | int | float | bool | None
+    default: str | int | float | bool | None
     changed: bool
 
 

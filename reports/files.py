@@ -10,6 +10,8 @@ from pathlib import Path
 
 from fedveil.common.errors import DataError
 from fedveil.common.files import drop_leftovers, finite, replace_file
+from fedveil.common.run_lines import ResultFile
+from fedveil.common.strict_json import from_json, json_of
 from fedveil.reports.card import NAME as CARD
 from fedveil.reports.card import adapter_form, card_of
 from fedveil.reports.data import ReportData, report_of
@@ -33,6 +35,20 @@ def to_json(data: ReportData) -> bytes:
 def markdown_report(folder: Path) -> str:
     """Return the report of a run's folder as Markdown, from its files alone; errors as in report_of."""
     return to_markdown(report_of(folder))
+
+
+def read_report(folder: Path) -> ReportData | None:
+    """Return the report that the server wrote at a run's end, without pricing it again, which takes seconds.
+
+    None: it is not there, is older than the end, or has figures that JSON has not.
+    """
+    report, result = folder / REPORT_JSON, folder / ResultFile.NAME
+    if not (report.is_file() and result.is_file() and report.stat().st_mtime_ns >= result.stat().st_mtime_ns):
+        return None
+    try:
+        return from_json(ReportData, json_of(report.read_bytes()), REPORT_JSON)
+    except (DataError, ValueError):
+        return None
 
 
 def write_reports(folder: Path, key: Path | None = None) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -16,6 +17,7 @@ from fedveil.cli.summary import print_summary
 from fedveil.common.errors import RunFailed
 from fedveil.common.run_lines import ProgressFile
 from fedveil.experiments.progress import RunProgress
+from fedveil.reports import read_report, report_of, write_reports
 
 
 def shown(*states: ProgressFile, clock: Any = None) -> list[tuple[str, str]]:
@@ -60,7 +62,7 @@ def test_an_end_is_a_few_lines_of_which_the_last_two_say_where_and_how_to_go_on(
     status: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = MadeRun(tmp_path / "ffa-lora-7", {"rounds": 1}).start().round(1, 0.7).end(status, "the budget is spent")
-    print_summary(run.folder, 61.2)
+    print_summary(run.folder, seconds=61.2)
     *before, folder, following = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in before[-3:]] == ["accuracy", "privacy", "trained"]
     assert len([line for line in before if not line.startswith("WARNING")]) == 3 + (status == "stopped")
@@ -78,3 +80,12 @@ def test_the_last_line_of_a_bad_end_says_how_to_go_on(capsys: pytest.CaptureFixt
     with pytest.raises(Exception, match="1"):
         for_people(fails)()
     assert capsys.readouterr().err.splitlines() == ["fedveil: nobody answered", "folder: here", "resume with: this"]
+
+
+def test_the_servers_report_is_read_and_not_made_again_unless_it_is_older_than_the_end(tmp_path: Path) -> None:
+    run = MadeRun(tmp_path / "ffa-lora-7", {"rounds": 1}).start().round(1, 0.7).end()
+    assert read_report(run.folder) is None
+    write_reports(run.folder)
+    assert read_report(run.folder) == report_of(run.folder)
+    os.utime(run.folder / "report.json", (1, 1))
+    assert read_report(run.folder) is None
