@@ -19,7 +19,6 @@ from fedveil.common.run_lines import LabelScore
 from fedveil.common.words import UNKNOWN, percent_text
 from fedveil.privacy.figures import honest_text
 
-MACRO_F1 = "macro-F1: the mean over labels of 2 · precision · recall / (precision + recall)"
 Z = 1.959963984540054
 """The 97.5 % quantile of the normal distribution."""
 ALL = "all"

@@ -197,7 +197,7 @@ def _accuracy(data: ReportData) -> list[Block]:
     blocks: list[Block] = [_scores(caption, "label", data.accuracy)] if data.accuracy else []
     if data.headline.macro_f1_after is not None:
         macro = [percent_text(value) for value in (data.headline.macro_f1_before, data.headline.macro_f1_after)]
-        blocks.append(Text(f"{macro[0]} before training, {macro[1]} after", label="Macro-F1:"))
+        blocks.append(Text(f"{macro[0]} before training, {macro[1]} after", label="Macro-F1 (mean of the labels' F1):"))
     blocks += [_confused(data.confusion)] if data.confusion else []
     name = str(setting_of(data, "data.slice"))
     return blocks + (

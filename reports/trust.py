@@ -34,6 +34,7 @@ SERVER = {
     "and each site's part of it reaches the server only under masks",
 }
 """By ``Mechanism.noised``."""
+RESULT = ". It is trusted with the result: a dishonest server can spoil the model, not the claim"
 OTHERS = {
     "at the site": "no record",
     "at the server": "no update of another site",
@@ -61,9 +62,7 @@ def actors_of(claim: Claim, epsilon: float | None) -> list[Actor]:
         Actor(
             "the coordinator's server",
             "every message of every site",
-            whole
-            or SERVER[noised]
-            + ("" if central else ". The result: a dishonest server can spoil the model, not the claim"),
+            whole or SERVER[noised] + ("" if central else RESULT),
         ),
         Actor("the other sites", "the global model after every round", whole or OTHERS[noised]),
         Actor("everyone who gets the model", "the final model", whole or "no record"),

@@ -58,7 +58,7 @@ def test_labels_have_a_matrix_and_a_macro_f1_by_what_the_model_says(texts: dict[
     assert data["headline"]["macro_f1_after"] == pytest.approx(by_hand)
     for form in ("md", "html"):
         assert "macro-F1" in texts[form]
-        assert "Macro-F1:" in texts[form]
+        assert "Macro-F1 (mean of the labels" in texts[form]
     assert f"| {len(LABELS)} {LABELS[-1]} |" in texts["md"]
 
 
