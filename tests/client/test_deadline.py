@@ -424,9 +424,9 @@ def test_shapes_are_rehearsed_anew_where_the_process_gets_other_cores(
     """How rows of a product round follows from how many threads there are."""
     seen: list[int] = []
 
-    def counting(model: FederatedModel) -> Timing:
+    def counting(_: FederatedModel) -> Timing:
         seen.append(torch.get_num_threads())
-        return rehearse(model)
+        return Timing({8: 0.0}, {8: 1}, 0.0, 0.0)
 
     monkeypatch.setattr(rehearsals, "rehearse", counting)
     before = torch.get_num_threads()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from probes import ask, settings
-from test_second_run import clinic as ward
+from wards import clinic as ward
 
 from audits.tiny_site import OneSite, clinic
 from fedveil.client import budget

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from made_run import MadeRun
 from typer.testing import CliRunner
+from wards import clinic
 
 from fedveil.cli.main import app
 from fedveil.client import budget
@@ -24,7 +25,6 @@ from fedveil.common.errors import BudgetExhausted, ConfigError, PolicyRefusal
 from fedveil.common.messages.round import TrainTask
 from fedveil.common.run_lines import PrivacyLine, read_lines
 from fedveil.common.starts import PaidStart
-from fedveil.common.tasks.examples import Dataset
 from fedveil.experiments.in_process import run_in_process, simulated_nodes
 from fedveil.experiments.planner.earlier import earlier_runs
 from fedveil.experiments.planner.find import find
@@ -63,11 +63,6 @@ TRUSTED: dict[str, Any] = {
     "privacy.unit": "site",
     "privacy.cohort": 20,
 }
-
-
-def clinic(folder: Path, policy: Policy | None = None) -> Site:
-    data = Dataset("ward", (), ("bad", "good"))
-    return Site("ward", data, "ward", 2000, folder / "ledger.sqlite", policy or Policy())
 
 
 def train(site: Site, run: str, **settings: Any) -> list[float]:
