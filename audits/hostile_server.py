@@ -30,6 +30,7 @@ from audits.hostile_bundle import (
 )
 from audits.hostile_models import UNCOMPARED, UNREHEARSED, audit_files, audit_models
 from audits.hostile_state import BEHIND_CHARGE, NEIGHBOURS, UNCHECKED, audit_masks, audit_state, default_model
+from audits.planted_rows import PUBLIC, TAKEN, audit_claimed_data, audit_claimed_name
 from audits.tiny_site import tiny_site
 from fedveil.client.ledger.ledger import Ledger
 from fedveil.client.ledger.rows import Charge
@@ -119,6 +120,8 @@ def hostile_server(folder: Path) -> Iterator[Finding]:
         audit_bundle: (BUNDLES,),
         audit_dear_bundles: (DEAR, EAGER),
         audit_submitted: (SUBMITTED,),
+        audit_claimed_name: (TAKEN,),
+        audit_claimed_data: (PUBLIC,),
         audit_rounds: (UNPAID, FORGOTTEN),
         audit_masks: (UNCHECKED, BEHIND_CHARGE),
     }

@@ -40,6 +40,10 @@ def run(
     began = time.monotonic()
     if not detach:
         end_as_by_ctrl_c()
+    if in_process:
+        from fedveil.experiments.api.register import register_named
+
+        register_named(given.settings)
     settings, job, number = _prepared(given, sites)
     console.print(visible(_banner(job, number)))
     if detach:

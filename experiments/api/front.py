@@ -16,6 +16,7 @@ from fedveil.common.files import expanded
 from fedveil.common.run_lines import ProgressFile
 from fedveil.experiments.api.keywords import Settings, check_keywords, given_settings
 from fedveil.experiments.api.records import Data, Records, Test, as_before, records_of
+from fedveil.experiments.api.register import register_named
 from fedveil.experiments.api.result import Run
 from fedveil.experiments.api.sites import nodes_of, same_records, sites_of_records, usual_names
 from fedveil.experiments.in_process import simulate_in_process
@@ -188,12 +189,13 @@ def _prepared(
     data: Data, test: Test, site: str | None, given: dict[str, Scalar]
 ) -> Iterator[tuple[dict[str, Scalar], Records, list[str]]]:
     """Yield the settings of a run, its records, and a line on each guess; then drop what was read of the records."""
+    settings = Run(str(given["resume"])).settings if given.get("resume") else {}
+    register_named({**settings, **given})
     records = records_of(data, test, site, str(given.get("model.task", "classification")))
     for key in {*records.settings} & {*given}:
         raise ConfigError(f"{key} is given as a setting, and data, test or site say it too: leave the setting out")
     began: dict[str, Scalar] = {}
-    if resumed := given.get("resume"):
-        settings = Run(str(resumed)).settings
+    if settings:
         records = as_before(records, settings)
         began = {key: value for key, value in settings.items() if key.startswith("data.")}
     try:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
+from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
 from fedveil.common.adapters import ADAPTERS, ALIASES, Adapter
@@ -26,6 +27,10 @@ KINDS: dict[str, tuple[type[Any], MutableMapping[str, Any]]] = {
     "tracker": (Tracker, TRACKERS),
 }
 """What can be registered: its base class, and the table that it becomes a row of."""
+GROUP = "fedveil.rows"
+"""The entry points in which an installed package names rows of its own, for simulations: each row's name and class."""
+NAMING = ("strategy", "adapter.name", "model.task", "adapter.start", "server.rule", "tracker")
+"""Settings that name a row, one for each of ``KINDS``."""
 T = TypeVar("T", bound=type[Any])
 
 
@@ -66,6 +71,25 @@ def register(row: T) -> T:
     table[name] = row() if kind == "task" else row
     note_registered(said)
     return row
+
+
+def register_named(settings: Mapping[str, object]) -> None:
+    """Register the rows of other installed packages that a simulation's settings name, and load no other.
+
+    Raises:
+        ConfigError: ``register`` refuses one, its class has another name, or a package cannot be loaded.
+    """
+    named = {settings[key] for key in NAMING if key in settings}
+    for point in entry_points(group=GROUP):
+        if point.name in named:
+            whose = f"the package {point.dist.name if point.dist else point.module!r}"
+            try:
+                row = point.load()
+            except (ImportError, AttributeError) as error:
+                raise ConfigError(f"{whose} names a row {point.name!r} that cannot be loaded: {error}") from error
+            if getattr(row, "name", None) != point.name:
+                raise ConfigError(f"{whose} names a row {point.name!r} whose own name is another: write one in both")
+            register(row)
 
 
 def _kind_of(row: object) -> tuple[str, MutableMapping[str, Any]]:

@@ -13,6 +13,7 @@ from audits.hostile_models import UNCOMPARED, UNREHEARSED, audit_files, audit_mo
 from audits.hostile_records import APART, COLUMNS, DIVISIONS, ROWS, audit_records
 from audits.hostile_server import FORGOTTEN, UNPAID, audit_rounds
 from audits.hostile_state import BEHIND_CHARGE, UNCHECKED, audit_masks
+from audits.planted_rows import PUBLIC, TAKEN, audit_claimed_data, audit_claimed_name
 from fedveil.common.findings import Finding
 
 pytestmark = pytest.mark.rough_prices
@@ -25,6 +26,8 @@ CASES: dict[Audit, tuple[Fault, ...]] = {
     audit_bundle: (BUNDLES,),
     audit_dear_bundles: (DEAR, EAGER),
     audit_submitted: (SUBMITTED,),
+    audit_claimed_name: (TAKEN,),
+    audit_claimed_data: (PUBLIC,),
     audit_rounds: (UNPAID, FORGOTTEN),
     audit_masks: (UNCHECKED, BEHIND_CHARGE),
 }

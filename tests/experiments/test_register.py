@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import pytest
 
 import fedveil
+from audits.planted_rows import installed
 from audits.tiny_site import clinic
 from fedveil.client import process as site_process
 from fedveil.client import worker
@@ -24,6 +25,7 @@ from fedveil.common.starts.orthonormal import Orthonormal
 from fedveil.common.tasks import TASKS, Classification
 from fedveil.common.trackers import TRACKERS, Tracker
 from fedveil.deploy import start
+from fedveil.experiments.api.register import register_named
 from fedveil.privacy import MECHANISMS
 from fedveil.privacy.accountant import Accountant
 from fedveil.server import runner
@@ -122,6 +124,17 @@ def test_what_protects_records_cannot_be_registered(row: Any) -> None:
 def test_a_row_that_is_not_whole_is_refused() -> None:
     with pytest.raises(ConfigError, match="does not define close, log"):
         fedveil.register(type("Seen", (Tracker,), {"name": "seen", "__init__": lambda *_: None}))
+
+
+def test_a_row_of_an_installed_package_is_loaded_when_a_simulation_names_it(tmp_path: Path) -> None:
+    with installed(tmp_path, "own") as mark:
+        register_named({"strategy": "fed-sb"})
+        assert (mark.exists(), "own" in STRATEGIES) == (False, False)
+        register_named({"strategy": "own"})
+        assert (mark.exists(), STRATEGIES["own"].__module__) == (True, "planted_own")
+    assert registered.registered_rows() == ("strategy 'own'",)
+    with installed(tmp_path / "other", "fedavg-lora"), pytest.raises(ConfigError, match="is a name that FedVeil has"):
+        register_named({"strategy": "fedavg-lora"})
 
 
 def test_sites_and_servers_do_not_start_beside_a_registered_row(
