@@ -20,14 +20,15 @@ console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
 @for_people
 def runs(output: Annotated[Path, typer.Argument(help="Folder of the runs.")] = Path("runs")) -> None:
     """List the runs of a folder, the latest at the end; which of them are under way."""
-    from fedveil.experiments.runs import UNDER_WAY, listed_runs
+    from fedveil.experiments.runs import STARTING, UNDER_WAY, listed_runs
     from fedveil.privacy.figures import epsilon_text
 
     found = listed_runs(expanded(output))
     if not found:
         console.print(visible(f"no run in {output}: `fedveil run TABLE` starts one"))
         return
-    table = Table("run", "began (UTC)", "state", "rounds", "accuracy", "ε")
+    table = Table("run", "began (UTC)", "state", "rounds", "accuracy", "ε", box=None)
+    table.columns[0].min_width = max(len(one.folder.name) for one in found)  # it is what commands take
     for one in found:
         figures = (
             f"{one.rounds} of {one.planned}",
@@ -35,7 +36,7 @@ def runs(output: Annotated[Path, typer.Argument(help="Folder of the runs.")] = P
             epsilon_text(one.epsilon, absent=UNKNOWN),
         )
         row = (visible(one.folder.name), one.began[:16].replace("T", " "), one.state, *figures)
-        table.add_row(*map(Text, row), style="bold" if one.state == UNDER_WAY else "")
+        table.add_row(*map(Text, row), style="bold" if one.state in (STARTING, UNDER_WAY) else "")
     console.print(table)
     console.print("`latest` names the last one wherever a command asks for a run, such as `fedveil report latest`")
 

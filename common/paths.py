@@ -10,7 +10,7 @@ from fedveil.common.check import PLAIN_NAME
 from fedveil.common.config.flat import Scalar
 from fedveil.common.config.run import RunConfig
 from fedveil.common.errors import ConfigError, DataError
-from fedveil.common.files import ABOUT_ADAPTER, ABOUT_RUN, expanded
+from fedveil.common.files import ABOUT_ADAPTER, ABOUT_RUN, PROCESS, expanded
 
 RUN_NAME = PLAIN_NAME
 """A server chooses it."""
@@ -23,8 +23,12 @@ LATEST = "latest"
 
 
 def runs_in(output: Path) -> list[Path]:
-    """Return the folders of the runs in ``output``, the one that began or went on last at the end."""
-    return [path.parent for path in sorted(output.glob(f"*/{ABOUT_RUN}"), key=lambda path: path.stat().st_mtime_ns)]
+    """Return the folders of the runs in ``output``, the one that began or went on last at the end.
+
+    A run that is being started has a process before it has settings.
+    """
+    found = {path.parent: path for name in (PROCESS, ABOUT_RUN) for path in output.glob(f"*/{name}")}
+    return sorted(found, key=lambda folder: found[folder].stat().st_mtime_ns)
 
 
 def named_run(name: str, output: str = "", holding: str = ABOUT_RUN) -> Path:
@@ -40,9 +44,11 @@ def named_run(name: str, output: str = "", holding: str = ABOUT_RUN) -> Path:
     """
     runs = expanded(output or RunConfig().output)
     places = [expanded(name), runs / name, *sorted(runs.glob(f"*-{escape(name)}"))]
-    found = list(dict.fromkeys(place.absolute() for place in places if (place / holding).is_file()))
+    files = {holding, PROCESS} if holding == ABOUT_RUN else {holding}
+    found = [place.absolute() for place in places if any((place / file).is_file() for file in files)]
     if name == LATEST and not found:
-        found = [place.absolute() for place in runs_in(runs) if (place / holding).is_file()][-1:]
+        found = [place.absolute() for place in runs_in(runs) if any((place / file).is_file() for file in files)][-1:]
+    found = list(dict.fromkeys(found))
     if len(found) != 1:
         none = f"no run{' with a checkpoint' * (holding != ABOUT_RUN)} in {runs.absolute()}"
         many = f"more than one run: {', '.join(map(str, found))}" if found else none

@@ -16,7 +16,7 @@ from fedveil.common.files import ABOUT_RUN, PROCESS, whole_lines
 from fedveil.common.paths import runs_in
 from fedveil.server.lock import is_locked, is_written
 
-UNDER_WAY, CUT_OFF = "under way", "cut off"
+STARTING, UNDER_WAY, CUT_OFF = "starting", "under way", "cut off"
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class ListedRun:
     began: str
     """UTC, ISO 8601; of one that was resumed, the last time."""
     state: str
-    """``under way``; ``cut off``: it ended without a word; else as ``ResultFile.status``."""
+    """``starting``, ``under way``; ``cut off``: it ended without a word; else as ``ResultFile.status``."""
     rounds: int
     """That are complete."""
     planned: int
@@ -47,6 +47,8 @@ def listed_runs(output: Path) -> list[ListedRun]:
 
 
 def _listed(folder: Path) -> ListedRun:
+    if not (folder / ABOUT_RUN).is_file():
+        return ListedRun(folder, "", STARTING if is_locked(folder / PROCESS) else CUT_OFF, 0, 0, None, None)
     config = json.loads((folder / ABOUT_RUN).read_bytes())
     result = _json(folder / "result.json")
     reached = _so_far(folder) if result.get("rounds") is None else result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -47,6 +48,16 @@ def test_the_list_says_what_each_run_has_come_to(runs: Path) -> None:
     assert cut.epsilon
     with only_writer(runs / "ffa-lora-8"):
         assert [one.state for one in listed_runs(runs)] == ["completed", "under way", "failed"]
+
+
+def test_a_run_that_is_being_started_is_listed_and_can_be_named(runs: Path) -> None:
+    started = runs / "head-only-9" / "process.json"
+    started.parent.mkdir()
+    with started.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert figures(listed_runs(runs)[-1]) == ("head-only-9", "starting", 0, 0, None)
+        assert named_run("latest") == named_run("9") == started.parent
+    assert listed_runs(runs)[-1].state == "cut off"
 
 
 def test_the_command_lists_them_and_says_where_there_are_none(runs: Path, tmp_path: Path) -> None:
