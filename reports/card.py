@@ -65,7 +65,8 @@ def adapter_form(data: ReportData) -> Form:
         raise DataError("the run has saved no adapter, so there is nothing to write a model card of")
     task = TASKS[str(setting_of(data, "model.task"))]
     files = {name.rpartition("/")[2]: digest for name, digest in data.origin.files.items()}
-    tuned, settings = "adapter_config.json" in files, {setting.key: setting.value for setting in data.settings}
+    tuned = "adapter_config.json" in files
+    settings: dict[str, Any] = {setting.key: setting.value for setting in data.settings}
     code = task.with_pool(settings["head.pool"]).export.adapter_code(_shown_base(data), settings, tuned=tuned)
     if not tuned:
         return Form("finetune", OWN_LIBRARY, code, files)
