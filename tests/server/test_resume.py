@@ -113,8 +113,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
     whole = run_in_process(settings, 2, "whole")
     with (
         pytest.raises(Killed),
-        killed_at(15 + 2 + 2 * (5 + 2 * 3) + 2 * 3 + 1),
-    ):  # 15 before round 1, 1 a new ledger, 5 a round and 3 a reply that is kept, 1 into round 3 after its replies
+        killed_at(15 + 2 + 2 * (5 + 2 * 6) + 2 * 6 + 1),
+    ):  # 15 before round 1, 1 a new ledger, 5 a round, 6 a reply that is kept and said, 1 into round 3 after them
         run_in_process(settings, 2, "cut")
     folder = Path(settings["output"]) / f"{strategy}-cut"
     assert not (folder / "result.json").exists()
@@ -129,7 +129,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
 def test_charges_of_the_round_that_was_cut_off_stay_in_the_report(toy_settings: dict[str, Any]) -> None:
     """Both sites pay for round 3, the server dies, and nobody answers it again: what was released stays released."""
     settings = {**toy_settings, "privacy.noise-multiplier": 1.0, "privacy.epsilon": 50.0, "rounds": 3}
-    with pytest.raises(Killed), killed_at(15 + 2 + 3 * 11 - 3):  # once the lines of round 3 are there
+    with pytest.raises(Killed), killed_at(15 + 2 + 3 * 17 - 3):  # once the lines of round 3 are there
         run_in_process(settings, 2, "cut")
     folder = Path(settings["output"]) / "ffa-lora-cut"
     told = read_lines(PrivacyLine, folder)
