@@ -165,7 +165,7 @@ def libraries(path: Path) -> set[str]:
 def sources() -> list[Path]:
     """Return the files of all rooms, those beside the core included, and no tests."""
     found = [path for room in (*ROOMS, BESIDE) for path in sorted((ROOT / room).rglob("*.py"))]
-    return [path for path in found if "tests" not in path.parts]
+    return [path for path in found if "tests" not in path.relative_to(ROOT).parts]
 
 
 def allowed_of(room: str) -> set[str]:
