@@ -13,12 +13,21 @@ from fedveil.client.site import forget_divided
 from fedveil.common.config.flat import Scalar
 from fedveil.common.errors import ConfigError
 from fedveil.common.files import expanded
+from fedveil.common.paths import given_run
 from fedveil.common.run_lines import ProgressFile
 from fedveil.experiments.api.keywords import Settings, check_keywords, given_settings
 from fedveil.experiments.api.records import Data, Records, Test, as_before, records_of
 from fedveil.experiments.api.register import register_named
 from fedveil.experiments.api.result import Run
-from fedveil.experiments.api.sites import nodes_of, same_records, sites_of_records, usual_names
+from fedveil.experiments.api.sites import (
+    DIVISION,
+    LEDGERS,
+    left_of,
+    nodes_of,
+    same_records,
+    sites_of_records,
+    usual_names,
+)
 from fedveil.experiments.in_process import simulate_in_process
 from fedveil.experiments.own_table import hints, with_guesses
 from fedveil.experiments.progress import shown
@@ -73,7 +82,7 @@ def run(
         text, label: columns of the texts and of their labels.
         labels: all labels in order; those in the records if not given.
         site: a column that names the site of each row.
-        sites: how many sites divide one table; 4, or with ``site`` as many as the column names.
+        sites: how many sites divide one table, 4 if not given; left out with ``site``.
         test: what is held out to score the model: a number of records, a share of them such as 0.2, or a table of its
             own. A tenth of the records if not given, at least 100 where there are enough.
         epsilon, delta: the privacy budget of each site; 8 and 1e-5 if not given.
@@ -81,8 +90,8 @@ def run(
         settings: any other settings, such as ``{"adapter.rank": 4}``.
         config: a TOML file of settings; ``settings`` and keywords win over it.
         output: the folder that the run's folder is made in; ``runs`` if not given.
-        ledger: a folder of ledgers that outlives this run. Runs on these records that name it share one budget, and one
-            that would pass it is refused.
+        ledger: a folder of ledgers that outlives this run. Runs on these records that name it share one budget, of
+            which ``epsilon`` is the whole; where less than a tenth of it is left, the run is refused.
         resume: a run that was interrupted, to go on with after its last complete round; give the same ``data``.
         quiet: whether nothing is printed.
 
@@ -98,9 +107,10 @@ def run(
         given["resume"] = str(resume.folder if isinstance(resume, Run) else expanded(resume))
     with _prepared(data, test, site, given) as (flat, records, notes):
         number = _number(flat, records, sites, by_key=site is not None)
-        names = sites_of_records(configure(flat).config, number)
+        names, renamed = sites_of_records(configure(flat).config, number)
         chosen, note = with_recipe(flat, sites=len(names))
-        return _run(chosen, names, expanded(ledger) if ledger is not None else None, [*notes, note], quiet=quiet)
+        notes += [renamed, note]
+        return _run(chosen, names, expanded(ledger) if ledger is not None else None, notes, quiet=quiet)
 
 
 def plan(
@@ -147,11 +157,11 @@ def plan(
     )
     with _prepared(data, test, site, given) as (flat, records, notes):
         number = _number(flat, records, sites, by_key=site is not None)
-        names = sites_of_records(configure(flat).config, number)
+        names, renamed = sites_of_records(configure(flat).config, number)
         chosen, note = with_recipe(flat, sites=len(names))
         job = configure(chosen)
         sizes = simulated_sizes(job, len(names))
-        notes += [note, *hints(job.config)]
+        notes += [renamed, note, *hints(job.config)]
         return Plan(forecast(job, sizes, workers=1, calibrated=timed), "\n".join(filter(None, notes)))
 
 
@@ -163,10 +173,14 @@ def load(folder: str | Path) -> Run:
         run = fedveil.load("runs/fedavg-lora-7043258109")
         run.history.plot(y="accuracy")
 
+    Args:
+        folder: of the run; or its id, or ``latest``, where it is in ``runs``.
+
     Raises:
+        ConfigError: no run has this name.
         DataError: it is not the folder of a run.
     """
-    return Run(folder)
+    return Run(given_run(expanded(folder)))
 
 
 def _keywords(
@@ -217,6 +231,8 @@ def _number(flat: dict[str, Scalar], records: Records, sites: int | None, *, by_
     """
     if records.sites is not None and sites not in (None, records.sites):
         raise ConfigError(f"sites is {sites}, and data has {records.sites} tables, one for each site: leave sites out")
+    if by_key and sites is not None:
+        raise ConfigError("sites: the column that site names has a value for each site: leave sites out")
     wanted = records.sites if sites is None else sites
     if sites is not None and sites < 1:
         raise ConfigError(f"sites must be at least 1, not {sites}")
@@ -239,11 +255,17 @@ def _run(
     if ledger is not None:
         chosen = with_ledger(chosen, ledger)
         same_records(ledger, job.config, names)
+        if not resumed and job.claim.per:
+            notes = [*notes, left_of(ledger, job.config.privacy)]
+    elif resumed and (Path(resumed) / LEDGERS / DIVISION).is_file():  # `fedveil run` writes none
+        same_records(Path(resumed) / LEDGERS, job.config, names)
 
     folders: list[Path] = []
 
     def begun(folder: Path) -> None:
         record_sites(folder, len(names), [] if [*names] == usual else names, ledger)
+        if ledger is None and not resumed:
+            same_records(folder / LEDGERS, job.config, names)
         folders.append(folder)
 
     nodes, level = nodes_of(names, ledger), logging.CRITICAL if quiet else logging.WARNING

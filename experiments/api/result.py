@@ -149,13 +149,16 @@ class Run:
                 language model takes prompts, and each row is its ``completion``.
 
         Raises:
-            ConfigError: a text is empty, or has not the parts that this run's records have.
+            ConfigError: a text is empty or none, or has not the parts that this run's records have.
             DataError: no round is complete.
             ModelError: the base model on this machine is not the run's.
         """
         import pandas as pd
 
-        asked = [texts] if isinstance(texts, str) else list(texts)
+        asked = [texts] if isinstance(texts, str) else list(texts) if hasattr(texts, "__len__") else [None]
+        named = isinstance(texts, Mapping | pd.DataFrame)  # whose names would be taken for texts
+        if named or not all(isinstance(part, str) for one in asked for part in _parts(one)):
+            raise ConfigError("texts must be a text, or a list of texts, such as frame['text'].tolist()")
         words = [(one,) if isinstance(one, str) else tuple(one) for one in asked]
         if empty := [i for i, parts in enumerate(words) if not all(str(part).strip() for part in parts)]:
             raise ConfigError(f"text {empty[0]} is empty: leave it out")
@@ -237,6 +240,10 @@ class Run:
             for name, text in self._lines().items()
         )
         return f"<table><caption>{html.escape(self.folder.name)}</caption>{rows}</table>"
+
+
+def _parts(one: object) -> Sequence[object]:
+    return one if isinstance(one, tuple | list) else [one]
 
 
 def _by_label(answers: Sequence[Any], labels: Sequence[str]) -> list[float]:

@@ -7,17 +7,24 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from fedveil.client.ledger.ledger import Ledger
 from fedveil.common.check import PLAIN_NAME
 from fedveil.common.config.flat import Scalar
 from fedveil.common.config.run import RunConfig
+from fedveil.common.config.sections import PrivacyConfig
 from fedveil.common.data.partition import site_part
 from fedveil.common.data.sources import train_and_test
-from fedveil.common.errors import ConfigError
+from fedveil.common.errors import ConfigError, RunFailed
 from fedveil.common.files import replace_file
 from fedveil.common.tasks.examples import Dataset
+from fedveil.privacy.figures import epsilon_text
 
+LEDGERS = "ledgers"
+"""In a run's folder, the ledgers of its simulated sites."""
 DIVISION = "records.json"
 """In a folder of ledgers, whose records each is of, as hashes."""
+LEAST_LEFT = 0.1
+"""The part of its ε that a run must find in shared ledgers: the noise of less drowns what could be learnt."""
 
 
 def usual_names(sites: int) -> list[str]:
@@ -25,8 +32,10 @@ def usual_names(sites: int) -> list[str]:
     return [f"site-{i}" for i in range(sites)]
 
 
-def sites_of_records(config: RunConfig, wanted: int) -> list[str]:
-    """Return the names of the sites that divide a run's records: those of the keys where each site has one alone.
+def sites_of_records(config: RunConfig, wanted: int) -> tuple[list[str], str]:
+    """Return the names of the sites that divide a run's records, and a line on sites that could not keep theirs.
+
+    A site that has the records of one key alone is called by the key.
 
     Args:
         config: of the run.
@@ -38,10 +47,14 @@ def sites_of_records(config: RunConfig, wanted: int) -> list[str]:
     train, _ = train_and_test(config.data, config.model.task)
     keys = {example.key for example in train.examples}
     parts = wanted or len(keys)
+    usual = usual_names(parts)
     if config.data.partition != "natural" or len(keys) != parts:
-        return usual_names(parts)
+        return usual, ""
     names = [site_part(train, config.data, i, parts).examples[0].key for i in range(parts)]
-    return names if all(map(PLAIN_NAME.fullmatch, names)) else usual_names(parts)
+    if all(map(PLAIN_NAME.fullmatch, names)):
+        return names, ""
+    called = ", ".join(f"{new} is {name!r}" for new, name in zip(usual, names, strict=True))
+    return usual, f"{called}: a site's name has letters, digits, '.', '_' and '-' alone"
 
 
 def nodes_of(names: Sequence[str], ledgers: Path | None) -> list[dict[str, Scalar]]:
@@ -55,9 +68,10 @@ def nodes_of(names: Sequence[str], ledgers: Path | None) -> list[dict[str, Scala
 
 
 def same_records(ledgers: Path, config: RunConfig, names: Sequence[str]) -> None:
-    """Write down which records the sites of shared ledgers have, or compare them with those of the runs before.
+    """Write down which records the sites of these ledgers have, or compare them with those that they had.
 
-    A record that came to another site would have that site's budget, which knows nothing of what was spent on it.
+    A record that came to another site would have that site's budget, which knows nothing of what was spent on it; and
+    a run goes on with the records that it began with.
 
     Raises:
         ConfigError: a site had other records then, or the folder has ledgers and does not say whose.
@@ -71,11 +85,34 @@ def same_records(ledgers: Path, config: RunConfig, names: Sequence[str]) -> None
             raise ConfigError(f"ledger: {ledgers} has ledgers and no {DIVISION}: put it back, or name another folder")
         ledgers.mkdir(parents=True, exist_ok=True)
         replace_file(file, (json.dumps(now, indent=1) + "\n").encode())
+    elif json.loads(file.read_bytes()) != now and config.resume:
+        raise ConfigError("resume: the run began with other records: give the same data, site and test as then")
     elif json.loads(file.read_bytes()) != now:
         raise ConfigError(
             f"ledger: the sites of {ledgers} had other records than now, so that what was spent on a record may be "
             "unknown to its site: hold out and divide the same records as then, or begin a budget in another folder"
         )
+
+
+def left_of(ledgers: Path, privacy: PrivacyConfig) -> str:
+    """Return a line on what earlier runs have spent of a shared budget; empty if they have spent nothing.
+
+    Raises:
+        RunFailed: less than LEAST_LEFT of the budget is left at a site.
+    """
+    spent = {file.stem: _spent(file, privacy.delta) for file in sorted(ledgers.glob("*.sqlite"))}
+    if not any(spent.values()):
+        return ""
+    site = max(spent, key=lambda name: spent[name])
+    line = f"ledger: earlier runs have spent ε {epsilon_text(spent[site])} of {privacy.epsilon:g} at {site}"
+    if privacy.epsilon - spent[site] < LEAST_LEFT * privacy.epsilon:
+        raise RunFailed(f"{line}, and too little is left for a run: raise epsilon, or begin a budget in another folder")
+    return f"{line}: the noise of this run is that of what is left"
+
+
+def _spent(file: Path, delta: float) -> float:
+    with Ledger(file) as ledger:
+        return max((ledger.epsilon(name, delta) for name in {entry.dataset for entry in ledger.entries()}), default=0.0)
 
 
 def _digest(part: Dataset) -> str:

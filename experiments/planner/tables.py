@@ -206,7 +206,7 @@ def _print_bytes(console: Console, forecast: Forecast) -> None:
 def _print_machine(console: Console, forecast: Forecast) -> None:
     measured, seconds, features = forecast.calibration, forecast.round_seconds, forecast.feature_seconds
     if measured is None or seconds is None or features is None:
-        console.print("Time and memory: not measured (--no-calibration).")
+        console.print("Time and memory: not measured, as asked.")
         return
     rounds = forecast.job.config.rounds
     table = Table(title=f"time and memory, measured on {measured.records} public records on {measured.device}")

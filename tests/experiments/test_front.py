@@ -108,12 +108,26 @@ def test_runs_that_share_ledgers_share_one_budget(given: dict[str, Any], frame: 
     first = fedveil.run(tables, test=40, ledger=ledger, **given)
     assert {*first.privacy["site"]} == {"leeds", "york"}
     assert "of this run alone" not in repr(first)
-    with pytest.raises(RunFailed, match=r"leeds \(budget\)"):
+    with pytest.raises(RunFailed, match=r"earlier runs have spent ε 7\.9\d+ of 8 at (leeds|york), and too little"):
         fedveil.run(tables, test=40, ledger=ledger, **given)
     more = fedveil.run(tables, test=40, ledger=ledger, epsilon=20, **given)
     assert (more.epsilon or 0) > (first.epsilon or 0)
     with pytest.raises(ConfigError, match="had other records than now"):
         fedveil.run(tables, test=50, ledger=ledger, epsilon=30, **given)
+
+
+def test_what_a_person_types_wrong_is_said(given: dict[str, Any], frame: pd.DataFrame, tmp_path: Path) -> None:
+    run = fedveil.run(frame, sites=2, test=40, **given)
+    for texts in (frame[["text"]], {"a": 1}, None, 3, ["fine", None], [1.5]):
+        with pytest.raises(ConfigError, match="texts must be a text, or a list of texts"):
+            run.predict(texts)
+    with pytest.raises(ConfigError, match="names no run"):
+        fedveil.load(tmp_path / "none")
+    frame["hospital"] = ["Süd", "St. Mary"] * 120
+    with pytest.raises(ConfigError, match="leave sites out"):
+        fedveil.plan(frame, site="hospital", sites=1, settings=given["settings"])
+    planned = fedveil.plan(frame, site="hospital", test=40, timed=False, settings=given["settings"])
+    assert "site-0 is 'St. Mary', site-1 is 'Süd': a site's name has letters" in repr(planned)
 
 
 def test_a_column_names_the_site_of_each_row(given: dict[str, Any], frame: pd.DataFrame) -> None:
@@ -201,6 +215,8 @@ def test_an_interrupted_run_goes_on_and_pays_no_site_twice(
         simulate({**read_file(ConfigFile, folder).settings, "resume": str(folder)}, 2, lambda _: None)
     with pytest.raises(ConfigError, match=r"resume: data\.name is"):
         fedveil.run(str(folder / "rounds.jsonl"), resume=folder, quiet=True)
+    with pytest.raises(ConfigError, match="resume: the run began with other records"):
+        fedveil.run({**data, "york": frame[121:]}, test=40, resume=folder, **given)
     whole = fedveil.run(data, test=40, resume=folder, **given)
     assert whole.folder == folder
     assert whole.status == "completed"
