@@ -31,8 +31,8 @@ class Facts:
     noise: str = ""
     """How a site's noise enters a layer's weights; empty: as the adapter says."""
     exact: Literal["linear", "always", "never"] = "never"
-    """Where the new weights are exactly the mean of the sites' weights: ``linear`` if they are linear in what an
-    adapter trains."""
+    """Whether the new weights are exactly the mean of the sites' weights: ``always``, ``never``, or with an adapter whose
+    weights are ``linear`` in what it trains."""
     moves_frozen: bool = False
     """Whether the server changes the length or direction of frozen factors, so that their initialisation does not
     last."""
@@ -115,8 +115,8 @@ class Strategy(ABC):
     def trained_columns(self, received: AdapterState, round_number: int, rank: int) -> Chosen | None:
         """Return the columns of every factor that a site trains in a round; None: every tensor whole.
 
-        Server and site both call it, so it follows from its arguments alone. The server's own choice travels in
-        ``received``, as masks of 0 and 1, and follows from what was sent to it. What a site sends has the chosen
+        Server and site both call it, so it follows from its arguments alone. A choice that the server makes, from what
+        sites sent before, travels in ``received`` as masks of 0 and 1. What a site sends has the chosen
         columns alone (``common.messages.columns``): ``Average`` puts their mean back, another ``combine`` does so
         itself and says in ``ServerState.active`` what rests.
 

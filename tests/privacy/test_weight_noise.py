@@ -125,7 +125,7 @@ def mean_ratio(name: str, settings: dict[str, Any], folder: Path, rounds: int = 
 def test_every_strategy_has_a_prediction() -> None:
     predicted = {name.split(",")[0] for name in PREDICTED}
     said = predicted | set(ALIKE) | set(BOTH)
-    assert said == set(STRATEGIES), f"nobody says what noise does under {said ^ set(STRATEGIES)}"
+    assert said == set(STRATEGIES), f"name {said ^ set(STRATEGIES)} in PREDICTED, ALIKE or BOTH"
     for name in ALIKE:
         kind = STRATEGIES[name]
         assert chooses(kind) or kind.adapters.default in ("lora-nested", "lora-routed")
