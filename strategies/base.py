@@ -31,8 +31,8 @@ class Facts:
     noise: str = ""
     """How a site's noise enters a layer's weights; empty: as the adapter says."""
     exact: Literal["linear", "always", "never"] = "never"
-    """Whether the new weights are exactly the mean of the sites' weights: ``always``, ``never``, or with an adapter whose
-    weights are ``linear`` in what it trains."""
+    """Whether the new weights are exactly the mean of the sites' weights: ``always``, ``never``, or ``linear``: with an
+    adapter whose weights are linear in what it trains."""
     moves_frozen: bool = False
     """Whether the server changes the length or direction of frozen factors, so that their initialisation does not
     last."""

@@ -457,7 +457,7 @@ def test_another_unit_sampler_and_noise_is_one_file_and_one_row(whole_site: dict
     report = report_of(folder)
     assert report.claim.made
     assert report.claim.unit == "all records of one site together"
-    assert "differentially private in all records of one site together" in report.claim.sentence
+    assert "differentially private for all records of one site together" in report.claim.sentence
     assert report.claim.per == "site"
     text = markdown_report(folder)
     assert "none: a site is in every round that it joins" in text
