@@ -146,6 +146,7 @@ def asked_of_own_records(settings: dict[str, Scalar], node: dict[str, Scalar]) -
 def others(source: str) -> Iterator[tuple[str, dict[str, Scalar]]]:
     """Yield every ``data.*`` setting that no policy pins, with another value that a hostile server would choose."""
     worst: dict[str, Scalar] = {"name": source, "test": "/no/such.csv", "partition": "natural", "key": "postcode"}
+    worst["invalid-rows"] = "skip"
     for key, value in to_mapping(DataConfig(partition="iid"), "data.").items():
         if key not in PINNED:
             other = worst.get(key.removeprefix("data."), value + 1 if isinstance(value, int | float) else "postcode")
