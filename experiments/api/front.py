@@ -85,7 +85,8 @@ def run(
         sites: how many sites divide one table, 4 if not given; left out with ``site``.
         test: what is held out to score the model: a number of records, a share of them such as 0.2, or a table of its
             own. A tenth of the records if not given, at least 100 where there are enough.
-        epsilon, delta: the privacy budget of each site; 8 and 1e-5 if not given.
+        epsilon, delta: the privacy budget of each site; 8 and 1e-5 if not given. Without privacy trains
+            ``settings={"privacy.mode": "none"}``.
         strategy, rounds, model: the settings ``strategy``, ``rounds`` and ``model.name``; chosen to suit if not given.
         settings: any other settings, such as ``{"adapter.rank": 4}``.
         config: a TOML file of settings; ``settings`` and keywords win over it.
