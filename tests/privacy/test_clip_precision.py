@@ -15,7 +15,6 @@ from audits.worlds import plan
 from fedveil.common.check import CLIP_NORMS, Interval
 from fedveil.common.config.sections import PrivacyConfig
 from fedveil.common.errors import ConfigError
-from fedveil.common.starts.dp_gradient import DPGradient
 from fedveil.privacy import dpsgd
 from fedveil.privacy.dpsgd import PrivateSteps
 from fedveil.privacy.plan import gaussian_plan
@@ -87,10 +86,9 @@ def test_at_both_ends_of_the_clip_norms_the_noise_is_what_the_plan_says(monkeypa
     "setting",
     [
         lambda clip: PrivacyConfig(clip_norm=clip),
-        lambda clip: DPGradient(clip_norm=clip),
         lambda clip: gaussian_plan(clip, 1.0, 0.5, 1.0, 1e-5, 8.0),
     ],
-    ids=["the run's", "a paid start's", "the plan's"],
+    ids=["the run's", "the plan's"],
 )
 def test_a_clip_norm_whose_noise_float32_cannot_hold_is_refused(setting: Callable[[float], Any], wrong: float) -> None:
     with pytest.raises(ConfigError, match=r"clip-norm must be from 1e-06 to 1e\+06, .*, not"):

@@ -249,7 +249,7 @@ def test_a_run_by_person_claims_counts_and_charges_persons_and_names_none(
         with Ledger(ledger) as held:
             assert {entry.unit for entry in held.entries()} == {"person"}
     report = markdown_report(folder)
-    assert "differentially private in all training records of one person at one site" in report
+    assert "differentially private for all training records of one person at one site" in report
     assert ("a person with records at several sites has the sum" in report) == (mode == "dp-sgd")
     assert ("a person with records at k sites of a sum is k persons of that sum" in report) == (mode == "secure-sum")
     assert ("A person at several sites of one sum has a larger ε" in report) == (mode == "secure-sum")
