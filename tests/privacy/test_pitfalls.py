@@ -107,7 +107,7 @@ def test_round_0_does_what_was_charged_for_it(
     precision: str, margin: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_margin(margin, monkeypatch)
-    own = {"sample-rate": 0.3, "clip-norm": 2.5, "noise-multiplier": 5.0}
+    own = {"sample-rate": 0.3, "noise-multiplier": 5.0}
     settings = {"adapter.start": "dp-gradient"} | {f"start.{key}": value for key, value in own.items()}
     site = tiny_site(tmp_path, RECORDS, strategy="fed-sb", precision=precision, **settings)
     site.rule(min_noise_multiplier=7.0)
@@ -117,10 +117,10 @@ def test_round_0_does_what_was_charged_for_it(
     with Ledger(site.ledger) as ledger:
         (row,) = ledger.entries()
     assert (row.purpose, row.count) == ("initialisation", 1)
-    assert (row.event.noise_multiplier, row.event.sample_rate, row.event.clip_norm) == (7.0, 0.3, 2.5), (
+    assert (row.event.noise_multiplier, row.event.sample_rate, row.event.clip_norm) == (7.0, 0.3, 1.0), (
         "policy and settings did not hold"
     )
     assert spy.samples == [(RECORDS, 0.3)], "the records were not drawn by the sampler at the rate that was charged"
     (draw,) = spy.draws
-    assert (draw.noise, draw.clip) == (pytest.approx(7.0 * margin), 2.5)
+    assert (draw.noise, draw.clip) == (pytest.approx(7.0 * margin), 1.0)
     assert draw.divisor == pytest.approx(0.3 * PUBLIC), "the divisor knows how many records there are"

@@ -14,7 +14,7 @@ from fedveil.common.files import with_usual_mode
 from fedveil.common.model.base import load_base_model
 from fedveil.common.model.files import check_files
 from fedveil.common.model.score import Score
-from fedveil.common.run_lines import AdapterFile, read_file, read_json
+from fedveil.common.run_lines import read_file, read_json
 from fedveil.common.strict_json import to_json
 from fedveil.common.tensor_file import read_tensors
 from fedveil.contrib.experiments.pruning.files import RecoveredFile, put_json, read_pruned
@@ -43,7 +43,7 @@ def recover_run(run: Path, target: Path, pruned: Path | None = None) -> str:
         raise DataError(f"{target} exists already, and nothing is written over: name a new folder")
     adapter = run / "adapter"
     try:
-        about = read_file(AdapterFile, adapter)
+        about = about_of(adapter)
         config = read_json(adapter / CONFIG)
         tensors = read_tensors(adapter / WEIGHTS)
     except (OSError, ValueError, DataError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 import shutil
 import time
@@ -206,7 +207,7 @@ def test_the_report_has_a_cohort_and_no_sites(settings: dict[str, Any]) -> None:
     assert ">The cohort</h2>" in page
     assert "## The cohort" in text
     for form in (page, text):
-        assert UNTOLD in form
+        assert UNTOLD in html.unescape(form)
         assert not re.search(r">Sites</h2>|## Sites|rounds joined|refused<|seconds|>time<", form)
     assert {line.seconds for line in report_of(folder).rounds} == {None}
     assert report_of(folder).headline.seconds is None
@@ -303,7 +304,7 @@ def test_the_report_says_who_is_trusted_and_promises_no_record_anything(
     assert "no record is protected from it" in report.claim.sentence
     assert "Everything that the sites sent" not in text
     (server,) = [actor for actor in report.actors if "server" in actor.who]
-    assert server.trusted.startswith("with every record (central model")
+    assert server.trusted.startswith("every record (central model")
     assert [site.site for site in report.sites] == [COHORT]
     assert report.headline.sites == COHORT_SIZE
     assert report.unprotected[0] == f"the number of sites in the cohort ({COHORT_SIZE})"
