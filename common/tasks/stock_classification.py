@@ -64,7 +64,8 @@ class StockExport(SentenceExport):
         config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
         config |= {"task_type": "SEQ_CLS", "modules_to_save": [HEAD]}
         if config["base_model_name_or_path"].startswith("./"):  # a run's adapter names no folder of its machine
-            config["base_model_name_or_path"] = model.base.module.config.name_or_path
+            base: Any = model.base.module
+            config["base_model_name_or_path"] = base.config.name_or_path
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
         self.write_processor(model, folder)

@@ -155,7 +155,7 @@ class Run:
         """
         import pandas as pd
 
-        asked = [texts] if isinstance(texts, str) else list(texts) if hasattr(texts, "__len__") else [None]
+        asked: list[Any] = [texts] if isinstance(texts, str) else list(texts) if hasattr(texts, "__len__") else [None]
         named = isinstance(texts, Mapping | pd.DataFrame)  # whose names would be taken for texts
         if named or not all(isinstance(part, str) for one in asked for part in _parts(one)):
             raise ConfigError("texts must be a text, or a list of texts, such as frame['text'].tolist()")
