@@ -1,4 +1,4 @@
-"""Settings from the training files of other programs: what each of their keys becomes, and why some become nothing.
+"""Settings from the training files of other programs.
 
 The tables are data, one file a format in ``experiments/formats``. A key of theirs is a setting of ours, is refused
 with its reason, or is listed as not used.

@@ -1,4 +1,4 @@
-"""What a terminal shows of a run: its progress with the time that is left, and its end in six lines."""
+"""A run in the terminal: its progress with the time that is left, and its end in six lines."""
 
 from __future__ import annotations
 

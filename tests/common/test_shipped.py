@@ -1,4 +1,4 @@
-"""What every installed FedVeil carries by name: configurations and sweeps."""
+"""Configurations and sweeps that every installed FedVeil carries by name."""
 
 from __future__ import annotations
 

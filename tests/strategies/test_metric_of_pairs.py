@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from probes import metric_run
 from torch import Tensor
 
 from audits.tiny_models import BAD, FILLER, GOOD, TARGETS, write_reviews
@@ -42,19 +43,7 @@ LINES = [
 
 
 def metric(toy: dict[str, Any], **more: Any) -> dict[str, Any]:
-    own = {
-        "strategy": "fedavg-lora",
-        "adapter.name": "lora-metric",
-        "adapter.start": "public-metric",
-        "adapter.rank": 2,
-        "server.optimizer": "momentum",
-        "server.learning-rate": 0.5,
-        "training.optimizer": "sgd",
-        "training.learning-rate": 1.0,
-        "training.local-steps": 1,
-        "start.records": 24,
-    }
-    return {**toy, **own, **{key.replace("__", ".").replace("_", "-"): value for key, value in more.items()}}
+    return metric_run(toy, **{"start__records": 24, **more})
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from probes import metric_run
 from torch import Tensor
 
 from audits.tiny_models import TARGETS, write_reviews
@@ -64,22 +65,6 @@ def tiny(
         device="cpu",
         precision="float32",
     )
-
-
-def settings(toy: dict[str, Any], **more: Any) -> dict[str, Any]:
-    own = {
-        "strategy": "fedavg-lora",
-        "adapter.name": "lora-metric",
-        "adapter.start": "public-metric",
-        "adapter.rank": 2,
-        "server.optimizer": "momentum",
-        "server.learning-rate": 0.5,
-        "training.optimizer": "sgd",
-        "training.learning-rate": 1.0,
-        "training.local-steps": 1,
-        "start.records": 16,
-    }
-    return {**toy, **own, **{key.replace("__", ".").replace("_", "-"): value for key, value in more.items()}}
 
 
 # --- the map ----------------------------------------------------------------------------------------------------------
@@ -195,7 +180,7 @@ def test_no_record_of_a_site_has_a_say_in_the_metric(
 
     def basis(seed: int) -> AdapterState:
         records = str(write_reviews(tmp_path / f"records{seed}.csv", 60, seed=seed))
-        job = configure(settings({**toy_settings, "data.name": records, "data.test": test}))
+        job = configure(metric_run({**toy_settings, "data.name": records, "data.test": test}))
         server = ServerModel(job)
         return job.basis(job.begin(server.start, server.public_statistic()))
 
@@ -258,7 +243,7 @@ def test_the_heads_metric_moves_no_logit_and_whitens_public_features(model_folde
 def test_a_private_run_trains_in_the_metric_and_evaluates_as_it_scored(
     toy_settings: dict[str, Any], more: dict[str, Any]
 ) -> None:
-    folder = run_in_process(settings(toy_settings, **more), 2)
+    folder = run_in_process(metric_run(toy_settings, **more), 2)
     lines = list(read_lines(RoundLine, folder))
     assert lines[-1].accuracy is not None
     score = evaluate_run(folder)
@@ -276,7 +261,7 @@ def test_a_private_run_trains_in_the_metric_and_evaluates_as_it_scored(
 )
 def test_without_noise_the_loss_falls_in_the_metric(toy_settings: dict[str, Any], more: dict[str, Any]) -> None:
     own = {"privacy__mode": "none", "rounds": 3, "training__sample_rate": 1.0}
-    folder = run_in_process(settings(toy_settings, **own, **more), 2)
+    folder = run_in_process(metric_run(toy_settings, **own, **more), 2)
     losses = [read_file(BaselineFile, folder).loss, *(line.loss for line in read_lines(RoundLine, folder))]
     told = [loss for loss in losses if loss is not None]
     assert len(told) == 4
@@ -299,7 +284,7 @@ def test_a_resumed_run_goes_on_in_the_metric_and_with_the_velocity_that_it_had(
 ) -> None:
     fixed = np.random.default_rng(5).integers(0, 2**64, 200_000, dtype=np.uint64)
     replace_entropy(lambda count: fixed[:count])
-    asked = settings(toy_settings, head__metric="public", adapter__name=adapter, rounds=3, privacy__epsilon=50.0)
+    asked = metric_run(toy_settings, head__metric="public", adapter__name=adapter, rounds=3, privacy__epsilon=50.0)
     whole = run_in_process(asked, 2, "whole")
     with pytest.raises(KeyboardInterrupt):
         run_in_process(asked, 2, "cut", Dies)
@@ -322,7 +307,7 @@ class JoinsLate(InProcessTransport):
 
 
 def test_the_heads_metric_travels_to_each_site_once(toy_settings: dict[str, Any]) -> None:
-    asked = settings(toy_settings, head__metric="public", adapter__name="none", rounds=3)
+    asked = metric_run(toy_settings, head__metric="public", adapter__name="none", rounds=3)
     folder = run_in_process(asked, 2, "late", JoinsLate)
     head, metric = 4 * (2 * 16 + 2), 4 * (16 * 16 + 16)
     down = [line.bytes_down for line in read_lines(RoundLine, folder) if line.round_number]
@@ -346,7 +331,7 @@ def test_what_does_not_fit_is_refused_with_what_to_do(
     toy_settings: dict[str, Any], more: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(ConfigError, match=said):
-        configure({k: v for k, v in settings(toy_settings, **more).items() if k != "start.records"})
+        configure({k: v for k, v in metric_run(toy_settings, **more).items() if k != "start.records"})
 
 
 def test_a_head_at_zero_is_refused_because_no_text_has_a_gradient(model_folder: Folder) -> None:
