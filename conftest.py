@@ -156,6 +156,20 @@ def replace_entropy() -> Iterator[Callable[[Source], None]]:
 
 
 @pytest.fixture
+def own_rows(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Take away the rows that a test registers: beside one, each site of a later test in this process would refuse."""
+    from fedveil.common import registered
+    from fedveil.experiments.api.register import KINDS
+
+    monkeypatch.setattr(registered, "_ROWS", [])
+    before = {kind: {*table} for kind, (_, table) in KINDS.items()}
+    yield
+    for kind, (_, table) in KINDS.items():
+        for name in {*table} - before[kind]:
+            del table[name]
+
+
+@pytest.fixture
 def programs_may_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a test see what a program starts: in this process, whose draws are the test's, it would refuse."""
     monkeypatch.setattr("fedveil.deploy.start.require_system_entropy", lambda: None)

@@ -26,7 +26,6 @@ from docs.make.page import MADE
 from docs.make.tables import DEFAULT_RANK, DEFAULT_SHAPES, pair_table
 from fedveil.cli.main import app
 from fedveil.client.node import NODE_KEYS
-from fedveil.common import registered
 from fedveil.common.adapters import ADAPTERS
 from fedveil.common.adapters.targets import AUTO
 from fedveil.common.config.text import parse_settings, to_toml
@@ -315,7 +314,7 @@ def researcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toy_settings: di
 OWN_RECORDS = {"data.name": "reviews.csv", "data.text": "review", "data.label": "stars", "data.test-size": 40}
 
 
-@pytest.mark.usefixtures("rough_prices")
+@pytest.mark.usefixtures("rough_prices", "own_rows")
 def test_the_researchers_guide_ends_in_a_result(
     researcher: dict[str, Any],
     model_folder: Callable[[str], str],
@@ -342,8 +341,6 @@ def test_the_researchers_guide_ends_in_a_result(
                 usual = front.given_settings
                 monkeypatch.setattr(front, "given_settings", lambda *own, usual=usual: {**researcher, **usual(*own)})
                 exec(block, namespace)
-                STRATEGIES.pop("mine", None)
-                monkeypatch.setattr(registered, "_ROWS", [])
                 folder = namespace.get("folder", folder)
                 done.append("python")
             continue

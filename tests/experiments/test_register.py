@@ -35,19 +35,7 @@ from fedveil.strategies.rules import RULES
 from fedveil.strategies.rules.none import NoRule
 from fedveil.strategies.state import ServerState
 
-pytestmark = [pytest.mark.rough_prices, pytest.mark.one_length]
-TABLES = (STRATEGIES, ADAPTERS, TASKS, STARTS, RULES, TRACKERS)
-
-
-@pytest.fixture(autouse=True)
-def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Take away what a test registers."""
-    monkeypatch.setattr(registered, "_ROWS", [])
-    names = [{*table} for table in TABLES]
-    yield
-    for table, before in zip(TABLES, names, strict=True):
-        for name in {*table} - before:
-            del table[name]
+pytestmark = [pytest.mark.rough_prices, pytest.mark.one_length, pytest.mark.usefixtures("own_rows")]
 
 
 @dataclass(frozen=True)
