@@ -20,6 +20,8 @@ from typing import Any
 # Before torch is imported. Tests run in several processes at once; with a thread for each core in each of them,
 # as a site in production takes them, they wait for each other and last three times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("FEDVEIL_CORES", "1")
+os.environ["FEDVEIL_PROCESS"] = "1"  # as in all that FedVeil starts
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 # PEFT loads bitsandbytes, which marks optimisers to be compiled that nothing here uses: the compiler's import alone

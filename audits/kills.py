@@ -45,6 +45,7 @@ from fedveil.common.errors import LedgerError
 from fedveil.common.findings import Finding
 from fedveil.common.messages.round import Refusal, TrainTask
 from fedveil.common.messages.wire import encode_reply
+from fedveil.common.threads import THREADS
 from fedveil.privacy.accounting import gaussian_release
 from fedveil.privacy.events import Event
 from fedveil.privacy.privacy_filter import promised
@@ -297,7 +298,7 @@ def kill_rounds(
             half at a transaction.
         summed: whether the site is one of a secure sum.
     """
-    os.environ["OMP_NUM_THREADS"] = "1"  # a forked process cannot use the threads of its parent
+    os.environ[THREADS] = "1"  # a forked process cannot use the threads of its parent
     site = tiny_site(folder, **(SUMMED if summed else {}))
     site.settings["rounds"] = BUDGET_ROUNDS + 1
     audit, task = Kills(site, play, SumSite(site) if summed else None), site.task(1)

@@ -34,10 +34,11 @@ from fedveil.client.optimizers import build_optimizer
 from fedveil.common.data.sources import train_and_test
 from fedveil.common.model.base import load_base_model
 from fedveil.common.model.batching import length_batches
-from fedveil.common.model.device import choose_batch_tokens, own_cores
+from fedveil.common.model.device import choose_batch_tokens
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.model.plain import plain_step
 from fedveil.common.tasks import TASKS, Batch
+from fedveil.common.threads import own_threads
 from fedveil.privacy.dpsgd import PrivateSteps
 from fedveil.privacy.plan import gaussian_plan
 from fedveil.strategies.job import Job, configure
@@ -83,7 +84,7 @@ def product_speed(model: FederatedModel, seconds: float = 1.0) -> float:
 
 def site_peak(records: int) -> float:
     """Take two private steps as a simulated site's process does, which holds one model, and return its peak in MiB."""
-    torch.set_num_threads(own_cores())
+    torch.set_num_threads(own_threads())
     job = configure({"recipe": "plain"})
     model = build(job, precision="auto")
     train, _ = train_and_test(job.config.data, job.config.model.task)
@@ -106,7 +107,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         peak = pool.submit(site_peak, arguments.records).result()
-    torch.set_num_threads(own_cores())
+    torch.set_num_threads(own_threads())
     job = configure({"recipe": "plain"})
     train, _ = train_and_test(job.config.data, job.config.model.task)
 

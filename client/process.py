@@ -34,7 +34,7 @@ from fedveil.common.messages.round import KeyTask, Refusal, Reply, SumReply, Sum
 from fedveil.common.messages.signed import check_unsigned
 from fedveil.common.messages.sum_messages import decode_sum_task
 from fedveil.common.messages.wire import decode_task, kind_of_task, round_of
-from fedveil.common.model.device import denormals_flushed, make_threads, own_cores
+from fedveil.common.model.device import denormals_flushed, set_process_threads
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.model.files import files_of
 from fedveil.common.paths import reply_file, run_name
@@ -81,6 +81,8 @@ class SiteProcess:
     """Whether the caller checks that tasks are the server's, and signs the answers (``client.worker``)."""
     _deadline: Deadline | None = None
     """Of the answer that is under way; None: no answer has a time of its own."""
+    _threads: int = 0
+    """Of torch when what is kept was rehearsed; 0: nothing was yet."""
     _built: str = ""
     """Digest of the current model's tensors as it was built."""
 
@@ -176,15 +178,15 @@ class SiteProcess:
             return refused(error, node, run, number, simulated=simulated)
 
     def set_threads(self) -> None:
-        """Let torch use this process's cores.
+        """Let torch use this process's threads.
 
         How rows of a product round follows from how many there are. So what was rehearsed with another number says
         nothing.
         """
-        if (cores := own_cores()) != torch.get_num_threads():
-            torch.set_num_threads(cores)
+        set_process_threads()
+        if (threads := torch.get_num_threads()) != self._threads:
+            self._threads = threads
             self.rehearsals.forget()
-        make_threads()
 
     def model_of(self, job: Job, site: Site) -> FederatedModel:
         """Return the run's model; where it is another than before, drop what was made for that one."""

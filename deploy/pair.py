@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from fedveil.common.parent import die_with_parent
+from fedveil.common.threads import environment
 
 ANEW, NODE_TOO = 75, 76
 """Exit codes of a worker, as in ``common.runtime``: start it again; end Flower's process as well."""
@@ -78,7 +79,7 @@ def run_pair(node: list[str], worker: list[str], say: Callable[[str], None]) -> 
 
 def _start(command: list[str]) -> subprocess.Popen[bytes]:
     # A group of its own, so that Ctrl-C reaches it once, from here; and it ends if this process is killed.
-    return subprocess.Popen(command, process_group=0, preexec_fn=die_with_parent)
+    return subprocess.Popen(command, env=environment(), process_group=0, preexec_fn=die_with_parent)
 
 
 def _end(processes: list[subprocess.Popen[bytes]]) -> None:

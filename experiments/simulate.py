@@ -26,10 +26,11 @@ from fedveil.common.data.partition import check_partition, site_part
 from fedveil.common.data.sources import train_and_test
 from fedveil.common.errors import ConfigError, RunFailed
 from fedveil.common.files import check_room, expanded, whole_lines
-from fedveil.common.model.device import own_cores, worker_count
+from fedveil.common.model.device import worker_count
 from fedveil.common.paths import run_folder
 from fedveil.common.ports import free_ports
 from fedveil.common.run_lines import ProgressFile, ResultFile, read_if_there
+from fedveil.common.threads import CORES, environment, site_cores
 from fedveil.common.trackers import check_installed
 from fedveil.common.words import counted
 from fedveil.deploy.app import app_folder
@@ -86,15 +87,16 @@ def simulate(
         check_usual_sites(run_folder(job.config, ""))
     check_simulated(job, sites)
     check_output(Path(output))
+    workers = worker_count(sites, workers, keeps=job.config.timeline.computes_ahead)
     with (
         ExitStack() as until_over,
         tempfile.TemporaryDirectory(prefix="fedveil-") as scratch,
-        _superlink(Path(scratch)) as link,
+        _superlink(Path(scratch), workers) as link,
     ):
         began = time.time()
         # A resumed run's folder has lines already.
         known = len(whole_lines(run_folder(job.config, "") / "run.log")) if job.config.resume else 0
-        run = _submit(link, settings, sites, worker_count(sites, workers, keeps=job.config.timeline.computes_ahead))
+        run = _submit(link, settings, sites, workers)
         folder = run_folder(job.config, run)
         record_sites(folder, sites)
         until_over.enter_context(conducting(folder))
@@ -153,11 +155,12 @@ class _Link:
 
 
 @contextmanager
-def _superlink(home: Path) -> Iterator[_Link]:
+def _superlink(home: Path, workers: int) -> Iterator[_Link]:
     port, control = free_ports(2)
     binaries = Path(sys.executable).parent
-    environment = {
-        **os.environ,
+    variables = {
+        **environment(),
+        CORES: str(site_cores() // workers),
         "FLWR_HOME": str(home),
         VARIABLE: str(home / keeper.DOOR),
         CHECKED: "1",
@@ -178,7 +181,7 @@ def _superlink(home: Path) -> Iterator[_Link]:
     )
     command = [str(binaries / "flower-superlink"), "--insecure", "--simulation", "--isolation", "subprocess"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--control-api-address", f"127.0.0.1:{control}"]
-    link = _Link(home, environment, keeper.start(home, command, environment))
+    link = _Link(home, variables, keeper.start(home, command, variables))
     try:
         _wait_for_port(link, port)
         yield link
@@ -214,7 +217,7 @@ def _resources(sites: int, workers: int) -> str:
     """Divide cores and GPUs among worker processes, so that no two share a core."""
     import torch
 
-    cores, gpus = own_cores(), torch.cuda.device_count()
+    cores, gpus = site_cores(), torch.cuda.device_count()
     share = gpus / workers if gpus else 0.0
     return (
         f"num-supernodes={sites} client-resources-num-cpus={cores // workers} "

@@ -25,6 +25,7 @@ from fedveil.common.model.base import load_base_model
 from fedveil.common.paths import run_folder
 from fedveil.common.ports import free_ports
 from fedveil.common.run_lines import ResultFile, read_file
+from fedveil.common.threads import CORES, THREADS
 from fedveil.deploy.commands import environment, own_module, superlink_command, supernode_command, worker_command
 from fedveil.deploy.control import Control, control_of
 from fedveil.deploy.policy_file import models_of, pins_of_job, policy_text
@@ -249,7 +250,8 @@ class Federation:
             VARIABLE: str(self.plan.folder),
             "PYTHONPATH": str(PROJECT),
             "PATH": f"{self.folder / 'bin'}{os.pathsep}{base['PATH']}",
-            "OMP_NUM_THREADS": "1",  # not one thread for each core in each of a dozen processes
+            THREADS: "1",
+            CORES: "1",  # not one thread for each core in each of a dozen processes
             "HF_HUB_OFFLINE": "1",
         }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from fedveil.common.errors import ConfigError
+from fedveil.common.threads import is_ours, own_threads, site_cores
 
 THREAD_NUMBERS = 1 << 16
 """Numbers for each thread that torch does not leave to fewer threads."""
@@ -79,26 +79,6 @@ def choose_attention(model: Any, device: torch.device) -> None:
         model.set_attn_implementation("eager")
 
 
-def own_cores() -> int:
-    """Return how many CPU cores this process may call its own, at least 1.
-
-    Inside a Ray worker that is what Ray assigned to it, else the process's CPU affinity, capped by
-    a container's CPU quota. Two processes with more threads than cores slow each other down
-    fivefold, so this is the number of threads to use.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
-            quota, period = file.read().split()
-        if quota != "max":
-            cores = min(cores, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):
-        pass
-    # OpenMP allows a list, one number a nesting level.
-    assigned = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
-    return max(1, min(cores, int(assigned) if assigned.isdigit() else cores))
-
-
 def worker_count(sites: int, workers: int, *, keeps: bool) -> int:
     """Return how many processes train at once.
 
@@ -108,7 +88,7 @@ def worker_count(sites: int, workers: int, *, keeps: bool) -> int:
         keeps: whether sites keep from round to round what a pass over their records costs. Which process plays a site
             changes, and another one would have to make it again.
     """
-    cores = own_cores()
+    cores = site_cores()
     return min(workers or (1 if keeps else torch.cuda.device_count() or cores), sites, cores)
 
 
@@ -117,8 +97,12 @@ def denormals_flushed() -> Iterator[None]:
     """Take numbers below float32's normal ones for zero within, in this thread, where the CPU can.
 
     It computes with them at less than half its speed, so that a state of such numbers would make a pass take longer
-    than the rehearsed one. No price is computed within: that a tail is nothing must not be the CPU's word.
+    than the rehearsed one. No price is computed within: that a tail is nothing must not be the CPU's word. In a user's
+    own process nothing is set: threads of theirs count otherwise, and a record's bits would follow from its place.
     """
+    if not is_ours():
+        yield
+        return
     torch.set_flush_denormal(True)
     try:
         yield
@@ -126,7 +110,14 @@ def denormals_flushed() -> Iterator[None]:
         torch.set_flush_denormal(False)
 
 
-def make_threads() -> None:
-    """Make torch's threads, if there are none: they flush denormal numbers for good, as their maker does just then."""
+def set_process_threads() -> None:
+    """Give torch this process's threads, and make them flush denormal numbers for good, as their maker does just then.
+
+    Threads that torch has made before do not. In a user's own process nothing is set.
+    """
+    if not is_ours():
+        return
+    if (threads := own_threads()) != torch.get_num_threads():
+        torch.set_num_threads(threads)
     with denormals_flushed():
-        torch.ones(torch.get_num_threads() * THREAD_NUMBERS).exp_()
+        torch.ones(threads * THREAD_NUMBERS).exp_()

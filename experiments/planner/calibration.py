@@ -24,10 +24,10 @@ from fedveil.client.optimizers import build_optimizer
 from fedveil.common.config.phases import Schedule
 from fedveil.common.config.run import RunConfig
 from fedveil.common.data.sources import public_test
-from fedveil.common.model.device import own_cores
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.tasks import Record
 from fedveil.common.tasks.examples import Dataset
+from fedveil.common.threads import own_threads, site_cores
 from fedveil.privacy.dpsgd import PrivateSteps
 from fedveil.privacy.plan import gaussian_plan
 from fedveil.privacy.randomness import stream
@@ -87,7 +87,7 @@ def calibrate(server_model: ServerModel, config: RunConfig, workers: int) -> Cal
     records = [server_model.records[i] for i in order[:MOST_RECORDS]]
     count = max(1, min(CHUNKS, len(records) // 2))
     chunks, few = [records[i::count] for i in range(count)], records[:FEW_RECORDS]
-    worker_threads = max(1, own_cores() // workers)
+    worker_threads = min(own_threads(), max(1, site_cores() // workers))
     torch.set_num_threads(worker_threads)
     try:
         model.write(server_model.start)

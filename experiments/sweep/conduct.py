@@ -135,9 +135,9 @@ def row_words(row: Row) -> str:
 
 
 def _threads(jobs: int) -> int:
-    from fedveil.common.model.device import own_cores
+    from fedveil.common.threads import site_cores
 
-    cores = own_cores()
+    cores = site_cores()
     if not 1 <= jobs <= cores:
         raise ConfigError(f"--jobs is {jobs}, and this machine has {cores} cores for it: give 1 to {cores}")
     return cores // jobs

@@ -20,12 +20,11 @@ from typing import TypeVar
 
 from fedveil.common.errors import FedVeilError
 from fedveil.common.parent import die_with_parent
+from fedveil.common.threads import CORES, THREADS
 from fedveil.common.words import visible
 
 W = TypeVar("W")
 R = TypeVar("R")
-THREADS = "OMP_NUM_THREADS"
-"""Environment variable by which a process knows how many cores are its own."""
 LAST_SECONDS = 20.0
 """How long a process that is to end may take to end what it has started."""
 
@@ -82,19 +81,18 @@ def each_in_a_process(
 
 @contextmanager
 def with_threads(threads: int) -> Iterator[None]:
-    """Give every process that starts meanwhile this number of threads.
+    """Give every process that starts meanwhile this number of threads, and as many cores.
 
     It is in their environment because torch and NumPy's libraries read it once, when a process loads them.
     """
-    before = os.environ.get(THREADS)
-    os.environ[THREADS] = str(threads)
+    before = {variable: os.environ.get(variable) for variable in (THREADS, CORES)}
+    os.environ.update(dict.fromkeys(before, str(threads)))
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[THREADS]
-        else:
-            os.environ[THREADS] = before
+        for variable, value in before.items():
+            del os.environ[variable]
+            os.environ.update({variable: value} if value is not None else {})
 
 
 class _Worker:

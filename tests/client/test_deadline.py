@@ -26,6 +26,7 @@ from fedveil.client.site import open_site
 from fedveil.client.timing import Timing, most_drawn
 from fedveil.common.errors import PolicyRefusal
 from fedveil.common.messages.round import Refusal, TrainResult
+from fedveil.common.model import device
 from fedveil.common.model.federated import FederatedModel
 from fedveil.privacy import dpsgd
 from fedveil.strategies.job import configure
@@ -431,8 +432,8 @@ def test_shapes_are_rehearsed_anew_where_the_process_gets_other_cores(
     monkeypatch.setattr(rehearsals, "rehearse", counting)
     before = torch.get_num_threads()
     try:
-        for round_number, cores in enumerate((1, 1, 2, 2), start=1):
-            monkeypatch.setattr(process, "own_cores", lambda cores=cores: cores)
+        for round_number, threads in enumerate((1, 1, 2, 2), start=1):
+            monkeypatch.setattr(device, "own_threads", lambda threads=threads: threads)
             if round_number == 1:
                 app.process.rehearsals.forget()
             site.train(round_number)

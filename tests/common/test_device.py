@@ -23,9 +23,9 @@ from fedveil.common.model.device import (
     choose_attention,
     choose_device,
     choose_precision,
-    own_cores,
     worker_count,
 )
+from fedveil.common.threads import CORES, OURS, THREADS, own_threads, site_cores
 from fedveil.strategies.job import configure
 
 CPU = torch.device("cpu")
@@ -105,10 +105,10 @@ def test_only_a_cpu_leaves_the_fused_attention_kernel(device: str, asked: list[s
 
 
 @pytest.fixture
-def cores(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return a function that pretends there are so many cores, this quota file and this OMP_NUM_THREADS."""
+def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a function that pretends there are this quota file and so many cores, of the machine and of the site."""
 
-    def pretend(available: int, quota: str | None = None, threads: str | None = None) -> int:
+    def pretend(available: int, quota: str | None = None, cores: str | None = None) -> None:
         real = builtins.open
 
         def opened(file: Any, *args: Any, **kwargs: Any) -> Any:
@@ -118,19 +118,18 @@ def cores(monkeypatch: pytest.MonkeyPatch) -> Any:
                 raise FileNotFoundError(file)
             return io.StringIO(quota)
 
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "sched_getaffinity", lambda _: set(range(available)), raising=False)
-            patch.setattr(builtins, "open", opened)
-            patch.delenv("OMP_NUM_THREADS", raising=False)
-            if threads is not None:
-                patch.setenv("OMP_NUM_THREADS", threads)
-            return own_cores()
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(available)), raising=False)
+        monkeypatch.setattr(builtins, "open", opened)
+        for variable, value in ((CORES, cores), (THREADS, None)):
+            monkeypatch.delenv(variable, raising=False)
+            if value is not None:
+                monkeypatch.setenv(variable, value)
 
     return pretend
 
 
 @pytest.mark.parametrize(
-    ("available", "quota", "threads", "own"),
+    ("available", "quota", "cores", "own"),
     [
         (8, None, None, 8),
         (8, "max 100000", None, 8),
@@ -145,22 +144,28 @@ def cores(monkeypatch: pytest.MonkeyPatch) -> Any:
         (8, "300000 100000", "5", 3),
     ],
 )
-def test_a_process_uses_the_least_of_affinity_quota_and_what_it_was_assigned(
-    available: int, quota: str | None, threads: str | None, own: int, cores: Any
+def test_a_site_has_the_least_of_affinity_quota_and_the_cores_that_it_was_given(
+    available: int, quota: str | None, cores: str | None, own: int, machine: Any
 ) -> None:
-    assert cores(available, quota, threads) == own
+    machine(available, quota, cores)
+    assert site_cores() == own_threads() == own
 
 
-def test_a_list_of_thread_numbers_means_its_first(cores: Any) -> None:
-    assert cores(8, None, "4,2") == 4
+@pytest.mark.parametrize(("threads", "own"), [("2", 2), ("64", 4), ("", 4), ("0", 1), ("3,2", 3)])
+def test_threads_of_a_process_are_no_cores_of_a_site(
+    threads: str, own: int, machine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(8, cores="4")
+    monkeypatch.setenv(THREADS, threads)
+    assert (site_cores(), own_threads()) == (4, own)
 
 
 def test_this_machine_has_a_core() -> None:
-    assert 1 <= own_cores() <= (os.cpu_count() or 1)
+    assert 1 <= own_threads() <= site_cores() <= (os.cpu_count() or 1)
 
 
 def test_sites_that_keep_what_a_pass_costs_share_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedveil.common.model.device.own_cores", lambda: 4)
+    monkeypatch.setattr("fedveil.common.model.device.site_cores", lambda: 4)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert [worker_count(8, asked, keeps=False) for asked in (0, 2, 9)] == [4, 2, 4]
     assert [worker_count(8, asked, keeps=True) for asked in (0, 2, 9)] == [1, 2, 4]
@@ -224,8 +229,15 @@ print(float(torch.tensor(1e-40) * 1.0) > 0)
 def test_every_thread_of_a_sites_process_flushes_denormals_and_its_own_prices_do_not(fresh_python: Run) -> None:
     """In a process of its own, as a worker's: threads that were made before flush none."""
     done = fresh_python(FLUSHED)
-    threads = max(1, own_cores())
+    threads = own_threads()
     flushes = torch.set_flush_denormal(True)
     torch.set_flush_denormal(False)
     if flushes:
         assert done.stdout.split() == ["0", str(threads), "True"]
+
+
+def test_nothing_is_set_in_a_users_own_process(fresh_python: Run) -> None:
+    """Neither the number of its threads nor how they count."""
+    begin = f"import os, torch; del os.environ[{OURS!r}]; torch.set_num_threads(2)"
+    done = fresh_python(f"{begin}\n{FLUSHED}")
+    assert done.stdout.split() == [str(2 << 18), "2", "True"]

@@ -35,7 +35,7 @@ FEDVEIL = Path(sys.executable).parent / "fedveil"
 
 def fedveil(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
-    del environment["OMP_NUM_THREADS"]  # of the tests: as many workers as there are cores
+    del environment["OMP_NUM_THREADS"], environment["FEDVEIL_CORES"]  # of the tests: as many workers as there are cores
     return subprocess.run(
         [str(FEDVEIL), *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False
     )

@@ -387,7 +387,7 @@ def test_through_flower_go_the_runs_of_all_sites(sweeping: Sweeping, monkeypatch
 
 
 def test_more_runs_at_a_time_than_cores_are_refused(sweeping: Sweeping, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("FEDVEIL_CORES", "1")
     for jobs in (0, 2):
         with pytest.raises(ConfigError, match=f"--jobs is {jobs}, and this machine has 1 cores"):
             sweeping(jobs=jobs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -96,13 +97,13 @@ def test_what_fails_or_dies_is_named_with_its_log_and_the_rest_goes_on(tmp_path:
 
 
 def test_what_a_process_is_told_of_threads_stays_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    for before in ("2", None):
-        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for variable, before in itertools.product(("OMP_NUM_THREADS", "FEDVEIL_CORES"), ("2", None)):
+        monkeypatch.delenv(variable, raising=False)
         if before:
-            monkeypatch.setenv("OMP_NUM_THREADS", before)
+            monkeypatch.setenv(variable, before)
         with with_threads(3):
-            assert os.environ["OMP_NUM_THREADS"] == "3"
-        assert os.environ.get("OMP_NUM_THREADS") == before
+            assert os.environ[variable] == "3"
+        assert os.environ.get(variable) == before
 
 
 def test_who_stops_to_listen_ends_the_processes(tmp_path: Path) -> None:
