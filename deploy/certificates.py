@@ -114,6 +114,16 @@ def alternative_names(names: Sequence[str]) -> x509.SubjectAlternativeName:
     return x509.SubjectAlternativeName([_general_name(name) for name in names])
 
 
+def other_issuer(shown: bytes, authority: bytes) -> str:
+    """Return the name of a certificate's (DER) issuer if an authority's (PEM) is another; empty: it is the same.
+
+    Raises:
+        ValueError: what is shown is no certificate.
+    """
+    issuer = x509.load_der_x509_certificate(shown).issuer
+    return "" if issuer == read_certificate(authority, "the authority").subject else issuer.rfc4514_string()
+
+
 def read_certificate(pem: bytes, whose: str) -> x509.Certificate:
     """Return the certificate in ``pem``.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fedveil.common.config.flat import Scalar
 from fedveil.common.config.text import toml_value
+from fedveil.deploy.road import Road, past_proxies
 from fedveil.deploy.server_folder import ServerFolder
 from fedveil.deploy.site_folder import SiteFolder, node_settings
 from fedveil.server.own_check import FOLDER
@@ -30,10 +31,11 @@ def program(name: str) -> str:
     return str(Path(sys.executable).parent / name)
 
 
-def environment(home: Path) -> dict[str, str]:
-    """Return this process's environment with Flower's own folder at ``home``."""
+def environment(home: Path, road: Road | None = None) -> dict[str, str]:
+    """Return this process's environment with Flower's own folder at ``home``, and the road of a site to its server."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    return {**os.environ, **QUIET, "FLWR_HOME": str(home), "PATH": path}
+    given = road.environment(os.environ) if road else past_proxies(os.environ)
+    return {**given, **QUIET, "FLWR_HOME": str(home), "PATH": path}
 
 
 def superlink_environment(folder: ServerFolder, home: Path) -> dict[str, str]:

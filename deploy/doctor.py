@@ -204,8 +204,10 @@ def _runtime_port(folder: SiteFolder) -> Iterator[CheckResult]:
 
 
 def _server(folder: SiteFolder) -> Iterator[CheckResult]:
-    reason = why_unreachable(folder)
-    yield CheckResult(not reason, "server", reason or f"{folder.server} answers, with a certificate of the authority")
+    reason, road = why_unreachable(folder), folder.road
+    through = f"; through the proxy {road.proxy} ({road.source}), TLS ends at the server" if road.proxy else ""
+    found = f"{folder.server} answers, with a certificate of the authority{through}"
+    yield CheckResult(not reason, "server", reason or found)
 
 
 def _clock(folder: SiteFolder) -> Iterator[CheckResult]:
@@ -213,7 +215,8 @@ def _clock(folder: SiteFolder) -> Iterator[CheckResult]:
         yield CheckResult(False, "clock", "cannot be compared before the server answers")
         return
     key = read_node_key(read_bytes(folder.path / "node.key", "the site's private key"))
-    reply = ask_to_join(folder.server, read_bytes(folder.path / "ca.crt", "the authority's certificate"), key)
+    authority = read_bytes(folder.path / "ca.crt", "the authority's certificate")
+    reply = ask_to_join(folder.server, authority, key, folder.road)
     if reply.answer in (Answer.REGISTERED, Answer.UNKNOWN_KEY):  # it looks at the time before it looks for the key
         yield CheckResult(True, "clock", "the server accepts this machine's time")
         return

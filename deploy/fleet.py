@@ -7,7 +7,6 @@ says whether the key is registered and the clocks agree, and the site does not g
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,6 +25,8 @@ from flwr.proto.fleet_pb2 import (
     UnregisterNodeFleetResponse,
 )
 
+from fedveil.deploy.road import Road
+
 ACTIVATE = "/flwr.proto.Fleet/ActivateNode"
 REGISTER = "/flwr.proto.Fleet/RegisterNode"
 UNREGISTER = "/flwr.proto.Fleet/UnregisterNode"
@@ -34,8 +35,6 @@ AUTHENTICATED = "authentication is enabled"
 REFUSED_INTERVAL = 0.0
 PATIENCE = 10.0
 """Seconds that an answer is waited for."""
-NO_PROXY = (("grpc.enable_http_proxy", 0),)
-"""Options of a channel to the own machine."""
 
 
 class Answer(Enum):
@@ -56,12 +55,12 @@ class Reply:
     words: str
 
 
-def ask_to_join(server: str, authority: bytes, key: ec.EllipticCurvePrivateKey) -> Reply:
+def ask_to_join(server: str, authority: bytes, key: ec.EllipticCurvePrivateKey, road: Road) -> Reply:
     """Return how the server at HOST:PORT, with a certificate of the authority (PEM), would answer this site.
 
     Of the site's private key only a signature of the time goes out.
     """
-    with _channel(server, authority) as channel:
+    with _channel(server, authority, road) as channel:
         try:
             request = ActivateNodeRequest(public_key=_pem(key), heartbeat_interval=REFUSED_INTERVAL)
             _call(channel, ACTIVATE, request, ActivateNodeResponse, key)
@@ -77,7 +76,7 @@ def asks_for_keys(server: str, authority: bytes) -> bool | None:
     demands keys refuses to all. A server that accepts it gets a request to forget it; the key never goes online.
     """
     key = ec.generate_private_key(ec.SECP384R1())
-    with _channel(server, authority, NO_PROXY) as channel:
+    with _channel(server, authority, Road()) as channel:
         try:
             request = RegisterNodeFleetRequest(public_key=_pem(key))
             taken = _call(channel, REGISTER, request, RegisterNodeFleetResponse, key)
@@ -90,8 +89,9 @@ def asks_for_keys(server: str, authority: bytes) -> bool | None:
     return False
 
 
-def _channel(server: str, authority: bytes, options: Sequence[tuple[str, Any]] = ()) -> grpc.Channel:
-    return grpc.secure_channel(server, grpc.ssl_channel_credentials(root_certificates=authority), options)
+def _channel(server: str, authority: bytes, road: Road) -> grpc.Channel:
+    credentials = grpc.ssl_channel_credentials(root_certificates=authority)
+    return grpc.secure_channel(server, credentials, road.channel_options)
 
 
 def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:

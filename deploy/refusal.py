@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import socket
 import ssl
 
 from fedveil.common.errors import DataError
+from fedveil.deploy.certificates import other_issuer
 from fedveil.deploy.files import read_bytes
 from fedveil.deploy.fleet import PATIENCE, Answer, ask_to_join
 from fedveil.deploy.node_keys import read_node_key
+from fedveil.deploy.road import ProxyRefusal, Road
 from fedveil.deploy.site_folder import SiteFolder
 
 NOT_YET_VALID, EXPIRED, NAMES = 9, 10, (62, 64)
@@ -22,23 +23,46 @@ def why_unreachable(folder: SiteFolder) -> str:
         DataError: ``ca.crt`` cannot be read or is no certificate.
     """
     where, pem = f"the server at {folder.server}", read_bytes(folder.path / "ca.crt", "the authority's certificate")
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context, road = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), folder.road
     try:
         context.load_verify_locations(cadata=pem.decode("ascii"))
     except (ssl.SSLError, UnicodeDecodeError) as error:
         raise DataError(f"{folder.path / 'ca.crt'} is no certificate: copy it from the coordinator again") from error
     try:
-        with (
-            socket.create_connection((folder.host, folder.port), timeout=PATIENCE) as plain,
-            context.wrap_socket(plain, server_hostname=folder.host),
-        ):
-            return ""
+        _shown(folder, road, context)
+    except ProxyRefusal as error:
+        return str(error)
     except ssl.SSLCertVerificationError as error:
+        if road.proxy and (issuer := _other_issuer(folder, road, pem)):
+            return (
+                f"the proxy {road.proxy} opens TLS: it shows a certificate of {issuer!r} in place of the server's; "
+                f"have it pass {folder.server} on unopened"
+            )
         return f"{where} is refused: {_certificate_words(error, folder)}"
     except ssl.SSLError as error:
         return f"{where} does not speak TLS ({error.reason}): is {folder.port} its Fleet port?"
     except OSError as error:
         return f"{where} does not answer ({error.strerror or error}): is it running, and is the port open?"
+    return ""
+
+
+def _shown(folder: SiteFolder, road: Road, context: ssl.SSLContext) -> bytes:
+    """Return the certificate that ends TLS on the road to the server, DER."""
+    with (
+        road.connect(folder.host, folder.port, PATIENCE) as plain,
+        context.wrap_socket(plain, server_hostname=folder.host) as secured,
+    ):
+        return secured.getpeercert(binary_form=True) or b""
+
+
+def _other_issuer(folder: SiteFolder, road: Road, authority: bytes) -> str:
+    """Return whose certificate is shown, if it is not of an authority of the pinned one's name; empty: it is."""
+    unchecked = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    unchecked.check_hostname, unchecked.verify_mode = False, ssl.CERT_NONE
+    try:
+        return other_issuer(_shown(folder, road, unchecked), authority)
+    except (OSError, ValueError, ProxyRefusal):
+        return ""
 
 
 def _certificate_words(error: ssl.SSLCertVerificationError, folder: SiteFolder) -> str:
@@ -61,7 +85,8 @@ def why_refused(folder: SiteFolder) -> str:
     if reason:
         return reason
     key = read_node_key(read_bytes(folder.path / "node.key", "the site's private key"))
-    reply = ask_to_join(folder.server, read_bytes(folder.path / "ca.crt", "the authority's certificate"), key)
+    authority = read_bytes(folder.path / "ca.crt", "the authority's certificate")
+    reply = ask_to_join(folder.server, authority, key, folder.road)
     if reply.answer is Answer.REGISTERED:
         return ""
     advice = {

@@ -16,7 +16,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,7 @@ from fedveil.common.ports import check_port
 from fedveil.deploy.certificates import read_certificate
 from fedveil.deploy.files import make_folder, read_bytes
 from fedveil.deploy.node_keys import is_pair, new_node_key
+from fedveil.deploy.road import Road, road_to
 from fedveil.deploy.server_folder import FLEET_PORT, folder_toml, is_number, open_folder
 from fedveil.privacy.secure_sum import Identity
 from fedveil.privacy.secure_sum.roster import SITE_NAME, entry
@@ -58,6 +59,10 @@ class SiteFolder:
     """What it is used for, as the setting ``model.task``."""
     fingerprint: str = ""
     """Its fingerprint, from the coordinator; empty: only shown."""
+    https_proxy: str = field(default="", repr=False)
+    """Proxy that the server is dialled through, ``http://HOST:PORT``; empty: that of the environment, if any."""
+    no_proxy: str = ""
+    """Names and networks that are dialled past it, separated by commas, beside those of the environment."""
     node: str = ""
     """The node's settings besides site, ledger and policy, as Flower takes them: ``data="..." public-size=2000``."""
 
@@ -70,6 +75,11 @@ class SiteFolder:
     def port(self) -> int:
         """Port part of ``server``."""
         return int(self.server.rpartition(":")[2])
+
+    @property
+    def road(self) -> Road:
+        """How the server is dialled; ConfigError if a proxy's address is none, or its password can be read."""
+        return road_to(self.host, self.path / "site.toml", self.https_proxy, self.no_proxy)
 
     @property
     def ledger(self) -> Path:
@@ -134,7 +144,7 @@ def make_site(
     address = _with_port(server)
     if (path / "site.toml").exists():
         raise ConfigError(f"{path} is a site's folder already and is not overwritten: name another folder")
-    folder = SiteFolder(path, site, address, runtime_port, model, task, fingerprint, node)
+    folder = SiteFolder(path, site, address, runtime_port, model, task, fingerprint, node=node)
     node_settings(folder)
     files: dict[str, bytes] = {}
     if authority is not None:
@@ -150,7 +160,7 @@ def make_site(
         **(unit or {}),
         "site.toml": folder_toml(folder),
     }
-    make_folder(path, files, private=frozenset({"node.key", "identity.key", "policy.toml"}))
+    make_folder(path, files, private=frozenset({"node.key", "identity.key", "policy.toml", "site.toml"}))
     return folder
 
 

@@ -124,7 +124,7 @@ def start_site(folder: SiteFolder, say: Callable[[str], None], more: str = "") -
         folder = dataclasses.replace(folder, runtime_port=free_ports(1)[0])
     pair = supernode_command(folder, more, secret), worker_command(folder, secret, more)
     say(f"the server at {folder.server} lets this site in")
-    _become_pair(pair, secret, environment(_flower_home(folder.path)))
+    _become_pair(pair, secret, environment(_flower_home(folder.path), folder.road))
 
 
 def check_own_port(folder: SiteFolder) -> None:

@@ -182,7 +182,16 @@ def test_a_folders_files_have_their_modes_whatever_the_umask_and_no_key_is_open_
         start.start_server(server, lambda line: None)
     finally:
         os.umask(before)
-    private = {"server.key", "tasks.pem", "server.secret", "ca.key", "node.key", "identity.key", "policy.toml"}
+    private = {
+        "server.key",
+        "tasks.pem",
+        "server.secret",
+        "ca.key",
+        "node.key",
+        "identity.key",
+        "policy.toml",
+        "site.toml",
+    }
     folders = server.path, authority_beside(server.path), site.path
     made = [path for folder in folders for path in (folder, *folder.rglob("*"))]
     assert private | {"state", "runs", "nodes"} <= {path.name for path in made}

@@ -10,12 +10,13 @@ import subprocess
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx
 import pytest
+from connect_proxy import ConnectProxy, connect_proxy
 from deployed import FEDVEIL, PART, PATIENCE, examine_site_quickly, run
 
 from audits.tiny_models import TARGETS, write_reviews
@@ -31,7 +32,7 @@ from fedveil.deploy.commands import environment, superlink_command, supernode_co
 from fedveil.deploy.policy_file import policy_text
 from fedveil.deploy.refusal import why_refused
 from fedveil.deploy.server_folder import make_server, renew_server
-from fedveil.deploy.site_folder import make_site, open_site_folder
+from fedveil.deploy.site_folder import SiteFolder, make_site, open_site_folder
 from fedveil.deploy.start import start_server
 from fedveil.privacy.accounting import Release, epsilon
 from fedveil.reports import report_of
@@ -39,6 +40,8 @@ from fedveil.reports import report_of
 pytestmark = pytest.mark.usefixtures("programs_may_start")
 
 
+BEHIND, LOGIN = "fl.behind.example.org", "ward:s3cret"
+"""The name by which a proxy alone knows the server, and the login that it takes."""
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
@@ -96,6 +99,23 @@ def processes(tmp_path: Path) -> Iterator[Processes]:
         made.stop(name)
 
 
+@pytest.fixture
+def way_out() -> Iterator[Callable[[Mapping[str, int], SiteFolder], ConnectProxy]]:
+    """Return a function that serves a proxy, and names it in a site's file."""
+    with ExitStack() as served:
+
+        def serve(places: Mapping[str, int], site: SiteFolder) -> ConnectProxy:
+            proxy = served.enter_context(connect_proxy(places))
+            file = site.path / "site.toml"
+            named = f'https-proxy = "http://{LOGIN}@127.0.0.1:{proxy.port}"'
+            text, found = re.subn(r'(?m)^"?https-proxy"? = ""$', named, file.read_text(encoding="utf-8"))
+            assert found == 1
+            file.write_text(text, encoding="utf-8")
+            return proxy
+
+        yield serve
+
+
 def guide(who: str, step: int) -> list[list[str]]:
     """Return the ``fedveil`` commands of one step of a guide, in order."""
     text = (DOCS / "guides" / f"{who}.md").read_text(encoding="utf-8").split(f"\n## {step}. ")[1].split("\n## ")[0]
@@ -124,8 +144,12 @@ def ask_for_a_task(port: int) -> int:
 
 @pytest.mark.deployment
 def test_the_guides_end_in_a_finished_run(
-    processes: Processes, tmp_path: Path, model_folder: Callable[[str], str]
+    processes: Processes,
+    tmp_path: Path,
+    model_folder: Callable[[str], str],
+    way_out: Callable[[Mapping[str, int], SiteFolder], ConnectProxy],
 ) -> None:
+    """In one site's way is a proxy, which alone knows the server's name."""
     fleet, control, *runtime = free_ports(4)
     for seed, name in enumerate(("clinic.csv", "ward.csv", "test.csv")):
         write_reviews(tmp_path / name, 60, seed)
@@ -146,7 +170,7 @@ def test_the_guides_end_in_a_finished_run(
     (tmp_path / "toy.toml").write_text(to_toml(toy), encoding="utf-8")
     fingerprint = load_base_model(model_folder("bert"), "classification").pin
     more = {
-        ("server", "init"): lambda: ["--fleet-port", str(fleet), "--control-port", str(control)],
+        ("server", "init"): lambda: [*("--name", BEHIND), "--fleet-port", str(fleet), "--control-port", str(control)],
         ("site", "init"): lambda: [
             *("--runtime-port", str(runtime.pop())),
             *("--model", model_folder("bert"), "--fingerprint", fingerprint),
@@ -160,7 +184,8 @@ def test_the_guides_end_in_a_finished_run(
         if "RUN_FOLDER" in words:
             (folder,) = (tmp_path / "server" / "runs").iterdir()
             words = [str(folder) if word == "RUN_FOLDER" else word for word in words]
-        host = f"127.0.0.1:{fleet}" if "--server" in words else "127.0.0.1"
+        dialled = BEHIND if words[2].endswith("ward") else "127.0.0.1"
+        host = f"{dialled}:{fleet}" if "--server" in words else "127.0.0.1"
         words = [word.replace("fl.example.org", host) for word in words]
         words += more.get((words[0], words[1]), list)()
         seen.append(" ".join(words[:2]))
@@ -173,6 +198,11 @@ def test_the_guides_end_in_a_finished_run(
             continue
         done = run([FEDVEIL, *words], tmp_path)
         assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}{done.stderr}"
+        if words[:2] == ["site", "init"] and words[2].endswith("ward"):
+            proxy = way_out({f"{BEHIND}:{fleet}": fleet}, open_site_folder(tmp_path / "ward"))
+    assert len(proxy.heads) > 2, "the site has found another way out"
+    assert all("Basic d2FyZDpzM2NyZXQ=" in head for head in proxy.heads)
+    assert "s3cret" not in processes.log("ward")
     for command in ("server init", "server start", "server register", "server submit", "site init", "site start"):
         assert command in seen, f"the guides do not say fedveil {command}"
     assert {"ledger show", "ledger remaining"} <= set(seen)
