@@ -84,7 +84,7 @@ def tune(
     from fedveil.privacy.figures import epsilon_text
 
     end_as_by_ctrl_c()
-    tuning = trials.read_tuning(file)
+    tuning = trials.read_tuning(file, simulated=server is None)
     output = output or Path("runs") / "tune" / tuning.name
     for name, alone in tuning.alone.items():
         _say(f"{name}: ε {epsilon_text(alone)} alone")

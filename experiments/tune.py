@@ -75,14 +75,14 @@ class Outcome:
         return f"{self.trial}: accuracy {scores}, loss {decimal_text(self.loss, 4)}"
 
 
-def read_tuning(path: Path) -> Tuning:
-    """Return the trials of a sweep's file with their price.
+def read_tuning(path: Path, *, simulated: bool = True) -> Tuning:
+    """Return the trials of a sweep's file with their price; ``simulated`` as for ``read_sweep``.
 
     Raises:
         ConfigError: ``read_sweep`` refuses the file, a trial is not private, or trials differ in one of ``SAME``.
         PrivacyError: no noise keeps all trials within the budget.
     """
-    sweep = read_sweep(path)
+    sweep = read_sweep(path, simulated=simulated)
     variants = {cell.variant: dict(cell.settings) for cell in sweep.cells}
     if not 2 <= len(variants) == len(sweep.cells):
         raise ConfigError(f"{path}: a choice is between variants: give two or more, one seed, one ε and no baselines")

@@ -119,11 +119,12 @@ def epsilon_name(epsilon: float | None) -> str:
     return NONE if epsilon is None else f"{epsilon:g}"
 
 
-def read_sweep(path: Path) -> Sweep:
+def read_sweep(path: Path, *, simulated: bool = True) -> Sweep:
     """Return the runs of a sweep's file, or the one of a run's settings, each checked as ``configure`` checks a run.
 
     Args:
         path: of the file, or the name of a shipped sweep, such as ``tiny``.
+        simulated: whether sites divide ``data.name`` among them; real ones have records of their own.
 
     Raises:
         ConfigError: the file cannot be read, has an unknown key, sets an axis, or one of its runs is invalid.
@@ -132,6 +133,8 @@ def read_sweep(path: Path) -> Sweep:
     content = read_toml(path, "the sweep")
     try:
         cells = tuple([_single(content)] if _is_run(content) else _cells(content, path.parent))
+        for cell in cells if simulated else ():
+            _check_partition(cell)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     return Sweep(path.stem, cells)
@@ -292,8 +295,14 @@ def _check(cell: Cell) -> None:
         )
     try:
         job = cell.job(Path())
-        check_partition(job.config)
     except ConfigError as error:
         raise ConfigError(f"{cell.said}: {error}") from error
     if job.config.resume:
         raise ConfigError(f"{cell.said}: resume is set, and a sweep goes on by {AXES['resume']}")
+
+
+def _check_partition(cell: Cell) -> None:
+    try:
+        check_partition(cell.job(Path()).config)
+    except ConfigError as error:
+        raise ConfigError(f"{cell.said}: {error}") from error

@@ -219,6 +219,15 @@ def test_trials_without_privacy_and_trials_that_fit_no_budget_are_refused(
         read_tuning(trials_file(tmp_path, base, THREE))
 
 
+def test_scores_on_the_jobs_own_records_are_refused_where_sites_are_simulated_alone(
+    base: dict[str, Any], tmp_path: Path
+) -> None:
+    file = trials_file(tmp_path, {**base, "data.test": base["data.name"]}, THREE)
+    with pytest.raises(ConfigError, match=r"data.test is data.name itself"):
+        read_tuning(file)
+    assert len(read_tuning(file, simulated=False).trials) == len(THREE), "real sites train on records of their own"
+
+
 def first_is_best(tuning: Tuning, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Make up a run for each trial, each on top of those before; the first scores best."""
     trained: list[MadeRun] = []
