@@ -10,12 +10,12 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-
-import numpy as np
+from typing import TypeAlias
 
 from fedveil.common.errors import MechanismError
+from fedveil.common.later import np
 
-Source = Callable[[int], np.ndarray]
+Source: TypeAlias = "Callable[[int], np.ndarray]"
 """Returns so many uniform 64-bit integers: uint64 of shape (count,)."""
 _replacement: Source | None = None
 _is_rehearsal = ContextVar("is_rehearsal", default=False)

@@ -29,14 +29,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import Any
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from fedveil.common.check import in_range
+from fedveil.common.later import np, torch
 from fedveil.privacy.entropy import private_words
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GRID_BITS = 10
 """A grid step is the noise's standard deviation over 2 to this power, or up to half of that."""

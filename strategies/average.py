@@ -9,17 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import final
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, final
 
 from fedveil.common.config.run import RunConfig
+from fedveil.common.later import torch
 from fedveil.common.messages.columns import widened
 from fedveil.common.messages.state import AdapterState, Factors
 from fedveil.common.messages.tensors import merge
 from fedveil.strategies.base import Strategy, mean
 from fedveil.strategies.state import Contribution, ServerState
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

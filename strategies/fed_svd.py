@@ -21,18 +21,19 @@ algorithm. Tests prove both.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from fedveil.common.check import POSITIVE
 from fedveil.common.config.fields import Unit
+from fedveil.common.later import torch
 from fedveil.common.messages.state import AdapterState
 from fedveil.common.messages.tensors import merge, select
 from fedveil.strategies.average import Average
 from fedveil.strategies.base import Facts, Takes
 from fedveil.strategies.state import ServerState
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from fedveil.common.adapters import Adapter, build_adapter
 from fedveil.common.check import nearest
@@ -16,7 +16,6 @@ from fedveil.common.errors import ConfigError
 from fedveil.common.messages.columns import Chosen
 from fedveil.common.messages.state import HEAD, OWN, AdapterState, Factors, of_head
 from fedveil.common.messages.tensors import merge, start_fingerprint
-from fedveil.common.model.federated import FederatedModel, model_of
 from fedveil.common.model.files import files_of
 from fedveil.common.starts import STARTS, Start
 from fedveil.common.tasks import TASKS
@@ -33,6 +32,9 @@ from fedveil.strategies.requirements import REFUSED, REFUSED_STRATEGIES, check_c
 from fedveil.strategies.resolve import Resolved, resolve
 from fedveil.strategies.rules import RULES, ServerRule
 from fedveil.strategies.state import ServerState
+
+if TYPE_CHECKING:
+    from fedveil.common.model.federated import FederatedModel
 
 T = TypeVar("T")
 BESIDE = "; a start of contrib has its own options, once adapter.start names it"
@@ -61,6 +63,8 @@ class Job:
             label_names, label_phrases: of the records.
             files: hash of the base model's files, without which none is opened; empty: whatever they are now.
         """
+        from fedveil.common.model.federated import model_of
+
         config = self.config
         return model_of(
             config=config.model,

@@ -17,11 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from torch import Tensor, nn
-
 from fedveil.common.adapters.export import write_stock
 from fedveil.common.adapters.layers import base_weight, layers_of
+from fedveil.common.later import nn
 from fedveil.common.messages.state import AdapterState, Factors
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 if TYPE_CHECKING:  # PEFT takes seconds to import, and to check settings nobody needs it.
     from peft import LoraConfig, PeftConfig, PeftModel

@@ -9,14 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from safetensors.torch import save_file
-from torch import Tensor
-
 from fedveil.common.adapters.layers import ADAPTER_NAME, PEFT_PREFIX, layers_of
 from fedveil.common.config.fields import TARGET_KINDS
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig, PeftModel
+    from torch import Tensor
 
     from fedveil.common.adapters.base import Adapter
 
@@ -60,6 +58,8 @@ def write_stock(
         lora.rank_pattern = {re.escape(name): rank for name, rank in ranks.items()}
         lora.alpha_pattern = {re.escape(name): alpha_at(adapter, rank) for name, rank in ranks.items()}
     config.save_pretrained(str(folder))
+    from safetensors.torch import save_file
+
     save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, cast
 
-from torch import Tensor, nn
+from fedveil.common.later import nn
 
 if TYPE_CHECKING:  # PEFT takes seconds to import, and to check settings nobody needs it.
     from peft.tuners.lora import LoraLayer
+    from torch import Tensor
 
 PEFT_PREFIX = "base_model.model."
 ADAPTER_NAME = "default"
@@ -34,7 +35,7 @@ def stored_transposed(layer: LoraLayer) -> bool:
 
 def base_weight(layer: LoraLayer) -> Tensor:
     """Return W0 of an adapted layer as (out, in), whichever way it is stored: the live weight, detached."""
-    weight = cast(Tensor, layer.get_base_layer().weight).detach()
+    weight = cast("Tensor", layer.get_base_layer().weight).detach()
     return weight.T if stored_transposed(layer) else weight
 
 

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from torch import Tensor, nn
-
 from fedveil.common.adapters.base import Traits
 from fedveil.common.adapters.low_rank import LowRank, lora_modules
+from fedveil.common.later import nn
 from fedveil.common.messages.state import Factors
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

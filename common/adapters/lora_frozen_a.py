@@ -11,18 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
 from fedveil.common.adapters.base import FreeScale, Traits
 from fedveil.common.adapters.export import write_stock
 from fedveil.common.adapters.layers import base_weight, layers_of
 from fedveil.common.adapters.lora import LoRA
+from fedveil.common.later import F, torch
 from fedveil.common.messages.state import OWN, AdapterState, Factors
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from torch import Tensor
 
 NEGLIGIBLE = 1e-6
 """Singular values of B below this share of the largest are float32's rounding."""

@@ -13,14 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from fedveil.common.adapters.base import Traits
 from fedveil.common.adapters.mapped import Mapped, outer_sums
+from fedveil.common.later import F
 from fedveil.common.messages.state import Factors
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SHRUNK = 64
 """Directions of a layer's inputs that V can shrink, at most; of a narrow layer, a quarter of all."""

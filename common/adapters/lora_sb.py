@@ -12,33 +12,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, cast
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
 from fedveil.common.adapters.base import Traits
 from fedveil.common.adapters.layers import ADAPTER_NAME, layers_of
 from fedveil.common.adapters.low_rank import LowRank, lora_modules
+from fedveil.common.later import nn
 from fedveil.common.messages.state import Factors
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
-
-
-class _RThenB(nn.Sequential):
-    """R, then B; outside training their product at once, as the exported adapter has it.
-
-    In bfloat16 two products round otherwise than one, and a run's accuracy would not be quite its adapter's.
-    """
-
-    def forward(self, hidden: Tensor) -> Tensor:  # shape (..., rank) to (..., out)
-        if self.training:
-            return cast(Tensor, super().forward(hidden))
-        R, B = (cast(nn.Linear, module).weight for module in self)
-        with torch.autocast(hidden.device.type, enabled=False):
-            folded = B @ R
-        return F.linear(hidden, folded)
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -65,10 +48,12 @@ class LoRASB(LowRank):
 
     def prepare(self, model: PeftModel) -> None:
         """Put R between PEFT's A and B."""
+        from fedveil.common.adapters.folded import RThenB
+
         for layer in layers_of(model).values():
             B = cast(nn.Linear, lora_modules(layer)["B"])
             R = nn.Linear(self.rank, self.rank, bias=False, device=B.weight.device, dtype=B.weight.dtype)
-            layer.lora_B[ADAPTER_NAME] = _RThenB(R, B)
+            layer.lora_B[ADAPTER_NAME] = RThenB(R, B)
 
     def factor_modules(self, layer: LoraLayer) -> dict[str, nn.Module]:
         """Return PEFT's A, and the R and B that ``prepare`` put in a row."""

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
-
 from fedveil.common.adapters.base import Adapter
 from fedveil.common.adapters.layers import ADAPTER_NAME
+from fedveil.common.later import nn
 from fedveil.common.messages.state import Factors
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-import torch
-from torch import Tensor, nn
-from torch.func import vjp, vmap
-
 from fedveil.common.adapters.base import Adapter
 from fedveil.common.adapters.layers import layer_shape, layers_of
+from fedveil.common.later import nn, torch
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
+    from torch import Tensor
 
     from fedveil.common.adapters.layer import AdaptedLinear
 
@@ -82,10 +80,10 @@ class Mapped(Adapter):
             def change(trained: Mapping[str, Tensor]) -> Tensor:
                 return self.change({**factors, **trained}, inputs, projected, base_weight, scale)
 
-            pull = vjp(change, {name: factors[name] for name in self.trained})[1]
+            pull = torch.func.vjp(change, {name: factors[name] for name in self.trained})[1]
             return cast("dict[str, Tensor]", pull(upstream)[0])
 
-        return vmap(of_record)(inputs, projected, upstream)
+        return torch.func.vmap(of_record)(inputs, projected, upstream)
 
     def delta(self, factors: Mapping[str, Tensor], base_weight: Tensor | None = None) -> Tensor:
         """Return the map of the identity, shape (out, in), in the factors' dtype; it needs the base weight."""

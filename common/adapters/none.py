@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from torch import Tensor, nn
-
 from fedveil.common.adapters.base import Adapter, Traits
+from fedveil.common.later import nn
 from fedveil.common.messages.state import Factors
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
-import torch
-
 from fedveil.common.check import nearest, positive
 from fedveil.common.config.flat import Scalar, to_mapping
 from fedveil.common.config.run import RunConfig
 from fedveil.common.config.sections import DataConfig, ModelConfig
 from fedveil.common.errors import ConfigError, DataError, PolicyRefusal
+from fedveil.common.later import torch
 from fedveil.common.tasks import TASKS
 from fedveil.common.tasks.examples import Dataset
 from fedveil.privacy.randomness import stream

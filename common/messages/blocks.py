@@ -10,12 +10,11 @@ from __future__ import annotations
 import hashlib
 import math
 
-import numpy as np
-import torch
 from flwr.app import Array, ArrayRecord, RecordDict
 from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE as PART_BYTES
 
 from fedveil.common.errors import ProtocolError
+from fedveil.common.later import np, torch
 from fedveil.common.messages.state import AdapterState
 from fedveil.common.messages.tensors import entries
 

@@ -8,19 +8,21 @@ a column that a site did not train is, in the mean of the sites' weights, what a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, TypeAlias
 
 from fedveil.common.errors import ProtocolError
+from fedveil.common.later import torch
 from fedveil.common.messages.state import OWN, AdapterState, below_head
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PARTS = ("A", "B")
 """The factors of which a part of the columns may be trained: A, shape (rank, in), and B, shape (out, rank). They are
 linear maps of their adapter (``common.adapters.split``). Of other factors all columns are trained, or none."""
 FACTOR = "B"
 """The one whose columns are the adapter's rank, which a site may have a bound on."""
-Chosen = Mapping[str, Mapping[str, Tensor]]
+Chosen: TypeAlias = "Mapping[str, Mapping[str, Tensor]]"
 """By layer and factor, the positions of the columns that are trained: int64, ascending, on the CPU. A factor that is
 left out, or has none, stays as it is. The head is in no choice: it is trained where the run's phase trains it."""
 

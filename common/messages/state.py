@@ -9,13 +9,15 @@ the classification head is one more entry ``{"weight": (classes, in), "bias": (c
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 T = TypeVar("T")
-Factors = dict[str, Tensor]
-AdapterState = dict[str, Factors]
+Factors: TypeAlias = "dict[str, Tensor]"
+AdapterState: TypeAlias = dict[str, Factors]
 
 HEAD = "head"
 """Name of the classification head inside an AdapterState."""

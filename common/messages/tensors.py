@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from fedveil.common.errors import ProtocolError
+from fedveil.common.later import torch
 from fedveil.common.messages.state import HEAD, AdapterState
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def entries(state: AdapterState) -> Iterator[tuple[str, str, Tensor]]:

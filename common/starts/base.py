@@ -11,22 +11,24 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
-
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from fedveil.common.adapters import Adapter, Place
 from fedveil.common.config.fields import check_fields
 from fedveil.common.config.run import RunConfig
 from fedveil.common.config.sections import PrivacyConfig
 from fedveil.common.errors import ConfigError
-from fedveil.common.messages.blocks import Layout
 from fedveil.common.messages.state import METRIC, AdapterState, Factors
-from fedveil.common.model.federated import FederatedModel
 from fedveil.common.starts.directions import orthonormal_rows
 from fedveil.common.tasks import Batch
 from fedveil.privacy.accounting import Release
 from fedveil.privacy.randomness import stream
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fedveil.common.messages.blocks import Layout
+    from fedveil.common.model.federated import FederatedModel
 
 Needs = Literal["nothing", "weights", "public records", "paid release", "records, without privacy"]
 Asked = Literal["nobody", "server", "sites"]

@@ -10,15 +10,18 @@ number of its own before the whole change. Other adapters have none that a start
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from fedveil.common.adapters.layers import layers_of, stored_transposed
 from fedveil.common.errors import ModelError
 from fedveil.common.messages.state import OWN, AdapterState
-from fedveil.common.model.federated import FederatedModel
 from fedveil.common.starts.gradient import gradients_in, open_weights
 from fedveil.common.tasks import Record
+
+if TYPE_CHECKING:
+    from fedveil.common.model.federated import FederatedModel
 
 
 def calibrated(model: FederatedModel, adapter: AdapterState, records: Sequence[Record]) -> AdapterState:

@@ -21,21 +21,15 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from fedveil.common.adapters import Adapter, Place
 from fedveil.common.check import POSITIVE, OneOf
 from fedveil.common.config.fields import RATIO
 from fedveil.common.config.run import RunConfig
 from fedveil.common.errors import ConfigError
-from fedveil.common.messages.blocks import Layout
+from fedveil.common.later import nn, torch
 from fedveil.common.messages.state import HEAD, METRIC, AdapterState, Factors
-from fedveil.common.model.alone import head_alone
-from fedveil.common.model.federated import FederatedModel
-from fedveil.common.model.shapes import FixedBatch
 from fedveil.common.starts.base import Labels, seeded
 from fedveil.common.starts.paid import PaidByShare
 from fedveil.common.starts.public_metric import MADE, PublicMetric
@@ -43,6 +37,12 @@ from fedveil.common.starts.public_text import MADE_UP
 from fedveil.common.tasks import TASKS, Batch, Record
 from fedveil.common.tasks.featured import FEATURES
 from fedveil.privacy.plan import PrivacyPlan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fedveil.common.messages.blocks import Layout
+    from fedveil.common.model.federated import FederatedModel
 
 COUNT = 0.25
 """What a record adds to its label's count, over the clip norm: little, so that it uses up little of that."""
@@ -103,6 +103,8 @@ class ClassMeans(PaidByShare):
 
     def opened(self, model: FederatedModel) -> AbstractContextManager[Any]:
         """Return the context in which the head alone takes a gradient: as long as the sums, and in vectors."""
+        from fedveil.common.model.alone import head_alone
+
         return head_alone(model)
 
     def privatise(
@@ -113,8 +115,10 @@ class ClassMeans(PaidByShare):
         before_pass: Callable[[], None] = lambda: None,
     ) -> AdapterState:
         """Return sums and counts of one sample, clipped, noised, over a public divisor."""
+        from fedveil.common.model.shapes import FixedBatch
+
         public, count = self._map(model), COUNT * self.clip_norm
-        with head_alone(model), _summing(model, *self.layout(model)[HEAD]["sums"]) as sums:
+        with self.opened(model), _summing(model, *self.layout(model)[HEAD]["sums"]) as sums:
             # Copies: the rounds after this one read the records as they were.
             vectors = model.featurise([dict(record) for record in records], before_pass)
             chosen = [vectors[i] for i in next(plan.draws(vectors))]

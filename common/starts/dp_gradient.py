@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from fedveil.common.messages.blocks import Layout
 from fedveil.common.messages.state import AdapterState, Factors
-from fedveil.common.model.federated import FederatedModel
 from fedveil.common.starts.gradient import drawn, gradient_basis, gradient_layout, private_gradient
 from fedveil.common.starts.paid import PaidGradient
 from fedveil.common.tasks import Record
 from fedveil.privacy.plan import PrivacyPlan
+
+if TYPE_CHECKING:
+    from fedveil.common.messages.blocks import Layout
+    from fedveil.common.model.federated import FederatedModel
 
 
 @dataclass(frozen=True)

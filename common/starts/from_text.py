@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
 from fedveil.common.adapters import Adapter
 from fedveil.common.check import POSITIVE, Digits
 from fedveil.common.config.fields import Unit
 from fedveil.common.config.run import RunConfig
 from fedveil.common.errors import ConfigError
-from fedveil.common.model.federated import FederatedModel
 from fedveil.common.starts.base import Needs, Start
 from fedveil.common.starts.public_text import (
     MADE_UP,
@@ -25,6 +24,9 @@ from fedveil.common.starts.public_text import (
 )
 from fedveil.common.tasks import TASKS, Record, wording_of
 from fedveil.common.tasks.text import TOKENS
+
+if TYPE_CHECKING:
+    from fedveil.common.model.federated import FederatedModel
 
 
 @dataclass(frozen=True)

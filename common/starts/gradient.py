@@ -10,21 +10,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import cast
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, cast
 
 from fedveil.common.adapters.layers import layer_shape, layers_of, stored_transposed
 from fedveil.common.errors import ModelError
-from fedveil.common.messages.blocks import Layout
+from fedveil.common.later import nn, torch
 from fedveil.common.messages.state import AdapterState
-from fedveil.common.model.federated import FederatedModel
-from fedveil.common.model.shapes import Shapes
 from fedveil.common.starts.directions import leading_singular_triple
 from fedveil.common.tasks import Batch, Record
 from fedveil.privacy.plan import PrivacyPlan
 from fedveil.privacy.together import Together
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fedveil.common.messages.blocks import Layout
+    from fedveil.common.model.federated import FederatedModel
+    from fedveil.common.model.shapes import Shapes
 
 BATCH_TOKENS = 1024
 """Tokens of one forward pass, which is one batch of the run: small parts cost it little time."""
@@ -58,7 +60,7 @@ def mean_gradient(model: FederatedModel, parts: Iterable[Batch]) -> AdapterState
             seen += len(losses)
         if not seen:
             raise ModelError("the initial gradient needs at least one record: raise start.sample-rate")
-        gradients = {name: cast(Tensor, weight.grad) / seen for name, weight in weights.items()}
+        gradients = {name: cast("Tensor", weight.grad) / seen for name, weight in weights.items()}
         return _oriented(model, gradients)
 
 

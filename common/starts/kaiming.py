@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from fedveil.common.adapters import Place
+from fedveil.common.later import torch
 from fedveil.common.messages.state import Factors
 from fedveil.common.starts.base import Needs, Start
 from fedveil.privacy.randomness import stream
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,13 @@ from abc import abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from fedveil.common.adapters import Place
 from fedveil.common.check import POSITIVE, Interval
 from fedveil.common.config.fields import RATIO, Unit
 from fedveil.common.config.sections import PrivacyConfig
 from fedveil.common.messages.state import AdapterState, Factors
-from fedveil.common.model.federated import FederatedModel
 from fedveil.common.starts.base import Needs, Start, seeded
 from fedveil.common.starts.gradient import open_weights
 from fedveil.common.tasks import Record
@@ -24,6 +23,9 @@ from fedveil.privacy.accounting import Release, check_terms
 from fedveil.privacy.events import sampled_gaussian
 from fedveil.privacy.plan import PrivacyPlan
 from fedveil.privacy.privacy_filter import promised_noise
+
+if TYPE_CHECKING:
+    from fedveil.common.model.federated import FederatedModel
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, Self
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
 from fedveil.common.adapters import Adapter, Place
 from fedveil.common.adapters.layers import layers_of, stored_transposed
@@ -28,8 +25,8 @@ from fedveil.common.config.fields import RATIO
 from fedveil.common.config.run import RunConfig
 from fedveil.common.data.sources import is_paired
 from fedveil.common.errors import ConfigError, ModelError
+from fedveil.common.later import torch
 from fedveil.common.messages.state import HEAD, METRIC, AdapterState, Factors
-from fedveil.common.model.federated import FederatedModel
 from fedveil.common.starts.base import Labels, seeded
 from fedveil.common.starts.directions import leading_rows, with_fixed_signs
 from fedveil.common.starts.from_text import FromText
@@ -37,6 +34,11 @@ from fedveil.common.starts.gradient import gradients_in, open_weights
 from fedveil.common.starts.public_text import MADE_UP
 from fedveil.common.tasks import TASKS, Record, wording_of
 from fedveil.privacy.randomness import stream
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fedveil.common.model.federated import FederatedModel
 
 FAINT = 0.05
 """Length of a column's gradients, over the longest column's, below which it is taken for that."""
@@ -172,7 +174,6 @@ class PublicMetric(FromText):
         drawn = self.drawn_labels(len(labels.names), config.seed)
         return self.pairs(model, drawn) if is_paired(config.data, config.model.task) else self.texts(model, drawn)
 
-    @torch.no_grad()
     def of_head(self, model: FederatedModel, texts: Sequence[Record], length: float) -> AdapterState:
         """Return the features' centre and map, and the head as it is behind them.
 
@@ -180,7 +181,8 @@ class PublicMetric(FromText):
         ``ridge``; c makes the texts' gradients of the head's weight have the root mean square ``length``, at an error
         of 1/2.
         """
-        seen = torch.cat([model.features(model.batch([record])).double().cpu() for record in texts])
+        with torch.no_grad():
+            seen = torch.cat([model.features(model.batch([record])).double().cpu() for record in texts])
         centre = seen.mean(0)
         covariance = (seen - centre).T @ (seen - centre) / len(seen)
         values, vectors = torch.linalg.eigh(covariance)

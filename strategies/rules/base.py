@@ -10,16 +10,18 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from fedveil.common.adapters import Adapter
 from fedveil.common.config.fields import check_fields
 from fedveil.common.config.run import RunConfig
 from fedveil.common.messages.state import AdapterState, Factors
-from fedveil.common.model.federated import FederatedModel
 from fedveil.common.requirements import Requirement
 from fedveil.strategies.base import Strategy
 from fedveil.strategies.state import ServerState
+
+if TYPE_CHECKING:
+    from fedveil.common.model.federated import FederatedModel
 
 
 @dataclass(frozen=True)

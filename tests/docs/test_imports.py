@@ -101,6 +101,10 @@ DOORS = {
 }
 
 
+LATER = {"np": "numpy", "torch": "torch", "nn": "torch", "F": "torch"}
+"""The library of each name of ``common.later``: what imports the name counts as importing the library."""
+
+
 @cache
 def imports(path: Path) -> frozenset[str]:
     """Return every module that a file imports, wherever in the file it does; each file is read once."""
@@ -110,6 +114,7 @@ def imports(path: Path) -> frozenset[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    found |= {library for name, library in LATER.items() if f"{OWN}common.later.{name}" in found}
     return frozenset(map(in_its_room, found))
 
 
