@@ -162,7 +162,7 @@ def _trained(
         return replace(_result(site, task, this.plan, {}), words=masked(words), noised_correct=counted), failed
     trained = {
         layer: {name: p.detach().float().cpu().clone() for name, p in factors.items()}
-        for layer, factors in model.trained().items()
+        for layer, factors in job.sent(task.round_number, model.trained()).items()
     }
     contribution = this.plan.outgoing(narrowed(trained, chosen), narrowed(received, chosen))
     return replace(_result(site, task, this.plan, contribution), noised_correct=counted), failed

@@ -1,6 +1,6 @@
-"""The cache of a node between the messages of a run: the factors that travel once, and its last reply.
+"""The cache of a node between the messages of a run: the tensors that it has acknowledged, and its last reply.
 
-It lives in the memory of Flower's node and may be lost; then the factors are requested again, and a
+It lives in the memory of Flower's node and may be lost; then the tensors are requested again, and a
 repeated round is trained and charged again. Nothing in here has not been released already. A simulation's last reply
 is also in a file, written before it is released, so that a resumed run has it.
 """
@@ -12,16 +12,14 @@ import json
 import logging
 from collections.abc import MutableMapping
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 from fedveil.common.errors import ProtocolError
 from fedveil.common.files import replace_file
 from fedveil.common.log import about as about_run
-from fedveil.common.messages.blocks import Layout, decode_state, encode_state, layout_of
-from fedveil.common.messages.round import TrainResult, TrainTask, same_fingerprint
-from fedveil.common.messages.state import AdapterState
-from fedveil.common.messages.tensors import fingerprint, merge
+from fedveil.common.messages.blocks import decode_state, encode_state, layout_of, numbers_in
+from fedveil.common.messages.named import Parts
+from fedveil.common.messages.round import TrainResult, TrainTask
 from fedveil.common.messages.wire import result_from_bytes, result_to_bytes
 
 log = logging.getLogger("fedveil.site")
@@ -41,33 +39,28 @@ class Memory:
             if hashlib.sha256(content[HASH:]).digest() == content[:HASH]:
                 kept["reply-to"], _, kept["reply"] = content[HASH:].partition(b"\n")
 
-    def with_basis(self, task: TrainTask, layout: Layout) -> TrainTask | None:
-        """Return the task with all that is sent once, just received or kept; None if this node does not have it.
+    def tensors(self, run: str) -> Parts:
+        """Return the tensors of a run that this node has acknowledged, by part of a task; damaged ones are none."""
+        about = json.loads(self._kept.get("tensors-of", b"{}"))
+        if about.get("run") != run:
+            return {}
+        found, data = {}, self._kept.get("tensors", b"")
+        for part, held in about["layouts"].items():
+            layout = {layer: {n: tuple(shape) for n, shape in f.items()} for layer, f in held.items()}
+            size = 4 * numbers_in(layout)
+            try:
+                found[part] = decode_state(data[:size], layout)
+            except ProtocolError:
+                return {}
+            data = data[size:]
+        return found
+
+    def recall(self, task: TrainTask, lasting: Parts) -> TrainResult | None:
+        """Return what was sent in answer to this very task, and keep what that acknowledges; None if it is new here.
 
         Args:
-            task: as received, with all of it, a part, or none.
-            layout: of all of it.
-        """
-        if not task.basis_fingerprint or layout_of(task.basis) == layout:
-            return task
-        layers = json.loads(self._kept.get("basis-layers", b"[]"))
-        if not layout.keys() >= set(layers):
-            return None
-        try:
-            held = decode_state(self._kept["basis"], {k: layout[k] for k in layout if k in layers}) if layers else {}
-        except ProtocolError:
-            return None  # of another run, whose layers have the same names
-        whole = merge(held, task.basis)
-        if layout_of(whole) != layout:
-            return None
-        # What is kept has its mark beside it; a part that came later has to fit it.
-        known = self._kept.get("basis-of", b"").decode() if not task.basis else fingerprint(whole)
-        if not same_fingerprint(task.basis_fingerprint, known):
-            return None
-        return replace(task, basis=whole)
-
-    def recall(self, task: TrainTask) -> TrainResult | None:
-        """Return what was sent in answer to this very task; None if it is new here.
+            task: the task.
+            lasting: the tensors of it that an answer acknowledges.
 
         Raises:
             ProtocolError: the task is of an earlier round of the run than the last one answered.
@@ -87,18 +80,12 @@ class Memory:
                 log.warning(line, extra=about_run(task.run, task.round_number))
             return None
         layout = {layer: {n: tuple(shape) for n, shape in f.items()} for layer, f in about["layout"].items()}
+        self._acknowledge(task.run, lasting)
         return result_from_bytes(self._kept["reply"], layout, task.run, task.round_number)
 
-    def keep(self, task: TrainTask, result: TrainResult, basis: AdapterState) -> None:
-        """Keep what is sent in answer to ``task``, and with what came once all of that, in place of what was kept.
-
-        A task that was answered has been checked: factors that are not those of their fingerprint would stand in
-        the way of every later round.
-        """
-        if task.basis:
-            self._kept["basis-of"] = task.basis_fingerprint.encode()
-            self._kept["basis-layers"] = json.dumps(list(basis)).encode()
-            self._kept["basis"] = encode_state(basis)
+    def keep(self, task: TrainTask, result: TrainResult, lasting: Parts) -> None:
+        """Keep what is sent in answer to ``task``, and the tensors that it acknowledges, in place of what was kept."""
+        self._acknowledge(task.run, lasting)
         about = {"run": task.run, "round": task.round_number, "task": _digest(task)}
         summed = {"sum": {"words": [len(result.words) // 4]}}
         layout = summed if result.words else layout_of(result.contribution)
@@ -113,9 +100,14 @@ class Memory:
         except OSError as error:  # it is paid for, and a resumed run that asks for it again pays again
             log.warning("the reply is not kept (%s)", error.strerror, extra=about_run(task.run, task.round_number))
 
+    def _acknowledge(self, run: str, lasting: Parts) -> None:
+        about = {"run": run, "layouts": {part: layout_of(state) for part, state in lasting.items()}}
+        self._kept["tensors-of"] = json.dumps(about).encode()
+        self._kept["tensors"] = b"".join(encode_state(state) for state in lasting.values())
+
 
 def _digest(task: TrainTask) -> str:
-    """Return a hash of what a task asks for; whether the factors sent once came along makes no difference."""
+    """Return a hash of what a task asks for; which tensors were sent and which named makes no difference."""
     marks = [task.run, task.round_number, task.base_fingerprint, task.start_fingerprint, task.basis_fingerprint]
     marks += [task.attempt, *((o.site, o.public.hex(), o.signature.hex()) for o in task.offers)] if task.offers else []
     return hashlib.sha256(json.dumps(marks).encode() + encode_state(task.state)).hexdigest()

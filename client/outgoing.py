@@ -15,6 +15,7 @@ from fedveil.common.errors import (
     ConfigError,
     DataError,
     FedVeilError,
+    LackingTensors,
     LedgerError,
     ModelError,
     ModelNotLoaded,
@@ -33,6 +34,7 @@ PATH_KEYS = ("ledger", "policy", "data", "identity")
 TOLD = (
     BudgetExhausted,
     ConfigError,
+    LackingTensors,
     LedgerError,
     ModelError,
     PolicyRefusal,
@@ -102,5 +104,5 @@ def refused(error: Exception, node: Mapping[str, Scalar], run: str, number: int,
 
 
 def _kind_of(error: Exception) -> str:
-    kinds = {BudgetExhausted: "budget", PolicyRefusal: "policy", ProtocolError: "task"}
+    kinds = {BudgetExhausted: "budget", PolicyRefusal: "policy", LackingTensors: "tensors", ProtocolError: "task"}
     return next((kind for error_type, kind in kinds.items() if isinstance(error, error_type)), "failed")

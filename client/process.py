@@ -30,7 +30,7 @@ from fedveil.common.config.flat import Scalar
 from fedveil.common.errors import ConfigError, ProtocolError
 from fedveil.common.log import about, set_up
 from fedveil.common.messages.blocks import layout_of
-from fedveil.common.messages.round import KeyTask, Refusal, Reply, SumReply, SumTask, TrainResult, TrainTask
+from fedveil.common.messages.round import KeyTask, Reply, SumReply, SumTask, TrainResult, TrainTask
 from fedveil.common.messages.signed import check_unsigned
 from fedveil.common.messages.sum_messages import decode_sum_task
 from fedveil.common.messages.wire import decode_task, kind_of_task, round_of
@@ -210,23 +210,19 @@ class SiteProcess:
             model = self.model_of(job, site)
             state = job.start(model.start)
             basis_layout = layout_of(job.frozen_for(state, round_of(content)))
-            task = decode_task(content, layout_of(job.strategy.downlink(state)), basis_layout)
-            if task.run != run:
-                raise ProtocolError(f"the task is of run {task.run}, the message came in run {run}")
             # Of what no site noises by itself nothing is written: neither raw updates nor vectors of sums, of which a
             # resumed run asks for others, under new masks.
             on_disk = asked.simulated and job.mechanism.noised == "at the site"
             memory = Memory(asked.memory, reply_file(job.config, run, site.name) if on_disk else None)
-            answered = memory.recall(task)
+            task = decode_task(content, layout_of(job.strategy.downlink(state)), basis_layout, memory.tensors(run))
+            if task.run != run:
+                raise ProtocolError(f"the task is of run {task.run}, the message came in run {run}")
+            answered = memory.recall(task, job.lasting(task.round_number, task.state, task.basis))
             if answered is not None:
                 return answered
-            whole = memory.with_basis(task, basis_layout)
-            if whole is None:
-                reason = "this site does not have the factors that are sent once"
-                return Refusal(run, task.round_number, site.name, "basis", reason)
         self.cache.free()
         try:
-            result = self._train(task, whole, asked, model, memory)
+            result = self._train(task, asked, model, memory)
         finally:
             if task.round_number >= job.config.rounds:
                 self.cache.forget_computed(site.name)  # whatever became of it: no later round of this run needs them
@@ -235,29 +231,24 @@ class SiteProcess:
         log.info("trained and answered", extra=about(run, task.round_number, site.name))
         return result
 
-    def _train(
-        self, task: TrainTask, whole: TrainTask, asked: _Asked, model: FederatedModel, memory: Memory
-    ) -> TrainResult:
-        """Check, rehearse, pay for and train a round, and return what is sent.
-
-        ``task`` is as received, ``whole`` has all that is sent once, and ``memory`` gets the reply.
-        """
+    def _train(self, task: TrainTask, asked: _Asked, model: FederatedModel, memory: Memory) -> TrainResult:
+        """Check, rehearse, pay for and train a round, and return what is sent; ``memory`` gets it too."""
         job, site, deadline = asked.job, asked.site, asked.deadline
         with deadline.extended():
-            check_task(whole, job, model)
+            check_task(task, job, model)
             with denormals_flushed():
-                for worst, reserve in self.rehearsals.forecasts(job, site, model, whole):
+                for worst, reserve in self.rehearsals.forecasts(job, site, model, task):
                     deadline.allow(worst, reserve)
-            masked = agreed(whole, job, model, site.public_size, asked.party, asked.memory) if asked.party else None
+            masked = agreed(task, job, model, site.public_size, asked.party, asked.memory) if asked.party else None
         self.cache.free()
         _log_if_more(asked)
         records = self.cache.prepare(model, site, job, asked.run)
         with at_work():
-            result = train_round(site, job, model, records, whole, deadline, self.cache.vectors, masked)
+            result = train_round(site, job, model, records, task, deadline, self.cache.vectors, masked)
             self.rounds_trained += 1
             if asked.party is not None:
                 result = replace(result, offer=_next_key(task, asked, asked.party))
-            memory.keep(task, result, whole.basis)
+            memory.keep(task, result, job.lasting(task.round_number, task.state, task.basis))
         return result
 
 

@@ -9,6 +9,7 @@
     ├── ModelError             a base model cannot be loaded or does not fit the job
     │   └── ModelNotLoaded     it cannot be found or read
     ├── ProtocolError          a message from the other side is not what it claims to be
+    │   └── LackingTensors     a task names tensors that this site does not have
     ├── RunFailed              a run cannot go on (too few sites, nothing trained)
     └── PrivacyError           a promise about privacy would not hold
         ├── BudgetExhausted    the next release would exceed the data set's budget
@@ -48,6 +49,10 @@ class ModelNotLoaded(ModelError):
 
 class ProtocolError(FedVeilError):
     """A message from the other side is not what it claims to be."""
+
+
+class LackingTensors(ProtocolError):
+    """A task names tensors that this site does not have: lost, of another run, or never sent."""
 
 
 class RunFailed(FedVeilError):

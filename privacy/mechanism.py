@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from fedveil.common.errors import ConfigError, MechanismError
 from fedveil.common.requirements import Requirement
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from fedveil.common.config.sections import PrivacyConfig, TrainingConfig
     from fedveil.privacy.events import Event
     from fedveil.privacy.plan import Plan, PrivacyPlan
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -205,14 +203,6 @@ class Mechanism(ABC):
     def unfit_start(self, needs: str, unfit: str) -> str:
         """Return why a start that is made from what it ``needs`` cannot be had, as it says itself; empty: it can."""
         return "" if needs in self.starts else unfit
-
-    def sent(self, trained: Mapping[str, T], moves: Callable[[str], bool]) -> dict[str, T]:
-        """Return the layers of ``trained`` that a round sends; ``moves`` says whether a layer is trained in the round.
-
-        What is frozen is sent as it came.
-        """
-        del moves
-        return dict(trained)
 
     def event(self, privacy: PrivacyConfig, training: TrainingConfig) -> Event:
         """Return what one step releases at the noise that the run sets; 1 where it leaves it open.

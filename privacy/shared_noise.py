@@ -8,8 +8,7 @@ own noise alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from fedveil.common.errors import ConfigError
 from fedveil.common.requirements import Requirement, one_plain_step
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
     from fedveil.common.config.run import RunConfig
     from fedveil.common.config.sections import PrivacyConfig, TrainingConfig
     from fedveil.privacy.dpsgd import PrivateSteps
-
-T = TypeVar("T")
 
 
 class SecureSumPlan(PrivacyPlan):
@@ -109,10 +106,6 @@ class SecureSum(Mechanism):
             f"asks each site for a release of its own, and with privacy.mode {self.name!r} nobody sees "
             "more than a sum: choose another, such as 'public-metric'"
         )
-
-    def sent(self, trained: Mapping[str, T], moves: Callable[[str], bool]) -> dict[str, T]:
-        """Return the layers that move in the round alone: what is frozen would be noise in the vector."""
-        return {layer: factors for layer, factors in trained.items() if moves(layer)}
 
     def promise(self, privacy: PrivacyConfig) -> str:
         """Return the budget of a site, and on whom it depends."""

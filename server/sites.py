@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from fedveil.common.log import about
+from fedveil.common.messages.columns import narrowed
+from fedveil.common.messages.named import digests
 from fedveil.common.messages.round import Refusal, Reply, SumReply, Task, TrainResult, TrainTask
-from fedveil.common.messages.state import below_head, of_head
+from fedveil.common.messages.state import BASIS, STATE, Place
 from fedveil.common.messages.tensors import fingerprint
 from fedveil.common.run_lines import Absence
 from fedveil.privacy.secure_sum import KeyOffer
@@ -48,7 +50,7 @@ class Transport(Protocol):
 
 
 class Sites:
-    """Sends every site its task, and remembers which sites already have what is sent once."""
+    """Sends every site its task, and remembers which tensors each has: they are named, and not sent again."""
 
     def __init__(
         self, job: Job, run: str, transport: Transport, server_model: ServerModel, admission: Admission
@@ -56,12 +58,9 @@ class Sites:
         self._job, self.run, self.transport, self._admission = job, run, transport, admission
         self.base = server_model.model.base.fingerprint
         self.start = job.start_fingerprint(server_model.start)
-        self._informed: set[int] = set()
-        """Nodes that have what is sent once."""
-        self._mark = self._head_mark = ""
-        """The fingerprints of all of that, and of what of it is of the head."""
-        self._partly: set[int] = set()
-        """Nodes that have of it what is of the head alone."""
+        self._trained = server_model.trained_start()
+        self._acknowledged: dict[int, Mapping[Place, bytes]] = {}
+        """By node, the hashes of the tensors that it has acknowledged with its last result."""
 
     def absent(
         self,
@@ -116,16 +115,16 @@ class Sites:
         offers: tuple[KeyOffer, ...] = (),
         sealed: Mapping[int, tuple[bytes, ...]] | None = None,
     ) -> Exchange:
-        """Send every node its task; a site that lost what is sent once gets it within the attempt.
+        """Send every node its task; a site that lost tensors gets all of them within the attempt.
 
         ``sealed``: by node, what goes to it alone.
         """
         first = self._exchange(nodes, round_number, state, attempt, offers, sealed or {})
-        lacking = [n for n, r in first.replies.items() if isinstance(r, Refusal) and r.kind == "basis"]
+        lacking = [n for n, r in first.replies.items() if isinstance(r, Refusal) and r.kind == "tensors"]
         if not lacking:
             return first
-        self._informed -= set(lacking)
-        self._partly -= set(lacking)
+        for node in lacking:
+            self._acknowledged.pop(node, None)
         second = self._exchange(lacking, round_number, state, attempt, offers, sealed or {})
         return Exchange(
             {**first.replies, **second.replies},
@@ -142,30 +141,43 @@ class Sites:
         offers: tuple[KeyOffer, ...],
         sealed: Mapping[int, tuple[bytes, ...]],
     ) -> Exchange:
-        strategy = self._job.strategy
+        down = self._job.strategy.downlink(state) if round_number else {}
         basis = self._job.frozen_for(state, round_number) if round_number else {}
+        known = digests({STATE: down, BASIS: basis})
         mark = fingerprint(basis) if basis else ""
-        if mark != self._mark:  # as where the start is made again around the head
-            head_mark = fingerprint(of_head(basis))
-            self._partly = self._informed if head_mark == self._head_mark else set()
-            self._informed, self._mark, self._head_mark = set(), mark, head_mark
-        rest = below_head(basis)
         tasks = {
             node: TrainTask(
                 run=self.run,
                 round_number=round_number,
-                state=strategy.downlink(state) if round_number else {},
-                basis={} if node in self._informed else rest if node in self._partly else basis,
+                state=down,
+                basis=basis,
                 basis_fingerprint=mark,
                 base_fingerprint=self.base,
                 start_fingerprint=self.start,
                 attempt=attempt,
                 offers=offers,
                 sealed=sealed.get(node, ()),
+                named=dict(self._acknowledged.get(node, {}).items() & known.items()),
             )
             for node in nodes
         }
         exchange = self.transport.exchange(tasks, self._job.config.round_timeout)
-        if round_number:
-            self._informed |= {n for n, reply in exchange.replies.items() if isinstance(reply, TrainResult)}
-        return exchange
+        if not round_number:
+            return exchange
+        lasting = digests(self._job.lasting(round_number, down, basis))
+        self._acknowledged |= {n: lasting for n, r in exchange.replies.items() if isinstance(r, TrainResult)}
+        return replace(exchange, replies={n: self._whole(reply, state) for n, reply in exchange.replies.items()})
+
+    def _whole(self, reply: Reply | SumReply, state: ServerState) -> Reply | SumReply:
+        """Return a reply with the layers that its round does not train, which no site sends, as they went down."""
+        moving = self._job.sent(state.round_number + 1, self._trained)
+        if not isinstance(reply, TrainResult) or reply.words or len(moving) == len(self._trained):
+            return reply
+        resting = {
+            layer: {name: state.adapter[layer][name] for name in factors}
+            for layer, factors in self._trained.items()
+            if layer not in moving
+        }
+        return replace(
+            reply, contribution=reply.contribution | narrowed(resting, self._job.trained_columns(state, reply.rank))
+        )

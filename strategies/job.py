@@ -13,8 +13,8 @@ from fedveil.common.config.run import RunConfig
 from fedveil.common.data.counts import count_labels, count_records
 from fedveil.common.data.sources import known_labels
 from fedveil.common.errors import ConfigError
-from fedveil.common.messages.columns import Chosen
-from fedveil.common.messages.state import HEAD, OWN, AdapterState, Factors, of_head
+from fedveil.common.messages.columns import Chosen, chosen_factors
+from fedveil.common.messages.state import BASIS, HEAD, OWN, STATE, AdapterState, Factors, of_head
 from fedveil.common.messages.tensors import merge, start_fingerprint
 from fedveil.common.model.files import files_of
 from fedveil.common.starts import STARTS, Start
@@ -105,10 +105,10 @@ class Job:
         return self.strategy.trained_columns(self.strategy.downlink(state), state.round_number + 1, rank)
 
     def sent(self, round_number: int, trained: Mapping[str, T]) -> dict[str, T]:
-        """Return the layers of ``trained`` that a round sends."""
+        """Return the layers of ``trained`` that a round trains: a site sends these alone."""
         schedule = self.config.timeline
         head, adapter = schedule.trains_head(round_number), schedule.trains_adapter(round_number)
-        return self.mechanism.sent(trained, lambda layer: head if layer == HEAD else adapter)
+        return {layer: held for layer, held in trained.items() if (head if layer == HEAD else adapter)}
 
     def plan(self, total_steps: int, public_size: int, before: Sequence[Release] = ()) -> PrivacyPlan:
         """Return the plan of the party that is charged, of ``total_steps``, as ``Mechanism.plan``."""
@@ -163,6 +163,24 @@ class Job:
         A start that server and sites derive sends none.
         """
         return {} if self.derived else self.strategy.basis(state)
+
+    def lasting(self, round_number: int, state: AdapterState, basis: AdapterState) -> dict[str, AdapterState]:
+        """Return what of a task's tensors its site keeps for the next one: all that the round trains at no site.
+
+        Args:
+            round_number: of the task; in round 0, or one that the run has not, nothing is kept.
+            state, basis: its parts, whole.
+        """
+        if not 0 < round_number <= self.config.rounds:
+            return {}
+        chosen = self.strategy.trained_columns(state, round_number, 0)
+        moving = self.sent(round_number, chosen_factors(state, chosen))
+
+        def moves(layer: str, name: str) -> bool:
+            return name in moving.get(layer, {}) and (layer == HEAD or name in self.adapter.trained)
+
+        still = {layer: {n: t for n, t in factors.items() if not moves(layer, n)} for layer, factors in state.items()}
+        return {STATE: {layer: factors for layer, factors in still.items() if factors}, BASIS: basis}
 
     @property
     def starts_after(self) -> int:

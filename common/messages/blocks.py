@@ -98,6 +98,17 @@ def read_block(record: RecordDict, block: str, name: str, stype: str, nonce: byt
     return block_data(arrays[name], nonce)
 
 
+def read_state(record: RecordDict, block: str, nonce: bytes, layout: Layout) -> AdapterState:
+    """Return the state of this layout that a message's block holds; errors as for ``read_block`` and decoding."""
+    return decode_state(read_block(record, block, "state", STYPE, nonce), layout)
+
+
+def check_layout(mark: bytes, layout: Layout, block: str) -> None:
+    """Raise ProtocolError unless ``mark`` is the layout's hash."""
+    if mark != layout_hash(layout):
+        raise ProtocolError(f"the {block} block has other layers, factors or shapes than this run's")
+
+
 def payload_bytes(record: RecordDict) -> int:
     """Return the bytes of adapter payload in an encoded message, without nonces; 0 for a refusal."""
     sizes = (len(array.data) for arrays in record.array_records.values() for array in arrays.values())

@@ -8,9 +8,10 @@ configuration and from the ledger's arithmetic on it, and keys, shares and signa
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 
-from fedveil.common.messages.state import AdapterState
+from fedveil.common.messages.state import AdapterState, Place
 from fedveil.common.strict_json import Endless
 from fedveil.privacy.accountant import INITIALISATION, TRAINING, Accountant
 from fedveil.privacy.events import Event
@@ -18,7 +19,7 @@ from fedveil.privacy.secure_sum.attempt import KeyOffer
 from fedveil.privacy.secure_sum.recovery import Sharing
 from fedveil.privacy.secure_sum.survivors import Agreement
 
-PROTOCOL = 5
+PROTOCOL = 6
 """Version of these messages; both sides must speak the same."""
 
 FINGERPRINT_DIGITS = 32
@@ -38,11 +39,11 @@ class TrainTask:
     round_number: int
     """1-based; 0 asks for the statistic that the run's start is made from."""
     state: AdapterState
-    """What the strategy sends down every round; empty in round 0."""
+    """What the round starts from, by the strategy; empty in round 0."""
     basis: AdapterState
-    """What it sends once, or the part that the site lacks; empty when the site has it all, or nothing is sent once."""
+    """Frozen factors of use in the round that no site derives; empty where there are none, and in round 0."""
     basis_fingerprint: str
-    """Of all that is sent once and of use in the round, whichever part comes along; empty when nothing is."""
+    """Of the frozen factors; empty where there are none."""
     base_fingerprint: str
     """Of the base model's weights; a site with another base refuses."""
     start_fingerprint: str
@@ -53,6 +54,8 @@ class TrainTask:
     """The keys of all sites of a secure sum, in the order of their names; empty without one."""
     sealed: tuple[bytes, ...] = ()
     """Where sites may be lost from the sum: what each of these sites has sealed for this one; else empty."""
+    named: Mapping[Place, bytes] = field(default_factory=dict)
+    """The hashes of those tensors that the site has acknowledged in this run: they are named, and not sent."""
 
 
 @dataclass(frozen=True)
@@ -205,9 +208,9 @@ class TrainResult:
     """How many columns the site trains, declared by its operator as public; 0 where the strategy does not ask."""
 
 
-REFUSAL_KINDS = ("budget", "policy", "task", "basis", "failed")
+REFUSAL_KINDS = ("budget", "policy", "task", "tensors", "failed")
 """``budget``: spent; ``policy``: the site's rules; ``task``: what the server sent does not fit;
-``basis``: the site lacks what is sent once and asks for it; ``failed``: something broke."""
+``tensors``: the site lacks some that the task names, and asks for all; ``failed``: something broke."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
+Place = tuple[str, str, str]
+"""Where a tensor of a task is: the task's part, layer and factor."""
+STATE, BASIS = "state", "basis"
+"""The parts of a task that have tensors."""
 Factors: TypeAlias = "dict[str, Tensor]"
 AdapterState: TypeAlias = dict[str, Factors]
 

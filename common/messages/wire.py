@@ -15,9 +15,11 @@ another's name. What a repeated task is known by leaves them out. Where messages
 The header record has ``protocol`` (a whole number that every version can read), ``nonce`` and ``body``::
 
     every message   kind: u8 (place in ``KINDS``: 0 task, 1 result, then refusals, then sums), round: u32, run: text
-    task            fingerprints of base, start and basis: 16 bytes each; layouts of state and basis: 8 bytes each; for
-                    a secure sum attempt: u32, number of sites: u16, and of each its name: text, key and signature;
-                    if sites may be lost from it then what each has sealed for the receiver: 82 bytes
+    task            fingerprints of base, start and basis: 16 bytes each; layouts of state and basis: 8 bytes each;
+                    bytes of the next bits: u16, a bit for each tensor of basis and state, 1 where it is named and not
+                    sent, and if any is a hash of these: 32 bytes; for a secure sum attempt: u32, number of sites: u16,
+                    and of each its name: text, key and signature; if sites may be lost from it then what each has
+                    sealed for the receiver: 82 bytes
     result          site: text, public size: i64, layout: 8 bytes, parts: u8, then the parts
       1 spending    figures as in ``SPENT``; event; accountant as in ``ACCOUNTANT``; version of dp-accounting: text
       2 count       value: i32, standard deviation of its noise: f64
@@ -51,14 +53,14 @@ from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
 from fedveil.common.errors import ProtocolError
 from fedveil.common.messages.blocks import (
-    STYPE,
     WORDS_STYPE,
     Layout,
-    decode_state,
+    check_layout,
     layout_hash,
     layout_of,
     numbers_in,
     read_block,
+    read_state,
 )
 from fedveil.common.messages.header import (
     ATTEMPT,
@@ -71,6 +73,7 @@ from fedveil.common.messages.header import (
     pack_text,
     read_refusal,
 )
+from fedveil.common.messages.named import NOTHING, Parts, pack_tensors, read_tensors
 from fedveil.common.messages.round import (
     FINGERPRINT_DIGITS,
     REFUSAL_KINDS,
@@ -82,12 +85,12 @@ from fedveil.common.messages.round import (
     TrainTask,
 )
 from fedveil.common.messages.spent import COUNT, DETOUR, pack_spending, read_count, read_detour, read_spending
-from fedveil.common.messages.state import AdapterState, below_head
+from fedveil.common.messages.state import BASIS, STATE
 from fedveil.common.messages.sum_messages import SUM_TASKS, encode_sum_reply, encode_sum_task
 from fedveil.privacy.secure_sum.attempt import KeyOffer
 from fedveil.privacy.secure_sum.recovery import SEALED_BYTES
 
-_TASK, _RESULT, _RANK = struct.Struct("<16s16s16s8s8s"), struct.Struct("<q8sB"), struct.Struct("<I")
+_TASK, _RESULT, _RANK = struct.Struct("<16s16s16s"), struct.Struct("<q8sB"), struct.Struct("<I")
 _SPENDING, _COUNTED, _DETOURED, _SUMMED, _NEXT_KEY, _RANKED = 1, 2, 4, 8, 16, 32
 """Bits of a result's ``parts``."""
 
@@ -133,61 +136,60 @@ def _fingerprint(data: bytes) -> str:
     return data.hex() if any(data) else ""
 
 
-def _state(record: RecordDict, reader: Reader, mark: bytes, layout: Layout, block: str = "adapter") -> AdapterState:
-    data = read_block(record, block, "state", STYPE, reader.nonce)
-    if mark != layout_hash(layout):
-        raise ProtocolError(f"the {block} block has other layers, factors or shapes than this run's")
-    return decode_state(data, layout)
-
-
 def encode_task(task: Task) -> RecordDict:
     """Return a task as Flower records."""
     if not isinstance(task, TrainTask):
         return encode_sum_task(task)
     fingerprints = task.base_fingerprint, task.start_fingerprint, task.basis_fingerprint
-    basis = {"basis": task.basis} if task.basis else {}
-    layouts = layout_hash(layout_of(task.state)), layout_hash(layout_of(task.basis)) if basis else bytes(8)
-    header = _TASK.pack(*map(_fingerprint_bytes, fingerprints), *layouts)
+    tensors, blocks = pack_tensors({STATE: task.state, BASIS: task.basis}, task.named)
+    header = _TASK.pack(*map(_fingerprint_bytes, fingerprints)) + tensors
     if task.offers:
         header += ATTEMPT.pack(task.attempt) + pack_several(map(pack_key, task.offers)) + b"".join(task.sealed)
-    return pack("train", task.round_number, task.run, header, blocks={"adapter": task.state, **basis})
+    return pack("train", task.round_number, task.run, header, blocks=blocks)
 
 
-def decode_task(record: RecordDict, layout: Layout, basis_layout: Layout | None = None) -> TrainTask:
-    """Return the task; the layouts are what the site's own configuration says is sent every round, and once.
+def decode_task(
+    record: RecordDict, layout: Layout, basis_layout: Layout | None = None, kept: Parts = NOTHING
+) -> TrainTask:
+    """Return the task whole; fingerprints come back as their first ``FINGERPRINT_DIGITS`` digits.
 
-    Fingerprints come back as their first ``FINGERPRINT_DIGITS`` digits.
+    Args:
+        record: the message.
+        layout: what the site's own configuration says of the state.
+        basis_layout: and of the frozen factors.
+        kept: the tensors that the site has of this run, by part.
 
     Raises:
+        LackingTensors: it names others than these.
         ProtocolError: anything in it is not as expected.
     """
     reader = Reader(record)
     if reader.kind != "train":
         raise ProtocolError(f"a site expects a task, not a reply of kind {reader.kind!r}")
-    base, start, basis_mark, state_layout, once_layout = reader.take(_TASK, "fingerprints")
-    attempt, offers, sealed = 0, tuple[KeyOffer, ...](), tuple[bytes, ...]()
-    if reader.more:
-        (attempt,) = reader.take(ATTEMPT, "attempt")
-        offers = reader.several(reader.key)
-        sealed = tuple(reader.block(SEALED_BYTES, "sealed shares") for _ in offers) if reader.more else ()
+    base, start, basis = reader.take(_TASK, "fingerprints")
+    layouts = {STATE: layout if reader.round_number else {}, BASIS: basis_layout or {}}
+    parts = read_tensors(record, reader, layouts, kept)
+    attempt, offers, sealed = _read_attempt(reader) if reader.more else (0, (), ())
     reader.end()
-    basis: AdapterState = {}
-    if "basis" in record.array_records:
-        whole = basis_layout or {}
-        part = below_head(whole)  # for a site that has the rest
-        basis = _state(record, reader, once_layout, part if once_layout == layout_hash(part) else whole, "basis")
     return TrainTask(
         run=reader.run,
         round_number=reader.round_number,
-        state=_state(record, reader, state_layout, layout if reader.round_number else {}),
-        basis=basis,
-        basis_fingerprint=_fingerprint(basis_mark),
+        state=parts[STATE],
+        basis=parts[BASIS],
+        basis_fingerprint=_fingerprint(basis),
         base_fingerprint=_fingerprint(base),
         start_fingerprint=_fingerprint(start),
         attempt=attempt,
         offers=offers,
         sealed=sealed,
     )
+
+
+def _read_attempt(reader: Reader) -> tuple[int, tuple[KeyOffer, ...], tuple[bytes, ...]]:
+    """Return the fields of a task of a secure sum."""
+    (attempt,) = reader.take(ATTEMPT, "attempt")
+    offers = reader.several(reader.key)
+    return attempt, offers, tuple(reader.block(SEALED_BYTES, "sealed shares") for _ in offers) if reader.more else ()
 
 
 def encode_reply(reply: Reply | SumReply) -> RecordDict:
@@ -257,7 +259,8 @@ def decode_reply(record: RecordDict, layout: Layout | Callable[[int], Layout], r
         return TrainResult(run, round_number, site, size, {}, spending, counted, _words(record, reader, layout), offer)
     if offer is not None:
         raise ProtocolError(f"{site} sends a key of a secure sum and no vector of one")
-    contribution = _state(record, reader, mark, layout)
+    check_layout(mark, layout, "adapter")
+    contribution = read_state(record, "adapter", reader.nonce, layout)
     return TrainResult(run, round_number, site, size, contribution, spending, counted, rank=rank)
 
 

@@ -159,7 +159,7 @@ class Forecast:
     def as_json(self) -> dict[str, Any]:
         """Return the forecast as plain values."""
         config, seconds, features = self.job.config, self.round_seconds, self.feature_seconds
-        down, up = self.traffic.run(config.rounds, len(self.sizes))
+        down, up = self.traffic.run(len(self.sizes))
         return {
             "settings": self.job.settings(),
             "private": bool(self.job.claim.per),

@@ -186,9 +186,7 @@ def _print_bytes(console: Console, forecast: Forecast) -> None:
         own = name == forecast.job.strategy.name
         if own:
             down, up = forecast.traffic.down, forecast.traffic.up
-        total = (
-            forecast.traffic.run(config.rounds, sites) if own else tuple(config.rounds * sites * n for n in (down, up))
-        )
+        total = forecast.traffic.run(sites) if own else tuple(config.rounds * sites * n for n in (down, up))
         table.add_row(
             name + (" *" if own else ""), *(f"{n:,}" for n in (down, up, *total)), style="bold" if own else ""
         )

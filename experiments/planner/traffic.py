@@ -10,8 +10,9 @@ from fedveil.common.adapters.attach import target_shapes
 from fedveil.common.adapters.layers import layer_shape, layers_of
 from fedveil.common.messages.blocks import payload_bytes
 from fedveil.common.messages.columns import narrowed
+from fedveil.common.messages.named import places_of
 from fedveil.common.messages.round import Spending, TrainResult, TrainTask
-from fedveil.common.messages.state import HEAD, AdapterState
+from fedveil.common.messages.state import BASIS, HEAD, STATE, AdapterState, Factors, Place
 from fedveil.common.messages.tensors import fingerprint
 from fedveil.common.messages.wire import encode_reply, encode_task, message_bytes
 from fedveil.experiments.planner.payers import payer_of
@@ -22,6 +23,7 @@ from fedveil.server.model import ServerModel
 from fedveil.strategies import STRATEGIES
 from fedveil.strategies.job import Job
 from fedveil.strategies.payload import payload, preset_adapter
+from fedveil.strategies.state import ServerState
 
 FIGURES = (1, 1, *5 * (1.0,))
 RUN = "1" * 20
@@ -33,9 +35,11 @@ class Traffic:
     """Bytes of one site: adapter payload, as in a run's report, unless said otherwise."""
 
     down: int
-    """Each round, server to site."""
+    """The whole state of a round, server to site; tensors that the site has are not sent again."""
     up: int
     """A round in which the adapter moves, site to server."""
+    down_run: int
+    """All rounds, server to site, with frozen factors; at most, where a strategy moves what sites do not train."""
     up_run: int
     """All rounds, site to server."""
     message_down: int
@@ -46,9 +50,9 @@ class Traffic:
     once_up: int
     """Only before round 1: what the start is made from."""
 
-    def run(self, rounds: int, sites: int) -> tuple[int, int]:
+    def run(self, sites: int) -> tuple[int, int]:
         """Return payload bytes down and up of a whole run in which every site joins every round."""
-        return sites * (rounds * self.down + self.once_down), sites * (self.up_run + self.once_up)
+        return sites * self.down_run, sites * (self.up_run + self.once_up)
 
 
 def traffic(job: Job, server_model: ServerModel, plans: Sequence[PrivacyPlan]) -> Traffic:
@@ -81,12 +85,37 @@ def traffic(job: Job, server_model: ServerModel, plans: Sequence[PrivacyPlan]) -
     return Traffic(
         down=payload_bytes(down),
         up=payload_bytes(up),
+        down_run=_down_run(job, state),
         up_run=sum(_payload(_trained(job, server_model, number, task.state)) for number in rounds),
         message_down=message_bytes(down),
         message_up=message_bytes(up),
         once_down=_payload(basis),
         once_up=sum(4 * math.prod(shape) for factors in statistic for shape in factors.values()),
     )
+
+
+def _down_run(job: Job, state: ServerState) -> int:
+    """Return the bytes of all rounds' tensors that a site has not acknowledged in the round before."""
+    down, acknowledged, total = job.strategy.downlink(state), frozenset[Place](), 0
+    for number in range(1, job.config.rounds + 1):
+        basis = job.frozen_for(state, number)
+        sent = {STATE: down, BASIS: basis}
+        total += sum(
+            4 * sent[part][layer][name].numel()
+            for part, layer, name in places_of(sent)
+            if (part, layer, name) not in acknowledged
+        )
+        lasting = job.lasting(number, down, basis)
+        resting = {layer: _of_adapter(job, state, layer, factors) for layer, factors in lasting[STATE].items()}
+        acknowledged = frozenset(places_of({**lasting, STATE: resting}))
+    return total
+
+
+def _of_adapter(job: Job, state: ServerState, layer: str, factors: Factors) -> Factors:
+    """Return what of a layer that no site trains in a round stays as it is: not what the server makes of it anew."""
+    if layer == HEAD:
+        return factors
+    return {} if job.strategy.facts.moves_frozen else {n: t for n, t in factors.items() if n in state.adapter[layer]}
 
 
 def _trained(job: Job, server_model: ServerModel, round_number: int, state: AdapterState) -> AdapterState:

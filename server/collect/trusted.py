@@ -24,7 +24,7 @@ from fedveil.common.log import about
 from fedveil.common.messages.blocks import Layout, numbers_in, payload_bytes
 from fedveil.common.messages.columns import narrowed
 from fedveil.common.messages.round import Spending, TrainResult, TrainTask
-from fedveil.common.messages.state import HEAD, AdapterState
+from fedveil.common.messages.state import AdapterState
 from fedveil.common.messages.tensors import fingerprint
 from fedveil.common.messages.wire import encode_task
 from fedveil.common.paths import run_folder
@@ -134,16 +134,11 @@ class TrustedCollector:
         return NoisedMean(noised, plan.gradient_noise_std)
 
     def _moving(self, round_number: int, state: ServerState) -> AdapterState:
-        """Return, in float64, what is summed in a round: what sites send of layers that do not rest in it."""
-        config, held = self._job.config, narrowed(state.adapter, self._job.trained_columns(state))
-        head, adapter = (
-            config.timeline.trains_head(round_number),
-            config.timeline.trains_adapter(round_number),
-        )
+        """Return, in float64, what is summed in a round: what sites send in it."""
+        held = narrowed(state.adapter, self._job.trained_columns(state))
         return {
             layer: {name: held[layer][name].double() for name in factors}
-            for layer, factors in self._layout(round_number, state).items()
-            if (head if layer == HEAD else adapter)
+            for layer, factors in self._job.sent(round_number, self._layout(round_number, state)).items()
         }
 
     def _online(self, round_number: int) -> list[int] | str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,10 +12,13 @@ import torch
 from audits.tiny_site import OneSite
 from fedveil.client.local_training import train_round
 from fedveil.client.memory import Memory
-from fedveil.common.messages.blocks import encode_state, layout_of
+from fedveil.common.errors import LackingTensors
+from fedveil.common.messages.blocks import layout_of
+from fedveil.common.messages.named import digests
 from fedveil.common.messages.round import Refusal, TrainResult, TrainTask
-from fedveil.common.messages.state import AdapterState
-from fedveil.common.messages.tensors import entries, fingerprint, scale
+from fedveil.common.messages.state import BASIS, HEAD, STATE, Place
+from fedveil.common.messages.tensors import entries, scale
+from fedveil.common.messages.wire import decode_task, encode_task
 
 pytestmark = pytest.mark.rough_prices
 
@@ -121,6 +125,11 @@ def ask_for_fed_sb(site: OneSite, init: str) -> None:
     site.settings |= {"strategy": "fed-sb", "adapter.start": init, **public}
 
 
+def naming(task: TrainTask, *parts: str) -> TrainTask:
+    """Return a task that names its frozen factors, or these parts, in place of sending them."""
+    return replace(task, named=digests({part: getattr(task, part) for part in parts or (BASIS,)}))
+
+
 def refused(site: OneSite, task: TrainTask) -> str:
     """Return the kind of the refusal that a task gets, with nothing charged."""
     before, reply = site.charges(), site.ask(task)
@@ -132,8 +141,9 @@ def refused(site: OneSite, task: TrainTask) -> str:
 def test_wrong_factors_sent_once_are_not_kept_and_the_right_ones_are_taken_later(site: OneSite) -> None:
     ask_for_fed_sb(site, "public-gradient")
     task = site.task(1)
-    assert refused(site, replace(task, basis=scale(task.basis, 1.5))) == "task"
-    assert refused(site, replace(task, basis={})) == "basis", "wrong factors were kept: the site asks for no others"
+    wrong = replace(task, basis=scale(task.basis, 1.5))
+    assert refused(site, wrong) == "task"
+    assert refused(site, naming(wrong)) == "tensors", "wrong factors were kept"
     assert isinstance(site.ask(task), TrainResult)
 
 
@@ -142,7 +152,7 @@ def test_wrong_factors_do_not_replace_the_right_ones(site: OneSite) -> None:
     site.train(1)
     task = site.task(2)
     assert refused(site, replace(task, basis=scale(task.basis, 1.5))) == "task"
-    assert isinstance(site.ask(replace(task, basis={})), TrainResult), "the node lost what it had"
+    assert isinstance(site.ask(naming(task)), TrainResult), "the node lost what it had"
 
 
 def test_wrong_factors_in_round_0_are_refused_like_any(site: OneSite) -> None:
@@ -156,40 +166,79 @@ def test_factors_sent_once_are_kept_once_and_do_not_make_a_task_another(site: On
     task = site.task(1)
     assert task.basis, "this strategy sends nothing once: the test tests nothing"
     first = site.ask(task)
-    again = site.ask(replace(task, basis={}))
+    again = site.ask(naming(task))
     assert isinstance(first, TrainResult)
     assert isinstance(again, TrainResult)
     assert same(first, again)
     site.memory.clear()
-    lost = site.ask(replace(task, basis={}))
-    assert isinstance(lost, Refusal)
-    assert (lost.kind, len(site.charges())) == ("basis", 1)
+    assert (refused(site, naming(task)), len(site.charges())) == ("tensors", 1)
 
 
 LAYER = {"layer": {"B": torch.ones(3, 2)}}
 OTHER = {"layer": {"B": torch.ones(4, 2)}}
+ACKNOWLEDGED = TrainTask("run", 1, LAYER, {}, "", "", "")
 
 
-def basis_task(basis: AdapterState, whole: AdapterState) -> TrainTask:
-    return TrainTask("run", 1, {}, basis, fingerprint(whole), "", "")
+def memory_of(task: TrainTask) -> dict[str, bytes]:
+    """Return what a node keeps that has acknowledged all of a task."""
+    kept: dict[str, bytes] = {}
+    result = TrainResult(task.run, task.round_number, "site", 1, {}, None)
+    Memory(kept).keep(task, result, {STATE: task.state, BASIS: task.basis})
+    return kept
 
 
 @pytest.mark.parametrize(
     "kept",
     [
-        {
-            "basis-layers": b'["layer"]',
-            "basis": encode_state(OTHER),
-            "basis-of": b"0" * 64,
-        },
-        {"basis-layers": b'["layer"]', "basis": encode_state(LAYER)},
-        {"basis-layers": b'["layer"]', "basis": b"cut", "basis-of": fingerprint(LAYER).encode()},
+        memory_of(replace(ACKNOWLEDGED, state=OTHER)),
+        memory_of(replace(ACKNOWLEDGED, state=scale(LAYER, 2.0))),
+        memory_of(replace(ACKNOWLEDGED, run="another")),
+        memory_of(replace(ACKNOWLEDGED, state={}, basis=LAYER)),
+        {**memory_of(ACKNOWLEDGED), "tensors": b"cut"},
+        {},
     ],
-    ids=["of other shapes", "without its mark", "damaged"],
+    ids=["of other shapes", "of other numbers", "of another run", "of another part", "damaged", "lost"],
 )
-def test_a_kept_basis_that_is_not_the_tasks_is_asked_for_again(kept: dict[str, bytes]) -> None:
-    assert Memory(kept).with_basis(basis_task({}, LAYER), layout_of(LAYER)) is None
-    whole = {**kept, "basis": encode_state(LAYER), "basis-of": fingerprint(LAYER).encode()}
-    found = Memory(whole).with_basis(basis_task({}, LAYER), layout_of(LAYER))
-    assert found is not None
-    assert torch.equal(found.basis["layer"]["B"], LAYER["layer"]["B"])
+def test_tensors_that_are_not_those_that_a_task_names_are_asked_for_again(kept: dict[str, bytes]) -> None:
+    sent, layout = encode_task(naming(ACKNOWLEDGED, STATE)), layout_of(LAYER)
+    with pytest.raises(LackingTensors):
+        decode_task(sent, layout, kept=Memory(kept).tensors("run"))
+    found = decode_task(sent, layout, kept=Memory(memory_of(ACKNOWLEDGED)).tensors("run"))
+    assert torch.equal(found.state["layer"]["B"], LAYER["layer"]["B"])
+
+
+LIES: dict[str, Callable[[dict[Place, bytes]], dict[Place, bytes]]] = {
+    "a wrong hash": lambda named: dict.fromkeys(named, bytes(32)),
+    "hashes that change places": lambda named: dict(zip(named, reversed(named.values()), strict=True)),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_server_that_lies_about_a_hash_is_refused_before_a_record_is_read(
+    lie: str, site: OneSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.settings |= {"strategy": "fedavg-lora", "phases": "2 head on features, 2 adapter+head on examples"}
+    first, task = site.train(1), naming(site.task(2), STATE)
+    task = replace(task, named={place: one for place, one in task.named.items() if place[1] != HEAD})
+    assert len(task.named) > 1
+    assert set(first.contribution) == {HEAD}, "the site sends an adapter that its round does not train"
+
+    def fail(*_: Any) -> Any:
+        raise AssertionError("a record was touched")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fedveil.client.cache.RecordCache.prepare", fail)
+        patch.setattr("fedveil.client.process.train_round", fail)
+        assert refused(site, replace(task, named=LIES[lie](dict(task.named)))) == "tensors"
+        assert refused(site, naming(site.task(2), STATE)) == "tensors", "the head that was trained is not kept"
+        other = replace(task, run="2")
+        assert refused(site, other) == "tensors", "tensors of another run serve this one"
+    assert isinstance(site.ask(task), TrainResult)
+
+
+def test_a_site_that_takes_any_tensor_for_the_named_one_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedveil.common.messages.named.mark_of", lambda _: bytes(32))
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        test_tensors_that_are_not_those_that_a_task_names_are_asked_for_again(
+            memory_of(replace(ACKNOWLEDGED, state=scale(LAYER, 2.0)))
+        )

@@ -54,7 +54,7 @@ ALTERED: dict[str, Callable[[RecordDict], RecordDict]] = {
     "another kind": lambda record: body_with(record, 0, 2),
     "another run's name": lambda record: body_with(record, 7, ord("2")),
     "another nonce": lambda record: header(record, nonce=bytes(16)),
-    "another protocol": lambda record: header(record, protocol=6),
+    "another protocol": lambda record: header(record, protocol=7),
     "another number": lambda record: block_with(record, data=data_of(record)[:-1] + b"\x01"),
     "a number less": lambda record: block_with(record, data=data_of(record)[:-4]),
     "another shape": lambda record: block_with(record, shape=(2, 2)),

@@ -38,6 +38,7 @@ from wire_messages import (
 from fedveil.common.errors import ProtocolError
 from fedveil.common.messages import header, spent
 from fedveil.common.messages.blocks import decode_state, encode_state, layout_of, payload_bytes
+from fedveil.common.messages.named import digests
 from fedveil.common.messages.round import (
     FINGERPRINT_DIGITS,
     REFUSAL_KINDS,
@@ -173,6 +174,11 @@ def test_a_task_arrives_as_it_was_sent(state: AdapterState, basis: AdapterState,
     assert replace(got, state={}, basis={}) == replace(task, state={}, basis={})
     assert same(got.state, state)
     assert same(got.basis, basis)
+    named = encode_task(replace(task, named=digests({"state": state})))
+    assert payload_bytes(named) == 4 * count(basis), "a tensor is named and sent"
+    again = decode_task(through_flower(named), layout_of(state), layout_of(basis), {"state": state})
+    assert same(again.state, state)
+    assert same(again.basis, basis)
 
 
 def test_a_task_of_round_0_carries_no_state() -> None:
@@ -238,7 +244,7 @@ def test_a_message_without_header_or_of_another_protocol_is_refused(message: str
     for bad in (
         record,
         RecordDict(),
-        *(with_header(make(), protocol=v) for v in (0, 1, 2, 3, 4, 6, -1, "5", [5], 5.0, True, None)),
+        *(with_header(make(), protocol=v) for v in (0, 1, 2, 3, 4, 5, 7, -1, "6", [6], 6.0, True, None)),
     ):
         with pytest.raises(ProtocolError):
             read(bad)

@@ -56,6 +56,7 @@ DOORS = {
         "server/submission.py",
         "common/messages/blocks.py",
         "common/messages/header.py",
+        "common/messages/named.py",
         "common/messages/signed.py",
         "common/messages/sum_messages.py",
         "common/messages/wire.py",

@@ -337,7 +337,7 @@ def test_fed_sb_refuses_the_published_initialisation_under_privacy(toy_settings:
         run_in_process({**toy_settings, "strategy": "fed-sb", "adapter.start": "nonprivate-gradient"}, 2)
 
 
-def test_a_site_that_lost_the_basis_gets_it_within_the_round(
+def test_a_site_that_lost_its_tensors_gets_them_within_the_round(
     toy_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import fedveil.experiments.in_process as in_process

@@ -68,7 +68,7 @@ def check_that_plan_is_run(settings: dict[str, Any], sites: int = 2) -> None:
     assert before.plans[0].event.noise_multiplier == spent(own[-1]).event.noise_multiplier
     assert before.plans[0].event.sample_rate == spent(own[-1]).event.sample_rate
     rounds = read_lines(RoundLine, folder)
-    down, up = before.traffic.run(job.config.rounds, sites)
+    down, up = before.traffic.run(sites)
     assert sum(line.bytes_down for line in rounds) == down
     assert sum(line.bytes_up for line in rounds) == up
 

@@ -44,7 +44,7 @@ def test_a_site_whose_last_answer_was_lost_is_named(kind: str, words: str, tmp_p
     assert gaps(made(tmp_path, (3, kind))) == [f"south: {words} in round 3 and {THEN}"]
 
 
-@pytest.mark.parametrize("kind", ["budget", "policy", "task", "basis"])
+@pytest.mark.parametrize("kind", ["budget", "policy", "task", "tensors"])
 def test_a_site_that_refused_before_any_charge_is_not(kind: str, tmp_path: Path) -> None:
     assert gaps(made(tmp_path, (3, kind))) == []
 

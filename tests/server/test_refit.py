@@ -20,7 +20,7 @@ from fedveil.common.adapters import build_adapter
 from fedveil.common.config.sections import AdapterConfig, HeadConfig
 from fedveil.common.errors import ConfigError, ModelError
 from fedveil.common.messages.round import TrainTask
-from fedveil.common.messages.state import HEAD, METRIC, OWN, AdapterState
+from fedveil.common.messages.state import BASIS, HEAD, METRIC, OWN, AdapterState
 from fedveil.common.model.base import load_base_model
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.paths import run_folder
@@ -398,8 +398,10 @@ class Told(InProcessTransport):
     def deliver(self, node: int, task: Any, content: Any) -> Any:
         if task.round_number == self.dies and node == 1:
             raise KeyboardInterrupt
-        if isinstance(task, TrainTask) and task.basis:
-            self.once.append((task.round_number, node, task.basis))
+        if isinstance(task, TrainTask):
+            left = {k: {n: t for n, t in f.items() if (BASIS, k, n) not in task.named} for k, f in task.basis.items()}
+            if sent := {layer: factors for layer, factors in left.items() if factors}:
+                self.once.append((task.round_number, node, sent))
         if task.round_number == self.begins_anew and node == 1 and not any(n == -1 for _, n, _ in self.once):
             self.once.append((task.round_number, -1, {}))
             self._memories[node].clear()

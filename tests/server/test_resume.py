@@ -72,7 +72,8 @@ def killed_at(operation: int) -> Iterator[list[str]]:
 
 
 def what_counts(folder: Path) -> tuple[list[RoundLine], list[PrivacyLine]]:
-    rounds = [replace(line, seconds=0) for line in read_lines(RoundLine, folder)]
+    """Return a run's lines without times and bytes: a server that begins again does not know what its sites have."""
+    rounds = [replace(line, seconds=0, bytes_down=0) for line in read_lines(RoundLine, folder)]
     return rounds, read_lines(PrivacyLine, folder)
 
 
