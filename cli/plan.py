@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -13,10 +16,12 @@ from rich.console import Console
 from fedveil.cli.errors import for_people
 from fedveil.cli.table_options import Given, with_table
 from fedveil.common.errors import ConfigError
+from fedveil.common.setting_names import renamed
 from fedveil.common.words import visible
 
 if TYPE_CHECKING:
     from fedveil.common.config.flat import Scalar
+    from fedveil.privacy.privacy_filter import History
     from fedveil.strategies.job import Job
 
 console = Console(highlight=False, emoji=False, markup=False)
@@ -42,6 +47,31 @@ def plan(
     """Print what a run will cost in privacy, bytes, time and memory, before any training."""
     from fedveil.common.files import write_output
     from fedveil.common.paths import given_run
+
+    with _asked(given, sites, sizes) as asked:
+        earlier = [given_run(place) for place in after or []]
+        content = _said(asked, earlier, find, workers, calibrated=calibration)
+    if json_file is not None:
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        write_output({json_file: text.encode()}, [*given.files, *earlier])
+        console.print(f"written to {json_file}", soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The run that a plan is of."""
+
+    settings: dict[str, Scalar]
+    job: Job
+    sizes: tuple[int, ...]
+    history: History
+    """What is spent in the ledgers that were named."""
+    names: Sequence[str] = ()
+    """Of the sites; empty: the usual ones."""
+
+
+def _said(asked: _Asked, after: Sequence[Path], find: str, workers: int, *, calibrated: bool) -> dict[str, Any]:
+    """Print the plan, or the answer of ``--find``, and return it as plain values."""
     from fedveil.experiments.planner.earlier import earlier_runs
     from fedveil.experiments.planner.find import find as find_within_budget
     from fedveil.experiments.planner.forecast import forecast
@@ -49,64 +79,64 @@ def plan(
     from fedveil.experiments.planner.tables import print_forecast, print_found
     from fedveil.strategies.job import configure
 
-    overrides, job, public_sizes = _prepared(given, sites, sizes)
-    after = [given_run(place) for place in after or []]
+    job, sizes = asked.job, asked.sizes
+    if after and asked.history.releases:
+        raise ConfigError("--ledger and --after say what is spent: give one of them")
     earlier = earlier_runs(after, job)
-    history = earlier.history
+    history = earlier.history if after else asked.history
     for note in earlier.notes:
         console.print(f"WARNING: {note}", style="bold")
-    if find:
-        found = find_within_budget(job, find, history)
-        job = configure({**overrides, "recipe": job.config.recipe, found.setting: found.value})
-        site_plans(job, public_sizes, history)
-        print_found(console, job, public_sizes, found)
-        content = {**vars(found), "sizes": list(public_sizes), "settings": job.settings()}
-    else:
-        planned = forecast(job, public_sizes, workers=workers, calibrated=calibration, history=history)
+    if not find:
+        planned = forecast(job, sizes, workers=workers, calibrated=calibrated, history=history)
+        planned = replace(planned, names=asked.names)
         print_forecast(console, planned)
-        content = planned.as_json()
-    if json_file is not None:
-        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        write_output({json_file: text.encode()}, [*given.files, *after])
-        console.print(f"written to {json_file}", soft_wrap=True)
+        return planned.as_json()
+    found = find_within_budget(job, find, history)
+    job = configure({**asked.settings, "recipe": job.config.recipe, found.setting: found.value})
+    site_plans(job, sizes, history)
+    print_found(console, job, sizes, found)
+    return {**vars(found), "sizes": list(sizes), "settings": job.settings()}
 
 
-def _prepared(given: Given, sites: int | None, sizes: str) -> tuple[dict[str, Scalar], Job, tuple[int, ...]]:
-    """Return the settings of a run, its job and its sites' sizes, and say what was guessed and which recipe it has."""
-    from fedveil.common.data.notes import notes_on
-    from fedveil.common.data.sources import unprotected_test
-    from fedveil.experiments.own_table import hints, with_guesses
-    from fedveil.experiments.site_count import USUAL
+@contextmanager
+def _asked(given: Given, sites: int | None, sizes: str) -> Iterator[_Asked]:
+    """Yield the run, while its records can be read, and say what was guessed and which recipe it has."""
+    from fedveil.experiments.api.prepared import lines_of_plan, prepared, spent_before
+    from fedveil.experiments.planner.price import simulated_sizes
+
+    if sizes:
+        yield _of_sizes(given, sites, sizes)
+        return
+    with prepared(given.settings, given.division(sites), "--") as ready:
+        public_sizes = simulated_sizes(ready.job, len(ready.names))
+        for line in lines_of_plan(ready):
+            typer.echo(visible(renamed(line, given.names)), err=True)
+        yield _Asked(ready.settings, ready.job, public_sizes, spent_before(ready), ready.names)
+
+
+def _of_sizes(given: Given, sites: int | None, sizes: str) -> _Asked:
+    """Return the run of sites of public sizes, and say which recipe it has."""
+    from fedveil.privacy.privacy_filter import FRESH
     from fedveil.strategies.job import configure, with_recipe
 
-    settings, notes = (given.settings, []) if sizes else with_guesses(given.settings)
-    overrides, note = with_recipe(settings, divided=not sizes, sites=0 if sizes else sites or USUAL)
-    job = configure(overrides)
-    public_sizes = _sizes(job, sites, sizes)  # before the notes: of data that cannot be read their error says all
-    data = job.config.data
-    notes += [note, "" if sizes else unprotected_test(data.name, data.test, data.test_size)]
-    notes += [] if sizes else [*hints(job.config), *notes_on(data, job.config.model.task)]
-    for line in filter(None, notes):
-        typer.echo(visible(line), err=True)
-    if sizes and not settings.get("data.records"):
-        as_these = {**settings, "data.records": sum(public_sizes)}
+    if sites is not None or given.site or given.ledger is not None:
+        raise ConfigError("give --sizes, or --sites, --site and --ledger: the sizes say how many sites there are")
+    overrides, note = with_recipe(given.settings, divided=False)
+    job, public_sizes = configure(overrides), _numbers(sizes)
+    if note:
+        typer.echo(visible(note), err=True)
+    if not given.settings.get("data.records"):
+        as_these = {**given.settings, "data.records": sum(public_sizes)}
         other = with_recipe(as_these, sites=len(public_sizes))[0]["recipe"]
         if other != job.config.recipe:
             console.print(
                 f"what follows is of the recipe {job.config.recipe!r}; with data.records = {sum(public_sizes)}, as "
                 f"these sites have, it is {other!r}"
             )
-    return overrides, job, public_sizes
+    return _Asked(overrides, job, public_sizes, FRESH)
 
 
-def _sizes(job: Job, sites: int | None, sizes: str) -> tuple[int, ...]:
-    from fedveil.experiments.planner.price import simulated_sizes
-    from fedveil.experiments.site_count import USUAL
-
-    if not sizes:
-        return simulated_sizes(job, USUAL if sites is None else sites)
-    if sites is not None:
-        raise ConfigError("give --sizes or --sites, not both: the sizes say how many sites there are")
+def _numbers(sizes: str) -> tuple[int, ...]:
     parts = [part.strip() for part in sizes.split(",")]
     if not all(re.fullmatch(r"0*[1-9][0-9]{0,17}", part) for part in parts):
         raise ConfigError(f"--sizes is {sizes!r}: give whole numbers above 0, separated by commas, such as 700,2400")

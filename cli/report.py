@@ -110,7 +110,7 @@ def verify(
     rounds = f"after {signed['rounds_done']} of {counted(signed['rounds_planned'], 'round')}"
     files = ", ".join(sorted(signed["files"])) + _evidence_words(folder, signed["evidence"])
     console.print(
-        f"valid: run {visible(signed['run'])} ({visible(signed['strategy'])}), {visible(signed['status'])} {rounds}, "
+        f"valid: run {visible(signed['run'])} ({visible(signed['method'])}), {visible(signed['status'])} {rounds}, "
         f"{claim}; signed {signed['signed']} by the owner of {key}; {files}",
     )
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -13,9 +15,11 @@ from fedveil.cli.errors import for_people
 from fedveil.cli.summary import print_summary
 from fedveil.cli.table_options import Given, with_table
 from fedveil.common.ends import end_as_by_ctrl_c
+from fedveil.common.setting_names import renamed
 from fedveil.common.words import counted, visible
 
 if TYPE_CHECKING:
+    from fedveil.experiments.api.prepared import Prepared
     from fedveil.strategies.job import Job
 
 console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
@@ -33,55 +37,53 @@ def run(
         bool, typer.Option("--detach", help="Go on without this terminal, until the end or 'fedveil stop'.")
     ] = False,
     in_process: Annotated[
-        bool, typer.Option("--in-process", help="Simulate in this process, without Flower: site after site.")
+        bool,
+        typer.Option(
+            "--in-process", help="Simulate in this process, without Flower: site after site. --ledger does so."
+        ),
     ] = False,
 ) -> None:
     """Fine-tune on a table that simulated sites divide, and report on it."""
     began = time.monotonic()
     if not detach:
         end_as_by_ctrl_c()
-    if in_process:
-        from fedveil.experiments.api.register import register_named
+    from fedveil.experiments.api.prepared import prepared
+    from fedveil.experiments.api.register import register_named
 
+    here = in_process or given.ledger is not None or _began_named(given)
+    if here:
         register_named(given.settings)
-    settings, job, number = _prepared(given, sites)
-    console.print(visible(_banner(job, number)))
-    if detach:
-        flag: dict[str, int | None] = {"--in-process": None} if in_process else {}
-        _detached(settings, job, {"--sites": number, "--workers": workers, **flag})
-    else:
-        _attended(settings, job, number, None if in_process else workers, began)
+    with prepared(given.settings, given.division(sites), "--", named=here) as ready:
+        for line in ready.notes:
+            typer.echo(visible(renamed(line, given.names)), err=True)
+        console.print(visible(_banner(ready.job, len(ready.names))))
+        if detach:
+            _detached(ready, {"--sites": len(ready.names), "--workers": workers}, here=here)
+        else:
+            _attended(ready, given.names, None if here else workers, began)
 
 
-def _prepared(given: Given, sites: int | None) -> tuple[dict[str, Any], Job, int]:
-    """Return the settings of a run, its job and its sites, and say what was guessed and which recipe it has."""
-    from fedveil.experiments.own_table import hints, with_guesses
-    from fedveil.experiments.simulate import check_simulated
-    from fedveil.experiments.site_count import USUAL, sites_of
-    from fedveil.server.resume import with_resumed
-    from fedveil.strategies.job import configure, with_recipe
+def _began_named(given: Given) -> bool:
+    """Return whether a run goes on whose sites have names or ledgers that only this process can give them."""
+    from fedveil.experiments.site_count import began_named
+    from fedveil.server.resume import settings_of_resumed
 
-    settings, notes = with_guesses(with_resumed(given.settings))
-    settings, note = with_recipe(settings, sites=sites or USUAL)
-    job = configure(settings)
-    number = sites_of(job.config, sites)
-    check_simulated(job, number)  # what is wrong is said without a line above it on what the data leave open
-    for line in [*notes, *[note] * bool(note), *hints(job.config)]:
-        typer.echo(visible(line), err=True)
-    return settings, job, number
+    resume = settings_of_resumed(given.settings).get("resume")
+    return bool(resume) and began_named(Path(str(resume)))
 
 
-def _attended(settings: dict[str, Any], job: Job, sites: int, workers: int | None, began: float) -> None:
+def _attended(ready: Prepared, names: Mapping[str, str], workers: int | None, began: float) -> None:
     """Run the federation to its end below this terminal, show its progress and say what it has come to.
 
-    ``workers`` as for ``simulate``; None: in this process, without Flower.
+    ``names`` are those of settings in its lines, and ``workers`` as for ``simulate``; None: in this process.
     """
-    from fedveil.experiments.in_process import simulate_in_process
+    from fedveil.experiments.api.prepared import simulate_prepared
     from fedveil.experiments.progress import RunProgress
-    from fedveil.experiments.simulate import simulate
+    from fedveil.experiments.simulate import Progress, simulate
     from fedveil.experiments.under_way import ways_on
     from fedveil.reports import read_report, write_reports
 
+    settings = ready.settings
     begun = [Path(str(settings["resume"]))] if settings.get("resume") else []
 
     def begin(folder: Path) -> None:
@@ -94,26 +96,31 @@ def _attended(settings: dict[str, Any], job: Job, sites: int, workers: int | Non
             write_reports(folder)
         print_summary(folder, data, time.monotonic() - began)
 
+    def show(seen: Progress) -> None:
+        progress.show(replace(seen, lines=[renamed(line, names) for line in seen.lines]))
+
     try:
         with RunProgress(
-            console, _first_round(job), "starting" + " Flower and Ray" * (workers is not None)
+            console, _first_round(ready.job), "starting" + " Flower and Ray" * (workers is not None)
         ) as progress:
             if workers is None:
-                end(simulate_in_process(settings, sites, progress.show, begun=begin))
+                end(simulate_prepared(ready, show, begun=begin))
             else:
-                simulate(settings, sites, progress.show, workers=workers, begun=begin, ended=end)
+                simulate(settings, len(ready.names), show, workers=workers, begun=begin, ended=end)
     except BaseException as error:
         for place in begun[-1:]:
             error.add_note(ways_on(place))
         raise
 
 
-def _detached(settings: dict[str, Any], job: Job, options: dict[str, int | None]) -> None:
+def _detached(ready: Prepared, options: dict[str, int | str | None], *, here: bool) -> None:
     """Start the run in a session of its own, and say where it lies, how to follow and how to end it."""
     from fedveil.experiments.detached import LINES, begin_detached
 
-    with console.status("starting Flower and Ray"):
-        folder, process = begin_detached(settings, Path(job.config.output), options)
+    options |= {"--in-process": None} if here else {}
+    options |= {"--ledger": str(ready.ledger)} if ready.ledger and not ready.job.config.resume else {}
+    with console.status("starting" + " Flower and Ray" * (not here)):
+        folder, process = begin_detached(ready.settings, Path(ready.job.config.output), options)
     console.print(visible(f"process {process} goes on without this terminal, and writes to {folder / LINES}"))
     console.print(f"folder: {folder}\nfollow: fedveil watch {folder}\nend: fedveil stop {folder}")
 

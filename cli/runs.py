@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -27,15 +28,13 @@ def runs(output: Annotated[Path, typer.Argument(help="Folder of the runs.")] = P
     if not found:
         console.print(visible(f"no run in {output}: `fedveil run TABLE` starts one"))
         return
-    table = Table("run", "began (UTC)", "state", "rounds", "accuracy", "ε", box=None)
+    year = f"{datetime.now(UTC).year}-"
+    table = Table("run", "began, UTC", "state", "rounds", "accuracy", "ε", box=None, padding=(0, 1, 0, 0))
     table.columns[0].min_width = max(len(one.folder.name) for one in found)  # it is what commands take
     for one in found:
-        figures = (
-            f"{one.rounds} of {one.planned}",
-            percent_text(one.accuracy),
-            epsilon_text(one.epsilon, absent=UNKNOWN),
-        )
-        row = (visible(one.folder.name), one.began[:16].replace("T", " "), one.state, *figures)
+        figures = (f"{one.rounds}/{one.planned}", percent_text(one.accuracy), epsilon_text(one.epsilon, absent=UNKNOWN))
+        began = one.began[:16].replace("T", " ").removeprefix(year)
+        row = (visible(one.folder.name), began, one.state, *figures)
         table.add_row(*map(Text, row), style="bold" if one.state in (STARTING, UNDER_WAY) else "")
     console.print(table)
     console.print("`latest` names the last one wherever a command asks for a run, such as `fedveil report latest`")

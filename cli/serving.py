@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from fedveil.cli.errors import for_people
+from fedveil.common.errors import ConfigError
 from fedveil.common.words import counted, decimal_text, percent_text
 
 console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
@@ -80,6 +81,8 @@ def ask(
 
     folder = given_run(folder)
     check_adapter(folder / "adapter")
+    if not all(word.strip() for word in words):
+        raise ConfigError("a text is empty: write what to ask")
     from fedveil.experiments.serving.ask import ask_run
 
     with console.status("loading the model"):

@@ -28,6 +28,8 @@ from fedveil.common.messages.round import Refusal
 from fedveil.common.words import pathless
 
 log = logging.getLogger("fedveil.site")
+refusals = logging.getLogger("fedveil.site.refusals")
+"""Of their own, because a simulation says them in its rounds' lines."""
 
 PATH_KEYS = ("ledger", "policy", "data", "identity")
 """Node settings that hold a path."""
@@ -99,7 +101,7 @@ def refused(error: Exception, node: Mapping[str, Scalar], run: str, number: int,
     if refusal.kind == "failed":
         log.error("failed: %s", own_words(error), extra=where)
     else:
-        log.warning("refused (%s): %s", refusal.kind, own_words(error), extra=where)
+        refusals.warning("refused (%s): %s", refusal.kind, own_words(error), extra=where)
     return refusal
 
 

@@ -109,7 +109,7 @@ def set_up() -> None:
 
 @contextmanager
 def shown_otherwise(level: int = logging.WARNING) -> Iterator[None]:
-    """Keep from standard error, until the block ends, the server's lines and those of sites below ``level``.
+    """Keep from standard error, until the block ends, all but the sites' lines from ``level`` on; no refusal is shown.
 
     They are shown by who follows the run's folder, and are kept there in any case.
     """
@@ -132,11 +132,11 @@ def kept_in(path: Path, without: str = "") -> Iterator[None]:
 
     Args:
         path: the file.
-        without: name of a logger whose lines are left out; empty: none.
+        without: name of a logger whose lines, and those of loggers below it, are left out; empty: none.
     """
     handler = logging.FileHandler(path, encoding="utf-8", delay=True)
     if without:
-        handler.addFilter(lambda record: record.name != without)
+        handler.addFilter(lambda record: not f"{record.name}.".startswith(f"{without}."))
     handler.setFormatter(JsonLines())
     logger = logging.getLogger("fedveil")
     logger.addHandler(handler)

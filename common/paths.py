@@ -90,7 +90,10 @@ def local_name(name: str) -> str:
 def check_adapter(folder: Path) -> None:
     """Raise DataError unless a folder holds a saved adapter; commands ask before they import what takes seconds."""
     if not (folder / ABOUT_ADAPTER).is_file():
-        raise DataError(f"{folder} holds no adapter: give the folder of a finished run")
+        raise DataError(
+            f"{folder} holds no adapter, which is written at a run's end: name a finished run (`fedveil runs` lists "
+            "them), or resume this one"
+        )
 
 
 def check_vacant(folder: Path) -> None:

@@ -77,7 +77,7 @@ class BaselineFile(RunFile):
     labels: list[LabelScore] = field(default_factory=list)
     """Empty where records have no label."""
     slices: list[LabelScore] = field(default_factory=list)
-    """By slice of the test data (``data.slice``)."""
+    """By slice of the test data (``data.slice``), or by site."""
     begun_accuracy: float | None = None
     """After round 0, if the run's start was made from the sites' records there."""
     begun_loss: Measured | None = None
@@ -222,7 +222,7 @@ class RoundLine(RunFile):
     labels: list[LabelScore] = field(default_factory=list)
     """The score by label; empty in a round that was not scored."""
     slices: list[LabelScore] = field(default_factory=list)
-    """The score by slice of the test data (``data.slice``)."""
+    """The score by slice of the test data (``data.slice``), or by site."""
     shortened: list[ShortenedLine] = field(default_factory=list)
     """Updates that were made shorter."""
 

@@ -26,7 +26,9 @@ COMMAND = (sys.executable, "-P", "-m", "fedveil.cli.main", "run")
 POLL_SECONDS = 0.2
 
 
-def begin_detached(settings: Mapping[str, Scalar], output: Path, options: Mapping[str, int | None]) -> tuple[Path, int]:
+def begin_detached(
+    settings: Mapping[str, Scalar], output: Path, options: Mapping[str, int | str | None]
+) -> tuple[Path, int]:
     """Start ``fedveil run`` in a session of its own; return the run's folder once it has begun, and its process.
 
     No signal of this process's terminal reaches it, and it ignores SIGHUP. Where this process is interrupted first, it

@@ -55,10 +55,17 @@ def recorded_ledgers(folder: Path, given: Path | None) -> Path | None:
 
 
 def check_usual_sites(folder: Path) -> None:
-    """Raise ConfigError if a run that goes on began with ledgers or names of its sites that only Python can give."""
+    """Raise ConfigError if a run that goes on began with ledgers or names of its sites that Flower's engine has not."""
+    if began_named(folder):
+        raise ConfigError(
+            f"resume: the run in {folder} has named sites or shared ledgers: go on with fedveil.run(resume=...)"
+        )
+
+
+def began_named(folder: Path) -> bool:
+    """Return whether a run began with names of its sites, or with ledgers that several runs share."""
     file = read_if_there(SimulatedFile, folder)
-    if file and (file.ledgers or file.names):
-        raise ConfigError(f"resume: the run in {folder} was begun from Python: go on with fedveil.run(resume=...)")
+    return bool(file and (file.ledgers or file.names))
 
 
 def recorded_sites(folder: Path) -> int | None:
@@ -79,10 +86,10 @@ def sites_of(config: RunConfig, wanted: int | None) -> int:
     began = recorded_sites(folder)
     number = began if wanted is None else wanted
     if number is None:
-        raise ConfigError(f"resume: {folder} does not say how many sites it began with: give --sites as at its start")
+        raise ConfigError(f"resume: {folder} does not say how many sites it began with: give as many as then")
     if began not in (None, number):
         raise ConfigError(
-            f"resume: --sites is {wanted}, the run in {folder} began with {began}, and another number divides the "
-            "records otherwise: leave --sites out, or start a new run"
+            f"resume: the run in {folder} began with {began} sites, not {wanted}, and another number divides the "
+            "records otherwise: leave the number of sites out, or start a new run"
         )
     return number

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from fedveil.common.config.run import HEAD_ONLY
 from fedveil.common.config.sections import NO_ADAPTER
 from fedveil.common.data.named import DATASETS
 from fedveil.common.errors import DataError
@@ -85,12 +86,14 @@ def card_of(data: ReportData, declared: Declared, form: Form, report: bytes) -> 
     head = yaml.safe_dump(_metadata(data, declared, form), sort_keys=False, allow_unicode=True, width=100)
     task = TASKS[str(setting_of(data, "model.task"))]
     sites = f"{'at most ' * data.claim.trusts_server}{counted(data.headline.sites, 'site')}"
-    trained = f"A FedVeil run fine-tuned {plain(_shown_base(data))} on the records of {sites}"
+    base = plain(_shown_base(data))
+    alone = data.method == HEAD_ONLY
+    what = f"a classification head on the frozen {base}" if alone else f"an adapter of {base}"
     parts = [
         f"---\n{head}---",
-        f"# {plain(_shown_base(data))}, fine-tuned by {plain(data.method)}",
-        f"{trained}. No record left its site. Trained: {_trained(data)}. Task: {task.name}. The run "
-        f"{plain(data.status)} after {counted(data.headline.rounds_done, 'round')}.",
+        f"# {base}, {'with a trained classification head' if alone else f'fine-tuned by {plain(data.method)}'}",
+        f"A FedVeil run trained {what} on the records of {sites}. No record left its site. Trained: {_trained(data)}. "
+        f"Task: {task.name}. The run {plain(data.status)} after {counted(data.headline.rounds_done, 'round')}.",
         f"Intended use: {plain(declared.intended_use)}" if declared.intended_use else "",
         f"## Load it\n\n```python\n{form.code}```",
         _head_words(form),
@@ -107,7 +110,7 @@ def _trained(data: ReportData) -> str:
     """Return what was trained and how it was averaged, in words."""
     adapter = str(setting_of(data, "adapter.name"))
     if adapter == NO_ADAPTER:
-        return f"the classification head alone, by {plain(data.strategy)}"
+        return "the classification head alone"
     return f"the adapter {plain(adapter)}, by {plain(data.strategy)}"
 
 

@@ -104,7 +104,7 @@ def _signed_run(data: ReportData) -> Run:
     head = data.headline
     return Run(
         run=data.run,
-        strategy=data.strategy,
+        method=data.method,
         status=data.status,
         rounds_done=head.rounds_done,
         rounds_planned=head.rounds_planned,

@@ -199,10 +199,11 @@ def _accuracy(data: ReportData) -> list[Block]:
         macro = [percent_text(value) for value in (data.headline.macro_f1_before, data.headline.macro_f1_after)]
         blocks.append(Text(f"{macro[0]} before training, {macro[1]} after", label="Macro-F1 (mean of the labels' F1):"))
     blocks += [_confused(data.confusion)] if data.confusion else []
-    name = str(setting_of(data, "data.slice"))
-    return blocks + (
-        [_scores(f"Accuracy by {name}, a column of the public test file", name, data.slices)] if data.slices else []
-    )
+    if data.slices and (name := str(setting_of(data, "data.slice"))):
+        blocks.append(_scores(f"Accuracy by {name}, a column of the public test file", name, data.slices))
+    elif data.slices:
+        blocks.append(_scores("Accuracy by the site that test records are of", "site", data.slices))
+    return blocks
 
 
 def _scores(caption: str, name: str, reports: Sequence[LabelReport]) -> Table:

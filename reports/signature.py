@@ -123,7 +123,8 @@ class Run:
     """The run as a statement describes it; ε and δ are None without a claim."""
 
     run: str
-    strategy: str
+    method: str
+    """What was trained, in one name."""
     status: str
     rounds_done: int
     rounds_planned: int

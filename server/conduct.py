@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from shutil import rmtree
 
@@ -64,7 +65,7 @@ class Terminal(Observer):
 
     def resumed(self, round_number: int, score: Score | None) -> None:
         """Say after which round the run goes on."""
-        self._folder.say(f"goes on after round {round_number}: {score_words(score)}")
+        self._folder.say(f"goes on after round {round_number}: {score_words(score)}".rstrip(": "))
 
     def initialised(self, outcome: RoundOutcome) -> None:
         """Say what the start was made of, and who took no part in it."""
@@ -173,8 +174,9 @@ def _conduct(
         server_model = ServerModel(job)
         terminal = Terminal(job, folder, server_model)
         folder.label_names, folder.slice_names = server_model.label_names, server_model.slice_names
-        observer = Observers(folder, terminal, tracking)
-        run_all(job, run, connect(server_model, folder), server_model, observer, folder.saved)
+        observer, transport = Observers(folder, terminal, tracking), connect(server_model, folder)
+        with _usable_once_interrupted(folder, server_model):
+            run_all(job, run, transport, server_model, observer, folder.saved)
         _leave(folder, server_model, "stopped" if terminal.stop_reason else "completed", terminal.stop_reason)
     except Exception as error:
         full = full_disk(error, folder.path)
@@ -192,6 +194,18 @@ def _conduct(
             # A full disk, say: the first reason matters more than that the adapter could not be exported.
             reason = f"{reason}. {hint}; the adapter could not be saved ({type(second).__name__})"
             _say_failed(folder, reason, full)
+        raise
+
+
+@contextmanager
+def _usable_once_interrupted(folder: RunFolder, server_model: ServerModel) -> Iterator[None]:
+    """Save the adapter of the last complete round where the block ends by Ctrl-C or a notebook's stop."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if folder.saved and folder.saved.state.round_number:
+            with suppress(OSError, FedVeilError):
+                folder.save_adapter(server_model.model, folder.saved.state.adapter, server_model.label_names)
         raise
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from fedveil.common.data.sources import public_test, slices_of
+from fedveil.common.data.sources import public_test, slice_of, slices_of
 from fedveil.common.errors import ModelError
 from fedveil.common.messages.blocks import Layout, layout_of
 from fedveil.common.messages.columns import narrowed_layout
@@ -15,7 +15,7 @@ from fedveil.common.model.federated import FederatedModel
 from fedveil.common.model.head import phrases_of
 from fedveil.common.model.score import Score
 from fedveil.common.starts import Labels
-from fedveil.common.tasks import Record, wording_of
+from fedveil.common.tasks import TASKS, Record, wording_of
 from fedveil.common.tasks.examples import Example
 from fedveil.strategies.job import Job
 from fedveil.strategies.state import ServerState
@@ -38,8 +38,9 @@ class ServerModel:
         """What there is to say of the start's public text, in words; empty: nothing."""
         self.statistic_words = ""
         """What there is to say of the sites' statistic, in words; empty: nothing."""
-        self.slice_names = slices_of(test) if job.config.data.slice else ()
-        self._slices = [self.slice_names.index(example.slice) for example in test.examples if self.slice_names]
+        counted = TASKS[job.config.model.task].counted
+        self.slice_names = slices_of(test, job.config.data.slice) if counted else ()
+        self._slices = [self.slice_names.index(slice_of(example)) for example in test.examples if self.slice_names]
         self.records: Sequence[Record] = self.model.prepare(test.examples)
         if len(self.model.featurise(self.records)) < len(self.records):
             raise ModelError(

@@ -50,8 +50,8 @@ def epsilon_words(
 
 
 def score_words(score: Score | None) -> str:
-    """Return accuracy and loss, or that the round was not scored."""
-    return f"accuracy {100 * score.accuracy:.1f} %  loss {decimal_text(score.loss, 3)}" if score else "not scored"
+    """Return accuracy and loss, with two blanks behind; nothing of a round that was not scored."""
+    return f"accuracy {100 * score.accuracy:.1f} %  loss {decimal_text(score.loss, 3)}  " if score else ""
 
 
 def round_line(shown: Shown, outcome: RoundOutcome, members: Mapping[str, Member], own: float | None = None) -> str:
@@ -63,7 +63,7 @@ def round_line(shown: Shown, outcome: RoundOutcome, members: Mapping[str, Member
     spent = epsilon_words(shown.spent(got, members), shown.unit, shown.whose, own)
     payload = (got.bytes_down + got.bytes_up) / 1e6
     line = (
-        f"round {outcome.round_number}/{shown.rounds}  {score_words(outcome.score)}  "
+        f"round {outcome.round_number}/{shown.rounds}  {score_words(outcome.score)}"
         f"{spent}  {shown.sites(got)}  {payload:.2f} MB" + ("" if seconds is None else f"  {outcome.seconds:.0f} s")
     )
     refused = sorted(got.refusals.values(), key=lambda absence: natural(absence.site))

@@ -23,6 +23,8 @@ from fedveil.common.tasks.table_files import separated_otherwise
 from fedveil.common.tasks.tables import Table, Unfit
 from fedveil.common.words import counted
 
+SHOWN_ROWS = 5
+"""Rows that an error names by their numbers."""
 TWO_LABELS = "and a classifier needs 2: name all labels in data.labels"
 
 
@@ -69,8 +71,10 @@ def read_rows(
 
 
 def _unusable(unfit: Sequence[Unfit]) -> DataError:
-    """Return an error with the first row that is no record, the number of all, and the remedy."""
-    more = f" ({counted(len(unfit), 'row')} in all cannot be used)" if len(unfit) > 1 else ""
+    """Return an error with the first row that is no record, the number of all and the first few, and the remedy."""
+    rows = [str(row.row) for row in unfit if row.origin == unfit[0].origin]
+    few = ", ".join(rows[:SHOWN_ROWS]) + ", ..." * (len(unfit) > SHOWN_ROWS or len(rows) < len(unfit))
+    more = f" ({counted(len(unfit), 'row')} in all cannot be used: {few})" if len(unfit) > 1 else ""
     return DataError(f"{unfit[0].words}{more}; data.invalid-rows = 'skip' leaves such rows out")
 
 

@@ -24,7 +24,7 @@ from fedveil.common.errors import ConfigError, DataError, UnreadableFile
 from fedveil.common.files import FileState, expanded
 from fedveil.common.labels import labels_of, labels_text
 from fedveil.common.tasks import TASKS
-from fedveil.common.tasks.examples import Dataset
+from fedveil.common.tasks.examples import Dataset, Example
 from fedveil.common.tasks.roles import KEY, PERSON, SLICE, Column, columns_of
 from fedveil.common.tasks.table_files import READERS, read_file, read_hub
 from fedveil.common.tasks.tables import Table, Unfit
@@ -269,19 +269,32 @@ def public_test(config: DataConfig, task: str) -> Dataset:
     return train_and_test(config, task)[1]
 
 
-def slices_of(test: Dataset) -> tuple[str, ...]:
-    """Return the names of the slices of public test data, sorted.
+def slices_of(test: Dataset, column: str) -> tuple[str, ...]:
+    """Return the names of the slices of public test data, sorted; where no column has them, its sites.
+
+    The sites are known of a test set that is cut from records with a column that names them.
+
+    Args:
+        test: the records.
+        column: the setting ``data.slice``.
 
     Raises:
-        DataError: there are more than ``MOST_SLICES``.
+        DataError: the column has more than ``MOST_SLICES`` values.
     """
-    names = tuple(sorted({example.slice for example in test.examples}))
+    names = tuple(sorted({slice_of(example) for example in test.examples}))
+    if not column:
+        return names if 1 < len(names) <= MOST_SLICES else ()
     if len(names) > MOST_SLICES:
         raise DataError(
             f"{test.name} has {len(names)} values in the column that data.slice names, and a report has room for "
             f"{MOST_SLICES}: name a column with fewer"
         )
     return names
+
+
+def slice_of(example: Example) -> str:
+    """Return the slice of a public test record, or its site."""
+    return example.slice or example.key
 
 
 def unprotected_test(name: str, test: str, size: int) -> str:

@@ -3,40 +3,30 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Never
 
-from fedveil.client.app import process
-from fedveil.client.site import forget_divided
-from fedveil.common.config.flat import Scalar
-from fedveil.common.errors import ConfigError
 from fedveil.common.files import expanded
 from fedveil.common.paths import given_run
 from fedveil.common.run_lines import ProgressFile
-from fedveil.experiments.api.keywords import Settings, check_keywords, given_settings
-from fedveil.experiments.api.records import Data, Records, Test, as_before, records_of
+from fedveil.common.setting_names import called, renamed
+from fedveil.experiments.api.keywords import Settings, check_keywords, given_settings, names_in_python
+from fedveil.experiments.api.prepared import (
+    Division,
+    Prepared,
+    lines_of_plan,
+    prepared,
+    simulate_prepared,
+    spent_before,
+)
+from fedveil.experiments.api.records import Data, Test
 from fedveil.experiments.api.register import register_named
 from fedveil.experiments.api.result import Run
-from fedveil.experiments.api.sites import (
-    DIVISION,
-    LEDGERS,
-    left_of,
-    nodes_of,
-    same_records,
-    sites_of_records,
-    usual_names,
-)
-from fedveil.experiments.in_process import simulate_in_process
-from fedveil.experiments.own_table import hints, with_guesses
 from fedveil.experiments.progress import shown
-from fedveil.experiments.simulate import Progress, check_simulated
-from fedveil.experiments.site_count import USUAL, record_sites, recorded_ledgers, sites_of
+from fedveil.experiments.simulate import Progress
 from fedveil.server.checkpoint import NAME as CHECKPOINT
-from fedveil.server.ledger import with_ledger
-from fedveil.server.resume import with_resumed
-from fedveil.strategies.job import configure, with_recipe
 
 if TYPE_CHECKING:
     from fedveil.experiments.api.planned import Plan
@@ -103,15 +93,14 @@ def run(
     """
     check_keywords(unknown)
     keywords = _keywords(text, label, labels, epsilon, delta, strategy, rounds, model, output)
-    given = given_settings(keywords, settings, config)
-    if resume is not None:
-        given["resume"] = str(resume.folder if isinstance(resume, Run) else expanded(resume))
-    with _prepared(data, test, site, given) as (flat, records, notes):
-        number = _number(flat, records, sites, by_key=site is not None)
-        names, renamed = sites_of_records(configure(flat).config, number)
-        chosen, note = with_recipe(flat, sites=len(names))
-        notes += [renamed, note]
-        return _run(chosen, names, expanded(ledger) if ledger is not None else None, notes, quiet=quiet)
+    names = names_in_python(settings, config)
+    with called(lambda: names):
+        given = given_settings(keywords, settings, config)
+        if resume is not None:
+            given["resume"] = str(resume.folder if isinstance(resume, Run) else expanded(resume))
+        register_named(given)
+        with prepared(given, Division(data, test, site, sites, ledger)) as ready:
+            return _run(ready, names, quiet=quiet)
 
 
 def plan(
@@ -130,6 +119,7 @@ def plan(
     model: str | None = None,
     settings: Settings | None = None,
     config: str | Path | None = None,
+    ledger: str | Path | None = None,
     timed: bool = True,
     **unknown: Never,
 ) -> Plan:
@@ -142,28 +132,30 @@ def plan(
     Args:
         data, text, label, labels, site, sites, test: as for ``run``.
         epsilon, delta, strategy, rounds, model, settings, config: as for ``run``.
+        ledger: as for ``run``; what earlier runs have spent there counts, and nothing is written.
         timed: whether a few steps on held-out records measure how long the run will take.
 
     Raises:
         ConfigError, DataError: as for ``run``.
         PrivacyError: the budget cannot pay for a step.
+        RunFailed: too little of a shared budget is left.
     """
     from fedveil.experiments.api.planned import Plan
     from fedveil.experiments.planner.forecast import forecast
     from fedveil.experiments.planner.price import simulated_sizes
 
     check_keywords(unknown)
-    given = given_settings(
-        _keywords(text, label, labels, epsilon, delta, strategy, rounds, model, None), settings, config
-    )
-    with _prepared(data, test, site, given) as (flat, records, notes):
-        number = _number(flat, records, sites, by_key=site is not None)
-        names, renamed = sites_of_records(configure(flat).config, number)
-        chosen, note = with_recipe(flat, sites=len(names))
-        job = configure(chosen)
-        sizes = simulated_sizes(job, len(names))
-        notes += [renamed, note, *hints(job.config)]
-        return Plan(forecast(job, sizes, workers=1, calibrated=timed), "\n".join(filter(None, notes)))
+    keywords = _keywords(text, label, labels, epsilon, delta, strategy, rounds, model, None)
+    names = names_in_python(settings, config)
+    with called(lambda: names):
+        given = given_settings(keywords, settings, config)
+        register_named(given)
+        with prepared(given, Division(data, test, site, sites, ledger)) as ready:
+            sizes, spent = simulated_sizes(ready.job, len(ready.names)), spent_before(ready)
+            made = forecast(ready.job, sizes, workers=1, calibrated=timed, history=spent)
+            return Plan(
+                replace(made, names=ready.names), "\n".join(renamed(line, names) for line in lines_of_plan(ready))
+            )
 
 
 def load(folder: str | Path) -> Run:
@@ -199,81 +191,18 @@ def _keywords(
     return dict(locals())
 
 
-@contextmanager
-def _prepared(
-    data: Data, test: Test, site: str | None, given: dict[str, Scalar]
-) -> Iterator[tuple[dict[str, Scalar], Records, list[str]]]:
-    """Yield the settings of a run, its records, and a line on each guess; then drop what was read of the records."""
-    settings = Run(str(given["resume"])).settings if given.get("resume") else {}
-    register_named({**settings, **given})
-    records = records_of(data, test, site, str(given.get("model.task", "classification")))
-    for key in {*records.settings} & {*given}:
-        raise ConfigError(f"{key} is given as a setting, and data, test or site say it too: leave the setting out")
-    began: dict[str, Scalar] = {}
-    if settings:
-        records = as_before(records, settings)
-        began = {key: value for key, value in settings.items() if key.startswith("data.")}
-    try:
-        flat = {**began, **given, **records.settings}
-        with records.opened():
-            flat, notes = with_guesses(flat, option="")
-            flat |= records.held_out(configure(flat).config)
-            yield with_resumed(flat), records, notes
-    finally:
-        process.forget()
-        forget_divided()
-
-
-def _number(flat: dict[str, Scalar], records: Records, sites: int | None, *, by_key: bool) -> int:
-    """Return how many sites divide the records; 0: as many as a column names.
-
-    Raises:
-        ConfigError: another number is given than there are tables, or than a resumed run began with.
-    """
-    if records.sites is not None and sites not in (None, records.sites):
-        raise ConfigError(f"sites is {sites}, and data has {records.sites} tables, one for each site: leave sites out")
-    if by_key and sites is not None:
-        raise ConfigError("sites: the column that site names has a value for each site: leave sites out")
-    wanted = records.sites if sites is None else sites
-    if sites is not None and sites < 1:
-        raise ConfigError(f"sites must be at least 1, not {sites}")
-    if flat.get("resume"):
-        return sites_of(configure(flat).config, wanted)
-    return (0 if by_key else USUAL) if wanted is None else wanted
-
-
-def _run(
-    chosen: dict[str, Scalar], names: Sequence[str], ledger: Path | None, notes: Sequence[str], *, quiet: bool
-) -> Run:
-    """Conduct a run over sites of these names, and return it."""
-    job = configure(chosen)
-    if resumed := job.config.resume:
-        ledger = recorded_ledgers(Path(resumed), ledger)
-    usual = usual_names(len(names))
-    if job.mechanism.summed:  # their signing keys follow from the usual names
-        names = usual
-    check_simulated(job, len(names))
-    if ledger is not None:
-        chosen = with_ledger(chosen, ledger)
-        same_records(ledger, job.config, names)
-        if not resumed and job.claim.per:
-            notes = [*notes, left_of(ledger, job.config.privacy)]
-    elif resumed and (Path(resumed) / LEDGERS / DIVISION).is_file():  # `fedveil run` writes none
-        same_records(Path(resumed) / LEDGERS, job.config, names)
-
+def _run(ready: Prepared, names: Mapping[str, str], *, quiet: bool) -> Run:
+    """Conduct a run and return it; ``names`` are those of settings in its lines."""
     folders: list[Path] = []
-
-    def begun(folder: Path) -> None:
-        record_sites(folder, len(names), [] if [*names] == usual else names, ledger)
-        if ledger is None and not resumed:
-            same_records(folder / LEDGERS, job.config, names)
-        folders.append(folder)
-
-    nodes, level = nodes_of(names, ledger), logging.CRITICAL if quiet else logging.WARNING
+    level = logging.CRITICAL if quiet else logging.WARNING
     try:
-        with shown("the model is loaded and texts are read", quiet=quiet) as watch:
-            watch(Progress([line for line in (*notes, *hints(job.config)) if line], ProgressFile("starting")))
-            return Run(simulate_in_process(chosen, nodes, watch, begun=begun, alone=False, level=level))
+        with shown("the model is loaded and texts are read", quiet=quiet) as show:
+
+            def watch(seen: Progress) -> None:
+                show(replace(seen, lines=[renamed(line, names) for line in seen.lines]))
+
+            watch(Progress(ready.notes, ProgressFile("starting")))
+            return Run(simulate_prepared(ready, watch, begun=folders.append, alone=False, level=level))
     except BaseException as error:
         for folder in folders:  # Python and notebooks show notes below the error
             error.add_note(f"folder: {folder}")

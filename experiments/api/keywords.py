@@ -24,6 +24,8 @@ KEYWORDS = {
     "output": "output",
 }
 """The setting that each plain keyword stands for."""
+SETTINGS_OF_RECORDS = {"data.name": "data", "data.test": "test", "data.test-size": "test", "data.key": "site"}
+"""The keyword on records that each of these settings follows from."""
 OTHERS = ("site", "sites", "test", "ledger", "settings", "config", "resume", "quiet")
 """Keywords that are no setting."""
 Settings: TypeAlias = "Mapping[str, Scalar | Sequence[str] | Mapping[str, object]]"
@@ -64,3 +66,15 @@ def _plain(value: object) -> object:
     if isinstance(value, Path):
         return str(value)
     return list(value) if isinstance(value, tuple) else value
+
+
+def names_in_python(settings: Settings | None, config: str | Path | None) -> dict[str, str]:
+    """Return what an error calls each setting that a keyword stands for, such as ``text=``.
+
+    Settings that were given by their own names keep them.
+    """
+    if config is not None:
+        return {}
+    keywords = {**{key: f"{name}=" for name, key in KEYWORDS.items()}, "data.name": "data"}
+    keywords |= {key: f"{name}=" for key, name in SETTINGS_OF_RECORDS.items() if name != "data"}
+    return {key: name for key, name in keywords.items() if key not in flatten(dict(settings or {}))}

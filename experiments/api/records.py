@@ -69,8 +69,8 @@ class Records:
         return {"data.test-size": size}
 
 
-def records_of(data: Data, test: Test = None, site: str | None = None, task: str = "classification") -> Records:
-    """Return what a run is to train on and to hold out; arguments as for ``fedveil.run``.
+def records_of(data: Data | None, test: Test = None, site: str | None = None, task: str = "classification") -> Records:
+    """Return what a run is to train on and to hold out; arguments as for ``fedveil.run``, None: as the settings say.
 
     Raises:
         ConfigError: ``data`` or ``test`` is of another kind, or ``site`` is given beside one source for each site.
@@ -85,7 +85,8 @@ def records_of(data: Data, test: Test = None, site: str | None = None, task: str
         settings, made = _of_sites(data, task)
         tables[str(settings["data.name"])], sites = made, len(made)
     else:
-        settings["data.name"] = _source(data, "data", tables)
+        if data is not None:
+            settings["data.name"] = _source(data, "data", tables)
         if site:
             settings |= {"data.partition": "natural", "data.key": site}
     share = None

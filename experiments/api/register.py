@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, MutableMapping
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
@@ -52,15 +53,18 @@ def register(row: T) -> T:
     What protects records cannot be registered: no mechanism, accountant, source of noise, paid start or public data.
 
     Args:
-        row: a subclass of ``Strategy``, ``Adapter``, ``Task``, ``Start``, ``ServerRule`` or ``Tracker``. Registered
-            again, as by a cell that is run twice, the new class takes the place of the old one.
+        row: a subclass of ``Strategy``, ``Adapter``, ``Task``, ``Start``, ``ServerRule`` or ``Tracker``, of which
+            ``help(fedveil.strategies.base.Strategy)`` prints the members. Registered again, as by a cell that is run
+            twice, the new class takes the place of the old one.
 
     Raises:
         ConfigError: it is none of these or not whole, or FedVeil has a row or a setting of its name.
     """
     kind, table = _kind_of(row)
-    if missing := sorted(getattr(row, "__abstractmethods__", ())):
-        raise ConfigError(f"{row.__name__} does not define {', '.join(missing)}: add it")
+    if missing := sorted({*getattr(row, "__abstractmethods__", ()), *_not_declared(row)}):
+        base = next(base for base, _ in KINDS.values() if issubclass(row, base))
+        more = f"help({base.__module__}.{base.__name__}) says what it is"
+        raise ConfigError(f"{row.__name__} does not define {', '.join(missing)}: {more}")
     name = getattr(row, "name", None)
     if not isinstance(name, str) or not PLAIN_NAME.fullmatch(name) or "." in name:
         raise ConfigError(f"{row.__name__} needs a name of letters, digits, '_' and '-', such as name = 'mine'")
@@ -90,6 +94,17 @@ def register_named(settings: Mapping[str, object]) -> None:
             if getattr(row, "name", None) != point.name:
                 raise ConfigError(f"{whose} names a row {point.name!r} whose own name is another: write one in both")
             register(row)
+
+
+def _not_declared(row: type[Any]) -> set[str]:
+    """Return the class attributes that a row's bases declare without a value, and nobody gives one; but the name."""
+    declared = {
+        name
+        for base in row.__mro__
+        for name, kind in inspect.get_annotations(base).items()
+        if str(kind).startswith(("ClassVar", "typing.ClassVar"))
+    }
+    return {name for name in declared - {"name"} if not hasattr(row, name)}
 
 
 def _kind_of(row: object) -> tuple[str, MutableMapping[str, Any]]:

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedveil.common.config.run import method_of
+from fedveil.common.config.run import HEAD_ONLY, method_of
 from fedveil.common.errors import ConfigError
 from fedveil.common.files import expanded
 from fedveil.common.paths import check_adapter, check_vacant
@@ -95,7 +95,8 @@ class Run:
         """A row for each round: ``accuracy``, ``loss``, ``epsilon``, ``sites``, ``seconds`` and bytes sent.
 
         Round 0 is the model before training. ``accuracy`` is missing in a round that was not scored. ``epsilon`` is the
-        largest over the sites by then, and missing in a run without privacy.
+        largest over the sites by then, and missing in a run without privacy. Where a column names the sites and the
+        test set is cut from it, ``accuracy_of_leeds`` is that on the test records of ``leeds``.
         """
         return history_of(self.folder)
 
@@ -219,7 +220,8 @@ class Run:
             budget = "" if head.epsilon_budget is None else f" of {head.epsilon_budget:g}"
             privacy = f"ε {epsilon_text(head.epsilon)}{budget} at δ {head.delta:g} per {data.claim.per}{self._alone()}"
         method = method_of(str(settings["strategy"]), str(settings["adapter.name"]))
-        trained = f"{method} on {settings['model.name']}"
+        what = "a classification head on the frozen" if method == HEAD_ONLY else f"an adapter by {method} on"
+        trained = f"{what} {settings['model.name']}"
         lines = {"status": ended + (f" ({data.reason})" if data.reason else "")}
         if self.accuracy:
             lines["accuracy"] = repr(self.accuracy)

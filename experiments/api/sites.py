@@ -18,6 +18,7 @@ from fedveil.common.errors import ConfigError, RunFailed
 from fedveil.common.files import replace_file
 from fedveil.common.tasks.examples import Dataset
 from fedveil.privacy.figures import epsilon_text
+from fedveil.privacy.privacy_filter import FRESH, History, price_after
 
 LEDGERS = "ledgers"
 """In a run's folder, the ledgers of its simulated sites."""
@@ -32,7 +33,7 @@ def usual_names(sites: int) -> list[str]:
     return [f"site-{i}" for i in range(sites)]
 
 
-def sites_of_records(config: RunConfig, wanted: int) -> tuple[list[str], str]:
+def sites_of_records(config: RunConfig, wanted: int, *, named: bool = True) -> tuple[list[str], str]:
     """Return the names of the sites that divide a run's records, and a line on sites that could not keep theirs.
 
     A site that has the records of one key alone is called by the key.
@@ -40,6 +41,7 @@ def sites_of_records(config: RunConfig, wanted: int) -> tuple[list[str], str]:
     Args:
         config: of the run.
         wanted: number of sites; 0: as many as there are keys, of a division by keys.
+        named: whether they can be called otherwise than usual.
 
     Raises:
         DataError: the records are too few for the sites.
@@ -51,10 +53,11 @@ def sites_of_records(config: RunConfig, wanted: int) -> tuple[list[str], str]:
     if config.data.partition != "natural" or len(keys) != parts:
         return usual, ""
     names = [site_part(train, config.data, i, parts).examples[0].key for i in range(parts)]
-    if all(map(PLAIN_NAME.fullmatch, names)):
+    plain = all(map(PLAIN_NAME.fullmatch, names))
+    if named and plain:
         return names, ""
     called = ", ".join(f"{new} is {name!r}" for new, name in zip(usual, names, strict=True))
-    return usual, f"{called}: a site's name has letters, digits, '.', '_' and '-' alone"
+    return usual, called + ": a site's name has letters, digits, '.', '_' and '-' alone" * (not plain)
 
 
 def nodes_of(names: Sequence[str], ledgers: Path | None) -> list[dict[str, Scalar]]:
@@ -67,8 +70,10 @@ def nodes_of(names: Sequence[str], ledgers: Path | None) -> list[dict[str, Scala
     return nodes
 
 
-def same_records(ledgers: Path, config: RunConfig, names: Sequence[str]) -> None:
+def same_records(ledgers: Path, config: RunConfig, names: Sequence[str], *, write: bool = True) -> None:
     """Write down which records the sites of these ledgers have, or compare them with those that they had.
+
+    Without ``write`` they are compared alone.
 
     A record that came to another site would have that site's budget, which knows nothing of what was spent on it; and
     a run goes on with the records that it began with.
@@ -83,6 +88,8 @@ def same_records(ledgers: Path, config: RunConfig, names: Sequence[str]) -> None
     if not file.is_file():
         if any(ledgers.glob("*.sqlite")):
             raise ConfigError(f"ledger: {ledgers} has ledgers and no {DIVISION}: put it back, or name another folder")
+        if not write:
+            return
         ledgers.mkdir(parents=True, exist_ok=True)
         replace_file(file, (json.dumps(now, indent=1) + "\n").encode())
     elif json.loads(file.read_bytes()) != now and config.resume:
@@ -113,6 +120,15 @@ def left_of(ledgers: Path, privacy: PrivacyConfig) -> str:
 def _spent(file: Path, delta: float) -> float:
     with Ledger(file) as ledger:
         return max((ledger.epsilon(name, delta) for name in {entry.dataset for entry in ledger.entries()}), default=0.0)
+
+
+def most_spent(ledgers: Path, delta: float) -> History:
+    """Return what the site has spent, in a folder of ledgers, that has spent most."""
+    histories = [FRESH]
+    for file in ledgers.glob("*.sqlite"):
+        with Ledger(file) as ledger:
+            histories += [ledger.history(name, "") for name in {entry.dataset for entry in ledger.entries()}]
+    return max(histories, key=lambda history: price_after(history, (), delta)[0])
 
 
 def _digest(part: Dataset) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedveil.common.run_lines import (
     BaselineFile,
     ConfigFile,
+    LabelScore,
     PrivacyLine,
     RoundLine,
     read_file,
@@ -34,7 +36,7 @@ def history_of(folder: Path) -> pd.DataFrame:
             spent[paid.round_number] = max(spent.get(paid.round_number, 0.0), paid.spent.epsilon_total)
     rows: dict[int, dict[str, Any]] = {}
     if before := read_if_there(BaselineFile, folder):
-        rows[0] = {"accuracy": before.accuracy, "loss": before.loss, "complete": True}
+        rows[0] = {"accuracy": before.accuracy, "loss": before.loss, "complete": True, **_of_slices(before.slices)}
     for line in read_lines(RoundLine, folder):
         number = line.round_number
         rows[number] = {
@@ -47,9 +49,16 @@ def history_of(folder: Path) -> pd.DataFrame:
             "bytes_down": line.bytes_down,
             "bytes_up": line.bytes_up,
             "complete": line.complete,
+            **_of_slices(line.slices),
         }
-    frame = pd.DataFrame.from_dict(rows, orient="index", columns=[*FIGURES, "complete"])
-    return frame.rename_axis("round").astype(dict.fromkeys(FIGURES, float)).sort_index()
+    columns = [*FIGURES, "complete", *dict.fromkeys(name for row in rows.values() for name in row if "_of_" in name)]
+    frame = pd.DataFrame.from_dict(rows, orient="index", columns=columns)
+    figures = [name for name in columns if name != "complete"]
+    return frame.rename_axis("round").astype(dict.fromkeys(figures, float)).sort_index()
+
+
+def _of_slices(scores: Sequence[LabelScore]) -> dict[str, float]:
+    return {f"accuracy_of_{score.label}": score.right / score.records for score in scores if score.records}
 
 
 def privacy_of(folder: Path) -> pd.DataFrame:

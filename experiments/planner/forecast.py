@@ -58,6 +58,13 @@ class Forecast:
     signal: SignalToNoise | None
     history: History = FRESH
     """What earlier runs have spent of the records."""
+    names: Sequence[str] = ()
+    """Of the sites; empty: the usual ones."""
+
+    @property
+    def site_names(self) -> Sequence[str]:
+        """A name for each site."""
+        return self.names or [f"site-{k}" for k in range(len(self.sizes))]
 
     @property
     def spent(self) -> float:
@@ -165,6 +172,7 @@ class Forecast:
             "private": bool(self.job.claim.per),
             "sites": [
                 {
+                    "site": self.site_names[k],
                     "public_size": size,
                     "sample_rate": config.training.sample_rate,
                     "expected_batch": self.expected_batches[k],

@@ -73,7 +73,7 @@ def _print_sites(console: Console, forecast: Forecast) -> None:
     for k, (size, batch) in enumerate(zip(forecast.sizes, forecast.expected_batches, strict=True)):
         noise = "none" if forecast.noises[k] is None else f"{forecast.noises[k]:.5g}"
         rate = f"{config.training.sample_rate:.4g}"
-        table.add_row(f"site-{k}", f"{size:,}", rate, f"{batch:.1f}", str(config.total_steps), noise)
+        table.add_row(forecast.site_names[k], f"{size:,}", rate, f"{batch:.1f}", str(config.total_steps), noise)
     console.print(table)
 
 

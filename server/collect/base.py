@@ -67,8 +67,8 @@ class Collected:
         """Return why a round does not count: who did not take part, sites with one reason together."""
         last, sites = self.failures[-1] if self.failures else None, dict[tuple[str, str], list[str]]()
         for absent in self.refusals.values():
-            sites.setdefault((absent.kind, absent.reason), []).append(absent.site)
-        # Of a reason that all have, such as a full memory, one line is read and not one for each.
+            # Of a reason that all have, such as a spent budget, one line is read and not one for each.
+            sites.setdefault((absent.kind, absent.reason.replace(f" {absent.site!r}", "")), []).append(absent.site)
         lines = [f"{', '.join(names)} ({kind}): {reason}" for (kind, reason), names in sites.items()]
         # What no site answers for, such as how many make a sum, and what to do then.
         reasons = "; ".join([*([last.reason] if last and not last.site else []), *lines])

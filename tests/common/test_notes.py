@@ -25,7 +25,8 @@ def plain(number: int) -> list[tuple[str, str]]:
 def test_all_rows_without_a_label_are_counted_and_can_be_left_out(tmp_path: Path) -> None:
     name = table(tmp_path, [("first", ""), *plain(20), ("last", ""), ("odd", "")])
     with pytest.raises(
-        DataError, match=r"row 1 has no value in column 'label'.*3 rows in all.*data.invalid-rows"
+        DataError,
+        match=r"row 1 has no value in column 'label'.*3 rows in all cannot be used: 1, 22, 23\).*data.invalid-rows",
     ) as caught:
         load_dataset(DataConfig(name=name), "classification")
     assert "\n" not in str(caught.value)
@@ -59,6 +60,19 @@ def test_texts_that_occur_often_are_counted_with_what_epsilon_then_means(tmp_pat
     assert "ε protects one row" in note
     assert notes_on(DataConfig(name=table(tmp_path, [*plain(100), ("text 1", "bad")])), "classification") == []
     assert notes_on(DataConfig(name="rotten-tomatoes"), "classification") == []
+
+
+def test_texts_at_several_sites_and_test_texts_that_are_trained_on_are_said(tmp_path: Path) -> None:
+    path = tmp_path / "sites.csv"
+    path.write_text(
+        "text,label,site\n" + "".join(f"text {n // 2},bad,{'ab'[n % 2]}\n" for n in range(3)) + "x,good,a\n"
+    )
+    by_site = DataConfig(name=str(path), partition="natural", key="site", test_size=1)
+    assert any("1 text is at more than one site" in note for note in notes_on(by_site, "classification"))
+    (tmp_path / "own").mkdir()
+    test = table(tmp_path / "own", [("Text 1", "bad"), ("new", "good")])
+    (note,) = notes_on(DataConfig(name=table(tmp_path, plain(20)), test=test), "classification")
+    assert "1 of 2 rows of the test set is in the training table, too" in note
 
 
 def test_texts_that_say_nothing_are_counted(tmp_path: Path) -> None:

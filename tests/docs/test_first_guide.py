@@ -50,7 +50,7 @@ def test_ten_commands_lead_from_a_table_to_a_served_model_and_a_signed_report(
         for line in block.splitlines():
             words = shlex.split(line.replace("RUN_FOLDER", folder))
             commands.append(words[1])
-            if words[0] == "make":
+            if words[0] == "python3":
                 continue
             toy = ["-c", "toy.toml"] if words[1] in ("plan", "run") else []
             code, said = fedveil(words[1], *toy, *words[2:])
@@ -61,7 +61,7 @@ def test_ten_commands_lead_from_a_table_to_a_served_model_and_a_signed_report(
             if words[1] == "verify":
                 assert said.startswith("valid: run"), said
     assert len(commands) <= MOST, f"{len(commands)} commands are more than the page says"
-    assert {"environment", "run", "merge", "verify"} <= set(commands)
+    assert {"run", "merge", "verify"} <= set(commands)
     assert re.search(r"^\[\[.*\d.*\]\]$", capsys.readouterr().out, flags=re.M), "the served model gave no logits"
 
 
@@ -79,7 +79,13 @@ def test_the_ten_commands_as_they_stand_in_a_clean_clone(tmp_path: Path) -> None
         for line in lines:
             words = shlex.split(line.replace("RUN_FOLDER", folder))
             done = subprocess.run(
-                words, cwd=clone, env=known, capture_output=True, text=True, check=False, timeout=PATIENCE
+                ["bash", "-c", line.replace("RUN_FOLDER", folder)],
+                cwd=clone,
+                env=known,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=PATIENCE,
             )
             said = done.stdout
             assert done.returncode == 0, f"{line}\n{said}\n{done.stderr}"

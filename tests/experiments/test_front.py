@@ -110,6 +110,11 @@ def test_runs_that_share_ledgers_share_one_budget(given: dict[str, Any], frame: 
     assert "of this run alone" not in repr(first)
     with pytest.raises(RunFailed, match=r"earlier runs have spent ε 7\.9\d+ of 8 at (leeds|york), and too little"):
         fedveil.run(tables, test=40, ledger=ledger, **given)
+    settings = given["settings"]
+    planned = fedveil.plan(tables, test=40, ledger=ledger, epsilon=20, timed=False, settings=settings)
+    assert planned.as_dict()["epsilon_of_earlier_runs"] == pytest.approx(first.epsilon, abs=1e-3)
+    with pytest.raises(RunFailed, match="too little is left"):
+        fedveil.plan(tables, test=40, ledger=ledger, timed=False, settings=settings)
     more = fedveil.run(tables, test=40, ledger=ledger, epsilon=20, **given)
     assert (more.epsilon or 0) > (first.epsilon or 0)
     with pytest.raises(ConfigError, match="had other records than now"):
@@ -134,11 +139,16 @@ def test_a_column_names_the_site_of_each_row(given: dict[str, Any], frame: pd.Da
     frame["hospital"] = ["north", "south", "west"] * 80
     run = fedveil.run(frame, site="hospital", test=0.2, **given)
     assert {*run.privacy["site"]} == {"north", "south", "west"}
+    last = run.history.iloc[-1]
+    parts = [last[f"accuracy_of_{name}"] for name in ("north", "south", "west")]
+    assert min(parts) <= last["accuracy"] <= max(parts)
+    assert "Accuracy by the site" in run.report.read_text(encoding="utf-8")
     assert run.settings["data.test-size"] == 48
     planned = fedveil.plan(
         frame, site="hospital", test=0.2, timed=False, **{k: v for k, v in given.items() if k == "settings"}
     )
-    assert "3 sites" in repr(planned)
+    assert {site["site"] for site in planned.as_dict()["sites"]} == {"north", "south", "west"}
+    assert "north" in repr(planned)
     assert planned.epsilon == pytest.approx(run.epsilon, rel=0.02)
     assert planned.seconds is None
 
@@ -150,6 +160,9 @@ def test_a_column_names_the_site_of_each_row(given: dict[str, Any], frame: pd.Da
         ({"privacy_epsilon": 3}, r"write settings=\{'privacy.epsilon'"),
         ({"epsilon": 3, "settings": {"privacy.epsilon": 3}}, "epsilon and settings.* are the same setting"),
         ({"settings": {"privacy.epsilno": 3}}, "unknown setting 'privacy.epsilno'"),
+        ({"text": "x"}, r"no column 'x' \(text=\)"),
+        ({"settings": {"data.text": "x"}}, r"no column 'x' \(data\.text\)"),
+        ({"test": 5000}, r"test= is 5000, but .* has only 240 records: .* or name a file as test="),
         ({"settings": {"data.name": "other.csv"}}, "data.name is given as a setting"),
         ({"sites": 0}, "at least 1"),
         ({"test": True}, "not a truth value"),
@@ -210,10 +223,12 @@ def test_an_interrupted_run_goes_on_and_pays_no_site_twice(
             fedveil.run(data, test=40, **given)
     folder = next(Path(given["output"]).glob("*-7"))
     assert ended.value.__notes__ == [f"folder: {folder}", f"go on: fedveil.run(..., resume={str(folder)!r})"]
-    assert fedveil.load(folder).status == "unfinished"
+    cut_off = fedveil.load(folder)
+    assert cut_off.status == "unfinished"
+    assert len(cut_off.predict(["a warm film", "a dull one"])) == 2, "of the rounds that are complete"
     with pytest.raises(ConfigError, match=r"go on with fedveil\.run"):
         simulate({**read_file(ConfigFile, folder).settings, "resume": str(folder)}, 2, lambda _: None)
-    with pytest.raises(ConfigError, match=r"resume: data\.name is"):
+    with pytest.raises(ConfigError, match=r"resume: data is"):
         fedveil.run(str(folder / "rounds.jsonl"), resume=folder, quiet=True)
     with pytest.raises(ConfigError, match="resume: the run began with other records"):
         fedveil.run({**data, "york": frame[121:]}, test=40, resume=folder, **given)
@@ -265,6 +280,33 @@ def test_the_command_runs_in_process_where_that_is_wanted(toy_settings: dict[str
     (folder,) = Path(toy_settings["output"]).iterdir()
     assert read_file(ResultFile, folder).engine == ENGINES["one process"]
     assert not (folder / PROCESS).exists()
+
+
+def test_the_command_takes_records_as_python_does(
+    toy_settings: dict[str, Any], frame: pd.DataFrame, tmp_path: Path
+) -> None:
+    frame["hospital"] = ["north", "south"] * 120
+    frame.to_csv(tmp_path / "own.csv", index=False)
+    others = {key: value for key, value in toy_settings.items() if not key.startswith("data.")}
+    (tmp_path / "job.toml").write_text(to_toml(others), encoding="utf-8")
+    words = ["run", f"{tmp_path / 'own.csv'}", "--site", "hospital", "--test", "0.2", "--ledger", f"{tmp_path / 'led'}"]
+    words += ["-c", str(tmp_path / "job.toml"), "--rounds", "1"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert done.stdout.count("round 1/1") == 1
+    (folder,) = Path(toy_settings["output"]).iterdir()
+    run = fedveil.load(folder)
+    assert {*run.privacy["site"]} == {"north", "south"}
+    assert run.settings["data.test-size"] == 48
+    assert sorted(path.name for path in (tmp_path / "led").glob("*.sqlite")) == ["north.sqlite", "south.sqlite"]
+    assert "of this run alone" not in repr(run)
+    for again in (words, ["plan", *words[1:], "--no-calibration"]):
+        refused = CliRunner().invoke(app, again)
+        assert refused.exit_code == 1
+        assert "too little is left" in refused.output.splitlines()[-1]
+    wrong = CliRunner().invoke(app, ["run", words[1], "--text", "x"])
+    assert "no column 'x' (--text)" in wrong.output
+    assert "data.text" in CliRunner().invoke(app, ["run", words[1], "-c", 'data.text="x"']).output
 
 
 def test_the_readmes_lines_run_on_a_table_of_ones_own(

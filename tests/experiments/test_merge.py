@@ -190,7 +190,7 @@ def test_a_merge_is_whole_or_not_at_all(
     (tmp_path / "full" / "mine.txt").write_text("mine")
     for words, wanted in (
         ((run, tmp_path / "full"), "exists already, and nothing is written over: name a new folder"),
-        ((tmp_path, tmp_path / "new"), "holds no adapter: give the folder of a finished run"),
+        ((tmp_path, tmp_path / "new"), "holds no adapter, which is written at a run's end"),
     ):
         code, said = fedveil("merge", *words)
         assert code == 1

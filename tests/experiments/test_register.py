@@ -30,6 +30,7 @@ from fedveil.privacy import MECHANISMS
 from fedveil.privacy.accountant import Accountant
 from fedveil.server import runner
 from fedveil.strategies import STRATEGIES
+from fedveil.strategies.average import Average
 from fedveil.strategies.fedavg import FedAvgLoRA
 from fedveil.strategies.rules import RULES
 from fedveil.strategies.rules.none import NoRule
@@ -110,8 +111,10 @@ def test_what_protects_records_cannot_be_registered(row: Any) -> None:
 
 
 def test_a_row_that_is_not_whole_is_refused() -> None:
-    with pytest.raises(ConfigError, match="does not define close, log"):
+    with pytest.raises(ConfigError, match=r"does not define close, log: help\(fedveil\.common\.trackers"):
         fedveil.register(type("Seen", (Tracker,), {"name": "seen", "__init__": lambda *_: None}))
+    with pytest.raises(ConfigError, match=r"does not define adapters, facts: help\(fedveil\.strategies\.base"):
+        fedveil.register(type("Bare", (Average,), {"name": "bare"}))
 
 
 def test_a_row_of_an_installed_package_is_loaded_when_a_simulation_names_it(tmp_path: Path) -> None:

@@ -62,7 +62,8 @@ def test_a_run_that_is_being_started_is_listed_and_can_be_named(runs: Path) -> N
 
 def test_the_command_lists_them_and_says_where_there_are_none(runs: Path, tmp_path: Path) -> None:
     code, said = fedveil("runs")
-    assert (code, [word in said for word in ("ffa-lora-7", "cut off", "1 of 4", "70.0 %")]) == (0, [True] * 4), said
+    assert (code, [word in said for word in ("ffa-lora-7", "cut off", "1/4", "70.0 %")]) == (0, [True] * 4), said
+    assert max(map(len, said.splitlines()[:-1])) <= 80
     assert "no run in" in fedveil("runs", tmp_path / "no-run")[1]
 
 

@@ -186,7 +186,7 @@ def test_folder_and_card_name_what_was_trained(served: dict[str, Served], kind: 
         text = card.read_text(encoding="utf-8")
         meta = yaml.safe_load(text.split("---")[1])
         assert meta["tags"] == ["federated-learning", "differential-privacy", method, "fedveil"]
-        assert f"fine-tuned by {method}\n" in text
+        assert ("with a trained classification head\n" if alone else f"fine-tuned by {method}\n") in text
         assert ("lora" in text.replace("fedavg-lora", "")) != alone
         assert (meta["library_name"] == "peft") == (relation == "adapter" and not alone)
         assert "base_model_relation" not in meta, "a folder of the coordinator's is no model of the hub"

@@ -94,6 +94,6 @@ def test_slices_that_cannot_be_are_refused_in_a_line(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no column 'regin'"):
         load_dataset(DataConfig(name=path, test=path, slice="regin"), "classification", path)
     many = tuple(TextExample(text="x", slice=f"r{i}") for i in range(MOST_SLICES + 1))
-    assert len(slices_of(Dataset("many", many[1:], ()))) == MOST_SLICES
+    assert len(slices_of(Dataset("many", many[1:], ()), "region")) == MOST_SLICES
     with pytest.raises(DataError, match=r"51 values in the column that data\.slice names"):
-        slices_of(Dataset("many", many, ()))
+        slices_of(Dataset("many", many, ()), "region")
