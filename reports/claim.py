@@ -68,7 +68,7 @@ EXPOSED_RUN = (
 )
 """Without names, which the page would not escape here: the gaps name the sites."""
 NOTHING_YET = "Privacy is on. No site has reported a release yet, so there is no figure."
-REGISTERED = "{} is code that no version of FedVeil has: whether the claim holds with it, no test of FedVeil says"
+REGISTERED = "{} is not part of FedVeil: none of FedVeil's tests says whether the claim holds with it"
 SEEDED = "noise and samples came from a test's random numbers, so this run protects no record"
 UNKNOWN = (
     "This FedVeil does not know the run's privacy.mode {!r}, or not with privacy.unit {!r}. It can say nothing about "

@@ -61,7 +61,9 @@ def register(row: T) -> T:
         ConfigError: it is none of these or not whole, or FedVeil has a row or a setting of its name.
     """
     kind, table = _kind_of(row)
-    if missing := sorted({*getattr(row, "__abstractmethods__", ()), *_not_declared(row)}):
+    if missing := sorted(
+        {*getattr(row, "__abstractmethods__", ()), *(_not_declared(row) if kind != "tracker" else ())}
+    ):
         base = next(base for base, _ in KINDS.values() if issubclass(row, base))
         more = f"help({base.__module__}.{base.__name__}) says what it is"
         raise ConfigError(f"{row.__name__} does not define {', '.join(missing)}: {more}")

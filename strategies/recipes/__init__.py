@@ -76,7 +76,7 @@ class Choice:
             trains = "Training the classification head only, no LoRA adapter"
             return f"{trains} (recipe {self.recipe!r}): {self.reason}{keep}"
         rather = f", not {self.instead!r}" if self.instead else ""
-        return f"Recipe {self.recipe!r}{rather}: {self.reason}{keep}"
+        return f"Settings left open follow recipe {self.recipe!r}{rather}: {self.reason}{keep}"
 
 
 def choose(run: RunConfig, written: Collection[str], labels: int = 0, sites: int = 0) -> Choice:

@@ -174,7 +174,7 @@ def test_too_few_sites_is_an_error_that_counts_them(tmp_path: Path, fake_control
     with pytest.raises(RunFailed, match="3 sites wanted, 2 online, not ward after 0 s: look at the logs of those"):
         submission.submit(server, {}, said.append, sites=3, patience=0.0)
     assert said[1:] == ["3 sites wanted, 2 online, not ward: waiting up to 0 s"]
-    assert said[0].startswith("Recipe 'metric': ")
+    assert said[0].startswith("Settings left open follow recipe 'metric': ")
     assert control.submitted == []
 
 

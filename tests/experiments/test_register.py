@@ -58,7 +58,7 @@ def test_a_registered_strategy_runs_and_the_report_says_that_it_is_no_row(toy_se
     named = {"sites": 2, "test": 40, "output": toy_settings["output"], "quiet": True}
     run = fedveil.run(toy_settings["data.name"], strategy="halved", settings={**settings, "halved.every": 3}, **named)
     assert run.settings["halved.every"] == 3
-    assert "strategy 'halved' is code that no version of FedVeil has" in (run.folder / "report.md").read_text()
+    assert "strategy 'halved' is not part of FedVeil" in (run.folder / "report.md").read_text()
     fedveil.register(type("Halved", (Halved,), {"__doc__": "As a cell that is run twice makes it."}))
     assert STRATEGIES["halved"] is not Halved
 

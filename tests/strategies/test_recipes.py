@@ -124,14 +124,14 @@ TRUSTED = {"privacy.mode": "client-level", "privacy.unit": "site", "privacy.coho
         (
             {"privacy.mode": "none", "rounds": 23},
             "plain",
-            "Recipe 'plain', not 'open': rounds is 23, and 'open' needs 24 or more",
+            "recipe 'plain', not 'open': rounds is 23, and 'open' needs 24 or more",
         ),
         (
             {"privacy.mode": "none", "training.local-steps": 4},
             "plain",
-            "Recipe 'plain', not 'open': training.local-steps is set: write recipe = 'open' to keep that",
+            "recipe 'plain', not 'open': training.local-steps is set: write recipe = 'open' to keep that",
         ),
-        ({"privacy.mode": "none", **WORDS}, "plain", "Recipe 'plain', not 'long-steps': privacy.mode is"),
+        ({"privacy.mode": "none", **WORDS}, "plain", "recipe 'plain', not 'long-steps': privacy.mode is"),
         ({"privacy.mode": "none", "strategy": "fed-svd"}, "plain", ""),
         ({"strategy": "fed-sb"}, "plain", ""),
         ({"rounds": 6, "adapter.rank": 4}, "plain", ": rounds is 6"),
@@ -152,16 +152,16 @@ TRUSTED = {"privacy.mode": "client-level", "privacy.unit": "site", "privacy.coho
         (
             {**WORDS, "strategy": "ffa-lora", "server.learning-rate": 0.005},
             "plain",
-            "Recipe 'plain', not 'long-steps': server.learning-rate is set: write recipe = 'long-steps'",
+            "recipe 'plain', not 'long-steps': server.learning-rate is set: write recipe = 'long-steps'",
         ),
-        ({**WORDS, **TRUSTED}, "plain", "Recipe 'plain', not 'long-steps': privacy.mode is"),
+        ({**WORDS, **TRUSTED}, "plain", "recipe 'plain', not 'long-steps': privacy.mode is"),
         (IMAGES, "head-only", "starts from words, and model.task is 'image-classification'"),
         ({**IMAGES, "head.start": "zeros"}, "head-only", "model.task is 'image-classification'"),
         ({**IMAGES, "head.start": "random"}, "plain", ": head.start is set"),
         (
             {**IMAGES, "privacy.mode": "none"},
             "plain",
-            "Recipe 'plain', not 'open': model.task is 'image-classification'",
+            "recipe 'plain', not 'open': model.task is 'image-classification'",
         ),
         ({**IMAGES, "privacy.mode": "secure-sum", "privacy.honest-sites": 3}, "head-only", "model.task is"),
         ({**IMAGES, "strategy": "fed-sb"}, "plain", ""),
@@ -209,7 +209,7 @@ def test_a_file_tells_its_labels_where_a_job_is_made_and_none_is_looked_at_elsew
     path.write_text("text,label\n" + "".join(f"note {i},kind {i % 2}\n" for i in range(15_000)), "utf-8")
     settings, note = with_recipe(many)
     assert (settings["recipe"], settings["data.records"]) == ("metric", 14_000)
-    assert note == "Recipe 'metric': it suits 2 labels and privacy.mode 'dp-sgd'"
+    assert note == "Settings left open follow recipe 'metric': it suits 2 labels and privacy.mode 'dp-sgd'"
     apart, note = with_recipe(many, divided=False)
     assert (apart["recipe"], "data.records" in apart) == ("head-only", False), "real sites hold records of their own"
     chosen = {sites: with_recipe(many, sites=sites)[0]["recipe"] for sites in (1, 4, 5, 20)}
