@@ -217,7 +217,7 @@ def test_verify_says_of_which_run_how_it_ended_at_which_epsilon_and_when(
     words, data = signed()[1], report_of(made.folder)
     assert data.headline.epsilon is not None
     for part in (
-        f"run {data.run} ({data.strategy})",
+        f"run {data.run} ({data.method})",
         f"{data.status} after 3 of 3 rounds",
         f"ε {epsilon_text(data.headline.epsilon)} at δ 1e-05",
     ):
