@@ -5,7 +5,7 @@ COPY pyproject.toml ./
 # A stage of its own: a changed setting in pyproject.toml does not install everything again.
 RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
         extras = p['optional-dependencies']; \
-        print(*p['dependencies'], *extras['demo'], *extras['vision'], sep='\n')" > /requirements.txt
+        print(*p['dependencies'], *extras['demo'], *extras['grpc'], *extras['vision'], sep='\n')" > /requirements.txt
 
 FROM python:3.11-slim
 

@@ -131,13 +131,13 @@ $(DEMO): pyproject.toml requirements/pip.txt requirements/demo.txt requirements/
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(NEW_PIP)
 	$(PIP) $(EXACT) -r requirements/demo.txt
-	$(SHOWN) -e '.[demo]'
+	$(SHOWN) -e '.[demo,grpc]'
 	$(PIP) --upgrade --no-deps --only-binary :all: -r requirements/override.txt
 	@touch $(DEMO)
 
 # The tools of developers, and every extra that tests need.
 $(READY): $(DEMO)
-	$(SHOWN) -e '.[demo,vision,pictures,quantised,docs,dev]'
+	$(SHOWN) -e '.[demo,grpc,vision,pictures,quantised,docs,dev]'
 	$(PIP) --upgrade --no-deps --only-binary :all: -r requirements/override.txt
 	@touch $(READY)
 

@@ -13,6 +13,7 @@ from fedveil.common.config.text import toml_value
 from fedveil.deploy.road import Road, past_proxies
 from fedveil.deploy.server_folder import ServerFolder
 from fedveil.deploy.site_folder import SiteFolder, node_settings
+from fedveil.deploy.transport import superlink_words
 from fedveil.server.own_check import FOLDER
 from fedveil.server.registered import NODES
 
@@ -53,7 +54,8 @@ def superlink_command(folder: ServerFolder, secret: Path | None = None) -> list[
     runs the submitted code, and any local user may ask its port for runs.
     """
     return [
-        program("flower-superlink"),
+        *own_module("fedveil.deploy.superlink"),
+        str(folder.path),
         *("--ssl-ca-certfile", str(folder.path / "ca.crt")),
         *("--ssl-certfile", str(folder.path / "server.pem")),
         *("--ssl-keyfile", str(folder.path / "server.key")),
@@ -61,8 +63,7 @@ def superlink_command(folder: ServerFolder, secret: Path | None = None) -> list[
         "--disable-runtime-dependency-installation",
         *_isolation(secret),
         *("--database", str(folder.database)),
-        *("--fleet-api-address", folder.fleet),
-        *("--host", folder.control_host, "--port", str(folder.control_port)),
+        *superlink_words(folder),
     ]
 
 

@@ -17,7 +17,8 @@ from fedveil.common.words import counted
 from fedveil.deploy import shared_checks as shared
 from fedveil.deploy.check_results import CheckResult, examine
 from fedveil.deploy.files import read_bytes
-from fedveil.deploy.fleet import Answer, ask_to_join
+from fedveil.deploy.fleet import ask_to_join
+from fedveil.deploy.fleet_answers import Answer
 from fedveil.deploy.node_keys import read_node_key
 from fedveil.deploy.refusal import why_refused, why_unreachable
 from fedveil.deploy.server_checks import authority_checks

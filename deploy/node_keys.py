@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedveil.common.errors import DataError
@@ -65,6 +65,16 @@ def public_pem(line: bytes) -> bytes:
     except (ValueError, UnsupportedAlgorithm) as error:
         raise DataError("a site's public key is not in OpenSSH form: take the site's node.pub") from error
     return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+
+
+def pem_of(key: ec.EllipticCurvePrivateKey) -> bytes:
+    """Return the public half of a site's key as Flower keeps it (PEM)."""
+    return key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+
+
+def signature(key: ec.EllipticCurvePrivateKey, text: str) -> bytes:
+    """Return a site's signature of a text, as Flower asks for it of the time."""
+    return key.sign(text.encode("ascii"), ec.ECDSA(hashes.SHA256()))
 
 
 def _public_line(key: ec.EllipticCurvePublicKey) -> bytes:

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import FrameType
 
 from fedveil.common.parent import die_with_parent
@@ -26,6 +25,7 @@ POLL_SECONDS = 0.2
 SHORT_LIFE, MOST_SHORT_LIVES = 10.0, 5
 """Seconds and number of successive short lives after which a worker is given up."""
 AGAIN_SECONDS = 1.0
+SUPERLINK = "fedveil.deploy.superlink"
 PATIENCE = 4.0
 """Seconds that both get to end by themselves."""
 SITE_ENDS = (
@@ -57,7 +57,7 @@ def run_pair(node: list[str], worker: list[str], say: Callable[[str], None]) -> 
             time.sleep(POLL_SECONDS)
             ended = running["node"].poll()
             if ended is not None:
-                say((SERVER_ENDS if Path(node[0]).name == "flower-superlink" else SITE_ENDS).format(ended))
+                say((SERVER_ENDS if SUPERLINK in node else SITE_ENDS).format(ended))
                 return ended or 1
             ended = running["worker"].poll()
             if ended is None:

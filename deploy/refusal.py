@@ -7,7 +7,8 @@ import ssl
 from fedveil.common.errors import DataError
 from fedveil.deploy.certificates import other_issuer
 from fedveil.deploy.files import read_bytes
-from fedveil.deploy.fleet import PATIENCE, Answer, ask_to_join
+from fedveil.deploy.fleet import ask_to_join
+from fedveil.deploy.fleet_answers import PATIENCE, Answer
 from fedveil.deploy.node_keys import read_node_key
 from fedveil.deploy.road import ProxyRefusal, Road
 from fedveil.deploy.site_folder import SiteFolder

@@ -24,7 +24,8 @@ from fedveil.deploy import shared_checks as shared
 from fedveil.deploy.certificates import as_fingerprint, fingerprint, read_certificate
 from fedveil.deploy.check_results import Check, CheckResult, examine
 from fedveil.deploy.files import read_bytes
-from fedveil.deploy.fleet import PATIENCE, asks_for_keys
+from fedveil.deploy.fleet import asks_for_keys
+from fedveil.deploy.fleet_answers import PATIENCE
 from fedveil.deploy.refusal import why_unreachable
 from fedveil.deploy.server_checks import authority_checks, certificate_checks, control_checks, task_checks
 from fedveil.deploy.server_folder import ServerFolder, open_server

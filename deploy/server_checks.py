@@ -84,7 +84,7 @@ def control_checks(folder: ServerFolder) -> Iterator[CheckResult]:
     host = folder.control_host
     open_to_all, local = _is_everywhere(host), host in ("127.0.0.1", "::1", "localhost")
     advice = "set control-host to 127.0.0.1" if open_to_all else "keep everyone else out"
-    who = "every user of this machine does" if local else "it has no login"
+    who = "of this machine its own user and root alone do" if local else "it has no login"
     yield CheckResult(
         not open_to_all,
         "Control port",

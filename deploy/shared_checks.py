@@ -28,7 +28,8 @@ RENEW_DAYS = 30
 def versions() -> Iterator[CheckResult]:
     """Python and the packages that results depend on, against FedVeil's own requirements."""
     yield CheckResult(sys.version_info >= (3, 11), "python", f"{platform.python_version()}, 3.11 or newer is needed")
-    wanted = {item.name: item for item in map(Requirement, requires("fedveil") or ())}
+    required = map(Requirement, requires("fedveil") or ())
+    wanted = {item.name: item for item in required if not item.marker or item.marker.evaluate({"extra": ""})}
     for name in WATCHED:
         try:
             found = version(name)

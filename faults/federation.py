@@ -241,7 +241,8 @@ class Federation:
         ]
 
     def _warm(self, command: list[str]) -> list[str]:
-        return [str(self._programs.folder / Path(command[0]).name), *command[1:]]
+        words = command[3:] if command[1:3] == ["-P", "-m"] else command  # a module of our own, or a program
+        return [str(self._programs.folder / Path(words[0]).name), *words[1:]]
 
     def _environment(self, name: str) -> Mapping[str, str]:
         base = environment(self.folder / name / "flwr")

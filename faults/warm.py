@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 PROGRAMS = {
-    "flower-superlink": "flwr.superlink.cli:flower_superlink",
+    "fedveil.deploy.superlink": "fedveil.deploy.superlink:main",
     "flower-supernode": "flwr.supernode.cli:flower_supernode",
     "flower-superexec": "flwr.supercore.cli:flower_superexec",
     "flwr-serverapp": "flwr.superlink.cli:flwr_serverapp",

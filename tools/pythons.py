@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 VERSIONS = ("3.11", "3.12", "3.13", "3.14")
-EXTRAS = ".[demo,vision,pictures,quantised,docs,dev]"
+EXTRAS = ".[demo,grpc,vision,pictures,quantised,docs,dev]"
 PLACES = "/usr/bin", "/usr/local/bin", str(Path.home() / ".pyenv/versions"), "/opt/python"
 """Where Pythons lie that are not first on the path; a folder of versions has one in ``bin`` of each."""
 

@@ -26,6 +26,7 @@ from fedveil.deploy.commands import node_config, superlink_command
 from fedveil.deploy.server_folder import CONTROL_PORT, FLEET_PORT, open_server
 from fedveil.deploy.site_folder import node_settings, open_site_folder
 from fedveil.deploy.start import start_site
+from fedveil.deploy.transport import IS_HTTP
 from fedveil.privacy.secure_sum.roster import load_roster
 from fedveil.server.registered import NODES
 from fedveil.strategies.job import configure
@@ -117,7 +118,8 @@ def test_the_superlink_binds_its_control_port_to_that_network(pki: Path) -> None
         assert words[words.index(f"--ssl-{option}") + 1] == str(server.path / name)
     assert "--disable-runtime-dependency-installation" in words
     assert words[words.index("--host") + 1] == container.CONTROL
-    assert words[words.index("--fleet-api-address") + 1].endswith(f":{FLEET_PORT}")
+    assert server.fleet.endswith(f":{FLEET_PORT}")
+    assert ("--fleet-api-address" in words) != IS_HTTP, "with HTTP the front door listens there"
     assert "--enable-supernode-auth" in words
     assert "--insecure" not in words
 

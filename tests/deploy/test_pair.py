@@ -413,10 +413,8 @@ def test_a_server_starts_its_superlink_and_a_runner_of_the_installed_code_with_a
 
 
 def test_a_server_whose_superlink_ends_says_so(tmp_path: Path) -> None:
-    link = tmp_path / "flower-superlink"
-    link.write_text(f"#!{sys.executable}\nraise SystemExit(3)\n")
-    link.chmod(0o755)
-    words = [json.dumps([str(link)]), json.dumps(program(STAYS, tmp_path / "worker"))]
+    link = [sys.executable, "-c", "raise SystemExit(3)", pair.SUPERLINK]
+    words = [json.dumps(link), json.dumps(program(STAYS, tmp_path / "worker"))]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     words = [*own_module("fedveil.deploy.pair"), *words]
     ended = subprocess.run(words, env=env, capture_output=True, text=True, timeout=PATIENCE, check=False)

@@ -28,10 +28,11 @@ from fedveil.common.ports import free_ports
 from fedveil.common.run_lines import ConfigFile, read_file
 from fedveil.common.server_file import CheckLine, OwnCheck, Reach, ServerFile, ServerStart
 from fedveil.common.strict_json import to_json
-from fedveil.deploy import doctor, shared_checks
+from fedveil.deploy import doctor, fleet, fleet_grpc, shared_checks
 from fedveil.deploy.certificates import SERVER_DAYS, fingerprint, read_certificate
 from fedveil.deploy.commands import superlink_environment
-from fedveil.deploy.fleet import AUTHENTICATED, asks_for_keys
+from fedveil.deploy.fleet import asks_for_keys
+from fedveil.deploy.fleet_grpc import AUTHENTICATED
 from fedveil.deploy.node_keys import read_node_key
 from fedveil.deploy.refusal import why_refused
 from fedveil.deploy.run_check import Port, check_run
@@ -177,6 +178,12 @@ def test_it_is_under_the_signature(tmp_path: Path) -> None:
 def folder(tmp_path: Path) -> ServerFolder:
     fleet, control = free_ports(2)
     return make_server(tmp_path / "server", ["localhost"], fleet_port=fleet, control_port=control)
+
+
+@pytest.fixture(autouse=True)
+def by_grpc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask as with Flower 1.39, whichever is installed; tests/deploy/test_front_door.py has the other way."""
+    monkeypatch.setattr(fleet, "_calls", fleet_grpc.calls)
 
 
 @contextmanager
