@@ -120,7 +120,9 @@ def _of_sizes(given: Given, sites: int | None, sizes: str) -> _Asked:
     from fedveil.strategies.job import configure, with_recipe
 
     if sites is not None or given.site or given.ledger is not None:
-        raise ConfigError("give --sizes, or --sites, --site and --ledger: the sizes say how many sites there are")
+        raise ConfigError(
+            "give --sizes or --sites (--site, --ledger), not both: the sizes say how many sites there are"
+        )
     overrides, note = with_recipe(given.settings, divided=False)
     job, public_sizes = configure(overrides), _numbers(sizes)
     if note:

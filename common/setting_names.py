@@ -10,7 +10,7 @@ from fedveil.common.errors import FedVeilError
 
 
 def renamed(text: str, names: Mapping[str, str]) -> str:
-    """Return a sentence for people with other names for settings; of settings without a section nothing is changed.
+    """Return a sentence for people with other names for settings; quoted ones, and those without a section, stay.
 
     >>> renamed("x.csv has no column 'a' (data.text)", {"data.text": "text="})
     "x.csv has no column 'a' (text=)"
@@ -20,7 +20,7 @@ def renamed(text: str, names: Mapping[str, str]) -> str:
     keys = sorted((key for key in names if "." in key), key=len, reverse=True)
     if not keys:
         return text
-    found = rf"(?<![\w./-])({'|'.join(map(re.escape, keys))})(?![\w-]|\.\w)"
+    found = rf"(?<![\w./'-])({'|'.join(map(re.escape, keys))})(?![\w-]|\.\w)"
     return re.sub(found, lambda match: names[match[1]], text)
 
 

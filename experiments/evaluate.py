@@ -14,6 +14,9 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 
 from fedveil.common.adapters.attach import pefts_old_names
+from fedveil.common.config.flat import from_section
+from fedveil.common.config.run import RunConfig
+from fedveil.common.config.sections import DataConfig
 from fedveil.common.data.sources import public_test
 from fedveil.common.errors import DataError, ModelError
 from fedveil.common.foreign_words import PEFT_MISSING_KEYS
@@ -28,7 +31,6 @@ from fedveil.common.tasks import TASKS, Task
 from fedveil.common.tasks.module import TaskModule
 from fedveil.common.tensor_file import read_tensors
 from fedveil.common.words import visible
-from fedveil.strategies.job import configure
 
 PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
 """What PEFT takes for regular expressions in an adapter's configuration."""
@@ -87,6 +89,12 @@ def about_of(adapter: Path) -> AdapterFile:
     if about.task not in TASKS or about.precision not in PRECISIONS:
         raise DataError(f"{adapter / AdapterFile.NAME} names a task or a precision that this FedVeil does not know")
     return about
+
+
+def data_of(about: AdapterFile) -> DataConfig:
+    """Return how the run's records are read, whatever its strategy: one that was registered may be unknown here."""
+    own = {key: value for key, value in about.settings.items() if key.startswith("data.")}
+    return from_section(DataConfig, own, "data.")
 
 
 def base_of(about: AdapterFile, name: str, files: str) -> BaseModel:
@@ -158,9 +166,8 @@ def _fitting(path: Path) -> Iterator[None]:
 def score_of(result: Result) -> Score:
     """Return a model's score on the public test data of its run."""
     about, task, base = result.about, result.task, result.base
-    job = configure(about.settings)
-    test = public_test(job.config.data, about.task)
-    device = choose_device(job.config.device)
+    test = public_test(data_of(about), about.task)
+    device = choose_device(str(about.settings.get("device", RunConfig().device)))
     choose_attention(base.module, device)
     records = task.prepare(base, test.examples, task.limit(base, about.max_length))
     return score_records(result.module.to(device), task, base, records, device, PRECISIONS[about.precision])

@@ -237,6 +237,10 @@ def _check_known(values: Mapping[str, Scalar]) -> None:
         if key not in known:
             if why := REFUSED.get(key.rpartition(".")[2].replace("_", "-")) or unnamed(key, values):
                 raise ConfigError(f"{key} cannot be set: {why}")
+            if (row := key.partition(".")[0]) in (values.get("strategy"), values.get("server.rule")):
+                raise ConfigError(
+                    f"{row!r} is no row of FedVeil, and none is registered here: fedveil.register it first"
+                )
             raise ConfigError(f"unknown setting {key!r}{nearest(key, known)}{BESIDE if key.startswith(START) else ''}")
         if key.startswith(START) and not (is_open(key) and value == AUTO):
             typed(key, value, type(declared[key]))

@@ -15,12 +15,11 @@ from fedveil.common.files import sha256_of, with_usual_mode
 from fedveil.common.paths import check_vacant
 from fedveil.common.tasks import Finished
 from fedveil.common.tasks.roles import columns_of
-from fedveil.experiments.evaluate import load_result
+from fedveil.experiments.evaluate import data_of, load_result
 from fedveil.reports import report_of, to_json
 from fedveil.reports.card import NAME as CARD
 from fedveil.reports.card import Form, card_of
 from fedveil.reports.declared import read_declared
-from fedveil.strategies.job import configure
 
 FORMS = ("merged", "seq-cls")
 """One plain model; or the adapter for a stock classifier, the head in it, where a stock class computes that."""
@@ -107,6 +106,6 @@ def load_finished(run: Path) -> Finished:
         except ValueError as error:
             raise ModelError(f"the adapter of {run} cannot be merged ({error}): its numbers are not finite") from error
     labels, limit = tuple(result.about.label_names), task.limit(base, result.about.max_length)
-    columns = columns_of(task.roles, configure(result.about.settings).config.data)
+    columns = columns_of(task.roles, data_of(result.about))
     inputs = tuple(column.role.setting for column in columns if column.role.in_question)
     return Finished(task, module.eval(), base, labels, limit, inputs)

@@ -59,6 +59,11 @@ def test_a_registered_strategy_runs_and_the_report_says_that_it_is_no_row(toy_se
     run = fedveil.run(toy_settings["data.name"], strategy="halved", settings={**settings, "halved.every": 3}, **named)
     assert run.settings["halved.every"] == 3
     assert "strategy 'halved' is not part of FedVeil" in (run.folder / "report.md").read_text()
+    del STRATEGIES["halved"]
+    assert len(fedveil.load(run.folder).predict(["a warm film"])) == 1, "a finished model asks for no strategy"
+    with pytest.raises(ConfigError, match="'halved' is no row of FedVeil, and none is registered here"):
+        fedveil.run(toy_settings["data.name"], strategy="halved", settings={"halved.every": 3}, **named)
+    STRATEGIES["halved"] = Halved
     fedveil.register(type("Halved", (Halved,), {"__doc__": "As a cell that is run twice makes it."}))
     assert STRATEGIES["halved"] is not Halved
 
