@@ -101,10 +101,8 @@ def tune(
     with _folder_said(output):
         best, charged = trials.tune(tuning, output, conduct, _say)
     _say(f"charged to each ledger, at most: ε {epsilon_text(charged)} {delta}")
-    _say(
-        f"best is {best}. It is the best of {count} on the same public records, so its score is flattered: measure it "
-        "on others before it is quoted."
-    )
+    flattered = f"It is the best of {count} on the same public records, so its score is flattered"
+    _say(f"best is {best}. {flattered}: measure it on others before it is quoted.")
     _say(f"report: {best.folder / 'report.html'}")
 
 

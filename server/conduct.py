@@ -165,11 +165,7 @@ def _conduct(
     try:
         log.info("this run's files are in %s", folder.path, extra=about(run))
         folder.progress(ProgressFile("loading model and data"))
-        data = job.config.data
-        if warning := unprotected_test(data.name, data.test, data.test_size):
-            folder.say(warning)
-            for note in notes_on(data, job.config.model.task):
-                folder.say(note)
+        _warn_of_test(job, folder)
         folder.say(f"engine: {ENGINES[folder.reach]}")
         server_model = ServerModel(job)
         terminal = Terminal(job, folder, server_model)
@@ -207,6 +203,15 @@ def _usable_once_interrupted(folder: RunFolder, server_model: ServerModel) -> It
             with suppress(OSError, FedVeilError):
                 folder.save_adapter(server_model.model, folder.saved.state.adapter, server_model.label_names)
         raise
+
+
+def _warn_of_test(job: Job, folder: RunFolder) -> None:
+    """Say in the run's log that test records which no ε covers are shown to whoever reads the scores."""
+    data = job.config.data
+    if warning := unprotected_test(data.name, data.test, data.test_size):
+        folder.say(warning)
+        for note in notes_on(data, job.config.model.task):
+            folder.say(note)
 
 
 def run_all(

@@ -61,12 +61,7 @@ def register(row: T) -> T:
         ConfigError: it is none of these or not whole, or FedVeil has a row or a setting of its name.
     """
     kind, table = _kind_of(row)
-    if missing := sorted(
-        {*getattr(row, "__abstractmethods__", ()), *(_not_declared(row) if kind != "tracker" else ())}
-    ):
-        base = next(base for base, _ in KINDS.values() if issubclass(row, base))
-        more = f"help({base.__module__}.{base.__name__}) says what it is"
-        raise ConfigError(f"{row.__name__} does not define {', '.join(missing)}: {more}")
+    _check_whole(kind, row)
     name = getattr(row, "name", None)
     if not isinstance(name, str) or not PLAIN_NAME.fullmatch(name) or "." in name:
         raise ConfigError(f"{row.__name__} needs a name of letters, digits, '_' and '-', such as name = 'mine'")
@@ -119,6 +114,14 @@ def _kind_of(row: object) -> tuple[str, MutableMapping[str, Any]]:
         if issubclass(row, base):
             return kind, table
     raise ConfigError(f"{row.__name__} cannot be registered: only a subclass of {kinds} can, and nothing that protects")
+
+
+def _check_whole(kind: str, row: type[Any]) -> None:
+    declared = () if kind == "tracker" else _not_declared(row)
+    if missing := sorted({*getattr(row, "__abstractmethods__", ()), *declared}):
+        base = KINDS[kind][0]
+        more = f"help({base.__module__}.{base.__name__}) says what it is"
+        raise ConfigError(f"{row.__name__} does not define {', '.join(missing)}: {more}")
 
 
 def _check_free(kind: str, name: str, table: MutableMapping[str, Any]) -> None:
