@@ -24,9 +24,7 @@ os.environ.setdefault("FEDVEIL_CORES", "1")
 os.environ["FEDVEIL_PROCESS"] = "1"  # as in all that FedVeil starts
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-# PEFT loads bitsandbytes, which marks optimisers to be compiled that nothing here uses: the compiler's import alone
-# takes each process a second.
-os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # as ``common.threads`` says
 
 import numpy as np
 import pytest

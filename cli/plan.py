@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,8 +51,8 @@ def plan(
     with _asked(given, sites, sizes) as asked:
         earlier = [given_run(place) for place in after or []]
         content = _said(asked, earlier, find, workers, calibrated=calibration)
+        text = json.dumps(content(), indent=2, ensure_ascii=False) + "\n" if json_file else ""
     if json_file is not None:
-        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         write_output({json_file: text.encode()}, [*given.files, *earlier])
         console.print(f"written to {json_file}", soft_wrap=True)
 
@@ -70,8 +70,10 @@ class _Asked:
     """Of the sites; empty: the usual ones."""
 
 
-def _said(asked: _Asked, after: Sequence[Path], find: str, workers: int, *, calibrated: bool) -> dict[str, Any]:
-    """Print the plan, or the answer of ``--find``, and return it as plain values."""
+def _said(
+    asked: _Asked, after: Sequence[Path], find: str, workers: int, *, calibrated: bool
+) -> Callable[[], dict[str, Any]]:
+    """Print the plan, or the answer of ``--find``, and return what returns it as plain values, with every round."""
     from fedveil.experiments.planner.earlier import earlier_runs
     from fedveil.experiments.planner.find import find as find_within_budget
     from fedveil.experiments.planner.forecast import forecast
@@ -90,12 +92,12 @@ def _said(asked: _Asked, after: Sequence[Path], find: str, workers: int, *, cali
         planned = forecast(job, sizes, workers=workers, calibrated=calibrated, history=history)
         planned = replace(planned, names=asked.names)
         print_forecast(console, planned)
-        return planned.as_json()
+        return planned.as_json
     found = find_within_budget(job, find, history)
     job = configure({**asked.settings, "recipe": job.config.recipe, found.setting: found.value})
     site_plans(job, sizes, history)
     print_found(console, job, sizes, found)
-    return {**vars(found), "sizes": list(sizes), "settings": job.settings()}
+    return lambda: {**vars(found), "sizes": list(sizes), "settings": job.settings()}
 
 
 @contextmanager

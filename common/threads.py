@@ -12,20 +12,25 @@ CORES = "FEDVEIL_CORES"
 OURS = "FEDVEIL_PROCESS"
 """Environment variable of processes that FedVeil starts: their threads are FedVeil's to set."""
 
+DEFAULTS = {
+    # Threads that wait for each other would spin: on a machine that is busy otherwise a pass of a small encoder then
+    # takes sixty times as long.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    # PEFT loads bitsandbytes, which marks optimisers to be compiled that nothing here uses: the compiler's import alone
+    # is a fifth of the time that a process needs for its imports.
+    "TORCHDYNAMO_DISABLE": "1",
+}
+"""What a process of FedVeil's has in its environment where its user says nothing else."""
+
 
 def begin_process() -> None:
-    """Set the environment of a process of FedVeil's own, and of all that it starts, before torch is imported.
-
-    Threads that wait for each other would spin: on a machine that is busy otherwise a pass of a small encoder then
-    takes sixty times as long.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ[OURS] = "1"
+    """Set the environment of a process of FedVeil's own, and of all that it starts, before torch is imported."""
+    os.environ.update(environment())
 
 
 def environment() -> dict[str, str]:
     """Return this process's environment as ``begin_process`` would make it, for a process that it starts."""
-    return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, OURS: "1"}
+    return {**DEFAULTS, **os.environ, OURS: "1"}
 
 
 def is_ours() -> bool:

@@ -20,7 +20,7 @@ refused before its first round (``client.rehearsal``). A record whose gradient c
 own shape contributes zero.
 
 Bit-equality in every row is tested on CPUs, in float32 and bfloat16. No GPU has been tested so far, so
-steps on a GPU carry noise for 1.01 times the clip beside it (``rounding_margin``).
+steps on a GPU carry noise for 1.01 times the clip beside it (``privacy.plan.rounding_margin``).
 """
 
 from __future__ import annotations
@@ -119,11 +119,6 @@ def _rows(sample: Tensor) -> Tensor:
     return sample.reshape(len(sample), math.prod(sample.shape[1:]))
 
 
-def rounding_margin(device: torch.device) -> float:
-    """Return by how much the noise exceeds the plan's, beside the shapes, where bit-equality was never tested."""
-    return 1.0 if device.type == "cpu" else 1.01
-
-
 class PrivateSteps:
     """Context in which a model takes DP-SGD steps; hooks are on the model only inside it.
 
@@ -131,7 +126,7 @@ class PrivateSteps:
         module: the model, with exactly the trained parameters requiring a gradient.
         optimizer: any torch optimiser over exactly those parameters.
         plan: clip, noise and public divisor.
-        noise_margin: factor on the noise beyond what the ledger is charged for, see ``rounding_margin``.
+        noise_margin: factor on the noise beyond what the ledger is charged for, see ``privacy.plan.rounding_margin``.
         before_pass: called before each pass; what it raises ends the step.
 
     A mechanism that clips or noises otherwise overrides ``clipping``, and is priced as another kind of event.

@@ -28,7 +28,16 @@ class ServerModel:
     made from, scores every round's adapter, and holds the model that is exported.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, *, scores: bool = True) -> None:
+        """Load the model and the public test records.
+
+        Args:
+            job: of the run.
+            scores: whether it is more than shapes that are asked for: else the head starts at zeros, and no test
+                record is prepared.
+        """
+        if not scores:
+            job = replace(job, config=replace(job.config, head=replace(job.config.head, start="zeros")))
         test = public_test(job.config.data, job.config.model.task)
         self.job = job
         self.label_names, self.label_phrases = test.label_names, test.label_phrases
@@ -41,7 +50,7 @@ class ServerModel:
         counted = TASKS[job.config.model.task].counted
         self.slice_names = slices_of(test, job.config.data.slice) if counted else ()
         self._slices = [self.slice_names.index(slice_of(example)) for example in test.examples if self.slice_names]
-        self.records: Sequence[Record] = self.model.prepare(test.examples)
+        self.records: Sequence[Record] = self.model.prepare(test.examples) if scores else ()
         if len(self.model.featurise(self.records)) < len(self.records):
             raise ModelError(
                 f"{self.model.base.name!r} cannot compute some of the public test records: the server's log says where"

@@ -1,16 +1,12 @@
-"""The division of a data set among simulated sites, by the partitioners of flwr-datasets."""
+"""The division of a data set among simulated sites."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
-import warnings
 from collections import Counter
-from collections.abc import Callable
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
 from fedveil.common.check import nearest, positive
@@ -18,11 +14,13 @@ from fedveil.common.config.flat import Scalar, to_mapping
 from fedveil.common.config.run import RunConfig
 from fedveil.common.config.sections import DataConfig, ModelConfig
 from fedveil.common.errors import ConfigError, DataError, PolicyRefusal
-from fedveil.common.later import torch
+from fedveil.common.later import np, torch
 from fedveil.common.tasks import TASKS
 from fedveil.common.tasks.examples import Dataset
 from fedveil.privacy.randomness import stream
 
+DRAWS = 11
+"""Draws of Dirichlet shares after which a division is given up."""
 NO_LABEL = (
     "data.partition is 'dirichlet', but the records have no label: set it to 'iid', or to 'natural' with data.key"
 )
@@ -129,37 +127,48 @@ def _shares(train: Dataset, config: DataConfig, num_partitions: int) -> tuple[tu
     """Return the indices into ``train`` that each site has."""
     if any(example.person for example in train.examples):
         return _shares_of_persons(train, config, num_partitions)
-    columns: dict[str, list[int]] = {}
-    if config.partition == "dirichlet":
-        columns["label"] = [example.label for example in train.examples if example.label is not None]
-        if len(columns["label"]) < len(train.examples):
-            raise ConfigError(NO_LABEL)
-    elif config.partition == "natural":
-        columns["site"] = _sites_of_keys(train, config, num_partitions)
-    # Mixed beforehand: IidPartitioner, and DirichletPartitioner within a label, cut runs out of the order given.
+    # Mixed beforehand: equal shares, and those of a label, are runs of the order given.
     order = torch.randperm(len(train.examples), generator=stream(config.seed, "partition")).tolist()
-    import datasets  # slow to import, and only a simulation needs it
-    from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, NaturalIdPartitioner, Partitioner
+    if config.partition == "natural":
+        sites = _sites_of_keys(train, config, num_partitions)
+        return tuple(tuple(i for i in order if sites[i] == site) for site in range(num_partitions))
+    if config.partition == "iid":
+        size, more = divmod(len(order), num_partitions)
+        ends = [size * k + min(k, more) for k in range(num_partitions + 1)]
+        return tuple(tuple(order[begin:end]) for begin, end in pairwise(ends))
+    labels = [train.examples[i].label for i in order]
+    if None in labels:
+        raise ConfigError(NO_LABEL)
+    parts = _dirichlet_parts(np.array(labels), num_partitions, config)
+    if parts is None:
+        advice = _many_labels(train) or "raise alpha, or use fewer sites"
+        raise DataError(
+            f"no division of {len(train.examples)} records with data.dirichlet-alpha {config.dirichlet_alpha} "
+            f"gave each of {num_partitions} sites a record: {advice}"
+        )
+    return tuple(tuple(order[i] for i in part) for part in parts)
 
-    settings: dict[str, Any] = {"min_partition_size": 1, "self_balancing": False, "seed": config.seed}
-    partitioners: dict[str, Callable[[], Partitioner]] = {
-        "iid": lambda: IidPartitioner(num_partitions),
-        "dirichlet": lambda: DirichletPartitioner(num_partitions, "label", config.dirichlet_alpha, **settings),
-        "natural": lambda: NaturalIdPartitioner("site"),
-    }
-    partitioner = partitioners[config.partition]()
-    table = {name: [column[i] for i in order] for name, column in columns.items()}
-    partitioner.dataset = datasets.Dataset.from_dict({"record": order, **table})
-    # NaturalIdPartitioner draws a progress bar, DirichletPartitioner warns of every draw that it repeats.
-    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings(action="ignore"):
-        try:
-            return tuple(tuple(partitioner.load_partition(i)[:]["record"]) for i in range(num_partitions))
-        except ValueError as error:
-            advice = _many_labels(train) or "raise alpha, or use fewer sites"
-            raise DataError(
-                f"no division of {len(train.examples)} records with data.dirichlet-alpha {config.dirichlet_alpha} "
-                f"gave each of {num_partitions} sites a record: {advice}"
-            ) from error
+
+def _dirichlet_parts(labels: np.ndarray, num_partitions: int, config: DataConfig) -> list[list[int]] | None:
+    """Return the places in ``labels`` that each site has, or None where no draw gave every site one.
+
+    Each label's places are cut by one draw of shares (Hsu et al. 2019), and a site's then shuffled. Draws are those of
+    ``DirichletPartitioner`` of flwr-datasets without its balance, whose import takes seconds.
+    """
+    draws = np.random.default_rng(config.seed)
+    for _ in range(DRAWS):
+        parts: list[list[int]] = [[] for _ in range(num_partitions)]
+        for label in sorted(set(labels.tolist())):
+            places = np.nonzero(labels == label)[0]
+            shares = draws.dirichlet(np.full(num_partitions, config.dirichlet_alpha))
+            cuts = (np.cumsum(shares) * len(places)).astype(int)[:-1]
+            for part, more in zip(parts, np.split(places, cuts), strict=True):
+                part.extend(more.tolist())
+        if all(parts):
+            for part in parts:
+                draws.shuffle(part)
+            return parts
+    return None
 
 
 def _many_labels(train: Dataset) -> str:

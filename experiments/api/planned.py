@@ -28,8 +28,8 @@ class Plan:
     @property
     def epsilon(self) -> float | None:
         """The ε that the whole run would spend at each site; None without privacy."""
-        rounds = self._forecast.rounds
-        return rounds[-1].epsilon if rounds else None
+        last = self._forecast.priced([self._forecast.job.config.rounds])
+        return last[0].epsilon if last else None
 
     @property
     def seconds(self) -> float | None:

@@ -19,7 +19,6 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from fedveil.client.linearised import Computation, Keeping, linearised
 from fedveil.client.optimizers import build_optimizer
 from fedveil.common.config.phases import Schedule
 from fedveil.common.config.run import RunConfig
@@ -28,7 +27,6 @@ from fedveil.common.model.federated import FederatedModel
 from fedveil.common.tasks import Record
 from fedveil.common.tasks.examples import Dataset
 from fedveil.common.threads import own_threads, site_cores
-from fedveil.privacy.dpsgd import PrivateSteps
 from fedveil.privacy.plan import gaussian_plan
 from fedveil.privacy.randomness import stream
 from fedveil.privacy.steps import nothing
@@ -177,6 +175,8 @@ def _linearised(
     model: FederatedModel, few: Sequence[Record], chunks: Sequence[Sequence[Record]], config: RunConfig
 ) -> tuple[float, float, list[tuple[float, Tensor]]]:
     """Return the seconds of one record's derivatives, and as ``_steps`` of steps on them."""
+    from fedveil.client.linearised import Computation, Keeping, linearised
+
     sizes, joined = [len(chunk) for chunk in chunks], [record for chunk in chunks for record in chunk]
     public = Dataset("public", (), ())
     first = Keeping(Computation("few", 1, 0, "", ""), {}, "", public, nothing)
@@ -211,6 +211,8 @@ def _step(
     model: FederatedModel, records: Sequence[Record], trained: Trained, config: RunConfig
 ) -> tuple[float, Tensor]:
     """Take one step's work on ``records``; return its seconds and the flat mean of clipped gradients (if they are)."""
+    from fedveil.privacy.dpsgd import PrivateSteps  # it brings Opacus, which a plan without times does not need
+
     optimizer = build_optimizer(trained, config.training)
     model.module.train()
     began = time.perf_counter()

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from fedveil.common.messages.columns import chosen_factors
@@ -20,6 +21,7 @@ from fedveil.experiments.planner.price import (
     SignalToNoise,
     ThrownAway,
     priced_rounds,
+    round_numbers,
     rounds_within,
     signal_to_noise,
     site_plans,
@@ -28,8 +30,7 @@ from fedveil.experiments.planner.price import (
 from fedveil.experiments.planner.traffic import Traffic, payload_by_strategy, traffic
 from fedveil.privacy.accounting import Release, alone
 from fedveil.privacy.claim import NO_CLAIM
-from fedveil.privacy.dpsgd import rounding_margin
-from fedveil.privacy.plan import PrivacyPlan
+from fedveil.privacy.plan import PrivacyPlan, rounding_margin
 from fedveil.privacy.privacy_filter import FRESH, History, price_after
 from fedveil.server.aggregation import WORTH_TELLING, held_down
 from fedveil.server.model import ServerModel
@@ -44,7 +45,6 @@ class Forecast:
     sizes: tuple[int, ...]
     """Public sizes, one per site."""
     plans: list[PrivacyPlan]
-    rounds: list[PricedRound]
     rounds_within: int | None
     """Rounds that the budget lasts at this noise."""
     thrown_away: list[ThrownAway]
@@ -65,6 +65,18 @@ class Forecast:
     def site_names(self) -> Sequence[str]:
         """A name for each site."""
         return self.names or [f"site-{k}" for k in range(len(self.sizes))]
+
+    @cached_property
+    def rounds(self) -> list[PricedRound]:
+        """What a site has spent after each round that is priced; as ``priced``."""
+        return self.priced(round_numbers(self.job))
+
+    def priced(self, numbers: Sequence[int]) -> list[PricedRound]:
+        """Return what a site has spent after these rounds.
+
+        Noise, rate and budget are the run's: they do not depend on a site's size, so one account serves all.
+        """
+        return [one for plan in self.plans[:1] for one in priced_rounds(self.job, plan, self.history, numbers)]
 
     @property
     def spent(self) -> float:
@@ -218,7 +230,7 @@ def forecast(
         DataError, ModelError: the public data or the model cannot be loaded.
     """
     plans = site_plans(job, sizes, history)
-    server_model = ServerModel(job)
+    server_model = ServerModel(job, scores=calibrated)
     workers = worker_count(len(sizes), workers, keeps=job.config.timeline.computes_ahead)
     calibration = calibrate(server_model, job.config, workers) if calibrated else None
     started = chosen_factors(server_model.trained_start(), job.trained_columns(job.start(server_model.start)))
@@ -228,8 +240,6 @@ def forecast(
         job=job,
         sizes=tuple(sizes),
         plans=plans,
-        # Noise, rate and budget are the run's: they do not depend on a site's size, so one account serves all.
-        rounds=[priced for plan in plans[:1] for priced in priced_rounds(job, plan, history)],
         rounds_within=next((rounds_within(job, plan, history) for plan in plans[:1]), None),
         thrown_away=[one for plan in plans[:1] for one in thrown_away(job, plan, history)],
         traffic=traffic(job, server_model, plans),

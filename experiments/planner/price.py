@@ -158,17 +158,23 @@ def releases_of_round(job: Job) -> int:
     return payer_of(job).releases_of_round(job)
 
 
-def priced_rounds(job: Job, plan: PrivacyPlan, history: History = FRESH) -> list[PricedRound]:
-    """Return what a site has spent after the initialisation, if it pays for one, and after each round.
+def round_numbers(job: Job) -> list[int]:
+    """Return the rounds after which a run is priced, with 0 where sites pay for an initialisation."""
+    return ([0] if paid_before(job) else []) + spread(job.config.rounds, MOST_PRICED)
+
+
+def priced_rounds(
+    job: Job, plan: PrivacyPlan, history: History = FRESH, numbers: Sequence[int] | None = None
+) -> list[PricedRound]:
+    """Return what a site has spent after these rounds; None: after all of ``round_numbers``.
 
     By the plan that its ledger writes down with the first charge, as that prices: a start alone has its δ, too.
     """
     before, local = paid_before(job), releases_of_round(job)
     whole = [*before, plan.release(job.config.rounds * local)]
     commitment = history.commitment if history.releases else commitment_to(whole, ())
-    numbers = ([0] if before else []) + spread(job.config.rounds, MOST_PRICED)
     priced = []
-    for number in numbers:
+    for number in round_numbers(job) if numbers is None else numbers:
         releases = [*before, plan.release(number * local)] if number else before
         value, accountant = price([*history.releases, *releases], commitment, plan.delta)
         rdp = promised([*history.releases, *releases], plan.delta, method="rdp")[0]

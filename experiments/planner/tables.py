@@ -12,7 +12,7 @@ from fedveil.common.words import counted
 from fedveil.experiments.planner.find import Found
 from fedveil.experiments.planner.forecast import Forecast
 from fedveil.experiments.planner.payers import payer_of
-from fedveil.experiments.planner.price import LEAST_SIGNAL, MOST_ROUNDS, spread
+from fedveil.experiments.planner.price import LEAST_SIGNAL, MOST_ROUNDS, round_numbers, spread
 from fedveil.privacy.accountant import INITIALISATION
 from fedveil.privacy.figures import epsilon_text, remaining_text
 from fedveil.privacy.secure_sum import least_sites
@@ -86,14 +86,15 @@ def _print_rounds(console: Console, forecast: Forecast) -> None:
     table = Table(title=f"ε {payer.whose}{at}, budget {budget:g} at δ {delta:g}")
     for column in ("after round", payer.counts, "ε (PLD)", "ε (RDP)", "left"):
         table.add_column(column, justify="right")
-    for i in spread(len(forecast.rounds), MOST_LINES):
-        priced = forecast.rounds[i - 1]
+    numbers = round_numbers(forecast.job)
+    shown = forecast.priced([numbers[i - 1] for i in spread(len(numbers), MOST_LINES)])
+    for priced in shown:
         name = str(priced.round_number) if priced.round_number else INITIALISATION
         spent = epsilon_text(priced.epsilon) + ("" if priced.accountant.method == "pld" else "*")
         left = remaining_text(budget - priced.epsilon) if priced.epsilon <= budget else "refused"
         table.add_row(name, str(priced.steps), spent, epsilon_text(priced.epsilon_rdp), left)
     console.print(table)
-    others = sorted({str(p.accountant) for p in forecast.rounds if p.accountant.method != "pld"})
+    others = sorted({str(p.accountant) for p in shown if p.accountant.method != "pld"})
     for accountant in others:
         console.print(f"* {accountant}")
     if honest:

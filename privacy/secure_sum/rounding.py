@@ -11,15 +11,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from fractions import Fraction
-
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from fedveil.common.check import positive
 from fedveil.common.errors import ConfigError, MechanismError, ProtocolError
+from fedveil.common.later import np, torch
 from fedveil.privacy.randomness import add_private_noise, noise_grid
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
 
 WORD_BITS = 32
 _RANGE = 2**WORD_BITS

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
+from typing import Any
 
+import datasets
+import numpy as np
 import pytest
 from dataset_files import write
+from flwr_datasets.partitioner import DirichletPartitioner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedveil.common.config.sections import DataConfig
 from fedveil.common.data.named import DATASETS
-from fedveil.common.data.partition import _shares, public_size_of_part, site_part
+from fedveil.common.data.partition import _dirichlet_parts, _shares, public_size_of_part, site_part
 from fedveil.common.data.sources import load_dataset, public_test, train_and_test
 from fedveil.common.data.split import public_split
 from fedveil.common.errors import ConfigError, DataError
@@ -183,6 +188,20 @@ def test_dirichlet_sites_do_not_follow_the_order_of_the_file() -> None:
     part = site_part(train, division("dirichlet", alpha=50.0), 0, 2)
     zeros = [int(example.text.split()[1]) for example in part.examples if example.label == 0]
     assert max(zeros) - min(zeros) > 80, "a site has a run of the file instead of a mixed sample of the label"
+
+
+def test_dirichlet_parts_are_those_of_flwr_datasets() -> None:
+    """Which no simulation imports; the same draws, also where the first one leaves a site without a record."""
+    labels, texts = [i % 3 for i in range(40)], [f"record {i}" for i in range(40)]
+    for seed, alpha, sites in ((1, 1.0, 4), (2, 0.3, 5), (3, 10.0, 2), (4, 0.1, 3)):
+        options: dict[str, Any] = {"min_partition_size": 1, "self_balancing": False, "seed": seed}
+        theirs = DirichletPartitioner(sites, "label", alpha, **options)
+        theirs.dataset = datasets.Dataset.from_dict({"row": texts, "label": labels})
+        ours = _dirichlet_parts(np.array(labels), sites, division("dirichlet", seed, alpha))
+        with warnings.catch_warnings(action="ignore"):  # of a draw that is repeated
+            wanted = [theirs.load_partition(site)["row"] for site in range(sites)]
+        assert ours is not None
+        assert [[texts[i] for i in part] for part in ours] == [list(part) for part in wanted]
 
 
 def test_natural_sites_keep_keys_whole_and_are_of_like_size(capfd: pytest.CaptureFixture[str]) -> None:

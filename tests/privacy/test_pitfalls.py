@@ -30,8 +30,8 @@ from audits.faults import (
 from audits.tiny_site import tiny_site
 from fedveil.client.ledger.ledger import Ledger
 from fedveil.common.messages.round import TrainResult
-from fedveil.privacy import dpsgd
-from fedveil.privacy.dpsgd import PrivateSteps, rounding_margin
+from fedveil.privacy import dpsgd, plan
+from fedveil.privacy.dpsgd import PrivateSteps
 
 GPU = torch.device("cuda")
 
@@ -85,7 +85,8 @@ MARGINS = pytest.mark.parametrize(("precision", "margin"), [("float32", 1.0), ("
 def with_margin(margin: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the margin be that of another device, where it is not 1."""
     if margin != 1.0:
-        monkeypatch.setattr(dpsgd, "rounding_margin", lambda _: rounding_margin(GPU))
+        real = plan.rounding_margin
+        monkeypatch.setattr(plan, "rounding_margin", lambda _: real(GPU))
 
 
 @MARGINS
