@@ -13,6 +13,7 @@ from fedveil.common.messages.state import AdapterState
 from fedveil.common.messages.tensors import merge
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.model.head import phrases_of
+from fedveil.common.model.public_features import with_features
 from fedveil.common.model.score import Score
 from fedveil.common.starts import Labels
 from fedveil.common.tasks import TASKS, Record, wording_of
@@ -124,9 +125,10 @@ class ServerModel:
         return phrases_of(self.job.config.head, self.label_names, self.label_phrases)
 
     def score(self, adapter: AdapterState) -> Score:
-        """Return accuracy and loss of the model under ``adapter``."""
+        """Return accuracy and loss of the model under ``adapter``; while that rests, by the features that it had."""
         self.model.write(adapter)
-        return self.model.score(self.records, self._slices)
+        below = self.model.module.head is not None and not self.model.head_only
+        return self.model.score(self.records, self._slices, with_features(self.model, self.records) if below else ())
 
 
 def rule_statistic(job: Job, model: FederatedModel, state: ServerState) -> AdapterState:

@@ -260,10 +260,10 @@ class FederatedModel:
             losses = self.statistic(batch)
         return losses[: batch.records] if isinstance(batch, FixedBatch) else losses
 
-    def score(self, records: Sequence[Record], slices: Sequence[int] = ()) -> Score:
-        """Return accuracy and mean loss on ``records`` (at least one); for ``slices`` see score_records."""
+    def score(self, records: Sequence[Record], slices: Sequence[int] = (), vectors: Sequence[Record] = ()) -> Score:
+        """Return accuracy and mean loss on ``records`` (at least one); for all else see score_records."""
         where = self.base, records, self.device, self.precision
-        return score_records(self.module, self.task, *where, slices=slices, collator=self.collator)
+        return score_records(self.module, self.task, *where, slices=slices, collator=self.collator, vectors=vectors)
 
 
 def _bare(records: Sequence[Record]) -> list[Record]:

@@ -13,7 +13,7 @@ from fedveil.common.model.batching import length_batches
 from fedveil.common.model.device import autocast, choose_batch_tokens
 from fedveil.common.model.score import MOST_CONFUSED, Score
 from fedveil.common.tasks import Record, Task
-from fedveil.common.tasks.featured import Collator
+from fedveil.common.tasks.featured import Collator, FeatureCollator
 
 
 @torch.no_grad()
@@ -27,20 +27,23 @@ def score_records(
     batch_tokens: int = 0,
     slices: Sequence[int] = (),
     collator: Collator | None = None,
+    vectors: Sequence[Record] = (),
 ) -> Score:
     """Return accuracy and mean loss of any module of the task's kind on ``records`` (at least one).
 
     ``slices`` are each record's slice of the test data, by its number; empty: no slices. ``collator`` makes the
-    batches; None: the task does.
+    batches; None: the task does. ``vectors`` are the module's features of the records, which pass in their place, in
+    the same batches; empty: the module computes them.
     """
     collator = collator or task
+    maker = FeatureCollator(task, 0) if vectors else collator
     was_training = module.training
     module.eval()
     totals, correct_records = torch.zeros(3, dtype=torch.float64), dict[int, bool]()
     labels, given = dict[int, int](), dict[int, int]()
     tokens = choose_batch_tokens(batch_tokens, device)
     for group in length_batches([collator.size(record) for record in records], tokens):
-        batch = {k: v.to(device) for k, v in collator.collate(base, [records[i] for i in group]).items()}
+        batch = {k: v.to(device) for k, v in maker.collate(base, [(vectors or records)[i] for i in group]).items()}
         with autocast(device, precision):
             sums = task.sums(module, batch)
         totals += torch.stack([sums.loss.sum(), sums.correct.sum(), sums.weight.sum()]).double().cpu()

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from fedveil.common.adapters.layers import layers_of, stored_transposed
 from fedveil.common.errors import ModelError
 from fedveil.common.messages.state import OWN, AdapterState
-from fedveil.common.starts.gradient import gradients_in, open_weights
+from fedveil.common.starts.gradient import record_gradients
 from fedveil.common.tasks import Record
 
 if TYPE_CHECKING:
@@ -35,22 +35,21 @@ def calibrated(model: FederatedModel, adapter: AdapterState, records: Sequence[R
     Raises:
         ModelError: the median is 0, such as with a head that starts at zero.
     """
-    layers, free = layers_of(model.peft_model), model.adapter.traits.free_scale
+    free = model.adapter.traits.free_scale
     if isinstance(free, str):
         raise TypeError(f"the {model.adapter.name} adapter {free}")
-    lengths = torch.zeros(2, len(records), dtype=torch.float64)
+    lengths: list[Tensor] = []
     model.write(adapter)
-    was_training = model.module.training
-    model.module.eval()
-    with open_weights(model) as weights:
-        for i, record in enumerate(records):
-            for name, gradient in gradients_in(model, weights, record).items():
-                G = (gradient.T if stored_transposed(layers[name]) else gradient).detach().cpu().double()
-                factors = {factor: tensor.double() for factor, tensor in adapter[name].items()}
-                lengths[0, i] += free.share(model.adapter.rank, *G.shape) * G.square().sum()
-                lengths[1, i] += sum(part.square().sum() for part in free.gradients(factors, G).values())
-    model.module.train(was_training)
-    random, given = lengths.sqrt().median(dim=1).values.tolist()
+    for gradients in record_gradients(model, records):
+        squares = torch.zeros(2, len(next(iter(gradients.values()))[0]), dtype=torch.float64)
+        for name, (left, right) in gradients.items():
+            factors = {factor: tensor.double() for factor, tensor in adapter[name].items()}
+            for i, (one, other) in enumerate(zip(left.cpu().double(), right.cpu().double(), strict=True)):
+                G = one.T @ other
+                squares[0, i] += free.share(model.adapter.rank, *G.shape) * G.square().sum()
+                squares[1, i] += sum(part.square().sum() for part in free.gradients(factors, G).values())
+        lengths.append(squares.sqrt())
+    random, given = torch.cat(lengths, dim=1).median(dim=1).values.tolist()
     if not (random > 0 and given > 0):
         raise ModelError(
             "adapter.alpha cannot be calibrated, because the public phrases have no gradient: set head.start to "

@@ -8,7 +8,7 @@ noised and divided by a public constant: one release, by the same mechanism as a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
@@ -150,18 +150,72 @@ def open_weights(model: FederatedModel) -> Iterator[dict[str, nn.Parameter]]:
             parameter.grad = None
 
 
-def gradients_in(model: FederatedModel, weights: Mapping[str, Tensor], record: Record) -> dict[str, Tensor]:
-    """Return the gradient of a record's loss in each opened weight, as the layer stores it.
+def record_gradients(
+    model: FederatedModel, records: Sequence[Record], only: Collection[str] = ()
+) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Yield each record's gradient of every adapted layer's own weight, in factors and a batch at a time.
+
+    The gradient of record i is ``left[i].T @ right[i]``, shape (out, in). Records of like length pass together.
+
+    Args:
+        model: the run's, in any mode.
+        records: public ones.
+        only: the layers that are wanted; empty: all.
+
+    Yields:
+        By layer ``left``, shape (records, positions, out), and ``right``, shape (records, positions, in), on the
+        model's device and in the precision of the pass. Padding has zeros on the left.
 
     Raises:
-        ModelError: the model's forward pass does not use one of them.
+        ModelError: the model's forward pass does not use one of the layers.
     """
-    loss = model.losses(model.batch([record])).sum()
-    gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
-    for name, gradient in zip(weights, gradients, strict=True):
-        if gradient is None:
+    from fedveil.common.model.batching import length_batches
+
+    layers = layers_of(model.peft_model)
+    bases: dict[str, nn.Module] = {n: layer.get_base_layer() for n, layer in layers.items() if not only or n in only}
+    was_training = model.module.training
+    model.module.eval()
+    try:
+        with open_weights(model), model.many_passes():
+            for group in length_batches([model.collator.size(record) for record in records], BATCH_TOKENS):
+                yield from _factored(model, bases, [records[i] for i in group])
+    finally:
+        model.module.train(was_training)
+
+
+def _factored(
+    model: FederatedModel, bases: Mapping[str, nn.Module], records: Sequence[Record]
+) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Yield what ``record_gradients`` does, in one batch, or one by one where a layer does not take rows of records."""
+    passed: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in bases}
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        return lambda _, inputs, output: passed[name].append((inputs[0].detach(), output))
+
+    hooks = [base.register_forward_hook(hook(name)) for name, base in bases.items()]
+    try:
+        losses = model.losses(model.batch(records))
+    finally:
+        for one in hooks:
+            one.remove()
+    if len(records) > 1 and any(len(inputs) != len(records) for calls in passed.values() for inputs, _ in calls):
+        for record in records:
+            yield from _factored(model, bases, [record])
+        return
+    outputs = [output for calls in passed.values() for _, output in calls if output.requires_grad]
+    upstream = dict(zip(map(id, outputs), torch.autograd.grad(losses.sum(), outputs, allow_unused=True), strict=True))
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, calls in passed.items():
+        left = [gradient for _, output in calls if (gradient := upstream.get(id(output))) is not None]
+        if not calls or len(left) < len(calls):
             raise ModelError(f"the model does not use the layer {name!r}: name others in adapter.targets")
-    return dict(zip(weights, gradients, strict=True))
+        found[name] = (_rows(left, len(records)), _rows([inputs for inputs, _ in calls], len(records)))
+    yield found
+
+
+def _rows(calls: Sequence[Tensor], records: int) -> Tensor:
+    """Return what a layer took or gave in its calls of one pass, shape (records, positions, width)."""
+    return torch.cat([tensor.reshape(records, -1, tensor.shape[-1]) for tensor in calls], dim=1)
 
 
 def _oriented(model: FederatedModel, gradients: dict[str, Tensor]) -> AdapterState:

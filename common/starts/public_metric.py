@@ -30,9 +30,10 @@ from fedveil.common.messages.state import HEAD, METRIC, AdapterState, Factors
 from fedveil.common.starts.base import Labels, seeded
 from fedveil.common.starts.directions import leading_rows, with_fixed_signs
 from fedveil.common.starts.from_text import FromText
-from fedveil.common.starts.gradient import gradients_in, open_weights
+from fedveil.common.starts.gradient import record_gradients
 from fedveil.common.starts.public_text import MADE_UP
 from fedveil.common.tasks import TASKS, Record, wording_of
+from fedveil.common.tasks.featured import FEATURES
 from fedveil.privacy.randomness import stream
 
 if TYPE_CHECKING:
@@ -181,8 +182,9 @@ class PublicMetric(FromText):
         ``ridge``; c makes the texts' gradients of the head's weight have the root mean square ``length``, at an error
         of 1/2.
         """
-        with torch.no_grad():
-            seen = torch.cat([model.features(model.batch([record])).double().cpu() for record in texts])
+        from fedveil.common.model.public_features import with_features
+
+        seen = torch.stack([record[FEATURES] for record in with_features(model, texts)]).double()
         centre = seen.mean(0)
         covariance = (seen - centre).T @ (seen - centre) / len(seen)
         values, vectors = torch.linalg.eigh(covariance)
@@ -214,10 +216,12 @@ class PublicMetric(FromText):
         if self.outputs == "random" or self._pointless(model.task.labelled):
             return {layer: model.start[layer]["B"].double() for layer in layers_of(model.peft_model)}
         grams: dict[str, Tensor] = {}
-        for gradients in _gradients(model, telling):
-            for layer, G in gradients.items():
-                if length := float(G.square().sum()):
-                    grams[layer] = grams.get(layer, 0) + G @ G.T / length
+        for gradients in record_gradients(model, telling):
+            for layer, (left, right) in gradients.items():
+                for one, other in zip(left.cpu().double(), right.cpu().double(), strict=True):
+                    gram = one.T @ (other @ other.T) @ one  # of G = oneᵀ other, whose squared length is its trace
+                    if length := float(gram.trace()):
+                        grams[layer] = grams.get(layer, 0) + gram / length
         if not grams:
             raise ModelError("no public text has a gradient: set head.start to 'label-words' or 'random'")
         return {layer: leading_rows(gram, model.adapter.rank).T for layer, gram in grams.items()}
@@ -242,10 +246,11 @@ def _moments(
     """
     for layers in _in_turn(model, columns):
         moments: dict[str, Tensor] = {}
-        for gradients in _gradients(model, records, layers):
-            for layer, G in gradients.items():
-                seen = columns[layer].T @ G
-                moments[layer] = moments.get(layer, 0) + seen[:, :, None] * seen[:, None, :] / len(records)
+        for gradients in record_gradients(model, records, layers):
+            for layer, (left, right) in gradients.items():
+                # bᵀ G of each record, shape (rank, records, in).
+                seen = ((left.cpu().double() @ columns[layer]).mT @ right.cpu().double()).transpose(0, 1)
+                moments[layer] = moments.get(layer, 0) + seen.mT @ seen / len(records)
         for layer in layers:
             yield layer, columns[layer], moments.pop(layer)
 
@@ -281,22 +286,3 @@ def shrinking(moment: Tensor) -> Tensor:
     leading, level = values[-count:].flip(0).clamp(min=0), values[max(0, len(values) - count - 1)].clamp(min=0)
     lengths = torch.where(leading > level, (level / leading).sqrt(), torch.ones_like(leading))
     return (1 - lengths).sqrt()[:, None] * with_fixed_signs(vectors[:, -count:].flip(1).T)
-
-
-def _gradients(
-    model: FederatedModel, records: Sequence[Record], only: Collection[str] = ()
-) -> Iterator[dict[str, Tensor]]:
-    """Yield each record's gradients of all weights, or of ``only`` these layers', shape (out, in), float64, CPU."""
-    layers = layers_of(model.peft_model)
-    was_training = model.module.training
-    model.module.eval()
-    try:
-        with open_weights(model) as opened:
-            weights = {name: weight for name, weight in opened.items() if not only or name in only}
-            for record in records:
-                yield {
-                    name: (gradient.T if stored_transposed(layers[name]) else gradient).detach().cpu().double()
-                    for name, gradient in gradients_in(model, weights, record).items()
-                }
-    finally:
-        model.module.train(was_training)

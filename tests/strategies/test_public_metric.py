@@ -107,13 +107,13 @@ def test_moments_of_layers_in_turn_are_those_of_all_at_once(
     start = PublicMetric(records=12)
     model = tiny(model_folder("bert"), start)
     config = configure({"adapter.start": "public-metric", "adapter.name": "lora-metric"}).config
-    at_once, gradients, held = start.from_public(model, config, LABELS), public_metric._gradients, list[int]()
+    at_once, gradients, held = start.from_public(model, config, LABELS), public_metric.record_gradients, list[int]()
 
     def spy(model: FederatedModel, records: Any, only: Collection[str] = ()) -> Any:
         held.append(len(only))
         return gradients(model, records, only)
 
-    monkeypatch.setattr(public_metric, "_gradients", spy)
+    monkeypatch.setattr(public_metric, "record_gradients", spy)
     monkeypatch.setattr(public_metric, "MOMENTS", 1)
     in_turn = start.from_public(model, config, LABELS)
     assert held == [0, *[1] * len(in_turn)], "more than one layer's moments are held"
