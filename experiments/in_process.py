@@ -35,6 +35,7 @@ from fedveil.server.own_check import began
 from fedveil.server.records import RunFolder
 from fedveil.server.replies import read_reply, replies_to
 from fedveil.server.sites import Exchange, Transport
+from fedveil.server.spool import reply_on_disk
 from fedveil.strategies.job import Job, configure, with_recipe
 
 
@@ -79,7 +80,9 @@ class InProcessTransport:
                 record = self.deliver(node, task, content)
             up += payload_bytes(record)
             expected = replies_to(task, self._job, self._layout_of_round(task.round_number))
-            replies[node] = read_reply(record, expected, task, node)
+            replies[node] = reply_on_disk(
+                read_reply(record, expected, task, node), self._folder.path if self._folder else None
+            )
             self._say(task, replies, len(tasks))
         return Exchange(replies, down, up)
 

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 
 from fedveil.common.log import about
@@ -46,13 +46,19 @@ WORTH_TELLING = 1.2
 """How many times what it would be by size the noise of an average is, at least, before a line says so."""
 
 
-def contributions(job: Job, results: Sequence[TrainResult], state: ServerState) -> list[Contribution]:
+def contributions(
+    job: Job,
+    results: Sequence[TrainResult],
+    state: ServerState,
+    keep: Callable[[AdapterState], AdapterState] = lambda shorter: shorter,
+) -> list[Contribution]:
     """Return what a strategy averages.
 
     Args:
         job: the run.
         results: those that count, all of one round.
         state: what the sites started from.
+        keep: puts what is made of an update where the update is kept.
     """
     shares, factors = shares_of(job, results), factors_of(job, results, state)
     for result, factor in zip(results, factors, strict=True):
@@ -60,7 +66,7 @@ def contributions(job: Job, results: Sequence[TrainResult], state: ServerState) 
             where = about(result.run, result.round_number, result.site)
             log.warning("the update is scaled by %.3g: it is longer than is likely", factor, extra=where)
     return [
-        Contribution(result.site, share, shortened(job, result, state, factor), result.rank, factor=factor)
+        Contribution(result.site, share, shortened(job, result, state, factor, keep), result.rank, factor=factor)
         for result, share, factor in zip(results, shares, factors, strict=True)
     ]
 
@@ -175,8 +181,14 @@ def factors_of(job: Job, results: Sequence[TrainResult], state: ServerState) -> 
     return [longest / length if length > longest else 1.0 for length in lengths]
 
 
-def shortened(job: Job, result: TrainResult, state: ServerState, factor: float) -> AdapterState:
-    """Return the contribution whose change of what the site received is ``factor`` times as long."""
+def shortened(
+    job: Job,
+    result: TrainResult,
+    state: ServerState,
+    factor: float,
+    keep: Callable[[AdapterState], AdapterState] = lambda shorter: shorter,
+) -> AdapterState:
+    """Return the contribution whose change of what the site received is ``factor`` times as long, kept if it is new."""
     if factor == 1:
         return result.contribution
     held = held_by(job, result, state)
@@ -184,4 +196,4 @@ def shortened(job: Job, result: TrainResult, state: ServerState, factor: float) 
         layer: {name: held.get(layer, {}).get(name, 0 * tensor) for name, tensor in factors.items()}
         for layer, factors in result.contribution.items()
     }
-    return apply(lambda sent, old: old + factor * (sent - old), result.contribution, own)
+    return keep(apply(lambda sent, old: old + factor * (sent - old), result.contribution, own))

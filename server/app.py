@@ -30,12 +30,15 @@ from fedveil.server.registered import registered_names
 from fedveil.server.replies import read_reply, refusal, replies_to
 from fedveil.server.signing import Signing, signing_of
 from fedveil.server.sites import Exchange
+from fedveil.server.spool import reply_on_disk
 from fedveil.strategies.job import Job, configure
 
 POLL_SECONDS, SIMULATED_POLL_SECONDS = 0.5, 0.1
 """How often answers are asked for; in a simulation they lie in this process's own memory."""
 PATIENCE_SECONDS = 60.0
 """Trouble at the SuperLink that lasts longer ends the run."""
+AT_ONCE = 16
+"""Tasks that are encoded at the same time: each is as large as what travels."""
 RAY_WITHOUT_MEMORY = "ray.exceptions.OutOfMemoryError"
 Answer = TypeVar("Answer")
 log = logging.getLogger("fedveil.server")
@@ -118,7 +121,14 @@ class FlowerTransport:
         return Exchange(replies, down, up)
 
     def _push(self, tasks: Mapping[int, Task], timeout: float) -> tuple[dict[str, _Sent], int]:
-        """Return what the SuperLink took, by the message's id, and what it weighs in bytes."""
+        """Return what the SuperLink took, by the message's id, and what it weighs in bytes; a few tasks at a time."""
+        nodes, taken, weight = list(tasks), dict[str, _Sent](), 0
+        for first in range(0, len(nodes), AT_ONCE):
+            more, size = self._push_some({node: tasks[node] for node in nodes[first : first + AT_ONCE]}, timeout)
+            taken, weight = taken | more, weight + size
+        return taken, weight
+
+    def _push_some(self, tasks: Mapping[int, Task], timeout: float) -> tuple[dict[str, _Sent], int]:
         contents: dict[int, RecordDict] = {}
         digests: dict[int, bytes] = {}
         terms: Any = {"ttl": timeout + POLL_SECONDS, "group_id": str(next(iter(tasks.values())).round_number)}
@@ -154,7 +164,8 @@ class FlowerTransport:
             reason = in_short(message.error.reason or "no reason given")
             return refusal(task, node, "failed", f"unsigned: {reason}" if self._signing else reason), 0
         expected = replies_to(task, self._job, layout)
-        return read_reply(message.content, expected, task, node), payload_bytes(message.content)
+        reply = read_reply(message.content, expected, task, node)
+        return reply_on_disk(reply, self._folder.path), payload_bytes(message.content)
 
 
 def _late(message_id: str, pulls: Pulls, timeout: float) -> str:

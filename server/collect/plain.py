@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 
 from fedveil.common.log import about
 from fedveil.common.messages.round import Refusal, TrainResult
+from fedveil.common.paths import run_folder
 from fedveil.common.run_lines import Absence
 from fedveil.common.words import counted
 from fedveil.server.admission import Admission
@@ -16,6 +18,7 @@ from fedveil.server.collect.noise import Noise
 from fedveil.server.last_rounds import LastRounds
 from fedveil.server.members import Member
 from fedveil.server.sites import Sites
+from fedveil.server.spool import on_disk
 from fedveil.strategies.job import Job
 from fedveil.strategies.state import Contribution, ServerState
 
@@ -39,6 +42,7 @@ class PlainCollector:
 
     def __init__(self, job: Job, sites: Sites, admission: Admission, last_rounds: LastRounds, noised: Noised) -> None:
         self._job, self._sites, self._admission, self._noised = job, sites, admission, noised
+        self._keep = partial(on_disk, folder=run_folder(job.config, sites.run))
         self.ends_before = last_rounds.before
         self._ends_after = last_rounds.after
 
@@ -56,7 +60,8 @@ class PlainCollector:
         elif len(results) >= self._job.config.min_sites:
             if round_number == 1:
                 warn_of_noise(self._job, results)
-            got.averaged, got.noise = self._noised(self._job, contributions(self._job, results, state), results)
+            parts = contributions(self._job, results, state, self._keep)
+            got.averaged, got.noise = self._noised(self._job, parts, results)
             got.participants = tuple(result.site for result in results)
         elif round_number > 1 and got.only_budgets_failed():
             left = counted(len(results), "site") if results else "no site"

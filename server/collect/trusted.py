@@ -1,6 +1,7 @@
 """Rounds of a trusted server, which draws sites, clips and sums what they send, and noises the sum.
 
-What single sites sent lives in ``collect`` alone, in memory. From there goes on one noised mean, and beside it nothing
+What single sites sent lives in ``collect`` alone, in memory or in nameless files beside the state (``server.spool``),
+which end with the process. From there goes on one noised mean, and beside it nothing
 that follows from a reply: not who was drawn or answered, how many did, what went wrong, or how many bytes came. The
 round counts whatever came, since whether it counts would tell of the replies. So no rule here compares sites, and none
 looks at a name, a size or a length that a site could use to push another one out of the sum.

@@ -61,7 +61,7 @@ def transport(parties: World, grid: Grid, monkeypatch: pytest.MonkeyPatch, *, si
     monkeypatch.setenv(NODES, str(parties.server.nodes))
     monkeypatch.setenv(FOLDER, str(parties.server.path))
     job = SimpleNamespace(strategy=FFALoRA(), config=SimpleNamespace())
-    folder = SimpleNamespace(progress=lambda _: None, shown=Shown(1, "record", 0))
+    folder = SimpleNamespace(progress=lambda _: None, shown=Shown(1, "record", 0), path=Path())
     model = SimpleNamespace(reply_layout=lambda _: {"l": {"A": (2, 2)}})
     signing = signing_of("17", SETTINGS) if signs else None
     return FlowerTransport(cast(Any, grid), cast(Any, job), cast(Any, model), cast(Any, folder), signing)
@@ -158,7 +158,7 @@ def test_a_registered_site_that_knows_every_name_makes_nobody_pay_and_speaks_for
         return worker.reply_to(message, context, own_bundle(), site.node, parties.keys if signs else None).content
 
     job = SimpleNamespace(strategy=FFALoRA(), config=SimpleNamespace())
-    folder = SimpleNamespace(progress=lambda _: None, shown=Shown(1, "record", 0))
+    folder = SimpleNamespace(progress=lambda _: None, shown=Shown(1, "record", 0), path=Path())
     parts = (link.grid(), job, SimpleNamespace(reply_layout=lambda _: layout), folder)
     transport = FlowerTransport(*cast(Any, parts), signing_of(run, site.settings) if signs else None)
     assert own.push(own.message(encode_task(site.task(3, run=run)), 1, victim.own, like)), "no forgery, no case"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -44,7 +45,7 @@ class Run:
         config = SimpleNamespace(rounds=1, round_timeout=timeout)
         job = SimpleNamespace(config=config, strategy=FFALoRA())
         model = SimpleNamespace(reply_layout=lambda _: LAYOUT)
-        folder = SimpleNamespace(progress=lambda _: None, shown=Shown(1, "record", 0))
+        folder = SimpleNamespace(progress=lambda _: None, shown=Shown(1, "record", 0), path=Path())
         self.transport = FlowerTransport(*cast(Any, (link.grid(), job, model, folder)))
         self.timeout = timeout
 
