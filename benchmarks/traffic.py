@@ -1,10 +1,11 @@
-"""Bytes on the wire per round, counted from encoded messages, against the formula of each strategy.
+"""Bytes on the wire, counted from encoded messages, against the formula of each strategy, and rounding beside noise.
 
-    .venv/bin/python benchmarks/traffic.py                   # seconds
+    .venv/bin/python benchmarks/traffic.py                   # half a minute
 
-A RoBERTa-large-shaped adapter (24 layers, query and value, d = 1024) at rank 8 and 64, no head. A
-message is counted whole: payload, header and Flower's own framing, as protobuf. Ends with an error
-where it is more than 2 % off.
+A RoBERTa-large-shaped adapter (24 layers, query and value, d = 1024) at rank 8 and 64, no head. A message is counted
+whole: payload, header and Flower's own framing, as protobuf. Then, by ``wire.precision``, the error of a change that is
+all noise on its grid, beside that noise, and the default job's payload for its four sites together. Ends with an error
+where a message is more than 2 % off, or the job above what it may be.
 """
 
 from __future__ import annotations
@@ -14,16 +15,25 @@ from collections.abc import Mapping
 
 import torch
 
+from fedveil.common.messages.blocks import encode_state, rounded
+from fedveil.common.messages.columns import narrowed
+from fedveil.common.messages.formats import FORMATS
 from fedveil.common.messages.round import Spending, TrainResult, TrainTask
 from fedveil.common.messages.state import AdapterState
 from fedveil.common.messages.wire import encode_reply, encode_task, message_bytes
+from fedveil.experiments.planner.traffic import traffic
 from fedveil.privacy.accountant import TRAINING, Accountant
 from fedveil.privacy.events import sampled_gaussian
+from fedveil.privacy.randomness import add_private_noise
+from fedveil.server.model import ServerModel
 from fedveil.strategies import STRATEGIES
+from fedveil.strategies.job import configure, with_recipe
 from fedveil.strategies.payload import payload, preset_adapter
 
 SHAPES = ((1024, 1024),) * 48
 ROOM = 0.02
+MOST = {"float32": 9_000_000, "bfloat16": 5_000_000}
+"""Bytes of the default job."""
 SPENDING = Spending(TRAINING, sampled_gaussian(0.8, 0.1), 5, 5, 1e-5, 1.0, 1.0, 8.0, 7.0, Accountant("pld", "0.6.0"))
 
 
@@ -42,11 +52,26 @@ def measured(name: str, rank: int) -> tuple[int, int]:
     strategy = STRATEGIES[name]()
     adapter = preset_adapter(STRATEGIES[name], rank)
     shapes = adapter.shapes(*SHAPES[0])
-    state = strategy.start(layers_of(shapes), adapter.trained)
+    down = strategy.downlink(strategy.start(layers_of(shapes), adapter.trained))
     trained = layers_of({factor: shapes[factor] for factor in adapter.trained})
-    task = TrainTask("12345678901234567890", 3, strategy.downlink(state), {}, "", "f" * 64, "f" * 64)
+    trained = narrowed(trained, strategy.trained_columns(down, 1, 0))
+    task = TrainTask("12345678901234567890", 3, down, {}, "", "f" * 64, "f" * 64)
     result = TrainResult(task.run, 3, "site-0", 1800, trained, SPENDING)
     return message_bytes(encode_task(task)), message_bytes(encode_reply(result))
+
+
+def rounding(precision: str) -> tuple[float, float]:
+    """Return bytes a number of a change, and the rounding error's standard deviation over that of its noise."""
+    noise = {"layer": {"B": add_private_noise(torch.zeros(2**18), 1.0).float()}}
+    error = rounded(noise, precision)["layer"]["B"] - noise["layer"]["B"]
+    return len(encode_state(noise, precision)) / 2**18, float(error.std())
+
+
+def default_job(precision: str) -> int:
+    """Return the payload of the default job, all rounds and its four sites together."""
+    settings, _ = with_recipe({"wire.precision": precision}, sites=4)
+    job = configure(settings)
+    return sum(traffic(job, ServerModel(job), [job.plan(job.config.total_steps, 2000)]).run(4))
 
 
 def main() -> None:
@@ -66,8 +91,16 @@ def main() -> None:
     for rank in (8, 64):
         ratio = total["fedavg-lora", rank] / total["fed-sb", rank]
         print(f"rank {rank}: FedAvg-LoRA sends {ratio:.0f} times the bytes of Fed-SB")
+    above = []
+    print("precision  bytes a number  error / noise  default job")
+    for precision in FORMATS:
+        (size, error), job = rounding(precision), default_job(precision)
+        print(f"{precision:10} {size:14.3f} {error:14.5f} {job:12,}")
+        above += [precision] * (job > MOST.get(precision, job))
     if most > ROOM:
         sys.exit(f"a message is {most:.2%} off its formula, more than {ROOM:.0%}")
+    if above:
+        sys.exit(f"the default job sends more than {MOST} in {', '.join(above)}")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from fedveil.client.site import Site
 from fedveil.common.errors import MechanismError, ProtocolError
 from fedveil.common.log import about
 from fedveil.common.messages.columns import Chosen, check_chosen, narrowed
+from fedveil.common.messages.formats import FLOAT32
 from fedveil.common.messages.round import NoisedCount, TrainResult, TrainTask, same_fingerprint
 from fedveil.common.messages.state import AdapterState
 from fedveil.common.messages.tensors import fingerprint, merge
@@ -133,7 +134,7 @@ def _hidden(error: Exception, job: Job) -> str:
 def _result(site: Site, task: TrainTask, plan: Plan, contribution: AdapterState) -> TrainResult:
     """Return what is sent of a round, without its price."""
     size = plan.told_size(site.public_size)
-    return TrainResult(task.run, task.round_number, site.name, size, contribution, None)
+    return TrainResult(task.run, task.round_number, site.name, size, contribution, None, precision=task.precision)
 
 
 def _trained(
@@ -164,7 +165,13 @@ def _trained(
         layer: {name: p.detach().float().cpu().clone() for name, p in factors.items()}
         for layer, factors in job.sent(task.round_number, model.trained()).items()
     }
-    contribution = this.plan.outgoing(narrowed(trained, chosen), narrowed(received, chosen))
+    before = narrowed(received, chosen)
+    contribution = this.plan.outgoing(narrowed(trained, chosen), before)
+    if task.precision != FLOAT32:  # of what is released, and of what was received
+        contribution = {
+            layer: {name: tensor - before[layer][name].float().cpu() for name, tensor in factors.items()}
+            for layer, factors in contribution.items()
+        }
     return replace(_result(site, task, this.plan, contribution), noised_correct=counted), failed
 
 

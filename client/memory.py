@@ -81,7 +81,7 @@ class Memory:
             return None
         layout = {layer: {n: tuple(shape) for n, shape in f.items()} for layer, f in about["layout"].items()}
         self._acknowledge(task.run, lasting)
-        return result_from_bytes(self._kept["reply"], layout, task.run, task.round_number)
+        return result_from_bytes(self._kept["reply"], layout, task)
 
     def keep(self, task: TrainTask, result: TrainResult, lasting: Parts) -> None:
         """Keep what is sent in answer to ``task``, and the tensors that it acknowledges, in place of what was kept."""

@@ -214,7 +214,8 @@ class SiteProcess:
             # resumed run asks for others, under new masks.
             on_disk = asked.simulated and job.mechanism.noised == "at the site"
             memory = Memory(asked.memory, reply_file(job.config, run, site.name) if on_disk else None)
-            task = decode_task(content, layout_of(job.strategy.downlink(state)), basis_layout, memory.tensors(run))
+            layouts, precision = (layout_of(job.strategy.downlink(state)), basis_layout), job.config.wire.precision
+            task = decode_task(content, *layouts, memory.tensors(run), precision)
             if task.run != run:
                 raise ProtocolError(f"the task is of run {task.run}, the message came in run {run}")
             answered = memory.recall(task, job.lasting(task.round_number, task.state, task.basis))

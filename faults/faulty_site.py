@@ -17,7 +17,7 @@ from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
 from faults.fault_plan import FaultPlan, open_plan
 from fedveil.client import app as honest
-from fedveil.common.messages.blocks import STYPE
+from fedveil.common.messages.formats import Float32
 from fedveil.common.messages.round import Reply, TrainResult
 from fedveil.common.messages.tensors import apply
 from fedveil.common.messages.wire import encode_reply, round_of
@@ -63,7 +63,7 @@ def _changed(
 
 def _too_many(result: TrainResult, record: RecordDict, plan: FaultPlan) -> RecordDict:
     data = record.array_records["adapter"]["state"].data
-    array = Array("float32", (len(data) // 4,), STYPE, data)
+    array = Array("float32", (len(data) // 4,), Float32.stype, data)
     record["adapter"] = ArrayRecord({"state": array, **{f"state {i}": array for i in range(99)}})
     return record
 
@@ -83,7 +83,7 @@ def _again(reply: bytes) -> RecordDict:
 
 def _garbage(result: TrainResult, record: RecordDict, plan: FaultPlan) -> RecordDict:
     record.config_records["header"]["body"] = b"\xff\xfe garbage" * 1000
-    record["adapter"] = ArrayRecord({"state": Array("float32", (7,), STYPE, b"\x00\xff" * 99)})
+    record["adapter"] = ArrayRecord({"state": Array("float32", (7,), Float32.stype, b"\x00\xff" * 99)})
     return record
 
 

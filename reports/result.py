@@ -50,6 +50,8 @@ def boxes_of(data: ReportData) -> list[Box]:
         whole.append(f"macro-F1: {percent_text(head.macro_f1_before)} → {percent_text(head.macro_f1_after)}")
     in_last = "" if central or not head.rounds_done else f", {head.last_sites} in the last round"
     rounds = [f"{_most(data)}{counted(head.sites, 'site')}{in_last}"] + [seconds_text(head.seconds)] * (not central)
+    precision = setting_of(data, "wire.precision")
+    rounding = [f"in {precision}: new weights are the mean but for rounding"] * (precision not in ("", "float32"))
     return [
         Box(
             "Accuracy on public test data",
@@ -61,7 +63,7 @@ def boxes_of(data: ReportData) -> list[Box]:
         Box(
             "Traffic",
             f"{bytes_text(head.bytes_down)} down, {bytes_text(head.bytes_up)} up",
-            ["adapter payload " + ("of the usual draw" if central else "of all sites and rounds")],
+            ["adapter payload " + ("of the usual draw" if central else "of all sites and rounds"), *rounding],
         ),
     ]
 

@@ -30,6 +30,7 @@ from collections.abc import Callable, Sequence
 from statistics import median
 
 from fedveil.common.log import about
+from fedveil.common.messages.formats import FORMATS
 from fedveil.common.messages.round import TrainResult
 from fedveil.common.messages.state import AdapterState
 from fedveil.common.messages.tensors import apply
@@ -173,7 +174,7 @@ def factors_of(job: Job, results: Sequence[TrainResult], state: ServerState) -> 
         update_norm(job, result, state) / (most if math.isfinite(most) and most else 1.0)
         for result, most in zip(results, honest, strict=True)
     ]
-    longest = job.mechanism.longest
+    longest = job.mechanism.longest * (1 + FORMATS[job.config.wire.precision].room)
     if len(results) >= ENOUGH:
         longest = max(longest * median(lengths), usual)
     elif not bounded:

@@ -29,6 +29,7 @@ from collections.abc import Mapping
 from statistics import median
 
 from fedveil.common.messages.columns import narrowed
+from fedveil.common.messages.formats import FORMATS
 from fedveil.common.messages.round import TrainResult
 from fedveil.common.messages.state import HEAD, AdapterState
 from fedveil.common.messages.tensors import count, l2_norm
@@ -95,8 +96,12 @@ def honest_norm(job: Job, plan: Plan, result: TrainResult, state: ServerState) -
 
 
 def largest_norm(job: Job, plan: Plan, result: TrainResult, state: ServerState) -> float:
-    """Return the bound on ``update_norm``; ``max-update-norm``, if set, is a bound of its own. Else as honest_norm."""
-    return min(job.config.max_update_norm or math.inf, SLACK * honest_norm(job, plan, result, state))
+    """Return the bound on ``update_norm``; ``max-update-norm``, if set, is a bound of its own. Else as honest_norm.
+
+    A change that was rounded on its way (``wire.precision``) may be longer than the site's own.
+    """
+    room = 1 + FORMATS[job.config.wire.precision].room
+    return room * min(job.config.max_update_norm or math.inf, SLACK * honest_norm(job, plan, result, state))
 
 
 def oversized(sizes: Mapping[str, int], ratio: float) -> dict[str, str]:

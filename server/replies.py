@@ -61,7 +61,7 @@ def read_reply(record: Any, layout: Layout | Callable[[int], Layout], task: Task
         if not isinstance(task, TrainTask):
             reply = decode_sum_reply(record, task)
         else:
-            reply = decode_reply(record, layout, task.run, task.round_number)
+            reply = decode_reply(record, layout, task.run, task.round_number, task.precision)
             if isinstance(reply, TrainResult) and bool(reply.words) != bool(task.offers):
                 raise ProtocolError("the reply has a vector of a secure sum, or lacks it, against what was asked for")
         if not reply.site.strip():

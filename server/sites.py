@@ -8,16 +8,19 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from fedveil.common.log import about
+from fedveil.common.messages.blocks import rounded
 from fedveil.common.messages.columns import narrowed
+from fedveil.common.messages.formats import FLOAT32
 from fedveil.common.messages.named import digests
 from fedveil.common.messages.round import Refusal, Reply, SumReply, Task, TrainResult, TrainTask
 from fedveil.common.messages.state import BASIS, STATE, Place
-from fedveil.common.messages.tensors import fingerprint
+from fedveil.common.messages.tensors import add, fingerprint
 from fedveil.common.run_lines import Absence
 from fedveil.privacy.secure_sum import KeyOffer
 from fedveil.server.admission import Admission
 from fedveil.server.collect.base import Collected
 from fedveil.server.model import ServerModel
+from fedveil.server.plausible import held_by
 from fedveil.strategies.job import Job
 from fedveil.strategies.state import ServerState
 
@@ -141,8 +144,9 @@ class Sites:
         offers: tuple[KeyOffer, ...],
         sealed: Mapping[int, tuple[bytes, ...]],
     ) -> Exchange:
-        down = self._job.strategy.downlink(state) if round_number else {}
-        basis = self._job.frozen_for(state, round_number) if round_number else {}
+        precision = self._job.config.wire.precision
+        down = rounded(self._job.strategy.downlink(state), precision) if round_number else {}
+        basis = rounded(self._job.frozen_for(state, round_number), precision) if round_number else {}
         known = digests({STATE: down, BASIS: basis})
         mark = fingerprint(basis) if basis else ""
         tasks = {
@@ -158,6 +162,7 @@ class Sites:
                 offers=offers,
                 sealed=sealed.get(node, ()),
                 named=dict(self._acknowledged.get(node, {}).items() & known.items()),
+                precision=precision,
             )
             for node in nodes
         }
@@ -169,9 +174,19 @@ class Sites:
         return replace(exchange, replies={n: self._whole(reply, state) for n, reply in exchange.replies.items()})
 
     def _whole(self, reply: Reply | SumReply, state: ServerState) -> Reply | SumReply:
-        """Return a reply with the layers that its round does not train, which no site sends, as they went down."""
+        """Return a reply with the trained tensors from which the server's own state is as far as the site moved.
+
+        In another format than float32 a site sends how far it moved from what it received. The layers that its round
+        does not train no site sends.
+        """
+        if not isinstance(reply, TrainResult) or reply.words:
+            return reply
+        if reply.precision != FLOAT32:
+            before = held_by(self._job, reply, state)
+            own = {layer: {n: before[layer][n] for n in factors} for layer, factors in reply.contribution.items()}
+            reply = replace(reply, contribution=add(own, reply.contribution))
         moving = self._job.sent(state.round_number + 1, self._trained)
-        if not isinstance(reply, TrainResult) or reply.words or len(moving) == len(self._trained):
+        if len(moving) == len(self._trained):
             return reply
         resting = {
             layer: {name: state.adapter[layer][name] for name in factors}

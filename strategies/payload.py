@@ -8,7 +8,9 @@ from collections.abc import Sequence
 import torch
 
 from fedveil.common.adapters import ADAPTERS, Adapter
+from fedveil.common.messages.blocks import bytes_of, layout_of
 from fedveil.common.messages.columns import narrowed
+from fedveil.common.messages.formats import FLOAT32
 from fedveil.common.messages.state import AdapterState
 from fedveil.strategies import Strategy
 
@@ -26,19 +28,17 @@ def travels(strategy: Strategy, adapter: Adapter, out: int, into: int) -> tuple[
     return down, narrowed(trained, strategy.trained_columns(down, 1, 0))
 
 
-def payload(strategy: Strategy, adapter: Adapter, layers: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """Return the bytes that travel down and up in a round over all layers of (out, in), at four bytes a number."""
+def payload(
+    strategy: Strategy, adapter: Adapter, layers: Sequence[tuple[int, int]], precision: str = FLOAT32
+) -> tuple[int, int]:
+    """Return the bytes that travel down and up in a round over all layers of (out, in), in a format of ``FORMATS``."""
     down = up = 0
     for (out, into), times in Counter(layers).items():
-        both = travels(strategy, adapter, out, into)
-        down, up = (total + 4 * times * _numbers(state) for total, state in zip((down, up), both, strict=True))
+        both = (bytes_of(layout_of(state), precision) for state in travels(strategy, adapter, out, into))
+        down, up = (total + times * size for total, size in zip((down, up), both, strict=True))
     return down, up
 
 
 def preset_adapter(strategy: type[Strategy], rank: int) -> Adapter:
     """Return the adapter that a strategy takes by default, at a rank, on no layer in particular."""
     return ADAPTERS[strategy.adapters.default](rank, float(rank), ())
-
-
-def _numbers(state: AdapterState) -> int:
-    return sum(tensor.numel() for factors in state.values() for tensor in factors.values())

@@ -15,6 +15,7 @@ from fedveil.common.requirements import Requirement, Value, check_requirements
 from fedveil.common.starts import Start, check_directions
 from fedveil.common.tasks import TASKS
 from fedveil.common.trackers import NO_TRACKER
+from fedveil.strategies.average import Average
 from fedveil.strategies.base import Strategy, check_adapter, chooses
 from fedveil.strategies.rules import ServerRule
 
@@ -94,6 +95,11 @@ def check_run(config: RunConfig, strategy: Strategy, origin: Start, rule: Server
             "'public-metric', or head.metric to 'none'"
         )
     check_phases(config, strategy, adapter)
+    if config.wire.precision != "float32" and not isinstance(strategy, Average):
+        raise ConfigError(
+            f"wire.precision {config.wire.precision!r} rounds a site's change, and strategy {strategy.name!r} combines "
+            "what each site trained: set it to 'float32', or choose a strategy that averages, such as 'ffa-lora'"
+        )
 
 
 def check_composed(config: RunConfig, strategy: Strategy, origin: Start, rule: ServerRule, adapter: Adapter) -> None:

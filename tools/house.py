@@ -35,7 +35,7 @@ LIMITS = {
     "contrib lines, rows": 6000,
     "contrib lines, tests": 8000,
     "longest test file": 600,
-    "settings": 96,  # 95 by issue 46, and data.invalid-rows by issue 47
+    "settings": 97,  # 95 by issue 46, data.invalid-rows by issue 47, and wire.precision by issue 48
     "policy keys": 32,
     "commands": 38,
     "server/rounds imports": 12,
@@ -51,8 +51,8 @@ LIMITS = {
     "questions of kind": 60,
     "README lines": 120,
     "lines of documents, written": 3200,
-    # The page of the API in Python.
-    "lines of documents, made": 2200,
+    # The page of the API in Python; the settings' section "wire", by issue 48.
+    "lines of documents, made": 2210,
 }
 """The most that a figure may be, for those that have once been below it."""
 

@@ -21,6 +21,7 @@ from fedveil.common.config.sections import (
     ServerConfig,
     TrainingConfig,
 )
+from fedveil.common.config.wire import WireConfig
 from fedveil.common.errors import ConfigError
 from fedveil.common.trackers import NO_TRACKER, TRACKERS
 
@@ -96,6 +97,7 @@ class RunConfig(Section):
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
+    wire: WireConfig = field(default_factory=WireConfig)
 
     @property
     def total_steps(self) -> int:

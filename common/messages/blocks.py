@@ -1,8 +1,8 @@
 """Adapter states as blocks of bytes in Flower's records.
 
-A state is one block of little-endian float32 in canonical order. Both sides know its layout from the run's
-configuration, so that only a hash of names and shapes travels beside it. ``common.messages.wire`` says what the nonce
-before each part of a block is for.
+A state is one block in canonical order, in the run's format (``common.messages.formats``). Both sides know its layout
+from the run's configuration, so that only a hash of names and shapes travels beside it. ``common.messages.wire`` says
+what the nonce before each part of a block is for.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from flwr.app import Array, ArrayRecord, RecordDict
 from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE as PART_BYTES
 
 from fedveil.common.errors import ProtocolError
-from fedveil.common.later import np, torch
+from fedveil.common.later import np
+from fedveil.common.messages.formats import FLOAT32, FORMATS
 from fedveil.common.messages.state import AdapterState
 from fedveil.common.messages.tensors import entries
 
-STYPE, WORDS_STYPE = "f32le", "u32le"
+WORDS_STYPE = "u32le"
 NONCE_BYTES = 16
 Layout = dict[str, dict[str, tuple[int, ...]]]
 """Shapes of a state's tensors, by layer and factor."""
@@ -45,37 +46,46 @@ def numbers_in(layout: Layout) -> int:
     return sum(math.prod(shape) for factors in layout.values() for shape in factors.values())
 
 
-def encode_state(state: AdapterState) -> bytes:
-    """Return all tensors as one block of little-endian float32, in canonical order."""
-    blocks = [tensor.detach().cpu().float().contiguous().numpy().astype("<f4") for _, _, tensor in entries(state)]
-    return b"".join(block.tobytes() for block in blocks)
+def bytes_of(layout: Layout, precision: str = FLOAT32) -> int:
+    """Return how many bytes the block of a state has in a format of ``FORMATS``."""
+    return sum(FORMATS[precision].size(math.prod(shape)) for factors in layout.values() for shape in factors.values())
 
 
-def decode_state(data: bytes, layout: Layout) -> AdapterState:
-    """Return the state of this layout that ``data`` is the block of.
+def encode_state(state: AdapterState, precision: str = FLOAT32) -> bytes:
+    """Return all tensors as one block, in canonical order, each rounded by itself."""
+    form = FORMATS[precision]
+    tensors = (tensor.detach().cpu().float().contiguous().flatten() for _, _, tensor in entries(state))
+    return b"".join(form.encode(tensor) for tensor in tensors)
+
+
+def decode_state(data: bytes, layout: Layout, precision: str = FLOAT32) -> AdapterState:
+    """Return the state of this layout that ``data`` is the block of, float32.
 
     Raises:
         ProtocolError: the length does not fit, or a value is not finite.
     """
-    if len(data) != 4 * numbers_in(layout):
-        raise ProtocolError(f"the adapter payload has {len(data)} bytes, {4 * numbers_in(layout)} are expected")
-    values = np.frombuffer(data, dtype="<f4")
-    if not np.isfinite(values).all():
-        raise ProtocolError("the adapter payload holds a value that is not finite")
-    places = [(layer, name) for layer in sorted(layout) for name in sorted(layout[layer])]
-    sizes = [math.prod(layout[layer][name]) for layer, name in places]
+    if len(data) != (wanted := bytes_of(layout, precision)):
+        raise ProtocolError(f"the adapter payload has {len(data)} bytes, {wanted} are expected")
     state: AdapterState = {layer: {} for layer in sorted(layout)}
-    for (layer, name), numbers in zip(places, torch.from_numpy(values.astype(np.float32)).split(sizes), strict=True):
-        state[layer][name] = numbers.reshape(layout[layer][name]).clone()
+    form, begin = FORMATS[precision], 0
+    for layer, factors in state.items():
+        for name, shape in sorted(layout[layer].items()):
+            end = begin + form.size(math.prod(shape))
+            factors[name] = form.decode(data[begin:end]).reshape(shape)
+            begin = end
     return state
 
 
-def block_of(name: str, stype: str, data: bytes, nonce: bytes) -> ArrayRecord:
-    """Return numbers of four bytes each, with ``nonce`` before each piece that Flower makes a part of."""
+def rounded(state: AdapterState, precision: str) -> AdapterState:
+    """Return a state as it arrives in a format of ``FORMATS``."""
+    return state if precision == FLOAT32 else decode_state(encode_state(state, precision), layout_of(state), precision)
+
+
+def block_of(name: str, stype: str, dtype: str, data: bytes, nonce: bytes) -> ArrayRecord:
+    """Return numbers, or bytes, of a type of numpy's, with ``nonce`` before each piece that Flower makes a part of."""
     room = PART_BYTES - NONCE_BYTES
     pieces = (nonce + data[start : start + room] for start in range(0, max(1, len(data)), room))
-    dtype = "uint32" if stype == WORDS_STYPE else "float32"
-    return ArrayRecord({name: Array(dtype, (len(data) // 4,), stype, b"".join(pieces))})
+    return ArrayRecord({name: Array(dtype, (len(data) // np.dtype(dtype).itemsize,), stype, b"".join(pieces))})
 
 
 def block_data(array: Array, nonce: bytes | None = None) -> bytes:
@@ -98,9 +108,9 @@ def read_block(record: RecordDict, block: str, name: str, stype: str, nonce: byt
     return block_data(arrays[name], nonce)
 
 
-def read_state(record: RecordDict, block: str, nonce: bytes, layout: Layout) -> AdapterState:
+def read_state(record: RecordDict, block: str, nonce: bytes, layout: Layout, precision: str) -> AdapterState:
     """Return the state of this layout that a message's block holds; errors as for ``read_block`` and decoding."""
-    return decode_state(read_block(record, block, "state", STYPE, nonce), layout)
+    return decode_state(read_block(record, block, "state", FORMATS[precision].stype, nonce), layout, precision)
 
 
 def check_layout(mark: bytes, layout: Layout, block: str) -> None:

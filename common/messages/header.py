@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 from flwr.app import ConfigRecord, RecordDict
 
 from fedveil.common.errors import ProtocolError
-from fedveil.common.messages.blocks import NONCE_BYTES, STYPE, WORDS_STYPE, block_of, encode_state
+from fedveil.common.messages.blocks import NONCE_BYTES, WORDS_STYPE, block_of, encode_state
+from fedveil.common.messages.formats import FLOAT32, FORMATS
 from fedveil.common.messages.round import PROTOCOL, REFUSAL_KINDS, Refusal
 from fedveil.common.messages.state import AdapterState
 from fedveil.common.packed import Form
@@ -138,17 +139,24 @@ def _check_finite(values: Iterable[Any], name: str) -> None:
 
 
 def pack(
-    kind: str, round_number: int, run: str, rest: bytes, words: bytes = b"", blocks: Mapping[str, AdapterState] = EMPTY
+    kind: str,
+    round_number: int,
+    run: str,
+    rest: bytes,
+    words: bytes = b"",
+    blocks: Mapping[str, AdapterState] = EMPTY,
+    precision: str = FLOAT32,
 ) -> RecordDict:
-    """Return a message with a new nonce; ``rest`` are the fields of its kind."""
+    """Return a message with a new nonce; ``rest`` are the fields of its kind, and ``precision`` is the blocks'."""
     nonce = secrets.token_bytes(NONCE_BYTES)
     try:
         packed = PREFIX.pack(KINDS.index(kind), round_number) + pack_text(run) + rest
     except (ValueError, struct.error) as error:
         raise ProtocolError(f"a message of kind {kind!r} and round {round_number} cannot be sent: {error}") from error
-    record = RecordDict({name: block_of("state", STYPE, encode_state(state), nonce) for name, state in blocks.items()})
+    form, data = FORMATS[precision], {name: encode_state(state, precision) for name, state in blocks.items()}
+    record = RecordDict({name: block_of("state", form.stype, form.dtype, d, nonce) for name, d in data.items()})
     if words:
-        record["sum"] = block_of("words", WORDS_STYPE, words, nonce)
+        record["sum"] = block_of("words", WORDS_STYPE, "uint32", words, nonce)
     record["header"] = ConfigRecord({"protocol": PROTOCOL, "nonce": nonce, "body": packed})
     return record
 

@@ -67,7 +67,7 @@ def pack_tensors(parts: Parts, named: Mapping[Place, bytes]) -> tuple[bytes, dic
 
 
 def read_tensors(
-    record: RecordDict, reader: Reader, layouts: Mapping[str, Layout], kept: Parts
+    record: RecordDict, reader: Reader, layouts: Mapping[str, Layout], kept: Parts, precision: str
 ) -> dict[str, AdapterState]:
     """Return a task's parts, each tensor as it was sent or as it is kept.
 
@@ -76,6 +76,7 @@ def read_tensors(
         reader: of its header, which has come to the fields about tensors.
         layouts: names and shapes of both parts, as the run has them; the task may have no basis.
         kept: what the site has of this run.
+        precision: the run's format.
 
     Raises:
         LackingTensors: what is kept is not what the task names.
@@ -96,7 +97,7 @@ def read_tensors(
         raise LackingTensors("this site does not have the tensors that the task names, and needs them all")
     for part, block in BLOCKS.items():
         if sent := _without(due[part], part, named):
-            found[part] = merge(found[part], read_state(record, block, reader.nonce, sent))
+            found[part] = merge(found[part], read_state(record, block, reader.nonce, sent, precision))
     # In the order of a state that is sent whole.
     return {part: {k: dict(sorted(state[k].items())) for k in sorted(state)} for part, state in found.items()}
 

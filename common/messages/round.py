@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
+from fedveil.common.messages.formats import FLOAT32
 from fedveil.common.messages.state import AdapterState, Place
 from fedveil.common.strict_json import Endless
 from fedveil.privacy.accountant import INITIALISATION, TRAINING, Accountant
@@ -56,6 +57,8 @@ class TrainTask:
     """Where sites may be lost from the sum: what each of these sites has sealed for this one; else empty."""
     named: Mapping[Place, bytes] = field(default_factory=dict)
     """The hashes of those tensors that the site has acknowledged in this run: they are named, and not sent."""
+    precision: str = FLOAT32
+    """``wire.precision``, the format of the tensors, which have been rounded to it."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +198,7 @@ class TrainResult:
     public_size: int
     """Declared by the steward; never counted from the records. 1 where the unit is a whole site."""
     contribution: AdapterState
-    """Empty in a secure sum."""
+    """What the round has trained; of a site in another format than float32, its change. Empty in a secure sum."""
     spending: Spending | None
     """None when the run makes no privacy claim."""
     noised_correct: NoisedCount | None = None
@@ -206,6 +209,8 @@ class TrainResult:
     """In a secure sum, the site's key for the first attempt at the next round, if it has a budget for that."""
     rank: int = 0
     """How many columns the site trains, declared by its operator as public; 0 where the strategy does not ask."""
+    precision: str = FLOAT32
+    """``wire.precision``, the format in which the contribution travels."""
 
 
 REFUSAL_KINDS = ("budget", "policy", "task", "tensors", "failed")

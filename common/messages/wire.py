@@ -62,6 +62,7 @@ from fedveil.common.messages.blocks import (
     read_block,
     read_state,
 )
+from fedveil.common.messages.formats import FLOAT32
 from fedveil.common.messages.header import (
     ATTEMPT,
     KEY,
@@ -77,8 +78,10 @@ from fedveil.common.messages.named import NOTHING, Parts, pack_tensors, read_ten
 from fedveil.common.messages.round import (
     FINGERPRINT_DIGITS,
     REFUSAL_KINDS,
+    NoisedCount,
     Refusal,
     Reply,
+    Spending,
     SumReply,
     Task,
     TrainResult,
@@ -93,6 +96,8 @@ from fedveil.privacy.secure_sum.recovery import SEALED_BYTES
 _TASK, _RESULT, _RANK = struct.Struct("<16s16s16s"), struct.Struct("<q8sB"), struct.Struct("<I")
 _SPENDING, _COUNTED, _DETOURED, _SUMMED, _NEXT_KEY, _RANKED = 1, 2, 4, 8, 16, 32
 """Bits of a result's ``parts``."""
+Layouts = Layout | Callable[[int], Layout]
+"""What a site may send: names and shapes, or what they are by the rank that it declares."""
 
 
 def message_bytes(record: RecordDict) -> int:
@@ -145,19 +150,23 @@ def encode_task(task: Task) -> RecordDict:
     header = _TASK.pack(*map(_fingerprint_bytes, fingerprints)) + tensors
     if task.offers:
         header += ATTEMPT.pack(task.attempt) + pack_several(map(pack_key, task.offers)) + b"".join(task.sealed)
-    return pack("train", task.round_number, task.run, header, blocks=blocks)
+    return pack("train", task.round_number, task.run, header, blocks=blocks, precision=task.precision)
 
 
 def decode_task(
-    record: RecordDict, layout: Layout, basis_layout: Layout | None = None, kept: Parts = NOTHING
+    record: RecordDict,
+    layout: Layout,
+    basis_layout: Layout | None = None,
+    kept: Parts = NOTHING,
+    precision: str = FLOAT32,
 ) -> TrainTask:
     """Return the task whole; fingerprints come back as their first ``FINGERPRINT_DIGITS`` digits.
 
     Args:
         record: the message.
-        layout: what the site's own configuration says of the state.
-        basis_layout: and of the frozen factors.
+        layout, basis_layout: what the site's own configuration says of the state and of the frozen factors.
         kept: the tensors that the site has of this run, by part.
+        precision: the run's format.
 
     Raises:
         LackingTensors: it names others than these.
@@ -168,7 +177,7 @@ def decode_task(
         raise ProtocolError(f"a site expects a task, not a reply of kind {reader.kind!r}")
     base, start, basis = reader.take(_TASK, "fingerprints")
     layouts = {STATE: layout if reader.round_number else {}, BASIS: basis_layout or {}}
-    parts = read_tensors(record, reader, layouts, kept)
+    parts = read_tensors(record, reader, layouts, kept, precision)
     attempt, offers, sealed = _read_attempt(reader) if reader.more else (0, (), ())
     reader.end()
     return TrainTask(
@@ -182,6 +191,7 @@ def decode_task(
         attempt=attempt,
         offers=offers,
         sealed=sealed,
+        precision=precision,
     )
 
 
@@ -211,9 +221,10 @@ def encode_reply(reply: Reply | SumReply) -> RecordDict:
     present = sum(packed) | (_SUMMED if reply.words else 0)
     layout = layout_hash(layout_of(reply.contribution))
     header = pack_site(reply.site) + _RESULT.pack(reply.public_size, layout, present) + b"".join(packed.values())
-    if not reply.words:
-        return pack("result", reply.round_number, reply.run, header, blocks={"adapter": reply.contribution})
-    return pack("result", reply.round_number, reply.run, header, words=reply.words)
+    where = "result", reply.round_number, reply.run, header
+    if reply.words:
+        return pack(*where, words=reply.words)
+    return pack(*where, blocks={"adapter": reply.contribution}, precision=reply.precision)
 
 
 def _words(record: RecordDict, reader: Reader, layout: Layout) -> bytes:
@@ -223,10 +234,10 @@ def _words(record: RecordDict, reader: Reader, layout: Layout) -> bytes:
     return words
 
 
-def decode_reply(record: RecordDict, layout: Layout | Callable[[int], Layout], run: str, round_number: int) -> Reply:
+def decode_reply(record: RecordDict, layout: Layouts, run: str, round_number: int, precision: str = FLOAT32) -> Reply:
     """Return the reply; ``layout`` is what the strategy lets a site send, perhaps by the rank that it declares.
 
-    Where it is by the rank it is called with 0 if none is declared, and raises ProtocolError for one that cannot be.
+    It is then called with 0 if none is declared, and raises ProtocolError for one that cannot be.
 
     Raises:
         ProtocolError: it belongs to another run or round, or anything in it is not as expected.
@@ -242,17 +253,13 @@ def decode_reply(record: RecordDict, layout: Layout | Callable[[int], Layout], r
         raise ProtocolError(f"{site} declares the public size {size}; it must be above 0")
     if present & ~(_SPENDING | _COUNTED | _DETOURED | _SUMMED | _NEXT_KEY | _RANKED):
         raise ProtocolError(f"{site} sends parts that are unknown here ({present})")
-    spending = read_spending(reader) if present & _SPENDING else None
-    counted = read_count(reader, spending) if present & _COUNTED else None
-    if present & _DETOURED:
-        spending = read_detour(reader, spending)
+    spending, counted = _read_spent(reader, present)
     offer = KeyOffer(site, *reader.take(KEY, "next key")) if present & _NEXT_KEY else None
     (rank,) = reader.take(_RANK, "rank") if present & _RANKED else (0,)
     reader.end()
-    if callable(layout):
-        layout = layout(rank)
-    elif rank:
+    if rank and not callable(layout):
         raise ProtocolError(f"{site} declares a rank, which this run does not ask for")
+    layout = layout(rank) if callable(layout) else layout
     if present & _SUMMED:
         if mark != layout_hash({}):
             raise ProtocolError(f"{site} sends a sum and tensors beside it")
@@ -260,8 +267,14 @@ def decode_reply(record: RecordDict, layout: Layout | Callable[[int], Layout], r
     if offer is not None:
         raise ProtocolError(f"{site} sends a key of a secure sum and no vector of one")
     check_layout(mark, layout, "adapter")
-    contribution = read_state(record, "adapter", reader.nonce, layout)
-    return TrainResult(run, round_number, site, size, contribution, spending, counted, rank=rank)
+    contribution = read_state(record, "adapter", reader.nonce, layout, precision)
+    return TrainResult(run, round_number, site, size, contribution, spending, counted, rank=rank, precision=precision)
+
+
+def _read_spent(reader: Reader, present: int) -> tuple[Spending | None, NoisedCount | None]:
+    spending = read_spending(reader) if present & _SPENDING else None
+    counted = read_count(reader, spending) if present & _COUNTED else None
+    return read_detour(reader, spending) if present & _DETOURED else spending, counted
 
 
 def result_to_bytes(result: TrainResult) -> bytes:
@@ -269,10 +282,10 @@ def result_to_bytes(result: TrainResult) -> bytes:
     return recorddict_to_proto(encode_reply(result)).SerializeToString()
 
 
-def result_from_bytes(data: bytes, layout: Layout, run: str, round_number: int) -> TrainResult:
-    """Return the result that ``result_to_bytes`` made; ProtocolError if it is of another round or run."""
+def result_from_bytes(data: bytes, layout: Layout, task: TrainTask) -> TrainResult:
+    """Return the result to a task that ``result_to_bytes`` made; ProtocolError if it is of another round or run."""
     record = recorddict_from_proto(ProtoRecordDict.FromString(data))
-    reply = decode_reply(record, lambda _: layout, run, round_number)
+    reply = decode_reply(record, lambda _: layout, task.run, task.round_number, task.precision)
     if not isinstance(reply, TrainResult):
         raise ProtocolError("what was kept is not a result")
     return reply

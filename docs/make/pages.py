@@ -236,8 +236,9 @@ def wire_page() -> str:
         "The server sends a task. A site answers with a result or a refusal. While privacy is on, `contribution` is "
         "the only field computed from records, and it has passed clip and noise; where the server is trusted, the clip "
         "alone. A noised count may be beside it, which the site's ledger has paid for. An adapter state is one block "
-        "of little-endian float32. Each message has 16 random bytes of its own, in its header and in every part that "
-        "Flower makes of its blocks, so that nobody who has not got it can name it or a part of it. "
+        "in the format of `wire.precision` (`common/messages/formats.py`). Each message has 16 random bytes of its "
+        "own, in its header and in every part that Flower makes of its blocks, so that nobody who has not got it can "
+        "name it or a part of it. "
         "[Operation](../guides/operate.md#signed-messages) says who signs it.",
         *((kind.__name__, _fields(kind), _about(kind)) for kind in (*kinds, *of_sums)),
         (

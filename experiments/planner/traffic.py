@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fedveil.common.adapters.attach import target_shapes
 from fedveil.common.adapters.layers import layer_shape, layers_of
-from fedveil.common.messages.blocks import payload_bytes
+from fedveil.common.messages.blocks import bytes_of, layout_of, numbers_in, payload_bytes
 from fedveil.common.messages.columns import narrowed
+from fedveil.common.messages.formats import FLOAT32, FORMATS
 from fedveil.common.messages.named import places_of
 from fedveil.common.messages.round import Spending, TrainResult, TrainTask
 from fedveil.common.messages.state import BASIS, HEAD, STATE, AdapterState, Factors, Place
@@ -71,40 +71,41 @@ def traffic(job: Job, server_model: ServerModel, plans: Sequence[PrivacyPlan]) -
         basis_fingerprint=fingerprint(basis) if basis else "",
         base_fingerprint=server_model.model.base.fingerprint,
         start_fingerprint=job.start_fingerprint(server_model.start),
+        precision=(precision := job.config.wire.precision),
     )
     first = 1 + job.config.timeline.adapter_waits
     trained = _trained(job, server_model, first, task.state)
     spending = _spending(payer_of(job).stated(plans))
-    result = TrainResult(RUN, job.config.rounds, "site-0", 1800, trained, spending)
+    result = TrainResult(RUN, job.config.rounds, "site-0", 1800, trained, spending, precision=precision)
+    up_precision = precision
     if job.config.privacy.honest_sites:
         task = replace(task, offers=tuple(KeyOffer(f"site-{k}", bytes(32), bytes(64)) for k in range(len(plans))))
-        words = bytes(_payload(trained))
+        up_precision, words = FLOAT32, bytes(4 * numbers_in(layout_of(trained)))
         result = replace(result, contribution={}, words=words, offer=task.offers[0])
     down, up = encode_task(task), encode_reply(result)
-    statistic = server_model.reply_layout(0).values() if job.origin.asked == "sites" else ()
+    statistic = server_model.reply_layout(0) if job.origin.asked == "sites" else {}
     return Traffic(
         down=payload_bytes(down),
         up=payload_bytes(up),
         down_run=_down_run(job, state),
-        up_run=sum(_payload(_trained(job, server_model, number, task.state)) for number in rounds),
+        up_run=sum(_payload(_trained(job, server_model, number, task.state), up_precision) for number in rounds),
         message_down=message_bytes(down),
         message_up=message_bytes(up),
-        once_down=_payload(basis),
-        once_up=sum(4 * math.prod(shape) for factors in statistic for shape in factors.values()),
+        once_down=_payload(basis, precision),
+        once_up=bytes_of(statistic, precision),
     )
 
 
 def _down_run(job: Job, state: ServerState) -> int:
     """Return the bytes of all rounds' tensors that a site has not acknowledged in the round before."""
+    form = FORMATS[job.config.wire.precision]
     down, acknowledged, total = job.strategy.downlink(state), frozenset[Place](), 0
     for number in range(1, job.config.rounds + 1):
         basis = job.frozen_for(state, number)
         sent = {STATE: down, BASIS: basis}
-        total += sum(
-            4 * sent[part][layer][name].numel()
-            for part, layer, name in places_of(sent)
-            if (part, layer, name) not in acknowledged
-        )
+        for part, layer, name in places_of(sent):
+            if (part, layer, name) not in acknowledged:
+                total += form.size(sent[part][layer][name].numel())
         lasting = job.lasting(number, down, basis)
         resting = {layer: _of_adapter(job, state, layer, factors) for layer, factors in lasting[STATE].items()}
         acknowledged = frozenset(places_of({**lasting, STATE: resting}))
@@ -134,21 +135,22 @@ def payload_by_strategy(server_model: ServerModel) -> dict[str, tuple[int, int]]
     layers = [layer_shape(layer) for layer in layers_of(model.peft_model).values()]
     if model.head_only:
         layers = target_shapes(model.base.module, model.adapter.target_modules)
-    head = _payload({HEAD: server_model.start[HEAD]}) if model.head_trained else 0
+    precision = server_model.job.config.wire.precision
+    head = _payload({HEAD: server_model.start[HEAD]}, precision) if model.head_trained else 0
     found = {}
     for name, strategy in {**STRATEGIES.core, own.name: type(own)}.items():
         if name == own.name:
-            down, up = payload(own, model.adapter, layers)
+            down, up = payload(own, model.adapter, layers, precision)
         elif not layers:
             continue
         else:
-            down, up = payload(strategy(), preset_adapter(strategy, model.adapter.rank), layers)
+            down, up = payload(strategy(), preset_adapter(strategy, model.adapter.rank), layers, precision)
         found[name] = (head + down, head + up)
     return found
 
 
-def _payload(state: AdapterState) -> int:
-    return 4 * sum(tensor.numel() for factors in state.values() for tensor in factors.values())
+def _payload(state: AdapterState, precision: str) -> int:
+    return bytes_of(layout_of(state), precision)
 
 
 def _spending(plans: Sequence[PrivacyPlan]) -> Spending | None:

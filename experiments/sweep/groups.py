@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from fedveil.common.adapters import ADAPTERS
 from fedveil.common.config.flat import Scalar
 from fedveil.common.errors import DataError
+from fedveil.common.messages.formats import FLOAT32
 from fedveil.common.other_runs import BesideFile, BesideRow
 from fedveil.common.tasks import TASKS
 from fedveil.common.words import UNKNOWN
@@ -155,7 +156,7 @@ def _of_a_seed(seeds: Sequence[Sequence[float | None]]) -> float | None:
 
 def _exact(settings: Mapping[str, Scalar]) -> bool:
     strategy, adapter = ROWS[str(settings["strategy"])], ADAPTERS[str(settings["adapter.name"])]
-    return is_exact(strategy, adapter)
+    return is_exact(strategy, adapter) and settings.get("wire.precision", FLOAT32) == FLOAT32
 
 
 def _intruders(rows: Sequence[Row]) -> tuple[float, float | None, int] | None:

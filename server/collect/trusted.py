@@ -22,7 +22,7 @@ import torch
 from fedveil.common.errors import BudgetExhausted, LedgerError
 from fedveil.common.files import expanded
 from fedveil.common.log import about
-from fedveil.common.messages.blocks import Layout, numbers_in, payload_bytes
+from fedveil.common.messages.blocks import Layout, bytes_of, payload_bytes
 from fedveil.common.messages.columns import narrowed
 from fedveil.common.messages.round import Spending, TrainResult, TrainTask
 from fedveil.common.messages.state import AdapterState
@@ -173,8 +173,11 @@ class TrustedCollector:
         basis = self._job.basis(state)
         down = self._job.strategy.downlink(state)
         mark = fingerprint(basis) if basis else ""
-        task = TrainTask(self._sites.run, round_number, down, {}, mark, self._sites.base, self._sites.start)
-        up, sites = 4 * numbers_in(self._layout(round_number, state)), self._plan.expected_batch_size
+        precision = self._job.config.wire.precision
+        task = TrainTask(
+            *(self._sites.run, round_number, down, {}, mark, self._sites.base, self._sites.start), precision=precision
+        )
+        up, sites = bytes_of(self._layout(round_number, state), precision), self._plan.expected_batch_size
         return round(sites * payload_bytes(encode_task(task))), round(sites * up)
 
     def _moved(self, state: ServerState, change: AdapterState) -> AdapterState:

@@ -498,11 +498,11 @@ def test_a_count_without_noise_or_that_nobody_paid_for_is_refused() -> None:
 
 
 def test_what_a_site_keeps_of_its_reply_is_the_reply() -> None:
-    got = result_from_bytes(result_to_bytes(COUNTED), LAYOUT, "17", 3)
+    got = result_from_bytes(result_to_bytes(COUNTED), LAYOUT, TASK)
     assert replace(got, contribution={}) == replace(COUNTED, contribution={})
     assert same(got.contribution, STATE)
     with pytest.raises(ProtocolError):
-        result_from_bytes(result_to_bytes(COUNTED), LAYOUT, "17", 4)
+        result_from_bytes(result_to_bytes(COUNTED), LAYOUT, replace(TASK, round_number=4))
 
 
 def test_a_fingerprint_travels_as_its_beginning_and_no_shorter() -> None:

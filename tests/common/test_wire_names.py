@@ -38,7 +38,8 @@ from wire_messages import (
 
 from fedveil.common.errors import ProtocolError
 from fedveil.common.messages import blocks, header
-from fedveil.common.messages.blocks import STYPE, block_data, encode_state, payload_bytes
+from fedveil.common.messages.blocks import block_data, encode_state, payload_bytes
+from fedveil.common.messages.formats import Float32
 from fedveil.common.messages.round import (
     KeyReply,
     KeyTask,
@@ -61,7 +62,9 @@ BLOCKS = (("task", "adapter"), ("task", "basis"), ("result", "adapter"))
 each_block = pytest.mark.parametrize(("message", "block"), BLOCKS)
 
 
-def with_block(record: RecordDict, block: str, data: bytes, stype: str = STYPE, name: str = "state") -> RecordDict:
+def with_block(
+    record: RecordDict, block: str, data: bytes, stype: str = Float32.stype, name: str = "state"
+) -> RecordDict:
     """Return the record with other numbers in a block; each message's nonce stays before them."""
     nonce = record.config_records["header"]["nonce"]
     assert isinstance(nonce, bytes)
@@ -183,7 +186,7 @@ def test_a_block_that_is_not_ours_is_refused(message: str, block: str) -> None:
     make, read = MESSAGES[message]
     good = numbers(make(), block)
     two = make()
-    two[block] = ArrayRecord({n: Array("float32", (len(good) // 4,), STYPE, good) for n in ("state", "more")})
+    two[block] = ArrayRecord({n: Array("float32", (len(good) // 4,), Float32.stype, good) for n in ("state", "more")})
     empty = make()
     empty[block] = ArrayRecord({})
     for bad in (

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from fedveil.common.errors import ConfigError, RunFailed
 from fedveil.common.files import length
-from fedveil.common.messages.blocks import STYPE
+from fedveil.common.messages.formats import Float32
 from fedveil.common.messages.round import (
     KeyReply,
     KeyTask,
@@ -201,7 +201,7 @@ def more_tensors(result: TrainResult) -> TrainResult:
 def wide(record: Any) -> None:
     from flwr.app import Array, ArrayRecord
 
-    record["adapter"] = ArrayRecord({"state": Array("float32", (1000000,), STYPE, bytes(4000000))})
+    record["adapter"] = ArrayRecord({"state": Array("float32", (1000000,), Float32.stype, bytes(4000000))})
 
 
 def nothing(record: Any) -> None:

@@ -24,6 +24,7 @@ from fedveil.cli.main import app
 from fedveil.client.ledger.ledger import Ledger
 from fedveil.client.policy import Policy
 from fedveil.common.errors import ConfigError
+from fedveil.common.messages.blocks import rounded
 from fedveil.common.messages.round import Refusal, Spending, Task, TrainResult
 from fedveil.common.messages.state import HEAD, AdapterState
 from fedveil.common.messages.tensors import apply, entries, l2_norm, subtract
@@ -114,6 +115,12 @@ def test_a_strategy_runs_with_a_trusted_server_if_its_table_says_so(name: str) -
 
 
 # --- one site moves the sum by its clip, whatever it sends ------------------------------------------------------------
+def in_bfloat16(result: TrainResult, received: AdapterState) -> TrainResult:
+    """Return a result as it arrives in a run of ``wire.precision = "bfloat16"``."""
+    change = rounded(subtract(result.contribution, received), "bfloat16")
+    return replace(result, contribution=change, precision="bfloat16")
+
+
 ARBITRARY: dict[str, Sent] = {
     "honest and long": lambda node, received: update(node, received, 50.0),
     "zeros": lambda node, received: filled(received, 0.0),
@@ -127,6 +134,7 @@ ARBITRARY: dict[str, Sent] = {
     "another's name and a large size": lambda node, received: replace(
         update(node, received, 9.0), site="site-2", public_size=10**9
     ),
+    "rounded and long": lambda node, received: in_bfloat16(update(node, received, 50.0), received),
     "a refusal": lambda node, received: Refusal("1", 1, "liar", "failed", "no"),
     "late": lambda node, received: Refusal("1", 1, "node 5", "late", "no answer"),
 }
@@ -151,7 +159,7 @@ def test_one_site_moves_the_mean_by_at_most_its_clip(world: World, kind: str) ->
     assert moved <= 1 + 1e-9
     if kind in ZERO[1:]:
         assert moved == 0, "what is no update counts as zero"
-    if kind in ("honest and long", "huge"):
+    if kind in ("honest and long", "rounded and long", "huge"):
         assert moved == pytest.approx(1), "a long update counts with its clip"
 
 
