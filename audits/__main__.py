@@ -55,7 +55,7 @@ def noise_and_sensitivity(folder: Path) -> list[Finding]:
     ]
     for world in worlds:
         couples = () if world.model.head else (faults.TOKEN_MEAN,)
-        seen += [audit_sensitivity(world, fault) for fault in (SOUND, faults.DOUBLED, *couples)]
+        seen += [audit_sensitivity(world, fault) for fault in (SOUND, faults.DOUBLED, faults.FLOAT_SUM, *couples)]
         if world.model.head:
             each = (SOUND, faults.DOUBLED, EACH_CLIPPED)
             seen += [audit_class_means(world.model, world.records, fault) for fault in each]

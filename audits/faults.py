@@ -257,6 +257,12 @@ RESET = Fault("ledger reset each round", ledger_reset)
 FLOATING = Fault("noise in floating point", noise_in_floating_point)
 SHARED_SEED = Fault("one seed for all sites", shared_seed)
 SHUFFLED = Fault("shuffled batches", shuffled_batches)
+FLOAT_SUM = Fault(
+    "sum in float32",
+    lambda: patch.object(
+        dpsgd.ClipAndNoise, "clip_and_accumulate", lambda own: super(dpsgd.ClipAndNoise, own).clip_and_accumulate()
+    ),
+)
 TOKEN_MEAN = Fault("mean over the batch's tokens", token_mean_loss)
 ROW_CLIPPED = Fault("each record of a person clipped by itself", each_row_clipped)
 PERSON_DIVIDED = Fault("a person divided over batches", persons_divided)

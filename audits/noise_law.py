@@ -17,8 +17,8 @@ from audits.finding import judged
 from audits.worlds import Gradient, Recorder, World, flat, plan
 from fedveil.common.findings import Finding
 from fedveil.privacy.dpsgd import PrivateSteps
+from fedveil.privacy.grid import noise_grid
 from fedveil.privacy.plan import PrivacyPlan
-from fedveil.privacy.randomness import noise_grid
 
 STEPS = 40
 """Steps on no record, at each of two sites."""

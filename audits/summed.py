@@ -41,8 +41,9 @@ from fedveil.common.messages.round import TrainResult
 from fedveil.privacy import dpsgd
 from fedveil.privacy.accounting import Release
 from fedveil.privacy.events import Event, SummedGaussian, sampled_gaussian
+from fedveil.privacy.grid import noise_grid
 from fedveil.privacy.plan import PrivacyPlan
-from fedveil.privacy.randomness import add_private_noise, noise_grid
+from fedveil.privacy.randomness import add_private_noise
 from fedveil.privacy.secure_sum import attempt, rounding, total
 from fedveil.privacy.secure_sum.masks import Words, add_mask, pair_seed
 from fedveil.privacy.shared_noise import SecureSumPlan

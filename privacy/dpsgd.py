@@ -3,7 +3,9 @@
 Opacus computes per-record gradients (hooks, model not wrapped) and scales the sum. Around it is
 what a federation needs and Opacus leaves open:
 
-* one joint clip over all trained tensors; norms, clip and sum in float64, whatever the forward pass is in;
+* one joint clip over all trained tensors; norms and clip in float64, whatever the forward pass is in;
+* an exact sum: each clipped gradient is rounded toward zero, number by number, to a public grid (``privacy.grid``), and
+  whole numbers are added, so that no order and no division of a batch ever shows;
 * a record whose gradient is not finite contributes zero instead of destroying the update;
 * noise also on an empty batch, so that emptiness is not visible;
 * noise from the operating system's entropy, rounded with the sum to a public grid before it goes anywhere;
@@ -42,6 +44,7 @@ from fedveil.common.errors import MechanismError
 from fedveil.common.log import place_of
 from fedveil.common.model.shapes import FixedBatch
 from fedveil.common.own_gradients import OwnGradients
+from fedveil.privacy import grid
 from fedveil.privacy.randomness import add_private_noise
 from fedveil.privacy.secure_sum.masks import Words
 from fedveil.privacy.secure_sum.rounding import rounded, total
@@ -57,14 +60,24 @@ TRACES = (*PASSING, "grad_sample", "summed_grad", "_forward_counter", "words")
 
 
 class ClipAndNoise(DPOptimizer):
-    """Opacus' optimiser with norms, clip and sum in float64, finite records only, and operating-system noise out."""
+    """Opacus' optimiser with an exact sum of what is clipped, finite records only, and operating-system noise out."""
+
+    step_of_sum: float
+    """Step of the grid on which gradients are added, see ``privacy.grid``."""
+
+    def __init__(self, *own: Any, **named: Any) -> None:
+        super().__init__(*own, **named)
+        self.step_of_sum = grid.sum_grid(self.max_grad_norm, self.noise_multiplier * self.max_grad_norm)
+        self._units = 0
 
     def clip_and_accumulate(self) -> None:
-        """Clip every record's joint gradient and add it to the step's sum.
+        """Clip every record's joint gradient, round it toward zero to the grid, and add it to the step's sum, exactly.
 
-        In float64, because a float32 norm of a layer of a million weights is up to a percent short, and a
-        float32 sum of many parts moves, by rounding, by more than the record that is added. One tensor's
-        samples are widened at a time.
+        Toward zero, so that a clipped gradient only gets shorter. Norms and clip are in float64, because a float32 norm
+        of a layer of a million weights is up to a percent short. One tensor's samples are widened at a time.
+
+        Raises:
+            MechanismError: there are more records than a sum of whole steps holds.
         """
         samples = [_rows(sample) for sample in self.grad_samples]
         squares = torch.zeros(len(samples[0]), dtype=torch.float64, device=samples[0].device)
@@ -72,15 +85,27 @@ class ClipAndNoise(DPOptimizer):
             # Widened number by number as it is read, not as a copy.
             squares += torch.linalg.vector_norm(sample, dim=1, dtype=torch.float64).square()
         finite = squares.isfinite()
+        # As much longer as float64's norm and factor may be too short or too long: 2⁻⁵³ for each number and operation.
+        lengths = squares.sqrt() * (1 + (sum(sample.shape[1] for sample in samples) + 16) * 2.0**-53)
         # A norm below the clip leaves its record as it is.
-        factors = torch.where(finite, self.max_grad_norm / squares.sqrt().clamp(min=self.max_grad_norm), 0.0)
-        spoilt = not bool(finite.all())
+        factors = torch.where(finite, self.max_grad_norm / lengths.clamp(min=self.max_grad_norm), 0.0)
+        in_steps, spoilt = (factors / self.step_of_sum)[:, None], not bool(finite.all())
+        clipped = []
         for parameter, sample in zip(self.params, samples, strict=True):
-            widened = sample.double()
+            widened = sample.to(torch.float64, copy=True).mul_(in_steps).trunc_()
             if spoilt:  # 0 times infinity is not 0
                 widened[~finite] = 0.0
-            clipped = (factors @ widened).view(parameter.shape)
-            parameter.summed_grad = clipped if parameter.summed_grad is None else parameter.summed_grad + clipped
+            clipped.append(widened.sum(0).mul_(self.step_of_sum).view(parameter.shape))
+        self.merge(clipped, len(squares))
+
+    def merge(self, clipped: Sequence[Tensor], units: int) -> None:
+        """Add sums of clipped gradients of so many units, whole steps of the grid, one for each parameter."""
+        self._units = units + (0 if self.params[0].summed_grad is None else self._units)
+        if self._units > grid.most_units(self.max_grad_norm, self.step_of_sum):
+            # No count: it is private, and errors are read by others.
+            raise MechanismError("a step has more records than a sum of whole numbers holds at this clip and noise")
+        for parameter, part in zip(self.params, clipped, strict=True):
+            parameter.summed_grad = part if parameter.summed_grad is None else parameter.summed_grad + part
 
     def add_noise(self) -> None:
         """Write sum + N(0, (noise_multiplier · clip_norm)²), rounded to a public grid, into every ``grad``."""
@@ -101,12 +126,13 @@ class ClipAndShare(ClipAndNoise):
     """The same with a part of the noise, as whole steps of a grid that is the same at all sites of a sum."""
 
     share: float
-    """Standard deviation of the part, before the margin; the grid follows from it."""
+    """Standard deviation of the part, before the margin; the grids follow from it."""
     margin: float
 
     def read(self, plan: PrivacyPlan, margin: float) -> None:
         """Note the site's part of the noise."""
         self.share, self.margin = plan.noise_std, margin
+        self.step_of_sum = grid.sum_grid(plan.event.clip_norm, self.share)
 
     def noised(self, parameter: Any, std: float) -> Tensor:
         """Hang the noised sum on the parameter as ``words``, and return the same as numbers."""

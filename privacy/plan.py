@@ -19,6 +19,7 @@ from fedveil.common.errors import MechanismError, PrivacyError
 from fedveil.privacy.accounting import Release, check_terms
 from fedveil.privacy.events import Event, SampledGaussian, sampled_gaussian
 from fedveil.privacy.figures import most_delta_text
+from fedveil.privacy.grid import check_sum
 from fedveil.privacy.privacy_filter import promised_noise
 from fedveil.privacy.steps import Steps, nothing
 from fedveil.privacy.together import together
@@ -135,6 +136,8 @@ class PrivacyPlan(Plan):
         self.event.check()
         positive(expected_batch_size=self.expected_batch_size, max_epsilon=self.max_epsilon)
         in_range(0, 0.5, delta=self.delta)
+        # The divisor is the rate times the public size.
+        check_sum(self.expected_batch_size / self.event.sample_rate, self.event.clip_norm, self.noise_std)
 
     @classmethod
     def for_run(

@@ -28,18 +28,16 @@ error stays below ``_DOUBT``, and mpmath's Φ keeps half of its guard bits. Test
 from __future__ import annotations
 
 import hashlib
-import math
 from typing import TYPE_CHECKING, Any
 
 from fedveil.common.check import in_range
 from fedveil.common.later import np, torch
 from fedveil.privacy.entropy import private_words
+from fedveil.privacy.grid import noise_grid
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-GRID_BITS = 10
-"""A grid step is the noise's standard deviation over 2 to this power, or up to half of that."""
 _DOUBT = 2.0**-40
 """Bound on the error of float64's normal quantile within ``_TAIL``, in standard deviations; measured: 2⁻⁴⁸."""
 _TAIL = 8.0
@@ -52,15 +50,6 @@ def stream(seed: int, *names: object) -> torch.Generator:
     """Return the CPU generator of the public stream called ``names`` under ``seed``."""
     digest = hashlib.sha256("/".join(map(str, (seed, *names))).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-def noise_grid(std: float) -> float:
-    """Return the step of the public grid for noise of that standard deviation: a power of two.
-
-    >>> noise_grid(1.0), noise_grid(1.99) == noise_grid(1.0), noise_grid(30.0)
-    (0.0009765625, True, 0.015625)
-    """
-    return 2.0 ** (math.frexp(std)[1] - 1 - GRID_BITS)
 
 
 def add_private_noise(total: Tensor, std: float, step: float = 0.0) -> Tensor:

@@ -18,7 +18,7 @@ from fedveil.common.messages.round import Refusal, Task, TrainTask
 from fedveil.common.messages.tensors import entries
 from fedveil.common.messages.wire import encode_reply
 from fedveil.experiments.in_process import InProcessTransport
-from fedveil.privacy.randomness import noise_grid
+from fedveil.privacy.grid import noise_grid
 from fedveil.server import checkpoint
 
 SUMMED: dict[str, Any] = {

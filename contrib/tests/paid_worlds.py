@@ -14,7 +14,7 @@ from fedveil.common.model.federated import FederatedModel
 from fedveil.common.starts import PaidStart, Start
 from fedveil.common.tasks import Record, wording_of
 from fedveil.common.tasks.text import TextExample
-from fedveil.privacy import dpsgd
+from fedveil.privacy import dpsgd, grid
 from fedveil.privacy.plan import PrivacyPlan, gaussian_plan
 
 RANK = 3
@@ -41,6 +41,8 @@ def records_of(model: FederatedModel, texts: list[str] = TEXTS) -> list[Record]:
 
 def noiseless(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(dpsgd, "add_private_noise", lambda total, std: total.double())
+    patch.setattr(grid, "SUM_BITS", 40)  # the grid follows from the noise, and is not to show beside a far longer clip
+    patch.setattr(grid, "MOST_BITS", 60)
 
 
 def plan_of(start: PaidStart, clip: float = 1.0, divisor: float = 1.0) -> PrivacyPlan:

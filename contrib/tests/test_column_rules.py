@@ -407,7 +407,7 @@ def test_k1_scores_that_are_appended_to_a_clipped_gradient_lengthen_it_by_a_know
         return [g.norm() for g in kept]
 
     for record in (0, 1, 2):
-        assert moved(record, norms) == pytest.approx(bound, rel=1e-12), "what is longer than the clip attains the bound"
+        assert moved(record, norms) == pytest.approx(bound, rel=1e-5), "what is longer than the clip attains the bound"
     for record in (3, 4):
         assert moved(record, norms) < 0.2 * bound
     # Planted: norms before the clip, and sums of numbers, which can be longer than what they are of.

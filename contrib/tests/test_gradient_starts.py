@@ -19,7 +19,7 @@ from fedveil.common.starts.gradient import initial_shapes, mean_gradient
 from fedveil.common.tasks import Record
 from fedveil.contrib.starts.dp_lora_ga import DPLoRAGA, sketching
 from fedveil.contrib.starts.lora_ga import LoRAGA
-from fedveil.privacy import dpsgd
+from fedveil.privacy import dpsgd, grid
 
 pytestmark = [pytest.mark.rough_prices, pytest.mark.peft]
 
@@ -134,6 +134,8 @@ def test_invariant_22_before_rounding_a_sketch_is_the_noised_step_of_a_behind_th
     monkeypatch.setattr(Tensor, "float", Tensor.double)
     monkeypatch.setattr(FederatedModel, "many_passes", lambda self: nullcontext())  # which holds weights in float32
     monkeypatch.setattr(dpsgd, "add_private_noise", lambda total, std: total + std * draw(*total.shape, seed=7))
+    monkeypatch.setattr(grid, "SUM_BITS", 40)
+    monkeypatch.setattr(grid, "MOST_BITS", 60)
     start, divisor = DPLoRAGA(noise_multiplier=2.0), 4.0
     model, slow = tiny(family, start), tiny(family, start)
     model.module.double()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from fedveil.common.check import clip_norm, in_range, positive
-from fedveil.privacy.randomness import noise_grid
+from fedveil.privacy.grid import noise_grid
 from fedveil.privacy.secure_sum.canonical import Value, canonical
 from fedveil.privacy.secure_sum.rounding import WORD_BITS, noise_share
 

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from fedveil.common.check import positive
 from fedveil.common.errors import ConfigError, MechanismError, ProtocolError
 from fedveil.common.later import np, torch
-from fedveil.privacy.randomness import add_private_noise, noise_grid
+from fedveil.privacy.grid import noise_grid
+from fedveil.privacy.randomness import add_private_noise
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -22,7 +22,7 @@ from audits.bounds import free_bound, gaussian_bound, gaussian_epsilon
 from audits.canary import probe
 from audits.concurrent import UNLOCKED, charge_at_once
 from audits.dirac import Dirac
-from audits.faults import DOUBLED, FLOATING, HALVED, SHARED_SEED, SHUFFLED, SOUND, TOKEN_MEAN, Fault
+from audits.faults import DOUBLED, FLOAT_SUM, FLOATING, HALVED, SHARED_SEED, SHUFFLED, SOUND, TOKEN_MEAN, Fault
 from audits.finding import audit_file, judged, show
 from audits.kills import PHASES, charge_late, forget_keys, kill_rounds
 from audits.noise_law import audit_noise
@@ -57,7 +57,7 @@ def moved_by_a_record(folder: Path, fault: Fault) -> Finding:
 SMALL: dict[Callable[[Path, Fault], Finding], tuple[Fault, ...]] = {
     canaries: (HALVED, DOUBLED),
     noise_of_two_sites: (SHARED_SEED, FLOATING),
-    moved_by_a_record: (TOKEN_MEAN, DOUBLED),
+    moved_by_a_record: (TOKEN_MEAN, DOUBLED, FLOAT_SUM),
     shown_rounds.draws_stay_hidden: shown_rounds.FAULTS,
 }
 """Audits that ``make audit`` does with more canaries and models, and the faults that they must find."""

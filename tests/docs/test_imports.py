@@ -37,7 +37,7 @@ NEVER = {
 WINGS = ("tasks", "privacy", "config", "data", "secure_sum", "messages", "adapters", "model", "starts")
 """The folders of ``common`` and the privacy room in their order, lowest first: one imports itself, the files beside
 them, and the wings below it."""
-LOOSE = {"privacy.accountant", "privacy.entropy", "privacy.randomness"}
+LOOSE = {"privacy.accountant", "privacy.entropy", "privacy.grid", "privacy.randomness"}
 """Files of the privacy room that every wing may import: they import none."""
 NAMED = {"tasks": set[str](), "privacy": {"dpsgd.py"}}
 """Wings whose rows settings name. Settings are checked by their tables, so they are the lowest, and import what is

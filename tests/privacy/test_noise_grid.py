@@ -26,7 +26,8 @@ from audits.worlds import plan
 from fedveil.privacy import dpsgd, randomness
 from fedveil.privacy.dpsgd import PrivateSteps
 from fedveil.privacy.entropy import replaced_entropy
-from fedveil.privacy.randomness import add_private_noise, noise_grid
+from fedveil.privacy.grid import noise_grid
+from fedveil.privacy.randomness import add_private_noise
 
 pytestmark = pytest.mark.system_entropy
 

@@ -21,7 +21,8 @@ from audits.faults import same_seeds, shuffled_epochs
 from audits.site_rounds import sampler_faults
 from fedveil.common.errors import ConfigError
 from fedveil.privacy.entropy import Source, system_integers
-from fedveil.privacy.randomness import add_private_noise, noise_grid, private_poisson_sample, stream
+from fedveil.privacy.grid import noise_grid
+from fedveil.privacy.randomness import add_private_noise, private_poisson_sample, stream
 
 pytestmark = pytest.mark.system_entropy
 

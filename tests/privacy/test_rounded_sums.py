@@ -20,7 +20,7 @@ import pytest
 from dp_accounting.pld import privacy_loss_distribution as pld
 from scipy.special import ndtr
 
-from fedveil.privacy import randomness
+from fedveil.privacy import grid
 from fedveil.privacy.accounting import epsilon, gaussian_release
 from fedveil.privacy.secure_sum import (
     AttemptName,
@@ -146,7 +146,7 @@ def test_another_gaussian_than_that_of_the_theorem_is_found(fault: Callable[[int
 
 
 def test_the_bound_on_the_grid_that_is_used_is_nil() -> None:
-    ratios = [std / randomness.noise_grid(std) for std in (1e-9, 0.3, 1.0, 1.999999, 2.0, 7e8)]
+    ratios = [std / grid.noise_grid(std) for std in (1e-9, 0.3, 1.0, 1.999999, 2.0, 7e8)]
     assert all(1024 <= rho < 2048 for rho in ratios)
     for sites, rho in itertools.product((2, 20, 1000), ratios):
         u = -((math.pi * rho) ** 2) / math.log(10)  # its decimal logarithm
@@ -263,7 +263,7 @@ def chi_square(sites: int, share: float, place: float, gaussian: Callable[[int],
     """Return how far, in standard deviations, sums of real draws are off the theorem's law, on a coarse grid."""
     import torch
 
-    step = randomness.noise_grid(share)
+    step = grid.noise_grid(share)
     rho = share / step
     sums = torch.full((count,), place * step, dtype=torch.float64)
     drawn = (total([rounded(sums, share) for _ in range(sites)], share) / step).numpy().astype(int)
@@ -278,7 +278,7 @@ def chi_square(sites: int, share: float, place: float, gaussian: Callable[[int],
 @pytest.mark.parametrize("bits", [0, 1, 3])
 @pytest.mark.parametrize("sites", [2, 5])
 def test_sums_of_real_draws_have_the_law_of_the_theorem(sites: int, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(randomness, "GRID_BITS", bits)
+    monkeypatch.setattr(grid, "GRID_BITS", bits)
     for share, place in ((1.7, 0.31), (1.0, 0.5)):
         if bits or share > 1:
             assert abs(chi_square(sites, share, place, lambda k: k)) < 7

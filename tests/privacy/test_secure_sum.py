@@ -21,7 +21,7 @@ from audits.bands import out_of_band, related
 from fedveil.common.errors import ConfigError, MechanismError, ProtocolError
 from fedveil.privacy.accounting import epsilon, gaussian_release
 from fedveil.privacy.calibration import noise_multiplier_for
-from fedveil.privacy.randomness import noise_grid
+from fedveil.privacy.grid import noise_grid
 from fedveil.privacy.secure_sum import (
     AttemptName,
     Context,

@@ -28,9 +28,9 @@ from fedveil.common.model.federated import FederatedModel
 from fedveil.privacy import dpsgd, randomness
 from fedveil.privacy.accounting import alone
 from fedveil.privacy.events import Event, sampled_gaussian
+from fedveil.privacy.grid import noise_grid
 from fedveil.privacy.plan import PrivacyPlan
 from fedveil.privacy.privacy_filter import promised
-from fedveil.privacy.randomness import noise_grid
 from fedveil.privacy.secure_sum import AttemptName, Identity, Roster, SiteAttempt, noise_share, rounding, total
 from fedveil.privacy.shared_noise import SecureSumPlan
 from fedveil.strategies.job import configure
