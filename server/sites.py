@@ -15,12 +15,14 @@ from fedveil.common.messages.named import digests
 from fedveil.common.messages.round import Refusal, Reply, SumReply, Task, TrainResult, TrainTask
 from fedveil.common.messages.state import BASIS, STATE, Place
 from fedveil.common.messages.tensors import add, fingerprint
+from fedveil.common.paths import run_folder
 from fedveil.common.run_lines import Absence
 from fedveil.privacy.secure_sum import KeyOffer
 from fedveil.server.admission import Admission
 from fedveil.server.collect.base import Collected
 from fedveil.server.model import ServerModel
 from fedveil.server.plausible import held_by
+from fedveil.server.spool import on_disk
 from fedveil.strategies.job import Job
 from fedveil.strategies.state import ServerState
 
@@ -184,7 +186,8 @@ class Sites:
         if reply.precision != FLOAT32:
             before = held_by(self._job, reply, state)
             own = {layer: {n: before[layer][n] for n in factors} for layer, factors in reply.contribution.items()}
-            reply = replace(reply, contribution=add(own, reply.contribution))
+            moved = add(own, reply.contribution)
+            reply = replace(reply, contribution=on_disk(moved, run_folder(self._job.config, self.run)))
         moving = self._job.sent(state.round_number + 1, self._trained)
         if len(moving) == len(self._trained):
             return reply
