@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedveil.client.app import process
 from fedveil.client.site import forget_divided
 from fedveil.common.config.flat import Scalar
 from fedveil.common.data.notes import notes_on
@@ -26,7 +26,6 @@ from fedveil.experiments.api.sites import (
     sites_of_records,
     usual_names,
 )
-from fedveil.experiments.in_process import simulate_in_process
 from fedveil.experiments.own_table import hints, with_guesses
 from fedveil.experiments.progress import Watch
 from fedveil.experiments.simulate import check_simulated
@@ -94,7 +93,8 @@ def prepared(
         with records.opened():
             yield _ready(flat, records, division, option, named=named)
     finally:
-        process.forget()
+        if site := sys.modules.get("fedveil.client.app"):  # a plan trains nothing, and imports no site
+            site.process.forget()
         forget_divided()
 
 
@@ -156,6 +156,8 @@ def simulate_prepared(
         if ledger is None and not resumed:
             same_records(folder / LEDGERS, job.config, names)
         begun(folder)
+
+    from fedveil.experiments.in_process import simulate_in_process
 
     settings = with_ledger(run.settings, ledger)
     return simulate_in_process(settings, nodes_of(names, ledger), watch, begun=begin, alone=alone, level=level)
