@@ -14,6 +14,7 @@
 # make audit  attacks on noise, clip, batches and ledger, and faults that they must find; RUN=folder puts audit.json there
 # make faults sites, server and network broken on a real federation; cutting the network needs root and iproute2
 # make browser  reports in headless Chromium, wide and narrow, checked by axe-core; RUN=folder takes that run's (needs Node.js)
+# make bench  every ratio of benchmarks/ in one run, half an hour on 2 cores, with machine and date
 # make docs   pages and settings that are made from the code, and the tables and the plot of results
 # make site   the documents as a site, build/site/index.html
 # make check  formatters, linters, types
@@ -98,6 +99,14 @@ audit: environment
 
 faults: environment
 	$(BIN)/python -m faults
+
+# As in a process that FedVeil starts (common/threads.py).
+bench: environment
+	@date -u +%FT%TZ; uname -srm; grep -m 1 'model name' /proc/cpuinfo; echo "cores: $$(nproc)"; uptime
+	@failed=; for each in benchmarks/*.py; do \
+	  echo; echo "$(BIN)/python $$each"; \
+	  OMP_WAIT_POLICY=PASSIVE FEDVEIL_PROCESS=1 $(BIN)/python $$each || failed="$$failed $$each"; \
+	done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 docs: environment
 	$(BIN)/python -m docs.make
