@@ -7,6 +7,7 @@
 # make test-deployment   the guides of coordinator and steward with real processes, TLS and keys; more runs of Flower
 # make test-many   a secure sum of a hundred sites of which ten are lost; half a minute on one core
 # make test-harness   a tiny run under lm-evaluation-harness, in an environment of its own
+# make test-http   deployments by HTTP, under Flower 1.42 in an environment of its own, and the front door attacked
 # make test-peft   adapters and exports under the oldest PEFT that pyproject.toml allows, in an environment of its own
 # make test-pythons  tests under each Python from 3.11 to 3.14 that is here and the newest torch; TESTS=... runs some of them
 # make test-product   every task, adapter, start, strategy and mechanism with every other: a run, or one sentence
@@ -39,7 +40,7 @@ OLDEST_PEFT := $(shell sed -n 's/^ *"peft>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 # Wheels of which every byte is known, and nothing that they ask for: no setup.py runs.
 EXACT  := --require-hashes --no-deps --only-binary :all:
 
-.PHONY: demo wheel test test-many test-pythons test-deployment test-harness test-trackers test-peft test-product audit faults docs site check house format environment generative texts vision browser clean
+.PHONY: demo wheel test test-many test-pythons test-deployment test-http test-harness test-trackers test-peft test-product audit faults docs site check house format environment generative texts vision browser clean
 
 demo: $(DEMO)
 	$(BIN)/fedveil run
@@ -76,6 +77,17 @@ test-peft: environment
 	$(VENV)/peft/bin/pip $(INSTALL) --no-deps --only-binary :all: peft==$(OLDEST_PEFT)
 	$(VENV)/peft/bin/python -c 'import sys, peft; sys.exit(not peft.__version__.startswith("$(OLDEST_PEFT)"))'
 	PYTHONPATH=. $(VENV)/peft/bin/python -m pytest -m peft
+
+# The same federation by HTTP, with the other Flower before the environment's own.
+test-http: environment
+	$(PYTHON) -m venv $(VENV)/http
+	$(VENV)/http/bin/python $(NEW_PIP)
+	echo "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" > \
+	  "$$($(VENV)/http/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/environment.pth"
+	$(VENV)/http/bin/pip $(INSTALL) --only-binary :all: -e '.[http]'
+	$(VENV)/http/bin/python -c 'from fedveil.deploy.transport import IS_HTTP; raise SystemExit(not IS_HTTP)'
+	$(VENV)/http/bin/python -m pytest tests/deploy/test_front_door.py tests/deploy/test_road.py tests/reports/test_connection.py
+	$(VENV)/http/bin/python -m pytest -m deployment tests/deploy
 
 test-pythons:
 	$(PYTHON) tools/pythons.py $(TESTS)
