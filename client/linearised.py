@@ -204,21 +204,28 @@ def _vectors(model: FederatedModel, records: Sequence[Record], before_pass: Call
         parameter.requires_grad_(False)
     try:
         trained = [p for p in model.module.parameters() if p.requires_grad]
-        order = _order(model, trained)
+        order = order_of(model, trained)
         # Its samples alone are taken: nothing of them is stepped or released here.
         optimizer = torch.optim.SGD(trained, lr=0.0)
-        with model.many_passes(), PrivateSteps(model.module, optimizer, _PLAN) as steps:
-            for length, group in model.shapes.groups([model.collator.size(record) for record in records]):
-                chosen = [records[i] for i in group]
-                batch = model.fixed_batch(chosen, length, model.shapes.rows_of(length))
-                _compute(model, steps, order, batch, group, found, before_pass)
+        with (
+            model.many_passes(),
+            model.sharing.opened(model, "derivatives", _PLAN) as share,
+            PrivateSteps(model.module, optimizer, _PLAN) as steps,
+        ):
+            groups = dict[int, list[int]]()
+            for batch, parts in share(model.noted_batches(records, model.shapes, groups), before_pass):
+                positions = groups.pop(id(batch))
+                if parts is None:
+                    _compute(model, steps, order, batch, positions, found, before_pass)
+                else:
+                    _put(found, positions, batch, parts)
     finally:
         for parameter in head:
             parameter.requires_grad_(model.head_trained)
     return [{**found[i], **owner_of(records[i])} for i in sorted(found)]
 
 
-def _order(model: FederatedModel, trained: Sequence[nn.Parameter]) -> list[int]:
+def order_of(model: FederatedModel, trained: Sequence[nn.Parameter]) -> list[int]:
     """Return the place of each tensor of ``FederatedModel.linearised``'s step among the module's trained ones."""
     places = {id(p): i for i, p in enumerate(trained)}
     return [places[id(p)] for p in model.below_head().values()]
@@ -234,11 +241,11 @@ def _compute(
     before_pass: Callable[[], None],
 ) -> None:
     """Put the vectors of a batch's records, at ``positions``, into ``found``; if the pass fails, each passes alone."""
-    parts: list[tuple[Tensor, Tensor]] = []
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for label in range(1, model.classes):
         before_pass()
         try:
-            features, *part = derivatives(model, steps, order, batch, label)
+            parts.append(derivatives(model, steps, order, batch, label))
         except MechanismError:
             raise
         except Exception as error:
@@ -248,9 +255,18 @@ def _compute(
             for row, position in enumerate(positions):
                 _compute(model, steps, order, batch.alone(row), [position], found, before_pass)
             return
-        parts.append((part[0], part[1]))
-    labels = batch["labels"].tolist()
-    tangents, scales = (torch.stack(rows, dim=1) for rows in zip(*parts, strict=True))
+    _put(found, positions, batch, parts)
+
+
+def _put(
+    found: dict[int, Record],
+    positions: Sequence[int],
+    batch: FixedBatch,
+    parts: Sequence[tuple[Tensor, Tensor, Tensor]],
+) -> None:
+    """Put a batch's vectors into ``found`` at its records' positions, from the ``derivatives`` of all labels."""
+    labels, features = batch["labels"].tolist(), parts[-1][0]
+    tangents, scales = (torch.stack([part[i] for part in parts], dim=1) for i in (1, 2))
     for row, position in enumerate(positions):
         found[position] = {
             FEATURES: features[row].clone(),

@@ -34,9 +34,11 @@ from fedveil.common.messages.tensors import fingerprint, merge
 from fedveil.common.model.alone import columns_alone
 from fedveil.common.model.device import denormals_flushed
 from fedveil.common.model.federated import FederatedModel
+from fedveil.common.model.sharing import Share, unshared
 from fedveil.common.starts import PaidStart, UnpaidStart
 from fedveil.common.starts.gradient import BATCH_TOKENS
 from fedveil.common.tasks import Record
+from fedveil.privacy.dpsgd import PrivateSteps
 from fedveil.privacy.plan import Plan, PrivacyPlan
 from fedveil.privacy.randomness import stream
 from fedveil.privacy.secure_sum.masks import Words
@@ -268,13 +270,26 @@ def _take_steps(records: Sequence[Record], this: _Round, before_pass: Callable[[
     with _trainable(records, this, before_pass) as (inputs, trained):
         optimizer = build_optimizer(trained, config, job.config.site_head_rate)
         batches = this.plan.batches(model, inputs, stream(job.config.seed, "batches", this.site.name), first)
-        with this.plan.steps(model, optimizer, before_pass) as steps:
+        with _shared(this) as share, this.plan.steps(model, optimizer, before_pass) as steps:
+            if isinstance(steps, PrivateSteps):
+                steps.share = share
             for step in range(config.local_steps):
                 before_pass()  # steps that draw no record have no pass, and take their noise's time all the same
                 set_learning_rate(optimizer, job.config.site_rate(this.task.round_number, step))
                 batch = [inputs[i] for i in next(batches)]
                 steps.step(this.plan.parts(model, batch), model.losses)
             return steps.words
+
+
+@contextmanager
+def _shared(this: _Round) -> Iterator[Share]:
+    """Yield what shares the passes of a round's steps: those through the model that a sum without order is made of."""
+    inputs = this.job.config.timeline.at(this.task.round_number).inputs
+    if this.model.head_only or inputs != "examples" or not isinstance(this.plan, PrivacyPlan):
+        yield unshared
+        return
+    with this.model.many_passes(), this.model.sharing.opened(this.model, "sums", this.plan) as share:
+        yield share
 
 
 @contextmanager

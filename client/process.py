@@ -14,6 +14,7 @@ import torch
 
 from fedveil.client.budget import check_budget, note_failure, shares_noise
 from fedveil.client.cache import RecordCache
+from fedveil.client.cores import Cores, pays
 from fedveil.client.deadline import Deadline
 from fedveil.client.door import at_work
 from fedveil.client.leftovers import left_nothing, tensors_digest
@@ -39,6 +40,7 @@ from fedveil.common.model.federated import FederatedModel
 from fedveil.common.model.files import files_of
 from fedveil.common.paths import reply_file, run_name
 from fedveil.common.registered import require_installed_rows
+from fedveil.common.threads import is_ours, site_cores
 from fedveil.privacy.secure_sum import KeyOffer
 from fedveil.strategies.job import Job, configure
 
@@ -71,6 +73,8 @@ class SiteProcess:
 
     cache: RecordCache = field(default_factory=RecordCache)
     model: FederatedModel | None = None
+    cores: Cores = field(default_factory=lambda: Cores(1))
+    """The workers that share passes of long runs (``client.cores``)."""
     rehearsals: Rehearsals = field(init=False)
     rounds_trained: int = 0
     """Rounds that were paid for and trained. A task for no more than these keeps nothing longer in memory."""
@@ -90,8 +94,9 @@ class SiteProcess:
         self.rehearsals = Rehearsals(self.cache)
 
     def forget(self) -> None:
-        """Drop all that this process holds of records; what was rehearsed is of made-up ones and stays."""
+        """Drop all that this process holds of records, and end its workers; what was rehearsed is of made-up ones."""
         self.cache.forget()
+        self.cores.close()
 
     def forget_between_tasks(self, node: Mapping[str, Scalar]) -> None:
         """Forget; with ``reply-after`` the next task is taken at a time that says nothing of the records."""
@@ -177,13 +182,19 @@ class SiteProcess:
         except Exception as error:
             return refused(error, node, run, number, simulated=simulated)
 
-    def set_threads(self) -> None:
-        """Let torch use this process's threads.
+    def set_threads(self, asked: _Asked | None = None) -> None:
+        """Let torch use this process's threads, or one where its cores share the passes of what is ``asked``.
 
         How rows of a product round follows from how many there are. So what was rehearsed with another number says
         nothing.
         """
         set_process_threads()
+        if asked is None:
+            return
+        shares = is_ours() and not asked.deadline.seconds and pays(asked.job, asked.site.public_size, self.model)
+        self.cores.count = site_cores() if shares and not self.cores.given_up else 1
+        if self.cores.count > 1:
+            torch.set_num_threads(1)
         if (threads := torch.get_num_threads()) != self._threads:
             self._threads = threads
             self.rehearsals.forget()
@@ -225,8 +236,11 @@ class SiteProcess:
         try:
             result = self._train(task, asked, model, memory)
         finally:
+            set_process_threads()
             if task.round_number >= job.config.rounds:
                 self.cache.forget_computed(site.name)  # whatever became of it: no later round of this run needs them
+                if not asked.simulated:  # others of a simulation's sites may come
+                    self.cores.close()
         if site.unreadable and hides_failures(job):
             note_failure(site, task, site.unreadable, deadline.left() / 2)
         log.info("trained and answered", extra=about(run, task.round_number, site.name))
@@ -237,6 +251,8 @@ class SiteProcess:
         job, site, deadline = asked.job, asked.site, asked.deadline
         with deadline.extended():
             check_task(task, job, model)
+            model.sharing = self.cores
+            self.set_threads(asked)
             with denormals_flushed():
                 for worst, reserve in self.rehearsals.forecasts(job, site, model, task):
                     deadline.allow(worst, reserve)

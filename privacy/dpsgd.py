@@ -43,6 +43,7 @@ from torch.optim import Optimizer
 from fedveil.common.errors import MechanismError
 from fedveil.common.log import place_of
 from fedveil.common.model.shapes import FixedBatch
+from fedveil.common.model.sharing import Share, unshared
 from fedveil.common.own_gradients import OwnGradients
 from fedveil.privacy import grid
 from fedveil.privacy.randomness import add_private_noise
@@ -167,6 +168,8 @@ class PrivateSteps:
     """What clips each record, sums, and noises the sum."""
     words: Words | None = None
     """See ``privacy.steps.Steps``."""
+    share: Share
+    """What may compute batches of a step elsewhere, as ``whole_sums`` does."""
     order: tuple[nn.Parameter, ...] = ()
     """The trained parameters in the canonical order of what is sent."""
 
@@ -196,7 +199,7 @@ class PrivateSteps:
                     "choose a base model without batch normalisation"
                 )
         self._module, self._optimizer = module, optimizer
-        self._before_pass = before_pass
+        self._before_pass, self.share = before_pass, unshared
         # Opacus hangs grad_sample and summed_grad on parameters, which torch's types do not know.
         self._trained: list[Any] = trained
         self._mechanism = self.clipping(
@@ -275,11 +278,30 @@ class PrivateSteps:
         finally:
             self._abandon()
 
+    def whole_sums(self, batch: FixedBatch, losses: Callable[[Any], Tensor]) -> list[Tensor]:
+        """Return one part's clipped gradients, summed, float64, whole steps of the grid; they are added to no step.
+
+        Returns:
+            One tensor of each trained parameter's shape, in the order of ``trained``. What fails raises.
+        """
+        try:
+            self._mechanism.zero_grad(set_to_none=True)
+            self._differentiate(batch, losses)
+            self._mechanism.clip_and_accumulate()
+            return [parameter.summed_grad for parameter in self._trained]
+        finally:
+            self._mechanism.zero_grad(set_to_none=True)
+            self._abandon()
+
     def _privatise(self, batches: Iterable[Any], losses: Callable[[Any], Tensor]) -> None:
         self._mechanism.zero_grad(set_to_none=True)
         seen = False
-        for batch in batches:
-            seen = self._accumulate(batch, losses) or seen
+        for batch, wholes in self.share(batches, self._before_pass):
+            if wholes is None:
+                seen = self._accumulate(batch, losses) or seen
+            else:
+                self._mechanism.merge(wholes, batch.records)
+                seen = True
         for parameter in self._trained:
             # Opacus reads the device and the number of parts off grad_sample.
             parameter.grad_sample = parameter.new_zeros((0, *parameter.shape))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
 import torch
@@ -36,6 +36,7 @@ from fedveil.common.model.recomputed import recompute_layers
 from fedveil.common.model.score import Score
 from fedveil.common.model.scoring import score_records
 from fedveil.common.model.shapes import FixedBatch, Shapes
+from fedveil.common.model.sharing import Sharing, Unshared, unshared
 from fedveil.common.tasks import TASKS, Batch, Record, Task
 from fedveil.common.tasks.base import OWNER
 from fedveil.common.tasks.examples import Example
@@ -53,6 +54,8 @@ class FederatedModel:
     """Shapes in which features are computed where the head alone is trained; ``client.rehearsal`` narrows them."""
     lowers: bool = True
     """Whether ``many_passes`` lowers weights; off for a model that leaves autocast on its own."""
+    sharing: Sharing = Unshared()
+    """What may compute passes on other cores (``client.cores``)."""
     shapes: Shapes
     """Shapes in which private gradients are computed; ``client.rehearsal`` narrows them for some devices."""
     initial_shapes: Shapes | None = None
@@ -176,9 +179,14 @@ class FederatedModel:
         if not self.head_only:
             return list(records)
         left = [record for record in records if FEATURES not in record]
-        for length, group in self.feature_shapes.groups([self.collator.size(record) for record in left]):
-            chosen = [left[i] for i in group]
-            self._featurise(chosen, self.fixed_batch(chosen, length, self.feature_shapes.rows_of(length)), before_pass)
+        groups = dict[int, list[int]]()
+        with self.sharing.opened(self, "features") if left else nullcontext(unshared) as share:
+            for batch, features in share(self.noted_batches(left, self.feature_shapes, groups), before_pass):
+                chosen = [left[i] for i in groups.pop(id(batch))]
+                if features is None:
+                    self._featurise(chosen, batch, before_pass)
+                else:
+                    put_features(chosen, batch, features)
         return [record for record in records if FEATURES in record]
 
     @torch.no_grad()
@@ -209,6 +217,14 @@ class FederatedModel:
     def fixed_batches(self, records: Sequence[Record], shapes: Shapes | None = None) -> Iterator[FixedBatch]:
         """Yield ``records`` in batches whose shapes follow from each record alone, by ``shapes`` or the model's own."""
         for batch, _ in self.fixed_groups(records, shapes):
+            yield batch
+
+    def noted_batches(
+        self, records: Sequence[Record], shapes: Shapes, groups: dict[int, list[int]]
+    ) -> Iterator[FixedBatch]:
+        """Yield ``fixed_batches``, and put into ``groups`` the positions of each one's records, by its identity."""
+        for batch, group in self.fixed_groups(records, shapes):
+            groups[id(batch)] = group
             yield batch
 
     def fixed_groups(
