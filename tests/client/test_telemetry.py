@@ -59,6 +59,7 @@ FIELDS: dict[type, dict[str, str]] = {
         "words": "of a secure sum, in the place of the contribution: uniform by its masks, see test_sums.py",
         "offer": "a new key and its signature, of nothing but the run's public names",
         "rank": "declared by the steward, or the configuration's where that is less",
+        "precision": "from the configuration",
     },
     Spending: {
         "purpose": "from the task",
