@@ -40,7 +40,7 @@ OLDEST_PEFT := $(shell sed -n 's/^ *"peft>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 # Wheels of which every byte is known, and nothing that they ask for: no setup.py runs.
 EXACT  := --require-hashes --no-deps --only-binary :all:
 
-.PHONY: demo wheel test test-many test-pythons test-deployment test-http test-harness test-trackers test-peft test-product audit faults docs site check house format environment generative texts vision browser clean
+.PHONY: bench demo wheel test test-many test-pythons test-deployment test-http test-harness test-trackers test-peft test-product audit faults docs site check house format environment generative texts vision browser clean
 
 demo: $(DEMO)
 	$(BIN)/fedveil run

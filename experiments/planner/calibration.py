@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import os
 import resource
 import sys
 import time
@@ -69,6 +70,8 @@ class Calibration:
     0 where neither is kept."""
     scored_seconds: float = 0.0
     """Of scoring one public test record; a record's features for rounds of the head alone take about as long."""
+    load: float = 0.0
+    """Of the machine in the minute before: how many processes computed, or waited for a core."""
 
     def site_seconds(self, steps: int, expected_batch: float) -> float:
         """Return the time of one site's round."""
@@ -80,6 +83,7 @@ def calibrate(server_model: ServerModel, config: RunConfig, workers: int) -> Cal
 
     ``workers`` processes will train at once, each with its share of the cores. The model's state returns to its start.
     """
+    load = os.getloadavg()[0]
     model, threads = server_model.model, torch.get_num_threads()
     order = torch.randperm(len(server_model.records), generator=stream(config.seed, "calibration")).tolist()
     records = [server_model.records[i] for i in order[:MOST_RECORDS]]
@@ -114,6 +118,7 @@ def calibrate(server_model: ServerModel, config: RunConfig, workers: int) -> Cal
         alignment=alignment_of([mean for _, mean in steps]) if _clips(config) else None,
         feature_seconds=featuring,
         scored_seconds=scoring,
+        load=load,
     )
 
 

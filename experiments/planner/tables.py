@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from fedveil.common.threads import site_cores
 from fedveil.common.words import counted
 from fedveil.experiments.planner.find import Found
 from fedveil.experiments.planner.forecast import Forecast
@@ -230,7 +231,8 @@ def _print_machine(console: Console, forecast: Forecast) -> None:
     gpu = f", {measured.accelerator_mib:,.0f} MiB on the GPU" if measured.accelerator_mib else ""
     console.print(
         f"Memory: about {measured.peak_mib:,.0f} MiB for each worker and for the server{gpu}. Time is training and "
-        "scoring; start-up comes on top."
+        f"scoring; start-up comes on top. While it was measured the machine's load was {measured.load:.1f} on "
+        f"{counted(site_cores(), 'core')}."
     )
 
 
