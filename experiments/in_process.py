@@ -38,6 +38,9 @@ from fedveil.server.sites import Exchange, Transport
 from fedveil.server.spool import reply_on_disk
 from fedveil.strategies.job import Job, configure, with_recipe
 
+SHOWN_OF_ROUND = 100
+"""How often a round's progress is written down, about, where more sites than that answer."""
+
 
 def simulated_nodes(count: int, ledgers: Path) -> list[dict[str, Scalar]]:
     """Return node configurations of ``count`` sites that divide the run's data set."""
@@ -87,7 +90,8 @@ class InProcessTransport:
         return Exchange(replies, down, up)
 
     def _say(self, task: Task, replies: Mapping[int, Reply | SumReply], asked: int) -> None:
-        if self._folder is not None:
+        # A thousand sites would write down a thousand names a thousand times.
+        if self._folder is not None and (len(replies) == asked or not len(replies) % max(1, asked // SHOWN_OF_ROUND)):
             answered = [reply.site for reply in replies.values()]
             self._folder.progress(self._folder.shown.answered(task.round_number, answered, asked))
 
