@@ -78,9 +78,11 @@ def any_name() -> Iterator[None]:
 
 def any_kind() -> AbstractContextManager[Any]:
     """A data set can be registered, as a strategy can."""
-    kind_of = register._kind_of
-    return patch.object(
-        register, "_kind_of", lambda row: ("data set", DATASETS) if isinstance(row, NamedDataset) else kind_of(row)
+    kind_of, check = register._kind_of, register._check_whole
+    return patch.multiple(
+        register,
+        _kind_of=lambda row: ("data set", DATASETS) if isinstance(row, NamedDataset) else kind_of(row),
+        _check_whole=lambda kind, row: None if isinstance(row, NamedDataset) else check(kind, row),
     )
 
 
