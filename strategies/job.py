@@ -171,7 +171,8 @@ class Job:
             round_number: of the task; in round 0, or one that the run has not, nothing is kept.
             state, basis: its parts, whole.
         """
-        if not 0 < round_number <= self.config.rounds:
+        # Under a draw that is secret the size of a task would tell which rounds its site was drawn for.
+        if not 0 < round_number <= self.config.rounds or self.config.privacy.site_rate < 1:
             return {}
         chosen = self.strategy.trained_columns(state, round_number, 0)
         moving = self.sent(round_number, chosen_factors(state, chosen))

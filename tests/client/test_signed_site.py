@@ -209,3 +209,12 @@ def test_sites_whose_draw_is_a_secret_are_drawn_by_signed_tasks_alone(
     installed.process.keep_lookout(None, signed=True)
     taken = site.ask(site.task())
     assert isinstance(taken, TrainResult), taken
+
+
+@pytest.mark.parametrize("rate", [0.5, 1.0])
+def test_the_size_of_a_task_tells_of_no_secret_draw(rate: float, toy_settings: dict[str, Any]) -> None:
+    frozen = {**toy_settings, **DRAWN, "privacy.site-rate": rate, "privacy.epsilon": 1e6, "strategy": "ffa-lora"}
+    job = configure(frozen)
+    model = job.model(("bad", "good"))
+    state = job.strategy.downlink(job.start(model.start))
+    assert bool(job.lasting(1, state, {})) == (rate == 1), "a task names what its site has from rounds it was drawn for"
