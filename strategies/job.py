@@ -238,7 +238,8 @@ def _check_known(values: Mapping[str, Scalar]) -> None:
         if key not in known:
             if why := REFUSED.get(key.rpartition(".")[2].replace("_", "-")) or unnamed(key, values):
                 raise ConfigError(f"{key} cannot be set: {why}")
-            if (row := key.partition(".")[0]) in (values.get("strategy"), values.get("server.rule")):
+            row = key.partition(".")[0]
+            if row in (values.get("strategy"), values.get("server.rule")) and row not in {*ROWS, *RULES}:
                 raise ConfigError(
                     f"{row!r} is no row of FedVeil, and none is registered here: fedveil.register it first"
                 )
