@@ -318,5 +318,6 @@ def test_miss_trains_as_normalised_shards_do_under_the_scale_rule(kept: torch.dt
     ours = train_privately(unit, c * rank, 0.05, 0.6, noise)
     assert (published - ours).abs().max() < near
     slower = train_privately(unit, rank, 0.05 * c**2, 0.6 / c, noise)
-    assert (published - slower).abs().max() < near, "the scale rule does not hold"
+    # Another clip is another grid of the sums, with steps of 2⁻³⁶ clips where no noise is that matters.
+    assert (published - slower).abs().max() < max(near, 1e-9), "the scale rule does not hold"
     assert (published - train_privately(unit, rank, 0.05, 0.6, noise)).abs().max() > 1e-3, "the check has no teeth"
