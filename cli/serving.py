@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from fedveil.cli.errors import for_people
-from fedveil.common.errors import ConfigError
+from fedveil.common.errors import ConfigError, DataError, FedVeilError
 from fedveil.common.words import counted, decimal_text, percent_text
+
+if TYPE_CHECKING:
+    from fedveil.common.tasks import Answer
 
 console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
 RunFolder = Annotated[Path, typer.Argument(help="A run's folder, its id, or 'latest'.")]
@@ -72,21 +76,59 @@ def export(
 def ask(
     folder: RunFolder,
     words: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(help="A text (and its pair, where records have one), a prompt, or an image's path."),
-    ],
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="A file with a text on each line (and its pair, after a tab): the best answers.")
+    ] = None,
+    interactive: Annotated[
+        bool, typer.Option("--interactive", help="Stay open, and answer each line that is typed.")
+    ] = False,
 ) -> None:
     """Ask the model that a run ended with: labels with their probabilities, or a completion."""
     from fedveil.common.paths import check_adapter, given_run
 
+    if sum((bool(words), file is not None, interactive)) != 1:
+        raise ConfigError("what to ask is one of three: write a text, --file FILE or --interactive")
     folder = given_run(folder)
     check_adapter(folder / "adapter")
-    if not all(word.strip() for word in words):
-        raise ConfigError("a text is empty: write what to ask")
-    from fedveil.experiments.serving.ask import ask_run
+    lines = [words] if words else [line.split("\t") for line in _lines(file)] if file else []
+    for number, line in enumerate(lines, 1):
+        if not all(word.strip() for word in line):
+            raise ConfigError(f"{f'{file}, line {number}' if file else 'a text'} is empty: write what to ask")
+    from fedveil.experiments.serving.merge import load_finished
 
     with console.status("loading the model"):
-        answers = list(ask_run(folder, words))
-    for answer in answers:
-        share = "" if answer.probability is None else f"{percent_text(answer.probability):>8}  "
-        console.print(f"{share}{answer.text}")
+        model = load_finished(folder)
+        answers = model.answers(lines) if lines else []
+    if file:
+        for line, (best, *_) in zip(lines, answers, strict=True):
+            typer.echo(f"{_said(best)}\t{' '.join(line)}")  # rich would make blanks of the tab
+    for answer in answers[0] if words else ():
+        console.print(_said(answer))
+    while interactive and (typed := _typed()):
+        try:
+            console.print("\n".join(map(_said, model.answers([typed.split("\t")])[0])))
+        except FedVeilError as error:
+            console.print(str(error))
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read as UTF-8 text: name a file with a text on each line") from error
+
+
+def _typed() -> str:
+    """Return the next line that is typed; empty at the end, or for an empty line."""
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return ""
+
+
+def _said(answer: Answer) -> str:
+    share = "" if answer.probability is None else f"{percent_text(answer.probability):>8}  "
+    return f"{share}{answer.text}"

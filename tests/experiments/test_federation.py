@@ -81,7 +81,7 @@ def test_a_second_run_on_the_same_ledgers_is_charged_on_top_and_refused_in_words
     first, second = run_in_process(toy_settings, nodes), run_in_process(more, nodes)
     ends = [max(spent(line).epsilon_total for line in read_lines(PrivacyLine, folder)) for folder in (first, second)]
     assert ends[0] < ends[1] <= 12.0
-    with pytest.raises(RunFailed, match=r"site-0 \(budget\): .*12"):
+    with pytest.raises(RunFailed, match=r"site-0, site-1 \(budget\): .*12"):
         run_in_process(more, nodes)
 
 

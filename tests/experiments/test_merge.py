@@ -14,8 +14,10 @@ from merged_runs import CLOSE, TEXTS, fedveil, logits_of
 from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
 from audits.tiny_models import TARGETS
+from fedveil.cli.main import app
 from fedveil.common.data.sources import public_test
 from fedveil.experiments.evaluate import load_result
 from fedveil.experiments.in_process import run_in_process
@@ -124,6 +126,18 @@ def test_pairs_of_texts_are_pairs_to_sentence_transformers(toy_settings: dict[st
     code, said = fedveil("ask", run, "a warm film")
     assert code == 1
     assert "text and text-pair: give 2, not 1" in said
+    best = [max(answer.probability or 0 for answer in ask_run(run, pair)) for pair in pairs]
+    (tmp_path / "texts").write_text("".join(f"{one}\t{other}\n" for one, other in pairs), encoding="utf-8")
+    code, said = fedveil("ask", run, "--file", tmp_path / "texts")
+    assert [line.partition("%")[0].strip() for line in said.splitlines()] == [f"{100 * value:.1f}" for value in best]
+    assert [line.partition("\t")[2] for line in said.splitlines()] == [" ".join(pair) for pair in pairs]
+    typed = "a warm film\nthe story is dull\tone two\n\nnever read"
+    done = CliRunner().invoke(app, ["ask", str(run), "--interactive"], input=typed)
+    assert "text and text-pair: give 2, not 1" in done.output, "one wrong line ends it"
+    assert f"{100 * best[1]:.1f} %" in done.output
+    assert fedveil("ask", run, "a", "b", "--interactive")[1].endswith("--file FILE or --interactive")
+    (tmp_path / "texts").write_text("a\tb\n\n", encoding="utf-8")
+    assert "texts, line 2 is empty" in fedveil("ask", run, "--file", tmp_path / "texts")[1]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
