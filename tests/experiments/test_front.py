@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,15 @@ def test_no_protected_site_reads_what_is_in_memory(toy_settings: dict[str, Any])
             pass
 
 
+@pytest.fixture
+def at_a_terminal() -> Iterator[None]:
+    """Hear Ctrl-C, which a program that a shell has started in the background ignores."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("at_a_terminal")
 def test_an_interrupted_run_goes_on_and_pays_no_site_twice(
     given: dict[str, Any], frame: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,6 +250,7 @@ def test_an_interrupted_run_goes_on_and_pays_no_site_twice(
     assert whole.epsilon == straight.epsilon
 
 
+@pytest.mark.usefixtures("at_a_terminal")
 def test_an_end_waits_for_the_block_and_a_second_one_does_not() -> None:
     reached = []
 
