@@ -227,7 +227,8 @@ def test_the_end_before_a_resumed_run_stays_and_is_not_taken_for_its_own(
                 write_json(folder / "result.json", to_json(ResultFile("failed", "the second end", None)))
 
         process = type("Process", (), {"poll": staticmethod(lambda: None)})
-        monkeypatch.setattr(simulation, "_superlink", lambda home, workers: nullcontext(SimpleNamespace(process=process)))
+        link = SimpleNamespace(process=process)
+        monkeypatch.setattr(simulation, "_superlink", lambda home, workers: nullcontext(link))
     with pytest.raises(RunFailed, match="the second end" if taken else "flwr run did not start"):
         simulation.simulate({**toy_settings, "resume": str(folder)}, 3, watch if taken else print)
     assert taken or (folder / "result.json").read_bytes() == old
