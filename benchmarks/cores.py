@@ -1,4 +1,4 @@
-"""What a second core buys a site's private training, beside what it buys plain matrix products, in one run.
+"""Gain of a second core for a site's private training, beside that for plain matrix products, in one run.
 
     .venv/bin/python benchmarks/cores.py            # about two minutes on 2 cores
 

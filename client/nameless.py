@@ -1,4 +1,4 @@
-"""What a process hands to its workers: a model, whose tensors lie once in memory that has no name.
+"""Hand a model to workers: its tensors lie once in memory that has no name.
 
 A descriptor of that memory goes over a socket. It is in no folder and no list of shared memory, and ends with the last
 process that has it. A worker's pages are its own once it writes to them: no pass in one moves what another reads.

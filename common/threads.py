@@ -1,4 +1,4 @@
-"""Cores of a site, threads of a process, and what both need in the environment before torch is imported."""
+"""Cores of a site, threads of a process, and their environment before torch is imported."""
 
 from __future__ import annotations
 

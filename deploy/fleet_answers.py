@@ -1,4 +1,4 @@
-"""What a server's Fleet API answered to a site that asked whether it may join."""
+"""Answers of a server's Fleet API to a site that asks whether it may join."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Fleet API by gRPC, as Flower 1.39 has it."""
+"""Calls of the Fleet API by gRPC, as Flower 1.39 has it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Fleet API by HTTP, as Flower has it from 1.40 on, behind the server's front door."""
+"""Calls of the Fleet API by HTTP, as Flower has it from 1.40 on, behind the server's front door."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The road from a site to its server: straight, or through a proxy that is asked by HTTP CONNECT.
+"""Road from a site to its server: straight, or through a proxy that is asked by HTTP CONNECT.
 
 Which it is, is decided here and nowhere else. The SuperNode's libraries read other variables in other orders, and go
 straight where they cannot read one: so they get either one address that was checked here, or none.

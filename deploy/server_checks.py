@@ -17,6 +17,7 @@ from fedveil.deploy.refusal import why_unreachable
 from fedveil.deploy.registry import online_words
 from fedveil.deploy.server_folder import RENEWAL, ServerFolder, check_tasks
 from fedveil.deploy.site_folder import SiteFolder
+from fedveil.deploy.superlink import TABLES
 from fedveil.server.registered import names_in
 from fedveil.server.signing import TASKS
 
@@ -84,7 +85,8 @@ def control_checks(folder: ServerFolder) -> Iterator[CheckResult]:
     host = folder.control_host
     open_to_all, local = _is_everywhere(host), host in ("127.0.0.1", "::1", "localhost")
     advice = "set control-host to 127.0.0.1" if open_to_all else "keep everyone else out"
-    who = "of this machine its own user and root alone do" if local else "it has no login"
+    walled = "'fedveil server start' lets its own user and root alone"  # where the kernel says whose a connection is
+    who = (walled if TABLES[0].is_file() else "every user of this machine does") if local else "it has no login"
     yield CheckResult(
         not open_to_all,
         "Control port",

@@ -1,4 +1,4 @@
-"""The tensors of a task: those that are sent, and those that it names, because the site has acknowledged them.
+"""Tensors of a task: those that are sent, and those that it names, which the site has acknowledged.
 
 A site acknowledges, with the result by which it answers a task, every tensor of it that the round does not train
 (``strategies.job.Job.lasting``). Both sides keep the same list, which follows from the run alone: the site the tensors,

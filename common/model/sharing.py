@@ -1,4 +1,4 @@
-"""The interface by which a model's passes are shared among cores; without them a process makes all passes itself."""
+"""Interface by which a model's passes are shared among cores; without it a process makes all of them."""
 
 from __future__ import annotations
 

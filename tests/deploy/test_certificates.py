@@ -257,7 +257,7 @@ def test_the_doctor_says_from_when_to_when_a_certificate_holds_and_for_which_nam
 def test_the_doctor_says_who_reaches_the_control_port(tmp_path: Path) -> None:
     server = make_server(tmp_path / "server", ["127.0.0.1"])
     for host, ok, words in (
-        ("127.0.0.1", True, "of this machine its own user and root alone do: keep everyone else out"),
+        ("127.0.0.1", True, "'fedveil server start' lets its own user and root alone: keep everyone else out"),
         ("control", True, "it has no login"),
         *((host, False, "set control-host to 127.0.0.1") for host in ("0.0.0.0", "::", "", "0", "::0")),
     ):
