@@ -12,7 +12,7 @@ from fedveil.server.collect.base import Collected
 from fedveil.server.model import ServerModel
 from fedveil.server.ruled import round_step
 from fedveil.strategies.job import Job
-from fedveil.strategies.state import ServerState
+from fedveil.strategies.state import ServerState, as_returned
 
 
 class ServerUpdate:
@@ -48,14 +48,16 @@ class ServerUpdate:
 
     def average(self, state: ServerState, got: Collected) -> ServerState:
         """Return the state with the strategy's average of what was collected, one round on."""
-        return self._job.strategy.combine(state, got.averaged)
+        strategy = self._job.strategy
+        return as_returned(strategy.combine(state, got.averaged), state, f"strategy {strategy.name!r}: combine")
 
     def step(self, state: ServerState, averaged: ServerState, got: Collected) -> ServerState:
         """Return the state that rule, optimiser and strategy make of an average, from the state before the round."""
         job, model = self._job, self._model.model
         after = round_step(job, self._measured or {}, got.noise, state.round_number + 1)(state, averaged)
         remembered = job.rule.remember(state, averaged, model, job.config, got.noise.usual)
-        return job.strategy.settle(replace(after, memory=merge(after.memory, remembered)))
+        unsettled = replace(after, memory=merge(after.memory, remembered))
+        return as_returned(job.strategy.settle(unsettled), unsettled, f"strategy {job.strategy.name!r}: settle")
 
     def evaluate(self, state: ServerState) -> Score | None:
         """Return the score of every ``evaluate-every``-th round and of the last one."""

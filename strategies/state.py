@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
+from fedveil.common.errors import ConfigError
 from fedveil.common.messages.state import HEAD, METRIC, AdapterState
 
 
@@ -53,6 +54,29 @@ class ServerState:
     def trains(self, layer: str, name: str) -> bool:
         """Return whether sites train this tensor of the adapter."""
         return layer == HEAD or (layer != METRIC and name in self.trained)
+
+
+def as_returned(state: object, before: ServerState, method: str) -> ServerState:
+    """Return what a strategy's method returned, if the run can go on from it.
+
+    Args:
+        state: what it returned.
+        before: the state that it was given.
+        method: its name, as in ``strategy 'mine': combine``.
+
+    Raises:
+        ConfigError: it is no state, or its adapter has other layers, factors or shapes.
+    """
+    if not isinstance(state, ServerState):
+        raise ConfigError(f"{method} returned {type(state).__name__}: return a ServerState, as by replace(state, ...)")
+    shapes, usual = (
+        {f"{layer}.{name}": tuple(t.shape) for layer, factors in adapter.items() for name, t in factors.items()}
+        for adapter in (state.adapter, before.adapter)
+    )
+    if wrong := [name for name in {**usual, **shapes} if shapes.get(name) != usual.get(name)]:
+        had, got = usual.get(wrong[0], "nothing"), shapes.get(wrong[0], "nothing")
+        raise ConfigError(f"{method} returned {wrong[0]} as {got}, and it was {had}: return every tensor in its shape")
+    return state
 
 
 ServerStep = Callable[[ServerState, ServerState], ServerState]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -66,6 +66,29 @@ def test_a_registered_strategy_runs_and_the_report_says_that_it_is_no_row(toy_se
     STRATEGIES["halved"] = Halved
     fedveil.register(type("Halved", (Halved,), {"__doc__": "As a cell that is run twice makes it."}))
     assert STRATEGIES["halved"] is not Halved
+
+
+def transposed(state: ServerState) -> ServerState:
+    layer = next(name for name in state.adapter if name != "head")
+    return replace(state, adapter={**state.adapter, layer: {n: t.T for n, t in state.adapter[layer].items()}})
+
+
+@pytest.mark.parametrize(
+    ("method", "returned", "words"),
+    [
+        ("update", lambda *_: None, "strategy 'halved': combine returned NoneType: return a ServerState"),
+        ("settle", lambda _, state: transposed(state), r"settle returned \S+ as \(\d+, \d+\), and it was \(\d+, \d+\)"),
+        ("settle", lambda _, state: replace(state, adapter={}), r"settle returned \S+ as nothing, and it was"),
+    ],
+)
+def test_what_a_strategy_returns_is_looked_at_before_it_is_kept(
+    toy_settings: dict[str, Any], method: str, returned: Any, words: str
+) -> None:
+    fedveil.register(type("Wrong", (Halved,), {method: returned, "__doc__": "A row."}))
+    settings = {k: v for k, v in toy_settings.items() if k not in ("data.name", "output", "strategy", "data.test-size")}
+    named = {"sites": 2, "test": 40, "output": toy_settings["output"], "quiet": True}
+    with pytest.raises(ConfigError, match=words):
+        fedveil.run(toy_settings["data.name"], strategy="halved", settings=settings, **named)
 
 
 def test_every_axis_takes_a_row_of_its_kind() -> None:
