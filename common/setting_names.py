@@ -16,12 +16,16 @@ def renamed(text: str, names: Mapping[str, str]) -> str:
     "x.csv has no column 'a' (text=)"
     >>> renamed("data.text-pair, mydata.text and data.text.", {"data.text": "text="})
     'data.text-pair, mydata.text and text=.'
+    >>> renamed("with privacy.epsilon = 3", {"privacy.epsilon": "epsilon="})
+    'with epsilon=3'
+    >>> renamed("with privacy.epsilon = 3", {"privacy.epsilon": "--epsilon"})
+    'with --epsilon 3'
     """
     keys = sorted((key for key in names if "." in key), key=len, reverse=True)
     if not keys:
         return text
-    found = rf"(?<![\w./'-])({'|'.join(map(re.escape, keys))})(?![\w-]|\.\w)"
-    return re.sub(found, lambda match: names[match[1]], text)
+    found = rf"(?<![\w./'-])({'|'.join(map(re.escape, keys))})(?![\w-]|\.\w)( = (?=\S))?"
+    return re.sub(found, lambda key: names[key[1]] + " " * (bool(key[2]) and not names[key[1]].endswith("=")), text)
 
 
 @contextmanager
