@@ -27,6 +27,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fedveil.client.ledger.file import only_ledger
+from fedveil.client.ledger.mounts import refuse_network
 from fedveil.client.pins import pin_command
 from fedveil.client.policy import Policy
 from fedveil.client.policy_file import load_policy
@@ -119,14 +120,15 @@ def part_of(node: Mapping[str, Scalar]) -> tuple[int, int]:
 
 
 def ledger_of(node: Mapping[str, Scalar]) -> Path:
-    """Return the file of a deployed node's ledger: the one that it names, else the user's.
+    """Return the file of a ledger that outlives runs: the one that the node names, else the user's.
 
     Raises:
-        LedgerError: none is named, and the user's data folder holds others than the user's one.
+        LedgerError: none is named, and the user's data folder holds others than the user's one; or the ledger lies on
+            a network file system.
     """
-    if "ledger" in node:
-        return expanded(str(node["ledger"])).absolute()
-    return only_ledger(user_folder())
+    file = expanded(str(node["ledger"])).absolute() if "ledger" in node else only_ledger(user_folder())
+    refuse_network(file)
+    return file
 
 
 def rank_of(node: Mapping[str, Scalar]) -> int:

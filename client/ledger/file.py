@@ -6,9 +6,9 @@ hand the budget out twice. A killed process leaves at most a journal, which the 
 ledger rolls back. Against power loss ``synchronous=EXTRA`` syncs, beyond FULL, the folder
 after the journal's removal; with FULL the journal could reappear and undo a finished charge.
 
-What no file can know: a ledger restored from an old copy, or deleted, forgets. Keep it on a local
-disk (network file systems lock unreliably), mount its folder rather than the file, and never restore
-it from a backup.
+What no file can know: a ledger restored from an old copy, or deleted, forgets. Mount its folder
+rather than the file, and never restore it from a backup. One that outlives runs is refused on a
+network file system (``mounts``).
 
 One name only. The journal is named after the path by which the file was opened. Of two hard links
 one would not see the journal that a killed process left under the other, and go on from half a

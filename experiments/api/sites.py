@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedveil.client.ledger.ledger import Ledger
+from fedveil.client.ledger.mounts import refuse_network
 from fedveil.common.check import PLAIN_NAME
 from fedveil.common.config.flat import Scalar
 from fedveil.common.config.run import RunConfig
@@ -80,11 +81,13 @@ def same_records(ledgers: Path, config: RunConfig, names: Sequence[str], *, writ
 
     Raises:
         ConfigError: a site had other records then, or the folder has ledgers and does not say whose.
+        LedgerError: it lies on a network file system.
     """
     train, _ = train_and_test(config.data, config.model.task)
     parts = [site_part(train, config.data, i, len(names)) for i in range(len(names))]
     now = {name: _digest(part) for name, part in zip(names, parts, strict=True)}
     file = ledgers / DIVISION
+    refuse_network(file)
     if not file.is_file():
         if any(ledgers.glob("*.sqlite")):
             raise ConfigError(f"ledger: {ledgers} has ledgers and no {DIVISION}: put it back, or name another folder")
