@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedveil.cli.errors import for_people
 from fedveil.common.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedveil.deploy.check_results import CheckResult
 
 
 @for_people
@@ -18,26 +22,38 @@ def doctor(
         str, typer.Option(help="Of a server: base model to show the fingerprint of; all-MiniLM-L6-v2 if not said.")
     ] = "",
     task: Annotated[str, typer.Option(help="Of a server: what it is used for; classification if not said.")] = "",
+    health: Annotated[
+        bool,
+        typer.Option("--health", help="Ask only whether its programs run and answer, as probes do; half a second."),
+    ] = False,
 ) -> None:
     """Examine a server's or a site's folder; exit code 1 if a check fails. A site asks its server and stays offline."""
+    failed = 0
+    for result in _health(folder) if health else _examination(folder, model, task):
+        failed += not result.ok
+        print(result.line(), flush=True)
+    if failed:
+        print(f"{failed} failed")
+        raise typer.Exit(1)
+
+
+def _health(folder: Path) -> Iterator[CheckResult]:
+    from fedveil.deploy.health import examine_health
+
+    return examine_health(folder)
+
+
+def _examination(folder: Path, model: str, task: str) -> Iterator[CheckResult]:
     from fedveil.deploy.doctor import examine_site
     from fedveil.deploy.server_checks import examine_server
     from fedveil.deploy.server_folder import is_server, open_server
     from fedveil.deploy.site_folder import open_site_folder
 
     if is_server(folder):
-        results = examine_server(open_server(folder), model or "all-MiniLM-L6-v2", task or "classification")
-    elif model or task:
+        return examine_server(open_server(folder), model or "all-MiniLM-L6-v2", task or "classification")
+    if model or task:
         raise ConfigError(f"--model and --task are of a server's folder, which {folder} is not: leave them out")
-    else:
-        results = examine_site(open_site_folder(folder))
-    failed = 0
-    for result in results:
-        failed += not result.ok
-        print(result.line(), flush=True)
-    if failed:
-        print(f"{failed} failed")
-        raise typer.Exit(1)
+    return examine_site(open_site_folder(folder))
 
 
 @for_people

@@ -1,15 +1,12 @@
-"""The parts of docker-compose.yml that are no command of ``fedveil``: making keys once, letting sites in, and health.
+"""The parts of docker-compose.yml that are no command of ``fedveil``: making keys once, and letting sites in.
 
-Run as ``python -m fedveil.deploy.container keys | job | healthy-server | healthy-site``. Health is queried every few
-seconds, so its way imports the standard library alone.
+Run as ``python -m fedveil.deploy.container keys | job``.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import socket
-import ssl
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,8 +20,8 @@ FOLDER, PKI = Path("/federation"), Path("/pki")
 FLEET_PORT, CONTROL_PORT = 9092, 8000
 SERVER, CONTROL = "superlink", "control"
 """Host names on the sites' networks and on the coordinator's network."""
-PATIENCE, ESTABLISHED = 600, "01"
-"""Seconds for which a job waits for its sites, and the state of a TCP connection in /proc/net/tcp."""
+PATIENCE = 600
+"""Seconds for which a job waits for its sites."""
 
 
 def make_keys(
@@ -213,31 +210,6 @@ def job_command(sites: int, settings: str, folder: Path = FOLDER) -> list[str]:
     return [*submit, "--sites", str(wanted), "--patience", str(PATIENCE), "-c", settings]
 
 
-def server_is_well(folder: Path = FOLDER) -> bool:
-    """Return whether both ports of the SuperLink show a certificate of the authority."""
-    context = ssl.create_default_context(cafile=str(folder / "ca.crt"))
-    try:
-        for host, port in (("localhost", FLEET_PORT), (CONTROL, CONTROL_PORT)):
-            with socket.create_connection((host, port), timeout=5) as plain:
-                context.wrap_socket(plain, server_hostname=host).close()
-    except OSError as error:
-        print(error)
-        return False
-    return True
-
-
-def site_is_well(tables: tuple[Path, ...] = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))) -> bool:
-    """Whether this site's node holds a connection to a Fleet port."""
-    for table in tables:
-        rows = table.read_text(encoding="ascii").splitlines()[1:] if table.is_file() else []
-        for row in rows:
-            remote, state = row.split()[2:4]
-            if state == ESTABLISHED and int(remote.rpartition(":")[2], 16) == FLEET_PORT:
-                return True
-    print("no connection to the server")
-    return False
-
-
 def _start_job() -> NoReturn:
     command = job_command(int(_number("SITES", 4, 1)), os.environ.get("FEDVEIL_SETTINGS", ""))
     os.execv(command[0], command)
@@ -285,15 +257,11 @@ def _number(name: str, default: float, least: int | None = None) -> float:
 
 def main(role: str) -> int:
     """Play one role and return the exit code."""
-    if role == "healthy-server":
-        return 0 if server_is_well() else 1
-    if role == "healthy-site":
-        return 0 if site_is_well() else 1
     if role == "keys":
         return _said(_make_keys_by_environment)
     if role == "job":
         return _said(_start_job)
-    print(f"unknown role {role!r}: keys, job, healthy-server or healthy-site", file=sys.stderr)
+    print(f"unknown role {role!r}: keys or job", file=sys.stderr)
     return 2
 
 

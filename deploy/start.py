@@ -9,7 +9,6 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 
 from fedveil.common.errors import DataError
@@ -26,6 +25,7 @@ from fedveil.deploy.commands import (
     worker_command,
 )
 from fedveil.deploy.files import FOLDER_MODE, put_file, read_bytes
+from fedveil.deploy.health import flower_home, has_process, secret_of
 from fedveil.deploy.refusal import why_refused
 from fedveil.deploy.server_folder import ServerFolder, check_tasks, finish_renewal
 from fedveil.deploy.site_check import check_site
@@ -63,7 +63,7 @@ def start_server(folder: ServerFolder, say: Callable[[str], None]) -> None:
     _check_free("the Fleet port", *_host_and_port(folder.fleet), another)
     _check_free("the Control port", folder.control_host, folder.control_port, another)
     say(f"SuperLink: sites on {folder.fleet}, control on {folder.control}")
-    home = _flower_home(folder.database.parent)
+    home = flower_home(folder.database.parent)
     secret = home / "server.secret"
     pair = superlink_command(folder, secret), runner_command(folder, secret)
     _become_pair(pair, secret, superlink_environment(folder, home))
@@ -124,7 +124,7 @@ def start_site(folder: SiteFolder, say: Callable[[str], None], more: str = "") -
         folder = dataclasses.replace(folder, runtime_port=free_ports(1)[0])
     pair = supernode_command(folder, more, secret), worker_command(folder, secret, more)
     say(f"the server at {folder.server} lets this site in")
-    _become_pair(pair, secret, environment(_flower_home(folder.path), folder.road))
+    _become_pair(pair, secret, environment(flower_home(folder.path), folder.road))
 
 
 def check_own_port(folder: SiteFolder) -> None:
@@ -135,20 +135,10 @@ def check_own_port(folder: SiteFolder) -> None:
 
 
 def is_running(folder: SiteFolder) -> bool:
-    """Return whether a process of this machine was started with the site's secret, as its SuperNode and worker are."""
-    named = str(secret_file(folder)).encode()
-    for command in Path("/proc").glob("[0-9]*/cmdline"):
-        with suppress(OSError):  # ended meanwhile, or another user's
-            if named in command.read_bytes().split(b"\0"):
-                return True
-    return False
+    """Return whether this site's SuperNode or worker runs on this machine."""
+    return has_process(secret_file(folder))
 
 
 def secret_file(folder: SiteFolder) -> Path:
     """Return the file by which the site's worker proves itself to its SuperNode; new at every start."""
-    return _flower_home(folder.path) / f"{folder.site}.secret"
-
-
-def _flower_home(folder: Path) -> Path:
-    """Return Flower's own folder: FLWR_HOME if it is set (a container's folders are read-only)."""
-    return Path(os.environ.get("FLWR_HOME") or folder / "flwr")
+    return secret_of(folder.path, folder.site)

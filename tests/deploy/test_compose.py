@@ -81,8 +81,8 @@ def test_what_runs_on_has_a_health_check_and_comes_back() -> None:
     for name in ("superlink", *SITES):
         assert SERVICES[name]["restart"] == "unless-stopped", f"{name} does not survive a restart"
         test = SERVICES[name]["healthcheck"]["test"]
-        assert test[1:4] == ["python", "-m", "fedveil.deploy.container"]
-        assert test[4] == ("healthy-server" if name == "superlink" else "healthy-site")
+        folder = "/federation" if name == "superlink" else "/site"
+        assert test == ["CMD", "fedveil", "doctor", folder, "--health"]
     for name in ONCE:
         assert SERVICES[name]["restart"] == "no", f"{name} would do its work again by itself"
 
@@ -396,7 +396,11 @@ def test_the_gpu_file_adds_gpus_to_services_that_exist() -> None:
 
 def test_the_image_runs_as_nobody_in_particular_and_holds_no_history() -> None:
     lines = (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines()
-    assert [line for line in lines if line.startswith("USER ")][-1] == "USER fedveil"
+    stages = re.split(r"(?m)^FROM .*$", "\n".join(lines))[2:]
+    for stage in stages:
+        users = re.findall(r"(?m)^USER (.*)$", stage)
+        assert users[-1:] in ([], ["10001:10001"]), "ends as root, or as a name that Kubernetes cannot tell from root's"
+    assert "\nUSER 10001:10001\n" in stages[0], "the images of server and site are of root"
     made = "\n".join(lines)
     assert "--uid 10001" in made
     for mounted in {target.split(":")[0] for name in SERVICES for target in volumes_of(name).values()}:

@@ -1,9 +1,8 @@
-"""Folders of server and site: made once or not at all, with private keys, and what their health is."""
+"""Folders of server and site: made once or not at all, with private keys."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from fedveil.common.ports import free_ports
 from fedveil.deploy import certificates, container, doctor
 from fedveil.deploy.node_keys import is_pair, new_node_key
 from fedveil.deploy.policy_file import policy_text
-from fedveil.deploy.server_folder import ServerFolder, authority_beside, make_server, open_server, renew_server
+from fedveil.deploy.server_folder import authority_beside, make_server, open_server, renew_server
 from fedveil.deploy.site_folder import node_settings
 from fedveil.deploy.start import start_site
 
@@ -167,31 +166,3 @@ def test_containers_make_keys_once_and_the_coordinator_sees_none(tmp_path: Path)
         held = [path.name for path in (tmp_path / place).rglob("*") if path.suffix == ".key"]
         assert sorted(held) == (["identity.key", "node.key"] if place == "site-1" else []), f"{place} holds {held}"
     assert not list((tmp_path / "server").rglob("ca.key")), "the server's volume holds the authority's key"
-
-
-def test_a_site_is_well_only_while_it_is_connected(tmp_path: Path) -> None:
-    table = tmp_path / "tcp"
-    head = "  sl  local_address rem_address   st\n"
-    table.write_text(f"{head}   0: 0200A8C0:8AE2 0300A8C0:2384 01 0\n")
-    assert container.site_is_well((table,))
-    assert [str(path) for path in container.site_is_well.__defaults__[0]] == ["/proc/net/tcp", "/proc/net/tcp6"]
-    for row in ("   0: 0200A8C0:8AE2 0300A8C0:2384 06 0\n", "   0: 0200A8C0:2384 0300A8C0:8AE2 01 0\n", ""):
-        table.write_text(head + row)
-        assert not container.site_is_well((table,)), row
-
-
-def test_a_superlink_is_well_only_where_both_ports_show_a_certificate_of_the_authority(
-    tmp_path: Path, tls_server: Callable[[ServerFolder], int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    server, other = (make_server(tmp_path / name, ["127.0.0.1"]) for name in ("server", "other"))
-    good, foreign, (closed,) = tls_server(server), tls_server(other), free_ports(1)
-    monkeypatch.setattr(container, "CONTROL", "127.0.0.1")
-    for fleet, control, well in (
-        (good, good, True),
-        (foreign, good, False),
-        (good, foreign, False),
-        (good, closed, False),
-    ):
-        monkeypatch.setattr(container, "FLEET_PORT", fleet)
-        monkeypatch.setattr(container, "CONTROL_PORT", control)
-        assert container.server_is_well(server.path) is well
