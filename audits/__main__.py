@@ -22,6 +22,7 @@ from audits.class_means import EACH_CLIPPED, audit_class_means
 from audits.concurrent import bouts_of_all
 from audits.faults import SOUND
 from audits.finding import audit_file, quiet, show
+from audits.front_door import audit_front_doors
 from audits.hostile_server import hostile_server
 from audits.kills import kills_of_all
 from audits.noise_law import audit_noise
@@ -96,6 +97,7 @@ def every_audit(folder: Path, kills: int, bouts: int) -> Iterator[list[Finding]]
         steps_of_all,
         rounds_of_all,
         lambda own: list(hostile_server(own)),
+        lambda _: audit_front_doors(),
         audit_sums,
         probe_all,
         probe_persons_all,

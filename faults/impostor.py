@@ -7,7 +7,7 @@ neither whose it is, nor to whom it goes. What holds against that is FedVeil's o
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,20 +17,21 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.app import Message, RecordDict
 from flwr.app.message.message import make_message, remove_content_from_message
 from flwr.app.metadata import Metadata
-from flwr.client.grpc_rere_client.node_auth_client_interceptor import NodeAuthClientInterceptor
 from flwr.common.constant import HEARTBEAT_MAX_INTERVAL, SUPERLINK_NODE_ID
 from flwr.common.serde import message_to_proto
+from flwr.proto import fleet_pb2, message_pb2
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest, PushMessagesRequest
-from flwr.proto.fleet_pb2_grpc import FleetStub
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest, PushObjectRequest
 from flwr.proto.node_pb2 import Node
-from flwr.supercore.grpc import create_channel
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, iterate_object_tree
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
-from flwr.supercore.interceptors import RuntimeVersionClientInterceptor
-from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from fedveil.common.errors import RunFailed
+from fedveil.deploy import fleet_grpc, fleet_http
+from fedveil.deploy.fleet_answers import Call
+from fedveil.deploy.node_keys import pem_of
+from fedveil.deploy.road import Road
+from fedveil.deploy.transport import IS_HTTP
 
 SERVER = SUPERLINK_NODE_ID
 """The server's number, the same everywhere."""
@@ -44,7 +45,7 @@ class Impostor:
     """Calls to the Fleet API in one run, all under the one registered key."""
 
     fleet: Any
-    """The stub of the Fleet API, or what calls its handlers."""
+    """A ``Fleet``, or what calls the API's handlers."""
     own: int
     """The node's own number."""
     run: int
@@ -140,20 +141,24 @@ def _made(run: int, content: RecordDict, words: tuple[Any, ...], task: int | Non
     return message
 
 
+@dataclass(frozen=True)
+class Fleet:
+    """The Fleet API of a server, as a method of each of its calls; NotAnswered where the server refuses one."""
+
+    call: Call
+    key: Any
+
+    def __getattr__(self, method: str) -> Callable[[Any], Any]:
+        name = f"{method}Response"
+        answer = getattr(fleet_pb2, name, None) or getattr(message_pb2, name)
+        return lambda request: self.call(method, request, answer, self.key)
+
+
 @contextmanager
 def online(key: Path, address: str, authority: bytes, run: int) -> Iterator[Impostor]:
-    """Yield an impostor over gRPC, with a registered site's private key, that passes for online meanwhile."""
+    """Yield an impostor with a registered site's private key, that passes for online meanwhile."""
     node_key: Any = load_ssh_private_key(key.read_bytes(), None)
-    interceptors = [
-        RuntimeVersionClientInterceptor(component_name="SuperNode"),
-        NodeAuthClientInterceptor(node_key, node_key.public_key()),
-    ]
-    channel = create_channel(address, insecure=False, root_certificates=authority, interceptors=interceptors)
-    try:
-        fleet = FleetStub(channel)
-        request = ActivateNodeRequest(
-            public_key=public_key_to_bytes(node_key.public_key()), heartbeat_interval=HEARTBEAT_MAX_INTERVAL
-        )
+    with (fleet_http if IS_HTTP else fleet_grpc).calls(address, authority, Road()) as call:
+        fleet = Fleet(call, node_key)
+        request = ActivateNodeRequest(public_key=pem_of(node_key), heartbeat_interval=HEARTBEAT_MAX_INTERVAL)
         yield Impostor(fleet, fleet.ActivateNode(request).node_id, run)
-    finally:
-        channel.close()

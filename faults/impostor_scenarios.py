@@ -9,7 +9,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import grpc
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from faults.checks import charges
@@ -19,6 +18,7 @@ from fedveil.common.findings import Finding
 from fedveil.common.messages.round import Refusal
 from fedveil.common.messages.wire import encode_reply, round_of
 from fedveil.common.run_lines import RoundLine, read_lines
+from fedveil.deploy.fleet_answers import NotAnswered
 
 IMPOSTOR, VICTIM, GROUP = "mill", "ward", "a registered site as another"
 HONEST, OPEN = "fedveil.client.worker", "faults.open_worker"
@@ -66,7 +66,7 @@ class Attacks:
     def play(self) -> None:
         """Receive tasks until the run ends, attack, and refuse."""
         while not self.run.ended():
-            with suppress(grpc.RpcError):  # of a run that ends meanwhile
+            with suppress(NotAnswered):  # of a run that ends meanwhile
                 if (task := self.impostor.receive()) is None:
                     time.sleep(0.1)
                     continue

@@ -7,12 +7,19 @@ from functools import partial
 from typing import Any
 
 import grpc
-from flwr.client.grpc_rere_client import connection
-from flwr.proto.fleet_pb2_grpc import FleetStub
+import httpx
 from flwr.proto.message_pb2 import PushObjectResponse
 from flwr.supernode.cli import flower_supernode
 
 from faults.fault_plan import open_plan
+from fedveil.deploy.transport import IS_HTTP
+
+if IS_HTTP:
+    from flwr.supernode import fleet_http_connection as connection
+    from flwr.supernode.fleet_http_client import FleetHttpClient as FleetStub
+else:
+    from flwr.client.grpc_rere_client import connection
+    from flwr.proto.fleet_pb2_grpc import FleetStub
 
 NODE = "the stuttering node"
 """Its name in a plan."""
@@ -22,8 +29,8 @@ HALF = "announced and never sent"
 class StutteringStub(FleetStub):
     """The calls of a node to the Fleet API; what became of a repeated push goes to ``pushes.txt``."""
 
-    def __init__(self, channel: grpc.Channel) -> None:
-        super().__init__(channel)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
         self._sent: list[Any] = []
         self._round = 0
         self.PushMessages = self._stuttered(self.PushMessages)
@@ -53,13 +60,13 @@ def _note(what: str, repeat: Callable[[], Any]) -> None:
     try:
         answer = repeat()
         outcome = f"accepted, {len(answer.objects_to_push)} objects wanted"
-    except grpc.RpcError as error:
-        outcome = f"refused ({error.code().name})"
+    except (grpc.RpcError, httpx.HTTPError) as error:
+        outcome = f"refused ({' '.join(str(error).split())[:120]})"
     with (open_plan().folder / "pushes.txt").open("a") as file:
         file.write(f"{what}: {outcome}\n")
 
 
 def main() -> None:
     """Be a SuperNode, with its command line."""
-    connection.FleetStub = StutteringStub  # type: ignore[attr-defined]
+    setattr(connection, FleetStub.__name__, StutteringStub)
     flower_supernode()
