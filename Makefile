@@ -55,11 +55,11 @@ test: environment generative texts $(VISION)
 test-many: environment
 	$(BIN)/python -m pytest -m many tests/server
 
-test-deployment: environment
+test-deployment: environment generative
 	$(BIN)/python -m pytest -m deployment tests/deploy tests/docs tests/experiments
 
 # The extra's packages, some 150 MB on the disk, stay out of the environment that tests are run in.
-test-harness: environment
+test-harness: environment generative
 	$(PYTHON) -m venv $(VENV)/harness
 	$(VENV)/harness/bin/python $(NEW_PIP)
 	echo "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" > \
@@ -69,7 +69,7 @@ test-harness: environment
 	PYTHONPATH=. $(VENV)/harness/bin/python -m pytest -m harness tests/experiments
 
 # It stands before the environment's own, whose other packages it takes.
-test-peft: environment
+test-peft: environment generative
 	$(PYTHON) -m venv $(VENV)/peft
 	$(VENV)/peft/bin/python $(NEW_PIP)
 	echo "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" > \

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
 
 IS_HTTP = Version(version("flwr")) >= Version("1.40")
 """Whether the SuperLink has one port for all, so that a front door stands at the sites' port."""
-NAME = "HTTP" if IS_HTTP else "gRPC"
-"""How tensors travel between sites and server, over TLS."""
 
 
 def superlink_words(folder: ServerFolder) -> list[str]:
