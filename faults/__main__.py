@@ -20,6 +20,7 @@ from audits.finding import quiet
 from faults.federation import Federation
 from faults.impostor_scenarios import impostors
 from faults.network import Cable
+from faults.road_scenarios import door_killed, proxy_restarts
 from faults.scenarios import NETWORK, below_quorum, cut, kills, lies, slow, sound, stutters
 from faults.server_scenarios import server_killed, superlink_killed
 from faults.sum_scenarios import drop_outs, server_lies, sums, survivor_lies
@@ -29,7 +30,7 @@ from fedveil.common.findings import Finding
 
 SCENARIOS = (
     *("lies", "quorum", "slow", "kills", "cut", "server", "superlink", "sums", "server-lies", "stutters", "drop-outs"),
-    *("survivor-lies", "impostor"),
+    *("survivor-lies", "proxy", "door", "impostor"),
 )
 
 
@@ -80,6 +81,8 @@ def play(folder: Path, wanted: tuple[str, ...] | list[str]) -> Iterator[Finding]
                 "stutters": lambda: stutters(federation, deadline),
                 "server": lambda: server_killed(federation, deadline),
                 "superlink": lambda: superlink_killed(federation, deadline),
+                "proxy": lambda: iter([laid]) if laid else proxy_restarts(federation, cable, deadline),
+                "door": lambda: door_killed(federation, deadline),
                 "impostor": lambda: impostors(folder / "impostor"),
             }
             for name in wanted:

@@ -10,7 +10,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -88,7 +88,7 @@ class Federation:
         fleet, control, *self._runtime = free_ports(2 + len(SIZES) + len(MORE_SIZES))
         self.server = make_server(folder / "server", ["127.0.0.1", *addresses], fleet_port=fleet, control_port=control)
         self.sites: dict[str, SiteFolder] = {}
-        self._places, self._stutters = dict[str, Place](), dict[str, bool]()
+        self._places, self._stutters, self._proxies = dict[str, Place](), dict[str, bool](), dict[str, str]()
         self._said = dict[str, int]()
         self._bundle = make_bundle(folder / "app")
         self._programs = WarmPrograms(folder / "bin", self._environment("warm"))
@@ -166,7 +166,19 @@ class Federation:
         if stutters:
             command[0] = str(self._programs.folder / "stuttering-node")
         self._stutters[name], self._said[name] = stutters, len(self.processes.log(name))
-        self.processes.start(name, self._places[name](command), self._environment(name))
+        self.processes.start(name, self._places[name](command), {**self._environment(name), **self._road(name)})
+
+    def lead(self, name: str, address: str, proxy: str = "") -> None:
+        """Let a site dial the server at another address from its next start on, through the proxy HOST:PORT if any."""
+        self.sites[name] = replace(self.sites[name], server=f"{address}:{self.server.fleet_port}")
+        self._proxies[name] = f"http://{proxy}" if proxy else ""
+
+    def own_environment(self) -> Mapping[str, str]:
+        """Return the environment of a program of the suite's own."""
+        return self._environment("own")
+
+    def _road(self, name: str) -> dict[str, str]:
+        return {"https_proxy": self._proxies[name]} if self._proxies.get(name) else {}
 
     def wait_online(self, *names: str, restart: bool = False) -> float:
         """Wait until the sites have come online since they were last started, and return the seconds.

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import httpx
 import pytest
-from connect_proxy import ConnectProxy, connect_proxy
 from deployed import FEDVEIL, PART, PATIENCE, examine_site_quickly, run
 
 from audits.tiny_models import TARGETS, write_reviews
+from faults.connect_proxy import ConnectProxy, connect_proxy
 from fedveil.client.ledger.ledger import Ledger
 from fedveil.common.config.text import to_toml
 from fedveil.common.errors import DataError

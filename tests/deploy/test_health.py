@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from connect_proxy import connect_proxy
 from deployed import site_for
 from typer.testing import CliRunner
 
+from faults.connect_proxy import connect_proxy
 from fedveil.cli.main import app
 from fedveil.common.ports import free_ports
 from fedveil.deploy.health import examine_health

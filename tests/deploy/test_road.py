@@ -10,9 +10,9 @@ from pathlib import Path
 
 import grpc
 import pytest
-from connect_proxy import connect_proxy, ending_tls
 from deployed import examine_site_quickly, site_for
 
+from faults.connect_proxy import connect_proxy, ending_tls
 from fedveil.common.errors import ConfigError
 from fedveil.deploy.certificates import new_authority, new_server_certificate
 from fedveil.deploy.commands import environment

@@ -1,9 +1,13 @@
-"""An HTTP proxy of tests that opens ways by CONNECT, or refuses them, or opens the TLS that passes through it."""
+"""An HTTP proxy for tests and faults that opens ways by CONNECT, or refuses them, or opens the TLS within.
+
+As a process of its own: ``python -P -m faults.connect_proxy PORT HOST:PORT``.
+"""
 
 from __future__ import annotations
 
 import socket
 import ssl
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -17,6 +21,8 @@ class ConnectProxy:
 
     places: Mapping[str, int]
     """Port on 127.0.0.1 of each HOST:PORT."""
+    reached: str = "127.0.0.1"
+    """Where those ports are, if elsewhere."""
     answer: bytes = b"HTTP/1.1 200 Connection established"
     """To a CONNECT; all but a 200 ends it."""
     inspects: ssl.SSLContext | None = None
@@ -44,7 +50,7 @@ class ConnectProxy:
             if self.inspects:
                 self.inspects.wrap_socket(near, server_side=True).close()
                 return
-            with socket.create_connection(("127.0.0.1", self.places[head.decode().split()[1]])) as far:
+            with socket.create_connection((self.reached, self.places[head.decode().split()[1]])) as far:
                 back = threading.Thread(target=_copy, args=(far, near), daemon=True)
                 back.start()
                 _copy(near, far)
@@ -75,3 +81,15 @@ def ending_tls(folder: Path) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(folder / "server.pem", folder / "server.key")
     return context
+
+
+def main() -> None:
+    """Serve until the process is killed."""
+    port, server = sys.argv[1:]
+    host, _, behind = server.rpartition(":")
+    with socket.create_server(("127.0.0.1", int(port))) as listening:
+        ConnectProxy({server: int(behind)}, host).serve(listening)
+
+
+if __name__ == "__main__":
+    main()
