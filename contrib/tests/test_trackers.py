@@ -138,7 +138,7 @@ def test_what_a_run_tells_is_read_back(toy_settings: dict[str, Any], name: str) 
     run = run_in_process({**toy_settings, "tracker": name}, 2)
     assert "the run goes on without it" not in (run / "run.log").read_text()
     assert (run / TRACKERS[name].where).exists(), "it was written elsewhere"
-    wanted, found = rounds_of(run), READERS[name](run, "1")
+    wanted, found = rounds_of(run), READERS[name](run, run.name.rpartition("-")[2])
     assert set(found) == set(wanted) == {0, 1, 2}
     for number, figures in wanted.items():
         # TensorBoard keeps numbers of four bytes.

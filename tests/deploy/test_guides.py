@@ -441,7 +441,7 @@ def test_a_site_that_is_kept_out_says_which_reason(processes: Processes, tmp_pat
             "waiting: the server does not know this site's key: send node.pub to the coordinator",
             "[code: 2004] Failed to activate SuperNode",
         ),
-        ("misled", "its certificate is not of the authority in ca.crt", "handshake failed"),
+        ("misled", "its certificate is not of the authority in ca.crt", "handshake"),
     ):
         processes.wait_for(name, words)
         assert "SuperNode ID" not in processes.log(name)
