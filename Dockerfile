@@ -36,7 +36,8 @@ RUN pip install --no-deps -e . \
     && python -m compileall -q . \
     && groupadd --gid 10001 fedveil \
     && useradd --uid 10001 --gid fedveil --no-create-home --home-dir /tmp --shell /usr/sbin/nologin fedveil \
-    && install -d -o fedveil -g fedveil -m 0700 /federation /federation/state /federation/runs /site /site/ledger
+    && install -d -o fedveil -g fedveil -m 0700 \
+        /federation /federation/state /federation/runs /federation/nodes /site /site/ledger
 
 # HOME and Flower's own folder lie on a tmpfs, because the root file system is mounted read-only.
 ENV HOME=/tmp FLWR_HOME=/tmp/flwr \

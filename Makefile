@@ -40,7 +40,7 @@ OLDEST_PEFT := $(shell sed -n 's/^ *"peft>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 # Wheels of which every byte is known, and nothing that they ask for: no setup.py runs.
 EXACT  := --require-hashes --no-deps --only-binary :all:
 
-.PHONY: bench demo wheel test test-many test-pythons test-deployment test-http test-harness test-trackers test-peft test-product audit faults docs site check house format environment generative texts vision browser clean
+.PHONY: bench demo wheel test test-chart test-many test-pythons test-deployment test-http test-harness test-trackers test-peft test-product audit faults docs site check house format environment generative texts vision browser clean
 
 demo: $(DEMO)
 	$(BIN)/fedveil run
@@ -88,6 +88,15 @@ test-http: environment
 	$(VENV)/http/bin/python -c 'from fedveil.deploy.transport import IS_HTTP; raise SystemExit(not IS_HTTP)'
 	$(VENV)/http/bin/python -m pytest tests/deploy/test_front_door.py tests/deploy/test_road.py tests/reports/test_connection.py
 	$(VENV)/http/bin/python -m pytest -m deployment tests/deploy
+
+# Debian's kustomize, golang-go and golang-github-masterminds-sprig-dev render; the schemas are a package of 23 MB.
+test-chart: environment
+	$(PYTHON) -m venv $(VENV)/chart
+	$(VENV)/chart/bin/python $(NEW_PIP)
+	echo "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" > \
+	  "$$($(VENV)/chart/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/environment.pth"
+	$(VENV)/chart/bin/pip $(INSTALL) --only-binary :all: 'kubernetes-validate>=1.37,<2'
+	$(VENV)/chart/bin/python -m pytest -m chart tests/deploy/test_kubernetes.py
 
 test-pythons:
 	$(PYTHON) tools/pythons.py $(TESTS)

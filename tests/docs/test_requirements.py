@@ -119,7 +119,8 @@ def test_the_lower_bounds_leave_out_what_has_known_advisories() -> None:
 def test_pip_is_new_before_it_installs_anything(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
     if name == "Dockerfile":
-        (image,) = text.split("FROM ")[2:]
+        _, requirements, image, *targets = re.split(r"(?m)^FROM ", text)
+        assert "pip install" not in requirements + "".join(targets)
         steps = re.findall(r"pip install.*", image)
         assert "--upgrade" in steps[0]
         assert steps[0].endswith("-r /requirements/pip.txt \\")
@@ -127,7 +128,7 @@ def test_pip_is_new_before_it_installs_anything(name: str) -> None:
     (upgrade,) = re.findall(r"^NEW_PIP := (.*)", text, flags=re.M)
     assert {"--upgrade", "requirements/pip.txt"} <= set(upgrade.split())
     made = re.findall(r"\$\(PYTHON\) -m venv (\S+)\n\t(.*)", text)
-    assert len(made) == 5
+    assert len(made) == 6
     for venv, step in made:
         assert step == f"{'$(BIN)' if venv == '$(VENV)' else f'{venv}/bin'}/python $(NEW_PIP)"
 
