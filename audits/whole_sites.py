@@ -9,7 +9,7 @@ and who is asked against Poisson's law. Then faults are built in, and must be fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -61,7 +61,7 @@ class MadeUp:
     names: Mapping[int, str] | None = None
     asked: list[list[int]] = field(default_factory=list)
 
-    def nodes(self, wanted: int, besides: Collection[int]) -> list[int]:
+    def nodes(self, wanted: int, besides: Container[int]) -> list[int]:
         """Return all nodes but those."""
         del wanted
         return [node for node in range(self.count) if node not in besides]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +39,15 @@ class Party:
                 f"{self.honest} of the roster's {len(self.roster.keys)}",
                 f"privacy.honest-sites = {honest} of a sum of {sites} sites, of which {others} need not be honest",
             )
+
+    def check_named(self, sites: Collection[str], honest: int) -> None:
+        """Raise PolicyRefusal unless the sites that a run names are of the roster, with ``honest`` honest ones."""
+        if foreign := sorted(set(sites) - set(self.roster.keys)):
+            raise PolicyRefusal(
+                f"the run names {', '.join(map(repr, foreign))}, and the roster of this site's steward does not: "
+                "stewards must agree on one roster, and a run of theirs names sites of it"
+            )
+        self.check_size(len(set(sites)), honest)
 
     def check_threshold(self, sites: int, colluders: int) -> None:
         """Raise PolicyRefusal if the steward takes more sites for not honest than the run's ``colluders``.

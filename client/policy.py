@@ -89,6 +89,9 @@ class Policy:
     """Base models, each as ``NAME=FINGERPRINT+FILES``: the job's ``model.name``, which is asked before anything is
     looked at; at least the first ``MODEL_DIGITS`` digits of its fingerprint, which is asked once it is loaded; and as
     many of its files' hash, which is asked before one of them is opened. Empty: those that FedVeil knows by hash."""
+    projects: str = ""
+    """Projects whose runs the site joins, each as the job's ``project``, likewise; empty: any. The name is the server's
+    word: it says what a run is for, and proves nothing."""
     bundles: str = ""
     """Hashes of the bundles of code whose runs the site joins, whole; empty: that of the installed version alone.
     Kept by ``fedveil site start``, which runs the installed code whatever is in a bundle."""
@@ -176,6 +179,8 @@ class Policy:
             raise refusal("honest-sites", self.honest_sites, f"privacy.honest-sites = {config.privacy.honest_sites}")
         _one_of("strategies", self.strategies, config.strategy)
         _one_of("head-policies", self.head_policies, config.head.policy)
+        if self.projects and config.project not in names_in(self.projects):
+            raise refusal("projects", self.projects, f"project = {config.project!r}")
         if self.reply_after >= config.round_timeout:
             # Paid for, and then dropped by the server.
             raise refusal("reply-after", f"{self.reply_after:g}", f"round-timeout = {config.round_timeout:g}")

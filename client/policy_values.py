@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from fedveil.client.pins import check_whole
-from fedveil.common.check import at_least, below, in_range, not_negative, one_of, positive
+from fedveil.common.check import PlainNames, at_least, below, in_range, not_negative, one_of, positive
 from fedveil.common.config.sections import HEAD_POLICIES
 from fedveil.common.errors import ConfigError
 from fedveil.privacy import MECHANISMS, UNITS, promising, sharing_noise
@@ -121,6 +121,8 @@ def _check_names(policy: Policy) -> None:
                 f"models names {entry!r}: write NAME=FINGERPRINT+FILES, the job's model.name and at least "
                 f"{MODEL_DIGITS} digits (0-9, a-f) of each hash, as 'fedveil doctor' shows them"
             )
+    for name in names_in(policy.projects):
+        PlainNames(1).check("projects", name)
     for name in names_in(policy.bundles):
         if not _is_hash(name):
             raise ConfigError(

@@ -175,6 +175,8 @@ class SiteProcess:
                 site = replace(site, rank=job.config.adapter.rank_of_site(int(node.get("partition-id", 0))))
             kind = kind_of_task(content)
             party = party_of(site.name, node, site.policy, run, simulated=simulated) if shares_noise(job) else None
+            if party and job.config.site_names:
+                party.check_named(job.config.site_names, job.config.privacy.honest_sites)
             asked = _Asked(job, site, run, party, memory, deadline, simulated)
             if kind is not TrainTask:
                 return _reply_for_sum(decode_sum_task(content), asked)

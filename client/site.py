@@ -92,11 +92,13 @@ def check_job(node: Mapping[str, Scalar], job: Job, *, simulated: bool) -> None:
     A simulation is one machine's own: there a node without a policy has nothing to refuse.
 
     Raises:
-        PolicyRefusal: a rule forbids the run; or a deployed node without ``data`` is to play a part of anything
-            but a data set that FedVeil names.
+        PolicyRefusal: a rule forbids the run, or it names other sites; or a deployed node without ``data`` is to play
+            a part of anything but a data set that FedVeil names.
         ConfigError: as for policy_of.
     """
     policy, public = policy_of(node), is_public(job.config.data.name)
+    if job.config.site_names and name_of(node) not in job.config.site_names:
+        raise PolicyRefusal(f"the run names the sites that it is for, and {name_of(node)!r} is none of them")
     if "policy" not in node and simulated:
         return
     _check_source(node, job.config.data.name, simulated=simulated)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -112,6 +112,7 @@ def _shared(task: ShareTask, job: Job, party: Party, memory: MutableMapping[str,
     # server names fewer sites than the run began with, fewer may be lost, and no claim depends on whether they are
     # gone: the honest ones of what is left are counted here, and again before a list is signed.
     privacy = job.config.privacy
+    _check_named(task.offers, job)
     figures = privacy.honest_sites, privacy.colluders, privacy.drop_outs
     lost = may_be_lost(len(task.offers), *figures, job.config.min_sites)
     party.check_size(len(task.offers) - lost, privacy.honest_sites)
@@ -140,6 +141,7 @@ def agreed(
     """
     attempt: SiteAttempt | RecoverableAttempt
     holder: Holder | None = None
+    _check_named(task.offers, job)
     terms, hashes = terms_of(job, public_size), _hashes(task, job, model)
     if job.config.privacy.drop_outs:
         attempt, secrets = _recoverable(task, party, memory)
@@ -196,6 +198,13 @@ def _check_figures(secrets: Mapping[str, Any], job: Job) -> None:
             "privacy.honest-sites, colluders and drop-outs are others now than when this site shared its secrets out: "
             "an attempt has one run's figures"
         )
+
+
+def _check_named(offers: Sequence[KeyOffer], job: Job) -> None:
+    """Raise ProtocolError if a sum has a site that the run does not name."""
+    named = job.config.site_names
+    if others := [offer.site for offer in offers if named and offer.site not in named]:
+        raise ProtocolError(f"the sum has the site {others[0]!r}, which the run does not name")
 
 
 def _hold(holder: Holder, memory: MutableMapping[str, bytes]) -> None:

@@ -135,6 +135,25 @@ class Digits(Rule):
         return value == "" or re.fullmatch(f"[0-9a-f]{{{self.count}}}", str(value)) is not None
 
 
+@dataclass(frozen=True)
+class PlainNames(Rule):
+    """Plain names with commas between them, or no text at all."""
+
+    most: int
+
+    @property
+    def words(self) -> str:
+        """How many names, and of which characters."""
+        many = "one name" if self.most == 1 else "names, each once and with commas between them,"
+        return f"{many} of letters, digits, '.', '_' and '-', or empty"
+
+    def holds(self, value: float | str) -> bool:
+        """Return whether a text is empty, or at most so many different names."""
+        names = plain_names(str(value))
+        plain = all(map(PLAIN_NAME.fullmatch, names)) and len(set(names)) == len(names)
+        return value == "" or (plain and len(names) <= self.most)
+
+
 POSITIVE = Interval(0)
 NOT_NEGATIVE = Interval(0, low_too=True)
 CLIP_NORM = Interval(*CLIP_NORMS, low_too=True, why="where float32 holds the noise")
@@ -186,6 +205,15 @@ def one_of(choices: Iterable[str], **values: str) -> None:
     """Raise ConfigError, naming the nearest choice, unless every value is one of ``choices``."""
     for name, value in values.items():
         OneOf(tuple(choices)).check(name.replace("_", "-"), value)
+
+
+def plain_names(text: str) -> tuple[str, ...]:
+    """Return the names of a text with commas between them.
+
+    >>> plain_names("clinic, ward"), plain_names("")
+    (('clinic', 'ward'), ())
+    """
+    return tuple(name.strip() for name in text.split(",")) if text else ()
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

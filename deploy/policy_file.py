@@ -52,6 +52,7 @@ EXAMPLES: Mapping[str, Scalar | Sequence[str]] = {
     "strategies": ["fedavg-lora"],
     "head-policies": ["trained"],
     "models": ["NAME=FINGERPRINT+FILES"],
+    "projects": ["stroke"],
     "bundles": ["SHA-256"],
     "line-breaks": True,
     "send-noised-metrics": False,

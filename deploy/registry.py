@@ -9,13 +9,21 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from fedveil.common.check import PLAIN_NAME, plain_names
+from fedveil.common.config.flat import Scalar
 from fedveil.common.errors import ConfigError, DataError
 from fedveil.common.files import replace_file, sync_folder
+from fedveil.common.toml import read_toml
 from fedveil.deploy.control import control_of
 from fedveil.deploy.files import read_bytes
 from fedveil.deploy.node_keys import public_pem
 from fedveil.deploy.server_folder import ServerFolder
 from fedveil.privacy.secure_sum.roster import SITE_NAME
+from fedveil.server.named import unregistered
+from fedveil.server.registered import names_in
+
+GROUPS = "groups.toml"
+"""File of a server's folder: names of groups, each with its sites, such as ``stroke = ["clinic", "ward"]``."""
 
 
 class ShutOut(ConfigError):
@@ -85,6 +93,41 @@ def online_words(online: Collection[int], names: Mapping[int, str]) -> str:
     """
     away = sorted(name for node, name in names.items() if node not in online)
     return f"{len(online)} online" + (f", not {', '.join(away)}" if away else "")
+
+
+def with_groups(folder: ServerFolder, settings: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """Return a job's settings with the sites of each group of ``groups.toml`` that ``named-sites`` names in its place.
+
+    A site that is named by itself and by a group, or by two, is named once.
+
+    Raises:
+        ConfigError: the file is not one list of sites for each group.
+    """
+    names, groups = plain_names(str(settings.get("named-sites", ""))), _groups(folder)
+    if not set(names) & set(groups) or len(set(names)) < len(names):
+        return dict(settings)
+    members = dict.fromkeys(site for name in names for site in groups.get(name, [name]))
+    return {**settings, "named-sites": ", ".join(members)}
+
+
+def check_named(folder: ServerFolder, sites: Collection[str]) -> None:
+    """Raise ConfigError unless all sites that a job names are registered."""
+    if sites and (words := unregistered(sites, names_in(folder.nodes).values(), _groups(folder))):
+        raise ConfigError(words)
+
+
+def _groups(folder: ServerFolder) -> dict[str, list[str]]:
+    path = folder.path / GROUPS
+    groups = read_toml(path, "the groups of sites") if path.exists() else {}
+    sites = set(names_in(folder.nodes).values()) if groups else set()
+    for name, members in groups.items():
+        listed = isinstance(members, list) and all(isinstance(site, str) for site in members)
+        if not (listed and members and PLAIN_NAME.fullmatch(name)) or name in sites:
+            raise ConfigError(
+                f"{path}: {name!r} is no group: write a name that no site has, and its sites, such as "
+                'stroke = ["clinic", "ward"]'
+            )
+    return groups
 
 
 def revoke_site(folder: ServerFolder, name: str) -> str:

@@ -9,6 +9,7 @@
 ``renewal.key``     both, while a renewal goes on or after one that was interrupted
 ``flwr/``           Flower's own folder (FLWR_HOME) with the connection ``fedveil``
 ``nodes/``          public keys of the sites, ``NAME.pub``
+``groups.toml``     groups of sites that jobs may name, if the coordinator wrote any (``deploy.registry``)
 ``state/``          the SuperLink's database: registered sites and runs
 ``runs/``           one folder a run
 =================== ====================================================================

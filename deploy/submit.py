@@ -20,7 +20,7 @@ from fedveil.common.tasks import TASKS
 from fedveil.common.trackers import check_installed
 from fedveil.common.words import counted
 from fedveil.deploy.control import Control, control_of
-from fedveil.deploy.registry import online_words
+from fedveil.deploy.registry import check_named, online_words, with_groups
 from fedveil.deploy.server_folder import ServerFolder
 from fedveil.server.checkpoint import NAME as CHECKPOINT
 from fedveil.server.conduct import DYING_SECONDS
@@ -72,7 +72,7 @@ def submit(
         ConfigError: a setting is wrong; nothing was submitted.
         RunFailed: too few sites, the server is silent, or the run did not end well.
     """
-    given = settings
+    given = settings = with_groups(folder, settings)
     settings, note = with_recipe(settings_of_resumed({**settings, "output": str(folder.runs)}), divided=False)
     if note:
         say(note)
@@ -81,8 +81,10 @@ def submit(
     if not given.get("resume"):
         check_complete(job.config, given)
     check_installed(job.config.tracker)
+    last = _last_job(folder, settings) if once else None
+    if not (last or given.get("resume")):  # one that goes on may name sites that have left since
+        check_named(folder, job.config.site_names)
     with control_of(folder) as control:
-        last = _last_job(folder, settings) if once else None
         path = Path(last.folder if last else "")
         if last and _ended_well(path):
             say(f"run {last.run} with these settings has ended: nothing to do")
@@ -95,7 +97,7 @@ def submit(
         if resumed.get("resume") and is_written(Path(str(resumed["resume"]))):
             say(f"{resumed['resume']} is still written: waiting up to {DYING_SECONDS:g} s for its server's end")
         resumed = with_resumed(resumed, DYING_SECONDS)
-        _wait_for_sites(control, folder, sites, patience, say)
+        _wait_for_sites(control, folder, job.config, sites, patience, say)
         began = time.time()
         run = control.submit(resumed)
         path = run_folder(configure(resumed).config, run)
@@ -187,13 +189,24 @@ def _is_over(status: str) -> bool:
 
 
 def _wait_for_sites(
-    control: Control, folder: ServerFolder, sites: int, patience: float, say: Callable[[str], None]
+    control: Control, folder: ServerFolder, config: RunConfig, sites: int, patience: float, say: Callable[[str], None]
 ) -> None:
+    """Wait until ``sites`` sites are online, of those that the job names if it names some."""
+    if 0 < len(config.site_names) < sites:
+        raise ConfigError(
+            f"--sites is {sites}, and named-sites names {len(config.site_names)}: wait for fewer, or name more"
+        )
     if math.isnan(patience):
         raise ConfigError("--patience is nan: give the seconds to wait for sites")
     deadline, said, pause = time.monotonic() + patience, "", POLL_SECONDS
-    while len(online := control.online()) < sites:
-        words = f"{counted(sites, 'site')} wanted, {online_words(online, names_in(folder.nodes))}"
+    while True:
+        names, online = names_in(folder.nodes), control.online()
+        if config.site_names:
+            names = {node: site for node, site in names.items() if site in config.site_names}
+            online &= set(names)
+        if len(online) >= sites:
+            return
+        words = f"{counted(sites, 'site')} wanted, {online_words(online, names)}"
         if words != said:
             said = words
             say(f"{words}: waiting up to {patience:g} s")

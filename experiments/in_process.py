@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from fedveil.client.app import answer
+from fedveil.client.node import name_of
 from fedveil.common.config.flat import Scalar
 from fedveil.common.ends import ends_wait
 from fedveil.common.errors import ConfigError
@@ -31,6 +32,7 @@ from fedveil.experiments.under_way import conducting
 from fedveil.server.conduct import conduct
 from fedveil.server.ledger import with_ledger
 from fedveil.server.model import ServerModel
+from fedveil.server.named import check_named
 from fedveil.server.own_check import began
 from fedveil.server.records import RunFolder
 from fedveil.server.replies import read_reply, replies_to
@@ -63,14 +65,14 @@ class InProcessTransport:
         self._layout_of_round, self._folder = server_model.reply_layout, folder
         return self
 
-    def nodes(self, wanted: int, besides: Collection[int]) -> list[int]:
+    def nodes(self, wanted: int, besides: Container[int]) -> list[int]:
         """Return one number per site, at once: no site joins later."""
         del wanted
         return [node for node in range(len(self._nodes)) if node not in besides]
 
     def registered(self) -> Mapping[int, str] | None:
-        """Return None: these sites have no keys."""
-        return None
+        """Return the sites' names where the run names some; else None: these sites have no keys."""
+        return dict(enumerate(map(name_of, self._nodes))) if self._job.config.named_sites else None
 
     def exchange(self, tasks: Mapping[int, Task], timeout: float) -> Exchange:
         """Let every site answer its task; ``timeout`` does not apply."""
@@ -134,6 +136,8 @@ def run_in_process(
         raise ConfigError(f"{folder} holds a run already: give this one another id, or set resume = {run!r}")
     described = simulated_nodes(nodes, folder / "ledgers") if isinstance(nodes, int) else list(nodes)
     transport = kind(described, settings, job)
+    if job.config.site_names:
+        check_named(job, transport.registered())
     begun(folder)
 
     def connect(server_model: ServerModel, folder: RunFolder) -> Transport:

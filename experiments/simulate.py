@@ -39,6 +39,7 @@ from fedveil.experiments.site_count import check_usual_sites, record_sites
 from fedveil.experiments.under_way import conducting
 from fedveil.server.ledger import with_ledger
 from fedveil.server.lock import is_written
+from fedveil.server.named import check_named
 from fedveil.server.records import LEAST_ROOM
 from fedveil.server.submission import CHECKED
 from fedveil.strategies.job import Job, configure
@@ -86,6 +87,7 @@ def simulate(
     if job.config.resume:
         check_usual_sites(run_folder(job.config, ""))
     check_simulated(job, sites)
+    check_named(job, None)
     check_output(Path(output))
     workers = worker_count(sites, workers, keeps=job.config.timeline.computes_ahead)
     with (

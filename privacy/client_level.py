@@ -135,6 +135,11 @@ class ClientLevel(Mechanism):
             raise ConfigError(
                 f"min-sites is {config.min_sites}, more than privacy.cohort, which is {privacy.cohort}: lower min-sites"
             )
+        if privacy.cohort < len(config.site_names):
+            raise ConfigError(
+                f"named-sites names {len(config.site_names)} sites, more than privacy.cohort, which is "
+                f"{privacy.cohort}: raise it, or name fewer"
+            )
         if privacy.delta > 1 / privacy.cohort:
             raise ConfigError(
                 f"privacy.delta is {privacy.delta:g}, above 1/{privacy.cohort} of the cohort's sites: set it to "

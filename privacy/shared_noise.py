@@ -84,6 +84,7 @@ class SecureSum(Mechanism):
     def check(self, config: RunConfig) -> None:
         """Refuse too few sites."""
         from fedveil.privacy.secure_sum.roster import LEAST_SITES
+        from fedveil.privacy.secure_sum.shares import least_sites
 
         privacy = config.privacy
         if not privacy.honest_sites:
@@ -95,6 +96,13 @@ class SecureSum(Mechanism):
             raise ConfigError(
                 f"privacy.honest-sites and privacy.colluders ask for {privacy.honest_sites + privacy.colluders} sites "
                 f"in a sum, which needs {LEAST_SITES}: in a sum of two, each knows the other's part"
+            )
+        begins = least_sites(privacy.honest_sites, privacy.colluders, privacy.drop_outs)
+        begins = max(begins, config.min_sites + privacy.drop_outs)
+        if 0 < len(config.site_names) < begins:
+            raise ConfigError(
+                f"named-sites names {len(config.site_names)} sites, and a sum with these min-sites, "
+                f"privacy.honest-sites, colluders and drop-outs begins with {begins}: name more, or lower one"
             )
 
     def unfit_start(self, needs: str, unfit: str) -> str:

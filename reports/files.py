@@ -8,13 +8,14 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from fedveil.common.check import plain_names
 from fedveil.common.errors import DataError
 from fedveil.common.files import drop_leftovers, finite, replace_file
 from fedveil.common.run_lines import ResultFile
 from fedveil.common.strict_json import from_json, json_of
 from fedveil.reports.card import NAME as CARD
 from fedveil.reports.card import adapter_form, card_of
-from fedveil.reports.data import ReportData, report_of
+from fedveil.reports.data import ReportData, report_of, setting_of
 from fedveil.reports.declared import read_declared
 from fedveil.reports.markdown import to_markdown
 from fedveil.reports.page import to_html
@@ -110,6 +111,8 @@ def _signed_run(data: ReportData) -> Run:
         rounds_planned=head.rounds_planned,
         epsilon=head.epsilon,
         delta=head.delta,
+        project=str(setting_of(data, "project")),
+        named_sites=list(plain_names(str(setting_of(data, "named-sites")))),
         honest_sites=data.sharing.honest_sites if data.sharing else 0,
         epsilon_alone=data.sharing.epsilon_alone if data.sharing else None,
         trials=data.tuning.trials if data.tuning else None,

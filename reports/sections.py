@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fedveil.common.check import plain_names
 from fedveil.common.tasks import TASKS, roles_of_all
 from fedveil.common.words import (
     UNKNOWN,
@@ -120,8 +121,10 @@ def _audit(data: ReportData) -> list[Block]:
 
 
 def _sites(data: ReportData) -> list[Block]:
+    named = [Text(words)] if (words := _named(data)) else []
     if not data.sites:
-        return [Text("No round has been charged yet." if data.claim.trusts_server else "No site has replied yet.")]
+        none = "No round has been charged yet." if data.claim.trusts_server else "No site has replied yet."
+        return [*named, Text(none)]
     rows = alike_sites(data.sites)
     if data.claim.trusts_server:
         columns: tuple[str, ...] = ("whose", "sites", "rounds charged", "chance to be drawn", *FIGURES[1:])
@@ -132,9 +135,17 @@ def _sites(data: ReportData) -> list[Block]:
         columns = ("site", "public size", "rounds joined", "refused", "steps", *FIGURES)
         cells = [(r.names, r.sizes, r.joined, r.refused, r.steps, r.rates, r.noises, r.clips) for r in rows]
         blocks = [Table("What each site did in this run", columns, cells, range(1, 8))]
-    blocks.append(_spent(data, rows))
+    blocks = [*named, *blocks, _spent(data, rows)]
     whence = "rounds in the server's files" if data.claim.trusts_server else "steps that each site reported"
     return blocks + ([Text(COUNTS.format(whence))] if data.claim.made else [])
+
+
+def _named(data: ReportData) -> str:
+    """Return which sites the run was for, by the server's word, and whose project it was; empty: it says neither."""
+    project, sites = setting_of(data, "project"), plain_names(setting_of(data, "named-sites"))
+    whose = f"The run was for the project {project}, by the server's word. " if project else ""
+    alone = f"It named the sites that it was for: {', '.join(sites)}. No other site got a task." if sites else ""
+    return (whose + alone).strip()
 
 
 def _spent(data: ReportData, rows: Sequence[Alike]) -> Table:

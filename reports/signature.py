@@ -130,6 +130,10 @@ class Run:
     rounds_planned: int
     epsilon: float | None
     delta: float | None
+    project: str
+    """By the server's word; empty: it names none."""
+    named_sites: list[str]
+    """That the run was for, by name; empty: it was for all. Who of them was drawn in a round is said nowhere."""
     honest_sites: int
     """Of each sum, that ε counts on; 0: it counts on no other site."""
     epsilon_alone: float | None

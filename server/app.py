@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -65,11 +65,11 @@ class FlowerTransport:
         self._poll_seconds = SIMULATED_POLL_SECONDS if isinstance(grid, InMemoryGrid) else POLL_SECONDS
         log.info("sites have the names %s", "in their replies" if self.registered() is None else "of their keys")
 
-    def nodes(self, wanted: int, besides: Collection[int]) -> list[int]:
+    def nodes(self, wanted: int, besides: Container[int]) -> list[int]:
         """Return the nodes online other than ``besides``; wait up to the round's time-out for ``wanted`` of them."""
         deadline = time.monotonic() + self._job.config.round_timeout
         while True:
-            nodes = sorted(set(_patiently(self._grid.get_node_ids)) - set(besides))
+            nodes = sorted(node for node in set(_patiently(self._grid.get_node_ids)) if node not in besides)
             if len(nodes) >= wanted or time.monotonic() > deadline:
                 self._folder.progress(self._folder.shown.ready())
                 return nodes

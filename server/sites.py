@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -44,7 +44,7 @@ class Exchange:
 class Transport(Protocol):
     """How tasks reach sites: Flower in earnest, plain calls in a test."""
 
-    def nodes(self, wanted: int, besides: Collection[int]) -> list[int]:
+    def nodes(self, wanted: int, besides: Container[int]) -> list[int]:
         """Return the nodes online other than ``besides``; waits for ``wanted`` of them up to the round's time-out."""
 
     def registered(self) -> Mapping[int, str] | None:

@@ -15,6 +15,7 @@ from fedveil.common.requirements import Requirement, Value, check_requirements
 from fedveil.common.starts import Start, check_directions
 from fedveil.common.tasks import TASKS
 from fedveil.common.trackers import NO_TRACKER
+from fedveil.common.words import counted
 from fedveil.strategies.average import Average
 from fedveil.strategies.base import Strategy, check_adapter, chooses
 from fedveil.strategies.rules import ServerRule
@@ -95,6 +96,14 @@ def check_run(config: RunConfig, strategy: Strategy, origin: Start, rule: Server
             "'public-metric', or head.metric to 'none'"
         )
     check_phases(config, strategy, adapter)
+    if 0 < len(config.site_names) < config.min_sites:
+        named = counted(len(config.site_names), "site")
+        raise ConfigError(f"min-sites is {config.min_sites}, and named-sites names {named}: lower it, or name more")
+    _check_wire(config, strategy)
+
+
+def _check_wire(config: RunConfig, strategy: Strategy) -> None:
+    """Raise ConfigError if the run's strategy combines what a format of messages rounds."""
     if config.wire.precision != "float32" and not isinstance(strategy, Average):
         raise ConfigError(
             f"wire.precision {config.wire.precision!r} rounds a site's change, and strategy {strategy.name!r} combines "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Container, Mapping
 from typing import Any
 
 from fedveil.common.messages.round import (
@@ -31,7 +31,7 @@ class Faulty(InProcessTransport):
         self.sent = self.looked = 0
         self.asked: list[tuple[int, list[int]]] = []
 
-    def nodes(self, wanted: int, besides: Collection[int]) -> list[int]:
+    def nodes(self, wanted: int, besides: Container[int]) -> list[int]:
         away = self.away.get(self.looked, ())
         self.looked += 1
         return [node for node in super().nodes(wanted, besides) if node not in away]

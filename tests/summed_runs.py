@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,7 +113,7 @@ def gone(sites: Mapping[int, int], waited: list[int]) -> type[InProcessTransport
                 return encode_reply(Refusal(task.run, task.round_number, f"site-{node}", "failed", "gone"))
             return super().deliver(node, task, content)
 
-        def nodes(self, wanted: int, besides: Collection[int]) -> list[int]:
+        def nodes(self, wanted: int, besides: Container[int]) -> list[int]:
             waited.append(wanted)
             return super().nodes(wanted, besides)
 

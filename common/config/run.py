@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Annotated
 
-from fedveil.common.check import NOT_NEGATIVE, POSITIVE, Interval, OneOf
+from fedveil.common.check import NOT_NEGATIVE, POSITIVE, Interval, OneOf, PlainNames, plain_names
 from fedveil.common.config.fields import OPEN, RATIO, Section, Unit
 from fedveil.common.config.phases import ADAPTER, HEAD, Phase, Schedule, parse_phases
 from fedveil.common.config.sections import (
@@ -24,6 +24,9 @@ from fedveil.common.config.sections import (
 from fedveil.common.config.wire import WireConfig
 from fedveil.common.errors import ConfigError
 from fedveil.common.trackers import NO_TRACKER, TRACKERS
+
+MOST_SITES = 1000
+"""That a run may name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +63,11 @@ class RunConfig(Section):
     """Of the forward pass: ``auto`` (bfloat16 where the device is fast at it), ``float32``, ``bfloat16``."""
     output: str = "runs"
     """Folder that run folders are made in; relative to where the program was started."""
+    named_sites: Annotated[str, PlainNames(MOST_SITES)] = ""
+    """The sites that the run is for, by their registered names; others get no task. A list, or commas between them;
+    ``fedveil server submit`` takes groups of the server's ``groups.toml`` too. Empty: all sites."""
+    project: Annotated[str, PlainNames(1)] = ""
+    """Whose run it is, in one name, by the server's word. Policies may let in certain projects alone (``projects``)."""
     tracker: Annotated[str, OneOf((NO_TRACKER, *TRACKERS))] = NO_TRACKER
     """The server's experiment tracker, which gets the figures of the run's folder."""
     min_sites: Annotated[int, POSITIVE, Unit("sites")] = 1
@@ -108,6 +116,11 @@ class RunConfig(Section):
     def method(self) -> str:
         """What a run trains, in one name, as its folder and its card have it."""
         return method_of(self.strategy, self.adapter.name)
+
+    @property
+    def site_names(self) -> tuple[str, ...]:
+        """The sites that the run names; empty: it is for all."""
+        return plain_names(self.named_sites)
 
     @property
     def timeline(self) -> Schedule:

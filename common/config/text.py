@@ -18,7 +18,7 @@ from fedveil.common.toml import TOO_DEEP, TOO_LARGE, read_toml, toml_of
 
 BARE = re.compile("[A-Za-z0-9_-]+")
 """A key of TOML that needs no quotes."""
-LISTS = ("data.labels",)
+LISTS = ("data.labels", "named-sites")
 """Settings that may be written as a list of texts. Flower's have one value each, so they are read as one text."""
 SHOWN = 60
 """Characters of a value that an error shows."""
@@ -70,8 +70,8 @@ def flatten(table: Mapping[str, Any], prefix: str = "", rename: Mapping[str, str
     """Return nested tables as dotted keys.
 
     Raises:
-        ConfigError: a value is neither text, number, truth value nor labels, a key is given twice, as ``"a.b"`` and as
-            ``b`` of a table ``a``, or a table within is empty.
+        ConfigError: a value is neither text, number, truth value nor such a list, a key is given twice, as ``"a.b"``
+            and as ``b`` of a table ``a``, or a table within is empty.
     """
     flat: dict[str, Scalar] = {}
     for name, value in table.items():

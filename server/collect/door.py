@@ -11,6 +11,7 @@ from fedveil.server.collect.shown import Shown, ShownOfCohort
 from fedveil.server.collect.trusted import TrustedCollector
 from fedveil.server.last_rounds import LastRounds
 from fedveil.server.model import ServerModel
+from fedveil.server.named import to_named
 from fedveil.server.noise import noised_at_sites, without_noise
 from fedveil.server.sites import Sites, Transport
 from fedveil.strategies.job import Job
@@ -28,8 +29,12 @@ def collector_of(
         server_model: knows what a site sends.
         admission: of what comes back.
         resumes: how often the run was resumed.
+
+    Raises:
+        ConfigError: the run names a site that is not registered.
     """
-    sites, layout = Sites(job, run, transport, server_model, admission), server_model.reply_layout
+    sites = Sites(job, run, to_named(job, transport), server_model, admission)
+    layout = server_model.reply_layout
     last_rounds = LastRounds(job, admission, resumes)
     match job.mechanism.noised:
         case "at the server":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from deployed import SILENT, FakeControl, end
 from typer.testing import CliRunner
 
 from fedveil.cli.main import app
+from fedveil.common.config.run import RunConfig
 from fedveil.common.errors import ConfigError, DataError, RunFailed
 from fedveil.common.run_lines import ConfigFile, read_json
 from fedveil.common.strict_json import to_json
@@ -191,11 +193,11 @@ def test_sites_are_waited_for_with_longer_and_longer_pauses_and_not_beyond_what_
 
     monkeypatch.setattr(submission, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep, time=time.time))
     with pytest.raises(RunFailed, match="3 sites wanted"):
-        submission._wait_for_sites(control, server, 3, 60.0, print)  # type: ignore[arg-type]
+        submission._wait_for_sites(control, server, RunConfig(), 3, 60.0, print)  # type: ignore[arg-type]
     assert pauses[:6] == [1.0, 2.0, 4.0, 8.0, 16.0, 20.0]
     assert sum(pauses) == 60.0
     with pytest.raises(ConfigError, match="--patience is nan"):
-        submission._wait_for_sites(control, server, 3, float("nan"), print)  # type: ignore[arg-type]
+        submission._wait_for_sites(control, server, RunConfig(), 3, float("nan"), print)  # type: ignore[arg-type]
     for words in ("--sites 0", "--patience -1"):
         done = CliRunner().invoke(app, ["server", "submit", str(server.path), *words.split()])
         assert done.exit_code == 2
@@ -293,3 +295,42 @@ def test_a_job_for_sites_with_records_of_their_own_says_what_only_its_author_kno
         submission.submit(server, named, print)
     fake_control("completed")
     submission.submit(server, {**named, "recipe": "plain"}, print)
+
+
+def test_a_job_names_registered_sites_or_groups_of_them_and_waits_for_those_alone(
+    tmp_path: Path, fake_control: Callable[..., FakeControl]
+) -> None:
+    server, said = make_server(tmp_path / "server", ["127.0.0.1"]), list[str]()
+    control = fake_control("completed", "completed")
+    for name, node in (("clinic", 17), ("ward", 19), ("lab", 18)):
+        (server.nodes / f"{name}.id").write_text(f"{node}\n", encoding="utf-8")
+    groups = server.path / "groups.toml"
+    for content, named, words in (
+        (
+            "",
+            "wrad",
+            "named-sites names 'wrad' (did you mean 'ward'?), which is not registered; registered are: clinic",
+        ),
+        ('stroke = ["clinic", "gone"]', "stroke", "named-sites names 'gone', which is not registered"),
+        ('stroke = ["clinic"]', "strok", "(did you mean 'stroke'?), which is not registered"),
+        ('ward = ["clinic"]', "ward", "'ward' is no group: write a name that no site has"),
+        ("stroke = []", "stroke", "'stroke' is no group"),
+        ('stroke = "clinic"', "stroke", "'stroke' is no group"),
+        ('stroke = ["clinic"]', "stroke, stroke", "named-sites must be names, each once"),
+    ):
+        groups.write_text(content, encoding="utf-8")
+        with pytest.raises(ConfigError, match=re.escape(words)) as caught:
+            submission.submit(server, {"named-sites": named}, said.append)
+        assert "\n" not in str(caught.value)
+    assert control.submitted == [], "something was sent before the names were known"
+    groups.write_text('stroke = ["clinic", "ward"]', encoding="utf-8")
+    with pytest.raises(RunFailed, match="2 sites wanted, 1 online, not ward"):
+        submission.submit(server, {"named-sites": "stroke, clinic"}, said.append, sites=2, patience=0.0)
+    with pytest.raises(ConfigError, match="--sites is 3, and named-sites names 2"):
+        submission.submit(server, {"named-sites": "stroke"}, said.append, sites=3)
+    submission.submit(server, {"named-sites": "stroke"}, said.append, once=True)
+    assert control.submitted[-1]["named-sites"] == "clinic, ward"
+    (server.nodes / "ward.id").unlink()  # shut out since: who follows the same job again is not refused
+    groups.unlink()
+    submission.submit(server, {"named-sites": "clinic, ward"}, said.append, once=True)
+    assert len(control.submitted) == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,8 @@ class Numbered(Faulty):
     def registered(self) -> Mapping[int, str] | None:
         return self.names
 
-    def nodes(self, wanted: int, besides: Collection[int]) -> list[int]:
-        return [NUMBERS[i] for i in super().nodes(wanted, {NUMBERS.index(node) for node in besides})]
+    def nodes(self, wanted: int, besides: Container[int]) -> list[int]:
+        return [NUMBERS[i] for i in super().nodes(wanted, ()) if NUMBERS[i] not in besides]
 
     def exchange(self, tasks: Mapping[int, Task], timeout: float) -> Exchange:
         got = super().exchange({NUMBERS.index(node): task for node, task in tasks.items()}, timeout)  # type: ignore[misc]

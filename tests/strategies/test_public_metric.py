@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Container, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -301,7 +301,7 @@ class JoinsLate(InProcessTransport):
 
     asked = 0
 
-    def nodes(self, wanted: int, besides: Collection[int]) -> list[int]:
+    def nodes(self, wanted: int, besides: Container[int]) -> list[int]:
         self.asked += 1
         return [node for node in super().nodes(wanted, besides) if self.asked > 1 or node == 0]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Container, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -173,7 +173,7 @@ def test_a_site_that_is_offline_between_rounds_costs_no_time(
     waits: list[int] = []
 
     class Offline(InProcessTransport):
-        def nodes(self, wanted: int, besides: Collection[int]) -> list[int]:
+        def nodes(self, wanted: int, besides: Container[int]) -> list[int]:
             rounds = len(waits)
             online = [node for node in super().nodes(wanted, besides) if node != 1 or not rounds]
             waits.append(max(0, wanted - len(online)))
