@@ -86,7 +86,8 @@ test-http: environment
 	  "$$($(VENV)/http/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/environment.pth"
 	$(VENV)/http/bin/pip $(INSTALL) --only-binary :all: -e '.[http]'
 	$(VENV)/http/bin/python -c 'from fedveil.deploy.transport import IS_HTTP; raise SystemExit(not IS_HTTP)'
-	$(VENV)/http/bin/python -m pytest tests/deploy/test_front_door.py tests/deploy/test_road.py tests/reports/test_connection.py
+	$(VENV)/http/bin/python -m pytest tests/deploy/test_front_door.py tests/deploy/test_road.py tests/reports/test_connection.py \
+	  tests/deploy/test_pair.py::test_two_sites_of_one_machine_get_ports_of_their_own
 	$(VENV)/http/bin/python -m pytest -m deployment tests/deploy
 
 # Debian's kustomize, golang-go and golang-github-masterminds-sprig-dev render; the schemas are a package of 23 MB.

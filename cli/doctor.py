@@ -12,6 +12,7 @@ from fedveil.cli.errors import for_people
 from fedveil.common.errors import ConfigError
 
 if TYPE_CHECKING:
+    from fedveil.cli.steps import Steps
     from fedveil.deploy.check_results import CheckResult
 
 
@@ -28,10 +29,13 @@ def doctor(
     ] = False,
 ) -> None:
     """Examine a server's or a site's folder; exit code 1 if a check fails. A site asks its server and stays offline."""
+    from fedveil.cli.steps import Steps
+
     failed = 0
-    for result in _health(folder) if health else _examination(folder, model, task):
-        failed += not result.ok
-        print(result.line(), flush=True)
+    with Steps() as steps:
+        for result in _health(folder) if health else _examination(folder, model, task, steps):
+            failed += not result.ok
+            steps.say(result.line())
     if failed:
         print(f"{failed} failed")
         raise typer.Exit(1)
@@ -43,17 +47,17 @@ def _health(folder: Path) -> Iterator[CheckResult]:
     return examine_health(folder)
 
 
-def _examination(folder: Path, model: str, task: str) -> Iterator[CheckResult]:
+def _examination(folder: Path, model: str, task: str, steps: Steps) -> Iterator[CheckResult]:
     from fedveil.deploy.doctor import examine_site
     from fedveil.deploy.server_checks import examine_server
     from fedveil.deploy.server_folder import is_server, open_server
     from fedveil.deploy.site_folder import open_site_folder
 
     if is_server(folder):
-        return examine_server(open_server(folder), model or "all-MiniLM-L6-v2", task or "classification")
+        return examine_server(open_server(folder), model or "all-MiniLM-L6-v2", task or "classification", steps)
     if model or task:
         raise ConfigError(f"--model and --task are of a server's folder, which {folder} is not: leave them out")
-    return examine_site(open_site_folder(folder))
+    return examine_site(open_site_folder(folder), steps)
 
 
 @for_people

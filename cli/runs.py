@@ -21,6 +21,7 @@ console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
 @for_people
 def runs(output: Annotated[Path, typer.Argument(help="Folder of the runs.")] = Path("runs")) -> None:
     """List the runs of a folder, the latest at the end; which of them are under way."""
+    from fedveil.common.paths import short_name
     from fedveil.experiments.runs import STARTING, UNDER_WAY, listed_runs
     from fedveil.privacy.figures import epsilon_text
 
@@ -37,7 +38,8 @@ def runs(output: Annotated[Path, typer.Argument(help="Folder of the runs.")] = P
         row = (visible(one.folder.name), began, one.state, *figures)
         table.add_row(*map(Text, row), style="bold" if one.state in (STARTING, UNDER_WAY) else "")
     console.print(table)
-    console.print("`latest` names the last one wherever a command asks for a run, such as `fedveil report latest`")
+    last = short_name(found[-1].folder.name, [one.folder.name for one in found])
+    console.print(visible(f"commands take `latest`, or a run's first digits, too: `fedveil report {last}`"))
 
 
 @for_people

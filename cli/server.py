@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedveil.cli.errors import Commands, for_people
+
+if TYPE_CHECKING:
+    from fedveil.deploy.server_folder import ServerFolder
+    from fedveil.strategies.job import Job
 
 server_app = typer.Typer(cls=Commands, no_args_is_help=True, help="The coordinator's side: keys, sites, jobs.")
 Folder = Annotated[Path, typer.Argument(help="The server's folder.")]
@@ -96,13 +101,31 @@ def server_submit(
     once: Annotated[bool, typer.Option(help="Do not run a job again that ended well with the same settings.")] = False,
 ) -> None:
     """Run a job on the sites, follow it to its end, and say by the exit code how it ended."""
+    from fedveil.cli.steps import Steps
     from fedveil.cli.summary import print_summary
     from fedveil.common.config.text import parse_settings
     from fedveil.deploy.server_folder import open_server
     from fedveil.deploy.submit import submit
 
-    run = submit(open_server(folder), parse_settings(config or []), _say, sites=sites, patience=patience, once=once)
+    server = open_server(folder)
+    with Steps() as steps:
+        steps("reading the settings")
+        settings, ahead = parse_settings(config or []), _ahead(server, sites)
+        run = submit(server, settings, steps.say, sites=sites, patience=patience, once=once, ahead=ahead, step=steps)
     print_summary(run)
+
+
+def _ahead(folder: ServerFolder, sites: int) -> Callable[[Job], list[str]]:
+    """Return what says of a job what its plan warns of, for the sites that it names, or that are registered."""
+    from fedveil.experiments.planner.ahead import warnings_ahead
+    from fedveil.server.registered import names_in
+
+    def warnings(job: Job) -> list[str]:
+        config = job.config
+        count = len(config.site_names) or max(sites, config.min_sites, len(names_in(folder.nodes)))
+        return warnings_ahead(job, count, config.data.records)
+
+    return warnings
 
 
 def _say(line: str) -> None:

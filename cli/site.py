@@ -98,10 +98,13 @@ def site_init(
 @for_people
 def site_check(folder: Folder, node: Node = "") -> None:
     """Read the site's records as a round does, and list the rows that are none, by number and reason."""
+    from fedveil.cli.steps import Steps
     from fedveil.deploy.site_check import check_site
     from fedveil.deploy.site_folder import open_site_folder
 
-    check_site(open_site_folder(folder), _say, node)
+    with Steps() as steps:
+        steps("reading the policy")
+        check_site(open_site_folder(folder), steps.say, node, step=steps)
 
 
 @site_app.command("pin")

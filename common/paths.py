@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from glob import escape
 from pathlib import Path, PurePath
 
@@ -22,6 +23,11 @@ LATEST = "latest"
 """Names the run that began, or went on, last."""
 
 
+SHORT_DIGITS = 4
+"""Of a run's id, at least, that name it."""
+SHORT = re.compile(rf"(^|-)[0-9]{{{SHORT_DIGITS},}}$")
+
+
 def runs_in(output: Path) -> list[Path]:
     """Return the folders of the runs in ``output``, the one that began or went on last at the end.
 
@@ -33,6 +39,9 @@ def runs_in(output: Path) -> list[Path]:
 
 def named_run(name: str, output: str = "", holding: str = ABOUT_RUN) -> Path:
     """Return the folder of the run that ``name`` names: by its path, its id in ``output``, or as ``latest``.
+
+    The first ``SHORT_DIGITS`` digits of an id, or more, are a name too, where one run alone begins so. A folder may
+    stand before such a name.
 
     Args:
         name: as people write it.
@@ -46,14 +55,38 @@ def named_run(name: str, output: str = "", holding: str = ABOUT_RUN) -> Path:
     places = [expanded(name), runs / name, *sorted(runs.glob(f"*-{escape(name)}"))]
     files = {holding, PROCESS} if holding == ABOUT_RUN else {holding}
     found = [place.absolute() for place in places if any((place / file).is_file() for file in files)]
-    if name == LATEST and not found:
-        found = [place.absolute() for place in runs_in(runs) if any((place / file).is_file() for file in files)][-1:]
+    given = expanded(name)
+    if not found and (given.name == LATEST or SHORT.search(given.name)):
+        runs = runs if given.parent == Path() else given.parent
+        there = [place.absolute() for place in runs_in(runs) if any((place / file).is_file() for file in files)]
+        found = there[-1:] if given.name == LATEST else [place for place in there if _begins(place.name, given.name)]
     found = list(dict.fromkeys(found))
     if len(found) != 1:
         none = f"no run{' with a checkpoint' * (holding != ABOUT_RUN)} in {runs.absolute()}"
         many = f"more than one run: {', '.join(map(str, found))}" if found else none
         raise ConfigError(f"{name!r} names {many}; give the path of the run's folder (`fedveil runs` lists them)")
     return found[0]
+
+
+def _begins(folder: str, name: str) -> bool:
+    """Return whether a run's folder, or its id in it, begins with a name.
+
+    >>> _begins("ffa-lora-15531509587381829735", "1553"), _begins("ffa-lora-15531509587381829735", "ffa-lora-1553")
+    (True, True)
+    """
+    return folder.startswith(name) or folder.rpartition("-")[2].startswith(name)
+
+
+def short_name(folder: str, folders: Iterable[str]) -> str:
+    """Return the fewest digits that name a run's folder among others; the folder's name where its id is no number.
+
+    >>> short_name("ffa-lora-15531509587381829735", ["ffa-lora-15531509587381829735", "fed-sb-15531600000000000000"])
+    '155315'
+    """
+    own, others = folder.rpartition("-")[2], [name.rpartition("-")[2] for name in folders if name != folder]
+    lengths = range(SHORT_DIGITS, len(own) + 1) if own.isdecimal() else ()
+    short = (own[:length] for length in lengths)
+    return next((one for one in short if not any(other.startswith(one) for other in others)), folder)
 
 
 def given_run(place: Path) -> Path:

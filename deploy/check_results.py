@@ -26,9 +26,18 @@ class CheckResult:
 Check = Callable[[], Iterable[CheckResult]]
 
 
-def examine(checks: Iterable[tuple[str, Check]]) -> Iterator[CheckResult]:
-    """Yield the results of every check; one that raises an error for people is a failure and stops no other."""
+def in_silence(step: str) -> None:
+    """Say nothing of a step."""
+    del step
+
+
+def examine(checks: Iterable[tuple[str, Check]], step: Callable[[str], None] = in_silence) -> Iterator[CheckResult]:
+    """Yield the results of every check; one that raises an error for people is a failure and stops no other.
+
+    ``step`` hears what is looked at next.
+    """
     for what, check in checks:
+        step(what)
         try:
             yield from check()
         except FedVeilError as error:

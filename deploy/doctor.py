@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fedveil.client.ledger.ledger import Ledger
@@ -15,7 +15,7 @@ from fedveil.common.errors import PolicyRefusal
 from fedveil.common.files import expanded
 from fedveil.common.words import counted
 from fedveil.deploy import shared_checks as shared
-from fedveil.deploy.check_results import CheckResult, examine
+from fedveil.deploy.check_results import CheckResult, examine, in_silence
 from fedveil.deploy.files import read_bytes
 from fedveil.deploy.fleet import ask_to_join
 from fedveil.deploy.fleet_answers import Answer
@@ -29,7 +29,7 @@ from fedveil.privacy.figures import epsilon_text, honest_text
 from fedveil.privacy.units import RECORD
 
 
-def examine_site(folder: SiteFolder) -> Iterator[CheckResult]:
+def examine_site(folder: SiteFolder, step: Callable[[str], None] = in_silence) -> Iterator[CheckResult]:
     """Check a site's folder; the server is queried, and the site stays offline."""
     return examine(
         [
@@ -54,7 +54,8 @@ def examine_site(folder: SiteFolder) -> Iterator[CheckResult]:
             ("server", lambda: _server(folder)),
             ("clock", lambda: _clock(folder)),
             ("registration", lambda: _registration(folder)),
-        ]
+        ],
+        step,
     )
 
 

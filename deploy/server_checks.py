@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fedveil.common.ports import dialled
 from fedveil.deploy import shared_checks as shared
 from fedveil.deploy.certificates import belongs_to, is_issued_by, names_of, read_certificate
-from fedveil.deploy.check_results import CheckResult, examine
+from fedveil.deploy.check_results import CheckResult, examine, in_silence
 from fedveil.deploy.control import control_of
 from fedveil.deploy.files import read_bytes
 from fedveil.deploy.refusal import why_unreachable
@@ -25,7 +25,9 @@ RENEW = "renew it with 'fedveil server renew'"
 NEW_AUTHORITY = "the coordinator makes a new one ('fedveil server init' in a new folder) for every site"
 
 
-def examine_server(folder: ServerFolder, model: str, task: str) -> Iterator[CheckResult]:
+def examine_server(
+    folder: ServerFolder, model: str, task: str, step: Callable[[str], None] = in_silence
+) -> Iterator[CheckResult]:
     """Check a server's folder; a running SuperLink is queried, a stopped one is no failure."""
     return examine(
         [
@@ -40,7 +42,8 @@ def examine_server(folder: ServerFolder, model: str, task: str) -> Iterator[Chec
             ("registered sites", lambda: _registered(folder)),
             ("disk", lambda: shared.disk(folder.runs, "disk")),
             ("base model", lambda: shared.base_model(model, task, "")),
-        ]
+        ],
+        step,
     )
 
 

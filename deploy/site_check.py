@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from fedveil.common.config.flat import Columns
+from fedveil.common.config.flat import Columns, Scalar
 from fedveil.common.config.sections import DataConfig
 from fedveil.common.data.notes import notes_on_texts
 from fedveil.common.errors import ConfigError, DataError, UnreadableFile
@@ -16,6 +16,7 @@ from fedveil.common.tasks import TASKS
 from fedveil.common.tasks.examples import Dataset
 from fedveil.common.tasks.tables import Unfit
 from fedveil.common.words import counted
+from fedveil.deploy.check_results import in_silence
 from fedveil.deploy.site_folder import SiteFolder, check_pinned, node_settings
 from fedveil.privacy import UNITS
 
@@ -29,14 +30,20 @@ MUCH = 2
 """How many times more may be declared than are there, before a word is said."""
 
 
-def check_site(folder: SiteFolder, say: Callable[[str], None], more: str = "", *, rows: bool = True) -> None:
+def check_site(
+    folder: SiteFolder,
+    say: Callable[[str], None],
+    more: str = "",
+    *,
+    rows: bool = True,
+    step: Callable[[str], None] = in_silence,
+) -> None:
     """Read the records as every round will, and say how many rows are records and which are invalid.
 
     Args:
-        folder: the site's folder.
-        say: prints one line.
+        folder, say: the site's folder, and what prints one line.
         more: node settings that win over the folder's.
-        rows: whether to list the invalid rows.
+        rows, step: whether to list the invalid rows, and what hears of what is done next.
 
     Raises:
         ConfigError: every round would be refused with this policy and these settings, or ``reply-after`` is too short
@@ -44,31 +51,46 @@ def check_site(folder: SiteFolder, say: Callable[[str], None], more: str = "", *
         DataError: the records are missing, cannot be read, or none is valid: a round would pay for noise alone.
         LedgerError: the ledger cannot be read.
     """
-    from fedveil.client.ledger.file import withdrawn_in
-    from fedveil.client.node import ledger_of
-    from fedveil.common.data.sources import load_protected
-
     settings = node_settings(folder, more)
     policy = check_pinned(folder, settings)
     if "data" not in settings:
         say("records: a part of a job's data, which this site does not choose")
         return
-    began, source = time.monotonic(), str(settings["data"])
-    reading = load_protected(pinned_settings(policy), policy.task, source, line_breaks=policy.line_breaks)
-    seconds = time.monotonic() - began
-    _check_readable(reading, source)
+    step("reading the records as a round does")
+    reading, seconds = _read(policy, str(settings["data"]))
     fit, others, unit = len(reading.dataset.examples), len(reading.unfit), UNITS[policy.unit]
     declared, there = int(settings.get("public-size", policy.public_size)), unit.count(reading.dataset)
     if policy.reply_after:
         _check_time(policy.reply_after, declared, there, seconds, unit.name)
     say(f"records: {fit} of {fit + others} rows fit" + ("; the others count as none" if others else ""))
-    if (dataset := policy.dataset_of(settings, str(settings["site"]))) in withdrawn_in(ledger_of(settings)):
-        say(f"withdrawn: {dataset} is, so every round is refused but one that was charged before")
+    if withdrawn := _withdrawn(settings, policy):
+        say(withdrawn)
     if unit.grouped:
         say(_persons(reading.dataset))
     listed = (*_texts(reading.dataset), *_size(declared, there, unit.name), *_by_reason(reading.unfit))
     for line in listed if rows else ():
         say(line)
+
+
+def _read(policy: Policy, source: str) -> tuple[Reading, float]:
+    """Return the records, and the seconds that reading them took; raise DataError if none can be used."""
+    from fedveil.common.data.sources import load_protected
+
+    began = time.monotonic()
+    reading = load_protected(pinned_settings(policy), policy.task, source, line_breaks=policy.line_breaks)
+    seconds = time.monotonic() - began
+    _check_readable(reading, source)
+    return reading, seconds
+
+
+def _withdrawn(settings: Mapping[str, Scalar], policy: Policy) -> str:
+    """Return that the records were withdrawn; empty: they were not."""
+    from fedveil.client.ledger.file import withdrawn_in
+    from fedveil.client.node import ledger_of
+
+    if (dataset := policy.dataset_of(settings, str(settings["site"]))) not in withdrawn_in(ledger_of(settings)):
+        return ""
+    return f"withdrawn: {dataset} is, so every round is refused but one that was charged before"
 
 
 def _check_readable(reading: Reading, source: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from fedveil.common.strict_json import from_json, to_json
 from fedveil.common.tasks import TASKS
 from fedveil.common.trackers import check_installed
 from fedveil.common.words import counted
+from fedveil.deploy.check_results import in_silence
 from fedveil.deploy.control import Control, control_of
 from fedveil.deploy.registry import check_named, online_words, with_groups
 from fedveil.deploy.server_folder import ServerFolder
@@ -29,7 +30,7 @@ from fedveil.server.lock import is_written
 from fedveil.server.records import write_json
 from fedveil.server.registered import names_in
 from fedveil.server.resume import settings_of_resumed, with_resumed
-from fedveil.strategies.job import configure, with_recipe
+from fedveil.strategies.job import Job, configure, with_recipe
 
 POLL_SECONDS = 1.0
 FAR_MORE = 10_000_000
@@ -58,6 +59,8 @@ def submit(
     sites: int = 1,
     patience: float = 300.0,
     once: bool = False,
+    ahead: Callable[[Job], Iterable[str]] = lambda _: (),
+    step: Callable[[str], None] = in_silence,
 ) -> Path:
     """Run one job on a server's sites and return the run's folder.
 
@@ -67,9 +70,11 @@ def submit(
         say: prints one line.
         sites, patience: sites that must be online first, and seconds to wait for them.
         once: continue the last job if its settings are the same: report, follow or resume it.
+        ahead: returns what its plan warns of in a new job, before anything is sent.
+        step: hears what is done next.
 
     Raises:
-        ConfigError: a setting is wrong; nothing was submitted.
+        ConfigError: a setting is wrong, or the plan refuses the job; nothing was submitted.
         RunFailed: too few sites, the server is silent, or the run did not end well.
     """
     given = settings = with_groups(folder, settings)
@@ -84,27 +89,42 @@ def submit(
     last = _last_job(folder, settings) if once else None
     if not (last or given.get("resume")):  # one that goes on may name sites that have left since
         check_named(folder, job.config.site_names)
+        step("asking the plan")
+        for warning in ahead(job):
+            say(f"WARNING: {warning}")
+    step("asking the server")
     with control_of(folder) as control:
         path = Path(last.folder if last else "")
-        if last and _ended_well(path):
-            say(f"run {last.run} with these settings has ended: nothing to do")
-            return path
-        if last and (is_written(path) or not _is_over(control.status(last.run))):
-            say(f"run {last.run} with these settings is under way")
-            _follow_until_stopped(control, folder, last.run, path, say, since=0.0)
+        if last and _is_followed(control, folder, last, say):
             return path
         resumed = {**settings, "resume": str(path)} if last and (path / CHECKPOINT).is_file() else settings
         if resumed.get("resume") and is_written(Path(str(resumed["resume"]))):
             say(f"{resumed['resume']} is still written: waiting up to {DYING_SECONDS:g} s for its server's end")
         resumed = with_resumed(resumed, DYING_SECONDS)
+        step("looking which sites are online")
         _wait_for_sites(control, folder, job.config, sites, patience, say)
         began = time.time()
+        step("sending the job")
         run = control.submit(resumed)
         path = run_folder(configure(resumed).config, run)
         write_json(_job_file(folder), to_json(LastJob(run, str(path), dict(settings))))
         say(f"run {run} submitted" + f", it goes on in {path}" * bool(resumed.get("resume")))
+        step("waiting for the run's first line")
         _follow_until_stopped(control, folder, run, path, say, since=began)
     return path
+
+
+def _is_followed(control: Control, folder: ServerFolder, last: LastJob, say: Callable[[str], None]) -> bool:
+    """Return whether the last job has ended well, or was under way and is followed to its end."""
+    path = Path(last.folder)
+    if _ended_well(path):
+        say(f"run {last.run} with these settings has ended: nothing to do")
+        return True
+    if is_written(path) or not _is_over(control.status(last.run)):
+        say(f"run {last.run} with these settings is under way")
+        _follow_until_stopped(control, folder, last.run, path, say, since=0.0)
+        return True
+    return False
 
 
 def check_complete(config: RunConfig, given: Mapping[str, Scalar]) -> None:

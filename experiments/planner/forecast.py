@@ -12,6 +12,7 @@ from typing import Any
 from fedveil.common.messages.columns import chosen_factors
 from fedveil.common.messages.state import HEAD
 from fedveil.common.model.device import worker_count
+from fedveil.experiments.planner.ahead import warnings_of_plans
 from fedveil.experiments.planner.calibration import Calibration, calibrate, feature_seconds, round_seconds
 from fedveil.experiments.planner.payers import payer_of
 from fedveil.experiments.planner.price import (
@@ -29,10 +30,8 @@ from fedveil.experiments.planner.price import (
 )
 from fedveil.experiments.planner.traffic import Traffic, payload_by_strategy, traffic
 from fedveil.privacy.accounting import Release, alone
-from fedveil.privacy.claim import NO_CLAIM
 from fedveil.privacy.plan import PrivacyPlan, rounding_margin
 from fedveil.privacy.privacy_filter import FRESH, History, price_after
-from fedveil.server.aggregation import WORTH_TELLING, held_down
 from fedveil.server.model import ServerModel
 from fedveil.strategies.job import Job
 
@@ -152,28 +151,19 @@ class Forecast:
     @property
     def warnings(self) -> list[str]:
         """What a person should know before starting, in plain words."""
-        found, rounds = [], self.job.config.rounds
-        if not self.job.claim.per:
-            return [f"claim: {NO_CLAIM}"]
-        if self.rounds_within is not None and self.rounds_within < rounds:
-            found.append(
-                f"the budget ends after round {self.rounds_within}: rounds {self.rounds_within + 1} to {rounds} will "
-                "be refused; raise privacy.noise-multiplier, or set it to 0"
-            )
+        found = warnings_of_plans(self.job, self.sizes, self.plans, self.rounds_within)
         if self.signal and self.signal.too_low:
             found.append(
                 "this job will hardly train: over the whole run the noise outweighs what the records say "
                 f"(signal-to-noise below {LEAST_SIGNAL:g}); take more records or sites, more ε, fewer trained numbers "
                 "(another strategy, a smaller rank), or another start"
             )
-        if self.noise_of_shares >= WORTH_TELLING:
-            found.append(held_down(self.job.config.max_share, self.sizes, self.noise_of_shares))
-        if self.job.unit.grouped and self.calibration is not None:
+        if self.job.claim.per and self.job.unit.grouped and self.calibration is not None:
             found.append(
                 f"times and signal are of persons with one record each: with up to "
                 f"{self.job.config.privacy.records_per_person}, a step takes up to that many times as long"
             )
-        return [*found, *payer_of(self.job).warnings(self.job, self.sizes)]
+        return found
 
     def as_json(self) -> dict[str, Any]:
         """Return the forecast as plain values."""

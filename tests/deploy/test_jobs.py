@@ -16,15 +16,18 @@ from typer.testing import CliRunner
 
 from fedveil.cli.main import app
 from fedveil.common.config.run import RunConfig
+from fedveil.common.config.text import toml_value
 from fedveil.common.errors import ConfigError, DataError, RunFailed
 from fedveil.common.run_lines import ConfigFile, read_json
 from fedveil.common.strict_json import to_json
 from fedveil.deploy import control as control_api
 from fedveil.deploy import submit as submission
 from fedveil.deploy.server_folder import make_server
+from fedveil.experiments.planner.ahead import warnings_ahead
 from fedveil.server.checkpoint import NAME as CHECKPOINT
 from fedveil.server.lock import only_writer
 from fedveil.server.records import write_json
+from fedveil.strategies.job import Job
 
 pytestmark = pytest.mark.usefixtures("programs_may_start")
 
@@ -334,3 +337,46 @@ def test_a_job_names_registered_sites_or_groups_of_them_and_waits_for_those_alon
     groups.unlink()
     submission.submit(server, {"named-sites": "clinic, ward"}, said.append, once=True)
     assert len(control.submitted) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"privacy.noise-multiplier": 0.4}, "the budget ends after round"),
+        ({"training.sample-rate": 0.001}, "a site's expected batch is below one record"),
+        ({"privacy.mode": "none"}, "claim: "),
+        ({}, ""),
+    ],
+)
+def test_what_a_plan_warns_of_is_said_before_a_job_is_sent(
+    settings: dict[str, Any], words: str, tmp_path: Path, fake_control: Callable[..., FakeControl]
+) -> None:
+    server, said = make_server(tmp_path / "server", ["127.0.0.1"]), list[str]()
+    control, steps = fake_control("completed"), list[str]()
+    own = {**settings, "data.records": 1000, "recipe": "plain", "rounds": 3}
+
+    def ahead(job: Job) -> list[str]:
+        assert control.submitted == [], "the job was sent before its plan was asked"
+        return warnings_ahead(job, 2, job.config.data.records)
+
+    submission.submit(server, own, said.append, ahead=ahead, step=steps.append)
+    warned = [line for line in said if line.startswith("WARNING: ")]
+    assert [words in line for line in warned] == ([True] if words else [])
+    assert steps[0] == "asking the plan"
+    assert steps.index("asking the plan") < steps.index("sending the job")
+
+
+def test_a_job_that_its_plan_refuses_is_not_sent(tmp_path: Path, fake_control: Callable[..., FakeControl]) -> None:
+    server, control = make_server(tmp_path / "server", ["127.0.0.1"]), fake_control("completed")
+    missing = str(tmp_path / "none.csv")
+    real = {"data.name": missing, "data.labels": "bad,good", "privacy.epsilon": 3.0}
+    for settings, words in (
+        ({"privacy.delta": 0.01, "data.records": 1000}, "with 1 site of 1,000 records each, as data.records says"),
+        ({**real, "data.test": missing, "data.records": 1000}, "none.csv"),
+        ({"model.name": str(tmp_path / "no-model"), "data.records": 1000}, "there is no such folder"),
+    ):
+        given = [f"{key}={toml_value(value)}" for key, value in settings.items()]
+        done = CliRunner().invoke(app, ["server", "submit", str(server.path), "-c", " ".join(given)])
+        assert done.exit_code == 1
+        assert words in " ".join(done.output.split()), done.output
+    assert control.submitted == []

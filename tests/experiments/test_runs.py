@@ -13,7 +13,7 @@ from made_run import MadeRun
 from report_forms import fedveil
 
 from fedveil.common.errors import ConfigError
-from fedveil.common.paths import given_run, named_run
+from fedveil.common.paths import given_run, named_run, short_name
 from fedveil.experiments.runs import ListedRun, listed_runs
 from fedveil.server.lock import only_writer
 
@@ -86,3 +86,21 @@ def test_a_run_is_named_by_path_id_or_latest(runs: Path) -> None:
     for name, wanted in (("7", "more than one run"), ("9", "no run in"), ("latest", "no run in")):
         with pytest.raises(ConfigError, match=wanted):
             named_run(name, "" if name != "latest" else str(runs / "no-run"))
+
+
+def test_first_digits_name_one_run_and_no_run_that_others_begin_like(runs: Path) -> None:
+    long, other = "ffa-lora-15531509587381829735", "fed-sb-15531600000000000000"
+    for name in (long, other):
+        MadeRun(runs / name, {"rounds": 2}).start().end()
+    for name in ("155315", "ffa-lora-1553", str(runs / "155315"), long):
+        assert named_run(name) == runs / long
+    assert given_run(Path("runs/155316")) == runs / other
+    assert short_name(long, [long, other]) == "155315"
+    assert short_name("head-only-7", [long]) == "head-only-7"
+    with pytest.raises(ConfigError, match="'1553' names more than one run: ") as caught:
+        named_run("1553")
+    assert (long in str(caught.value), other in str(caught.value)) == (True, True)
+    for name in ("155", "5315", "lora-1553"):  # too few digits, and no beginning
+        with pytest.raises(ConfigError, match="no run in"):
+            named_run(name)
+    assert "`fedveil report 15531" in fedveil("runs")[1]
