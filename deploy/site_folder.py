@@ -63,6 +63,8 @@ class SiteFolder:
     """Proxy that the server is dialled through, ``http://HOST:PORT``; empty: that of the environment, if any."""
     no_proxy: str = ""
     """Names and networks that are dialled past it, separated by commas, beside those of the environment."""
+    processes: int = 0
+    """Programs that compute at the site, of one thread each; 0: one a core. Their number shows in no bit of a sum."""
     node: str = ""
     """The node's settings besides site, ledger and policy, as Flower takes them: ``data="..." public-size=2000``."""
 
@@ -100,6 +102,8 @@ def open_site_folder(path: Path) -> SiteFolder:
     check_port(f"{file}: the port of the server {folder.server!r}", folder.port)
     if folder.runtime_port != ANY_PORT:
         check_port(f"{file}: runtime-port", folder.runtime_port)
+    if folder.processes < 0:
+        raise ConfigError(f"{file}: processes is {folder.processes}: write a number from 1 on, or 0 for one a core")
     return folder
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from fedveil.common.errors import DataError
 from fedveil.common.ports import free_ports
 from fedveil.common.registered import require_installed_rows
+from fedveil.common.threads import CORES
 from fedveil.deploy.certificates import belongs_to, days_left, is_issued_by, read_certificate
 from fedveil.deploy.commands import (
     environment,
@@ -124,7 +125,8 @@ def start_site(folder: SiteFolder, say: Callable[[str], None], more: str = "") -
         folder = dataclasses.replace(folder, runtime_port=free_ports(1)[0])
     pair = supernode_command(folder, more, secret), worker_command(folder, secret, more)
     say(f"the server at {folder.server} lets this site in")
-    _become_pair(pair, secret, environment(flower_home(folder.path), folder.road))
+    cores = {CORES: str(folder.processes)} if folder.processes else {}
+    _become_pair(pair, secret, {**environment(flower_home(folder.path), folder.road), **cores})
 
 
 def check_own_port(folder: SiteFolder) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,12 @@ from fedveil.client.ledger.ledger import Ledger
 from fedveil.client.policy_file import load_policy
 from fedveil.common.errors import ConfigError, LedgerError
 from fedveil.common.ports import free_ports
-from fedveil.deploy import certificates, container, doctor
+from fedveil.common.threads import CORES
+from fedveil.deploy import certificates, container, doctor, start
 from fedveil.deploy.node_keys import is_pair, new_node_key
 from fedveil.deploy.policy_file import policy_text
 from fedveil.deploy.server_folder import authority_beside, make_server, open_server, renew_server
-from fedveil.deploy.site_folder import node_settings
+from fedveil.deploy.site_folder import node_settings, open_site_folder
 from fedveil.deploy.start import start_site
 
 pytestmark = pytest.mark.usefixtures("programs_may_start")
@@ -72,6 +74,26 @@ def test_a_site_with_another_sites_private_key_does_not_start(tmp_path: Path) ->
         start_site(site, pytest.fail)
     found = {finding.what: finding for finding in examine_site_quickly(site)}
     assert not found["key pair"].ok
+
+
+def test_a_site_computes_with_as_many_processes_as_its_folder_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, started = (
+        site_with_records(tmp_path, "two.csv", b"text,label\na,bad\nb,good\n").path,
+        list[Mapping[str, str]](),
+    )
+    monkeypatch.setattr(start.os, "execve", lambda *words: started.append(words[2]))
+    monkeypatch.setattr(start, "why_refused", lambda _: "")
+    monkeypatch.delenv(CORES, raising=False)
+    text = (path / "site.toml").read_text(encoding="utf-8")
+    for number in (0, 2):
+        (path / "site.toml").write_text(text.replace("processes = 0", f"processes = {number}"), encoding="utf-8")
+        start_site(open_site_folder(path), lambda _: None)
+    assert [each.get(CORES) for each in started] == [None, "2"]
+    (path / "site.toml").write_text(text.replace("processes = 0", "processes = -1"), encoding="utf-8")
+    with pytest.raises(ConfigError, match="processes is -1: write a number from 1 on, or 0 for one a core"):
+        open_site_folder(path)
 
 
 def test_a_renewed_certificate_is_of_the_same_authority(tmp_path: Path) -> None:
