@@ -1,7 +1,8 @@
 """The records of its sites that one process keeps from task to task, and the one way to forget them.
 
-By site it keeps the records as the model takes them (tokens, or features where the head alone is trained), and the
-vectors of phases on features or Jacobians (``client.linearised``). The records as they were read are
+By site it keeps the records as the model takes them (tokens, or features where the head alone is trained), the vectors
+of phases on features or Jacobians (``client.linearised``), and what left the layers below the adapter
+(``client.prefixes``). The records as they were read are
 ``client.site``'s, and ``RecordCache.forget`` drops them too.
 
 When something is dropped follows from tasks and from the clock, and from no record. How long it takes to free memory
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field, replace
 
 from fedveil.client.linearised import Derivatives, forget_records
 from fedveil.client.own_records import prepared
+from fedveil.client.prefixes import Prefixes
 from fedveil.client.site import Site, forget_readings
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.tasks import Record
@@ -46,6 +48,8 @@ class RecordCache:
     records: dict[str, Prepared] = field(default_factory=dict)
     vectors: dict[str, Derivatives] = field(default_factory=dict)
     """The records as the steps on features or Jacobians take them."""
+    prefixes: Prefixes = field(default_factory=Prefixes)
+    """What left the layers below the adapter."""
     dropped: list[object] = field(default_factory=list)
     """What ``free`` frees."""
 
@@ -77,13 +81,14 @@ class RecordCache:
         The point of a linearisation stays: it is of what was received.
         """
         self.records.clear()
+        self.prefixes.forget()
         self.free()
         for name in list(self.vectors):
             forget_records(self.vectors, name)
         forget_readings()
 
     def forget_computed(self, site: str) -> None:
-        """Drop features and Jacobians of a site's records; other sites of a simulation's process keep theirs.
+        """Drop all that was computed of a site's records; other sites of a simulation's process keep theirs.
 
         Records that are as they were read stay: to tokenise them again before a round is paid for would show in time.
         """
@@ -91,20 +96,22 @@ class RecordCache:
         if known and any(FEATURES in record for record in known.records or ()):
             self.records[site] = replace(known, records=None)
         forget_records(self.vectors, site)
+        self.prefixes.forget_site(site)
 
     def forget_other_runs(self, run: str) -> None:
         """Drop what was computed of any site's records for another run, which may have been abandoned."""
         stale = {name for name, known in self.records.items() if known.run != run}
-        for name in stale | {name for name, known in self.vectors.items() if known.of.run != run}:
+        stale |= {name for name, known in self.vectors.items() if known.of.run != run}
+        for name in stale | {name for name, other in self.prefixes.runs.items() if other != run}:
             self.forget_computed(name)
 
     def set_aside(self, *, vectors: bool) -> None:
-        """Drop the records as a model took them, to be freed by ``free``; ``vectors``: the vectors too."""
+        """Drop the records as a model took them, to be freed by ``free``; ``vectors``: all that was computed too."""
         self.dropped.append(self.records)
         self.records = {}
         if vectors:
-            self.dropped.append(self.vectors)
-            self.vectors = {}
+            self.dropped += [self.vectors, self.prefixes]
+            self.vectors, self.prefixes = {}, Prefixes()
 
     def free(self) -> None:
         """Free what was set aside."""

@@ -18,9 +18,9 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import send_handle
@@ -35,6 +35,7 @@ from fedveil.common.log import place_of
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.model.shapes import FixedBatch
 from fedveil.common.model.sharing import Kind, Share, unshared
+from fedveil.common.tasks import Record
 from fedveil.common.threads import THREADS, environment
 from fedveil.privacy.plan import PrivacyPlan
 from fedveil.privacy.randomness import stream
@@ -81,11 +82,11 @@ class _Worker:
             )
         self.link = Connection(own.detach())
 
-    def say(self, what: str, content: Any = None, memory: int | None = None) -> None:
+    def say(self, what: str, content: Any = None, memory: Iterable[int] = ()) -> None:
         try:
             self.link.send_bytes(pickle.dumps((what, content), protocol=5))
-            if memory is not None:
-                send_handle(self.link, memory, self.process.pid)
+            for descriptor in memory:
+                send_handle(self.link, descriptor, self.process.pid)
         except OSError as error:
             raise _Lost from error
 
@@ -142,6 +143,7 @@ class Cores:
             self._all("close")
 
     def _open(self, passes: Passes, model: FederatedModel) -> bool:
+        kept = model.keeper.descriptors() if model.keeper else ()
         memory = packed(passes)
         try:
             if len(self.workers) != self.count:
@@ -150,14 +152,14 @@ class Cores:
                     self._give_up("workers are gone again and again")
                 if self.given_up or not self._start():
                     return False
-            self._all("open", memory=memory)
+            self._all("open", bool(kept), (memory, *kept))
         finally:
             os.close(memory)
         if not self.workers:
             return False
         shapes = model.feature_shapes if passes.kind == "features" else model.shapes
         trained = tuple(tuple(p.shape) for p in model.module.parameters() if p.requires_grad)
-        key = passes.kind, shapes, trained, model.precision, id(model.module)
+        key = passes.kind, shapes, trained, model.precision, id(model.module), bool(kept)
         if key not in self.proven:
             if not self._alike(passes, model):
                 return False
@@ -209,18 +211,26 @@ class Cores:
                 self._all("trained", [parameter.detach() for parameter in passes.trained])
                 for length in shapes.lengths:
                     rows = shapes.rows_of(length)
-                    batch = model.fixed_batch([invent(max(1, length - 1), i) for i in range(rows)], length, rows)
-                    for worker in self.workers:
-                        worker.say("digest", batch)
-                    digest = passes.digest(batch)
-                    if any(_safely(worker.answer) != digest for worker in self.workers):
+                    records = [invent(max(1, length - 1), i) for i in range(rows)]
+                    if len(self._digests(passes, model, records, length)) > 1:
                         self._give_up(f"{rows} records of {length} tokens differ between processes")
                         return False
             finally:
                 passes.set_trained(before)
         return True
 
-    def _all(self, what: str, content: Any = None, memory: int | None = None) -> None:
+    def _digests(self, passes: Passes, model: FederatedModel, records: Sequence[Record], length: int) -> set[object]:
+        """Return the digests of made-up records' pass here and in all workers; once more of what these have kept."""
+        found: set[object] = set()
+        with model.keeper.aside(model) if model.keeper else nullcontext():
+            batch = model.fixed_batch(records, length, len(records))
+            for _ in range(2 if batch.places else 1):
+                for worker in self.workers:
+                    worker.say("digest", batch)
+                found |= {passes.digest(batch), *(_safely(worker.answer) for worker in self.workers)}
+        return found
+
+    def _all(self, what: str, content: Any = None, memory: Iterable[int] = ()) -> None:
         """Have all workers do something; those that do not are ended."""
         for worker in list(self.workers):
             try:
@@ -301,6 +311,7 @@ def _grouped(plan: PrivacyPlan | None) -> bool:
 def _bare(model: FederatedModel) -> FederatedModel:
     """Return the same model without what no pass needs, and what no other program is to have."""
     bare = copy.copy(model)
-    for name in ("base", "start", "collator", "vector_shapes", "sharing"):
+    for name in ("base", "start", "collator", "vector_shapes", "sharing", "keeping", "keeper"):
         setattr(bare, name, None)
+    bare.prefix = model.prefix and replace(model.prefix, memory=None)
     return bare

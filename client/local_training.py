@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -23,6 +23,7 @@ from fedveil.client.head_alone import head_on_features
 from fedveil.client.linearised import Computation, Derivatives, Keeping, forget_records, linearised
 from fedveil.client.optimizers import build_optimizer, set_learning_rate
 from fedveil.client.outgoing import own_words
+from fedveil.client.prefixes import pays
 from fedveil.client.site import Site
 from fedveil.common.errors import MechanismError, ProtocolError
 from fedveil.common.log import about
@@ -267,7 +268,7 @@ def _local_steps(
 def _take_steps(records: Sequence[Record], this: _Round, before_pass: Callable[[], None]) -> Words | None:
     job, model, config = this.job, this.model, this.job.config.training
     first = (this.task.round_number - 1) * config.local_steps
-    with _trainable(records, this, before_pass) as (inputs, trained):
+    with _kept(this), _trainable(records, this, before_pass) as (inputs, trained):
         optimizer = build_optimizer(trained, config, job.config.site_head_rate)
         batches = this.plan.batches(model, inputs, stream(job.config.seed, "batches", this.site.name), first)
         with _shared(this) as share, this.plan.steps(model, optimizer, before_pass) as steps:
@@ -279,6 +280,13 @@ def _take_steps(records: Sequence[Record], this: _Round, before_pass: Callable[[
                 batch = [inputs[i] for i in next(batches)]
                 steps.step(this.plan.parts(model, batch), model.losses)
             return steps.words
+
+
+def _kept(this: _Round) -> AbstractContextManager[None]:
+    """Return the context in which what leaves the layers below the adapter is kept, where records pass again."""
+    if not isinstance(this.plan, PrivacyPlan) or this.plan.unit.grouped or not pays(this.job):
+        return nullcontext()
+    return this.model.keeping.opened(this.model, this.site.name, this.task.run)
 
 
 @contextmanager

@@ -253,7 +253,7 @@ class SiteProcess:
         job, site, deadline = asked.job, asked.site, asked.deadline
         with deadline.extended():
             check_task(task, job, model)
-            model.sharing = self.cores
+            model.sharing, model.keeping = self.cores, self.cache.prefixes
             self.set_threads(asked)
             with denormals_flushed():
                 for worst, reserve in self.rehearsals.forecasts(job, site, model, task):

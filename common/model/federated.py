@@ -32,6 +32,7 @@ from fedveil.common.model.device import (
 )
 from fedveil.common.model.head import set_up_head
 from fedveil.common.model.lowered import lowered
+from fedveil.common.model.prefix import Keeper, Keeping, NothingKept, prefix_of
 from fedveil.common.model.recomputed import recompute_layers
 from fedveil.common.model.score import Score
 from fedveil.common.model.scoring import score_records
@@ -56,6 +57,10 @@ class FederatedModel:
     """Whether ``many_passes`` lowers weights; off for a model that leaves autocast on its own."""
     sharing: Sharing = Unshared()
     """What may compute passes on other cores (``client.cores``)."""
+    keeping: Keeping = NothingKept()
+    """What may keep what leaves the layers below the adapter (``client.prefixes``)."""
+    keeper: Keeper | None = None
+    """What keeps it now."""
     shapes: Shapes
     """Shapes in which private gradients are computed; ``client.rehearsal`` narrows them for some devices."""
     initial_shapes: Shapes | None = None
@@ -81,8 +86,7 @@ class FederatedModel:
         self.max_length, self.classes = task.limit(base, max_length), len(label_names)
         self.device = choose_device(device)
         tokens = choose_private_tokens(self.device)
-        self.head_only = not adapter.trained
-        self.feature_shapes = task.shapes(base, self.max_length, tokens)
+        self.head_only, self.feature_shapes = not adapter.trained, task.shapes(base, self.max_length, tokens)
         self.precision = choose_precision(precision, self.device)
         choose_attention(base.module, self.device)
         self.peft_model = attach(adapter, base.module, seed)
@@ -95,6 +99,7 @@ class FederatedModel:
         self.head_trained = head.policy == "trained"
         set_up_head(self, head, seed, label_names, label_phrases)
         turn_dropout_off(self.module)
+        self.prefix = None if checkpointing else prefix_of(self.peft_model, self.device)
         if checkpointing:
             recompute_layers(self.peft_model, base.name)
         self.statistic: Callable[[Batch], Tensor] | None = None
@@ -192,7 +197,7 @@ class FederatedModel:
     @torch.no_grad()
     def features(self, batch: Batch) -> Tensor:
         """Return what the head sees of a batch's records, shape (records, hidden), under the run's precision."""
-        with autocast(self.device, self.precision):
+        with autocast(self.device, self.precision), self.entered(batch):
             features = self.module.features(batch)
         return features[: batch.records] if isinstance(batch, FixedBatch) else features
 
@@ -232,7 +237,13 @@ class FederatedModel:
     ) -> Iterator[tuple[FixedBatch, list[int]]]:
         """Yield the same with the positions of each batch's records; those of one length keep their order."""
         shapes = shapes or self.shapes
-        for length, group in shapes.groups([self.collator.size(record) for record in records]):
+        order: Sequence[int] = range(len(records))
+        sizes = [self.collator.size(record) for record in records]
+        if self.keeper is not None and records and FEATURES not in records[0]:
+            lengths = [shapes.length_of(size) for size in sizes]
+            order = self.keeper.order(self, records, [(length, shapes.rows_of(length)) for length in lengths])
+        for length, places in shapes.groups([sizes[i] for i in order]):
+            group = [order[i] for i in places]
             yield self.fixed_batch([records[i] for i in group], length, shapes.rows_of(length)), group
 
     def length_batches(self, records: Sequence[Record], budget: int) -> Iterator[Batch]:
@@ -246,7 +257,14 @@ class FederatedModel:
         filler = [self.collator.filler(self.base, records[0])] * (rows - len(records))
         tensors = self.collator.collate(self.base, [*records, *filler], length)
         moved = {key: value.to(self.device) for key, value in tensors.items()}
-        return FixedBatch(moved, len(records))
+        kept = self.keeper if FEATURES not in records[0] else None
+        return FixedBatch(moved, len(records), kept.places(self, records, length, rows) if kept else None)
+
+    def entered(self, batch: Batch) -> AbstractContextManager[None]:
+        """Return the context of one pass: it begins behind the layers below the adapter where all records are kept."""
+        if self.prefix is None or not isinstance(batch, FixedBatch):
+            return nullcontext()
+        return self.prefix.entered(batch.places, batch.rows)
 
     @property
     def attention(self) -> str:
@@ -270,7 +288,7 @@ class FederatedModel:
 
     def losses(self, batch: Batch) -> Tensor:
         """Return one loss per record under the run's precision, shape (records,), float32; filler has none."""
-        with autocast(self.device, self.precision):
+        with autocast(self.device, self.precision), self.entered(batch):
             losses = self.task.sums(self.module, batch).losses
         if self.statistic is not None:
             losses = self.statistic(batch)

@@ -18,9 +18,13 @@ import sys
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from fedveil.common.model.prefix import Places
 
 FINEST = 8
 """What every length is a multiple of, in tokens."""
@@ -38,9 +42,9 @@ def longest_within(positions: int) -> int:
 class FixedBatch(dict[str, Tensor]):
     """A batch of a fixed shape: the first ``records`` rows are records, the others filler that counts for nothing."""
 
-    def __init__(self, tensors: dict[str, Tensor], records: int) -> None:
+    def __init__(self, tensors: dict[str, Tensor], records: int, places: Places | None = None) -> None:
         super().__init__(tensors)
-        self.records = records
+        self.records, self.places = records, places
 
     @property
     def rows(self) -> int:
@@ -50,7 +54,8 @@ class FixedBatch(dict[str, Tensor]):
     def alone(self, row: int) -> FixedBatch:
         """Return a batch of the same shape with one of the records in row 0, and no other record beside it."""
         picked = torch.full((self.rows,), row)
-        return FixedBatch({key: value[picked.to(value.device)] for key, value in self.items()}, records=1)
+        places = self.places and replace(self.places, places=self.places.places[row : row + 1])
+        return FixedBatch({key: value[picked.to(value.device)] for key, value in self.items()}, 1, places)
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,10 @@ class Shapes:
         """Return the rows of a batch of records of this length; at least 1."""
         return max(1, min(self.most, self.tokens // length, dict(self.narrow).get(length, self.most)))
 
+    def length_of(self, tokens: int) -> int:
+        """Return the length in which a record of so many tokens, at most ``longest``, is computed."""
+        return self.lengths[0 if self.uniform else bisect_right(self.lengths, tokens)]
+
     def narrowed(self, length: int, rows: int) -> Shapes:
         """Return these shapes with at most ``rows`` rows for this length."""
         return replace(self, narrow=tuple(sorted((dict(self.narrow) | {length: rows}).items())))
@@ -108,14 +117,13 @@ class Shapes:
         >>> list(Shapes(longest=16, tokens=16).groups([3, 9, 4, 8]))
         [(8, [0, 2]), (16, [1]), (16, [3])]
         """
-        grid = self.lengths
         if max(tokens, default=0) > self.longest:
             raise ValueError(f"a record has more than {self.longest} tokens")
         if self.uniform and min(tokens, default=self.longest) < self.longest:
             raise ValueError(f"a record has fewer than {self.longest} tokens, which all have")
         members: dict[int, list[int]] = {}
         for position, count in enumerate(tokens):
-            members.setdefault(grid[0 if self.uniform else bisect_right(grid, count)], []).append(position)
+            members.setdefault(self.length_of(count), []).append(position)
         for length in sorted(members):
             rows = self.rows_of(length)
             for start in range(0, len(members[length]), rows):
