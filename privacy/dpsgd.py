@@ -1,7 +1,7 @@
 """DP-SGD at a site: per-record gradients, clip, sum, noise, public divisor (Abadi et al. 2016, alg. 1).
 
-Opacus computes per-record gradients (hooks, model not wrapped) and scales the sum. Around it is
-what a federation needs and Opacus leaves open:
+Opacus computes per-record gradients (hooks, model not wrapped; linear layers compute their own,
+``privacy.linear_samples``) and scales the sum. Around it is what a federation needs and Opacus leaves open:
 
 * one joint clip over all trained tensors; norms and clip in float64, whatever the forward pass is in;
 * an exact sum: each clipped gradient is rounded toward zero, number by number, to a public grid (``privacy.grid``), and
@@ -46,6 +46,7 @@ from fedveil.common.model.shapes import FixedBatch
 from fedveil.common.model.sharing import Share, unshared
 from fedveil.common.own_gradients import OwnGradients
 from fedveil.privacy import grid
+from fedveil.privacy.linear_samples import SampleHooks
 from fedveil.privacy.randomness import add_private_noise
 from fedveil.privacy.secure_sum.masks import Words
 from fedveil.privacy.secure_sum.rounding import rounded, total
@@ -211,6 +212,7 @@ class PrivateSteps:
         self._unit = plan.unit
         self._mechanism.read(plan, noise_margin)
         self._released: list[tuple[Tensor, int]] = []
+        self._hooked: Sequence[nn.Module] = ()
         # From now on, also after the context: this optimiser never sees a raw gradient.
         optimizer.register_step_pre_hook(self._check)
 
@@ -221,7 +223,8 @@ class PrivateSteps:
 
     def __enter__(self) -> PrivateSteps:
         self._module.train()
-        self._hooks = GradSampleHooks(self._module, loss_reduction="sum")
+        self._hooks = SampleHooks(self._module)
+        self._hooked = self._hooks.hooked
         return self
 
     def __exit__(
@@ -368,6 +371,7 @@ class PrivateSteps:
 
     def _differentiate(self, batch: Any, losses: Callable[[Any], Tensor]) -> None:
         """Leave in every trained tensor's ``grad_sample`` the gradient of each record of ``batch``."""
+        self._forget()  # a layer adds to what is there
         values = losses(batch)
         values.sum().backward()
         rows = batch.rows if isinstance(batch, FixedBatch) else len(values)
@@ -389,7 +393,7 @@ class PrivateSteps:
     def _abandon(self) -> None:
         """Drop what a pass that failed half-way has left: the next one's hooks would take it for its own."""
         self._forget()
-        for holder in (*self._module.modules(), *self._trained):
+        for holder in (*self._hooked, *self._trained):
             for name in PASSING:
                 vars(holder).pop(name, None)
         for parameter in self._trained:

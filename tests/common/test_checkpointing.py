@@ -113,10 +113,13 @@ def test_the_planted_faults_are_refused(folder: Folder, monkeypatch: pytest.Monk
     def other_form(function: Any, *given: Any, **options: Any) -> Any:
         return right(function, *given, use_reentrant=False)
 
-    model = tiny(folder("bert"), "bert", targets="query,value")
+    model = tiny(folder("bert"), "bert", "dora", targets="query,value")
     batch = batch_of(model, records_of(model))
+    linear = tiny(folder("bert"), "bert", targets="query,value")  # which has no hooks to go wrong
+    want = samples(linear, batch)
     for fault in (twice, other_form):
         monkeypatch.setattr(recomputed, "checkpoint", fault)
+        assert all(map(torch.equal, samples(linear, batch), want))
         with pytest.raises((MechanismError, ModelError)):
             samples(model, batch)
         with pytest.raises(ModelError, match="cannot be trained privately"):

@@ -71,7 +71,7 @@ DOORS = {
         "faults/impostor_scenarios.py",
         "faults/stuttering_node.py",
     },
-    "opacus": {"privacy/dpsgd.py"},
+    "opacus": {"privacy/dpsgd.py", "privacy/linear_samples.py"},
     "dp_accounting": {"privacy/accounting.py", "privacy/events.py", "privacy/meaning.py"},
     "sqlite3": {"client/ledger/file.py", "client/ledger/schema.py"},
     "flwr_datasets": set(),

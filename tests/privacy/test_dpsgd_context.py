@@ -191,15 +191,23 @@ def traces(module: nn.Module) -> set[str]:
         left.update({"hooks"} if child._forward_hooks or child._backward_hooks else set())
         left.update({"activations"} if getattr(child, "activations", None) else set())
         left.update({"max_batch_len"} if hasattr(child, "max_batch_len") else set())
+        left.update({"forward"} if "forward" in vars(child) else set())
     return left
 
 
-def test_traces_are_seen_inside_the_context(toy: Toy) -> None:
+class OfAnotherType(nn.Linear):
+    """A layer that has hooks."""
+
+
+@pytest.mark.parametrize("layer", [nn.Linear, OfAnotherType])
+def test_traces_are_seen_inside_the_context(toy: Toy, layer: type[nn.Linear]) -> None:
+    toy.used = layer(3, 2)
     with PrivateSteps(toy, SGD(used(toy), lr=1.0), plan()):
         losses = toy.losses(BATCH)
-        assert {"hooks", "activations"} <= traces(toy)
+        assert ({"forward"} if layer is nn.Linear else {"hooks", "activations"}) <= traces(toy)
         losses.sum().backward()
-        assert {"grad", "grad_sample", "summed_grad"} <= traces(toy)
+        assert {"grad_sample", "summed_grad"} <= traces(toy)
+    assert traces(toy) == set()
 
 
 def test_leaving_the_context_leaves_nothing_of_the_records_behind(world_of: WorldOf) -> None:
