@@ -2,7 +2,7 @@
 
 A pass is too small to be cut among threads. So each core has a program of its own (``client.core``), which gets the
 model in memory without a name (``client.nameless``) and one batch after another over a socket. Records leave this
-process only after their charge is on disk, and only in these sockets. A pass whose worker fails or dies is computed
+process only after their charge is on disk, and only in these sockets. A pass whose worker fails, dies or stops is made
 here: no part of a sum is ever missing. Sums are exact (``privacy.grid``): which worker made what shows in no bit.
 
 Workers are used once they compute made-up records of every shape as this process does, to the last bit.
@@ -13,17 +13,13 @@ from __future__ import annotations
 import copy
 import logging
 import os
-import pickle
-import socket
-import subprocess
-import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from multiprocessing.connection import Connection, wait
-from multiprocessing.reduction import send_handle
+from multiprocessing.connection import wait
 from typing import Any
 
 import torch
@@ -31,12 +27,12 @@ import torch
 from fedveil.client.core import Passes
 from fedveil.client.made_up import AWAY, inventor
 from fedveil.client.nameless import packed
+from fedveil.client.worker_program import LOST, STARTING, WorkerProgram
 from fedveil.common.log import place_of
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.model.shapes import FixedBatch
 from fedveil.common.model.sharing import Kind, Share, unshared
 from fedveil.common.tasks import Record
-from fedveil.common.threads import THREADS, environment
 from fedveil.privacy.plan import PrivacyPlan
 from fedveil.privacy.randomness import stream
 from fedveil.strategies.job import Job
@@ -47,8 +43,8 @@ LEAST_WORK = 1e13
 much as a core takes to import what they need."""
 MOST_LOST = 4
 """Workers that may be lost, after which this process computes alone."""
-STARTING = 120.0
-"""Seconds that workers have to start, after which this process computes alone."""
+SLOWER = 100.0
+"""How much longer than the slowest made-up pass took here a worker may say nothing, after which it is ended."""
 
 
 def pays(job: Job, public_size: int, model: FederatedModel | None) -> bool:
@@ -60,57 +56,17 @@ def pays(job: Job, public_size: int, model: FederatedModel | None) -> bool:
     return 6.0 * numbers * model.max_length * passed > LEAST_WORK
 
 
-class _Lost(Exception):
-    """A worker is gone, or does not answer as it should."""
-
-
-class _Worker:
-    """One worker, and the socket to it."""
-
-    def __init__(self) -> None:
-        own, its = socket.socketpair()
-        with its:
-            command = [sys.executable, "-P", "-m", "fedveil.client.core", str(its.fileno()), str(os.getpid())]
-            own_environment = {**environment(), THREADS: "1"}
-            # In a session of its own: an interrupt at the terminal is the parent's to answer.
-            self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                pass_fds=[its.fileno()],
-                env=own_environment,
-                start_new_session=True,
-            )
-        self.link = Connection(own.detach())
-
-    def say(self, what: str, content: Any = None, memory: Iterable[int] = ()) -> None:
-        try:
-            self.link.send_bytes(pickle.dumps((what, content), protocol=5))
-            for descriptor in memory:
-                send_handle(self.link, descriptor, self.process.pid)
-        except OSError as error:
-            raise _Lost from error
-
-    def answer(self) -> Any:
-        try:
-            return pickle.loads(self.link.recv_bytes())  # noqa: S301 (this process alone has started the other end)
-        except (EOFError, OSError, pickle.UnpicklingError) as error:
-            raise _Lost from error
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.link.close()
-
-
 @dataclass
 class Cores:
     """The workers of this process, started when they are first needed."""
 
     count: int
     """How many there are; below 2 this process computes alone."""
-    workers: list[_Worker] = field(default_factory=list)
-    proven: set[object] = field(default_factory=set)
-    """What the workers are known to compute as this process does."""
+    workers: list[WorkerProgram] = field(default_factory=list)
+    proven: dict[object, float] = field(default_factory=dict)
+    """What the workers are known to compute as this process does, and the seconds of its slowest made-up pass here."""
+    patience: float = STARTING
+    """Seconds that a worker may take for a pass."""
     given_up: bool = False
     """Whether they did not start, or do not compute alike: then this process computes alone for good."""
 
@@ -122,7 +78,7 @@ class Cores:
         """End the workers; later passes start others."""
         for worker in self.workers:
             worker.end()
-        self.workers, self.proven = [], set()
+        self.workers, self.proven = [], {}
         self._ended.set()
 
     @contextmanager
@@ -161,20 +117,26 @@ class Cores:
         trained = tuple(tuple(p.shape) for p in model.module.parameters() if p.requires_grad)
         key = passes.kind, shapes, trained, model.precision, id(model.module), bool(kept)
         if key not in self.proven:
-            if not self._alike(passes, model):
+            if (slowest := self._alike(passes, model)) is None:
                 return False
-            self.proven.add(key)
+            self.proven[key] = slowest
+        self._allow(self.proven[key])
         return True
+
+    def _allow(self, slowest: float) -> None:
+        self.patience = max(STARTING, SLOWER * slowest)
+        for worker in self.workers:
+            worker.allow(self.patience)
 
     def _start(self) -> bool:
         """Start the workers from a thread that lasts: Linux ends them with the thread that has started them."""
-        started: list[_Worker] = []
+        started: list[WorkerProgram] = []
         done, self._ended = threading.Event(), threading.Event()
         ended = self._ended
 
         def start() -> None:
             try:
-                started.extend(_Worker() for _ in range(self.count))
+                started.extend(WorkerProgram() for _ in range(self.count))
             finally:
                 done.set()
             ended.wait()
@@ -182,7 +144,7 @@ class Cores:
         threading.Thread(target=start, daemon=True, name="fedveil-cores").start()
         done.wait()
         for worker in started:
-            if not worker.link.poll(STARTING) or _safely(worker.answer) != "ready":
+            if not worker.link.poll(STARTING) or worker.answer() != "ready":
                 self._give_up("a worker did not start", started)
                 return False
         if len(started) < self.count:
@@ -191,7 +153,7 @@ class Cores:
         self.workers = started
         return True
 
-    def _give_up(self, reason: str, started: Iterable[_Worker] = ()) -> None:
+    def _give_up(self, reason: str, started: Iterable[WorkerProgram] = ()) -> None:
         for worker in started:
             worker.end()
         self.close()
@@ -199,10 +161,14 @@ class Cores:
             log.warning("one process computes all passes: its cores do not share them, as %s", reason)
         self.given_up = True
 
-    def _alike(self, passes: Passes, model: FederatedModel) -> bool:
-        """Return whether all workers compute made-up records of every shape as this process does, to the last bit."""
+    def _alike(self, passes: Passes, model: FederatedModel) -> float | None:
+        """Return the seconds of the slowest pass here, if all workers compute made-up ones of every shape as it does.
+
+        To the last bit; else None.
+        """
         invent = inventor(model, model.task if passes.kind == "features" else model.collator)
         shapes = model.feature_shapes if passes.kind == "features" else model.shapes
+        slowest = 0.0
         with passes:
             before = [parameter.detach().clone() for parameter in passes.trained]
             draw = stream(0, "rehearsal", "cores")
@@ -212,12 +178,15 @@ class Cores:
                 for length in shapes.lengths:
                     rows = shapes.rows_of(length)
                     records = [invent(max(1, length - 1), i) for i in range(rows)]
-                    if len(self._digests(passes, model, records, length)) > 1:
+                    began = time.monotonic()
+                    digests = self._digests(passes, model, records, length)
+                    slowest = max(slowest, time.monotonic() - began)
+                    if len(digests) > 1:
                         self._give_up(f"{rows} records of {length} tokens differ between processes")
-                        return False
+                        return None
             finally:
                 passes.set_trained(before)
-        return True
+        return slowest
 
     def _digests(self, passes: Passes, model: FederatedModel, records: Sequence[Record], length: int) -> set[object]:
         """Return the digests of made-up records' pass here and in all workers; once more of what these have kept."""
@@ -227,22 +196,20 @@ class Cores:
             for _ in range(2 if batch.places else 1):
                 for worker in self.workers:
                     worker.say("digest", batch)
-                found |= {passes.digest(batch), *(_safely(worker.answer) for worker in self.workers)}
+                found |= {passes.digest(batch), *(worker.answer() for worker in self.workers)}
         return found
 
     def _all(self, what: str, content: Any = None, memory: Iterable[int] = ()) -> None:
         """Have all workers do something; those that do not are ended."""
         for worker in list(self.workers):
-            try:
-                worker.say(what, content, memory)
-            except _Lost:
+            if not worker.say(what, content, memory):
                 self._lose(worker)
         for worker in list(self.workers):
-            if _safely(worker.answer) is not True:
+            if worker.answer() is not True:
                 self._lose(worker)
 
-    def _lose(self, worker: _Worker) -> None:
-        log.error("a worker of this process is gone; what it had is computed here")
+    def _lose(self, worker: WorkerProgram) -> None:
+        log.error("a worker of this process is gone, or stopped; what it had is computed here")
         self.lost += 1
         self.workers.remove(worker)
         worker.end()
@@ -251,23 +218,24 @@ class Cores:
         self, model: FederatedModel, batches: Iterable[FixedBatch], before_pass: Callable[[], None]
     ) -> Iterator[tuple[FixedBatch, Any]]:
         self._all("trained", [p.detach() for p in model.module.parameters() if p.requires_grad])
-        left, busy = iter(batches), dict[Any, tuple[_Worker, FixedBatch]]()
+        left, busy = iter(batches), dict[Any, tuple[WorkerProgram, FixedBatch]]()
         lost: list[FixedBatch] = []
         try:
             while True:
                 lost += self._deal(left, busy, before_pass)
                 if not busy:
                     break
-                for link in wait(list(busy)):
+                answered = wait(list(busy), self.patience)
+                for link in answered or list(busy):
                     worker, batch = busy.pop(link)
-                    found = _safely(worker.answer)
-                    if found is _LOST:
+                    found = worker.answer() if answered else LOST
+                    if found is LOST:
                         self._lose(worker)
-                    yield batch, None if found is _LOST else found
+                    yield batch, None if found is LOST else found
         finally:
             # An error ends the step: what is under way is waited for, so that no answer is taken for a later one's.
             for worker, _ in busy.values():
-                if _safely(worker.answer) is _LOST:
+                if worker.answer() is LOST:
                     self._lose(worker)
         for batch in (*lost, *left):
             yield batch, None
@@ -275,7 +243,7 @@ class Cores:
     def _deal(
         self,
         left: Iterator[FixedBatch],
-        busy: dict[Any, tuple[_Worker, FixedBatch]],
+        busy: dict[Any, tuple[WorkerProgram, FixedBatch]],
         before_pass: Callable[[], None],
     ) -> list[FixedBatch]:
         """Give each worker that has none a batch of those that are left; return what nobody could be given."""
@@ -284,23 +252,12 @@ class Cores:
             if (batch := next(left, None)) is None:
                 break
             before_pass()
-            try:
-                worker.say("pass", batch)
+            if worker.say("pass", batch):
                 busy[worker.link] = worker, batch
-            except _Lost:
+            else:
                 self._lose(worker)
                 lost.append(batch)
         return lost
-
-
-_LOST = object()
-
-
-def _safely(answer: Callable[[], Any]) -> Any:
-    try:
-        return answer()
-    except _Lost:
-        return _LOST
 
 
 def _grouped(plan: PrivacyPlan | None) -> bool:

@@ -85,14 +85,15 @@ def summed(world: World, opened: AbstractContextManager[Share] | None = None, pl
 
 
 def killing(share: Share, cores: Cores) -> Share:
-    """Kill a worker once it has a pass, and go on."""
+    """Kill a worker once it has a pass, stop the other, and go on."""
 
     def shared(batches: Any, before_pass: Callable[[], None]) -> Iterator[Any]:
-        victim = cores.workers[0]
+        victim, other = cores.workers
         asked = iter(range(1000))
 
         def kill() -> None:
             if next(asked) == 1:  # the first has its pass
+                os.kill(other.process.pid, signal.SIGSTOP)
                 os.kill(victim.process.pid, signal.SIGKILL)
                 victim.process.wait()
 
@@ -102,7 +103,7 @@ def killing(share: Share, cores: Cores) -> Share:
 
 
 class _Killing(nullcontext[Share]):
-    """The context of ``Cores.opened``, in which a worker is killed in the middle of the first step."""
+    """The context of ``Cores.opened``, in which one worker is killed and one stopped in the first step."""
 
     def __init__(self, cores: Cores, world: World) -> None:
         self.inner, self.cores = cores.opened(world.model, "sums", PLAN), cores
@@ -139,22 +140,19 @@ def test_features_and_jacobians_are_the_same_to_the_last_bit(world: World, cores
         assert all(torch.equal(torch.as_tensor(one[key]), torch.as_tensor(other[key])) for key in one)
 
 
-def test_a_pass_whose_worker_is_killed_is_made_again(
+def test_a_pass_whose_worker_is_killed_or_stopped_is_made_again(
     world: World, cores: Cores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    alone = summed(world)
-    assert torch.equal(summed(world, _Killing(cores, world)), alone)
-    assert len(cores.workers) == 1
-    lost = cores.lost
-    assert lost
-    # The planted fault: what the dead one had falls away.
-    share = Cores._share
-
-    def careless(self: Cores, *words: Any) -> Iterator[Any]:
-        return (found for found in share(self, *words) if found[1] is not None)
-
-    monkeypatch.setattr(Cores, "_share", careless)
-    assert not torch.equal(summed(world, _Killing(cores, world)), alone), "a part that fell away went unnoticed"
+    alone, share = summed(world), Cores._share
+    for number in range(2):
+        assert torch.equal(summed(world, cores.opened(world.model, "sums", PLAN)), alone)  # and they are started
+        with monkeypatch.context() as hurried:
+            hurried.setattr(cores_module, "STARTING", 1.0)
+            hurried.setattr(cores_module, "SLOWER", 0.0)
+            if number:  # the planted fault: what they had falls away
+                hurried.setattr(Cores, "_share", lambda *words: (one for one in share(*words) if one[1] is not None))
+            assert torch.equal(summed(world, _Killing(cores, world)), alone) == (not number)
+        assert cores.workers == []
 
 
 def test_workers_have_no_file_and_no_dump(world: World, cores: Cores) -> None:
