@@ -251,7 +251,7 @@ def export(
     form: Annotated[str, typer.Option("--format", help="json or csv.")] = "json",
     output: Annotated[Path | None, typer.Option("-o", "--output", help="A file; without it, to the terminal.")] = None,
 ) -> None:
-    """Write all rows of a ledger as JSON, or all but plans, budgets, reservations and withdrawals as CSV."""
+    """Write all rows of a ledger as JSON, or its charges, exposures and failures as CSV."""
     from fedveil.cli.ledger_words import csv_of, rows_of
 
     one_of(("json", "csv"), format=form)

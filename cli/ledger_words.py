@@ -27,13 +27,13 @@ ASKED = (
 )
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 """Beginnings of a text that a spreadsheet would compute."""
-KINDS = ("plans", "charges", "exposures", "failures", "budgets", "reservations", "withdrawals")
+KINDS = ("plans", "charges", "exposures", "failures", "budgets", "reservations", "withdrawals", "held_out")
 
 
 def _listed(ledger: Ledger) -> dict[str, Sequence[Any]]:
     holds = ledger.holds
     lists = ledger.plans.all(), ledger.entries(), ledger.exposures(), ledger.failures(), ledger.budgets()
-    return dict(zip(KINDS, (*lists, holds.reservations(), holds.withdrawals()), strict=True))
+    return dict(zip(KINDS, (*lists, holds.reservations(), holds.withdrawals(), ledger.rules.all()), strict=True))
 
 
 def rows_of(ledger: Ledger) -> dict[str, list[dict[str, Any]]]:
@@ -44,16 +44,18 @@ def rows_of(ledger: Ledger) -> dict[str, list[dict[str, Any]]]:
 def history_of(ledger: Ledger, dataset: str) -> list[str]:
     """Return a line for each row of a data set, in order of time."""
     listed = _listed(ledger)
-    rows = [row for kind in sorted(KINDS, key=lambda kind: kind != "budgets") for row in listed[kind]]
+    rows = [row for kind in sorted(KINDS, key=lambda kind: kind not in {"budgets", "held_out"}) for row in listed[kind]]
     lines = [_timed(row) for row in rows if row.dataset == dataset]
     return [f"{when}  {what}" for when, what in sorted(lines, key=lambda line: line[0])]
 
 
 def _timed(row: Any) -> tuple[str, str]:
     """Return a row's time and what happened then."""
-    from fedveil.client.ledger.rows import Budget, Entry, Exposure, Failure, FirstPlan, Reservation
+    from fedveil.client.ledger.rows import Budget, Entry, Exposure, Failure, FirstPlan, HeldOutRule, Reservation
 
     match row:
+        case HeldOutRule():
+            return row.set_at, f"held out from here on: {row.rule or 'no row'}"
         case Budget():
             was = "" if row.replaced is None else f", was {row.replaced:g}"
             return row.set_at, f"budget set to ε {row.epsilon:g}{was}, at δ {row.delta:g}"

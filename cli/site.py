@@ -161,6 +161,33 @@ def site_peers(
     _say(f'  honest-sites = ...\n  epsilon-alone = ...\n  peers = "{PEERS}"\n  peers-hash = "{roster.digest}"')
 
 
+@site_app.command("evaluate")
+@for_people
+def site_evaluate(
+    folder: Folder,
+    run: Annotated[
+        list[Path] | None, typer.Option(help="The folder of a run that was handed over; once for each.")
+    ] = None,
+    by: Annotated[str, typer.Option("--slice", help="A column; scores are given for each of its values, too.")] = "",
+    alone: Annotated[
+        bool,
+        typer.Option("--alone", help="Train a model here alone at the run's noise, too; the same budget pays for it."),
+    ] = False,
+    node: Node = "",
+) -> None:
+    """Score base, kept states and final models on the site's held-out rows. Nothing of it leaves the site.
+
+    No task is answered meanwhile. The scores have no noise: no ε covers what you tell others of them.
+    """
+    from fedveil.deploy.site_folder import open_site_folder
+    from fedveil.experiments.site_evaluate import evaluate_site
+
+    scores, path = evaluate_site(open_site_folder(folder), [expanded(one) for one in run or ()], by, node, alone=alone)
+    for line in scores.lines():
+        _say(line)
+    _say(f"written: {path}; no ε covers what is told of it")
+
+
 @site_app.command("withdraw")
 @for_people
 def site_withdraw(

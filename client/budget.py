@@ -39,7 +39,6 @@ def enter_round(
     Args:
         site, job, task: of the round.
         before_charge: called once the last figure that depends on a record is known; what it raises, this raises.
-
     """
     if job.mechanism.charged:
         return pay_round(site, job, task, before_charge)
@@ -73,8 +72,8 @@ def pay_round(site: Site, job: Job, task: TrainTask, before_charge: Callable[[],
         return job.origin.plan(plan, site.public_size, least), _charge(ledger, site, charge, task, before_charge)
 
 
-def check_budget(site: Site, job: Job, task: KeyTask) -> None:
-    """Raise if the site could not pay for a round that others are about to pay for, too.
+def check_budget(site: Site, job: Job, task: KeyTask, *, whole: bool = False) -> None:
+    """Raise if the site could not pay for a round that others are about to pay for, too; ``whole``: for the whole run.
 
     By all that its ledger holds of its records, under whatever name: an attempt that one site cannot pay for is thrown
     away, and the others have paid.
@@ -87,11 +86,10 @@ def check_budget(site: Site, job: Job, task: KeyTask) -> None:
         plan = _plan(ledger, site, job, task.run)
         releases = (plan.release(steps),)
         _within(site, steps, fewer=releases[0].count < steps)(*ledger.trained(site.dataset_id, task.run))
-        ledger.check(
-            replace(_offered(site, job, task, releases, plan), site=site.name),
-            records=record_hashes(site.data, ledger.key),
-            after_exposure=site.policy.after_no_privacy,
-        )
+        charge = _offered(site, job, task, releases, plan)
+        charge = replace(charge, releases=charge.planned) if whole else replace(charge, site=site.name)
+        known = record_hashes(site.data, ledger.key)
+        ledger.check(charge, records=known, after_exposure=site.policy.after_no_privacy)
 
 
 def note_exposure(site: Site, job: Job, task: TrainTask) -> None:
@@ -116,6 +114,7 @@ def note_exposure(site: Site, job: Job, task: TrainTask) -> None:
             steps=steps,
             records=record_hashes(site.data, ledger.key),
             allow=_within(site, steps) if task.round_number else None,
+            held_out=site.held_out,
         )
 
 
@@ -261,6 +260,7 @@ def _offered(
         records_per_person=most,
         max_person=ceiling,
         planned=(*([start] if start else []), plan.release(steps), *evaluation_releases(job, site, rounds)),
+        held_out=site.held_out,
     )
 
 

@@ -17,6 +17,9 @@ A Flower node describes its site in the node configuration (``--node-config``):
 ``identity``    file of the site's signing key, for secure sums (see ``client.party``)
 ``rank``        most columns of an adapter that the site trains, declared as public; without it as many as a
                 run has. Only strategies that ask for it take a site with fewer
+``held-out-*``  which rows are never drawn and never charged: those of another file (``held-out-file``), with a
+                value of a column (``held-out-column``, ``split=test``), or a share (``held-out-share``)
+``keep-states`` how many of the states that the site is sent it keeps beside its ledger, the last ones; default: 0
 =============== =====================================================================
 """
 
@@ -26,6 +29,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from fedveil.client.held_out import KEYS as HELD_OUT_KEYS
 from fedveil.client.ledger.file import only_ledger
 from fedveil.client.ledger.mounts import refuse_network
 from fedveil.client.pins import pin_command
@@ -42,6 +46,8 @@ NODE_KEYS = (
     *("partition-id", "num-partitions", "division"),
     "identity",
     "rank",
+    "keep-states",
+    *HELD_OUT_KEYS,
 )
 
 

@@ -17,6 +17,7 @@ from fedveil.client.cache import RecordCache
 from fedveil.client.cores import Cores, pays
 from fedveil.client.deadline import Deadline
 from fedveil.client.door import at_work
+from fedveil.client.kept_states import keep_state
 from fedveil.client.leftovers import left_nothing, tensors_digest
 from fedveil.client.local_training import check_task, hides_failures, train_round
 from fedveil.client.lookout import Lookout
@@ -62,6 +63,7 @@ class _Asked:
     memory: MutableMapping[str, bytes]
     deadline: Deadline
     simulated: bool
+    node: Mapping[str, Scalar]
 
 
 @dataclass
@@ -177,7 +179,7 @@ class SiteProcess:
             party = party_of(site.name, node, site.policy, run, simulated=simulated) if shares_noise(job) else None
             if party and job.config.site_names:
                 party.check_named(job.config.site_names, job.config.privacy.honest_sites)
-            asked = _Asked(job, site, run, party, memory, deadline, simulated)
+            asked = _Asked(job, site, run, party, memory, deadline, simulated, node)
             if kind is not TrainTask:
                 return _reply_for_sum(decode_sum_task(content), asked)
             return self._answer_round(content, asked)
@@ -253,6 +255,7 @@ class SiteProcess:
         job, site, deadline = asked.job, asked.site, asked.deadline
         with deadline.extended():
             check_task(task, job, model)
+            keep_state(asked.node, job, model, task)
             model.sharing, model.keeping = self.cores, self.cache.prefixes
             self.set_threads(asked)
             with denormals_flushed():

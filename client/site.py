@@ -6,11 +6,12 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
-from fedveil.client.ledger.file import withdrawn_in
+from fedveil.client.held_out import HeldOut, held_out_of
+from fedveil.client.ledger.file import key_in, withdrawn_in
 from fedveil.client.ledger.holds import WITHDRAWN
 from fedveil.client.node import check_keys, ledger_of, name_of, part_of, policy_of, public_size_of, rank_of
 from fedveil.client.policy import Policy
@@ -42,6 +43,7 @@ from fedveil.strategies.job import Job
 
 log = logging.getLogger("fedveil.site")
 _named: dict[Path, FileState] = {}
+NOTHING = HeldOut()
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class Site:
     public_size: int
     ledger_path: Path
     policy: Policy = field(default_factory=Policy)
+    held_out: str = ""
+    """The rule by which rows were left out of ``data``, in words; empty: there is none."""
     unreadable: str = ""
     """Why the file with the records is no table now, for the site's log and ledger; every round is then noise."""
     rank: int = 0
@@ -123,14 +127,15 @@ def open_site(node: Mapping[str, Scalar], config: RunConfig, run: str, *, simula
     name, policy = name_of(node), policy_of(node)
     own_ledger = "ledger" in node or not simulated
     ledger = ledger_of(node) if own_ledger else run_folder(config, run) / "ledgers" / f"{name}.sqlite"
-    dataset_id, size = policy.dataset_of(node, name), public_size_of(node, policy)
+    dataset_id, size, held_out = policy.dataset_of(node, name), public_size_of(node, policy), held_out_of(node, policy)
     if dataset_id in withdrawn_in(ledger):  # before a record is read: nothing of them is to be in memory again
         raise PolicyRefusal(WITHDRAWN.format(dataset_id))
     if "data" in node:
         if TASKS[config.model.task].labelled and not known_labels(config.data):
             raise ConfigError("sites with data of their own need data.labels: every site must number labels alike")
         source, breaks = str(node["data"]), policy.line_breaks
-        reading = _own_data(own_settings(config, policy), config.model.task, source, name, breaks)
+        key = key_in(ledger) if held_out.share else b""
+        reading = _own_data(own_settings(config, policy), config.model.task, source, name, breaks, held_out, key)
         data, unreadable = reading.dataset, "; ".join(reading.unreadable)
         if unreadable:
             log.error("no record is read, and rounds cost the same: %s", unreadable, extra=about(run, site=name))
@@ -143,7 +148,7 @@ def open_site(node: Mapping[str, Scalar], config: RunConfig, run: str, *, simula
         # Anyone can repeat the division, so the size of a part follows from public settings.
         size = size or public_size_of_part(config.privacy.mechanism.unit.count(data))
     policy.check_size(size)
-    return Site(name, data, dataset_id, size, ledger, policy, unreadable, rank_of(node), simulated)
+    return Site(name, data, dataset_id, size, ledger, policy, str(held_out), unreadable, rank_of(node), simulated)
 
 
 def own_settings(config: RunConfig, policy: Policy) -> DataConfig:
@@ -191,9 +196,21 @@ def named_files() -> Mapping[Path, FileState]:
 
 
 @lru_cache(maxsize=16)
-def _own_data(config: DataConfig, task: str, source: str, site: str, line_breaks: bool) -> Reading:
-    """Read the records, and log once, at the site alone, how many rows are no records and why; no row is quoted."""
-    reading = load_protected(config, task, source, line_breaks=line_breaks)
+def _own_data(
+    config: DataConfig,
+    task: str,
+    source: str,
+    site: str,
+    line_breaks: bool,
+    held_out: HeldOut = NOTHING,
+    key: bytes = b"",
+) -> Reading:
+    """Read the records, and log once, at the site alone, how many rows are no records and why; no row is quoted.
+
+    What is held out is in memory no longer than the reading takes.
+    """
+    reading = load_protected(config, task, source, line_breaks=line_breaks, beside=held_out.columns)
+    reading = replace(reading, dataset=held_out.split(reading.dataset, key)[0])
     for path, state in reading.files.items():
         _named.setdefault(path, state)
     if reading.unfit:

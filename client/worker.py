@@ -14,8 +14,8 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Mapping
-from contextlib import closing, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from flwr.app import Context, Message
@@ -23,12 +23,13 @@ from flwr.app import Context, Message
 from fedveil.client import app as installed
 from fedveil.client.dumps import write_no_dumps
 from fedveil.client.lookout import Lookout
-from fedveil.client.node import name_of, policy_of
+from fedveil.client.node import ledger_of, name_of, policy_of
 from fedveil.client.outgoing import UNTOLD, refused
 from fedveil.client.runtime import LostMessage, Node, failed
+from fedveil.client.turns import task_turn
 from fedveil.common.bundle import bundle_digest, own_digest
 from fedveil.common.config.flat import Scalar
-from fedveil.common.errors import ConfigError, DataError
+from fedveil.common.errors import ConfigError, DataError, LedgerError
 from fedveil.common.log import about, place_of, set_up
 from fedveil.common.messages.signed import Asked, SiteKeys, check_task, digest, sign_answer
 from fedveil.common.messages.wire import encode_reply, round_of
@@ -112,17 +113,14 @@ def _work(node: Node, settings: Mapping[str, Scalar], lookout: Lookout, keys: Si
                 worked = math.inf
                 log.info("no round for %g seconds: what was made of the site's records is dropped", IDLE_SECONDS)
                 installed.process.forget_between_tasks(settings)
-            token, rounds = node.acquire(), installed.process.rounds_trained
-            if not token:
+            rounds = installed.process.rounds_trained
+            if not _answered(node, settings, keys):
                 ends = time.monotonic() + POLL_SECONDS
                 lookout.go_on()
                 if lookout.changed:
                     return _changed()
                 installed.process.wait_until(ends, settings)
                 continue
-            with node.task(token) as task:
-                message, context, bundle = task.pull()
-                task.push(reply_to(message, context, bundle, settings, keys), context)
         except TaskLost:
             log.error("the node has given a task up")
         except LostMessage:
@@ -141,6 +139,30 @@ def _work(node: Node, settings: Mapping[str, Scalar], lookout: Lookout, keys: Si
         if not installed.process.is_clean():
             log.warning("a task has changed the model for good: the worker starts anew")
             return ANEW
+
+
+def _answered(node: Node, settings: Mapping[str, Scalar], keys: SiteKeys | None) -> bool:
+    """Answer a task if one is there and the steward scores nothing meanwhile; return whether one was answered."""
+    with _turn(settings) as free:
+        token = node.acquire() if free else ""
+        if not token:
+            return False
+        with node.task(token) as task:
+            message, context, bundle = task.pull()
+            task.push(reply_to(message, context, bundle, settings, keys), context)
+        return True
+
+
+@contextmanager
+def _turn(settings: Mapping[str, Scalar]) -> Iterator[bool]:
+    """Yield whether a task may be taken; with no ledger to lock every task is refused, and the server hears why."""
+    try:
+        ledger = ledger_of(settings)
+    except LedgerError:
+        yield True
+        return
+    with task_turn(ledger) as free:
+        yield free
 
 
 def _changed() -> int:

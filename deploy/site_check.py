@@ -7,16 +7,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from fedveil.common.config.flat import Columns, Scalar
-from fedveil.common.config.sections import DataConfig
+from fedveil.common.config.flat import Scalar
 from fedveil.common.data.notes import notes_on_texts
 from fedveil.common.errors import ConfigError, DataError, UnreadableFile
 from fedveil.common.labels import labels_text
-from fedveil.common.tasks import TASKS
 from fedveil.common.tasks.examples import Dataset
 from fedveil.common.tasks.tables import Unfit
 from fedveil.common.words import counted
 from fedveil.deploy.check_results import in_silence
+from fedveil.deploy.own_rows import OwnRows, read_own_rows
 from fedveil.deploy.site_folder import SiteFolder, check_pinned, node_settings
 from fedveil.privacy import UNITS
 
@@ -57,14 +56,14 @@ def check_site(
         say("records: a part of a job's data, which this site does not choose")
         return
     step("reading the records as a round does")
-    reading, seconds = _read(policy, str(settings["data"]))
+    own, reading, seconds = _read(settings, policy)
     fit, others, unit = len(reading.dataset.examples), len(reading.unfit), UNITS[policy.unit]
     declared, there = int(settings.get("public-size", policy.public_size)), unit.count(reading.dataset)
     if policy.reply_after:
         _check_time(policy.reply_after, declared, there, seconds, unit.name)
     say(f"records: {fit} of {fit + others} rows fit" + ("; the others count as none" if others else ""))
-    if withdrawn := _withdrawn(settings, policy):
-        say(withdrawn)
+    for line in (*_held_out(own), *_withdrawn(settings, policy)):
+        say(line)
     if unit.grouped:
         say(_persons(reading.dataset))
     listed = (*_texts(reading.dataset), *_size(declared, there, unit.name), *_by_reason(reading.unfit))
@@ -72,28 +71,37 @@ def check_site(
         say(line)
 
 
-def _read(policy: Policy, source: str) -> tuple[Reading, float]:
-    """Return the records, and the seconds that reading them took; raise DataError if none can be used."""
-    from fedveil.common.data.sources import load_protected
-
+def _read(settings: Mapping[str, Scalar], policy: Policy) -> tuple[OwnRows, Reading, float]:
+    """Return the site's rows, those of training, and the seconds that it took; DataError if none can be used."""
     began = time.monotonic()
-    reading = load_protected(pinned_settings(policy), policy.task, source, line_breaks=policy.line_breaks)
+    own = read_own_rows(settings, policy)
     seconds = time.monotonic() - began
-    _check_readable(reading, source)
-    return reading, seconds
+    check_readable(own.training, str(settings["data"]))
+    return own, own.training, seconds
 
 
-def _withdrawn(settings: Mapping[str, Scalar], policy: Policy) -> str:
-    """Return that the records were withdrawn; empty: they were not."""
+def _withdrawn(settings: Mapping[str, Scalar], policy: Policy) -> Iterator[str]:
+    """Say that the records were withdrawn, if they were."""
     from fedveil.client.ledger.file import withdrawn_in
     from fedveil.client.node import ledger_of
 
-    if (dataset := policy.dataset_of(settings, str(settings["site"]))) not in withdrawn_in(ledger_of(settings)):
-        return ""
-    return f"withdrawn: {dataset} is, so every round is refused but one that was charged before"
+    if (dataset := policy.dataset_of(settings, str(settings["site"]))) in withdrawn_in(ledger_of(settings)):
+        yield f"withdrawn: {dataset} is, so every round is refused but one that was charged before"
 
 
-def _check_readable(reading: Reading, source: str) -> None:
+def _held_out(rows: OwnRows) -> Iterator[str]:
+    """Say how many rows are held out if any is to be; DataError if none is, or they cannot be read."""
+    if not str(rows.rule):
+        return
+    if rows.rule.file:
+        check_readable(rows.held_out, str(rows.rule.file))
+    number = len(rows.held_out.dataset.examples)
+    if not number:
+        raise DataError(f"no row is held out by the rule of this site ({rows.rule}): compare it with the rows")
+    yield f"held out: {counted(number, 'record')} ({rows.rule}), never drawn and never charged"
+
+
+def check_readable(reading: Reading, source: str) -> None:
     """Raise DataError if a file cannot be read, or no row of it is a record."""
     if reading.unreadable:
         raise UnreadableFile(reading.unreadable[0])
@@ -155,12 +163,6 @@ def _check_time(reply_after: float, declared: int, units: int, seconds: float, u
             f"the records took {seconds:.1f} seconds to read, and reply-after = {reply_after:g} leaves "
             f"{PREPARED * reply_after:.1f}, preparing them included: set it to {2 * seconds / PREPARED:.0f} or more"
         )
-
-
-def pinned_settings(policy: Policy) -> DataConfig:
-    """Return what every job that the policy allows says about the site's own records."""
-    columns = Columns({role.setting: policy.columns[role.setting] for role in TASKS[policy.task].roles})
-    return DataConfig(partition="iid", labels=policy.labels, columns=columns, person=policy.person)
 
 
 def _by_reason(unfit: Sequence[Unfit]) -> list[str]:

@@ -9,7 +9,7 @@
 ``peers.toml``    the roster of such sums, if ``fedveil site peers`` made one
 ``ca.crt``        the certificate authority's certificate, from the coordinator
 ``policy.toml``   what the data steward allows; the server can ask for less, never for more
-``ledger/``       the privacy ledger; it outlives every run and is never restored
+``ledger/``       the privacy ledger, never restored; beside it ``states/`` that are kept and ``scores/``
 ================= ======================================================================
 """
 
@@ -233,12 +233,16 @@ def policy_of_node(settings: Mapping[str, Scalar]) -> Policy:
             a part of a job's data.
     """
     # Imports torch: seconds that only this needs.
+    from fedveil.client.held_out import held_out_of
+    from fedveil.client.kept_states import kept_states_of
     from fedveil.client.node import part_of, policy_of, public_size_of, rank_of
 
     policy = policy_of(settings)
     if size := public_size_of(settings, policy):
         policy.check_size(size)
     rank_of(settings)
+    held_out_of(settings, policy)
+    kept_states_of(settings)
     if "data" not in settings:
         part_of(settings)
     return policy

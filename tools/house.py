@@ -38,7 +38,7 @@ LIMITS = {
     # 95 by issue 46, data.invalid-rows by issue 47, wire.precision by issue 48, named-sites and project by issue 49.
     "settings": 99,
     "policy keys": 32,
-    "commands": 38,
+    "commands": 39,  # site evaluate, by issue 49
     "server/rounds imports": 12,
     "server/rounds reaches": 110,
     "members of Strategy": 12,
@@ -51,9 +51,10 @@ LIMITS = {
     "private words per 1,000 of docstrings": 1.1,
     "questions of kind": 60,
     "README lines": 120,
-    "lines of documents, written": 3227,  # 3200, and by issue 49 clusters and several processes
-    # The page of the API in Python; the settings' section "wire", by issue 48.
-    "lines of documents, made": 2210,
+    # 3200, and by issue 49 clusters, several processes, and what a site evaluates.
+    "lines of documents, written": 3259,
+    # The page of the API in Python; the settings' section "wire", by issue 48; site evaluate, by issue 49.
+    "lines of documents, made": 2222,
 }
 """The most that a figure may be, for those that have once been below it."""
 

@@ -271,6 +271,25 @@ CREATE TRIGGER no_plan_delete BEFORE DELETE ON plans BEGIN SELECT RAISE(ABORT, '
     )
 
 
+def m11_held_out_rows(db: sqlite3.Connection) -> None:
+    """Add the rules by which rows were held out of training; what was charged before had none."""
+    run_script(
+        db,
+        """
+CREATE TABLE held_out (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    dataset TEXT NOT NULL CHECK (dataset != ''),
+    rule TEXT NOT NULL,
+    set_at TEXT NOT NULL
+);
+CREATE TRIGGER no_held_out_update BEFORE UPDATE ON held_out
+    BEGIN SELECT RAISE(ABORT, 'held out rules are only ever added'); END;
+CREATE TRIGGER no_held_out_delete BEFORE DELETE ON held_out
+    BEGIN SELECT RAISE(ABORT, 'held out rules are only ever added'); END;
+""",
+    )
+
+
 STEPS: tuple[Step, ...] = (
     m1_charges,
     m2_budgets_and_records,
@@ -282,6 +301,7 @@ STEPS: tuple[Step, ...] = (
     m8_what_was_charged_before,
     m9_one_part_in_a_sum,
     m10_first_plans,
+    m11_held_out_rows,
 )
 """The step that each format is made by, the first one's first."""
 FORMAT = len(STEPS)

@@ -68,12 +68,39 @@ def withdrawn_in(path: Path) -> frozenset[str]:
     """
     if not _is_there(path):
         return frozenset()
+    with _glance(path) as db:
+        return frozenset(name for (name,) in db.execute("SELECT DISTINCT dataset FROM withdrawals"))
+
+
+def key_in(path: Path) -> bytes:
+    """Return the random key of a ledger's file, made if it is not there, which is not read for it otherwise.
+
+    Raises:
+        LedgerError: as for ``withdrawn_in``; or the file cannot be made, or has no key.
+    """
+    if not _is_there(path):
+        _create(path)
+    with _glance(path) as db:
+        return key_of(path, db)
+
+
+def key_of(path: Path, db: sqlite3.Connection) -> bytes:
+    """Return the random key of an opened ledger; LedgerError if it has none."""
+    row = db.execute("SELECT key FROM secrets").fetchone()
+    if row is None or len(row[0]) != 32:
+        raise LedgerError(f"the ledger {path} is damaged (it has no key): do not train, ask for help")
+    return bytes(row[0])
+
+
+@contextmanager
+def _glance(path: Path) -> Iterator[sqlite3.Connection]:
+    """Yield a connection to a ledger's file, of which nothing but name and format is checked."""
     _refuse_second_name(path)
     # mode=rw: a journal that a killed process left is rolled back, as by whoever opens the ledger.
     place = f"{path.absolute().as_uri()}?mode=rw"
     with one_line(path, "read"), closing(_connect(place, uri=True)) as db:
         _refuse_other_format(path, db)
-        return frozenset(name for (name,) in db.execute("SELECT DISTINCT dataset FROM withdrawals"))
+        yield db
 
 
 class LedgerFile:

@@ -10,10 +10,11 @@ from types import TracebackType
 from typing import Self
 
 from fedveil.client.ledger.budgets import BudgetHistory
-from fedveil.client.ledger.file import BUSY_SECONDS, LedgerFile
+from fedveil.client.ledger.file import BUSY_SECONDS, LedgerFile, key_of
 from fedveil.client.ledger.holds import Holds
 from fedveil.client.ledger.plans import Plans
 from fedveil.client.ledger.rows import Budget, Entry, Exposure, Failure, Terms
+from fedveil.client.ledger.rules import HeldOutRules
 from fedveil.client.ledger.sums import Sums
 from fedveil.common.errors import ConfigError, LedgerError
 from fedveil.privacy import privacy_filter
@@ -45,6 +46,8 @@ class LedgerHistory:
         """What the steward keeps for a run, and has withdrawn."""
         self.plans = Plans(self._file)
         """What the first run of each data set planned."""
+        self.rules = HeldOutRules(self._file)
+        """By which rule rows of each data set were held out."""
         self.sums = Sums(self._file)
         """What was done in secure sums, and is done once."""
 
@@ -211,10 +214,7 @@ class LedgerHistory:
     def key(self) -> bytes:
         """The ledger's own random key for ``record_hashes``."""
         with self._file.reading() as db:
-            row = db.execute("SELECT key FROM secrets").fetchone()
-        if row is None or len(row[0]) != 32:
-            raise LedgerError(f"the ledger {self.path} is damaged (it has no key): do not train, ask for help")
-        return bytes(row[0])
+            return key_of(self.path, db)
 
     def _recognise(self, dataset: str, records: Collection[int]) -> list[str]:
         """Return the other data sets of this ledger that were charged for any of these records, sorted.
@@ -233,6 +233,11 @@ class LedgerHistory:
                 (dataset,),
             )
             return [name for (name,) in rows.fetchall()]
+
+    def known(self, records: Collection[int]) -> frozenset[int]:
+        """Return those ``records`` that the ledger was charged for, or remembers, under any name."""
+        with self._file.reading() as db:
+            return frozenset(value for (value,) in db.execute("SELECT hash FROM records")) & frozenset(records)
 
     def _unknown(self, dataset: str, records: Collection[int]) -> list[int]:
         """Return those ``records`` that ``dataset`` is not known by yet.

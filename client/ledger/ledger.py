@@ -36,6 +36,10 @@ from fedveil.common.errors import ConfigError, PolicyRefusal
 from fedveil.privacy import privacy_filter
 from fedveil.privacy.privacy_filter import Commitment, commitment_to
 
+_SHARED = (
+    "data set {!r} refuses round {} of run {!r}: records that it shares with another data set are released no more; "
+    "see `fedveil ledger show {}`"
+)
 PRICES = 4
 """How often a charge is priced anew because others wrote meanwhile, before it is priced under the lock."""
 
@@ -98,6 +102,7 @@ class Ledger(LedgerHistory):
             self.sums.hold_apart(charge, prices)
             hold_to_budgets(self, charge, prices)
             self.sums.use_key(db, charge)
+            self.rules.note(db, dataset, charge.held_out)
             for name in prices:
                 self.plans.commit(db, name, charge.run, self._plan(name, charge))
             _insert(db, charge, prices)
@@ -138,14 +143,14 @@ class Ledger(LedgerHistory):
         steps: int,
         records: Collection[int] = (),
         allow: Callable[[int, int], None] | None = None,
+        held_out: str = "",
     ) -> None:
         """Write down durably that a round is about to release records of ``dataset`` without privacy.
 
-        Guarantees: when this returns, the event is on disk; when it raises, nothing was written. From then on
-        ``exposed`` is true of this data set, and of any other that shares a record with it.
+        Guarantees: as ``charge``. From then on ``exposed`` is true of all data sets that share a record with this one.
 
         Args:
-            dataset, run, round_number, steps, records, allow: of the round, as in ``charge``.
+            dataset, run, round_number, steps, records, allow, held_out: of the round, as in ``charge`` and ``Charge``.
 
         Raises:
             ConfigError: a figure is out of range, or a name is empty.
@@ -158,13 +163,11 @@ class Ledger(LedgerHistory):
         with self._file.transaction() as db:
             self._hold_to_withdrawals(dataset)
             if self.holds.withdrawn(self._recognise(dataset, records)):
-                raise PolicyRefusal(
-                    f"data set {dataset!r} refuses round {round_number} of run {run!r}: records that it shares with "
-                    f"another data set are released no more; see `fedveil ledger show {self.path}`"
-                )
+                raise PolicyRefusal(_SHARED.format(dataset, round_number, run, self.path))
             if allow:
                 allow(*self.trained(dataset, run))
             _remember(db, dataset, records)
+            self.rules.note(db, dataset, held_out)
             db.execute(
                 "INSERT INTO exposures (dataset, run, round, steps, released_at) VALUES (?, ?, ?, ?, ?)",
                 (dataset, run, round_number, steps, now()),

@@ -77,6 +77,8 @@ class Charge:
     """Everything that the run is to release of the data set; empty: this charge, again and again."""
     site: str = ""
     """Of a secure sum, which site it is there; a record is at one site of a sum. Empty: it is no secure sum."""
+    held_out: str = ""
+    """The rule by which rows of the data set are left out, in words; empty: there is none."""
 
     def __post_init__(self) -> None:
         positive(max_epsilon=self.max_epsilon)
@@ -217,6 +219,18 @@ class Withdrawal:
     reason: str
     """The steward's; it never leaves the site."""
     withdrawn_at: str
+    """UTC, ISO 8601."""
+
+
+@dataclass(frozen=True)
+class HeldOutRule:
+    """One row of the ledger: the rule by which a data set's charges from then on left rows out."""
+
+    id: int
+    dataset: str
+    rule: str
+    """In words; empty: from then on no row is held out."""
+    set_at: str
     """UTC, ISO 8601."""
 
 

@@ -10,7 +10,7 @@ import os
 import sqlite3
 from contextlib import closing
 
-FORMAT = 10
+FORMAT = 11
 APPLICATION_ID = 0x46564C44
 """``FVLD``, in the file's header."""
 TABLES = """
@@ -72,6 +72,12 @@ CREATE TABLE withdrawals (
     reason TEXT NOT NULL CHECK (reason != ''),
     withdrawn_at TEXT NOT NULL
 );
+CREATE TABLE held_out (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    dataset TEXT NOT NULL CHECK (dataset != ''),
+    rule TEXT NOT NULL,
+    set_at TEXT NOT NULL
+);
 CREATE TABLE mask_keys (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     key BLOB NOT NULL UNIQUE CHECK (length(key) = 32),
@@ -100,6 +106,7 @@ ONLY_ADDED = {
     "budgets": ("budget_", "budgets"),
     "reservations": ("reservation_", "reservations"),
     "withdrawals": ("withdrawal_", "withdrawals"),
+    "held_out": ("held_out_", "held out rules"),
     "mask_keys": ("mask_key_", "mask keys"),
     "signed_lists": ("signed_list_", "signed lists"),
     "records": ("record_", "records"),

@@ -8,7 +8,7 @@ quoting, as GLUE's are written: a quote is a quote. Row numbers in messages coun
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -68,7 +68,14 @@ def read_public(config: DataConfig, task: str, source: str | None = None) -> Rea
     return _load(config, task, source, protected=False)
 
 
-def load_protected(config: DataConfig, task: str, source: str | None = None, *, line_breaks: bool = False) -> Reading:
+def load_protected(
+    config: DataConfig,
+    task: str,
+    source: str | None = None,
+    *,
+    line_breaks: bool = False,
+    beside: Sequence[Column] = (),
+) -> Reading:
     """Load the records of a source that a site protects; what is no record is left out and never an error.
 
     A record left out contributes zero, as it must whatever the others are: batches are drawn of each record
@@ -80,15 +87,16 @@ def load_protected(config: DataConfig, task: str, source: str | None = None, *, 
         source: see load_dataset.
         line_breaks: whether cells of a CSV file may hold line breaks, by the steward's word that whatever wrote it
             doubles quotes. Else a line is a row, and no line changes what another is.
+        beside: columns that are read besides those of the task.
 
     Raises:
         DataError: the source is missing, cannot be opened, or its header lacks a column.
         ConfigError: as for load_dataset; also if the task has labels and ``data.labels`` does not name them.
     """
-    return _load(config, task, source, protected=True, line_breaks=line_breaks)
+    return _load(config, task, source, protected=True, line_breaks=line_breaks, beside=beside)
 
 
-def _phrases_of(config: DataConfig, labels: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+def label_phrases_of(config: DataConfig, labels: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
     """Return the phrases about ``labels`` that ``data.name`` has, whatever source the records come from.
 
     A frozen head never travels: server and sites must start the same one, though each reads records of its own.
@@ -105,6 +113,7 @@ def _load(
     protected: bool,
     persons: bool = False,
     line_breaks: bool = True,
+    beside: Sequence[Column] = (),
 ) -> Reading:
     OneOf(TASKS).check("model.task", task)
     source = config.name if source is None else source
@@ -116,9 +125,11 @@ def _load(
     labels = _configured_labels(config)
     if source in DATASETS:
         _check_named(source, task, labels, config)
-        if config.slice and source == config.test:
+        sliced = [Column(SLICE, config.slice)] if config.slice and source == config.test else []
+        if chosen := [*sliced, *beside]:
             raise ConfigError(
-                f"data.slice is {config.slice!r}, and {source!r} has no columns to choose from: leave it empty"
+                f"{chosen[0].setting} is {chosen[0].name!r}, and {source!r} has no columns to choose from: "
+                "leave it empty"
             )
         reading = Reading(load_named(source, key, person))
     else:
@@ -127,14 +138,12 @@ def _load(
         more = [Column(KEY, key)] if key else []
         more += [Column(PERSON, person)] if person else []
         more += [Column(SLICE, config.slice)] if config.slice and source == config.test and not protected else []
-        columns = (*columns_of(kind.roles, config), *more)
+        columns = (*columns_of(kind.roles, config), *more, *beside)
         out = protected or config.invalid_rows == "skip"
         read = read_rows(source, tables, columns, kind.example, labels, protected=protected, skip=out)
-        dataset, unfit, files = read
-        reading = Reading(dataset, tuple(unfit), tuple(unreadable), files)
-    dataset = reading.dataset
-    phrases = _phrases_of(config, dataset.label_names)
-    return dataclasses.replace(reading, dataset=dataclasses.replace(dataset, label_phrases=phrases))
+        reading = Reading(read[0], tuple(read[1]), tuple(unreadable), read[2])
+    phrases = label_phrases_of(config, reading.dataset.label_names)
+    return dataclasses.replace(reading, dataset=dataclasses.replace(reading.dataset, label_phrases=phrases))
 
 
 def _check_named(source: str, asked: str, labels: tuple[str, ...], config: DataConfig) -> None:

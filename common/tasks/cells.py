@@ -67,6 +67,11 @@ def read_word(value: object, folder: Path | None = None) -> str:
     return read_text(value).strip()
 
 
+def read_if_any(value: object, folder: Path | None = None) -> str:
+    """Return a cell as text without blanks around it, empty where it is blank; errors: see read_text."""
+    return read_optional(value).strip()
+
+
 def names_no_file(value: object, folder: Path | None = None) -> None:
     """Return that a reader of the cell opens no file."""
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
-BESIDE = ("key", "person", "slice")
+BESIDE = ("key", "person", "slice", "part")
 """Fields that are about a record, and none of what it holds."""
 
 
@@ -27,7 +27,9 @@ class Example(ABC):
     person: str = field(default="", repr=False)
     """Whose it is, as the column ``data.person`` says; empty: no one is named. It never leaves a site."""
     slice: str = field(default="", compare=False)
-    """Of a public test record: the part of the test data that it is of; empty: no slices are read."""
+    """Of a test record: the part of the test data that it is of; empty: no slices are read."""
+    part: str = field(default="", compare=False, repr=False)
+    """Of a site's own record: what it has in the column by which rows are held out; empty: none is read."""
     row: bytes = field(default=b"", compare=False, repr=False)
     """SHA-256 of the whole row that it was read from, whichever columns were chosen; empty: made up."""
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fedveil.common.tasks.cells import Namer, Reader, names_no_file, read_text, read_word
+from fedveil.common.tasks.cells import Namer, Reader, names_no_file, read_if_any, read_text, read_word
 
 if TYPE_CHECKING:
     from fedveil.common.config.sections import DataConfig
@@ -36,6 +36,8 @@ class Role:
     """How a cell becomes the field's value."""
     file: Namer = names_no_file
     """The file that this opens for a cell. A site's worker watches it: one that was deleted is to be in use no more."""
+    section: str = "data."
+    """What stands before ``setting`` in a job; of a role that a site's own settings alone name, nothing."""
 
     @property
     def column(self) -> str:
@@ -53,8 +55,8 @@ class Column:
 
     @property
     def setting(self) -> str:
-        """The job's setting that names it, such as ``data.text``."""
-        return f"data.{self.role.setting}"
+        """The setting that names it, such as ``data.text``."""
+        return f"{self.role.section}{self.role.setting}"
 
 
 LABEL = Role("label", "label", "the label", read=read_word, in_question=False)
@@ -65,6 +67,8 @@ SLICE = Role("slice", "slice", "the part of the public test data that a record i
 """Column of the public test file alone, by which scores are given as well."""
 PERSON = Role("person", "person", "whose the record is", read=read_word)
 """Column of persons: of no task; at a site with records of its own it is the one that its policy pins."""
+HELD_OUT = Role("held-out-column", "part", "whether the record is held out", read=read_if_any, section="")
+"""Column by which a site holds rows out of training (``client.held_out``)."""
 
 
 def columns_of(roles: Sequence[Role], data: DataConfig) -> tuple[Column, ...]:

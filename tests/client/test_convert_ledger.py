@@ -144,7 +144,7 @@ def as_data(*row: Any) -> tuple[Any, ...]:
 
 LAYOUTS = (
     *("8844aba8", "0e65a028", "e888c9cb", "a9e05ee1", "8626a8b9"),
-    *("e2df26a2", "61ae3799", "f6247648", "a6509f5e", "4596f8c4"),
+    *("e2df26a2", "61ae3799", "f6247648", "a6509f5e", "4596f8c4", "16d3f3d9"),
 )
 """Of each format, the beginning of the SHA-256 of all that SQLite says its tables and triggers are."""
 
@@ -232,6 +232,7 @@ def of_format(path: Path, number: int) -> Path:
         "records": "VALUES (7, 'ward'), (8, 'ward'), (8, 'lab')",
         "exposures": "(dataset, run, round, steps, released_at) VALUES ('attic', 'open', 1, 2, 'then')",
         "failures": "(dataset, run, round, reason, failed_at) VALUES ('ward', 'old', 1, 'no memory', 'then')",
+        "held_out": "(dataset, rule, set_at) VALUES ('ward', 'a share', 'then')",
         "mask_keys": "(key, dataset, run, round, charged_at) VALUES (zeroblob(32), 'ward', 'old', 1, 'then')",
         "reservations": "(dataset, run, epsilon, until, set_at) VALUES ('ward', 'next', 1.5, '2999-01-01', 'then')",
         "withdrawals": "(dataset, reason, withdrawn_at) VALUES ('clinic', 'asked for', 'then')",
@@ -450,7 +451,7 @@ def test_a_forged_number_of_a_format_is_found_and_nothing_is_changed(path: Path,
     connection.close()
     before = path.read_bytes()
     with pytest.raises(
-        LedgerError, match="its tables are not those of format 10" if forged == FORMAT else "has format"
+        LedgerError, match="its tables are not those of format 11" if forged == FORMAT else "has format"
     ):
         Ledger(path)
     if forged < FORMAT:

@@ -21,8 +21,9 @@ from fedveil.common.ports import free_ports
 from fedveil.common.tasks import TASKS
 from fedveil.deploy import site_check
 from fedveil.deploy.commands import node_config
+from fedveil.deploy.own_rows import pinned_settings
 from fedveil.deploy.server_folder import make_server
-from fedveil.deploy.site_check import check_site, pinned_settings
+from fedveil.deploy.site_check import check_site
 from fedveil.deploy.site_folder import node_settings, open_site_folder
 from fedveil.deploy.start import start_site
 from fedveil.deploy.withdraw import withdraw_site
