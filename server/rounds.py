@@ -67,4 +67,5 @@ def run_rounds(
         score = server.evaluate(update.after)
         observer.finished(RoundOutcome(round_number, got, score, time.monotonic() - began), update, collector.members)
         state = server.prepare(update.after)
+        del got, averaged, update  # else the next round's replies come while this one's are in memory
     return state

@@ -137,3 +137,22 @@ def test_an_average_has_the_same_bits_from_disk_and_memory_in_any_order(
     for lines, tensors in ends[1:]:
         assert lines == ends[0][0]
         assert all(torch.equal(tensors[name], tensor) for name, tensor in ends[0][1].items())
+
+
+class Counting(InProcessTransport):
+    """Counts the replies of earlier rounds that are in memory while sites answer."""
+
+    earlier: list[int]
+
+    def exchange(self, tasks: Mapping[int, Task], timeout: float) -> Exchange:
+        number = next(iter(tasks.values())).round_number
+        gc.collect()
+        results = [each for each in gc.get_objects() if isinstance(each, TrainResult) and each.run == "one"]
+        Counting.earlier.append(sum(each.round_number < number for each in results))
+        return super().exchange(tasks, timeout)
+
+
+def test_no_reply_of_a_round_is_in_memory_in_the_next(toy_settings: dict[str, Any]) -> None:
+    Counting.earlier = []
+    run_in_process({**toy_settings, "rounds": 3}, 2, "one", Counting)
+    assert Counting.earlier == [0, 0, 0]
