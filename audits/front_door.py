@@ -12,7 +12,8 @@ from unittest.mock import patch
 
 import httpx
 import uvicorn
-from flwr.superlink.main import create_app, iter_route_contexts
+from fastapi.routing import iter_route_contexts
+from flwr.superlink.main import create_app
 
 from audits.faults import SOUND, Fault
 from audits.finding import judged
@@ -99,7 +100,7 @@ def served(config: uvicorn.Config) -> Iterator[int]:
 
 def door_before(upstream: Upstream) -> uvicorn.Config:
     """Return how a front door listens that passes requests on to ``upstream``."""
-    transport = httpx.ASGITransport(app=upstream)  # type: ignore[arg-type]
+    transport = httpx.ASGITransport(app=upstream)
     return front_door.listening(front_door.front_door(transport, "https://control"))
 
 
@@ -132,7 +133,7 @@ def smuggling(header: str) -> bytes:
 def routes_behind() -> list[str]:
     """Return method and path of every route of the installed SuperLink but those of the sites and its health."""
     lines = {
-        f"{method} {one.route.path}"
+        f"{method} {getattr(one.route, 'path', '')}"
         for one in iter_route_contexts(create_app().routes)
         for method in getattr(one.route, "methods", None) or ("GET",)
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import grpc
@@ -14,20 +15,23 @@ from flwr.supernode.cli import flower_supernode
 from faults.fault_plan import open_plan
 from fedveil.deploy.transport import IS_HTTP
 
-if IS_HTTP:
-    from flwr.supernode import fleet_http_connection as connection
-    from flwr.supernode.fleet_http_client import FleetHttpClient as FleetStub
+if IS_HTTP:  # which the types of the installed Flower need not know
+    connection = import_module("flwr.supernode.fleet_http_connection")
 else:
-    from flwr.client.grpc_rere_client import connection
-    from flwr.proto.fleet_pb2_grpc import FleetStub
+    connection = import_module("flwr.client.grpc_rere_client.connection")
+STUB = "FleetHttpClient" if IS_HTTP else "FleetStub"
+"""The class whose methods are a node's calls to the Fleet API."""
 
 NODE = "the stuttering node"
 """Its name in a plan."""
 HALF = "announced and never sent"
 
 
-class StutteringStub(FleetStub):
+class StutteringStub(getattr(connection, STUB)):  # type: ignore[misc]
     """The calls of a node to the Fleet API; what became of a repeated push goes to ``pushes.txt``."""
+
+    PushMessages: Callable[..., Any]
+    PushObject: Callable[..., Any]
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -68,5 +72,5 @@ def _note(what: str, repeat: Callable[[], Any]) -> None:
 
 def main() -> None:
     """Be a SuperNode, with its command line."""
-    setattr(connection, FleetStub.__name__, StutteringStub)
+    setattr(connection, STUB, StutteringStub)
     flower_supernode()

@@ -174,6 +174,9 @@ class PrivateSteps:
     order: tuple[nn.Parameter, ...] = ()
     """The trained parameters in the canonical order of what is sent."""
 
+    _hooked: Sequence[nn.Module] = ()
+    """The layers that have hooks, inside the context."""
+
     def __init__(
         self,
         module: nn.Module,
@@ -212,7 +215,6 @@ class PrivateSteps:
         self._unit = plan.unit
         self._mechanism.read(plan, noise_margin)
         self._released: list[tuple[Tensor, int]] = []
-        self._hooked: Sequence[nn.Module] = ()
         # From now on, also after the context: this optimiser never sees a raw gradient.
         optimizer.register_step_pre_hook(self._check)
 

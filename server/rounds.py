@@ -44,8 +44,7 @@ def run_rounds(
         observer: hears of every round.
 
     Raises:
-        RunFailed: fewer than ``min-sites`` sites succeeded in a round, in ``round-retries`` attempts
-            after the first too; names each with its reason.
+        RunFailed: fewer than ``min-sites`` sites succeeded in a round and its retries; names each with its reason.
     """
     state, score = start
     state = server.prepare(state)

@@ -64,6 +64,7 @@ DOORS = {
         "deploy/control.py",
         "deploy/fleet.py",
         "deploy/superlink.py",
+        "audits/front_door.py",
         "faults/checks.py",
         "faults/faulty_server.py",
         "faults/faulty_site.py",
