@@ -23,6 +23,7 @@ from faults.network import Cable
 from faults.road_scenarios import door_killed, proxy_restarts
 from faults.scenarios import NETWORK, below_quorum, cut, kills, lies, slow, sound, stutters
 from faults.server_scenarios import server_killed, superlink_killed
+from faults.site_scenarios import not_named, volume_full
 from faults.sum_scenarios import drop_outs, server_lies, sums, survivor_lies
 from faults.table import show
 from fedveil.common.errors import FedVeilError, RunFailed
@@ -30,7 +31,7 @@ from fedveil.common.findings import Finding
 
 SCENARIOS = (
     *("lies", "quorum", "slow", "kills", "cut", "server", "superlink", "sums", "server-lies", "stutters", "drop-outs"),
-    *("survivor-lies", "proxy", "door", "impostor"),
+    *("survivor-lies", "proxy", "door", "named", "full", "impostor"),
 )
 
 
@@ -83,6 +84,8 @@ def play(folder: Path, wanted: tuple[str, ...] | list[str]) -> Iterator[Finding]
                 "superlink": lambda: superlink_killed(federation, deadline),
                 "proxy": lambda: iter([laid]) if laid else proxy_restarts(federation, cable, deadline),
                 "door": lambda: door_killed(federation, deadline),
+                "named": lambda: not_named(federation, deadline),
+                "full": lambda: volume_full(federation, deadline),
                 "impostor": lambda: impostors(folder / "impostor"),
             }
             for name in wanted:

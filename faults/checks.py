@@ -22,7 +22,7 @@ from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from faults.federation import SIZES, Federation, Run
+from faults.federation import MORE_SIZES, SIZES, Federation, Run
 from fedveil.client.ledger.ledger import Ledger
 from fedveil.common.findings import Finding
 from fedveil.common.messages.blocks import block_data
@@ -148,8 +148,9 @@ def _difference(federation: Federation, run: Run, number: int, expected: Expecte
     if not all(replies.values()):
         wrong.append("a survivor's reply was not recorded")
         return float("nan")
-    total = sum(SIZES[site] for site in replies)
-    mean = sum(SIZES[site] / total * payload(kept[expected.reply]) for site, kept in replies.items())
+    sizes = {**SIZES, **MORE_SIZES}
+    total = sum(sizes[site] for site in replies)
+    mean = sum(sizes[site] / total * payload(kept[expected.reply]) for site, kept in replies.items())
     difference = max(float(np.abs(mean - after).max()) for after in _led_to(federation, run, number))
     if not difference < CLOSE:
         wrong.append("the adapter is not what the survivors' replies imply")

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from adapter_models import bias_forgotten, losses, random_values, stock
+from adapter_models import bias_forgotten, furthest_from_alone, losses, random_values, stock
 from made_run import spent
 from peft import LoraConfig, MissConfig, PeftConfig, PeftModel, RandLoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -223,25 +223,35 @@ def test_small_noise_on_the_direction_enters_the_weights_without_its_part_along_
     assert float((moved - (mu / V.norm(dim=1))[:, None] * turned).norm() / wanted.norm()) > 0.05
 
 
-@pytest.mark.parametrize(
-    ("mu", "refusal", "said"),
-    [(True, TypeError, "keyword-only"), (False, MechanismError, "got no gradient of its own")],
-    ids=["mu trained", "mu frozen"],
-)
-def test_pefts_own_layer_is_refused_under_the_mechanism_before_anything_is_released(
-    mu: bool, refusal: type[Exception], said: str, model_folder: Folder
-) -> None:
+def pefts_own(model_folder: Folder, mu: bool) -> tuple[Any, list[Any]]:
+    """Return a model with PEFT's own layer, and what it trains."""
     config = LoraConfig(r=RANK, target_modules=["query"], use_dora=True, lora_dropout=0.0)
     model: Any = get_peft_model(stock(model_folder("bert"), "bert"), config)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name and (mu or "magnitude" not in name))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    model.double()
+    return model.double(), [p for p in model.parameters() if p.requires_grad]
+
+
+def test_pefts_own_layer_is_refused_under_the_mechanism_before_anything_is_released(model_folder: Folder) -> None:
+    model, trained = pefts_own(model_folder, mu=True)
     before = [p.detach().clone() for p in trained]
     tokens = torch.randint(4, 20, (4, 7), generator=stream(1, "tokens"))
-    with PrivateSteps(model, torch.optim.SGD(trained, 1.0), FIGURES) as steps, pytest.raises(refusal, match=said):
+    refused = pytest.raises(TypeError, match="keyword-only")
+    with PrivateSteps(model, torch.optim.SGD(trained, 1.0), FIGURES) as steps, refused:
         steps.step([tokens], lambda batch: losses(model, batch))
     assert all(torch.equal(p, b) for p, b in zip(trained, before, strict=True))
+
+
+def test_pefts_own_layer_whose_magnitudes_rest_gives_each_records_own_gradient(model_folder: Folder) -> None:
+    """It calls its linear layers a second time, with a matrix that is no batch, for a norm without gradient."""
+    model, trained = pefts_own(model_folder, mu=False)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    with torch.no_grad():
+        for p in trained:
+            p.add_(0.1 * torch.randn(p.shape, generator=stream(2, "factors"), dtype=p.dtype))
+    assert furthest_from_alone(model) < 1e-12
 
 
 @pytest.mark.parametrize(

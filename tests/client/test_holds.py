@@ -123,6 +123,7 @@ def test_a_reservation_of_the_seventh_format_counts_all_charges_of_its_run(ledge
         db.execute("ALTER TABLE mask_keys DROP COLUMN site")
         db.execute("DROP TABLE signed_lists")
         db.execute("DROP TABLE plans")
+        db.execute("DROP TABLE held_out")
         db.execute("PRAGMA user_version = 7")
     ledger.close()
     convert(path)
