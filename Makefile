@@ -127,7 +127,7 @@ bench: environment
 	@date -u +%FT%TZ; uname -srm; grep -m 1 'model name' /proc/cpuinfo; echo "cores: $$(nproc)"; uptime
 	@failed=; for each in benchmarks/*.py; do \
 	  echo; echo "$(BIN)/python $$each"; \
-	  OMP_WAIT_POLICY=PASSIVE FEDVEIL_PROCESS=1 $(BIN)/python $$each || failed="$$failed $$each"; \
+	  PYTHONPATH=. OMP_WAIT_POLICY=PASSIVE FEDVEIL_PROCESS=1 $(BIN)/python $$each || failed="$$failed $$each"; \
 	done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 docs: environment
