@@ -1,4 +1,4 @@
-"""What left the frozen layers, of the records of a process's sites: kept in memory without a name.
+"""Outputs of the frozen layers for the records of a process's sites, kept in memory without a name.
 
 A record's values are found by a name that hashes the base model, its last frozen layer, how that computes, the record's
 shape and the record itself. Workers (``client.cores``) read and write the same memory, of which they get the descriptor

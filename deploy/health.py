@@ -1,4 +1,4 @@
-"""Whether the programs of a server's or a site's folder do their work, for ``fedveil doctor --health`` and probes.
+"""A quick check that a server's or a site's programs do their work, for ``fedveil doctor --health`` and probes.
 
 A probe runs every few seconds: this imports little, opens no record and no model, and changes nothing.
 """

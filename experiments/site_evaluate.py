@@ -1,4 +1,4 @@
-"""How models do on a site's own held-out rows, for its steward alone: nothing of it leaves the site.
+"""Score models on a site's own held-out rows, for its steward alone: nothing of it leaves the site.
 
 No task is answered meanwhile, and no base model is opened that the steward's policy does not name by its hashes.
 """

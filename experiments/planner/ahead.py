@@ -1,4 +1,4 @@
-"""What a plan knows of a job for real sites before it is sent: by settings, declared numbers and public files alone."""
+"""Plan a job for real sites before it is sent, from settings, declared numbers and public files alone."""
 
 from __future__ import annotations
 

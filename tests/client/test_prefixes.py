@@ -1,4 +1,4 @@
-"""What leaves the layers below the adapter: kept, displaced or computed, a record has the same bits."""
+"""Outputs of the layers below the adapter: kept, displaced or computed, a record has the same bits."""
 
 from __future__ import annotations
 
