@@ -7,17 +7,20 @@ import json
 import re
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from digits import digits, save_vit, write_folder
 from flwr.common.serde import recorddict_to_proto
+from image_worlds import toy_digits
 from typer.testing import CliRunner
 
+from audits.tiny_models import write_questions
 from audits.tiny_site import OneSite, clinic
 from fedveil.cli.main import app
 from fedveil.client import turns, worker
@@ -245,3 +248,68 @@ def test_a_model_of_this_site_alone_is_paid_from_the_same_budget_and_refused_whe
     with pytest.raises(FedVeilError):
         evaluate_site(folder, alone=True)
     assert site.charges() != before, "a part of a run that cannot be paid for is charged, and not found"
+
+
+@pytest.fixture(scope="session")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    return lambda kind="dinov2": save_vit(tmp_path_factory.mktemp(f"tiny-{kind}"), kind)
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "image-classification"])
+def test_completions_and_images_are_scored_as_a_server_scores_them(
+    task: str, toy_generation: dict[str, Any], vit: Callable[..., str], tmp_path: Path
+) -> None:
+    texts = task == "causal-lm"
+    site = clinic(toy_generation if texts else toy_digits(vit, tmp_path), tmp_path)
+    site.settings |= {"data.labels": "" if texts else "0,1"}
+    if texts:
+        data = write_questions(tmp_path / "own.csv", 40, seed=3)
+        held = write_questions(tmp_path / "held.csv", 12, seed=4)
+    else:
+        data = write_folder(tmp_path / "own", digits(count=40, start=240))
+        held = write_folder(tmp_path / "held", digits(count=12, start=300))
+    site.node["data"] = str(data)
+    site.rule()
+    policy = Path(str(site.node["policy"])).read_text(encoding="utf-8")
+    node: dict[str, Scalar] = {"data": str(data), "public-size": 50, "held-out-file": str(held), "keep-states": 1}
+    folder = make_site(tmp_path / "clinic", "clinic", "127.0.0.1", policy=policy, node=node_config(node))
+    site.node = node_settings(folder)
+    site.train()
+    scores, _ = evaluate_site(folder)
+    config, model = configure(site.settings).config, site.model()
+    model.write(model.start)
+    alike = model.score(model.prepare(load_dataset(config.data, task, str(held)).examples))
+    for scored in scores.models:  # the state that was sent is the start
+        (whole,) = scored.groups
+        assert (whole.records, scores.charged) == (12, 0)
+        assert whole.accuracy is not None
+        assert (whole.accuracy.value, whole.loss) == pytest.approx((alike.accuracy, alike.loss), rel=1e-4)
+
+
+def test_a_paid_initialisation_of_a_model_trained_alone_is_in_the_same_budget(
+    toy_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    own = {
+        "strategy": "fed-sb",
+        "adapter.start": "dp-gradient",
+        "start.sample-rate": 0.5,
+        "start.noise-multiplier": 3.0,
+    }
+    site = clinic({**toy_settings, **own}, tmp_path)
+    data = with_column(Path(str(site.node["data"])), tmp_path / "own.csv")
+    policy = Path(str(site.node["policy"])).read_text(encoding="utf-8")
+    node: dict[str, Scalar] = {"data": str(data), "public-size": 50, "held-out-column": "split=test", "keep-states": 1}
+    folder = make_site(tmp_path / "clinic", "clinic", "127.0.0.1", policy=policy, node=node_config(node))
+    site.node = node_settings(folder)
+    first = site.ask(replace(site.task(0), state={}, basis={}, basis_fingerprint=""))
+    assert isinstance(first, TrainResult), first
+    for round_number in (1, 2, 3, 4):
+        site.train(round_number)
+    scores, _ = evaluate_site(folder, alone=True)
+    assert scores.models[-1].model == "this site alone, as in run 1"
+    with Ledger(site.ledger) as ledger:
+        of_run, alone = ([e for e in ledger.entries() if (e.run == "1") == run] for run in (True, False))
+        assert [(e.round_number, e.purpose, e.event, e.count) for e in alone] == [
+            (e.round_number, e.purpose, e.event, e.count) for e in of_run
+        ]
+        assert of_run[0].round_number == 0
