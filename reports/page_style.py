@@ -104,7 +104,7 @@ footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--rule);
   dl.words dd { margin-bottom: .6rem; }
   th, td { padding: .38rem .5rem; }
   th.n, td.n { white-space: normal; }
-  .wraps tbody th[scope=row]:not(.n), .wraps td.name { min-width: 5rem; }
+  .wraps tbody th[scope=row]:not(.n), .wraps td.name { min-width: 5.6rem; }
   .wraps tbody th, .wraps td { overflow-wrap: anywhere; }
   .matrix tbody th[scope=row]:not(.n) { min-width: 0; max-width: 7rem; }
   .hint { display: block; }
