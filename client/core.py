@@ -73,7 +73,8 @@ class Passes:
         if self.kind == "derivatives":
             order = order_of(self.model, self.trained)
             return [derivatives(self.model, self._steps, order, batch, n) for n in range(1, self.model.classes)]
-        return self._steps.whole_sums(batch, self.model.losses)
+        wanted = self._steps.samples if self.plan.unit.grouped else self._steps.whole_sums
+        return wanted(batch, self.model.losses)
 
     def digest(self, batch: FixedBatch) -> str:
         """Return a digest of every bit that is found of a batch, and of its records' gradients before the clip."""

@@ -85,7 +85,7 @@ class Cores:
     def opened(self, model: FederatedModel, kind: Kind, plan: PrivacyPlan | None = None) -> Iterator[Share]:
         """Share a model's passes; see ``common.model.sharing``."""
         alone = self.count < 2 or self.given_up or torch.get_num_threads() > 1  # others round otherwise
-        if alone or model.device.type != "cpu" or _grouped(plan):
+        if alone or model.device.type != "cpu":
             yield unshared
             return
         try:
@@ -258,11 +258,6 @@ class Cores:
                 self._lose(worker)
                 lost.append(batch)
         return lost
-
-
-def _grouped(plan: PrivacyPlan | None) -> bool:
-    """Return whether a step's batches are whole units of several records, which are not divided."""
-    return isinstance(plan, PrivacyPlan) and plan.unit.grouped
 
 
 def _bare(model: FederatedModel) -> FederatedModel:

@@ -43,7 +43,7 @@ from torch.optim import Optimizer
 from fedveil.common.errors import MechanismError
 from fedveil.common.log import place_of
 from fedveil.common.model.shapes import FixedBatch
-from fedveil.common.model.sharing import Share, unshared
+from fedveil.common.model.sharing import Share, in_order, unshared
 from fedveil.common.own_gradients import OwnGradients
 from fedveil.privacy import grid
 from fedveil.privacy.linear_samples import SampleHooks
@@ -170,7 +170,8 @@ class PrivateSteps:
     words: Words | None = None
     """See ``privacy.steps.Steps``."""
     share: Share
-    """What may compute batches of a step elsewhere, as ``whole_sums`` does."""
+    """What may compute batches of a step elsewhere, as ``whole_sums`` does, or ``samples`` where a unit has several
+    rows."""
     order: tuple[nn.Parameter, ...] = ()
     """The trained parameters in the canonical order of what is sent."""
 
@@ -300,8 +301,8 @@ class PrivateSteps:
 
     def _privatise(self, batches: Iterable[Any], losses: Callable[[Any], Tensor]) -> None:
         self._mechanism.zero_grad(set_to_none=True)
-        seen = False
-        for batch, wholes in self.share(batches, self._before_pass):
+        seen, share = False, unshared if self._unit.grouped else self.share  # of grouped units, parts are shared
+        for batch, wholes in share(batches, self._before_pass):
             if wholes is None:
                 seen = self._accumulate(batch, losses) or seen
             else:
@@ -332,11 +333,12 @@ class PrivateSteps:
         """Sum the gradients of each unit's rows in float64, and add what the clip leaves of it to the step's sum."""
         unit_sums = [p.new_zeros((units.units, *p.shape), dtype=torch.float64) for p in self._trained]
         seen = False
-        for part, owners in units.parts:
-            for rows in self._passes(part, losses):
+        for part, owners, samples in in_order(self.share, units.parts, self._before_pass):
+            for rows in self._passes(part, losses) if samples is None else [range(part.records)]:
+                gradients = samples or (parameter.grad_sample for parameter in self._trained)
                 # One after the other: a device that adds in no fixed order would let others' rows decide the rounding.
-                for total_of_unit, parameter in zip(unit_sums, self._trained, strict=True):
-                    for sample, row in zip(parameter.grad_sample, rows, strict=True):
+                for total_of_unit, gradient in zip(unit_sums, gradients, strict=True):
+                    for sample, row in zip(gradient, rows, strict=True):
                         total_of_unit[owners[row]] += sample
                 seen = True
         if seen:

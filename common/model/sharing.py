@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
@@ -12,7 +13,8 @@ if TYPE_CHECKING:
     from fedveil.privacy.plan import PrivacyPlan
 
 Kind = Literal["sums", "features", "derivatives"]
-"""What is computed of a batch: a step's clipped sums, features, or features with derivatives of each label's logit."""
+"""What is computed of a batch: a step's clipped sums (its rows' gradients where a unit has several rows), features, or
+features with derivatives of each label's logit."""
 T = TypeVar("T")
 Share = Callable[[Iterable["FixedBatch"], Callable[[], None]], Iterator[tuple["FixedBatch", Any]]]
 """Computes batches and yields each with what was found, in any order; None: the caller computes it itself. Before each
@@ -23,6 +25,24 @@ def unshared(batches: Iterable[T], before_pass: Callable[[], None]) -> Iterator[
     """Leave every batch to the caller, who then calls ``before_pass`` himself."""
     del before_pass
     return ((batch, None) for batch in batches)
+
+
+def in_order(
+    share: Share, noted: Iterable[tuple[FixedBatch, T]], before_pass: Callable[[], None]
+) -> Iterator[tuple[FixedBatch, T, Any]]:
+    """Yield shared batches, each with its note and what was found, in their own order, whichever is found first."""
+    waiting, found = deque[tuple["FixedBatch", T]](), dict[int, Any]()
+
+    def dealt() -> Iterator[FixedBatch]:
+        for batch, note in noted:
+            waiting.append((batch, note))
+            yield batch
+
+    for batch, answer in share(dealt(), before_pass):
+        found[id(batch)] = answer
+        while waiting and id(waiting[0][0]) in found:
+            first, note = waiting.popleft()
+            yield first, note, found.pop(id(first))
 
 
 class Sharing(Protocol):

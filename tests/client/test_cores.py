@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from audits.persons import by_person, owned
 from audits.tiny_models import save_tiny_model
 from audits.tiny_site import clinic
 from audits.worlds import World, fresh_world
@@ -26,7 +27,8 @@ from fedveil.client import process as process_module
 from fedveil.client.cores import Cores
 from fedveil.client.linearised import _vectors
 from fedveil.common.model.device import denormals_flushed
-from fedveil.common.model.sharing import Share, Unshared, unshared
+from fedveil.common.model.shapes import FixedBatch
+from fedveil.common.model.sharing import Share, Unshared, in_order, unshared
 from fedveil.common.threads import environment
 from fedveil.privacy.dpsgd import PrivateSteps
 from fedveil.privacy.plan import PrivacyPlan, gaussian_plan
@@ -80,7 +82,7 @@ def summed(world: World, opened: AbstractContextManager[Share] | None = None, pl
             add_noise()
 
         steps._mechanism.add_noise = look  # type: ignore[method-assign]
-        steps.step(world.model.fixed_batches(world.records), world.model.losses)
+        steps.step(plan.parts(world.model, world.records), world.model.losses)
     return torch.cat(sums)
 
 
@@ -126,6 +128,27 @@ def test_workers_compute_what_one_process_computes_to_the_last_bit(world: World,
     moved = summed(world)
     assert not torch.equal(moved, alone)
     assert torch.equal(summed(world, cores.opened(world.model, "sums", PLAN)), moved)
+
+
+def test_units_of_several_rows_have_the_same_bits_on_workers(world: World, cores: Cores) -> None:
+    owners = [position % 5 for position in range(len(world.records))]
+    persons, plan = World(world.model, owned(world, owners)), by_person(0.05)
+    alone = summed(persons, plan=plan)
+    assert torch.equal(summed(persons, cores.opened(persons.model, "sums", plan), plan), alone)
+    with cores.opened(persons.model, "sums", plan) as share:
+        for batch, found in share(persons.model.fixed_batches(persons.records), lambda: None):
+            assert [len(gradients) for gradients in found] == [batch.records] * len(persons.trained)
+
+
+def test_answers_are_taken_in_the_order_of_their_batches() -> None:
+    batches = [FixedBatch({"x": torch.zeros(1)}, 1) for _ in range(5)]
+
+    def last_first(batches: Any, before_pass: Callable[[], None]) -> Iterator[Any]:
+        yield from ((batch, id(batch)) for batch in reversed(list(batches)))
+
+    taken = list(in_order(last_first, zip(batches, "abcde", strict=True), lambda: None))
+    assert [note for _, note, _ in taken] == list("abcde")
+    assert all(found == id(batch) for batch, _, found in taken)
 
 
 def test_features_and_jacobians_are_the_same_to_the_last_bit(world: World, cores: Cores) -> None:
