@@ -51,10 +51,11 @@ LIMITS = {
     "private words per 1,000 of docstrings": 1.1,
     "questions of kind": 60,
     "README lines": 120,
-    # 3200, and by issue 49 clusters, several processes, and what a site evaluates.
-    "lines of documents, written": 3259,
-    # The page of the API in Python; the settings' section "wire", by issue 48; site evaluate, by issue 49.
-    "lines of documents, made": 2222,
+    # 3200, and by issue 49 clusters, several processes, and what a site evaluates; by issue 50 medical sets.
+    "lines of documents, written": 3276,
+    # The page of the API in Python; the settings' section "wire", by issue 48; site evaluate, by issue 49; the medical
+    # sets, by issue 50.
+    "lines of documents, made": 2227,
 }
 """The most that a figure may be, for those that have once been below it."""
 

@@ -18,7 +18,7 @@ class KnownPlace(Protocol):
 
     @property
     def is_folder(self) -> bool:
-        """Whether it is a folder, which its task reads by itself."""
+        """Whether it is a folder."""
 
     def located(self) -> AbstractContextManager[Path]:
         """Yield where it lies, once its hash has been compared.
@@ -58,7 +58,7 @@ class NamedDataset:
     only: tuple[str, str] | None = None
     """Column and the value that a row must have there to belong."""
     read: Callable[[Path], Table] = read_file
-    """How the file is read, if its ending does not say."""
+    """How the file is read, if its ending does not say; or how a folder becomes a table."""
     cut: Callable[[str], str] | None = None
     """What is kept of each field; None: all of it."""
     shares_sentences_with: tuple[str, ...] = ()
@@ -79,7 +79,7 @@ class NamedDataset:
     @property
     def is_folder(self) -> bool:
         """Whether it is no table, but a folder that its task reads by itself."""
-        return not isinstance(self.file, UserFile) and self.file.is_folder
+        return not isinstance(self.file, UserFile) and self.file.is_folder and self.read is read_file
 
 
 DATASETS: Rows[NamedDataset] = Rows(
@@ -101,6 +101,11 @@ DATASETS: Rows[NamedDataset] = Rows(
         "qnli": "sets.sentence_pairs:QNLI",
         "qnli-dev": "sets.sentence_pairs:QNLI_DEV",
         "asdiv": "sets.asdiv:ASDIV",
+        "medmcqa": "sets.medical:MEDMCQA",
+        "medmcqa-specialties": "sets.medical:MEDMCQA_SPECIALTIES",
+        "medmcqa-specialties-test": "sets.medical:MEDMCQA_SPECIALTIES_TEST",
+        "medqa": "sets.medical:MEDQA",
+        "pubmedqa": "sets.medical:PUBMEDQA",
         "textile-images": "sets.textile_images:TEXTILE_IMAGES",
     },
     "fedveil.demo",

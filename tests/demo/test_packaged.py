@@ -32,7 +32,6 @@ from fedveil.demo.packaged import (
     packaged_tree,
 )
 from fedveil.demo.sets.movie_reviews import FILE as REVIEWS
-from fedveil.demo.sets.textile_images import FILES as IMAGES
 from fedveil.demo.smollm2 import SMOLLM2
 
 CONTENT = b"text,label\ngood,1\n" * (HASH_BLOCK_BYTES // 16)  # more than one block
@@ -220,19 +219,26 @@ def test_a_tree_with_a_file_more_or_less_or_another_is_refused(site_packages: Pa
         pass
 
 
-def test_the_images_pin_follows_from_what_the_package_index_recorded() -> None:
+TREES = {name: dataset.file for name, dataset in DATASETS.items() if isinstance(dataset.file, PackagedTree)}
+SPECIALTIES = ("medmcqa", "medmcqa-specialties", "medmcqa-specialties-test")
+TREE_SIZES = {"textile-images": 2000, "pubmedqa": 2, **dict.fromkeys(SPECIALTIES, 41)}
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_a_tree_s_pin_follows_from_what_the_package_index_recorded(name: str) -> None:
+    tree = TREES[name]
     try:
-        files = distribution(IMAGES.distribution).files or ()
+        files = distribution(tree.distribution).files or ()
     except PackageNotFoundError:
-        pytest.fail(f"{IMAGES.distribution} is not installed: run make vision")
+        pytest.fail(f"{tree.distribution} is not installed: run make vision generative")
     lines = []
-    for file in sorted(str(file) for file in files if str(file).startswith(f"{IMAGES.path}/")):
+    for file in sorted(str(file) for file in files if str(file).startswith(f"{tree.path}/")):
         (entry,) = (f.hash for f in files if str(f) == file)
         assert entry is not None
         digest = base64.urlsafe_b64decode(entry.value + "=" * (-len(entry.value) % 4)).hex()
-        lines.append(f"{digest}  {file.removeprefix(IMAGES.path + '/')}\n")
-    assert len(lines) == 2000
-    assert hashlib.sha256("".join(lines).encode()).hexdigest() == IMAGES.sha256
+        lines.append(f"{digest}  {file.removeprefix(tree.path + '/')}\n")
+    assert len(lines) == TREE_SIZES[name]
+    assert hashlib.sha256("".join(lines).encode()).hexdigest() == tree.sha256
 
 
 def test_the_installed_demo_model_and_data_pass_their_checks() -> None:
