@@ -47,7 +47,10 @@ DIFFERENCES: Mapping[str, tuple[str, str]] = {
     "DyLoRA": ("Valipour et al. 2023", "b is a hash of each example's inputs; A is frozen"),
     "FlyLoRA": ("Zou et al. 2025", "without the load-balancing bias, which would count examples; exported whole"),
     "IncreLoRA": ("Zhang et al. 2023", "the score is the energy that sites' changes share, above that of the noise"),
-    "DiffoRA": ("Jiang et al. 2025", "layers are chosen after a warm-up by the same score"),
+    "DiffoRA": (
+        "Jiang et al. 2025",
+        "another method: layers are chosen once after a warm-up by that score, without the paper's relaxation",
+    ),
     "SwitchLoRA": ("Zhou et al. 2024", "a window of columns moves with the round; the base is never rewritten"),
     "SoRA, and the rank selection of CoDyRA": (
         "Ding et al. 2023; Lu et al. 2024",
@@ -82,7 +85,10 @@ DIFFERENCES: Mapping[str, tuple[str, str]] = {
     "LoLDU": ("arXiv 2410.13618", "vectors have length 1; the base is never rewritten; the scale is not trained"),
     "Singular values alone, LoLDU's control": ("none", "a control"),
     "S2-LoRA": ("S2-LoRA", "the shared pair is random and frozen; the threshold follows from the noise"),
-    "SALT": ("code of BioMedIA-MBZUAI", "one number for scale and shift; no ReLU; one factor frozen"),
+    "SALT": (
+        "code of BioMedIA-MBZUAI",
+        "one number for scale and shift; no ReLU; one factor frozen; one rank for both parts; no segmentation",
+    ),
     "LoRA-Pro": ("Wang et al., ICLR 2025", "at the server, weighted by the noise, so nothing divides by B"),
     "ALLoRA": ("Huang, Balestriero 2024", "at the server, behind the optimiser"),
     "AlignGuard": ("Das et al. 2025", "the Fisher matrix is of public text; the collision terms are left out"),
@@ -92,6 +98,13 @@ DIFFERENCES: Mapping[str, tuple[str, str]] = {
     "LoRAM": ("Zhang et al. 2025", "units of a layer are chosen on public text; no alignment after the cut"),
     "LoRAPrune": ("Zhang et al. 2024", "one cut between two runs, by squares of noised gradients"),
     "Gazal-R1, its first stage": ("Gazal-R1, 2025", "the second stage, which learns from rewards, is not built"),
+    "A LoRA judge as the reward": ("arXiv 2506.05748", "not built"),
+    "Trans-LoRA": ("Trans-LoRA, NeurIPS 2024", "not built"),
+    "LoRALib": ("LoRALib", "not built"),
+    "SG-LoRA": ("SG-LoRA", "not built"),
+    "CMLoRA": ("CMLoRA", "not built"),
+    "LiON-LoRA": ("Zhang et al., ICCV 2025", "not built"),
+    "RSAR": ("RSAR", "not applicable"),
     "Intruder dimensions": ("Shuttleworth et al. 2024", "counted beside those of the run's noise"),
 }
 """By the name of a system in ``docs.make.systems``."""

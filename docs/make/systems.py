@@ -272,6 +272,39 @@ SYSTEMS: tuple[System, ...] = (
         "completions; the second stage, which learns from rewards, is not built",
     ),
     System(
+        "A LoRA judge as the reward",
+        instead="not built: nothing here learns from a reward. Pairs of answers with the better one as the completion "
+        "are records of `causal-lm`, so sites can train the judge itself",
+    ),
+    System(
+        "Trans-LoRA",
+        instead="not built: no command teaches another base model what a run has learnt. Texts for it, written from a "
+        "few real ones, would be a release of their own",
+    ),
+    System(
+        "LoRALib",
+        instead="not built: adapters lie in no common library, and no vote of the sites' records chooses among them",
+    ),
+    System(
+        "SG-LoRA",
+        instead="not built: no adapter is made from the description of a task. Its generator learns from hundreds of "
+        "adapters of one base, which nobody here has",
+    ),
+    System(
+        "CMLoRA",
+        instead="not built: it orders and caches adapters along the steps of image diffusion, and no task here has one",
+    ),
+    System(
+        "LiON-LoRA",
+        instead="not built: it puts adapters of a video model together, made orthogonal and of one norm; no task here "
+        "has such a model, and no command puts adapters together",
+    ),
+    System(
+        "RSAR",
+        instead="not applicable: it has no adapter, its detector has batch norm, so that a record has no gradient "
+        "of its own, and its code is under CC BY-NC",
+    ),
+    System(
         "Intruder dimensions",
         instead="`python -m fedveil.contrib.experiments intruders RUN_FOLDER` "
         "([planning](../guides/planning.md#intruder-dimensions))",
