@@ -33,7 +33,8 @@ def runs(output: Annotated[Path, typer.Argument(help="Folder of the runs.")] = P
     table = Table("run", "began, UTC", "state", "rounds", "accuracy", "ε", box=None, padding=(0, 1, 0, 0))
     table.columns[0].min_width = max(len(one.folder.name) for one in found)  # it is what commands take
     for one in found:
-        figures = (f"{one.rounds}/{one.planned}", percent_text(one.accuracy), epsilon_text(one.epsilon, absent=UNKNOWN))
+        score = percent_text(one.accuracy) + f" {one.judged_by}" * (one.judged_by != "accuracy")
+        figures = (f"{one.rounds}/{one.planned}", score, epsilon_text(one.epsilon, absent=UNKNOWN))
         began = one.began[:16].replace("T", " ").removeprefix(year)
         row = (visible(one.folder.name), began, one.state, *figures)
         table.add_row(*map(Text, row), style="bold" if one.state in (STARTING, UNDER_WAY) else "")

@@ -50,12 +50,18 @@ def _accuracy_line(data: ReportData) -> str:
 
     head = data.headline
     before, after, on = percent_text(head.accuracy_before), percent_text(head.accuracy_after), "public data"
-    if data.accuracy:
+    figures = {figure.name: figure for figure in data.figures}
+    if headline := figures.pop(data.judged_by, None):
+        before, after = share_text(headline.before), share_text(headline.after)
+        on = f"{on}, with 95 % intervals"
+    elif data.accuracy:
         score = data.accuracy[0]
         on = f"{counted(score.records, 'public record')}, with 95 % intervals"
         before = share_text(score.before) if score.before else before
         after = share_text(score.after) if score.after else after
-    return f"accuracy: {after}, from {before} before training, on {on}"
+    last = {name: one.after.value if one.after else None for name, one in figures.items()}
+    beside = "".join(f"; {name} {percent_text(value)}" for name, value in last.items())
+    return f"{data.judged_by}: {after}, from {before} before training, on {on}{beside}"
 
 
 def _privacy_line(data: ReportData) -> str:

@@ -18,11 +18,12 @@ log = logging.getLogger("fedveil.site")
 
 @torch.no_grad()
 def noised_correct(model: FederatedModel, records: Sequence[Record], noise_std: float) -> float:
-    """Return how many ``records`` the model classifies correctly, plus N(0, noise_std²), rounded to a whole number.
+    """Return how many ``records`` the model answers wholly right, plus N(0, noise_std²), rounded to a whole number.
 
-    Adding or removing a record changes the count by at most 1. Records pass one at a time, because a
-    batch's shape moves results by rounding, and a neighbour could so turn another record's answer.
-    The noised count is a multiple of a public grid before it is rounded. The price must be paid before.
+    Adding or removing a record changes the count by at most 1, however many labels or tokens its answer has.
+    Records pass one at a time, because a batch's shape moves results by rounding, and a neighbour could so turn
+    another record's answer. The noised count is a multiple of a public grid before it is rounded. The price must be
+    paid before.
     """
     was_training = model.module.training
     model.module.eval()
@@ -36,7 +37,7 @@ def noised_correct(model: FederatedModel, records: Sequence[Record], noise_std: 
 def _is_correct(model: FederatedModel, record: Record) -> float:
     try:
         with autocast(model.device, model.precision):
-            return float(model.task.sums(model.module, model.batch([record])).correct.sum().clamp(0, 1))
+            return float(model.task.sums(model.module, model.batch([record])).whole.all())
     except Exception as error:
         log.warning("a record could not be scored and counts as wrong: %s", place_of(error))
         return 0.0

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from fedveil.common.errors import DataError
 from fedveil.common.files import ABOUT_ADAPTER, ABOUT_RUN
 from fedveil.common.messages.round import SpendingFigures
-from fedveil.common.strict_json import BESIDE, Endless, Measured, called, from_json, json_of
+from fedveil.common.strict_json import BESIDE, SPARSE, Endless, Measured, called, from_json, json_of
 
 COHORT = "the cohort"
 """What all sites of a trusted server together are called, in whose place no site has a line."""
@@ -68,11 +68,22 @@ class LabelScore:
 
 
 @dataclass(frozen=True)
+class Figure:
+    """A named figure of a score, from 0 to 1."""
+
+    name: str
+    value: float
+    half: float | None = None
+    """Half of its 95 % interval over the test records as a sample; None: it has none."""
+
+
+@dataclass(frozen=True)
 class BaselineFile(RunFile):
     """The score on public data before any record was used."""
 
     NAME: ClassVar[str] = "baseline.json"
     accuracy: float
+    """Or what the task is judged by in its place (``figures``)."""
     loss: Measured
     labels: list[LabelScore] = field(default_factory=list)
     """Empty where records have no label."""
@@ -81,6 +92,10 @@ class BaselineFile(RunFile):
     begun_accuracy: float | None = None
     """After round 0, if the run's start was made from the sites' records there."""
     begun_loss: Measured | None = None
+    figures: list[Figure] = field(default_factory=list, metadata=SPARSE)
+    """The headline and what a task's score has beside it; of most tasks, which have nothing beside, none."""
+    parts: list[LabelScore] = field(default_factory=list, metadata=SPARSE)
+    """By kind of part, where an answer has several: right ones, those there are, and those that the model gives."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +216,7 @@ class RoundLine(RunFile):
     participants: list[str]
     """Sites whose result counts; with a trusted server, which keeps them secret, the cohort."""
     accuracy: float | None
-    """On public data; None, as ``loss``, in a round that was not scored."""
+    """On public data, or the figure in its place; None, as ``loss``, in a round that was not scored."""
     loss: Measured | None
     bytes_down: int
     """Adapter payload of all tasks; with a trusted server, of the usual draw."""
@@ -225,6 +240,10 @@ class RoundLine(RunFile):
     """The score by slice of the test data (``data.slice``), or by site."""
     shortened: list[ShortenedLine] = field(default_factory=list)
     """Updates that were made shorter."""
+    figures: list[Figure] = field(default_factory=list, metadata=SPARSE)
+    """As those of the baseline."""
+    parts: list[LabelScore] = field(default_factory=list, metadata=SPARSE)
+    """As those of the baseline."""
 
 
 @dataclass(frozen=True)

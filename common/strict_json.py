@@ -1,8 +1,9 @@
 """Frozen dataclasses as JSON objects, and back: what is missing, unknown or of another type is an error.
 
-A field is written under its own name, or under the one that ``called`` gives it. Every field is always written; one
-that has a default may be missing when it is read. Figures are finite; only a field of type ``Endless`` may be
-infinite, which files hold as the text ``inf``, and one of type ``Measured`` may be ``inf``, ``-inf`` and ``nan``.
+A field is written under its own name, or under the one that ``called`` gives it. Every field is written, but for an
+empty one that is ``SPARSE``; one that has a default may be missing when it is read. Figures are finite; only a field of
+type ``Endless`` may be infinite, which files hold as the text ``inf``, and one of type ``Measured`` may be ``inf``,
+``-inf`` and ``nan``.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ Measured = Annotated[float, "may be infinite, or no number"]
 NOT_FINITE = ("inf", "-inf", "nan")
 BESIDE = {"beside": True}
 """Metadata of a field, a dataclass or None, whose own fields are written beside the others; all null for None."""
+SPARSE = {"sparse": True}
+"""Metadata of a field that is written only where it is not empty."""
 T = TypeVar("T")
 
 
@@ -46,6 +49,8 @@ def to_json(value: Any) -> dict[str, Any]:
     written: dict[str, Any] = {}
     for item in fields(value):
         content = getattr(value, item.name)
+        if item.metadata.get("sparse") and not content:
+            continue
         if not item.metadata.get("beside"):
             written[_key(item)] = _plain(content)
         elif content is None:

@@ -117,6 +117,15 @@ def counted(number: int, word: str) -> str:
     return f"{number} {word}" if number == 1 else f"{number} {word}s"
 
 
+def capital(text: str) -> str:
+    """Return a text with its first letter large, and the others as they are.
+
+    >>> capital("micro F1")
+    'Micro F1'
+    """
+    return text[:1].upper() + text[1:]
+
+
 def natural(name: str) -> list[tuple[int, int, str]]:
     """Return what names are sorted by so that numbers in them count as numbers.
 

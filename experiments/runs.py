@@ -32,9 +32,11 @@ class ListedRun:
     """That are complete."""
     planned: int
     accuracy: float | None
-    """On public data, as it was scored last; None: not yet."""
+    """On public data, as it was scored last, or what the run is judged by in its place; None: not yet."""
     epsilon: float | None
     """The largest of a site's, by what the sites said; None: no claim is made, or nothing is spent yet."""
+    judged_by: str = "accuracy"
+    """The name of that figure."""
 
 
 def listed_runs(output: Path) -> list[ListedRun]:
@@ -50,7 +52,7 @@ def _listed(folder: Path) -> ListedRun:
     if not (folder / ABOUT_RUN).is_file():
         return ListedRun(folder, "", STARTING if is_locked(folder / PROCESS) else CUT_OFF, 0, 0, None, None)
     config = json.loads((folder / ABOUT_RUN).read_bytes())
-    result = _json(folder / "result.json")
+    result, beside = _json(folder / "result.json"), _json(folder / "baseline.json").get("figures", [])
     reached = _so_far(folder) if result.get("rounds") is None else result
     live = is_written(folder) or is_locked(folder / PROCESS)
     return ListedRun(
@@ -61,6 +63,7 @@ def _listed(folder: Path) -> ListedRun:
         int(config["settings"]["rounds"]),
         _number(reached["accuracy"]),
         _number(reached["epsilon"]),
+        next((str(figure["name"]) for figure in beside), ListedRun.judged_by),
     )
 
 

@@ -153,7 +153,7 @@ def _of_model(model: FederatedModel, state: AdapterState) -> Scorer:
         with autocast(model.device, model.precision):
             return model.task.sums(model.module, model.batch(records)) if records else None
 
-    return _guarded(sums)
+    return _guarded(sums, counted=model.task.counted)
 
 
 def _of_result(result: Result) -> Scorer:
@@ -168,10 +168,10 @@ def _of_result(result: Result) -> Scorer:
         with autocast(device, PRECISIONS[about.precision]):
             return task.sums(module, {name: tensor.to(device) for name, tensor in batch.items()})
 
-    return _guarded(sums)
+    return _guarded(sums, counted=task.counted)
 
 
-def _guarded(sums: Callable[[Example], Sums | None]) -> Scorer:
+def _guarded(sums: Callable[[Example], Sums | None], *, counted: bool) -> Scorer:
     """Return what gives a record's sums as numbers; a record that the model cannot take has none."""
 
     def score(example: Example) -> Sum | None:
@@ -181,7 +181,8 @@ def _guarded(sums: Callable[[Example], Sums | None]) -> Scorer:
             return None
         if found is None:
             return None
-        return float(found.correct.sum()), float(found.loss.sum()), float(found.weight.sum())
+        right = found.whole if counted else found.correct
+        return float(right.sum()), float(found.loss.sum()), float(found.weight.sum())
 
     return score
 

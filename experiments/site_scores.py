@@ -6,14 +6,15 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from fedveil.common.model.score import half_of_ratio
 from fedveil.common.tasks.examples import Example
 from fedveil.common.words import counted, decimal_text, percent_text
-from fedveil.reports.scores import ALL, Share, Z, interval_text, wilson
+from fedveil.reports.scores import ALL, Share, interval_text, wilson
 
 BLANK = "(blank)"
 """What a slice is called whose rows have nothing in the column."""
 Sum = tuple[float, float, float]
-"""Of one record: what is right, the loss in nats, and over how much both are."""
+"""Of one record: what is right (where records are counted, 1 for a whole answer), the loss, over how much both are."""
 Scorer = Callable[[Example], Sum | None]
 """Returns a record's sum; None: the model cannot take the record."""
 
@@ -100,13 +101,11 @@ def _group(name: str, sums: Sequence[Sum], counts: bool) -> Group:
     if not sums:
         return Group(name, 0, None, None)
     right, loss, weight = (math.fsum(column) for column in zip(*sums, strict=True))
-    share = wilson(round(right), len(sums)) if counts else _ratio(sums, right / weight, weight)
+    share = wilson(round(right), len(sums)) if counts else _ratio(sums, right / weight)
     return Group(name, len(sums), share, loss / weight)
 
 
-def _ratio(sums: Sequence[Sum], share: float, weight: float) -> Share:
+def _ratio(sums: Sequence[Sum], share: float) -> Share:
     """Return a share of all that records are right over, with the normal 95 % interval of a ratio over records."""
-    n = len(sums)
-    spread = math.fsum((right - share * over) ** 2 for right, _, over in sums) * n / max(1, n - 1)
-    half = Z * math.sqrt(spread) / weight if n > 1 else 1.0
+    half = half_of_ratio([right for right, _, _ in sums], [over for _, _, over in sums])
     return Share(share, max(0.0, share - half), min(1.0, share + half))

@@ -21,7 +21,7 @@ from fedveil.common.errors import DataError
 from fedveil.common.model.named import NAMED_MODELS, Published
 from fedveil.common.starts.public_text import OF_NO_ONE, SHIPPED
 from fedveil.common.tasks import TASKS
-from fedveil.common.words import UNKNOWN, counted, number_text, percent_text, visible
+from fedveil.common.words import UNKNOWN, capital, counted, number_text, percent_text, visible
 from fedveil.privacy.figures import epsilon_text
 from fedveil.privacy.units import PERSON
 from fedveil.reports.data import ReportData, cares_of, cut_test, setting_of
@@ -159,7 +159,7 @@ def _metadata(data: ReportData, declared: Declared, form: Form) -> dict[str, Any
         else {"claim": "none"}
     )
     if head.accuracy_after is not None:
-        metric = {"type": "accuracy", "value": round(head.accuracy_after, 4)}
+        metric = {"type": data.judged_by, "value": round(head.accuracy_after, 4)}
         data_set = {"name": "the run's public test set", "type": "public-test-set"}
         result = {"task": {"type": task.export.hub_task}, "dataset": data_set, "metrics": [metric]}
         meta["model-index"] = [{"name": f"run {visible(data.run)}", "results": [result]}]
@@ -197,11 +197,22 @@ def _results(data: ReportData) -> str:
     rows = [
         (row.label, number_text(row.records), share_text(row.before), share_text(row.after)) for row in data.accuracy
     ]
+    rows += [(figure.name, UNKNOWN, share_text(figure.before), share_text(figure.after)) for figure in data.figures]
+    rows += [
+        (
+            f"{part.label}, F1{', rare' * part.rare}",
+            number_text(part.records),
+            share_text(part.before),
+            share_text(part.after),
+        )
+        for part in data.parts
+    ]
     if not rows:
         rows = [("all", UNKNOWN, percent_text(head.accuracy_before), percent_text(head.accuracy_after))]
     table = "\n".join("| " + " | ".join(plain(cell) for cell in row) + " |" for row in rows)
     return (
-        "## Results\n\nAccuracy on the run's public test set, with 95 % intervals where records have labels:\n\n"
+        f"## Results\n\n{capital(data.judged_by)} on the run's public test set, with 95 % intervals where records have "
+        "labels:\n\n"
         f"| label | records | before training | after |\n|---|---|---|---|\n{table}"
     )
 

@@ -7,7 +7,7 @@ signature made today fits the report that is made from the same folder tomorrow.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
@@ -18,7 +18,8 @@ from fedveil.common.errors import DataError
 from fedveil.common.files import sha256_of
 from fedveil.common.other_runs import BesideRow, TuningFile
 from fedveil.common.paths import is_path
-from fedveil.common.run_lines import Absence, AdapterFile, LabelScore, read_file
+from fedveil.common.run_lines import Absence, AdapterFile, read_file
+from fedveil.common.tasks import headline_of
 from fedveil.reports.audits import AuditReport, audit_alarms, audit_cares, audit_reports
 from fedveil.reports.claim import Claim, claim_of
 from fedveil.reports.connection import ConnectionReport, connection_cares, connection_reports
@@ -26,7 +27,17 @@ from fedveil.reports.folder import RunFiles, read_run
 from fedveil.reports.meaning import NO_BOUND, MeaningReport, meaning_report
 from fedveil.reports.releases import ReleaseReport, other_releases
 from fedveil.reports.rounds import RoundReport, round_reports, shortened_text
-from fedveil.reports.scores import Confusion, LabelReport, confusion_of, label_reports, macro_f1
+from fedveil.reports.scores import (
+    Confusion,
+    FigureReport,
+    LabelReport,
+    PartReport,
+    confusion_of,
+    figure_reports,
+    label_reports,
+    macro_f1,
+    part_reports,
+)
 from fedveil.reports.sharing import Sharing, sharing_of
 from fedveil.reports.sites import SiteReport, federation_delta, site_reports, worst_site
 from fedveil.reports.trials import at_least
@@ -58,6 +69,7 @@ class Headline:
     """The result in figures."""
 
     accuracy_before: float | None
+    """Or what the task is judged by in its place (``ReportData.judged_by``), as after."""
     accuracy_after: float | None
     epsilon: float | None
     """The federation's figure: the maximum over sites."""
@@ -150,6 +162,15 @@ class ReportData:
     """Audits that failed; every form of the report says them first and loudly."""
     tuning: TuningFile | None
     """Of which trials the run is one, with the ε of all together; None: of none."""
+    figures: list[FigureReport] = field(default_factory=list)
+    """The headline and what the task's score has beside it; of most tasks, which have nothing beside, none."""
+    parts: list[PartReport] = field(default_factory=list)
+    """By kind of part, where an answer has several."""
+
+    @property
+    def judged_by(self) -> str:
+        """The name of the task's headline figure."""
+        return headline_of({"model.task": setting_of(self, "model.task")})
 
     @property
     def unbounded(self) -> str:
@@ -178,9 +199,7 @@ def report_of(folder: Path) -> ReportData:
         sharing=sharing_of(files, sites) if claim.made else None,
         meaning=meaning_report(files, sites),
         sites=sites,
-        accuracy=label_reports(*_scores(files, "labels")),
-        confusion=confusion_of(_scores(files, "labels")[1]),
-        slices=label_reports(*_scores(files, "slices"))[1:],
+        **_score_reports(files),
         beside=files.beside,
         rounds=round_reports(files),
         other_releases=other_releases(files),
@@ -268,8 +287,22 @@ def _headline(files: RunFiles, sites: Sequence[SiteReport]) -> Headline:
     )
 
 
-def _scores(files: RunFiles, kind: Literal["labels", "slices"]) -> tuple[Sequence[LabelScore], Sequence[LabelScore]]:
-    """Return the scores by label or slice before training, and after the last round that was scored."""
+def _score_reports(files: RunFiles) -> dict[str, Any]:
+    """Return every field of the report that is a score, by its name."""
+    labels = _scores(files, "labels")
+    return {
+        "accuracy": label_reports(*labels),
+        "confusion": confusion_of(labels[1]),
+        "slices": label_reports(*_scores(files, "slices"))[1:],
+        "figures": figure_reports(*_scores(files, "figures")),
+        "parts": part_reports(*_scores(files, "parts")),
+    }
+
+
+def _scores(
+    files: RunFiles, kind: Literal["labels", "slices", "figures", "parts"]
+) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Return the scores by label, slice, name or part before training, and after the last round that was scored."""
     lines = [line for line in files.rounds if line.complete and line.round_number]
     scored = [counts for line in lines if (counts := getattr(line, kind))]
     return getattr(files.baseline, kind, []), scored[-1] if scored else []

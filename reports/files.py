@@ -22,6 +22,8 @@ from fedveil.reports.page import to_html
 from fedveil.reports.signature import ADAPTER, SIGNATURE, STATEMENT, Run, covers, evidence, members, sign, statement
 
 REPORT_JSON = "report.json"
+SPARSE = ("figures", "parts")
+"""Fields of the report that its JSON has only where they are not empty."""
 
 
 def to_json(data: ReportData) -> bytes:
@@ -30,6 +32,9 @@ def to_json(data: ReportData) -> bytes:
     Figures that are not finite have no JSON; they are written as the text ``inf``, ``-inf`` or ``nan``.
     """
     value = finite(dataclasses.asdict(data))
+    for name in SPARSE:
+        if not value[name]:
+            del value[name]
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode() + b"\n"
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from fedveil.common.config.run import HEAD_ONLY
-from fedveil.common.words import UNKNOWN, bytes_text, counted, number_text, percent_text, seconds_text
+from fedveil.common.words import UNKNOWN, bytes_text, capital, counted, number_text, percent_text, seconds_text
 from fedveil.privacy.figures import epsilon_text
 from fedveil.reports.audits import bound_note
 from fedveil.reports.data import ReportData, setting_of
 from fedveil.reports.document import Box, Text
-from fedveil.reports.scores import interval_text
+from fedveil.reports.scores import Share, interval_text
 from fedveil.reports.sharing import THIS_RUN, others_of, rests_on
 from fedveil.reports.trials import trials_figure
 
@@ -45,7 +45,11 @@ def boxes_of(data: ReportData) -> list[Box]:
     """Return the result in figures."""
     head, central = data.headline, data.claim.trusts_server
     scored = data.accuracy[0].after if data.accuracy else None
+    figures = {figure.name: figure for figure in data.figures}
+    if headline := figures.pop(data.judged_by, None):
+        scored = headline.after
     whole = [f"95 % interval after training: {interval_text(scored)}"] if scored else []
+    whole += [f"{name}: {_value(figure.before)} → {_value(figure.after)}" for name, figure in figures.items()]
     if head.macro_f1_after is not None:
         whole.append(f"macro-F1: {percent_text(head.macro_f1_before)} → {percent_text(head.macro_f1_after)}")
     in_last = "" if central or not head.rounds_done else f", {head.last_sites} in the last round"
@@ -54,7 +58,7 @@ def boxes_of(data: ReportData) -> list[Box]:
     rounding = [f"in {precision}: new weights are the mean but for rounding"] * (precision not in ("", "float32"))
     return [
         Box(
-            "Accuracy on public test data",
+            f"{capital(data.judged_by)} on public test data",
             f"{percent_text(head.accuracy_before)} → {percent_text(head.accuracy_after)}",
             ["before → after training", *whole],
         ),
@@ -66,6 +70,10 @@ def boxes_of(data: ReportData) -> list[Box]:
             ["adapter payload " + ("of the usual draw" if central else "of all sites and rounds"), *rounding],
         ),
     ]
+
+
+def _value(share: Share | None) -> str:
+    return percent_text(share.value if share else None)
 
 
 def _most(data: ReportData) -> str:

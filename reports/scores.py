@@ -1,4 +1,4 @@
-"""Accuracy on the public test part with its interval, for all records and by label, before and after training.
+"""Scores on the public test part with intervals, of all records, by label and by part, before and after training.
 
 The interval is Wilson's (1927, doi 10.1080/01621459.1927.10502953) at 95 %: with k of n right, p = k / n and z = 1.96,
 
@@ -6,6 +6,9 @@ The interval is Wilson's (1927, doi 10.1080/01621459.1927.10502953) at 95 %: wit
 
 which holds for few records too, and for none or all of them right. It is of the test part as a sample: the same records
 are judged before and after, so that two intervals may overlap where the difference is sure.
+
+Where an answer has several parts, such as labels, F1 = 2 J / (1 + J) rises with J, the share of right ones among the
+parts that are there or given, so the ends of J's interval give those of F1.
 """
 
 from __future__ import annotations
@@ -14,14 +17,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fedveil.common.model.score import Z
+from fedveil.common.model.score import macro_f1 as macro_f1_of
 from fedveil.common.other_runs import BesideRow
-from fedveil.common.run_lines import LabelScore
+from fedveil.common.run_lines import Figure, LabelScore
 from fedveil.common.words import UNKNOWN, percent_text
 from fedveil.privacy.figures import honest_text
 
-Z = 1.959963984540054
-"""The 97.5 % quantile of the normal distribution."""
 ALL = "all"
+RARE = 50
+"""Test records that have a label, below which it is called rare: its figures say little, whatever their intervals."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,36 @@ class LabelReport:
     before: Share | None
     """None, as after: there are no records, or no score."""
     after: Share | None
+
+
+@dataclass(frozen=True)
+class FigureReport:
+    """A named figure of the score."""
+
+    name: str
+    before: Share | None
+    """None, as after: it was not scored. Its ends are its value where it has no interval."""
+    after: Share | None
+
+
+@dataclass(frozen=True)
+class PartReport:
+    """How the model does on one kind of part of an answer, such as a label of several."""
+
+    label: str
+    records: int
+    """Those that are there."""
+    before: Share | None
+    """F1 before training; None, as the others: none is there or given."""
+    precision: Share | None
+    recall: Share | None
+    after: Share | None
+    """F1."""
+
+    @property
+    def rare(self) -> bool:
+        """Whether too few are there to say much."""
+        return self.records < RARE
 
 
 @dataclass(frozen=True)
@@ -91,9 +126,46 @@ def macro_f1(scores: Sequence[LabelScore]) -> float | None:
     >>> macro_f1([LabelScore("bad", 3, 4, 3), LabelScore("good", 6, 6, 7)])  # doctest: +ELLIPSIS
     0.890...
     """
-    met = [(score.right, score.records + score.predicted) for score in scores if score.predicted is not None]
-    shares = [2 * right / units for right, units in met if units]
-    return sum(shares) / len(shares) if shares else None
+    return macro_f1_of([(one.right, one.records, one.predicted) for one in scores if one.predicted is not None])
+
+
+def figure_reports(before: Sequence[Figure], after: Sequence[Figure]) -> list[FigureReport]:
+    """Return the named figures before and after training, in the order of the score; see ``label_reports``."""
+    had, last = ({figure.name: _ends(figure) for figure in figures} for figures in (before, after))
+    return [FigureReport(name, had.get(name), last.get(name)) for name in had | last]
+
+
+def _ends(figure: Figure) -> Share:
+    half = figure.half or 0.0
+    return Share(figure.value, max(0.0, figure.value - half), min(1.0, figure.value + half))
+
+
+def part_reports(before: Sequence[LabelScore], after: Sequence[LabelScore]) -> list[PartReport]:
+    """Return precision, recall and F1 by kind of part; see ``label_reports``."""
+    had, last = ({score.label: score for score in scores} for scores in (before, after))
+    return [
+        PartReport(
+            name,
+            next(score.records for score in (had.get(name), now) if score),
+            f1_share(had.get(name)),
+            wilson(now.right, now.predicted or 0) if now else None,
+            wilson(now.right, now.records) if now else None,
+            f1_share(now),
+        )
+        for name in had | last
+        for now in (last.get(name),)
+    ]
+
+
+def f1_share(score: LabelScore | None) -> Share | None:
+    """Return F1 with its 95 % interval; None where no part is there or given.
+
+    >>> share = f1_share(LabelScore("joy", 80, 100, 80))
+    >>> round(share.value, 4), round(share.low, 4), round(share.high, 4)
+    (0.8889, 0.8312, 0.9286)
+    """
+    found = wilson(score.right, score.records + (score.predicted or 0) - score.right) if score else None
+    return found and Share(*(2 * end / (1 + end) for end in (found.value, found.low, found.high)))
 
 
 def confusion_of(scores: Sequence[LabelScore]) -> Confusion | None:

@@ -8,6 +8,7 @@ from fedveil.common.check import plain_names
 from fedveil.common.tasks import TASKS, roles_of_all
 from fedveil.common.words import (
     UNKNOWN,
+    capital,
     decimal_text,
     number_text,
     numbers_text,
@@ -24,7 +25,7 @@ from fedveil.reports.connection import NOT_KNOWN, NOT_RECORDED, SITES_OWN
 from fedveil.reports.data import ReportData, setting_of
 from fedveil.reports.document import Bad, Block, Good, Items, Section, Table, Terms, Text
 from fedveil.reports.meaning import attack_sentence, several_sentence, whose_sentence
-from fedveil.reports.scores import BESIDE, Confusion, LabelReport, beside_cells, share_text
+from fedveil.reports.scores import BESIDE, RARE, Confusion, LabelReport, PartReport, beside_cells, share_text
 from fedveil.reports.sharing import at_h
 from fedveil.reports.sites import distinct
 
@@ -41,7 +42,7 @@ COUNTS = (
 def sections_of(data: ReportData) -> list[Section]:
     """Return the sections of a report that have anything to say, in order."""
     found = [
-        Section("accuracy", "Accuracy on public data", MODEL, _accuracy(data)),
+        Section("accuracy", f"{capital(data.judged_by)} on public data", MODEL, _accuracy(data)),
         Section("beside", "Compared with other runs", MODEL, _beside(data)),
         Section("promise", "What is promised", PRIVACY, _claim(data)),
         Section("meaning", "What ε means", PRIVACY, _meaning(data)),
@@ -210,11 +211,40 @@ def _accuracy(data: ReportData) -> list[Block]:
         macro = [percent_text(value) for value in (data.headline.macro_f1_before, data.headline.macro_f1_after)]
         blocks.append(Text(f"{macro[0]} before training, {macro[1]} after", label="Macro-F1 (mean of the labels' F1):"))
     blocks += [_confused(data.confusion)] if data.confusion else []
+    blocks += [*_figures_beside(data), *_by_part(data.parts)]
+    what = "Accuracy" if data.judged_by == "accuracy" else "Records whose whole answer is right,"
     if data.slices and (name := str(setting_of(data, "data.slice"))):
-        blocks.append(_scores(f"Accuracy by {name}, a column of the public test file", name, data.slices))
+        blocks.append(_scores(f"{what} by {name}, a column of the public test file", name, data.slices))
     elif data.slices:
-        blocks.append(_scores("Accuracy by the site that test records are of", "site", data.slices))
+        blocks.append(_scores(f"{what} by the site that test records are of", "site", data.slices))
     return blocks
+
+
+def _figures_beside(data: ReportData) -> list[Block]:
+    """Return the named figures of the score; empty where the task has none."""
+    rows = [(figure.name, share_text(figure.before), share_text(figure.after)) for figure in data.figures]
+    caption = "On the test set, with the normal 95 % interval over its records; macro F1 has none"
+    return [Table(caption, ("figure", "before", "after"), rows, range(1, 3))] if rows else []
+
+
+def _by_part(parts: Sequence[PartReport]) -> list[Block]:
+    """Return precision, recall and F1 of each kind of part, and which are rare; empty where answers have no parts."""
+    rows = [
+        (
+            part.label + " (rare)" * part.rare,
+            *(number_text(part.records), share_text(part.before)),
+            *map(share_text, (part.precision, part.recall, part.after)),
+        )
+        for part in parts
+    ]
+    caption = (
+        "By label on the test set: precision and recall after training with Wilson's 95 % interval, and F1 with that "
+        "of the right ones among those that are there or given"
+    )
+    columns = ("label", "in the test set", "F1 before", "precision", "recall", "F1 after")
+    rare = Text(f"Fewer than {RARE} are in the test set: the figures of such a label say little.", label="Rare:")
+    table = Table(caption, columns, rows, range(1, 6))
+    return [table, *([rare] if any(part.rare for part in parts) else [])] if rows else []
 
 
 def _scores(caption: str, name: str, reports: Sequence[LabelReport]) -> Table:
@@ -236,7 +266,7 @@ def _confused(confusion: Confusion) -> Table:
 
 def _beside(data: ReportData) -> list[Block]:
     columns = ("variant", "trained by", "ε", "runs", "before", "after")
-    caption = "Accuracy of other runs on the same base model and data"
+    caption = f"{capital(data.judged_by)} of other runs on the same base model and data"
     table = Table(caption, columns, [beside_cells(row) for row in data.beside], range(2, 6))
     return [Text(BESIDE), table] if data.beside else []
 
@@ -244,7 +274,7 @@ def _beside(data: ReportData) -> list[Block]:
 def _rounds(data: ReportData) -> list[Block]:
     central = data.claim.trusts_server
     spent = "ε" if central else f"ε worst site{at_h(data.sharing)}"
-    columns = ["round", "accuracy", "loss", spent, "participants", "bytes down", "bytes up", "seconds"]
+    columns = ["round", data.judged_by, "loss", spent, "participants", "bytes down", "bytes up", "seconds"]
     rows = [
         [
             str(r.round_number),

@@ -35,7 +35,7 @@ from fedveil.server.own_check import began
 from fedveil.server.records import RunFolder
 from fedveil.server.rounds import run_rounds
 from fedveil.server.sites import Transport
-from fedveil.server.terminal import round_line, score_words
+from fedveil.server.terminal import figures_words, round_line, score_words
 from fedveil.server.tracking import Tracking
 from fedveil.server.update import ServerUpdate
 from fedveil.strategies.job import Job
@@ -57,11 +57,11 @@ class Terminal(Observer):
         self, baseline: Score, state: ServerState, members: Mapping[str, Member], begun: Score | None = None
     ) -> None:
         """Say the score before training, and after round 0."""
-        self._folder.say(f"before training: accuracy {100 * baseline.accuracy:.1f} %")
+        self._folder.say(f"before training: {figures_words(baseline)}")
         if words := self._server_model.statistic_words:
             self._folder.say(f"  {words}", 0)
         if begun is not None:
-            self._folder.say(f"after round 0: accuracy {100 * begun.accuracy:.1f} %")
+            self._folder.say(f"after round 0: {figures_words(begun)}")
 
     def resumed(self, round_number: int, score: Score | None) -> None:
         """Say after which round the run goes on."""

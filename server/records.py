@@ -63,6 +63,7 @@ from fedveil.common.run_lines import (
 )
 from fedveil.common.server_file import ENGINES, Reach, ServerFile, ServerStart
 from fedveil.common.strict_json import to_json
+from fedveil.common.tasks import TASKS
 from fedveil.server.checkpoint import NAME, Checkpoint, save_checkpoint
 from fedveil.server.collect.door import shown_of
 from fedveil.server.members import Member
@@ -134,7 +135,8 @@ class RunFolder(Observer):
         """Record the score before any record was used, and that after round 0, if it used some."""
         counts = (self._by_label(baseline), self._by_slice(baseline))
         after = (begun.accuracy, begun.loss) if begun else (None, None)
-        self._write(BaselineFile(baseline.accuracy, baseline.loss, *counts, *after))
+        figures, parts = list(baseline.figures), self._by_kind(baseline)
+        self._write(BaselineFile(baseline.accuracy, baseline.loss, *counts, *after, figures=figures, parts=parts))
         self._baseline = baseline
         self._save(Checkpoint(self.run, self.job.settings(), state, dict(members), baseline, begun or baseline, {}))
 
@@ -192,6 +194,8 @@ class RunFolder(Observer):
                 labels=self._by_label(outcome.score) if outcome.score else [],
                 slices=self._by_slice(outcome.score) if outcome.score else [],
                 shortened=[ShortenedLine(one.site, one.factor) for one in got.averaged if one.factor < 1],
+                figures=list(outcome.score.figures) if outcome.score else [],
+                parts=self._by_kind(outcome.score) if outcome.score else [],
             )
         )
 
@@ -207,6 +211,10 @@ class RunFolder(Observer):
             )
             for n in known
         ]
+
+    def _by_kind(self, score: Score) -> list[LabelScore]:
+        kinds = TASKS[self.job.config.model.task].scored.kinds(self.label_names)
+        return [LabelScore(kind, *counts) for kind, counts in zip(kinds, score.parts, strict=False)]
 
     def _by_slice(self, score: Score) -> list[LabelScore]:
         counts = zip(self.slice_names, score.slice_right, score.slice_records, strict=False)

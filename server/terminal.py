@@ -50,8 +50,15 @@ def epsilon_words(
 
 
 def score_words(score: Score | None) -> str:
-    """Return accuracy and loss, with two blanks behind; nothing of a round that was not scored."""
-    return f"accuracy {100 * score.accuracy:.1f} %  loss {decimal_text(score.loss, 3)}  " if score else ""
+    """Return accuracy, what is beside it, and loss, with two blanks behind; nothing of a round that was not scored."""
+    return f"{figures_words(score)}  loss {decimal_text(score.loss, 3)}  " if score else ""
+
+
+def figures_words(score: Score) -> str:
+    """Return what the task is judged by and the figures beside it, in percent."""
+    beside = {figure.name: figure.value for figure in score.figures}
+    figures = {score.name: score.accuracy, **beside}
+    return "  ".join(f"{name} {100 * value:.1f} %" for name, value in figures.items())
 
 
 def round_line(shown: Shown, outcome: RoundOutcome, members: Mapping[str, Member], own: float | None = None) -> str:

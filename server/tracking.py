@@ -13,7 +13,18 @@ from pathlib import Path
 
 from fedveil.common.log import place_of
 from fedveil.common.model.score import Score
-from fedveil.common.run_lines import COHORT, BaselineFile, PrivacyLine, RoundLine, read_if_there, read_lines
+from fedveil.common.model.score import f1 as f1_of
+from fedveil.common.run_lines import (
+    COHORT,
+    BaselineFile,
+    ConfigFile,
+    PrivacyLine,
+    RoundLine,
+    read_file,
+    read_if_there,
+    read_lines,
+)
+from fedveil.common.tasks import headline_of
 from fedveil.common.trackers import NO_TRACKER, TRACKERS, Tracker
 from fedveil.reports.course import epsilon_course
 from fedveil.reports.folder import read_run
@@ -80,9 +91,10 @@ def rounds_of(folder: Path) -> dict[int, dict[str, float]]:
         DataError: a file of the folder is invalid.
     """
     rounds: dict[int, dict[str, float]] = {}
+    judged_by = headline_of(read_file(ConfigFile, folder).settings)
     before = read_if_there(BaselineFile, folder)
     if before is not None:
-        rounds[0] = _finite({"accuracy": before.accuracy, "loss": before.loss})
+        rounds[0] = _finite({judged_by: before.accuracy, "loss": before.loss, **_beside(before)})
     spent = [(line.round_number, line.spent) for line in read_lines(PrivacyLine, folder) if line.spent]
     course = epsilon_course(read_run(folder)) if spent else {}
     for line in read_lines(RoundLine, folder):
@@ -91,7 +103,7 @@ def rounds_of(folder: Path) -> dict[int, dict[str, float]]:
             honest = int(max((spending.event.figures.get("honest_sites", 0) for spending in paid), default=0))
             labels = {f"accuracy/{score.label}": score.right / max(1, score.records) for score in line.labels}
             figures = {
-                "accuracy": line.accuracy,
+                judged_by: line.accuracy,
                 "loss": line.loss,
                 f"epsilon/h-{honest}" if honest else "epsilon": course.get(line.round_number),
                 "sites": None if line.participants == [COHORT] else float(len(line.participants)),
@@ -99,9 +111,15 @@ def rounds_of(folder: Path) -> dict[int, dict[str, float]]:
                 "bytes_up": float(line.bytes_up),
                 "seconds": line.seconds,
                 **labels,
+                **_beside(line),
             }
             rounds[line.round_number] = _finite(figures)
     return rounds
+
+
+def _beside(line: BaselineFile | RoundLine) -> dict[str, float | None]:
+    beside: dict[str, float | None] = {figure.name: figure.value for figure in line.figures}
+    return beside | {f"F1/{one.label}": f1_of(one.right, one.records + (one.predicted or 0)) for one in line.parts}
 
 
 def _finite(figures: dict[str, float | None]) -> dict[str, float]:

@@ -43,7 +43,7 @@ LIMITS = {
     "server/rounds reaches": 110,
     "members of Strategy": 12,
     "members of Adapter": 20,
-    "members of Task": 24,
+    "members of Task": 25,  # what its score has in first place and beside, by issue 50
     "product files above 300 lines": 15,
     # fedveil.run and fedveil.plan are keywords and a line on each, which users read as help(fedveil.run).
     "functions above 40 lines": 18,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -11,8 +12,9 @@ from torch import nn
 from fedveil.common.model.base import BaseModel
 from fedveil.common.model.batching import length_batches
 from fedveil.common.model.device import autocast, choose_batch_tokens
-from fedveil.common.model.score import MOST_CONFUSED, Score
-from fedveil.common.tasks import Record, Task
+from fedveil.common.model.score import MOST_CONFUSED, Score, half_of_ratio, macro_f1
+from fedveil.common.run_lines import Figure
+from fedveil.common.tasks import Record, Sums, Task
 from fedveil.common.tasks.featured import Collator, FeatureCollator
 
 
@@ -39,23 +41,65 @@ def score_records(
     maker = FeatureCollator(task, 0) if vectors else collator
     was_training = module.training
     module.eval()
-    totals, correct_records = torch.zeros(3, dtype=torch.float64), dict[int, bool]()
-    labels, given = dict[int, int](), dict[int, int]()
+    totals, counts = torch.zeros(3, dtype=torch.float64), _Counts()
     tokens = choose_batch_tokens(batch_tokens, device)
     for group in length_batches([collator.size(record) for record in records], tokens):
         batch = {k: v.to(device) for k, v in maker.collate(base, [(vectors or records)[i] for i in group]).items()}
         with autocast(device, precision):
             sums = task.sums(module, batch)
         totals += torch.stack([sums.loss.sum(), sums.correct.sum(), sums.weight.sum()]).double().cpu()
-        if task.counted:
-            labels |= zip(group, batch["labels"].tolist(), strict=True)
-            correct_records |= zip(group, map(bool, sums.correct.tolist()), strict=True)
-            given |= zip(group, sums.predicted.tolist() if sums.predicted is not None else (), strict=False)
+        counts.add(sums, group, batch["labels"].tolist() if sums.predicted is not None else (), counted=task.counted)
     module.train(was_training)
     loss, correct, weight = totals.tolist()
-    slice_right, of_slice = _counts(dict(enumerate(slices)), correct_records, sorted(set(slices)))
-    by_label = _by_label(labels, given, correct_records)
-    return Score(correct / weight, loss / weight, *by_label, slice_right, of_slice)
+    by_slice = _counts(dict(enumerate(slices)), counts.whole, sorted(set(slices)))
+    by_label = _by_label(counts.labels, counts.given, counts.whole)
+    return counts.figures_of(Score(correct / weight, loss / weight, *by_label, *by_slice, task.scored.headline))
+
+
+class _Counts:
+    """Counts what a score has beside accuracy and loss, batch by batch."""
+
+    def __init__(self) -> None:
+        self.whole, self.labels, self.given = dict[int, bool](), dict[int, int](), dict[int, int]()
+        self.parts: torch.Tensor | None = None
+        self.right, self.units = list[int](), list[int]()
+        self.correct, self.weight = list[float](), list[float]()
+        self.shares: dict[str, list[float]] = {}
+
+    def add(self, sums: Sums, group: Sequence[int], labels: Sequence[int], *, counted: bool) -> None:
+        """Add a batch's records: ``group`` are their numbers; without a predicted label they have no ``labels``."""
+        if counted:
+            self.whole |= zip(group, sums.whole.tolist(), strict=True)
+        if counted and sums.predicted is not None:
+            self.labels |= zip(group, labels, strict=True)
+            self.given |= zip(group, sums.predicted.tolist(), strict=True)
+        if sums.parts is not None:
+            counts = sums.parts().cpu()
+            self.parts = counts.sum(0) if self.parts is None else self.parts + counts.sum(0)
+            right, there, given = counts.sum(2).T
+            self.right += (2 * right).tolist()
+            self.units += (there + given).tolist()
+        for name, values in sums.beside.items():
+            self.shares.setdefault(name, []).extend(values.tolist())
+        self.correct += sums.correct.tolist()
+        self.weight += sums.weight.tolist()
+
+    def figures_of(self, score: Score) -> Score:
+        """Return the score with its figures, and judged by the one that it is named after."""
+        found, parts = list[Figure](), tuple[tuple[int, int, int], ...]()
+        if self.parts is not None:
+            parts = tuple((right, there, given) for right, there, given in self.parts.T.tolist())
+            micro, macro = sum(self.right) / max(1, sum(self.units)), macro_f1(parts)
+            found.append(Figure("micro F1", micro, half_of_ratio(self.right, self.units)))
+            found += [] if macro is None else [Figure("macro F1", macro)]
+        for name, values in self.shares.items():
+            found.append(Figure(name, sum(values) / len(values), half_of_ratio(values, [1.0] * len(values))))
+        if not found:
+            return score
+        first = Figure(score.name, score.accuracy, half_of_ratio(self.correct, self.weight))
+        headline = next((figure for figure in found if figure.name == score.name), first)
+        figures = (headline, *(figure for figure in found if figure is not headline))
+        return replace(score, accuracy=headline.value, figures=figures, parts=parts)
 
 
 def _by_label(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from fedveil.common.tasks.base import Batch, Record, Sums, Task, wording_of
+from collections.abc import Mapping
+
+from fedveil.common.tasks.base import Batch, Record, Scored, Sums, Task, wording_of
 from fedveil.common.tasks.causal_lm import CausalLM
 from fedveil.common.tasks.chat import Chat
 from fedveil.common.tasks.classification import Classification
@@ -15,6 +17,12 @@ from fedveil.common.tasks.stock_classification import StockClassification
 TASKS: dict[str, Task] = {
     task.name: task for task in (Classification(), CausalLM(), Chat(), Instruction(), ImageClassification())
 }
+
+
+def headline_of(settings: Mapping[str, object]) -> str:
+    """Return the name of the figure that a run with these settings is judged by."""
+    task = TASKS.get(str(settings.get("model.task", "")))
+    return task.scored.headline if task else Scored().headline
 
 
 def roles_of_all() -> tuple[Role, ...]:
@@ -36,9 +44,11 @@ __all__ = [
     "ImageClassification",
     "Instruction",
     "Record",
+    "Scored",
     "StockClassification",
     "Sums",
     "Task",
+    "headline_of",
     "roles_of_all",
     "wording_of",
 ]

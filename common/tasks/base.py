@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
@@ -46,14 +46,34 @@ class Sums:
     loss: Tensor
     correct: Tensor
     weight: Tensor
-    """Units that loss and correct are over: 1 a record, or the completion's tokens."""
+    """Units that loss and correct are over: 1 a record, the completion's tokens, or the labels of an answer."""
     predicted: Tensor | None = None
-    """The label that the model gives each record, int64; None where records have none."""
+    """The label that the model gives each record, int64; None where records have none, or several."""
+    parts: Callable[[], Tensor] | None = None
+    """Counts the parts of each answer by kind (``Scored.kinds``): right ones, those there are, those that the model
+    gives, shape (records, 3, kinds), int64. A score alone calls it. None: an answer has no parts."""
+    beside: Mapping[str, Tensor] = field(default_factory=dict)
+    """Named shares of each record, shape (records,), float32, from 0 to 1: their means are figures of the score."""
 
     @property
     def losses(self) -> Tensor:
         """One loss per record, shape (records,), float32: what each site minimises."""
         return self.loss / self.weight
+
+    @property
+    def whole(self) -> Tensor:
+        """Whether the whole answer of each record is right, shape (records,), bool."""
+        return self.correct >= self.weight
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a task's score on public records has beside share of right answers and loss."""
+
+    headline: str = "accuracy"
+    """The figure that a run is judged by: ``accuracy``, or one that ``Sums.parts`` or ``Sums.beside`` gives."""
+    kinds: Callable[[Sequence[str]], Sequence[str]] = tuple
+    """Takes the labels, and names the kinds of parts that ``Sums.parts`` counts, in its order."""
 
 
 def owner_of(record: Record) -> Record:
@@ -88,8 +108,10 @@ class Task(ABC):
     example: ClassVar[type[Example]]
     """What a row of a table becomes: its fields are those of ``roles``."""
     counted: ClassVar[bool] = False
-    """Whether a record as a whole is right or wrong. Then one record changes the count of right ones by 1 at most, and
-    the count may be sent with noise for that."""
+    """Whether a record as a whole is right or wrong (``Sums.whole``). Then one record changes the count of right ones
+    by 1 at most, and the count may be sent with noise for that."""
+    scored: ClassVar[Scored] = Scored()
+    """What its score has in first place and beside."""
     wording: ClassVar[Wording | None] = None
     """How public words become examples; None: its records hold no words."""
     questions: ClassVar[Questions | None] = None

@@ -68,7 +68,7 @@ def score(
     from fedveil.contrib.experiments.pruning.recover import score_recovered
 
     def words(score: Score) -> str:
-        return f"accuracy {100 * score.accuracy:.1f} %  loss {decimal_text(score.loss, 4)}"
+        return f"{score.name} {100 * score.accuracy:.1f} %  loss {decimal_text(score.loss, 4)}"
 
     alone, tuned = score_recovered(folder, recovered)
     console.print(f"large model:      {words(alone)}\nwith the adapter: {words(tuned)}")

@@ -50,6 +50,8 @@ class Accuracy:
     records: int | None
     before: float | None
     """The share before training, on the same records."""
+    name: str = "accuracy"
+    """What the task is judged by, where that is something else, such as ``micro F1``."""
 
     def __float__(self) -> float:
         return self.value
@@ -60,7 +62,8 @@ class Accuracy:
         on = f"on {counted(self.records, 'held-out record')}" if self.records else ""
         before = "" if self.before is None else f"{percent_text(self.before)} before training"
         more = "; ".join(text for text in (", ".join(text for text in (interval, on) if text), before) if text)
-        return percent_text(self.value) + (f" ({more})" if more else "")
+        name = f"{self.name} " * (self.name != "accuracy")
+        return name + percent_text(self.value) + (f" ({more})" if more else "")
 
 
 class Run:
@@ -96,7 +99,8 @@ class Run:
 
         Round 0 is the model before training. ``accuracy`` is missing in a round that was not scored. ``epsilon`` is the
         largest over the sites by then, and missing in a run without privacy. Where a column names the sites and the
-        test set is cut from it, ``accuracy_of_leeds`` is that on the test records of ``leeds``.
+        test set is cut from it, ``accuracy_of_leeds`` is that on the test records of ``leeds``. A task that is
+        judged by something else has that in place of ``accuracy``, and what is beside it in more columns: ``micro_f1``.
         """
         return history_of(self.folder)
 
@@ -110,13 +114,18 @@ class Run:
 
     @property
     def accuracy(self) -> Accuracy | None:
-        """The accuracy on held-out records with its interval; None before a round is complete."""
-        head, scores = self._report.headline, self._report.accuracy
+        """The accuracy on held-out records with its interval; None before a round is complete.
+
+        Of a task that is judged by something else, such as micro F1, that figure, with its name.
+        """
+        data = self._report
+        head, scores = data.headline, data.accuracy
         if head.accuracy_after is None:
             return None
         share, records = (scores[0].after, scores[0].records) if scores else (None, None)
+        share = next((figure.after for figure in data.figures if figure.name == data.judged_by), share)
         low, high = (share.low, share.high) if share else (None, None)
-        return Accuracy(head.accuracy_after, low, high, records, head.accuracy_before)
+        return Accuracy(head.accuracy_after, low, high, records, head.accuracy_before, data.judged_by)
 
     @property
     def epsilon(self) -> float | None:
@@ -224,7 +233,7 @@ class Run:
         trained = f"{what} {settings['model.name']}"
         lines = {"status": ended + (f" ({data.reason})" if data.reason else "")}
         if self.accuracy:
-            lines["accuracy"] = repr(self.accuracy)
+            lines["accuracy" if self.accuracy.name == "accuracy" else "score"] = repr(self.accuracy)
         return {**lines, "privacy": privacy, "trained": trained, "folder": str(self.folder), "report": str(self.report)}
 
     def _alone(self) -> str:

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedveil.common.run_lines import (
     BaselineFile,
     ConfigFile,
-    LabelScore,
     PrivacyLine,
     RoundLine,
     read_file,
     read_if_there,
     read_lines,
 )
+from fedveil.common.tasks import headline_of
 
 if TYPE_CHECKING:
     import pandas as pd
 
-FIGURES = ("accuracy", "loss", "epsilon", "sites", "seconds", "bytes_down", "bytes_up")
+FIGURES = ("loss", "epsilon", "sites", "seconds", "bytes_down", "bytes_up")
 RELEASE = (
     *("round", "site", "purpose", "epsilon", "epsilon_round", "delta", "budget", "left", "unit", "mechanism", "steps"),
 )
@@ -31,16 +30,17 @@ def history_of(folder: Path) -> pd.DataFrame:
     import pandas as pd
 
     spent: dict[int, float] = {}
+    judged_by = _column(headline_of(read_file(ConfigFile, folder).settings))
     for paid in read_lines(PrivacyLine, folder):
         if paid.spent:
             spent[paid.round_number] = max(spent.get(paid.round_number, 0.0), paid.spent.epsilon_total)
     rows: dict[int, dict[str, Any]] = {}
     if before := read_if_there(BaselineFile, folder):
-        rows[0] = {"accuracy": before.accuracy, "loss": before.loss, "complete": True, **_of_slices(before.slices)}
+        rows[0] = {judged_by: before.accuracy, "loss": before.loss, "complete": True, **_beside(before)}
     for line in read_lines(RoundLine, folder):
         number = line.round_number
         rows[number] = {
-            "accuracy": line.accuracy,
+            judged_by: line.accuracy,
             "loss": line.loss,
             **(rows.get(0, {}) if not number else {}),  # of round 0 the score is the one before training
             "epsilon": max((epsilon for by, epsilon in spent.items() if by <= number), default=None),
@@ -49,16 +49,22 @@ def history_of(folder: Path) -> pd.DataFrame:
             "bytes_down": line.bytes_down,
             "bytes_up": line.bytes_up,
             "complete": line.complete,
-            **_of_slices(line.slices),
+            **_beside(line),
         }
-    columns = [*FIGURES, "complete", *dict.fromkeys(name for row in rows.values() for name in row if "_of_" in name)]
+    known = [judged_by, *FIGURES, "complete"]
+    columns = list(dict.fromkeys([*known, *(name for row in rows.values() for name in row)]))
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=columns)
     figures = [name for name in columns if name != "complete"]
     return frame.rename_axis("round").astype(dict.fromkeys(figures, float)).sort_index()
 
 
-def _of_slices(scores: Sequence[LabelScore]) -> dict[str, float]:
-    return {f"accuracy_of_{score.label}": score.right / score.records for score in scores if score.records}
+def _beside(line: BaselineFile | RoundLine) -> dict[str, float]:
+    slices = {f"accuracy_of_{score.label}": score.right / score.records for score in line.slices if score.records}
+    return slices | {_column(figure.name): figure.value for figure in line.figures}
+
+
+def _column(name: str) -> str:
+    return name.lower().replace(" ", "_")
 
 
 def privacy_of(folder: Path) -> pd.DataFrame:
