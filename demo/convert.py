@@ -5,6 +5,7 @@
     python -m fedveil.demo.convert qnli FOLDER                  # GLUE's train.tsv and dev.tsv
     python -m fedveil.demo.convert sentences imdb imdb.txt      # of a named data set, as ``start.text`` takes them
     python -m fedveil.demo.convert persons imdb persons.csv     # sentences of reviews, each author of one a person
+    python -m fedveil.demo.convert table medmcqa-specialties questions.csv     # as a table of your own would be
 
 The first three write ``data/sst2/train.tsv`` and so on, of which the columns are ``text``, ``label`` and, of pairs,
 ``text_pair``. FOLDER is the public distribution, unpacked. Rows without a label are left out, and counted.
@@ -139,6 +140,25 @@ def write_persons(name: str, path: Path) -> str:
     return f"{path}: {len(rows)} records of {len({person for *_, person in rows})} persons"
 
 
+def write_table(name: str, path: Path) -> str:
+    """Write a named data set with labels to a CSV file of columns text and label, as a table of the user's would be.
+
+    Raises:
+        ConfigError: there is no such data set.
+        DataError: it cannot be read, or its records have no label.
+    """
+    if name not in DATASETS:
+        raise ConfigError(f"there is no data set {name!r}{nearest(name, DATASETS)}: name one of {', '.join(DATASETS)}")
+    found = load_dataset(DataConfig(name=name), DATASETS[name].task)
+    if not found.label_names:
+        raise DataError(f"{name} has no labels, which this table is of: name another")
+    # On one line each, so that a site reads them as well.
+    rows = [(" ".join(one.texts()[0].split()), found.label_names[one.label or 0]) for one in found.examples]
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("text", "label"), *rows])
+    return f"{path}: {len(rows)} records"
+
+
 def _column(table: Table, names: Sequence[str]) -> str:
     found = next((name for name in names if name in table.columns), "")
     if not found and "label" not in names:
@@ -170,18 +190,21 @@ def _write(path: Path, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
             raise DataError(f"{path} cannot be written as TSV ({error}): a cell holds a tab or a line's end") from error
 
 
+WRITERS = {"sentences": write_sentences, "persons": write_persons, "table": write_table}
+"""What takes a data set's name and the file to write to."""
+
+
 def main(words: Sequence[str]) -> int:
     """Do what the command line says; return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m fedveil.demo.convert", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("what", help=f"{', '.join(LAYOUTS)}, sentences or persons")
-    parser.add_argument("source", help="the public distribution's folder; of sentences and persons, a data set's name")
+    parser.add_argument("what", help=f"{', '.join([*LAYOUTS, *WRITERS][:-1])} or table")
+    parser.add_argument("source", help="the public distribution's folder; of the last three, a data set's name")
     parser.add_argument("target", nargs="?", default="data", help="the folder to write to; of those, the file")
     asked = parser.parse_args(words)
     try:
-        if asked.what in ("sentences", "persons"):
-            write = write_sentences if asked.what == "sentences" else write_persons
-            lines = [write(asked.source, Path(asked.target))]
+        if asked.what in WRITERS:
+            lines = [WRITERS[asked.what](asked.source, Path(asked.target))]
         else:
             lines = convert(asked.what, Path(asked.source), Path(asked.target))
     except (FedVeilError, OSError) as error:

@@ -75,6 +75,19 @@ def test_records_are_the_distributions_to_the_last_sign(elsewhere: Path) -> None
     assert answers.examples[0].texts() == ["Who ?", "She ."]
 
 
+def test_a_named_set_becomes_a_table_as_a_user_has_one(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["snli", str(elsewhere / "snli")]) == 0
+    assert main(["table", "snli", "own.csv"]) == 0
+    assert "own.csv: 2 records" in capsys.readouterr().out
+    own = load_dataset(DataConfig(name="own.csv"), "classification")
+    assert [(e.texts()[0], own.label_names[e.label or 0]) for e in own.examples] == [
+        ("a man sleeps", "contradiction"),
+        ("a dog barks", "entailment"),
+    ]
+    assert main(["table", "asdiv", "own.csv"]) == 1
+    assert "asdiv has no labels" in capsys.readouterr().err
+
+
 def test_a_labelled_test_part_under_another_columns_name_is_taken(elsewhere: Path) -> None:
     (elsewhere / "sst2" / "test.tsv").write_text("label\tcontent\n0\tno film\n1\ta film\n")
     assert any("test.tsv: 2 records" in line for line in convert("sst2", elsewhere / "sst2", Path("data")))

@@ -30,7 +30,7 @@ def test_ten_commands_lead_from_a_table_to_a_served_model_and_a_signed_report(
 ) -> None:
     """Each as it stands, laid over settings that make it a second's; the run is in one process instead of Flower's."""
     monkeypatch.chdir(tmp_path)
-    write_reviews(tmp_path / "reviews.csv", 320, 5)
+    write_reviews(tmp_path / "questions.csv", 320, 5)
     asked = {key: value for key, value in toy_settings.items() if not key.startswith("data.")}
     (tmp_path / "toy.toml").write_text(to_toml({**asked, "output": "runs"}), encoding="utf-8")
 
@@ -70,7 +70,7 @@ def test_the_ten_commands_as_they_stand_in_a_clean_clone(tmp_path: Path) -> None
     """Nothing in anybody's place: a new environment, the default job, Flower's simulation; it asks a package index."""
     clone = tmp_path / "clone"
     subprocess.run(["git", "clone", "--quiet", str(PAGE.parents[2]), str(clone)], check=True)
-    write_reviews(clone / "reviews.csv", 1000, 5)
+    write_reviews(clone / "questions.csv", 1000, 5)
     # What this process was told, such as where to import from, is not told to a newcomer.
     known = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "FEDVEIL", "PYTEST"))}
     said, folder = "", ""
