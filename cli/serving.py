@@ -11,7 +11,7 @@ from rich.console import Console
 
 from fedveil.cli.errors import for_people
 from fedveil.common.errors import ConfigError, DataError, FedVeilError
-from fedveil.common.words import counted, decimal_text, percent_text
+from fedveil.common.words import counted, decimal_text, percent_text, visible
 
 if TYPE_CHECKING:
     from fedveil.common.tasks import Answer
@@ -21,17 +21,47 @@ RunFolder = Annotated[Path, typer.Argument(help="A run's folder, its id, or 'lat
 
 
 @for_people
-def evaluate(folder: RunFolder) -> None:
-    """Load a run's adapter with stock PEFT and score it on the run's public test data."""
+def evaluate(
+    folder: RunFolder,
+    on: Annotated[
+        str, typer.Option(help="Sets beside the run's own, after commas: names, or files with the run's columns.")
+    ] = "",
+    by: Annotated[str, typer.Option("--slice", help="A column of the files; scores are given by its values.")] = "",
+) -> None:
+    """Load a run's adapter with stock PEFT and score it on the run's public test data.
+
+    With --on it is scored beside the model that the run began with, on each set: what was gained, forgotten, and moved.
+    """
     from fedveil.common.paths import check_adapter, given_run
 
     folder = given_run(folder)
     check_adapter(folder / "adapter")
+    if by and not on:
+        raise ConfigError("--slice is for --on: name files there that have the column")
+    if on:
+        _evaluate_on(folder, [name.strip() for name in on.split(",") if name.strip()], by)
+        return
     from fedveil.experiments.evaluate import evaluate_run
 
     with console.status("loading the model and scoring"):
         score = evaluate_run(folder)
     console.print(f"accuracy {100 * score.accuracy:.1f} %  loss {decimal_text(score.loss, 4)}")
+
+
+def _evaluate_on(folder: Path, sources: list[str], column: str) -> None:
+    from fedveil.experiments.evaluate_on import evaluate_on
+    from fedveil.reports import report_of
+    from fedveil.reports.data import cares_of
+    from fedveil.reports.evaluated import EvaluatedFile
+
+    with console.status("loading the models and scoring"):
+        found = evaluate_on(folder, sources, column)
+    for text in cares_of(report_of(folder)):
+        console.print(f"WARNING: {visible(text)}")
+    for evaluation in found:
+        for line in evaluation.lines():
+            console.print(visible(line))
+    console.print(f"written: {folder / EvaluatedFile.NAME}; scores of records that are not public have no noise")
 
 
 @for_people

@@ -6,10 +6,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from fedveil.common.model.score import half_of_ratio
 from fedveil.common.tasks.examples import Example
 from fedveil.common.words import counted, decimal_text, percent_text
-from fedveil.reports.scores import ALL, Share, interval_text, wilson
+from fedveil.reports.scores import ALL, Share, interval_text, ratio, wilson
 
 BLANK = "(blank)"
 """What a slice is called whose rows have nothing in the column."""
@@ -101,11 +100,5 @@ def _group(name: str, sums: Sequence[Sum], counts: bool) -> Group:
     if not sums:
         return Group(name, 0, None, None)
     right, loss, weight = (math.fsum(column) for column in zip(*sums, strict=True))
-    share = wilson(round(right), len(sums)) if counts else _ratio(sums, right / weight)
+    share = wilson(round(right), len(sums)) if counts else ratio([one[0] for one in sums], [one[2] for one in sums])
     return Group(name, len(sums), share, loss / weight)
-
-
-def _ratio(sums: Sequence[Sum], share: float) -> Share:
-    """Return a share of all that records are right over, with the normal 95 % interval of a ratio over records."""
-    half = half_of_ratio([right for right, _, _ in sums], [over for _, _, over in sums])
-    return Share(share, max(0.0, share - half), min(1.0, share + half))

@@ -17,7 +17,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedveil.common.model.score import Z
+from fedveil.common.model.score import Z, half_of_ratio
 from fedveil.common.model.score import macro_f1 as macro_f1_of
 from fedveil.common.other_runs import BesideRow
 from fedveil.common.run_lines import Figure, LabelScore
@@ -101,6 +101,17 @@ def wilson(right: int, records: int) -> Share | None:
     p, tail = right / records, Z * Z / records
     middle, half = p + tail / 2, Z * math.sqrt(p * (1 - p) / records + tail / 4 / records)
     return Share(p, max(0.0, (middle - half) / (1 + tail)), min(1.0, (middle + half) / (1 + tail)))
+
+
+def ratio(parts: Sequence[float], weights: Sequence[float], *, lowest: float = 0.0) -> Share:
+    """Return the share of all parts in all weights, each a record's, with its normal 95 % interval.
+
+    Args:
+        parts, weights: of one record or more.
+        lowest: that the share can be; 1 is the highest.
+    """
+    share, half = math.fsum(parts) / math.fsum(weights), half_of_ratio(parts, weights)
+    return Share(share, max(lowest, share - half), min(1.0, share + half))
 
 
 def label_reports(before: Sequence[LabelScore], after: Sequence[LabelScore]) -> list[LabelReport]:

@@ -47,12 +47,19 @@ def _initialise(job: Job, collector: Collector, server_model: ServerModel, obser
     began = time.monotonic()
     if job.origin.asked == "sites":
         return _from_sites(job, collector, server_model, observer, state)
-    if job.origin.asked == "server":
-        state = job.begin(server_model.start, server_model.public_statistic())
-    if job.calibrated:
-        state = job.start(server_model.calibrated(state.adapter))
+    state = begun_in_public(job, server_model)
     observer.initialised(RoundOutcome(0, Collected(attempts=1), None, time.monotonic() - began))
     return state
+
+
+def begun_in_public(job: Job, server_model: ServerModel) -> ServerState:
+    """Return the state before any record was used: what is scored as "before"."""
+    state = job.start(server_model.start)
+    if job.derived or job.origin.asked == "sites":
+        return state
+    if job.origin.asked == "server":
+        state = job.begin(server_model.start, server_model.public_statistic())
+    return job.start(server_model.calibrated(state.adapter)) if job.calibrated else state
 
 
 def _from_sites(

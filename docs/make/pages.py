@@ -70,6 +70,8 @@ from fedveil.experiments.sweep.rows import Row
 from fedveil.privacy.accountant import Accountant
 from fedveil.privacy.events import Event
 from fedveil.privacy.secure_sum import Agreement, KeyOffer, Sharing
+from fedveil.reports.evaluated import Change, EvaluatedFile, Evaluation
+from fedveil.reports.scores import FigureReport, Share
 
 
 def tables_page() -> str:
@@ -130,6 +132,7 @@ def run_folder_page() -> str:
         ProgressFile,
         BesideFile,
         TuningFile,
+        EvaluatedFile,
     )
     parts = [(f"`{kind.NAME}`", _fields(kind), _about(kind)) for kind in files]
     parts.append((f"`adapter/{AdapterFile.NAME}`", _fields(AdapterFile), _about(AdapterFile)))
@@ -145,6 +148,10 @@ def run_folder_page() -> str:
         Reached: "in `result.json`, beside the other keys",
         Finding: "in `audit*.json`",
         BesideRow: "in `beside.json`",
+        Evaluation: "in `evaluated.json`",
+        Change: "in `evaluated.json`",
+        FigureReport: "in `evaluated.json`",
+        Share: "in `evaluated.json`",
     }
     parts += [(f"{kind.__name__}, {where}", _fields(kind), _about(kind)) for kind, where in nested.items()]
     parts.append(("A row of a sweep's table", _fields(Row), "A line of `NAME.jsonl`, and of `NAME.csv` beside it."))
