@@ -54,8 +54,8 @@ LIMITS = {
     # 3200, and by issue 49 clusters, several processes, and what a site evaluates; by issue 50 medical sets.
     "lines of documents, written": 3279,
     # The page of the API in Python; the settings' section "wire", by issue 48; site evaluate, by issue 49; rows of
-    # medical sets and of the systems that are not built, a score's figures, evaluated.json, by issue 50.
-    "lines of documents, made": 2305,
+    # medical sets and of the systems that are not built, a score's figures, evaluated.json, costs of rows, by issue 50.
+    "lines of documents, made": 2320,
 }
 """The most that a figure may be, for those that have once been below it."""
 

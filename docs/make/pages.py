@@ -66,7 +66,7 @@ from fedveil.common.server_file import CheckLine, OwnCheck, ServerFile, ServerSt
 from fedveil.common.tasks import roles_of_all
 from fedveil.deploy.advisories import ADVISORIES
 from fedveil.experiments.sweep.arms import ARMS
-from fedveil.experiments.sweep.rows import Row
+from fedveil.experiments.sweep.rows import Costs, Row
 from fedveil.privacy.accountant import Accountant
 from fedveil.privacy.events import Event
 from fedveil.privacy.secure_sum import Agreement, KeyOffer, Sharing
@@ -152,6 +152,7 @@ def run_folder_page() -> str:
         Change: "in `evaluated.json`",
         FigureReport: "in `evaluated.json`",
         Share: "in `evaluated.json`",
+        Costs: "in a row of a sweep's table",
     }
     parts += [(f"{kind.__name__}, {where}", _fields(kind), _about(kind)) for kind, where in nested.items()]
     parts.append(("A row of a sweep's table", _fields(Row), "A line of `NAME.jsonl`, and of `NAME.csv` beside it."))

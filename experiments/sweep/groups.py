@@ -15,7 +15,7 @@ from fedveil.common.other_runs import BesideFile, BesideRow
 from fedveil.common.tasks import TASKS
 from fedveil.common.words import UNKNOWN
 from fedveil.experiments.sweep.arms import ARMS
-from fedveil.experiments.sweep.rows import Row
+from fedveil.experiments.sweep.rows import Costs, Row
 from fedveil.strategies import ROWS
 from fedveil.strategies.base import is_exact
 
@@ -95,6 +95,8 @@ class Group:
     """Whether the new weights are exactly the mean of the sites' weights."""
     honest: int
     """How many honest sites its ε counts on; 0: on none, as each site adds all of its noise itself."""
+    costs: list[Costs]
+    """Of its runs, as far as they are known."""
 
 
 def groups(rows: Sequence[Row]) -> list[Group]:
@@ -140,6 +142,7 @@ def _group(variant: str, arm: str, epsilon: float | None, rows: Sequence[Row]) -
         processor_seconds=_of_a_seed([[row.processor_seconds for row in members] for members in whole]),
         exact=_exact(counting[-1].settings),
         honest=fewest_honest(counting),
+        costs=[row.costs for row in counting if row.costs is not None],
     )
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import re
+import statistics
 import subprocess
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,10 +20,12 @@ from fedveil.common.bundle import PROJECT, digest, files_of
 from fedveil.common.errors import RunFailed
 from fedveil.common.files import replace_file
 from fedveil.common.run_lines import BaselineFile, ConfigFile, ResultFile, RoundLine, read_file, read_lines
+from fedveil.common.tasks import TASKS
 from fedveil.common.words import counted, visible
 from fedveil.experiments.sweep.arms import ARMS
 from fedveil.experiments.sweep.file import Cell
-from fedveil.experiments.sweep.rows import Basis, Row, line_of
+from fedveil.experiments.sweep.processes import forget_peak, peak_memory
+from fedveil.experiments.sweep.rows import Basis, Costs, Row, line_of
 
 if TYPE_CHECKING:
     from fedveil.strategies.job import Job
@@ -28,6 +33,8 @@ if TYPE_CHECKING:
 Through = Literal["one process", "flower"]
 ROW = "row.json"
 LOG = "log.txt"
+PART = 0.95
+"""Of a run's gain."""
 PROCESSORS = Path("/proc/cpuinfo")
 """Where Linux names the model of each processor; on some kinds it does not."""
 
@@ -101,12 +108,13 @@ def run_one(work: Work) -> Row:
 
     _same_code(work)
     model_of.cache_clear()  # no run finds the features or the rehearsal of the one before: seconds are comparable
-    began, worked = time.monotonic(), time.process_time()
+    began, worked, reset = time.monotonic(), time.process_time(), forget_peak()
     if ARMS[work.cell.arm].fitted:
         row = _fitted_row(work)
     else:
         run = _through_flower(work) if work.through == "flower" else _in_process(work)
-        row = _row(work, run, time.monotonic() - began, time.process_time() - worked)
+        seconds, worked = time.monotonic() - began, time.process_time() - worked
+        row = _row(work, run, seconds, worked, peak_memory() if reset else (None, None))
     _same_code(work)
     replace_file(work.folder / ROW, line_of(row).encode())
     return row
@@ -137,7 +145,7 @@ def _through_flower(work: Work) -> Path:
     return simulate({**cell.settings, "output": str(work.folder)}, sites, lambda _: None)
 
 
-def _row(work: Work, run: Path, seconds: float, processor_seconds: float) -> Row:
+def _row(work: Work, run: Path, seconds: float, processor_seconds: float, memory: tuple[int | None, int | None]) -> Row:
     from fedveil.common.data.sources import public_test
     from fedveil.server.collect.door import shown_of
 
@@ -171,7 +179,53 @@ def _row(work: Work, run: Path, seconds: float, processor_seconds: float) -> Row
         settings={key: value for key, value in config.settings.items() if key != "output"},
         sent=shown.of_a_site(most_sent(lines)),
         processor_seconds=shown.seconds(processor_seconds) if measured else None,
+        costs=_costs(run, job, memory if measured else (None, None), travels=travels),
     )
+
+
+def _costs(run: Path, job: Job, memory: tuple[int | None, int | None], *, travels: bool) -> Costs:
+    from fedveil.experiments.evaluate import read_peft_config
+
+    lines, labelled = read_lines(RoundLine, run), TASKS[job.config.model.task].labelled
+    rounds, sent = to_gain(read_file(BaselineFile, run), lines, labelled=labelled) or (None, None)
+    seconds = [line.seconds for line in lines if line.complete and line.round_number and line.seconds is not None]
+    tuned = run / "adapter" / "adapter_config.json"  # a run of the head alone has none
+    ranks = (read_peft_config(tuned) if tuned.is_file() else {}).get("rank_pattern") or None
+    return Costs(
+        rounds_to_gain=rounds,
+        bytes_to_gain=sent if travels else None,
+        round_seconds=statistics.median(seconds) if seconds else None,
+        memory=memory[0],
+        gpu_memory=memory[1],
+        ranks=ranks and {layer.replace("\\", ""): rank for layer, rank in ranks.items()},
+    )
+
+
+def to_gain(baseline: BaselineFile, lines: Iterable[RoundLine], *, labelled: bool) -> tuple[float, float] | None:
+    """Return rounds and bytes after which a run first had ``PART`` of its gain, as ``Costs`` says; None: of none.
+
+    Args:
+        baseline, lines: of the run.
+        labelled: whether accuracy is judged; else the loss.
+    """
+
+    def score(accuracy: float | None, loss: float | None) -> float | None:
+        return accuracy if labelled else None if loss is None else -loss
+
+    found, sent = [(0.0, 0.0, score(baseline.accuracy, baseline.loss))], 0
+    for line in lines:
+        sent += line.bytes_down + line.bytes_up
+        now = (line.accuracy, line.loss) if line.round_number else (baseline.begun_accuracy, baseline.begun_loss)
+        found += [(float(line.round_number), float(sent), score(*now))] if line.complete else []
+    points = [(*place, value) for *place, value in found if value is not None and math.isfinite(value)]
+    if not points or points[-1][2] <= points[0][2]:
+        return None
+    wanted = points[0][2] + PART * (points[-1][2] - points[0][2])
+    for (start, bytes_before, had), (end, bytes_then, has) in pairwise(points):
+        if has >= wanted:
+            part = (wanted - had) / (has - had)
+            return start + part * (end - start), bytes_before + part * (bytes_then - bytes_before)
+    return None
 
 
 def _origin(work: Work, job: Job) -> dict[str, Any]:

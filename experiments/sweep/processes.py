@@ -25,6 +25,8 @@ from fedveil.common.words import visible
 
 W = TypeVar("W")
 R = TypeVar("R")
+PROCESS = Path("/proc/self")
+"""Where Linux says what a process uses."""
 LAST_SECONDS = 20.0
 """How long a process that is to end may take to end what it has started."""
 
@@ -119,6 +121,32 @@ class _Worker:
             self.process.kill()
         self.pool.shutdown()
         self.process.join()
+
+
+def forget_peak() -> bool:
+    """Let the most memory that this process had begin again, and return whether the system does that."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        (PROCESS / "clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
+
+
+def peak_memory() -> tuple[int, int | None]:
+    """Return the most bytes that this process had resident since ``forget_peak``, and torch on a GPU, if there is one.
+
+    Raises:
+        OSError: the system does not say.
+    """
+    import torch
+
+    status = (PROCESS / "status").read_text(encoding="utf-8")
+    resident = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
+    return 1024 * int(resident), torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
 
 
 def _begin() -> None:

@@ -10,16 +10,38 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from fedveil.common.config.flat import Scalar
 from fedveil.common.errors import DataError
 from fedveil.common.files import finite, replace_file
-from fedveil.common.strict_json import Endless, Measured, from_json, json_of, to_json
+from fedveil.common.strict_json import SPARSE, Endless, Measured, from_json, json_of, to_json
 
 Key = tuple[str, str, int | None, float | None, int]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a run took to learn, and what it needed meanwhile."""
+
+    rounds_to_gain: float | None
+    """Rounds until the score on public data first had 95 % of its gain: that of the last scored round over the one
+    before any record was used, of accuracy, or of the loss where records have no labels. Between two scored rounds the
+    score is taken to change evenly, as bytes do. None: there was no gain."""
+    bytes_to_gain: float | None
+    """Adapter payload of all sites until then, with rounds that did not count. None of a baseline as well."""
+    round_seconds: float | None
+    """The median of the rounds; None as ``seconds``."""
+    memory: int | None
+    """The most bytes that the run's process had resident; None through Flower, with a trusted server, and where the
+    system does not say."""
+    gpu_memory: int | None
+    """The most bytes that torch had on the GPU; None as ``memory``, and without a GPU."""
+    ranks: dict[str, int] | None
+    """The rank of each layer of the final adapter, where they differ from ``adapter.rank``; one that is missing has no
+    adapter. None: all have that rank."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +110,8 @@ class Row:
     sites are other processes, and in rows of older code."""
     penalty: float | None = None
     """λ of a fitted head, by cross-validation on the training records; None of a run."""
+    costs: Costs | None = field(default=None, metadata=SPARSE)
+    """None of a fitted head, and in rows of older code."""
 
     @property
     def honest(self) -> int:
@@ -158,7 +182,7 @@ def row_of(text: str, what: str) -> Row:
 
 
 def line_of(row: Row) -> str:
-    """Return a row as one line of JSON."""
+    """Return a row as one line of JSON; one of older code as that wrote it."""
     return json.dumps(finite(to_json(row)), ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -170,11 +194,12 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 
 
 def columns(rows: Iterable[Row]) -> list[str]:
-    """Return the columns of the CSV: the fields, then ``versions.NAME`` and ``settings.KEY`` of all rows."""
+    """Return the columns of the CSV: the fields, then ``costs.``, ``versions.`` and ``settings.NAME`` of all rows."""
     rows = list(rows)
-    plain = [item.name for item in fields(Row) if item.name not in ("versions", "settings")]
+    plain = [item.name for item in fields(Row) if item.name not in ("versions", "settings", "costs")]
     return [
         *plain,
+        *(f"costs.{item.name}" for item in fields(Costs) if any(row.costs for row in rows)),
         *(f"versions.{name}" for name in sorted({name for row in rows for name in row.versions})),
         *(f"settings.{key}" for key in sorted({key for row in rows for key in row.settings})),
     ]
@@ -187,7 +212,8 @@ def to_csv(rows: Sequence[Row]) -> str:
     writer.writeheader()
     for row in rows:
         flat = {
-            **{name: value for name, value in to_json(row).items() if not isinstance(value, dict)},
+            **{name: value for name, value in to_json(row).items() if name not in ("versions", "settings", "costs")},
+            **{f"costs.{name}": value for name, value in (to_json(row.costs) if row.costs else {}).items()},
             **{f"versions.{name}": value for name, value in row.versions.items()},
             **{f"settings.{key}": value for key, value in row.settings.items()},
         }
@@ -196,4 +222,4 @@ def to_csv(rows: Sequence[Row]) -> str:
 
 
 def _cell(value: Any) -> Any:
-    return str(value).lower() if isinstance(value, bool) else value
+    return json.dumps(value) if isinstance(value, bool | dict) else value

@@ -74,6 +74,25 @@ def _intruder_words(group: Group) -> str:
     return f"{own:.1f} ({of_noise})"
 
 
+def _mean_words(group: Group, name: str, words: Callable[[float], str]) -> str:
+    values = [getattr(costs, name) for costs in group.costs if getattr(costs, name) is not None]
+    some = f" (of {len(values)})" if 0 < len(values) < len(group.costs) else ""
+    return words(statistics.mean(values)) + some if values else UNKNOWN
+
+
+def _most_words(group: Group, name: str) -> str:
+    values = [getattr(costs, name) for costs in group.costs if getattr(costs, name) is not None]
+    return bytes_text(max(values)) if values else UNKNOWN
+
+
+def _rank_words(group: Group) -> str:
+    ranks = [rank for costs in group.costs for rank in (costs.ranks or {}).values()]
+    runs = [len(costs.ranks) for costs in group.costs if costs.ranks]
+    if not ranks:
+        return UNKNOWN
+    return f"{min(ranks)} to {max(ranks)}, mean {statistics.mean(ranks):.1f} in {statistics.mean(runs):.4g} layers"
+
+
 COLUMNS: Mapping[str, Callable[[Group], str]] = {
     "variant": lambda group: f"`{group.variant}`",
     "recipe": lambda group: group.recipe,
@@ -90,8 +109,17 @@ COLUMNS: Mapping[str, Callable[[Group], str]] = {
     "exact": lambda group: UNKNOWN if group.sent is None else "yes" if group.exact else "no",
     "processor": lambda group: seconds_text(group.processor_seconds),
     "intruders (of noise)": _intruder_words,
+    "rounds to 95 %": lambda group: _mean_words(group, "rounds_to_gain", lambda mean: f"{mean:.1f}"),
+    "bytes to 95 %": lambda group: _mean_words(group, "bytes_to_gain", lambda mean: bytes_text(round(mean))),
+    "a round": lambda group: _mean_words(group, "round_seconds", seconds_text),
+    "memory": lambda group: _most_words(group, "memory"),
+    "GPU memory": lambda group: _most_words(group, "gpu_memory"),
+    "ranks": _rank_words,
 }
-OPTIONAL = frozenset({"numbers", "exact", "processor", "intruders (of noise)"})
+OPTIONAL = frozenset(
+    {"numbers", "exact", "processor", "intruders (of noise)", "rounds to 95 %", "bytes to 95 %", "a round", "memory"}
+    | {"GPU memory", "ranks"}
+)
 """Columns that a table has only where one of its rows has a figure for them."""
 
 
@@ -101,6 +129,11 @@ COLUMN_NOTES: Mapping[str, str] = {
     "processor": "Processor: seconds of all cores together, with loading and reports.",
     "intruders (of noise)": "Intruders are new directions among the ten largest of each layer's weights, summed over "
     "layers, in brackets those that the run's noise alone makes.",
+    "rounds to 95 %": "Rounds, and bytes of all sites, until the score first had 95 % of its last gain over the start: "
+    "means over the runs that gained, interpolated between scored rounds.",
+    "a round": "A round: the median of a run's rounds.",
+    "memory": "Memory: the most that the process of a run had resident, or torch on the GPU; the largest of the runs.",
+    "ranks": "Ranks by layer at the end, where a run chose them.",
 }
 FOLDED = "What a seed, an arm and each column is, and where the runs ran"
 """Over the sentences that a page folds away."""

@@ -242,6 +242,21 @@ def sweeping(tmp_path: Path, world: Path) -> Sweeping:
 
 
 @pytest.mark.usefixtures("here")
+def test_a_row_has_what_its_run_took_and_the_ranks_that_it_chose(sweeping: Sweeping) -> None:
+    sweeping.settings |= {"strategy": "increlora", "rounds": 3, "training.learning-rate": 0.3}
+    (row,) = sweeping().rows
+    (folder,) = (sweeping.folder / "runs" / "base-eps-none-seed-1").glob("increlora-*")
+    lines = read_lines(RoundLine, folder)
+    assert row.costs is not None
+    assert row.costs.round_seconds == sorted(line.seconds or 0.0 for line in lines)[1]
+    assert row.costs.memory is not None
+    assert row.costs.memory > 50_000_000
+    stock = json.loads((folder / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    chosen = {name.replace("\\", ""): rank for name, rank in stock["rank_pattern"].items()}
+    assert row.costs.ranks == (chosen or None)
+
+
+@pytest.mark.usefixtures("here")
 def test_a_changed_configuration_is_run_again_and_its_old_row_leaves_the_table(sweeping: Sweeping) -> None:
     (first,) = sweeping().rows
     sweeping.settings["rounds"] = 2

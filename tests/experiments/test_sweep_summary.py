@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 import re
 import sys
@@ -20,11 +21,13 @@ from typer.testing import CliRunner
 from fedveil.cli.main import app
 from fedveil.common.adapters import ADAPTERS
 from fedveil.common.errors import ConfigError, DataError
+from fedveil.common.run_lines import BaselineFile, RoundLine
 from fedveil.experiments.sweep.conduct import row_words
 from fedveil.experiments.sweep.groups import beside, groups, interval
+from fedveil.experiments.sweep.one_run import to_gain
 from fedveil.experiments.sweep.pictures import bytes_figure, epsilon_figure, write_pictures
 from fedveil.experiments.sweep.published import SHIPPED, Published, read_published
-from fedveil.experiments.sweep.rows import Row, write_rows
+from fedveil.experiments.sweep.rows import Costs, Row, read_rows, write_rows
 from fedveil.experiments.sweep.summary import markdown_of
 from fedveil.reports.scores import beside_cells
 from fedveil.strategies import ROWS
@@ -140,6 +143,64 @@ def test_an_epsilon_that_counts_on_honest_sites_names_them_wherever_runs_stand_b
     assert groups([*summed, fewer])[0].honest == 2, "the boldest reading stood for all"
     open_rows = [replace(r, settings={**r.settings, "privacy.honest-sites": 3}) for r in OPEN]
     assert groups(open_rows)[0].honest == 0, "a run without privacy counts on nobody"
+
+
+def curve(*rounds: tuple[float | None, int]) -> list[RoundLine]:
+    """Return the lines of rounds, from round 1, each with its accuracy and the bytes that it sent."""
+    fixed: dict[str, Any] = {"complete": True, "strategy": "ffa-lora", "participants": ["a"], "seconds": 1.0}
+    fixed |= {"privacy": "none", "head": "", "noised_correct": [], "refusals": [], "attempts": 1, "failures": []}
+    return [
+        RoundLine(i, accuracy=accuracy, loss=accuracy and 1 - accuracy, bytes_down=sent, bytes_up=0, **fixed)
+        for i, (accuracy, sent) in enumerate(rounds, 1)
+    ]
+
+
+def test_rounds_and_bytes_to_95_percent_of_the_gain_by_hand() -> None:
+    start = BaselineFile(0.5, 0.5)
+    # The gain is 0.2, of which 95 % are reached at 0.69: after 9/10 of the way from round 2 (0.6) to round 4 (0.7).
+    lines = curve((None, 10), (0.6, 10), (None, 10), (0.7, 30), (0.7, 10))
+    wanted = (2 + 0.9 * 2, 20 + 0.9 * 40)
+    for labelled in (True, False):
+        assert to_gain(start, lines, labelled=labelled) == pytest.approx(wanted)
+    lost = [lines[0], replace(lines[1], complete=False, accuracy=None, loss=None, bytes_down=7), *lines[1:]]
+    assert to_gain(start, lost, labelled=True) == pytest.approx((wanted[0], wanted[1] + 7)), "bytes of a lost round"
+    assert to_gain(start, curve((0.8, 1), (0.7, 1)), labelled=True) == pytest.approx((0.19 / 0.3, 0.19 / 0.3))
+    assert to_gain(start, curve((0.8, 1), (0.5, 1)), labelled=True) is None, "nothing was gained in the end"
+    assert to_gain(start, [], labelled=True) is None
+    begun = replace(start, begun_accuracy=0.7, begun_loss=0.3)
+    first = replace(lines[0], round_number=0)
+    assert to_gain(begun, [first, *lines], labelled=True) == pytest.approx((0.0, 9.5)), "the start had it at once"
+
+
+def test_costs_have_columns_where_a_row_has_them_and_an_older_row_a_dash() -> None:
+    costs = Costs(3.5, 2e6, 1.25, 2_000_000_000, None, {"layer.0.query": 2, "layer.1.query": 4})
+    newer = row(0.76, seed=2, costs=costs)
+    nothing = replace(newer, seed=3, costs=replace(costs, rounds_to_gain=None, bytes_to_gain=None))
+    older = row(0.75, variant="old")
+    header, _, new, old, *_ = markdown_of([newer, nothing, older]).splitlines()
+    shown = [cell.strip() for cell in header.split("|")[-6:-1]]
+    assert shown == ["rounds to 95 %", "bytes to 95 %", "a round", "memory", "ranks"]
+    assert [cell.strip() for cell in new.split("|")[-6:-1]] == [
+        "3.5 (of 1)",
+        "2.00 MB (of 1)",
+        "1.2 s",
+        "2.00 GB",
+        "2 to 4, mean 3.0 in 2 layers",
+    ]
+    assert [cell.strip() for cell in old.split("|")[-6:-1]] == ["–"] * 5
+    assert "95 %" not in markdown_of([older]).splitlines()[0], "a table without a new figure has changed"
+
+
+def test_a_row_of_older_code_is_written_as_it_was_and_a_newer_one_read_as_it_is(tmp_path: Path) -> None:
+    costs = Costs(3.5, 2e6, 1.25, 2_000_000_000, None, {"layer.0.query": 2})
+    rows = [row(0.75), row(0.76, seed=2, costs=costs)]
+    write_rows(tmp_path / "some.jsonl", rows)
+    assert read_rows(tmp_path / "some.jsonl") == rows
+    assert "costs" not in (tmp_path / "some.jsonl").read_text(encoding="utf-8").splitlines()[0]
+    old, new = csv.DictReader((tmp_path / "some.csv").read_text(encoding="utf-8").splitlines())
+    assert (old["costs.memory"], new["costs.memory"], new["costs.ranks"]) == ("", "2000000000", '{"layer.0.query": 2}')
+    write_rows(tmp_path / "old.jsonl", rows[:1])
+    assert "costs" not in (tmp_path / "old.csv").read_text(encoding="utf-8")
 
 
 # Pictures
