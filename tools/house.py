@@ -52,7 +52,7 @@ LIMITS = {
     "questions of kind": 60,
     "README lines": 120,
     # 3200, and by issue 49 clusters, several processes, and what a site evaluates; by issue 50 medical sets.
-    "lines of documents, written": 3279,
+    "lines of documents, written": 3282,
     # The page of the API in Python; the settings' section "wire", by issue 48; site evaluate, by issue 49; rows of
     # medical sets and of the systems that are not built, a score's figures, evaluated.json, costs of rows, by issue 50.
     "lines of documents, made": 2320,

@@ -17,6 +17,9 @@ from fedveil.common.run_lines import Figure
 from fedveil.common.tasks import Record, Sums, Task
 from fedveil.common.tasks.featured import Collator, FeatureCollator
 
+RIGHT_OPTION = "right option"
+"""What a score calls the share of questions of which the right option is the likeliest, by the mean over its tokens."""
+
 
 @torch.no_grad()
 def score_records(
@@ -49,11 +52,35 @@ def score_records(
             sums = task.sums(module, batch)
         totals += torch.stack([sums.loss.sum(), sums.correct.sum(), sums.weight.sum()]).double().cpu()
         counts.add(sums, group, batch["labels"].tolist() if sums.predicted is not None else (), counted=task.counted)
+    counts.shares |= _right_options(module, task, base, records, collator, device, precision)
     module.train(was_training)
     loss, correct, weight = totals.tolist()
     by_slice = _counts(dict(enumerate(slices)), counts.whole, sorted(set(slices)))
     by_label = _by_label(counts.labels, counts.given, counts.whole)
     return counts.figures_of(Score(correct / weight, loss / weight, *by_label, *by_slice, task.scored.headline))
+
+
+def _right_options(
+    module: nn.Module,
+    task: Task,
+    base: BaseModel,
+    records: Sequence[Record],
+    collator: Collator,
+    device: torch.device,
+    precision: torch.dtype,
+) -> dict[str, list[float]]:
+    """Return for each record with options whether its right one has the least loss of all, by the figure's name."""
+    if task.scored.options is None:
+        return {}
+    right = list[float]()
+    for record in records:
+        options = task.scored.options(base, record)
+        if len(options) > 1:
+            batch = {name: values.to(device) for name, values in collator.collate(base, options).items()}
+            with autocast(device, precision):
+                losses = task.sums(module, batch).losses
+            right.append(float(losses[0] < losses[1:].min()))
+    return {RIGHT_OPTION: right} if right else {}
 
 
 class _Counts:

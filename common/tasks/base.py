@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 Record: TypeAlias = dict[str, Any]
 """One record as a batch is made of it: lists of numbers, or tensors, by the names of the batch's tensors."""
+IGNORED = -100
+"""In place of the label of a token that has none."""
 OWNER = "owner"
 """Key of a record for the number, in this process alone, of the person it belongs to. It is in no batch, and a record
 that belongs to no one has none."""
@@ -74,6 +76,8 @@ class Scored:
     """The figure that a run is judged by: ``accuracy``, or one that ``Sums.parts`` or ``Sums.beside`` gives."""
     kinds: Callable[[Sequence[str]], Sequence[str]] = tuple
     """Takes the labels, and names the kinds of parts that ``Sums.parts`` counts, in its order."""
+    options: Callable[[BaseModel, Record], list[Record]] | None = None
+    """Makes a record for each option of one, the right one first; of one that has no options, none. None: none has."""
 
 
 def owner_of(record: Record) -> Record:

@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from fedveil.common.errors import DataError, ModelNotLoaded
-from fedveil.common.tasks.base import Batch, Record, Sums, Wording
+from fedveil.common.tasks.base import IGNORED, Batch, Record, Scored, Sums, Wording
 from fedveil.common.tasks.examples import Example
 from fedveil.common.tasks.finished import Answer, Export, Finished, Questions
 from fedveil.common.tasks.loading import OWN_CODE
+from fedveil.common.tasks.options import options_of
 from fedveil.common.tasks.roles import Role
 from fedveil.common.tasks.text import TOKENS, TextExample, TextTask, pad_id, padded
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from fedveil.common.model.base import BaseModel
     from fedveil.common.tasks.module import TaskModule
 
-IGNORED = -100
 LOOKS_AHEAD = 1e-5
 """Part of the largest logit by which another last token may move the ones before it, for rounding. A decoder's is 0, as
 both passes have one shape; MiniLM's is 0.25, and that of untrained encoders 5e-4 and more."""
@@ -109,6 +109,7 @@ class CausalLM(TextTask):
     )
     questions: ClassVar[Questions | None] = Questions(lambda words: TextExample(*words), complete)
     export: ClassVar[Export] = DecoderExport()
+    scored: ClassVar[Scored] = Scored(options=options_of)
 
     def load(self, name: str) -> tuple[nn.Module, Any]:
         """Return the decoder with its own language-model head."""

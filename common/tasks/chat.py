@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from fedveil.common.errors import ConfigError, DataError
-from fedveil.common.tasks.base import Record, Wording
-from fedveil.common.tasks.causal_lm import IGNORED, CausalLM, complete, halves
+from fedveil.common.tasks.base import IGNORED, Record, Wording
+from fedveil.common.tasks.causal_lm import CausalLM, complete, halves
 from fedveil.common.tasks.cells import CELL_CHARACTERS, Misfit, is_missing, read_optional, read_text
 from fedveil.common.tasks.examples import Example
 from fedveil.common.tasks.finished import Questions

@@ -19,8 +19,8 @@ from fedveil.common.data.sources import load_dataset, load_protected
 from fedveil.common.errors import ConfigError, DataError
 from fedveil.common.model.base import BaseModel, load_base_model
 from fedveil.common.tasks import TASKS, Chat, Instruction
-from fedveil.common.tasks.base import Batch
-from fedveil.common.tasks.causal_lm import IGNORED, CausalLM
+from fedveil.common.tasks.base import IGNORED, Batch
+from fedveil.common.tasks.causal_lm import CausalLM
 from fedveil.common.tasks.cells import Misfit
 from fedveil.common.tasks.chat import MOST_TURNS, Conversation, prompt_tokens, read_turns
 from fedveil.common.tasks.instruction import Exchange, read_history

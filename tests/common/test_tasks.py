@@ -21,7 +21,7 @@ from fedveil.common.errors import DataError, ModelNotLoaded
 from fedveil.common.model.base import BaseModel, load_base_model
 from fedveil.common.model.batching import length_batches
 from fedveil.common.tasks import TASKS, CausalLM, Chat, Classification, ImageClassification, Instruction, Record, Task
-from fedveil.common.tasks.causal_lm import IGNORED
+from fedveil.common.tasks.base import IGNORED
 from fedveil.common.tasks.module import TaskModule
 from fedveil.common.tasks.text import TextExample
 
