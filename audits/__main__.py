@@ -28,6 +28,7 @@ from audits.kills import kills_of_all
 from audits.noise_law import audit_noise
 from audits.persons import audit_persons, probe_persons_all
 from audits.sensitivity import audit_sensitivity
+from audits.several import ANY_COUNTED, LABEL_CLIPPED, LABELS_COUNTED, audit_count, several_world
 from audits.shown_rounds import audit_shown_rounds
 from audits.simulation import probe_runs
 from audits.site_rounds import audit_sites
@@ -61,7 +62,11 @@ def noise_and_sensitivity(folder: Path) -> list[Finding]:
             each = (SOUND, faults.DOUBLED, EACH_CLIPPED)
             seen += [audit_class_means(world.model, world.records, fault) for fault in each]
         seen += [audit_persons(world, fault) for fault in (SOUND, faults.ROW_CLIPPED, faults.PERSON_DIVIDED)]
-    return seen
+    several = several_world(save_tiny_model("bert", folder / "several"))
+    means = (SOUND, EACH_CLIPPED, LABEL_CLIPPED)
+    seen += [audit_class_means(several.model, several.records, fault) for fault in means]
+    counts = (SOUND, LABELS_COUNTED, ANY_COUNTED)
+    return seen + [audit_count(several.model, several.records, fault) for fault in counts]
 
 
 def world_of(folder: Path, family: str, adapter: str, head: str) -> World:

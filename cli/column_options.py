@@ -11,6 +11,7 @@ import typer
 
 from fedveil.common.tasks import roles_of_all
 from fedveil.common.tasks.roles import Role
+from fedveil.common.words import capital
 
 
 def with_columns(command: Callable[..., None]) -> Callable[..., None]:
@@ -36,5 +37,5 @@ def with_columns(command: Callable[..., None]) -> Callable[..., None]:
 
 def _option(columns: inspect.Parameter, name: str, role: Role) -> inspect.Parameter:
     end = "; none if left out." if role.optional and not role.usual else "."
-    option = typer.Option(help=f"Column of {role.about}, as the setting data.{role.setting}{end}")
+    option = typer.Option(help=f"{capital(role.said)}, as the setting data.{role.setting}{end}")
     return columns.replace(name=name, default=None, annotation=Annotated[str | None, option])

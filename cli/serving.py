@@ -133,13 +133,14 @@ def ask(
         model = load_finished(folder)
         answers = model.answers(lines) if lines else []
     if file:
-        for line, (best, *_) in zip(lines, answers, strict=True):
-            typer.echo(f"{_said(best)}\t{' '.join(line)}")  # rich would make blanks of the tab
-    for answer in answers[0] if words else ():
+        for line, found in zip(lines, answers, strict=True):
+            best = found[:1] if not model.task.scored.several else _chosen(found)
+            typer.echo(f"{', '.join(map(_said, best))}\t{' '.join(line)}")  # rich would make blanks of the tab
+    for answer in _chosen(answers[0]) if words else ():
         console.print(_said(answer))
     while interactive and (typed := _typed()):
         try:
-            console.print("\n".join(map(_said, model.answers([typed.split("\t")])[0])))
+            console.print("\n".join(map(_said, _chosen(model.answers([typed.split("\t")])[0]))))
         except FedVeilError as error:
             console.print(str(error))
 
@@ -157,6 +158,13 @@ def _typed() -> str:
         return input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:
         return ""
+
+
+def _chosen(answers: list[Answer]) -> list[Answer]:
+    """Return what is an answer or a part of it; of several labels that may be none."""
+    from fedveil.common.tasks.finished import NO_LABEL
+
+    return [answer for answer in answers if answer.chosen] or [NO_LABEL]
 
 
 def _said(answer: Answer) -> str:

@@ -139,7 +139,7 @@ def _of_section(section: type[Any], prefix: str, values: Mapping[str, Scalar] = 
             continue
         if kind is Columns:
             for role in roles_of_all():
-                meaning = f"The column of {role.about}" + (". Empty: there is none." if role.optional else ".")
+                meaning = f"The {role.said}" + (". Empty: there is none." if role.optional else ".")
                 yield Setting(prefix + role.setting, role.column, meaning, "", KINDS[str])
             continue
         own = [*rules.get(name, ()), *([tables()[key]] if key in tables() else [])]

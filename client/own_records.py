@@ -80,7 +80,7 @@ def bounded(examples: Sequence[Example], most: int) -> list[Example]:
 
 def _digest(example: Example) -> bytes:
     """Return a hash of an example's whole row; one that was read from none has that of what it holds."""
-    return hashlib.sha256(example.row or example.canonical(str(example.label)).encode()).digest()
+    return hashlib.sha256(example.row or example.canonical(str(example.answer())).encode()).digest()
 
 
 def _one(model: FederatedModel, example: Example) -> Record | None:

@@ -19,9 +19,17 @@ from fedveil.common.config.flat import Scalar
 from fedveil.common.errors import ConfigError, PrivacyError, RunFailed
 from fedveil.common.files import finite, replace_file
 from fedveil.common.other_runs import TuningFile
-from fedveil.common.run_lines import BaselineFile, ResultFile, RoundLine, read_file, read_if_there, read_lines
+from fedveil.common.run_lines import (
+    BaselineFile,
+    ConfigFile,
+    ResultFile,
+    RoundLine,
+    read_file,
+    read_if_there,
+    read_lines,
+)
 from fedveil.common.strict_json import json_of, to_json
-from fedveil.common.tasks import TASKS
+from fedveil.common.tasks import TASKS, headline_of
 from fedveil.common.words import decimal_text, percent_text
 from fedveil.experiments.in_process import run_in_process, simulated_nodes
 from fedveil.experiments.planner.price import paid_before, site_plans
@@ -69,10 +77,11 @@ class Outcome:
     loss: float
     epsilon: float
     """ε that the ledgers were charged by its end, for this trial and those before it."""
+    judged_by: str = "accuracy"
 
     def __str__(self) -> str:
         scores = f"{percent_text(self.accuracy)} ({percent_text(self.accuracy_before)} before)"
-        return f"{self.trial}: accuracy {scores}, loss {decimal_text(self.loss, 4)}"
+        return f"{self.trial}: {self.judged_by} {scores}, loss {decimal_text(self.loss, 4)}"
 
 
 def read_tuning(path: Path, *, simulated: bool = True) -> Tuning:
@@ -176,7 +185,8 @@ def _outcome(name: str, folder: Path) -> Outcome:
     losses = [read_file(BaselineFile, folder).loss]
     losses += [line.loss for line in read_lines(RoundLine, folder) if line.complete and line.loss is not None]
     epsilon = inf if reached.epsilon is None else reached.epsilon
-    return Outcome(name, folder, reached.accuracy_before, reached.accuracy, losses[-1], epsilon)
+    judged_by = headline_of(read_file(ConfigFile, folder).settings)
+    return Outcome(name, folder, reached.accuracy_before, reached.accuracy, losses[-1], epsilon, judged_by)
 
 
 def simulated(tuning: Tuning, output: Path) -> Conduct:

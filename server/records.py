@@ -133,10 +133,18 @@ class RunFolder(Observer):
         self, baseline: Score, state: ServerState, members: Mapping[str, Member], begun: Score | None = None
     ) -> None:
         """Record the score before any record was used, and that after round 0, if it used some."""
-        counts = (self._by_label(baseline), self._by_slice(baseline))
-        after = (begun.accuracy, begun.loss) if begun else (None, None)
-        figures, parts = list(baseline.figures), self._by_kind(baseline)
-        self._write(BaselineFile(baseline.accuracy, baseline.loss, *counts, *after, figures=figures, parts=parts))
+        self._write(
+            BaselineFile(
+                baseline.accuracy,
+                baseline.loss,
+                self._by_label(baseline),
+                self._by_slice(baseline),
+                begun_accuracy=begun.accuracy if begun else None,
+                begun_loss=begun.loss if begun else None,
+                figures=list(baseline.figures),
+                parts=self._by_kind(baseline),
+            )
+        )
         self._baseline = baseline
         self._save(Checkpoint(self.run, self.job.settings(), state, dict(members), baseline, begun or baseline, {}))
 

@@ -190,6 +190,22 @@ class World:
             "public": str(folder / "public.csv"),
         }
 
+    def _multi_label(self, folder: Path) -> dict[str, Any]:
+        draw = random.Random(0)
+        for name in ("texts", "public"):
+            texts = [draw.choices(FILLER, k=6) for _ in range(TRAIN + TEST)]
+            rows = [
+                {"text": " ".join(text), "label": sorted({*text} & {*FILLER[:3]}), "author": f"a{i % 7}"}
+                for i, text in enumerate(texts)
+            ]
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return {
+            **{key: value for key, value in self.of_task("classification").items() if key != "model.task"},
+            "data.name": str(folder / "texts.jsonl"),
+            "data.labels": ",".join(FILLER[:3]),
+            "public": str(folder / "public.jsonl"),
+        }
+
     def _causal_lm(self, folder: Path) -> dict[str, Any]:
         return self._generative(folder, lambda one, two: {"prompt": one, "completion": two})
 

@@ -36,7 +36,8 @@ LIMITS = {
     "contrib lines, tests": 8000,
     "longest test file": 600,
     # 95 by issue 46, data.invalid-rows by issue 47, wire.precision by issue 48, named-sites and project by issue 49.
-    "settings": 99,
+    # label-separator by issue 50: what is between a record's labels in a table.
+    "settings": 100,
     "policy keys": 32,
     "commands": 39,  # site evaluate, by issue 49
     "server/rounds imports": 12,
@@ -51,11 +52,13 @@ LIMITS = {
     "private words per 1,000 of docstrings": 1.1,
     "questions of kind": 60,
     "README lines": 120,
-    # 3200, and by issue 49 clusters, several processes, and what a site evaluates; by issue 50 medical sets.
-    "lines of documents, written": 3282,
+    # 3200, and by issue 49 clusters, several processes, and what a site evaluates; by issue 50 medical sets, and
+    # several labels a text.
+    "lines of documents, written": 3302,
     # The page of the API in Python; the settings' section "wire", by issue 48; site evaluate, by issue 49; rows of
-    # medical sets and of the systems that are not built, a score's figures, evaluated.json, costs of rows, by issue 50.
-    "lines of documents, made": 2320,
+    # medical sets and of the systems that are not built, a score's figures, evaluated.json, costs of rows, and
+    # label-separator, by issue 50.
+    "lines of documents, made": 2326,
 }
 """The most that a figure may be, for those that have once been below it."""
 

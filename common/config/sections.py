@@ -42,7 +42,8 @@ class ModelConfig(Section):
     task: Annotated[str, OneOf(TASKS)] = "classification"
     """A kind of task (see ``common.tasks``): ``classification`` (encoder, mean pool, linear head), ``causal-lm``
     (prompt, completion), ``chat`` (a conversation), ``instruction`` (instruction, input, output),
-    ``image-classification`` (vision transformer, linear head)."""
+    ``image-classification`` (vision transformer, linear head), ``multi-label`` (as ``classification``, with any of the
+    labels a text, or none)."""
     max_length: Annotated[int, POSITIVE, Unit("tokens")] = 128
     """The length that a record is cut to. It is less where the model has no positions for so many and one of padding.
     An image is scaled to the largest square of whole patches that has at most so many."""

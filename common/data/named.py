@@ -52,7 +52,8 @@ class NamedDataset:
     label: str = ""
     """Column of the label; empty: of a folder, or no such column."""
     labels: Mapping[str, str] = field(default_factory=dict)
-    """The name of each label by what the column holds, in the labels' order; empty: records have none."""
+    """The name of each label by what the column holds, in the labels' order; empty: records have none. Of a set with
+    several labels a record, ``fields`` has ``labels``: their names, with commas between."""
     label_phrases: tuple[tuple[str, ...], ...] = ()
     """Phrases for ``head.start = "label-words"``, by label; made up, none was taken from a record."""
     only: tuple[str, str] | None = None
@@ -106,6 +107,8 @@ DATASETS: Rows[NamedDataset] = Rows(
         "medmcqa-specialties-test": "sets.medical:MEDMCQA_SPECIALTIES_TEST",
         "medqa": "sets.medical:MEDQA",
         "pubmedqa": "sets.medical:PUBMEDQA",
+        "goemotions": "sets.goemotions:GOEMOTIONS",
+        "goemotions-dev": "sets.goemotions:GOEMOTIONS_DEV",
         "textile-images": "sets.textile_images:TEXTILE_IMAGES",
     },
     "fedveil.demo",

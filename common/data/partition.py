@@ -136,7 +136,7 @@ def _shares(train: Dataset, config: DataConfig, num_partitions: int) -> tuple[tu
         size, more = divmod(len(order), num_partitions)
         ends = [size * k + min(k, more) for k in range(num_partitions + 1)]
         return tuple(tuple(order[begin:end]) for begin, end in pairwise(ends))
-    labels = [train.examples[i].label for i in order]
+    labels = [train.examples[i].stratum for i in order]
     if None in labels:
         raise ConfigError(NO_LABEL)
     parts = _dirichlet_parts(np.array(labels), num_partitions, config)

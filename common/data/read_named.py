@@ -15,7 +15,7 @@ from fedveil.common.errors import DataError
 from fedveil.common.tasks import TASKS
 from fedveil.common.tasks.cells import is_missing
 from fedveil.common.tasks.examples import Dataset
-from fedveil.common.tasks.roles import KEY, LABEL, PERSON, Column
+from fedveil.common.tasks.roles import KEY, LABEL, LABELS, PERSON, Column
 from fedveil.common.tasks.tables import Table
 
 
@@ -34,7 +34,7 @@ def load_named(name: str, key: str, person: str) -> Dataset:
     else:
         table = _table_of(name, named)
         given = (*named.fields, *([LABEL.field] if named.label else []))
-        read = [Column(role, role.field) for role in kind.roles if role.field in given]
+        read = [Column(role, role.field, "," * (role is LABELS)) for role in kind.roles if role.field in given]
     if key:
         read.append(Column(KEY, key))
     if person:
@@ -105,4 +105,5 @@ def load_texts(name: str) -> list[str]:
     """
     named = DATASETS[name]
     table = _table_of(name, dataclasses.replace(named, label="", labels={}))
-    return [str(text) for row in zip(*(table.columns[field] for field in named.fields), strict=True) for text in row]
+    fields = [field for field in named.fields if field != LABELS.field]
+    return [str(text) for row in zip(*(table.columns[field] for field in fields), strict=True) for text in row]

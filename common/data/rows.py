@@ -15,10 +15,10 @@ from typing import Any
 from fedveil.common.check import nearest
 from fedveil.common.errors import ConfigError, DataError
 from fedveil.common.files import FileState, state_of
-from fedveil.common.tasks.cells import UNREADABLE, Misfit, is_missing, plain, read_word
+from fedveil.common.tasks.cells import UNREADABLE, Misfit, is_missing, plain
 from fedveil.common.tasks.examples import Dataset, Example
 from fedveil.common.tasks.layouts import known_layout
-from fedveil.common.tasks.roles import LABEL, Column
+from fedveil.common.tasks.roles import LABEL, LABELS, Column
 from fedveil.common.tasks.table_files import separated_otherwise
 from fedveil.common.tasks.tables import Table, Unfit
 from fedveil.common.words import counted
@@ -81,7 +81,7 @@ def _unusable(unfit: Sequence[Unfit]) -> DataError:
 def _labels_of(
     columns: Sequence[Column], tables: Sequence[Table], labels: tuple[str, ...], *, protected: bool
 ) -> tuple[str, ...]:
-    labelled = next((column for column in columns if column.role is LABEL), None)
+    labelled = next((column for column in columns if column.role in (LABEL, LABELS)), None)
     if labelled is None:
         return ()
     if protected and not labels:
@@ -134,16 +134,25 @@ def _record(
         except Exception:  # of any reader that a task brings; its words might quote the cell
             reason = f"has a cell that cannot be read {where}"
             return _unfit(table, row, reason, reason)
-        if column.role is LABEL:
-            if value not in index:
-                known = f"{', '.join(index)}){nearest(str(value), index)}"
-                quoted = f"has the label {value!r}, which is not among data.labels ({known}"
+        if column.role in (LABEL, LABELS):
+            words = words_of(column, value)
+            if unknown := [word for word in words if word not in index]:
+                known = f"{', '.join(index)}){nearest(unknown[0], index)}"
+                quoted = f"has the label {unknown[0]!r}, which is not among data.labels ({known}"
                 return _unfit(table, row, "has a label that is not among data.labels", quoted)
-            value = index[str(value)]
+            value = index[words[0]] if column.role is LABEL else tuple(int(name in words) for name in index)
         values[column.role.field] = value
     record = example(**values, row=_row_digest(table, row))
     reason, advice = record.lacks()
     return _unfit(table, row, reason, f"{reason}: {advice}") if reason else record
+
+
+def words_of(column: Column, value: object) -> list[str]:
+    """Return the labels of a cell, as its role's reader gives it."""
+    if column.role is LABEL or not column.separator:
+        return list(value) if isinstance(value, list) else [str(value)] if value else []
+    parts = value if isinstance(value, list) else str(value).split(column.separator)
+    return [part.strip() for part in parts if part.strip()]
 
 
 def _filled_in(table: Table, row: int, columns: Sequence[Column], names: Mapping[str, str]) -> Unfit | None:
@@ -185,7 +194,7 @@ def _distinct(tables: Iterable[Table], column: Column) -> tuple[str, ...]:
     for table in tables:
         for value in table.columns.get(column.name, ()):
             try:
-                labels.add(read_word(value))
+                labels.update(words_of(column, column.role.read(value, table.folder)))
             except Misfit:  # labels again, and told, where rows become examples
                 continue
     try:

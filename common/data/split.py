@@ -62,13 +62,13 @@ def _test_records(dataset: Dataset, test_size: int, seed: int) -> tuple[int, ...
         groups.setdefault(name, []).append(i)
     # Sorting by a keyed hash is a shuffle that no library version can change.
     mixed = sorted(groups, key=lambda text: hashlib.sha256(f"{seed}/public-test/{text}".encode()).digest())
-    places = _quotas(Counter(example.label for example in dataset.examples), test_size)
+    places = _quotas(Counter(example.stratum for example in dataset.examples), test_size)
     chosen: dict[int, None] = {}
     for stratified in (True, False):  # the second time fills the places that a class's groups did not fit into
         for members in (groups[text] for text in mixed):
             if members[0] in chosen or len(members) > test_size - len(chosen):
                 continue
-            classes = Counter(dataset.examples[i].label for i in members)
+            classes = Counter(dataset.examples[i].stratum for i in members)
             if not stratified or classes <= places:
                 places.subtract(classes)
                 chosen.update(dict.fromkeys(members))

@@ -41,6 +41,8 @@ def set_up_head(
         model.module.eval()
         means = torch.stack([_mean_features(model, of_label) for of_label in phrases])
         start_from_phrases(linear, head, means, model.base.name)
+    if model.module.prior:
+        linear.bias.add_(model.module.prior)
     linear.requires_grad_(model.head_trained)
     if head.metric == "public":
         model.module.metric = Metric(model.module.width).to(model.device)

@@ -1,10 +1,10 @@
 """Class means: one paid release of sums and counts of frozen features, for a head that no words can start.
 
-A record adds its features and ``COUNT`` to the sums of its label: one vector, clipped as a whole, so that adding or
-removing a record moves all sums and counts together by one clip norm at most. It is also the gradient of a linear map
-of the features, so a site clips, sums and noises it by the steps that it trains by. Sums and counts add up, so the
-sites' mean is that of all their records. A trap in the price: dividing noised sums by exact counts would release
-the counts for nothing, so these are in the clip and in the noise.
+A record adds its features and ``COUNT`` to the sums of its label, or of each of its labels: one vector, clipped as a
+whole, so that adding or removing a record moves all sums and counts together by one clip norm at most, however many
+labels it has. It is also the gradient of a linear map of the features, so a site clips, sums and noises it by the
+steps that it trains by. Sums and counts add up, so the sites' mean is that of all their records. A trap in the price:
+dividing noised sums by exact counts would release the counts for nothing, so these are in the clip and in the noise.
 
 What the server makes of it costs nothing more. The mean of all features is the centre of the head's map
 (``head.metric``): of one kind of images it is most of a feature's length, and would have most of every later clip. The
@@ -35,6 +35,7 @@ from fedveil.common.starts.paid import PaidByShare
 from fedveil.common.starts.public_metric import MADE, PublicMetric
 from fedveil.common.starts.public_text import MADE_UP
 from fedveil.common.tasks import TASKS, Batch, Record
+from fedveil.common.tasks.base import own_logits
 from fedveil.common.tasks.featured import FEATURES
 from fedveil.privacy.plan import PrivacyPlan
 
@@ -124,10 +125,10 @@ class ClassMeans(PaidByShare):
             chosen = [vectors[i] for i in next(plan.draws(vectors))]
 
             def votes(batch: Batch) -> Tensor:
-                """Return what has each record's features, and ``count``, as its gradient in the row of its label."""
+                """Return what has each record's features, and ``count``, as its gradient in the row of each label."""
                 seen = (batch[FEATURES] - public["centre"]) @ public["map"]
-                rows = batch["labels"][:, None] if self.sums == "labels" else torch.zeros_like(batch["labels"])[:, None]
-                said = count * sums(seen / count).gather(1, rows)[:, 0]
+                labels = batch["labels"] if self.sums == "labels" else batch["labels"].new_zeros(len(batch["labels"]))
+                said = count * own_logits(sums(seen / count), labels)
                 return said[: batch.records] if isinstance(batch, FixedBatch) else said
 
             optimizer = torch.optim.SGD(sums.parameters(), lr=0.0)
@@ -147,7 +148,7 @@ class ClassMeans(PaidByShare):
         everyone = max(float(counts.sum()), FEWEST)
         mean = sums.sum(0) / everyone
         # As of ``public-metric``: so long that the made-up records' gradients are clip norm over clip share.
-        longer = 2 * config.privacy.clip_norm / (self.clip_share * self.clip_norm)
+        longer = config.privacy.clip_norm / model.module.error / (self.clip_share * self.clip_norm)
         metric = {
             "centre": (public["centre"] + torch.linalg.solve(public["map"].T, mean)).float(),
             "map": (longer * public["map"]).float(),
@@ -159,12 +160,17 @@ class ClassMeans(PaidByShare):
             lead = rows.square().sum(1).mean() * len(rows) / max(1, len(rows) - 1)
             head = {
                 "weight": (rows * (config.head.margin / lead.clamp(min=1e-12))).float(),
-                "bias": torch.zeros(len(rows)),
+                "bias": self._offsets(counts.clamp(min=least), several=model.task.scored.several),
             }
         if model.module.metric is not None:
             return {HEAD: head, METRIC: metric}
         weight = head["weight"].double() @ metric["map"].double().T
         return {HEAD: {"weight": weight.float(), "bias": (-weight @ metric["centre"].double()).float()}}
+
+    @staticmethod
+    def _offsets(shares: Tensor, *, several: bool) -> Tensor:
+        """Return the offsets of the head's rows: of several labels a record, what gives each its noised share."""
+        return torch.logit(shares.clamp(max=0.5)).float() if several else torch.zeros(len(shares))
 
     def _map(self, model: FederatedModel) -> Factors:
         """Return centre and map of made-up records, which the map makes as long as the clip norm, on the device.
@@ -172,7 +178,7 @@ class ClassMeans(PaidByShare):
         Every party makes it up alone, as in a probe: it follows from the base model, and the clip comes after it.
         """
         public = PublicMetric(text=MADE_UP, records=MADE, ridge=self.ridge)
-        made = public.of_head(model, public.texts(model), self.clip_norm / 2)[METRIC]
+        made = public.of_head(model, public.texts(model), self.clip_norm * model.module.error)[METRIC]
         return {name: tensor.to(model.device) for name, tensor in made.items()}
 
 

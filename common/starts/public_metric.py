@@ -179,8 +179,8 @@ class PublicMetric(FromText):
         """Return the features' centre and map, and the head as it is behind them.
 
         With covariance S of the texts' features and m its mean eigenvalue, the map is c (S + λ m I)^(-1/2), λ the
-        ``ridge``; c makes the texts' gradients of the head's weight have the root mean square ``length``, at an error
-        of 1/2.
+        ``ridge``; c makes the texts' gradients of the head's weight have the root mean square ``length``, at the
+        error that the task's losses have about (``TaskModule.error``).
         """
         from fedveil.common.model.public_features import with_features
 
@@ -191,7 +191,7 @@ class PublicMetric(FromText):
         values = values.clamp(min=0)
         roots = (values + self.ridge * values.mean()).rsqrt()
         whitening = vectors * roots @ vectors.T
-        c = length / (0.5 * float((values * roots.square()).sum().sqrt()))
+        c = length / (model.module.error * float((values * roots.square()).sum().sqrt()))
         head = {name: p.detach().double().cpu() for name, p in model.head.items()}
         unmapped = vectors / roots @ vectors.T / c
         return {

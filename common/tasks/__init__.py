@@ -11,11 +11,13 @@ from fedveil.common.tasks.classification import Classification
 from fedveil.common.tasks.finished import Answer, Finished
 from fedveil.common.tasks.image_classification import ImageClassification
 from fedveil.common.tasks.instruction import Instruction
+from fedveil.common.tasks.multi_label import MultiLabel
 from fedveil.common.tasks.roles import Role
 from fedveil.common.tasks.stock_classification import StockClassification
 
 TASKS: dict[str, Task] = {
-    task.name: task for task in (Classification(), CausalLM(), Chat(), Instruction(), ImageClassification())
+    task.name: task
+    for task in (Classification(), CausalLM(), Chat(), Instruction(), ImageClassification(), MultiLabel())
 }
 
 
@@ -43,6 +45,7 @@ __all__ = [
     "Finished",
     "ImageClassification",
     "Instruction",
+    "MultiLabel",
     "Record",
     "Scored",
     "StockClassification",

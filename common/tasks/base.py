@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 from fedveil.common.errors import ConfigError
 from fedveil.common.tasks.examples import Example
 from fedveil.common.tasks.finished import Export, Questions
-from fedveil.common.tasks.roles import LABEL, Role
+from fedveil.common.tasks.roles import LABEL, LABELS, Role
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -78,6 +78,8 @@ class Scored:
     """Takes the labels, and names the kinds of parts that ``Sums.parts`` counts, in its order."""
     options: Callable[[BaseModel, Record], list[Record]] | None = None
     """Makes a record for each option of one, the right one first; of one that has no options, none. None: none has."""
+    several: bool = False
+    """Whether an answer has several labels. Then losses follow from each logit, not from differences alone."""
 
 
 def owner_of(record: Record) -> Record:
@@ -107,8 +109,8 @@ class Task(ABC):
     name: ClassVar[str]
     """Its value of ``model.task``."""
     roles: ClassVar[tuple[Role, ...]]
-    """The columns that it reads. With ``LABEL`` among them records have labels, and a head is on top of the base model;
-    without, the base model's own output is scored."""
+    """The columns that it reads. With ``LABEL`` or ``LABELS`` among them records have labels, and a head is on top of
+    the base model; without, the base model's own output is scored."""
     example: ClassVar[type[Example]]
     """What a row of a table becomes: its fields are those of ``roles``."""
     counted: ClassVar[bool] = False
@@ -126,7 +128,7 @@ class Task(ABC):
     @property
     def labelled(self) -> bool:
         """Whether its records have labels."""
-        return LABEL in self.roles
+        return LABEL in self.roles or LABELS in self.roles
 
     def check(self, config: RunConfig) -> None:
         """Raise ConfigError, naming the setting, unless a run of this task can have this configuration."""
@@ -269,6 +271,21 @@ def wording_of(task: Task) -> Wording:
             f"the records of model.task {task.name!r} hold no words: set head.start to 'random' or 'zeros'"
         )
     return task.wording
+
+
+def targets_of(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return 1 for each label that a record has and 0 for each other, shape as ``logits``, int64.
+
+    ``labels`` are that already; or the number of each record's one label, shape (records,) or (records, 1).
+    """
+    import torch.nn.functional as F
+
+    return labels if labels.shape == logits.shape else F.one_hot(labels.reshape(len(labels)), logits.shape[-1])
+
+
+def own_logits(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the sum of the logits of all labels that a record has, shape (records,); arguments as ``targets_of``."""
+    return (logits * targets_of(logits, labels)).flatten(1).sum(1)
 
 
 def classified(module: nn.Module, batch: Batch) -> Sums:

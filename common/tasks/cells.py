@@ -72,6 +72,19 @@ def read_if_any(value: object, folder: Path | None = None) -> str:
     return read_optional(value).strip()
 
 
+def read_labels(value: object, folder: Path | None = None) -> str | list[str]:
+    """Return a cell of labels: a list of them, or one text, in which a separator may be; an empty cell has none.
+
+    Raises:
+        Misfit: the cell is missing, which says nothing of its labels, or one of them is as ``read_text`` refuses.
+    """
+    if hasattr(value, "tolist"):  # of a frame in memory
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [read_word(label) for label in value]
+    return "" if isinstance(value, str) and not value.strip() else read_word(value)
+
+
 def names_no_file(value: object, folder: Path | None = None) -> None:
     """Return that a reader of the cell opens no file."""
 

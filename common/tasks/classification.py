@@ -132,10 +132,14 @@ class Classification(TextTask):
         encoded = tokenizer(texts, pairs, truncation=True, max_length=max_length)
         records: list[Record] = []
         for i, example in enumerate(examples):
-            if example.label is None:
-                raise DataError(f"record {i + 1} has no label; classification needs one for each record")
-            records.append({**{k: encoded[k][i] for k in encoded}, "labels": [example.label]})
+            records.append({**{k: encoded[k][i] for k in encoded}, "labels": self.labels_of(example, i + 1)})
         return records
+
+    def labels_of(self, example: TextExample, number: int) -> list[int]:
+        """Return what a record has as ``labels``: the label's number; DataError, with the record's, if it has none."""
+        if example.label is None:
+            raise DataError(f"record {number} has no label; classification needs one for each record")
+        return [example.label]
 
     def collate(self, base: BaseModel, records: Sequence[Record], size: int = 0) -> Batch:
         """Return int64 tensors of shape (records, tokens), padded on the right, and ``labels`` of shape (records,)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
@@ -49,6 +49,15 @@ class Example(ABC):
         """Return why it is no record though each of its cells is well, and what to do about it; else nothing, twice."""
         return "", ""
 
+    @property
+    def stratum(self) -> int | None:
+        """The number by which data are divided evenly, or unevenly: that of the label."""
+        return self.label
+
+    def answer(self, names: Sequence[str] = ()) -> str | None:
+        """Return the name of the label, or without ``names`` its number; None: it has none."""
+        return None if self.label is None else names[self.label] if names else str(self.label)
+
     def texts(self) -> list[str]:
         """Return the words that the record holds, a text for each of its fields; none, if it holds no words."""
         values = [getattr(self, item.name) for item in fields(self) if item.name not in BESIDE]
@@ -71,10 +80,7 @@ class Dataset:
         The order of records, the data set's name, the order of labels and the natural keys do not
         change it: none of them makes the same people's records another data set.
         """
-        return sorted(
-            example.canonical(None if example.label is None else self.label_names[example.label])
-            for example in self.examples
-        )
+        return sorted(example.canonical(example.answer(self.label_names)) for example in self.examples)
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the canonical records as a multiset, in hexadecimal."""

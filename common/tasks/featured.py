@@ -61,7 +61,7 @@ class FeatureCollator:
         return Shapes(longest=1, tokens=max(1, rows), most=most, uniform=True)
 
     def collate(self, base: BaseModel, records: Sequence[Record], size: int = 0) -> Batch:
-        """Return ``features``, shape (records, width), and ``labels``, shape (records,); or the task's batch.
+        """Return ``features``, shape (records, width), and ``labels``, as the task has them; or the task's batch.
 
         Where records have tangents, the batch has them and their scales as well.
         """
@@ -80,7 +80,8 @@ class FeatureCollator:
         if FEATURES not in like:
             return self.task.filler(base, like)
         vectors = [key for key in VECTORS if key in like]
-        return {**{key: like[key].new_zeros(like[key].shape) for key in vectors}, "labels": 0}
+        labels = [0] * len(like["labels"]) if isinstance(like["labels"], list) else 0
+        return {**{key: like[key].new_zeros(like[key].shape) for key in vectors}, "labels": labels}
 
     def inventor(self, base: BaseModel, limit: int, *, lifelike: bool = False) -> Inventor:
         """Return what draws vectors, each of length 1, by their number."""

@@ -11,6 +11,8 @@ from fedveil.common.errors import ConfigError
 from fedveil.common.tasks.examples import Example
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fedveil.common.config.flat import Scalar
     from fedveil.common.model.base import BaseModel
     from fedveil.common.tasks.base import Task
@@ -28,6 +30,12 @@ class Answer:
     """A label, or a completion."""
     probability: float | None
     """None of a completion."""
+    chosen: bool = True
+    """Whether it is an answer, or a part of it; of several labels those are that are above the threshold."""
+
+
+NO_LABEL = Answer("(no label)", None)
+"""What a model answers that gives a text none of several labels."""
 
 
 @dataclass(frozen=True)
@@ -71,15 +79,21 @@ def label_probabilities(model: Finished, examples: Sequence[Example]) -> list[li
     Raises:
         ConfigError: the model has no labels.
     """
+    rows = logits_of(model, examples).softmax(-1).tolist()
+    answers = ([Answer(label, share) for label, share in zip(model.labels, row, strict=True)] for row in rows)
+    return [sorted(one, key=lambda answer: -(answer.probability or 0.0)) for one in answers]
+
+
+def logits_of(model: Finished, examples: Sequence[Example]) -> Tensor:
+    """Return the logits of each example, shape (examples, labels), float64; ConfigError: the model has no labels."""
     if not model.labels:
         raise ConfigError(f"a model of model.task {model.task.name!r} has no labels to answer with")
     import torch
 
     batch = model.task.collate(model.base, model.task.prepare(model.base, examples, model.limit))
     with torch.no_grad():
-        rows = model.module(batch).double().softmax(-1).tolist()
-    answers = ([Answer(label, share) for label, share in zip(model.labels, row, strict=True)] for row in rows)
-    return [sorted(one, key=lambda answer: -(answer.probability or 0.0)) for one in answers]
+        logits: Tensor = model.module(batch)
+    return logits.double()
 
 
 @dataclass(frozen=True)
@@ -99,6 +113,8 @@ class Export:
     """The task's name on the hub, for a model card."""
     library: ClassVar[str] = "transformers"
     """Library that loads what ``write`` wrote, by its name on the hub."""
+    problem_type: ClassVar[str] = "single_label_classification"
+    """What transformers calls the kind of its answers; by another, pipelines make other probabilities of logits."""
     loader: ClassVar[str] = "AutoModel"
     """Class of transformers that loads the base model."""
 

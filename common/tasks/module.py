@@ -61,6 +61,8 @@ class TaskModule(nn.Module):
         self.head = nn.Linear(width, classes) if classes else None
         self.feature_scale = feature_scale
         self.metric: Metric | None = None
+        self.error, self.prior = 0.5, 0.0
+        """About how long a loss's gradient at the logits is, and where the offsets of the head begin."""
         self.tangent: Tangent | None = None
         """What a batch with tangents adds to the logits; None: batches have none."""
 

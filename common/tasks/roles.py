@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fedveil.common.tasks.cells import Namer, Reader, names_no_file, read_if_any, read_text, read_word
+from fedveil.common.tasks.cells import Namer, Reader, names_no_file, read_if_any, read_labels, read_text, read_word
 
 if TYPE_CHECKING:
     from fedveil.common.config.sections import DataConfig
@@ -38,6 +38,13 @@ class Role:
     """The file that this opens for a cell. A site's worker watches it: one that was deleted is to be in use no more."""
     section: str = "data."
     """What stands before ``setting`` in a job; of a role that a site's own settings alone name, nothing."""
+    is_column: bool = True
+    """Whether the setting names a column; else it says how another one is read, and is pinned as columns are."""
+
+    @property
+    def said(self) -> str:
+        """What the setting names, in words."""
+        return f"column of {self.about}" if self.is_column else self.about
 
     @property
     def column(self) -> str:
@@ -52,6 +59,8 @@ class Column:
     role: Role
     name: str
     """As the source's header has it."""
+    separator: str = ""
+    """Of a column of several labels: what separates them in a cell; empty: a cell holds a list, or one label."""
 
     @property
     def setting(self) -> str:
@@ -61,6 +70,15 @@ class Column:
 
 LABEL = Role("label", "label", "the label", read=read_word, in_question=False)
 """Holds one of ``data.labels``; the field is its number among them."""
+LABELS = Role("label", "labels", "the labels", read=read_labels, in_question=False)
+"""Holds any of ``data.labels``, or none; the field has 0 or 1 for each of them."""
+SEPARATOR = Role(
+    *("label-separator", "separator", "sign that separates the labels of a cell"),
+    optional=True,
+    in_question=False,
+    is_column=False,
+)
+"""Of a table whose cells hold no lists."""
 KEY = Role("key", "key", "the natural partition", read=read_word)
 """Column of the natural partition: of no task, and never read of records that somebody protects."""
 SLICE = Role("slice", "slice", "the part of the public test data that a record is of", read=read_word)
@@ -73,5 +91,10 @@ HELD_OUT = Role("held-out-column", "part", "whether the record is held out", rea
 
 def columns_of(roles: Sequence[Role], data: DataConfig) -> tuple[Column, ...]:
     """Return the columns that a run reads for ``roles``; an optional one that the run does not name is left out."""
-    named = [Column(role, data.columns[role.setting]) for role in roles]
+    separator = data.columns[SEPARATOR.setting] if SEPARATOR in roles else ""
+    named = [
+        Column(role, data.columns[role.setting], separator if role is LABELS else "")
+        for role in roles
+        if role.is_column
+    ]
     return tuple(column for column in named if column.name or not column.role.optional)

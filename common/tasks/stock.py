@@ -33,8 +33,7 @@ def stock_of(model: Finished, loader: str) -> Any:
     config = type(encoder.config).from_dict(encoder.config.to_dict())
     names = dict(enumerate(model.labels))
     config.id2label, config.label2id = names, {name: i for i, name in names.items()}
-    # By another kind of problem, which a base model may name, pipelines make other probabilities of logits.
-    config.problem_type = "single_label_classification"
+    config.problem_type = model.task.export.problem_type
     with torch.random.fork_rng():
         stock: Any = getattr(transformers, loader).from_config(config)
     getattr(stock, stock.base_model_prefix).load_state_dict(encoder.state_dict())

@@ -64,6 +64,7 @@ from fedveil.common.run_lines import (
 )
 from fedveil.common.server_file import CheckLine, OwnCheck, ServerFile, ServerStart
 from fedveil.common.tasks import roles_of_all
+from fedveil.common.words import capital
 from fedveil.deploy.advisories import ADVISORIES
 from fedveil.experiments.sweep.arms import ARMS
 from fedveil.experiments.sweep.rows import Costs, Row
@@ -204,8 +205,8 @@ def policy_page() -> str:
     rows = []
     for item in dataclasses.fields(Policy):
         if item.name == "columns":
-            about = "Column of {}. Pinned with the task: a run that reads another is refused."
-            rows += [[f"`{role.setting}`", "none", about.format(role.about)] for role in roles_of_all()]
+            about = "{}. Pinned with the task: a run that reads another is refused."
+            rows += [[f"`{role.setting}`", "none", about.format(capital(role.said))] for role in roles_of_all()]
             continue
         rows.append([f"`{kebab(item.name)}`", _written(item.default), _marked(texts[item.name])])
     return page(

@@ -156,7 +156,8 @@ class Run:
 
         Args:
             texts: one text, or several; tuples of two where records are pairs. Images are given by their paths. A
-                language model takes prompts, and each row is its ``completion``.
+                language model takes prompts, and each row is its ``completion``. Where a text may have several labels,
+                a row has the list of its ``labels``, which may be empty.
 
         Raises:
             ConfigError: a text is empty or none, or has not the parts that this run's records have.
@@ -176,6 +177,10 @@ class Run:
         answers = [answer for i in range(0, len(words), CHUNK) for answer in model.answers(words[i : i + CHUNK])]
         if not model.labels:
             return pd.DataFrame({"completion": [one[0].text for one in answers]})
+        if model.task.scored.several:
+            chosen = [[answer.text for answer in one if answer.chosen] for one in answers]
+            found = [[labels, *_by_label(one, model.labels)] for labels, one in zip(chosen, answers, strict=True)]
+            return pd.DataFrame(found, columns=["labels", *model.labels])
         rows = [[one[0].text, one[0].probability, *_by_label(one, model.labels)] for one in answers]
         return pd.DataFrame(rows, columns=["label", "probability", *model.labels])
 

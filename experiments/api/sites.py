@@ -135,5 +135,5 @@ def most_spent(ledgers: Path, delta: float) -> History:
 
 
 def _digest(part: Dataset) -> str:
-    rows = sorted(example.row or example.canonical(str(example.label)).encode() for example in part.examples)
+    rows = sorted(example.row or example.canonical(str(example.answer())).encode() for example in part.examples)
     return hashlib.sha256(b"".join(hashlib.sha256(row).digest() for row in rows)).hexdigest()

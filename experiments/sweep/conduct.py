@@ -12,6 +12,7 @@ from pathlib import Path
 from fedveil.common.errors import ConfigError, DataError
 from fedveil.common.files import append_lines
 from fedveil.common.strict_json import to_json
+from fedveil.common.tasks import headline_of
 from fedveil.common.words import percent_text
 from fedveil.experiments.recipes import recipes_said
 from fedveil.experiments.sweep.file import Cell, Sweep
@@ -131,7 +132,8 @@ def row_words(row: Row) -> str:
     spent = "no privacy" if row.epsilon is None else f"ε {epsilon_text(row.epsilon)}{honest_text(row.honest)} spent"
     early = "" if row.status == "completed" else f", stopped after {row.rounds} rounds"
     took = "" if row.seconds_in_all is None else f", {row.seconds_in_all:.0f} s"
-    return f"accuracy {percent_text(row.accuracy)} ({percent_text(row.accuracy_before)} before), {spent}{took}{early}"
+    name = headline_of(row.settings)
+    return f"{name} {percent_text(row.accuracy)} ({percent_text(row.accuracy_before)} before), {spent}{took}{early}"
 
 
 def _threads(jobs: int) -> int:

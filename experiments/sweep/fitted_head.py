@@ -5,6 +5,8 @@ rows w_c and offsets b_c of the labels, and the features x less their mean, scal
 
     minimise  1/n Σ_i -log softmax(W x_i + b)[y_i]  +  λ/2 ‖W‖²
 
+Where a record has several labels it is one such regression a label against the rest, with sigmoids, and one λ for all.
+
 The penalty λ is chosen by five-fold cross-validation on the training records: that of the most right answers, of equal
 ones that of the least loss. Equal records, and those of one person, are in one fold. The test part is scored once, by
 what was chosen without it.
@@ -22,12 +24,14 @@ from numpy.typing import NDArray
 from fedveil.common.data.sources import train_and_test
 from fedveil.common.data.split import tied
 from fedveil.common.errors import ModelError
+from fedveil.common.model.score import f1
 from fedveil.common.tasks.examples import Dataset
 from fedveil.common.tasks.featured import FEATURES
 from fedveil.strategies.job import Job
 
 Array = NDArray[np.float64]
 Labels = NDArray[np.int64]
+"""Numbers of labels, shape (records,); or 0 and 1 where a record has several, shape (records, labels)."""
 FOLDS = 5
 PENALTIES = tuple(10.0 ** (-half / 2) for half in range(13))
 """λ from 1 to 10⁻⁶, in half decades: the largest first, each fit begins where the last one ended."""
@@ -41,9 +45,9 @@ class Judged:
     """How a head does on records."""
 
     accuracy: float
-    """Share of right labels."""
+    """Share of right labels; of several a record, micro F1."""
     loss: float
-    """Mean cross-entropy, in nats."""
+    """Mean cross-entropy, in nats; of several labels, over the labels too."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ def fitted(job: Job) -> Fitted:
     records = model.featurise(model.prepare(train.examples))
     if len(records) < len(train.examples):
         raise ModelError(f"{model.base.name!r} cannot compute some of the records: the log says where")
-    # Shapes (records, width) and (records,).
+    # Shape (records, width), and as ``Labels``.
     x, y = (np.stack([r[FEATURES].double().numpy() for r in records]), np.array([r["labels"] for r in records]))
     test = np.stack([r[FEATURES].double().numpy() for r in server.records])
     right = np.array([r["labels"] for r in server.records])
@@ -102,7 +106,7 @@ def choose_penalty(x: Array, y: Labels, classes: int, folds: Sequence[int]) -> f
 
     Args:
         x: features, shape (records, width).
-        y: labels from 0, shape (records,).
+        y: labels from 0.
         classes: labels that there are.
         folds: of each record.
     """
@@ -134,15 +138,10 @@ def fit(x: Array, y: Labels, start: Array, penalty: float) -> Array:
     """
     from scipy.optimize import minimize
 
-    rows = np.arange(len(y))
-
     def value_and_gradient(flat: Array) -> tuple[float, Array]:
         weights = flat.reshape(start.shape)
-        chances = _log_chances(weights, x)
-        value = -chances[rows, y].mean() + penalty / 2 * (weights[:-1] ** 2).sum()
-        errors = np.exp(chances)
-        errors[rows, y] -= 1
-        errors /= len(y)
+        loss, errors = _loss_and_errors(weights, x, y)
+        value = loss + penalty / 2 * (weights[:-1] ** 2).sum()
         return float(value), np.vstack([x.T @ errors + penalty * weights[:-1], errors.sum(0)]).ravel()
 
     limits = {"maxiter": MOST_STEPS, "maxfun": 2 * MOST_STEPS, "gtol": GRADIENT, "ftol": 0.0}
@@ -154,8 +153,23 @@ def fit(x: Array, y: Labels, start: Array, penalty: float) -> Array:
 
 def judge(weights: Array, x: Array, y: Labels) -> Judged:
     """Return how a head does on records."""
-    chances = _log_chances(weights, x)
-    return Judged(float((chances.argmax(1) == y).mean()), float(-chances[np.arange(len(y)), y].mean()))
+    loss, _ = _loss_and_errors(weights, x, y)
+    if y.ndim == 2:
+        given = x @ weights[:-1] + weights[-1] >= 0
+        return Judged(f1(float((given & (y == 1)).sum()), float(given.sum() + y.sum())), loss)
+    return Judged(float((_log_chances(weights, x).argmax(1) == y).mean()), loss)
+
+
+def _loss_and_errors(weights: Array, x: Array, y: Labels) -> tuple[float, Array]:
+    """Return the mean loss of a head, and its derivatives by the logits, shape (records, labels)."""
+    if y.ndim == 2:
+        logits = x @ weights[:-1] + weights[-1]
+        errors = 1 / (1 + np.exp(-logits)) - y
+        return float((np.logaddexp(0, logits) - y * logits).mean()), errors / y.size
+    rows, chances = np.arange(len(y)), _log_chances(weights, x)
+    errors = np.exp(chances)
+    errors[rows, y] -= 1
+    return float(-chances[rows, y].mean()), errors / len(y)
 
 
 def _log_chances(weights: Array, x: Array) -> Array:

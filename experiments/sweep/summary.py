@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
-from fedveil.common.tasks import TASKS
+from fedveil.common.tasks import TASKS, Scored, headline_of
 from fedveil.common.words import UNKNOWN, bytes_text, counted, decimal_text, seconds_text
 from fedveil.experiments.sweep.arms import ARMS
 from fedveil.experiments.sweep.file import epsilon_name
@@ -157,7 +157,9 @@ def notes(rows: Sequence[Row]) -> list[str]:
     if fewest_honest(rows):
         found.append("With h it counts on so many honest sites; what holds without them is in each run's report.")
     size = " to ".join(f"{size:,}" for size in dict.fromkeys((sizes[0], sizes[-1])))
-    if all(labelled):
+    if others := sorted({headline_of(row.settings) for row in rows} - {Scored().headline}):
+        found.append(f"In place of accuracy is {' and '.join(others)}. The test part has {size} records.")
+    elif all(labelled):
         mean = statistics.mean(row.accuracy for row in rows)
         error = 100 * math.sqrt(mean * (1 - mean) / sizes[0])
         shared = "." if _cuts_test(rows) else ", which is not in the intervals, as all runs share the test part."

@@ -26,6 +26,7 @@ CONDITIONS: Mapping[str, Callable[[RunConfig], bool]] = {
     "images": lambda run: not TASKS[run.model.task].wording,
     "images-paid": lambda run: not TASKS[run.model.task].wording and "paid release" in run.privacy.mechanism.starts,
     "unclipped": lambda run: not (run.privacy.mechanism.charged or run.privacy.mechanism.central),
+    "several": lambda run: TASKS[run.model.task].scored.several,
     "private": lambda run: run.privacy.mechanism.claims,
 }
 """What a recipe may differ by, in the order in which its files are laid over each other."""
@@ -143,6 +144,8 @@ def _limit(run: RunConfig, written: Collection[str], labels: int, sites: int, us
         return ""
     if not TASKS[run.model.task].wording:
         return f"{f'{who} starts from words, and ' * (usual == 'metric')}model.task is {run.model.task!r}"
+    if usual == "metric" and TASKS[run.model.task].scored.several:
+        return f"records have several labels, and {who} is for one"
     if usual == "metric" and not labels:
         return "nothing here says how many labels there are: name a file that can be read, or data.labels"
     if usual == "metric" and labels > MOST_LABELS:

@@ -176,7 +176,7 @@ def test_a_configuration_leaves_nothing_open_that_one_value_holds_for() -> None:
         "phases",
         "server.most-noise",
     }
-    none |= {"model.checkpointing", "data.system", "data.context", "named-sites", "project"}
+    none |= {"data.label-separator", "model.checkpointing", "data.system", "data.context", "named-sites", "project"}
     assert open_values == each_machines | each_sites | the_models | none
 
 

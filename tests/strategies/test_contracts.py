@@ -83,7 +83,7 @@ def confused(examples: Sequence[Example], names: Sequence[str]) -> int:
     for example in (replace(example, key="", person="") for example in examples):
         if example not in different:
             different.append(example)
-    told = {one.canonical(None if one.label is None else names[one.label]) for one in different}
+    told = {one.canonical(one.answer(names)) for one in different}
     return len(different) - len(told)
 
 
