@@ -54,11 +54,11 @@ LIMITS = {
     "README lines": 120,
     # 3200, and by issue 49 clusters, several processes, and what a site evaluates; by issue 50 medical sets, and
     # several labels a text.
-    "lines of documents, written": 3302,
+    "lines of documents, written": 3303,
     # The page of the API in Python; the settings' section "wire", by issue 48; site evaluate, by issue 49; rows of
     # medical sets and of the systems that are not built, a score's figures, evaluated.json, costs of rows, and
     # label-separator, by issue 50.
-    "lines of documents, made": 2326,
+    "lines of documents, made": 2339,
 }
 """The most that a figure may be, for those that have once been below it."""
 

@@ -24,6 +24,10 @@ TITLES: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "sst2": ("SST-2", {"SST-2, six sites": "sst2"}),
     "pairs": ("Pairs of sentences", {"SNLI, three sites": "snli"}),
     "newswire": ("Newswire", {"Reuters, 52 topics, three sites": "reuters"}),
+    "medical-questions": (
+        "Medical questions",
+        {"MedMCQA by 16 specialties, four sites with unequal shares of them": "medmcqa-specialties"},
+    ),
     "encoders": ("A larger encoder", {"all-mpnet-base-v2 on movie reviews": "mpnet"}),
     "word-problems": ("A language model", {"ASDiv, SmolLM2-135M-Instruct, two sites": "asdiv"}),
     "persons": ("Persons", {"Sentences of IMDB reviews, at one ε per record and per person": "persons"}),
