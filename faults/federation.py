@@ -39,7 +39,7 @@ from fedveil.strategies.job import configure
 
 SIZES = {"clinic": 50, "ward": 70, "lab": 90}
 """The sites and their public sizes: three different weights."""
-MORE_SIZES = {"mill": 60}
+MORE_SIZES = {"mill": 60, "dock": 60}
 """Of sites that join for one scenario."""
 RECORDS = 40
 PATIENCE = 600.0
