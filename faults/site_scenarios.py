@@ -54,7 +54,7 @@ def volume_full(federation: Federation, deadline: float) -> Iterator[Finding]:
         more = {"charges of the site, by round": ", ".join(f"{n}: {paid[n]}" for n in (1, 2, 3))}
         yield examine(federation, run, 3, "room again", Expected(everyone), GROUP, more=more)
     finally:
-        federation.processes.kill("dock")
+        federation.leave("dock")
         _run("umount", "-l", str(ledger))
 
 
