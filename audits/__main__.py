@@ -51,12 +51,14 @@ FAMILIES = (("bert", "lora", "trained"), ("gpt2", "lora", "frozen"), ("llama", "
 def noise_and_sensitivity(folder: Path) -> list[Finding]:
     """Return the findings about the mechanism's noise and clip."""
     worlds = [world_of(folder / family, family, adapter, head) for family, adapter, head in FAMILIES]
+    names = save_tiny_model("bert", folder / "names")
+    worlds.append(fresh_world(names, "bert", "lora", "trained", task="token-classification"))
     seen = [
         audit_noise(worlds[0], f)
         for f in (SOUND, faults.HALVED, faults.EVERY_SECOND, faults.FLOATING, faults.SHARED_SEED)
     ]
     for world in worlds:
-        couples = () if world.model.head else (faults.TOKEN_MEAN,)
+        couples = () if world.model.head and not world.model.task.by_token else (faults.TOKEN_MEAN,)
         seen += [audit_sensitivity(world, fault) for fault in (SOUND, faults.DOUBLED, faults.FLOAT_SUM, *couples)]
         if world.model.head:
             each = (SOUND, faults.DOUBLED, EACH_CLIPPED)

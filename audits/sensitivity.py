@@ -11,9 +11,8 @@ from torch import Tensor
 
 from audits.faults import SOUND, Fault
 from audits.finding import judged
-from audits.worlds import Losses, World, alone, minus, norm, plan, released
+from audits.worlds import Losses, World, alone, example_of, minus, norm, plan, released
 from fedveil.common.findings import Finding
-from fedveil.common.tasks.text import TextExample
 from fedveil.privacy import dpsgd
 
 MOST = 1 + 1e-5
@@ -52,11 +51,10 @@ def order_shows(world: World, clip: float) -> bool:
 
 
 def with_one_long_record(world: World) -> World:
-    """Return the world with six short completions and one of twelve words, which a mean over tokens favours."""
-    long = TextExample(
-        text="the film", completion="warm story very quite dull a scene with actor and the tired film", label=1
-    )
-    short = [TextExample(text="the film", completion="was", label=0)] * 6
+    """Return the world with six short records and one of twelve words, which a mean over tokens favours."""
+    words, task = "warm story very quite dull a scene with actor and the tired film", world.model.task
+    long = example_of(task.name, words if task.by_token else "the film", words, 1)
+    short = [example_of(task.name, "film" if task.by_token else "the film", "was", 0)] * 6
     return World(world.model, world.model.prepare([long, *short]))
 
 

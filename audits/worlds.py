@@ -18,7 +18,9 @@ from fedveil.common.model.base import load_base_model
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.starts import STARTS
 from fedveil.common.tasks import TASKS, Batch, Record
+from fedveil.common.tasks.examples import Example
 from fedveil.common.tasks.text import TextExample, tokens_of
+from fedveil.common.tasks.token_classification import WordsExample
 from fedveil.privacy.dpsgd import PrivateSteps
 from fedveil.privacy.plan import PrivacyPlan, gaussian_plan
 
@@ -69,9 +71,17 @@ def give_metric(model: FederatedModel) -> None:
         B.copy_(torch.linalg.qr(torch.randn(B.shape, generator=draw))[0])
 
 
-def fresh_world(folder: str, family: str, adapter: str, head: str, precision: str = "float32") -> World:
-    """Return a world of its own; ``folder`` holds a tiny model of the ``family``."""
-    task = "classification" if family == "bert" else "causal-lm"
+def example_of(task: str, text: str, completion: str, label: int) -> Example:
+    """Return an example of a task: of words that have the labels by turns, from ``label`` on."""
+    if TASKS[task].by_token:
+        words = tuple(text.split())
+        return WordsExample(text=words, marks=tuple((label + i) % 2 for i in range(len(words))))
+    return TextExample(text=text, label=label, completion=completion)
+
+
+def fresh_world(folder: str, family: str, adapter: str, head: str, precision: str = "float32", task: str = "") -> World:
+    """Return a world of its own; ``folder`` holds a tiny model of the ``family``, of its usual task or another."""
+    task = task or ("classification" if family == "bert" else "causal-lm")
     start = STARTS["orthonormal" if adapter == "lora-sb" else "kaiming"]
     model = FederatedModel(
         load_base_model(folder, task),
@@ -94,14 +104,12 @@ def fresh_world(folder: str, family: str, adapter: str, head: str, precision: st
         give_metric(model)
     words = random.Random(4)
     examples = [
-        TextExample(
-            text=" ".join(words.choices(FILLER, k=length)),
-            label=i % 2,
-            completion=" ".join(words.choices(FILLER, k=1 + 3 * (i % 3))),
+        example_of(
+            task, " ".join(words.choices(FILLER, k=length)), " ".join(words.choices(FILLER, k=1 + 3 * (i % 3))), i % 2
         )
         for i, length in enumerate((1, 18, 3, 9, 5, 12))
     ]
-    marked = TextExample(text=f"the {MARK} film", label=1, completion=f"{MARK} scene was warm")
+    marked = example_of(task, f"the {MARK} film", f"{MARK} scene was warm", 1)
     return World(model, model.prepare([*examples, marked]))
 
 

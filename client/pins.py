@@ -97,7 +97,7 @@ def pin_command(place: str, task: str = "") -> str:
     """Return the command that pins a task, with a job's default columns and, as an example, two labels."""
     kind = TASKS[task if task in TASKS else next(iter(TASKS))]
     columns = " ".join(f"--{role.setting} {role.setting}" for role in kind.roles if role.column)
-    labels = f" --{LABELS} bad,good" if kind.labelled else ""
+    labels = next((f" --{LABELS} {role.labels.example}" for role in kind.roles if role.labels), "")
     length = ModelConfig().max_length
     return f"fedveil site pin {place} --{TASK} {kind.name} {columns}{labels} --{MAX_LENGTH} {length}"
 

@@ -3,12 +3,14 @@
     python -m fedveil.demo.convert sst2 FOLDER                  # GLUE's train.tsv and dev.tsv; test.tsv if labelled
     python -m fedveil.demo.convert snli FOLDER                  # snli_1.0_train.jsonl and its like, or train.jsonl
     python -m fedveil.demo.convert qnli FOLDER                  # GLUE's train.tsv and dev.tsv
+    python -m fedveil.demo.convert btc FOLDER                   # the Broad Twitter Corpus' a.conll and so on
     python -m fedveil.demo.convert sentences imdb imdb.txt      # of a named data set, as ``start.text`` takes them
     python -m fedveil.demo.convert persons imdb persons.csv     # sentences of reviews, each author of one a person
     python -m fedveil.demo.convert table medmcqa-specialties questions.csv     # as a table of your own would be
 
 The first three write ``data/sst2/train.tsv`` and so on, of which the columns are ``text``, ``label`` and, of pairs,
-``text_pair``. FOLDER is the public distribution, unpacked. Rows without a label are left out, and counted.
+``text_pair``; of ``btc`` the words, their labels and the section, with the second half of section H as the test. FOLDER
+is the public distribution, unpacked. Rows without a label are left out, and counted.
 """
 
 from __future__ import annotations
@@ -37,6 +39,10 @@ PERSONS, RECORDS_OF_ONE = 2000, 8
 """Authors whose reviews are cut into records, and the most sentences of one."""
 UNLABELLED = ("-", "-1")
 """What stands in place of a label that annotators did not agree on."""
+
+
+SECTIONS = "abegh"
+"""Of the Broad Twitter Corpus, but for F, the usual test, which is kept apart."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,26 @@ def convert(corpus: str, source: Path, target: Path) -> list[str]:
         wanted = ", ".join(name for names in layout.splits.values() for name in names)
         raise DataError(f"{source} holds none of the files of {corpus!r}: {wanted}")
     return lines
+
+
+def convert_names(source: Path, target: Path) -> list[str]:
+    """Write ``btc/train.jsonl`` and ``btc/test.jsonl`` below ``target``; return a line for people about each.
+
+    Raises:
+        DataError: a section's file is not in ``source``, or cannot be read.
+    """
+    rows: dict[str, list[str]] = {"train": [], "test": []}
+    for section in SECTIONS:
+        table = read_file(source / f"{section}.conll")
+        whole = list(zip(table.columns["text"], table.columns["label"], strict=True))
+        for number, (words, labels) in enumerate(whole):
+            row = {"text": words, "label": labels, "section": section}
+            split = "test" if section == SECTIONS[-1] and number > len(whole) // 2 else "train"
+            rows[split].append(json.dumps(row, ensure_ascii=False) + "\n")
+    (target / "btc").mkdir(parents=True, exist_ok=True)
+    for split, lines in rows.items():
+        (target / "btc" / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return [f"{target / 'btc' / split}.jsonl: {len(lines)} records" for split, lines in rows.items()]
 
 
 def write_sentences(name: str, path: Path) -> str:
@@ -198,13 +224,15 @@ def main(words: Sequence[str]) -> int:
     """Do what the command line says; return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m fedveil.demo.convert", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("what", help=f"{', '.join([*LAYOUTS, *WRITERS][:-1])} or table")
+    parser.add_argument("what", help=f"{', '.join([*LAYOUTS, 'btc', *WRITERS][:-1])} or table")
     parser.add_argument("source", help="the public distribution's folder; of the last three, a data set's name")
     parser.add_argument("target", nargs="?", default="data", help="the folder to write to; of those, the file")
     asked = parser.parse_args(words)
     try:
         if asked.what in WRITERS:
             lines = [WRITERS[asked.what](asked.source, Path(asked.target))]
+        elif asked.what == "btc":
+            lines = convert_names(Path(asked.source), Path(asked.target))
         else:
             lines = convert(asked.what, Path(asked.source), Path(asked.target))
     except (FedVeilError, OSError) as error:

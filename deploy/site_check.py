@@ -120,7 +120,7 @@ def _texts(data: Dataset) -> Iterator[str]:
 
 def _labels(data: Dataset) -> Iterator[str]:
     """Say how many records each label has, and which has none, as a slip of the pen would leave it."""
-    counts = Counter(example.label for example in data.examples)
+    counts = Counter(label for example in data.examples for label in example.all_labels)
     if data.label_names:
         named = (
             f"{labels_text([name])} {counts[index]}" for index, name in enumerate(data.label_names) if counts[index]

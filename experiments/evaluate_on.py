@@ -27,7 +27,7 @@ from fedveil.common.model.scoring import score_records
 from fedveil.common.run_lines import AdapterFile, read_if_there
 from fedveil.common.strict_json import to_json
 from fedveil.common.tasks import Batch, Sums, Task
-from fedveil.common.tasks.causal_lm import IGNORED
+from fedveil.common.tasks.base import IGNORED
 from fedveil.common.tasks.examples import Dataset
 from fedveil.experiments.evaluate import PRECISIONS, Result, about_of, base_of, data_of, load_result, result_of
 from fedveil.reports.evaluated import Answer, EvaluatedFile, Evaluation, Pair, change_of

@@ -21,7 +21,7 @@ from fedveil.common.paths import run_folder
 from fedveil.common.run_lines import ResultFile, read_file, read_if_there
 from fedveil.common.tasks import TASKS
 from fedveil.common.tasks.examples import Dataset, Example
-from fedveil.common.tasks.roles import LABEL, LABELS, Column, columns_of
+from fedveil.common.tasks.roles import Column, columns_of
 from fedveil.common.tasks.tables import Table
 from fedveil.experiments.in_process import run_in_process
 from fedveil.experiments.site_rows import SiteRows
@@ -93,9 +93,7 @@ def _table(data: Dataset, columns: tuple[Column, ...]) -> Table:
 
     def cell(example: Example, column: Column) -> object:
         value = getattr(example, column.role.field)
-        if column.role is LABELS:
-            return [name for name, there in zip(data.label_names, value, strict=True) if there]
-        return data.label_names[value] if column.role is LABEL else value
+        return column.role.labels.named(value, data.label_names) if column.role.labels else value
 
     return Table("held-out rows", {c.name: [cell(example, c) for example in data.examples] for c in columns})
 

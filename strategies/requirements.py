@@ -188,6 +188,11 @@ def check_phases(config: RunConfig, strategy: Strategy, adapter: type[Adapter]) 
             f"phases has features or jacobians, which are for labels, and model.task {config.model.task!r} has none: "
             "leave phases empty"
         )
+    if TASKS[config.model.task].by_token and schedule.with_inputs("jacobians"):
+        raise ConfigError(
+            f"phases has jacobians, which are for one label a record, and model.task {config.model.task!r} has one for "
+            "each word: let phases train on examples or features"
+        )
     if chooses(type(strategy)):
         raise ConfigError(
             f"strategy {strategy.name!r} chooses what is trained in a round by a rule of its own, which steps on "

@@ -206,6 +206,30 @@ class World:
             "public": str(folder / "public.jsonl"),
         }
 
+    def _token_classification(self, folder: Path) -> dict[str, Any]:
+        draw = random.Random(0)
+        for name in ("names", "public"):
+            rows = [
+                {
+                    "text": draw.choices(FILLER, k=6),
+                    "label": ["B-PER", *["I-PER", "O"][: i % 3], "O"],
+                    "author": f"a{i % 7}",
+                }
+                for i in range(TRAIN + TEST)
+            ]
+            for row in rows:
+                row["label"] = [*row["label"], *["O"] * 6][:6]
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return {
+            "model.name": self.model_folder("bert"),
+            "model.max-length": LENGTH,
+            "data.name": str(folder / "names.jsonl"),
+            "data.labels": "O,B-PER,I-PER",
+            "adapter.targets": "query,intermediate.dense",
+            "head.start": "random",
+            "public": str(folder / "public.jsonl"),
+        }
+
     def _causal_lm(self, folder: Path) -> dict[str, Any]:
         return self._generative(folder, lambda one, two: {"prompt": one, "completion": two})
 

@@ -44,7 +44,8 @@ LIMITS = {
     "server/rounds reaches": 110,
     "members of Strategy": 12,
     "members of Adapter": 20,
-    "members of Task": 25,  # what its score has in first place and beside, by issue 50
+    # What its score has in first place and beside, and whether its head reads each token, by issue 50.
+    "members of Task": 26,
     "product files above 300 lines": 15,
     # fedveil.run and fedveil.plan are keywords and a line on each, which users read as help(fedveil.run).
     "functions above 40 lines": 18,
@@ -52,13 +53,13 @@ LIMITS = {
     "private words per 1,000 of docstrings": 1.1,
     "questions of kind": 60,
     "README lines": 120,
-    # 3200, and by issue 49 clusters, several processes, and what a site evaluates; by issue 50 medical sets, and
-    # several labels a text.
-    "lines of documents, written": 3303,
+    # 3200, and by issue 49 clusters, several processes, and what a site evaluates; by issue 50 medical sets,
+    # several labels a text, and how files have names in texts.
+    "lines of documents, written": 3325,
     # The page of the API in Python; the settings' section "wire", by issue 48; site evaluate, by issue 49; rows of
-    # medical sets and of the systems that are not built, a score's figures, evaluated.json, costs of rows, and
-    # label-separator, by issue 50.
-    "lines of documents, made": 2339,
+    # medical sets and of the systems that are not built, a score's figures, evaluated.json, costs of rows,
+    # label-separator, and a task, by issue 50.
+    "lines of documents, made": 2340,
 }
 """The most that a figure may be, for those that have once been below it."""
 

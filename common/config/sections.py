@@ -40,15 +40,16 @@ class ModelConfig(Section):
     name: str = "all-MiniLM-L6-v2"
     """A named model (see ``common.model.base``), a folder, or a hub id."""
     task: Annotated[str, OneOf(TASKS)] = "classification"
-    """A kind of task (see ``common.tasks``): ``classification`` (encoder, mean pool, linear head), ``causal-lm``
-    (prompt, completion), ``chat`` (a conversation), ``instruction`` (instruction, input, output),
-    ``image-classification`` (vision transformer, linear head), ``multi-label`` (as ``classification``, with any of the
-    labels a text, or none)."""
+    """A kind of task (see ``common.tasks``): ``classification`` (encoder, mean pool, linear head), ``multi-label`` (the
+    same with any of the labels a text, or none), ``token-classification`` (names in texts: a linear head on each word),
+    ``causal-lm`` (prompt, completion), ``chat`` (a conversation), ``instruction`` (instruction, input, output),
+    ``image-classification`` (vision transformer, linear head)."""
     max_length: Annotated[int, POSITIVE, Unit("tokens")] = 128
     """The length that a record is cut to. It is less where the model has no positions for so many and one of padding.
     An image is scaled to the largest square of whole patches that has at most so many."""
     feature_scale: Annotated[float, NOT_NEGATIVE, RATIO] = 1.0
-    """Classification: length that the pooled features are brought to. 0 leaves them as they are."""
+    """Classification: length that the pooled features are brought to. 0 leaves them as they are, which those of words
+    always are."""
     checkpointing: bool = False
     """Whether each layer is computed again in the backward pass, so that memory holds one layer's activations and the
     inputs of the others. A step takes a third to two thirds longer. It changes no gradient."""

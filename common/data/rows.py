@@ -18,7 +18,7 @@ from fedveil.common.files import FileState, state_of
 from fedveil.common.tasks.cells import UNREADABLE, Misfit, is_missing, plain
 from fedveil.common.tasks.examples import Dataset, Example
 from fedveil.common.tasks.layouts import known_layout
-from fedveil.common.tasks.roles import LABEL, LABELS, Column
+from fedveil.common.tasks.roles import LABELS, Column
 from fedveil.common.tasks.table_files import separated_otherwise
 from fedveil.common.tasks.tables import Table, Unfit
 from fedveil.common.words import counted
@@ -81,12 +81,14 @@ def _unusable(unfit: Sequence[Unfit]) -> DataError:
 def _labels_of(
     columns: Sequence[Column], tables: Sequence[Table], labels: tuple[str, ...], *, protected: bool
 ) -> tuple[str, ...]:
-    labelled = next((column for column in columns if column.role in (LABEL, LABELS)), None)
-    if labelled is None:
+    labelled = next((column for column in columns if column.role.labels), None)
+    if labelled is None or labelled.role.labels is None:
         return ()
     if protected and not labels:
         raise ConfigError("the labels of protected records are not read off them: name all in data.labels")
-    return labels or tables[0].class_names.get(labelled.name, ()) or _distinct(tables, labelled)
+    labels = labels or tables[0].class_names.get(labelled.name, ())
+    labelled.role.labels.check(labels)
+    return labels or labelled.role.labels.in_order(_values(tables, labelled))
 
 
 def _check_columns(tables: Iterable[Table], columns: Sequence[Column], *, protected: bool) -> None:
@@ -134,22 +136,24 @@ def _record(
         except Exception:  # of any reader that a task brings; its words might quote the cell
             reason = f"has a cell that cannot be read {where}"
             return _unfit(table, row, reason, reason)
-        if column.role in (LABEL, LABELS):
-            words = words_of(column, value)
-            if unknown := [word for word in words if word not in index]:
-                known = f"{', '.join(index)}){nearest(unknown[0], index)}"
-                quoted = f"has the label {unknown[0]!r}, which is not among data.labels ({known}"
+        if column.role.labels:
+            try:
+                value = column.role.labels.numbered(_parted(column, value), index)
+            except KeyError as error:
+                known = f"{', '.join(index)}){nearest(str(error.args[0]), index)}"
+                quoted = f"has the label {error.args[0]!r}, which is not among data.labels ({known}"
                 return _unfit(table, row, "has a label that is not among data.labels", quoted)
-            value = index[words[0]] if column.role is LABEL else tuple(int(name in words) for name in index)
         values[column.role.field] = value
     record = example(**values, row=_row_digest(table, row))
     reason, advice = record.lacks()
     return _unfit(table, row, reason, f"{reason}: {advice}") if reason else record
 
 
-def words_of(column: Column, value: object) -> list[str]:
-    """Return the labels of a cell, as its role's reader gives it."""
-    if column.role is LABEL or not column.separator:
+def _parted(column: Column, value: Any) -> Any:
+    """Return a cell's labels one by one where it may hold several, else what its role's reader gives."""
+    if column.role is not LABELS:
+        return value
+    if not column.separator:
         return list(value) if isinstance(value, list) else [str(value)] if value else []
     parts = value if isinstance(value, list) else str(value).split(column.separator)
     return [part.strip() for part in parts if part.strip()]
@@ -188,16 +192,11 @@ def _separated_otherwise(table: Table) -> str:
     return advice and f": {advice}"
 
 
-def _distinct(tables: Iterable[Table], column: Column) -> tuple[str, ...]:
-    """Return the labels sorted: as numbers if all are whole numbers, else as text."""
-    labels = set()
+def _values(tables: Iterable[Table], column: Column) -> Iterator[Any]:
+    """Yield what the cells of a column hold."""
     for table in tables:
         for value in table.columns.get(column.name, ()):
             try:
-                labels.update(words_of(column, column.role.read(value, table.folder)))
+                yield _parted(column, column.role.read(value, table.folder))
             except Misfit:  # labels again, and told, where rows become examples
                 continue
-    try:
-        return tuple(sorted(labels, key=lambda label: (int(label), label)))
-    except ValueError:
-        return tuple(sorted(labels))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fedveil.common.config.sections import HeadConfig
 from fedveil.common.errors import ConfigError
 from fedveil.common.tasks import wording_of
+from fedveil.common.tasks.featured import FEATURES, labelled_rows
 from fedveil.common.tasks.module import Metric
 from fedveil.privacy.randomness import stream
 
@@ -51,7 +52,8 @@ def set_up_head(
 def _mean_features(model: FederatedModel, phrases: Sequence[str]) -> Tensor:
     records = model.prepare([wording_of(model.task).phrase(phrase) for phrase in phrases])
     # One phrase at a time and in float32: the start must not depend on batching or on the device's precision.
-    return torch.cat([model.module.features(model.batch([record])) for record in records]).mean(0)
+    made = ({**record, FEATURES: model.module.features(model.batch([record]))[0]} for record in records)
+    return torch.cat([labelled_rows(record) for record in made]).mean(0)
 
 
 @torch.no_grad()

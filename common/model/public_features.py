@@ -22,7 +22,7 @@ from fedveil.common.model.batching import length_batches
 from fedveil.common.model.device import choose_batch_tokens
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.tasks import Record
-from fedveil.common.tasks.featured import FEATURES
+from fedveil.common.tasks.featured import of_record
 
 MOST = 2
 """Sets of features that are kept of a model, the latest used."""
@@ -87,7 +87,7 @@ def _computed(model: FederatedModel, records: Sequence[Record]) -> list[Record]:
             for group in groups:
                 batch = model.batch([records[i] for i in group])
                 vectors = zip(group, model.features(batch).cpu(), batch["labels"].tolist(), strict=True)
-                made |= {i: {FEATURES: vector, "labels": label} for i, vector, label in vectors}
+                made |= {i: of_record(records[i], vector, label) for i, vector, label in vectors}
     finally:
         model.module.train(was_training)
     return [made[i] for i in range(len(records))]

@@ -2,9 +2,10 @@
 
 A record adds its features and ``COUNT`` to the sums of its label, or of each of its labels: one vector, clipped as a
 whole, so that adding or removing a record moves all sums and counts together by one clip norm at most, however many
-labels it has. It is also the gradient of a linear map of the features, so a site clips, sums and noises it by the
-steps that it trains by. Sums and counts add up, so the sites' mean is that of all their records. A trap in the price:
-dividing noised sums by exact counts would release the counts for nothing, so these are in the clip and in the noise.
+labels it has. One that has a label for each word adds the mean of what its words would. It is also the gradient of a
+linear map of the features, so a site clips, sums and noises it by the steps that it trains by. Sums and counts add up,
+so the sites' mean is that of all their records. A trap in the price: dividing noised sums by exact counts would release
+the counts for nothing, so these are in the clip and in the noise.
 
 What the server makes of it costs nothing more. The mean of all features is the centre of the head's map
 (``head.metric``): of one kind of images it is most of a feature's length, and would have most of every later clip. The
@@ -35,7 +36,7 @@ from fedveil.common.starts.paid import PaidByShare
 from fedveil.common.starts.public_metric import MADE, PublicMetric
 from fedveil.common.starts.public_text import MADE_UP
 from fedveil.common.tasks import TASKS, Batch, Record
-from fedveil.common.tasks.base import own_logits
+from fedveil.common.tasks.base import IGNORED, own_logits
 from fedveil.common.tasks.featured import FEATURES
 from fedveil.privacy.plan import PrivacyPlan
 
@@ -127,8 +128,14 @@ class ClassMeans(PaidByShare):
             def votes(batch: Batch) -> Tensor:
                 """Return what has each record's features, and ``count``, as its gradient in the row of each label."""
                 seen = (batch[FEATURES] - public["centre"]) @ public["map"]
-                labels = batch["labels"] if self.sums == "labels" else batch["labels"].new_zeros(len(batch["labels"]))
-                said = count * own_logits(sums(seen / count), labels)
+                labels = batch["labels"]
+                if model.task.by_token:
+                    said = count * _of_words(
+                        sums(seen / count), labels if self.sums == "labels" else labels.clamp(max=0)
+                    )
+                else:
+                    labels = labels if self.sums == "labels" else labels.new_zeros(len(labels))
+                    said = count * own_logits(sums(seen / count), labels)
                 return said[: batch.records] if isinstance(batch, FixedBatch) else said
 
             optimizer = torch.optim.SGD(sums.parameters(), lr=0.0)
@@ -180,6 +187,13 @@ class ClassMeans(PaidByShare):
         public = PublicMetric(text=MADE_UP, records=MADE, ridge=self.ridge)
         made = public.of_head(model, public.texts(model), self.clip_norm * model.module.error)[METRIC]
         return {name: tensor.to(model.device) for name, tensor in made.items()}
+
+
+def _of_words(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean over a record's labelled words of what each one's label has, shape (records,)."""
+    own = labels != IGNORED
+    found = logits.gather(-1, labels.clamp(min=0)[..., None])[..., 0] * own
+    return found.sum(1) / own.sum(1).clamp(min=1)
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from fedveil.common.starts.from_text import FromText
 from fedveil.common.starts.gradient import record_gradients
 from fedveil.common.starts.public_text import MADE_UP
 from fedveil.common.tasks import TASKS, Record, wording_of
-from fedveil.common.tasks.featured import FEATURES
+from fedveil.common.tasks.featured import labelled_rows
 from fedveil.privacy.randomness import stream
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ class PublicMetric(FromText):
         """
         from fedveil.common.model.public_features import with_features
 
-        seen = torch.stack([record[FEATURES] for record in with_features(model, texts)]).double()
+        seen = torch.cat([labelled_rows(record) for record in with_features(model, texts)]).double()
         centre = seen.mean(0)
         covariance = (seen - centre).T @ (seen - centre) / len(seen)
         values, vectors = torch.linalg.eigh(covariance)

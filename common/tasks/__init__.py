@@ -14,10 +14,14 @@ from fedveil.common.tasks.instruction import Instruction
 from fedveil.common.tasks.multi_label import MultiLabel
 from fedveil.common.tasks.roles import Role
 from fedveil.common.tasks.stock_classification import StockClassification
+from fedveil.common.tasks.token_classification import TokenClassification
 
 TASKS: dict[str, Task] = {
     task.name: task
-    for task in (Classification(), CausalLM(), Chat(), Instruction(), ImageClassification(), MultiLabel())
+    for task in (
+        *(Classification(), MultiLabel(), TokenClassification()),
+        *(CausalLM(), Chat(), Instruction(), ImageClassification()),
+    )
 }
 
 
@@ -51,6 +55,7 @@ __all__ = [
     "StockClassification",
     "Sums",
     "Task",
+    "TokenClassification",
     "headline_of",
     "roles_of_all",
     "wording_of",

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 from fedveil.common.errors import ConfigError
 from fedveil.common.tasks.examples import Example
 from fedveil.common.tasks.finished import Export, Questions
-from fedveil.common.tasks.roles import LABEL, LABELS, Role
+from fedveil.common.tasks.roles import Role
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -109,8 +109,8 @@ class Task(ABC):
     name: ClassVar[str]
     """Its value of ``model.task``."""
     roles: ClassVar[tuple[Role, ...]]
-    """The columns that it reads. With ``LABEL`` or ``LABELS`` among them records have labels, and a head is on top of
-    the base model; without, the base model's own output is scored."""
+    """The columns that it reads. With labels in one of them a head is on top of the base model; without, the base
+    model's own output is scored."""
     example: ClassVar[type[Example]]
     """What a row of a table becomes: its fields are those of ``roles``."""
     counted: ClassVar[bool] = False
@@ -118,6 +118,8 @@ class Task(ABC):
     by 1 at most, and the count may be sent with noise for that."""
     scored: ClassVar[Scored] = Scored()
     """What its score has in first place and beside."""
+    by_token: ClassVar[bool] = False
+    """Whether a head reads each token of a record, so that its features are (tokens, width), and its labels a list."""
     wording: ClassVar[Wording | None] = None
     """How public words become examples; None: its records hold no words."""
     questions: ClassVar[Questions | None] = None
@@ -128,7 +130,7 @@ class Task(ABC):
     @property
     def labelled(self) -> bool:
         """Whether its records have labels."""
-        return LABEL in self.roles or LABELS in self.roles
+        return any(role.labels for role in self.roles)
 
     def check(self, config: RunConfig) -> None:
         """Raise ConfigError, naming the setting, unless a run of this task can have this configuration."""

@@ -41,6 +41,11 @@ class Example(ABC):
             label: name of the record's label; None: it has none.
         """
 
+    @property
+    def all_labels(self) -> frozenset[int]:
+        """The numbers of all labels that are in the record."""
+        return frozenset(() if self.label is None else (self.label,))
+
     @abstractmethod
     def likeness(self) -> str:
         """Return a text that is equal for near-duplicates, of which the public test part takes all or none."""

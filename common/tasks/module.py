@@ -41,8 +41,8 @@ class TaskModule(nn.Module):
 
     Args:
         encoder: the base model with the adapter in it.
-        reading: what the task takes from the encoder: with a head, features of shape (records, width), float32;
-            without, logits.
+        reading: what the task takes from the encoder: with a head, features of shape (records, width) or (records,
+            tokens, width), float32; without, logits.
         width: of the features.
         classes: rows of the head; 0: no head.
         feature_scale: length that features are brought to; 0 leaves them as they are.

@@ -47,6 +47,11 @@ class SeveralLabels(TextExample):
         return labels_text(sorted(names[number] if names else str(number) for number in numbers))
 
     @property
+    def all_labels(self) -> frozenset[int]:
+        """The numbers of the labels that it has."""
+        return frozenset(number for number, there in enumerate(self.labels) if there)
+
+    @property
     def stratum(self) -> int | None:
         """The first of its labels, by which data are divided; of none a number after the last."""
         return self.labels.index(1) if 1 in self.labels else len(self.labels)

@@ -6,14 +6,58 @@ pins every one of them (``client.pins``), so a task or a column that is added is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedveil.common.tasks.cells import Namer, Reader, names_no_file, read_if_any, read_labels, read_text, read_word
 
 if TYPE_CHECKING:
     from fedveil.common.config.sections import DataConfig
+
+
+@dataclass(frozen=True)
+class Labelling:
+    """How the values of a column name labels: each is one."""
+
+    example: ClassVar[str] = "bad,good"
+    """Labels to show how they are written."""
+
+    def check(self, labels: Sequence[str]) -> None:
+        """Raise ConfigError, naming ``data.labels``, if records cannot have these; none: they are read off them."""
+
+    def in_order(self, values: Iterable[Any]) -> tuple[str, ...]:
+        """Return the labels that values name, sorted: as numbers if all are whole numbers, else as text."""
+        labels = set(values)
+        try:
+            return tuple(sorted(labels, key=lambda label: (int(label), label)))
+        except ValueError:
+            return tuple(sorted(labels))
+
+    def numbered(self, value: Any, index: Mapping[str, int]) -> Any:
+        """Return a value with the number of each label in place of its name; KeyError of a label that has none."""
+        return index[value]
+
+    def named(self, value: Any, labels: Sequence[str]) -> object:
+        """Return the value that ``numbered`` makes ``value`` of; ``labels`` are all of them, in order."""
+        return labels[value]
+
+
+class Several(Labelling):
+    """How the values of a column name labels: each is a list of any of them."""
+
+    def in_order(self, values: Iterable[Any]) -> tuple[str, ...]:
+        """Return the labels of all lists, sorted."""
+        return super().in_order(label for value in values for label in value)
+
+    def numbered(self, value: Any, index: Mapping[str, int]) -> tuple[int, ...]:
+        """Return 0 or 1 for each label there is."""
+        numbers = {index[label] for label in value}
+        return tuple(int(number in numbers) for number in index.values())
+
+    def named(self, value: Any, labels: Sequence[str]) -> object:
+        """Return the list."""
+        return [label for label, there in zip(labels, value, strict=True) if there]
 
 
 @dataclass(frozen=True)
@@ -36,6 +80,8 @@ class Role:
     """How a cell becomes the field's value."""
     file: Namer = names_no_file
     """The file that this opens for a cell. A site's worker watches it: one that was deleted is to be in use no more."""
+    labels: Labelling | None = None
+    """How its values name labels; None: they name none."""
     section: str = "data."
     """What stands before ``setting`` in a job; of a role that a site's own settings alone name, nothing."""
     is_column: bool = True
@@ -68,9 +114,9 @@ class Column:
         return f"{self.role.section}{self.role.setting}"
 
 
-LABEL = Role("label", "label", "the label", read=read_word, in_question=False)
+LABEL = Role("label", "label", "the label", read=read_word, in_question=False, labels=Labelling())
 """Holds one of ``data.labels``; the field is its number among them."""
-LABELS = Role("label", "labels", "the labels", read=read_labels, in_question=False)
+LABELS = Role("label", "labels", "the labels", read=read_labels, in_question=False, labels=Several())
 """Holds any of ``data.labels``, or none; the field has 0 or 1 for each of them."""
 SEPARATOR = Role(
     *("label-separator", "separator", "sign that separates the labels of a cell"),

@@ -20,6 +20,7 @@ from typing import Any
 from fedveil.common.errors import DataError, UnreadableFile
 from fedveil.common.foreign_words import CSV_UNCLOSED
 from fedveil.common.tasks.cells import UNREADABLE
+from fedveil.common.tasks.conll import read_conll
 from fedveil.common.tasks.tables import Objects, Table, Unfit
 
 HEADER = "the header"
@@ -286,6 +287,7 @@ READERS: Mapping[str, Callable[[Path], Table]] = {
     ".tsv": lambda path: read_delimited(path, "\t", csv.QUOTE_NONE),
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
+    ".conll": read_conll,
 }
 BY_LINE: Mapping[str, Callable[[Path], Table]] = {
     ".csv": lambda path: _read_by_line(path, ",", csv.QUOTE_MINIMAL),

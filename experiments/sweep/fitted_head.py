@@ -74,8 +74,8 @@ def fitted(job: Job) -> Fitted:
     config = job.config
     server = ServerModel(job)
     model = server.model
-    if model.module.head is None:
-        raise ModelError(f"model.task is {config.model.task!r}, which has no head that could be fitted")
+    if model.module.head is None or model.task.by_token:
+        raise ModelError(f"model.task is {config.model.task!r}, which has no head with one label a record to be fitted")
     start = server.score(server.start)
     train = train_and_test(config.data, config.model.task)[0]
     records = model.featurise(model.prepare(train.examples))

@@ -146,6 +146,8 @@ def _limit(run: RunConfig, written: Collection[str], labels: int, sites: int, us
         return f"{f'{who} starts from words, and ' * (usual == 'metric')}model.task is {run.model.task!r}"
     if usual == "metric" and TASKS[run.model.task].scored.several:
         return f"records have several labels, and {who} is for one"
+    if usual == "metric" and TASKS[run.model.task].by_token:
+        return f"{who} takes one label a record, and model.task is {run.model.task!r}"
     if usual == "metric" and not labels:
         return "nothing here says how many labels there are: name a file that can be read, or data.labels"
     if usual == "metric" and labels > MOST_LABELS:

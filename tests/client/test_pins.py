@@ -76,7 +76,8 @@ def test_the_audit_of_questions_passes_on_the_code_as_it_is_and_finds_every_faul
 def of_task(name: str) -> dict[str, Scalar]:
     """Return settings that a task needs besides its columns."""
     task = TASKS[name]
-    head: dict[str, Scalar] = {"data.labels": "bad,good"} if task.labelled else {"head.policy": "frozen"}
+    labels = next((role.labels.example for role in task.roles if role.labels), "")
+    head: dict[str, Scalar] = {"data.labels": labels} if labels else {"head.policy": "frozen"}
     if isinstance(task, CausalLM):
         return {**head, "model.name": "SmolLM2-135M-Instruct"}
     return head if task.wording else {**head, "head.start": "zeros", "model.name": "dinov2-small"}
@@ -387,7 +388,8 @@ def test_the_loader_reads_the_columns_of_the_table(tmp_path: Path) -> None:
         def cell(name: str, fields: dict[str, str] = fields) -> str:
             field = fields.get(name.removesuffix("-2"))
             turns = [{"role": who, "content": name} for who in ("user", "assistant")]
-            kinds = {"history": [[name, name]], "turns": turns, "before": turns}
+            span = {"start": 0, "end": 4, "label": name}
+            kinds = {"history": [[name, name]], "turns": turns, "before": turns, "marks": [span]}
             return json.dumps(kinds[field]) if field in kinds else name
 
         path = tmp_path / f"{task}.csv"
@@ -401,6 +403,8 @@ def test_the_loader_reads_the_columns_of_the_table(tmp_path: Path) -> None:
                 value = data.label_names[value.index(1)]
             if isinstance(value, Picture):
                 assert value.pixels == pictures[f"{role.setting}-column"]
+            elif role.field == "marks":
+                assert [data.label_names[label] for _, _, label in value] == [f"B-{role.setting}-column"]
             elif role.field in ("history", "turns", "before"):
                 assert value == tuple((who, f"{role.setting}-column") for who in ("user", "assistant"))
             else:

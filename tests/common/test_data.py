@@ -120,10 +120,11 @@ def test_a_file_that_is_not_there_is_no_misspelt_data_set(tmp_path: Path) -> Non
 
 def test_an_unknown_ending_lists_those_that_can_be_read(tmp_path: Path) -> None:
     (tmp_path / "reviews.xlsx").write_text("x")
-    refused(tmp_path / "reviews.xlsx", "ends in '.xlsx', which cannot be read; wanted are .csv, .tsv, .jsonl, .parquet")
-    refused(tmp_path, "holds no data file; wanted are .csv, .tsv, .jsonl, .parquet")
+    known = "wanted are .csv, .tsv, .jsonl, .parquet, .conll"
+    refused(tmp_path / "reviews.xlsx", f"ends in '.xlsx', which cannot be read; {known}")
+    refused(tmp_path, f"holds no data file; {known}")
     (tmp_path / "chats.json").write_text("[]")
-    refused(tmp_path / "chats.json", ".parquet: jq -c '.[]' chats.json > chats.jsonl makes one")
+    refused(tmp_path / "chats.json", ".conll: jq -c '.[]' chats.json > chats.jsonl makes one")
 
 
 @pytest.mark.parametrize(

@@ -224,7 +224,8 @@ def test_a_check_reads_what_every_job_that_the_policy_allows_reads() -> None:
     """In another way it would say that all is well, and each round would answer otherwise."""
     for task in TASKS.values():
         columns = Columns({role.setting: f"our {role.setting}" for role in task.roles})
-        labels = {"labels": "bad,good"} if task.labelled else {}
+        named = next((role.labels.example for role in task.roles if role.labels), "")
+        labels = {"labels": named} if named else {}
         policy = Policy(unit="person", person="patient", task=task.name, columns=columns, max_length=64, **labels)
         asked: dict[str, Scalar] = {
             **{f"data.{key}": value for key, value in columns.items()},
@@ -232,7 +233,7 @@ def test_a_check_reads_what_every_job_that_the_policy_allows_reads() -> None:
             "data.person": "patient",
             "model.task": task.name,
             "data.name": "x.csv",
-            **({"data.labels": "bad, good"} if task.labelled else {}),
+            **({"data.labels": named.replace(",", ", ")} if named else {}),
         }
         ours = own_settings(configure(asked).config, policy)
         assert dataclasses.replace(pinned_settings(policy), name="") == ours, task.name
