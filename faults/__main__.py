@@ -30,8 +30,8 @@ from fedveil.common.errors import FedVeilError, RunFailed
 from fedveil.common.findings import Finding
 
 SCENARIOS = (
-    *("lies", "quorum", "slow", "kills", "cut", "server", "superlink", "sums", "server-lies", "stutters", "drop-outs"),
-    *("survivor-lies", "proxy", "door", "named", "full", "impostor"),
+    *("lies", "quorum", "slow", "kills", "cut", "server", "superlink", "proxy", "door", "named", "full", "sums"),
+    *("server-lies", "stutters", "drop-outs", "survivor-lies", "impostor"),  # a fourth site stays after drop-outs
 )
 
 

@@ -29,7 +29,7 @@ from fedveil.common.threads import CORES, THREADS
 from fedveil.deploy.commands import environment, own_module, superlink_command, supernode_command, worker_command
 from fedveil.deploy.control import Control, control_of
 from fedveil.deploy.policy_file import models_of, pins_of_job, policy_text
-from fedveil.deploy.registry import register_site
+from fedveil.deploy.registry import register_site, revoke_site
 from fedveil.deploy.server_folder import make_server
 from fedveil.deploy.site_folder import SiteFolder, make_site
 from fedveil.deploy.start import secret_file
@@ -39,7 +39,7 @@ from fedveil.strategies.job import configure
 
 SIZES = {"clinic": 50, "ward": 70, "lab": 90}
 """The sites and their public sizes: three different weights."""
-MORE_SIZES = {"mill": 60}
+MORE_SIZES = {"mill": 60, "dock": 60}
 """Of sites that join for one scenario."""
 RECORDS = 40
 PATIENCE = 600.0
@@ -159,6 +159,13 @@ class Federation:
         )
         with self.control():
             register_site(self.server, self.sites[name].path / "node.pub")
+
+    def leave(self, name: str) -> None:
+        """End a site, and shut it out."""
+        self.processes.kill(name)
+        with self.control():
+            revoke_site(self.server, name)
+        del self.sites[name]
 
     def start_site(self, name: str, *, stutters: bool = False) -> None:
         """Start a site's SuperNode, or the one that stutters."""

@@ -31,30 +31,30 @@ def volume_full(federation: Federation, deadline: float) -> Iterator[Finding]:
     if os.geteuid():
         yield Finding(GROUP, case, False, False, {"wrong": "not run: needs root"})
         return
-    everyone, ledger = [*SIZES, "mill"], federation.folder / "mill" / "ledger"
+    everyone, ledger = [*SIZES, "dock"], federation.folder / "dock" / "ledger"
     ledger.mkdir(parents=True)
     _run("mount", "-t", "tmpfs", "-o", f"size={MEBIBYTES}m,mode=700", "tmpfs", str(ledger))
     try:
-        federation.add_site("mill")
-        federation.wait_online("mill")
-        federation.plan.write({"mill": {2: BEFORE}})
+        federation.add_site("dock")
+        federation.wait_online("dock")
+        federation.plan.write({"dock": {2: BEFORE}})
         run = federation.submit(rounds=3, round_timeout=deadline, min_sites=len(SIZES))
-        federation.wait_held("mill", 2)
+        federation.wait_held("dock", 2)
         filler = ledger / "filler"
         _fill(filler)
-        federation.plan.free("mill", 2)
+        federation.plan.free("dock", 2)
         federation.plan.write({"clinic": {3: BEFORE}})
         federation.wait_held("clinic", 3)
         filler.unlink()
         federation.plan.free("clinic", 3)
         run.result()
-        paid = charges(federation, "mill", run)
-        full = {"mill": (("failed",), "database or disk is full")}
-        yield examine(federation, run, 2, case, Expected(tuple(SIZES), full, {"mill": 0}), GROUP)
+        paid = charges(federation, "dock", run)
+        full = {"dock": (("failed",), "database or disk is full")}
+        yield examine(federation, run, 2, case, Expected(tuple(SIZES), full, {"dock": 0}), GROUP)
         more = {"charges of the site, by round": ", ".join(f"{n}: {paid[n]}" for n in (1, 2, 3))}
         yield examine(federation, run, 3, "room again", Expected(everyone), GROUP, more=more)
     finally:
-        federation.processes.kill("mill")
+        federation.leave("dock")
         _run("umount", "-l", str(ledger))
 
 

@@ -10,7 +10,7 @@ from faults.checks import charges, masked_words
 from faults.fault_plan import SERVER
 from faults.faulty_server import DROPS, EQUIVOCATES, INVENTS, REPLAYS, SIGNS_TWICE, SPLITS, SWAPS
 from faults.faulty_site import AFTER
-from faults.federation import MORE_SIZES, SIZES, Federation, Run
+from faults.federation import SIZES, Federation, Run
 from faults.scenarios import LATE, NOTICED
 from fedveil.common.config.flat import Scalar
 from fedveil.common.config.text import to_toml
@@ -197,10 +197,9 @@ def wrong_after_a_lie(
 
 def _join(federation: Federation) -> None:
     """Have a fourth site, and let all into sums of them all."""
-    missing = [site for site in MORE_SIZES if site not in federation.sites]
-    for site in missing:
-        federation.add_site(site)
-    federation.wait_online(*missing)
+    if "mill" not in federation.sites:
+        federation.add_site("mill")
+        federation.wait_online("mill")
     _let_in(federation)
 
 
