@@ -65,6 +65,10 @@ DIFFERENCES: Mapping[str, tuple[str, str]] = {
     "PiSSA, A alone frozen": ("Meng, Wang, Zhang 2024", "A is frozen; B begins at 0 on the base as it is"),
     "MiLoRA, A alone frozen": ("Wang et al. 2024", "A is frozen; B begins at 0 on the base as it is"),
     "MiSS": ("Kang, Yin 2024", "rows of A have length 1 unless `start.normalised = false`"),
+    "Full fine-tuning of square layers": (
+        "none",
+        "nothing: at rank = width A is I and B the weight's change; only layers that are as wide as they are high",
+    ),
     "MiSS mini": ("Kang, Yin 2024", "a square matrix between shards of inputs and outputs is trained"),
     "Bone: block affine, later called bat": ("Kang, Yin 2024", "not built"),
     "EVA from public text, ranks not spread": (

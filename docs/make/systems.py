@@ -128,6 +128,17 @@ SYSTEMS: tuple[System, ...] = (
         file="milora-a-frozen",
     ),
     System("MiSS", {"strategy": "ffa-lora", "adapter.start": "shards", "adapter.alpha": 0.0}, file="miss"),
+    System(
+        "Full fine-tuning of square layers",
+        {
+            "strategy": "ffa-lora",
+            "adapter.start": "shards",
+            "adapter.rank": 384,
+            "adapter.alpha": 384.0,
+            "adapter.targets": "query,key,value,attention.output.dense",
+        },
+        file="full-square",
+    ),
     System("MiSS mini", {"strategy": "fed-sb", "adapter.start": "shards"}),
     System(
         "Bone: block affine, later called bat",

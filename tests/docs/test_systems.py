@@ -104,7 +104,8 @@ def test_a_system_runs_two_rounds_by_what_its_row_says(system: System, request: 
     generative = settings.get("model.task") == "causal-lm"
     toy = request.getfixturevalue("toy_generation" if generative else "toy_settings")
     own = {key: value for key, value in toy.items() if key not in OWN}
-    kept = {key: value for key, value in settings.items() if key not in PLACES}
+    widths = ("adapter.rank", "adapter.alpha") if "adapter.rank" in settings else ()  # of the plain job's model
+    kept = {key: value for key, value in settings.items() if key not in (*PLACES, *widths)}
     scale = {"adapter.alpha": float(own["adapter.rank"])}  # 1, as in the plain job
     if "start.data" in kept:
         kept["start.data"] = str(write_reviews(Path(str(toy["output"])).parent / "public.csv", 40, seed=1))
@@ -124,8 +125,14 @@ def test_a_system_runs_two_rounds_by_what_its_row_says(system: System, request: 
 
 
 LEFT_OUT = {
-    "systems": ("AlignGuard", "LoRAPrune", "LoRAM"),
-    "systems-asdiv": ("HetLoRA, padded states and weights by norm", "LoRA-GA from", "LoRAPrune", "LoRAM"),
+    "systems": ("AlignGuard", "LoRAPrune", "LoRAM", "Full fine-tuning"),
+    "systems-asdiv": (
+        "HetLoRA, padded states and weights by norm",
+        "LoRA-GA from",
+        "LoRAPrune",
+        "LoRAM",
+        "Full fine-tuning",
+    ),
 }
 """Systems that a sweep has not, by the beginning of their names; the head of its file says why."""
 
