@@ -7,6 +7,7 @@ is one of rounding.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,8 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fedveil.common.config.sections import DataConfig
 from fedveil.common.data.named import DATASETS
-from fedveil.common.data.sources import is_paired, load_dataset, public_test, slice_of, slices_of
+from fedveil.common.data.sources import is_paired, load_dataset, public_test, slice_of, slices_of, train_and_test
 from fedveil.common.errors import DataError
 from fedveil.common.files import expanded, finite, replace_file
 from fedveil.common.labels import labels_text
@@ -26,9 +28,10 @@ from fedveil.common.model.score import MOST_CONFUSED
 from fedveil.common.model.scoring import score_records
 from fedveil.common.run_lines import AdapterFile, read_if_there
 from fedveil.common.strict_json import to_json
-from fedveil.common.tasks import Batch, Sums, Task
+from fedveil.common.tasks import TASKS, Batch, Sums, Task
 from fedveil.common.tasks.base import IGNORED
-from fedveil.common.tasks.examples import Dataset
+from fedveil.common.tasks.examples import Dataset, Example
+from fedveil.common.tasks.roles import LABEL
 from fedveil.experiments.evaluate import PRECISIONS, Result, about_of, base_of, data_of, load_result, result_of
 from fedveil.reports.evaluated import Answer, EvaluatedFile, Evaluation, Pair, change_of
 from fedveil.reports.scores import ALL, FigureReport, figure_reports
@@ -45,6 +48,8 @@ class _Set:
     data: Dataset
     column: str = ""
     """Of their slices; empty: they have none."""
+    left_out: int = 0
+    """Records that the run's sites trained on."""
 
 
 def evaluate_on(run: Path, sources: Sequence[str], column: str = "") -> list[Evaluation]:
@@ -87,9 +92,12 @@ def _set_of(about: AdapterFile, source: str, column: str) -> _Set:
         raise DataError(f"the run's sites trained on {name}: name other records, or the run's test data")
     if named is None:
         beside = replace(own, name=source, test=source * bool(column), slice=column, labels=labels_text(labels))
-        return _Set(name, load_dataset(replace(beside, partition="iid", person=""), about.task), column)
+        data = load_dataset(replace(beside, partition="iid", person=""), about.task)
+        return _untrained(own, about.task, _Set(name, data, column))
     paired = ("text_pair" in named.fields) == is_paired(own, about.task)
-    if named.task != about.task or not paired or not {*named.label_names} <= {*labels}:
+    # A record's one label is renumbered; where it has several, they are in the run's order.
+    alike = {*named.label_names} <= {*labels} if LABEL in TASKS[about.task].roles else named.label_names == labels
+    if named.task != about.task or not paired or not alike:
         raise DataError(
             f"{name} has other records than this run, which is of model.task {about.task!r}"
             f"{f' with the labels {labels_text(labels)}' if labels else ''}: name a set of these, or a file with the "
@@ -98,7 +106,26 @@ def _set_of(about: AdapterFile, source: str, column: str) -> _Set:
     data = load_dataset(replace(own, name=source, slice="", labels="", partition="iid", person=""), about.task)
     places = [labels.index(label) for label in data.label_names]
     moved = [e if e.label is None else replace(e, label=places[e.label]) for e in data.examples]
-    return _Set(name, replace(data, examples=tuple(moved), label_names=labels))
+    return _untrained(own, about.task, _Set(name, replace(data, examples=tuple(moved), label_names=labels)))
+
+
+def _untrained(own: DataConfig, task: str, one: _Set) -> _Set:
+    """Return a set without what sites trained on, where that is a named data set; no other records of sites are read.
+
+    Two texts that differ by case, blanks and marks alone are one: GLUE has blanks before its full stops.
+
+    Raises:
+        DataError: nothing is left.
+    """
+    trained = set(map(_bare, train_and_test(own, task)[0].examples)) if own.name in DATASETS else set()
+    left = tuple(example for example in one.data.examples if _bare(example) not in trained)
+    if not left:
+        raise DataError(f"the run's sites trained on all records of {one.name}: name another set")
+    return replace(one, data=replace(one.data, examples=left), left_out=len(one.data.examples) - len(left))
+
+
+def _bare(example: Example) -> str:
+    return re.sub(r"\W", "", example.likeness())
 
 
 def _same(source: str, other: str) -> bool:
@@ -125,7 +152,8 @@ def _evaluation(one: _Set, before: FederatedModel, result: Result, model: str) -
         own = [pair for pair, of in zip(pairs, names, strict=True) if of == name]
         changes.append(change_of(name, own, counts=counts, classes=classes))
     column = one.column or "site" * bool(slices)
-    return Evaluation(one.name, one.data.fingerprint(), model, list(labels), column, changes, figures)
+    said = (one.name, one.data.fingerprint(), one.left_out, model, list(labels), column)
+    return Evaluation(*said, changes, figures)
 
 
 @torch.no_grad()

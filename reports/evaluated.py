@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from fedveil.common.model.score import Z
 from fedveil.common.run_lines import RunFile
 from fedveil.common.strict_json import SPARSE, Measured
 from fedveil.common.words import counted, decimal_text
-from fedveil.reports.scores import FigureReport, Share, Z, ratio, share_text, wilson
+from fedveil.reports.scores import FigureReport, Share, ratio, share_text, wilson
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,9 @@ class Evaluation:
 
     set: str
     sha256: str
-    """Of the set's records in any order."""
+    """Of the records in any order."""
+    left_out: int
+    """Records that the run's sites trained on, or nearly the same ones: known where those are a named data set."""
     model: str
     """``final``, or ``rank R``: the adapter cut to its first R columns."""
     labels: list[str]
@@ -107,6 +110,8 @@ class Evaluation:
 
     def lines(self) -> Iterator[str]:
         """Yield what a terminal shows."""
+        if self.left_out:
+            yield f"{self.set}: {counted(self.left_out, 'record')} left out that sites trained on"
         for change in self.changes:
             sliced = f", {self.column} = {change.slice}" if change is not self.changes[0] else ""
             yield f"{self.set}, {self.model}{sliced} ({counted(change.records, 'record')})"

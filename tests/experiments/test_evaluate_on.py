@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from audits.tiny_models import write_questions, write_reviews
 from fedveil.cli.main import app
+from fedveil.common.data.sources import train_and_test
 from fedveil.common.errors import DataError
 from fedveil.common.run_lines import BaselineFile, RoundLine, read_file, read_lines
 from fedveil.common.tensor_file import read_tensors
@@ -24,6 +25,7 @@ from fedveil.experiments import evaluate_on as module
 from fedveil.experiments.evaluate_on import drift_of, evaluate_on
 from fedveil.experiments.in_process import run_in_process
 from fedveil.reports.evaluated import Answer, EvaluatedFile, Evaluation, Pair, change_of, mcnemar
+from fedveil.strategies.job import configure
 
 pytestmark = pytest.mark.rough_prices
 OPEN = {"privacy.mode": "none", "rounds": 1, "training.learning-rate": 0.3, "server.optimizer": "none"}
@@ -123,6 +125,27 @@ def test_on_the_runs_own_test_part_both_scores_are_the_runs_own(toy_settings: di
     assert change.after is not None
     assert (change.before.value, change.after.value) == (first.accuracy, last.accuracy)
     assert (change.loss_before, change.loss_after) == pytest.approx((first.loss, last.loss), rel=1e-6)
+
+
+def test_what_sites_trained_on_is_left_out_and_said(
+    toy_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = run_in_process({**toy_settings, **OPEN}, 2)
+    own = Path(toy_settings["data.name"])
+    seen, _ = train_and_test(configure(toy_settings).config.data, "classification")
+    spaced = [e.text.upper().replace(" ", "  , ") for e in seen.examples[:7]]  # type: ignore[attr-defined]
+    rows = write_reviews(tmp_path / "others.csv", 20, seed=5).read_text(encoding="utf-8")
+    other = tmp_path / "with-some.csv"
+    other.write_text(rows + "".join(f'"{text}",bad,a\n' for text in spaced), encoding="utf-8")
+    (whole,) = evaluate_on(folder, [str(other)])
+    assert (whole.left_out, whole.changes[0].records) == (0, 27), "records of sites were read, of no named data set"
+    monkeypatch.setattr(module, "DATASETS", {str(own): None})
+    (found,) = evaluate_on(folder, [str(other)])
+    assert (found.left_out, found.changes[0].records) == (7, 20)
+    assert next(found.lines()) == "with-some.csv: 7 records left out that sites trained on"
+    other.write_text("\n".join(["text,label,author", *(f'"{text}",bad,a' for text in spaced)]), encoding="utf-8")
+    with pytest.raises(DataError, match="trained on all records of with-some"):
+        evaluate_on(folder, [str(other)])
 
 
 def test_a_language_model_is_scored_by_token_and_a_record_by_its_whole_answer(
