@@ -117,6 +117,8 @@ def convert_names(source: Path, target: Path) -> list[str]:
         table = read_file(source / f"{section}.conll")
         whole = list(zip(table.columns["text"], table.columns["label"], strict=True))
         for number, (words, labels) in enumerate(whole):
+            if number in table.unread:  # a word without a sign
+                continue
             row = {"text": words, "label": labels, "section": section}
             split = "test" if section == SECTIONS[-1] and number > len(whole) // 2 else "train"
             rows[split].append(json.dumps(row, ensure_ascii=False) + "\n")
