@@ -8,6 +8,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from fedveil.common.tasks.cells import shown_as_text
 from fedveil.common.words import counted
 from fedveil.privacy.figures import epsilon_text, honest_text
 
@@ -25,8 +26,6 @@ ASKED = (
     "  It shows in which rounds this site took part. If a trusted server drew sites for them, the price counts on that "
     "being secret: give it to that server's people alone."
 )
-FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
-"""Beginnings of a text that a spreadsheet would compute."""
 KINDS = ("plans", "charges", "exposures", "failures", "budgets", "reservations", "withdrawals", "held_out")
 
 
@@ -110,13 +109,8 @@ def csv_of(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, [*before, *columns.values(), *after])
     writer.writeheader()
-    writer.writerows({name: _cell(value) for name, value in line.items()} for line in lines)
+    writer.writerows({name: shown_as_text(value) for name, value in line.items()} for line in lines)
     return text.getvalue()
-
-
-def _cell(value: Any) -> Any:
-    """Return a cell that a spreadsheet shows as text, since names come from servers and stewards."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
 
 
 def receipt_lines(receipt: RunReceipt, dataset: str, run: str) -> list[str]:

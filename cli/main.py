@@ -15,7 +15,7 @@ from fedveil.cli.report import keygen, report, verify, watch
 from fedveil.cli.run import run
 from fedveil.cli.runs import runs, stop
 from fedveil.cli.server import server_app
-from fedveil.cli.serving import ask, evaluate, export, merge
+from fedveil.cli.serving import ask, evaluate, export, generate, merge
 from fedveil.cli.settings import settings
 from fedveil.cli.site import site_app
 from fedveil.cli.sweep import pictures, sweep, tune
@@ -24,7 +24,7 @@ REAL_SITES = "Real sites"
 PANELS = {
     "Train": (run, plan, runs, stop, settings, import_),
     "Look": (report, watch, evaluate, keygen, verify),
-    "Use": (ask, merge, export),
+    "Use": (ask, merge, export, generate),
     REAL_SITES: (doctor, bundle),
     "Research": (sweep, tune, pictures),
 }

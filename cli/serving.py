@@ -1,4 +1,4 @@
-"""``fedveil evaluate``, ``ask``, ``merge`` and ``export``: what becomes of a finished run's model."""
+"""``fedveil evaluate``, ``ask``, ``merge``, ``export`` and ``generate``: what becomes of a finished run's model."""
 
 from __future__ import annotations
 
@@ -100,6 +100,40 @@ def export(
 
     layers = export_gguf(folder, gguf)
     console.print(f"adapter: {gguf}, {counted(layers, 'layer')}")
+
+
+@for_people
+def generate(
+    folder: RunFolder,
+    rows: Annotated[int, typer.Option(help="Rows of the table.")],
+    out: Annotated[Path, typer.Option(help="A new file, .jsonl or .csv; its card, .md, is written beside it.")] = Path(
+        "synthetic.jsonl"
+    ),
+    shares: Annotated[
+        str, typer.Option(help="Values of the prompt's column with their shares, such as 'good=3,bad=1'; else even.")
+    ] = "",
+    temperature: Annotated[float, typer.Option(help="Below 1, likely words are drawn more often.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Probability of the likeliest words, which alone are drawn.")] = 0.95,
+    new_tokens: Annotated[int, typer.Option(help="Tokens of one text; 0: as many as the run's records have.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="For tests; else the operating system's random numbers.")] = None,
+) -> None:
+    """Write a table of synthetic records with a language model's run, and a card; no record of a site is read."""
+    from fedveil.common.paths import check_adapter, given_run
+
+    folder = given_run(folder)
+    check_adapter(folder / "adapter")
+    from fedveil.common.tasks.finished import Sampling
+    from fedveil.experiments.serving.generate import Wanted, generate_table
+    from fedveil.reports import report_of
+    from fedveil.reports.table_card import NO_CLAIM, NOT_READ
+
+    wanted = Wanted(rows, shares, Sampling(temperature, top_p, new_tokens), seed)
+    with console.status("loading the model") as status:
+        drawn = generate_table(folder, out, wanted, status.update)
+    claim = report_of(folder).claim
+    console.print(f"{out}, {out.with_suffix('.md')}: {drawn.sentence}")
+    console.print(claim.sentence if claim.made else f"{NO_CLAIM} {claim.sentence}")
+    console.print(NOT_READ)
 
 
 @for_people

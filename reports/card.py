@@ -68,7 +68,7 @@ def adapter_form(data: ReportData) -> Form:
     files = {name.rpartition("/")[2]: digest for name, digest in data.origin.files.items()}
     tuned = "adapter_config.json" in files
     settings: dict[str, Any] = {setting.key: setting.value for setting in data.settings}
-    code = task.with_pool(settings["head.pool"]).export.adapter_code(_shown_base(data), settings, tuned=tuned)
+    code = task.with_pool(settings["head.pool"]).export.adapter_code(shown_base(data), settings, tuned=tuned)
     if not tuned:
         return Form("finetune", OWN_LIBRARY, code, files)
     return Form("adapter", "peft", code, files, "" if task.labelled else task.export.hub_task)
@@ -86,7 +86,7 @@ def card_of(data: ReportData, declared: Declared, form: Form, report: bytes) -> 
     head = yaml.safe_dump(_metadata(data, declared, form), sort_keys=False, allow_unicode=True, width=100)
     task = TASKS[str(setting_of(data, "model.task"))]
     sites = f"{'at most ' * data.claim.trusts_server}{counted(data.headline.sites, 'site')}"
-    base = plain(_shown_base(data))
+    base = plain(shown_base(data))
     alone = data.method == HEAD_ONLY
     what = f"a classification head on the frozen {base}" if alone else f"an adapter of {base}"
     parts = [
@@ -98,7 +98,7 @@ def card_of(data: ReportData, declared: Declared, form: Form, report: bytes) -> 
         f"## Load it\n\n```python\n{form.code}```",
         _head_words(form),
         _results(data),
-        _privacy(data),
+        privacy_section(data),
         _records(data),
         _licences(data, declared),
         _hashes(data, declared, form, report),
@@ -125,7 +125,7 @@ def _published(data: ReportData) -> Published | None:
     return NAMED_MODELS[origin.base_model].published if origin and named else None
 
 
-def _shown_base(data: ReportData) -> str:
+def shown_base(data: ReportData) -> str:
     """Return the base model's id on the hub where it has one, of a path the last part alone."""
     name, known = _base(data), _published(data)
     if known:
@@ -142,28 +142,32 @@ def _metadata(data: ReportData, declared: Declared, form: Form) -> dict[str, Any
         meta |= {"base_model": base, "base_model_relation": form.relation}
     meta |= {"pipeline_tag": form.pipeline} if form.pipeline else {}
     meta |= {"tags": ["federated-learning", "differential-privacy", data.method, "fedveil"]}
-    claim, head = data.claim, data.headline
-    meta["differential_privacy"] = (
-        {
-            "epsilon": float(epsilon_text(head.epsilon).replace("∞", "inf")),
-            "delta": head.delta,
-            **_trials(data),
-            "unit": claim.unit,
-            "neighbours": claim.neighbours,
-            "adversary": claim.adversary,
-            "mechanism": claim.privacy_mode,
-            "accountant": claim.accountant,
-            **_honest(data.sharing),
-        }
-        if claim.made
-        else {"claim": "none"}
-    )
+    head = data.headline
+    meta["differential_privacy"] = promised(data)
     if head.accuracy_after is not None:
         metric = {"type": data.judged_by, "value": round(head.accuracy_after, 4)}
         data_set = {"name": "the run's public test set", "type": "public-test-set"}
         result = {"task": {"type": task.export.hub_task}, "dataset": data_set, "metrics": [metric]}
         meta["model-index"] = [{"name": f"run {visible(data.run)}", "results": [result]}]
     return meta
+
+
+def promised(data: ReportData) -> dict[str, Any]:
+    """Return a run's claim as the metadata of a card has it."""
+    claim, head = data.claim, data.headline
+    if not claim.made:
+        return {"claim": "none"}
+    return {
+        "epsilon": float(epsilon_text(head.epsilon).replace("∞", "inf")),
+        "delta": head.delta,
+        **_trials(data),
+        "unit": claim.unit,
+        "neighbours": claim.neighbours,
+        "adversary": claim.adversary,
+        "mechanism": claim.privacy_mode,
+        "accountant": claim.accountant,
+        **_honest(data.sharing),
+    }
 
 
 def _honest(sharing: Sharing | None) -> dict[str, Any]:
@@ -217,7 +221,8 @@ def _results(data: ReportData) -> str:
     )
 
 
-def _privacy(data: ReportData) -> str:
+def privacy_section(data: ReportData) -> str:
+    """Return a run's claim as a section of a card, with its terms and what it does not cover."""
     claim = data.claim
     lines = ["## Privacy", "", f"**{claim.sentence}**", ""]
     if not claim.made:
@@ -288,7 +293,7 @@ def _hashes(data: ReportData, declared: Declared, form: Form, report: bytes) -> 
     origin = data.origin
     rows = [("report of the run, `report.json`", hashlib.sha256(report).hexdigest())]
     if origin is not None:
-        rows += [(f"base model {plain(_shown_base(data))}, as `fedveil` computes it", origin.base)]
+        rows += [(f"base model {plain(shown_base(data))}, as `fedveil` computes it", origin.base)]
         rows += [("code that the server ran, `fedveil bundle`", origin.bundle)] if origin.bundle else []
     rows += [(f"`{name}`", digest) for name, digest in form.files.items()]
     text = f"Run {plain(data.run)}, started {plain(data.started)}. "

@@ -14,6 +14,7 @@ from fedveil.common.config.fields import OPEN, RATIO, TARGET_KINDS, Section, Uni
 from fedveil.common.config.flat import Columns, columns_of_jobs
 from fedveil.common.errors import ConfigError
 from fedveil.common.tasks import TASKS
+from fedveil.common.tasks.template import check_template
 from fedveil.privacy import MECHANISMS, UNITS, Mechanism
 
 PARTITIONS = ("iid", "dirichlet", "natural")
@@ -74,6 +75,10 @@ class DataConfig(Section):
     """The size of the public test part when ``data.test`` is empty."""
     columns: Columns = field(default_factory=columns_of_jobs)
     """The column of the source that each role (``common.tasks.roles``) is read from: ``data.text``, ``data.label``."""
+    template: str = ""
+    """Of ``causal-lm``: public text around a record's columns, such as ``Sentiment: {prompt}. Review: {completion}``.
+    The loss is then on the whole record, and ``fedveil generate`` can write such records. Empty: the loss is on the
+    completion alone."""
     labels: str = ""
     """Label values in order, separated by commas, with double quotes around one that holds a comma, or a list of texts.
     Empty: the sorted distinct values of the file."""
@@ -99,6 +104,7 @@ class DataConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "columns", Columns({**columns_of_jobs(), **self.columns}))
+        check_template(self.template, self.columns["prompt"])
         if self.slice and not self.test:
             raise ConfigError(
                 f"data.slice is {self.slice!r}, which is a column of the public test file, and data.test names none: "

@@ -142,8 +142,16 @@ def _load(
         out = protected or config.invalid_rows == "skip"
         read = read_rows(source, tables, columns, kind.example, labels, protected=protected, skip=out)
         reading = Reading(read[0], tuple(read[1]), tuple(unreadable), read[2])
-    phrases = label_phrases_of(config, reading.dataset.label_names)
-    return dataclasses.replace(reading, dataset=dataclasses.replace(reading.dataset, label_phrases=phrases))
+    return dataclasses.replace(reading, dataset=_with_words(reading.dataset, config))
+
+
+def _with_words(data: Dataset, config: DataConfig) -> Dataset:
+    """Return records with the public words around them: the run's template, and phrases about their labels."""
+    examples = data.examples
+    if config.template:
+        examples = tuple(dataclasses.replace(example, template=config.template) for example in examples)
+    phrases = label_phrases_of(config, data.label_names)
+    return dataclasses.replace(data, examples=examples, label_phrases=phrases)
 
 
 def _check_named(source: str, asked: str, labels: tuple[str, ...], config: DataConfig) -> None:

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from fedveil.common.errors import DataError, ModelNotLoaded
+from fedveil.common.errors import ConfigError, DataError, ModelNotLoaded
 from fedveil.common.tasks.base import IGNORED, Batch, Record, Scored, Sums, Wording
 from fedveil.common.tasks.examples import Example
-from fedveil.common.tasks.finished import Answer, Export, Finished, Questions
+from fedveil.common.tasks.finished import Answer, Export, Finished, Questions, Sampling
 from fedveil.common.tasks.loading import OWN_CODE
 from fedveil.common.tasks.options import options_of
 from fedveil.common.tasks.roles import Role
+from fedveil.common.tasks.template import template_of
 from fedveil.common.tasks.text import TOKENS, TextExample, TextTask, pad_id, padded
 
 if TYPE_CHECKING:
@@ -61,8 +62,12 @@ def _completed(prompt: str, completion: str) -> Example:
 
 
 def prompt_tokens(tokenizer: Any, example: Example) -> list[int]:
-    """Return the tokens of an example's prompt."""
-    tokens: list[int] = tokenizer(cast(TextExample, example).text)[TOKENS]
+    """Return the tokens of an example's prompt; within a template, of what begins its text."""
+    record = cast(TextExample, example)
+    tokens: list[int] = tokenizer("" if record.template else record.text)[TOKENS]
+    if record.template:
+        opening = template_of(record.template).opening(record.text)
+        tokens = (tokens or [tokenizer.eos_token_id or 0]) + tokenizer(opening, add_special_tokens=False)[TOKENS]
     return tokens
 
 
@@ -95,8 +100,44 @@ def _completion(model: Finished, prompt: list[int]) -> Answer:
     return Answer(tokenizer.decode(out[0, tokens.shape[1] :], skip_special_tokens=True).strip(), None)
 
 
+def continued(model: Finished, example: Example, count: int, how: Sampling) -> list[str | None]:
+    """Return ``count`` texts that go on after an example's prompt, of torch's global generator.
+
+    None stands for each text without an end mark within ``how.new_tokens``.
+
+    Raises:
+        ConfigError: the prompt leaves no room.
+    """
+    import torch
+
+    tokenizer, decoder = model.base.processor, cast(Any, model.module.encoder)
+    tokens = torch.tensor([prompt_tokens(tokenizer, example)], device=next(decoder.parameters()).device)
+    room = model.limit - tokens.shape[1]
+    if room < 1:
+        raise ConfigError(f"the template's beginning has {tokens.shape[1]} tokens, and model.max-length {model.limit}")
+    with torch.no_grad():
+        out = decoder.generate(
+            input_ids=tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=min(how.new_tokens or room, room),
+            do_sample=True,
+            temperature=how.temperature,
+            top_p=how.top_p,
+            top_k=0,
+            num_return_sequences=count,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=pad_id(model.base),
+        )
+    new = out[:, tokens.shape[1] :].tolist()
+    ended = [row[: row.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in row else None for row in new]
+    return [None if row is None else tokenizer.decode(row, skip_special_tokens=True) for row in ended]
+
+
 class CausalLM(TextTask):
-    """Prompt and completion; the loss is the mean negative log-likelihood of the completion's tokens."""
+    """Prompt and completion; the loss is the mean negative log-likelihood of the completion's tokens.
+
+    Within ``data.template`` a record is one text, and all of its tokens count.
+    """
 
     name: ClassVar[str] = "causal-lm"
     roles: ClassVar[tuple[Role, ...]] = (
@@ -107,7 +148,7 @@ class CausalLM(TextTask):
     wording: ClassVar[Wording | None] = Wording(
         phrase=lambda phrase: TextExample(completion=phrase.strip()), text=lambda text: _completed(*halves(text))
     )
-    questions: ClassVar[Questions | None] = Questions(lambda words: TextExample(*words), complete)
+    questions: ClassVar[Questions | None] = Questions(lambda words: TextExample(*words), complete, continued)
     export: ClassVar[Export] = DecoderExport()
     scored: ClassVar[Scored] = Scored(options=options_of)
 
@@ -142,8 +183,9 @@ class CausalLM(TextTask):
         for i, example in enumerate(examples):
             if not example.completion:
                 raise DataError(f"record {i + 1} has an empty completion; there is nothing to learn from it")
-            prompt = tokenizer(example.text)[TOKENS]
-            completion = (tokenizer(example.completion, add_special_tokens=False)[TOKENS] + end)[: max_length - 1]
+            prompt, completion = _learnt(example)
+            prompt = tokenizer(prompt)[TOKENS]
+            completion = (tokenizer(completion, add_special_tokens=False)[TOKENS] + end)[: max_length - 1]
             prompt = prompt[-(max_length - len(completion)) :] or [tokenizer.eos_token_id or 0]
             records.append(
                 {
@@ -181,6 +223,16 @@ class CausalLM(TextTask):
         loss = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none", ignore_index=IGNORED)
         correct = (logits.argmax(-1) == targets).float() * mask
         return Sums((loss * mask).sum(1), correct.sum(1), mask.sum(1).clamp(min=1))
+
+
+def _learnt(example: TextExample) -> tuple[str, str]:
+    """Return the words that are read before the loss begins, and those that it is on."""
+    completion = example.completion or ""
+    return (
+        ("", template_of(example.template).filled(example.text, completion))
+        if example.template
+        else (example.text, completion)
+    )
 
 
 def _logits(decoder: nn.Module, batch: Batch) -> Tensor:

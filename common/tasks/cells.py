@@ -12,6 +12,8 @@ from pathlib import Path
 
 CELL_CHARACTERS = 131_072
 """Longest text of one cell."""
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
+"""Beginnings of a text that a spreadsheet would compute."""
 UNREADABLE = object()
 """In place of a cell that no Python value can hold, such as a time before the year 1."""
 
@@ -101,3 +103,12 @@ def plain(value: object) -> str:
     ('3', '3.0')
     """
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def shown_as_text(value: object) -> object:
+    """Return a cell that a spreadsheet shows as text, for words of others and of models.
+
+    >>> shown_as_text("=1+1"), shown_as_text(-1)
+    ("'=1+1", -1)
+    """
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value

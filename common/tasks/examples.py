@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
-BESIDE = ("key", "person", "slice", "part")
+BESIDE = ("key", "person", "slice", "part", "template")
 """Fields that are about a record, and none of what it holds."""
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from fedveil.common.check import NOT_NEGATIVE, POSITIVE, Interval
 from fedveil.common.errors import ConfigError
 from fedveil.common.tasks.examples import Example
 
@@ -51,26 +52,43 @@ class Finished:
     """In the order of the head's rows; empty without labels."""
     limit: int
     """Tokens that records are cut to."""
+    template: str
+    """The run's ``data.template``."""
     inputs: tuple[str, ...]
     """Settings of the columns that a question gives, such as ``text`` and ``text-pair``, in the order of its words."""
 
-    def answers(self, questions: Sequence[Sequence[str]]) -> list[list[Answer]]:
+    def answers(self, asked: Sequence[Sequence[str]]) -> list[list[Answer]]:
         """Return what the model answers to each question, the likeliest first.
 
         Args:
-            questions: the words of each, one for each of ``inputs``: a text and its pair, a prompt, an image's path.
+            asked: the words of each, one for each of ``inputs``: a text and its pair, a prompt, an image's path.
 
         Raises:
             ConfigError: there are more words, or fewer, than ``inputs``, or the task takes no questions.
             DataError: a word names nothing that can be read.
         """
-        wrong = next((words for words in questions if len(words) != len(self.inputs)), None)
+        wrong = next((words for words in asked if len(words) != len(self.inputs)), None)
         if wrong is not None:
             names = " and ".join(self.inputs)
             raise ConfigError(f"this run's records are asked with {names}: give {len(self.inputs)}, not {len(wrong)}")
         if self.task.questions is None:
             raise ConfigError(f"a model of model.task {self.task.name!r} cannot be asked with words")
-        return self.task.questions.answers(self, list(map(self.task.questions.example, questions)))
+        questions = self.task.questions
+        return questions.answers(self, [self._within(questions.example(words)) for words in asked])
+
+    def continued(self, words: Sequence[str], count: int, how: Sampling) -> list[str | None]:
+        """Return ``count`` sampled texts that go on after a question; None for each that did not end in time.
+
+        Raises:
+            ConfigError: the task samples none, or the question leaves no room.
+        """
+        questions = self.task.questions
+        if questions is None or questions.continued is None:
+            raise ConfigError(f"a model of model.task {self.task.name!r} writes no records")
+        return questions.continued(self, self._within(questions.example(words)), count, how)
+
+    def _within(self, example: Example) -> Example:
+        return replace(example, template=self.template) if self.template else example
 
 
 def label_probabilities(model: Finished, examples: Sequence[Example]) -> list[list[Answer]]:
@@ -97,6 +115,23 @@ def logits_of(model: Finished, examples: Sequence[Example]) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How a language model draws tokens."""
+
+    temperature: float = 1.0
+    """1: as it was trained to predict them; below 1 the likely ones are drawn more often."""
+    top_p: float = 0.95
+    """The least likely tokens are left out, as long as the others have this probability together."""
+    new_tokens: int = 0
+    """Tokens of one text at most. 0: as many as ``model.max-length`` has room for."""
+
+    def __post_init__(self) -> None:
+        POSITIVE.check("--temperature", self.temperature)
+        Interval(0, 1).check("--top-p", self.top_p)
+        NOT_NEGATIVE.check("--new-tokens", self.new_tokens)
+
+
+@dataclass(frozen=True)
 class Questions:
     """How words become a question to a task's finished model, and its answers."""
 
@@ -104,6 +139,9 @@ class Questions:
     """Makes the example of a question from a word for each role with ``in_question``; DataError if one is no input."""
     answers: Callable[[Finished, Sequence[Example]], list[list[Answer]]] = label_probabilities
     """Returns what the model answers to each, the likeliest first."""
+    continued: Callable[[Finished, Example, int, Sampling], list[str | None]] | None = None
+    """Samples so many texts that go on after an example's prompt, None for each that did not end in time. None: the
+    task learns no whole record."""
 
 
 class Export:

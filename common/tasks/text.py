@@ -7,7 +7,7 @@ import json
 import random
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -32,6 +32,8 @@ class TextExample(Example):
     text: str = ""
     text_pair: str | None = None
     completion: str | None = None
+    template: str = field(default="", compare=False, repr=False)
+    """The run's ``data.template``, which is the same for all records; empty: the completion alone is learnt."""
 
     def canonical(self, label: str | None) -> str:
         """Return the texts and the label as a JSON list, as every ledger that is in use has them."""
@@ -40,9 +42,10 @@ class TextExample(Example):
     def likeness(self) -> str:
         """Return the text but for case and blanks: records of one text stay together, whatever is beside it.
 
-        A completion of nothing is the text.
+        A completion of nothing is the text; and within a template, where the prompt is often a label.
         """
-        return " ".join((self.text or self.completion or "").split()).casefold()
+        text = self.completion if self.template else self.text or self.completion
+        return " ".join((text or "").split()).casefold()
 
 
 def text_of(text: str, pair: str | None = None) -> Example:

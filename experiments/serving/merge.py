@@ -106,6 +106,7 @@ def load_finished(run: Path) -> Finished:
         except ValueError as error:
             raise ModelError(f"the adapter of {run} cannot be merged ({error}): its numbers are not finite") from error
     labels, limit = tuple(result.about.label_names), task.limit(base, result.about.max_length)
-    columns = columns_of(task.roles, data_of(result.about))
+    data = data_of(result.about)
+    columns = columns_of(task.roles, data)
     inputs = tuple(column.role.setting for column in columns if column.role.in_question)
-    return Finished(task, module.eval(), base, labels, limit, inputs)
+    return Finished(task, module.eval(), base, labels, limit, data.template, inputs)

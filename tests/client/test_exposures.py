@@ -408,7 +408,7 @@ def check_that_no_cell_is_a_formula(path: Path) -> None:
 
 def test_no_cell_of_an_export_is_a_formula(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_that_no_cell_is_a_formula(mixed)
-    monkeypatch.setattr("fedveil.cli.ledger_words._cell", lambda value: value)
+    monkeypatch.setattr("fedveil.cli.ledger_words.shown_as_text", lambda value: value)
     with pytest.raises(AssertionError):
         check_that_no_cell_is_a_formula(mixed)
 
