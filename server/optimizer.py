@@ -41,7 +41,8 @@ def server_step(config: RunConfig, before: ServerState, averaged: ServerState) -
     at zero. τ is ``server.adam-tau``, and large (1e-3): without noise the first steps would otherwise move every
     coordinate by the full η. η follows ``schedule`` over the rounds; the head's is ``head-rate`` times that.
     What sites do not train (frozen factors, the map of the head's features) has no moments, and is what the average
-    says.
+    says. With ``adam-restarted`` the adapter has no moments of earlier rounds either: the control of a strategy that
+    drops them because it turns the factors.
 
     A column's step is multiplied by its share of the weight (``ServerState.active``).
 
@@ -55,6 +56,8 @@ def server_step(config: RunConfig, before: ServerState, averaged: ServerState) -
         return averaged
     if config.server.optimizer == "momentum":
         return _heavy_ball(config, before, averaged)
+    if config.server.optimizer == "adam-restarted":
+        before = replace(before, optimizer=before.optimizer.without(before.adapter.keys() - {HEAD}))
     return _adam(config, before, averaged)
 
 

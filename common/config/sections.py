@@ -26,7 +26,7 @@ HEAD_METRICS = ("none", "public")
 HEAD_STARTS = ("zeros", "random", "label-words")
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
 SCHEDULES = ("constant", "linear", "cosine", "slanted")
-SERVER_OPTIMIZERS = ("none", "adam", "momentum")
+SERVER_OPTIMIZERS = ("none", "adam", "adam-restarted", "momentum")
 SCALES = ("rank", "sqrt-rank")
 QUANTISE = ("none", "8bit", "4bit")
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -288,7 +288,8 @@ class ServerConfig(Section):
 
     optimizer: Annotated[str, OneOf(SERVER_OPTIMIZERS)] = OPEN
     """``none``: the average is the new model. ``adam``: the change is a gradient for the server's Adam (FedAdam).
-    ``momentum``: it is one for gradient descent with a heavy ball. Open: what the strategy requires; else ``adam``
+    ``adam-restarted``: the same, and the adapter's moments begin again in every round, as FedSVD's do. ``momentum``: it
+    is one for gradient descent with a heavy ball. Open: what the strategy requires; else ``adam``
     under privacy, and ``none`` without."""
     learning_rate: Annotated[float, POSITIVE, RATIO] = 0.025
     """The server's optimiser's, at the peak of ``schedule``. 0.025 suits Adam."""

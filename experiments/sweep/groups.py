@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedveil.common.adapters import ADAPTERS
 from fedveil.common.config.flat import Scalar
@@ -20,6 +20,8 @@ from fedveil.strategies import ROWS
 from fedveil.strategies.base import is_exact
 
 CONFIDENCE = 0.95
+FEWEST_PAIRED = 10
+"""Seeds from which on variants are compared seed by seed; fewer cannot rank what lies as near as most variants do."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Group:
     """Of its runs; unknown of a fitted head, which none fills in."""
     arm: str
     epsilon_asked: float | None
+    seeds: list[int]
     values: list[float]
     """The accuracy of each seed."""
     accuracy: Interval
@@ -97,6 +100,11 @@ class Group:
     """How many honest sites its ε counts on; 0: on none, as each site adds all of its noise itself."""
     costs: list[Costs]
     """Of its runs, as far as they are known."""
+    averages: bool
+    """Whether the server takes the plain average, and has no optimiser."""
+    apart: Interval | None = None
+    """Mean difference, seed by seed, from the first group of the same arm, ε and ``averages``: of accuracy, or of loss
+    without labels. None of that one, and of fewer seeds than ``FEWEST_PAIRED``."""
 
 
 def groups(rows: Sequence[Row]) -> list[Group]:
@@ -104,7 +112,23 @@ def groups(rows: Sequence[Row]) -> list[Group]:
     members: dict[tuple[str, str, float | None], list[Row]] = {}
     for row in rows:
         members.setdefault((row.variant, row.arm, row.epsilon_asked), []).append(row)
-    return [group for key, of_group in members.items() if (group := _group(*key, of_group))]
+    found = [group for key, of_group in members.items() if (group := _group(*key, of_group))]
+    return [replace(group, apart=_apart(group, found)) for group in found]
+
+
+def _apart(group: Group, others: Sequence[Group]) -> Interval | None:
+    same = [one for one in others if _kind(one) == _kind(group)]
+    own, first = (
+        dict(zip(one.seeds, one.values if one.labelled else one.losses, strict=True)) for one in (group, same[0])
+    )
+    common = own.keys() & first.keys()
+    if group is same[0] or len(common) < FEWEST_PAIRED:
+        return None
+    return interval([own[seed] - first[seed] for seed in sorted(common)])
+
+
+def _kind(group: Group) -> tuple[str, float | None, bool]:
+    return group.arm, group.epsilon_asked, group.averages
 
 
 def _group(variant: str, arm: str, epsilon: float | None, rows: Sequence[Row]) -> Group | None:
@@ -126,6 +150,7 @@ def _group(variant: str, arm: str, epsilon: float | None, rows: Sequence[Row]) -
         recipe=UNKNOWN if ARMS[arm].fitted else str(counting[-1].settings.get("recipe", UNKNOWN)),
         arm=arm,
         epsilon_asked=epsilon,
+        seeds=[members[0].seed for members in whole],
         values=values,
         accuracy=interval(values),
         sites=[statistics.mean(row.accuracy for row in counting if row.site == site) for site in sites],
@@ -143,6 +168,7 @@ def _group(variant: str, arm: str, epsilon: float | None, rows: Sequence[Row]) -
         exact=_exact(counting[-1].settings),
         honest=fewest_honest(counting),
         costs=[row.costs for row in counting if row.costs is not None],
+        averages=counting[-1].settings.get("server.optimizer") == "none",
     )
 
 

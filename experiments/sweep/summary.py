@@ -10,7 +10,7 @@ from fedveil.common.tasks import TASKS, Scored, headline_of
 from fedveil.common.words import UNKNOWN, bytes_text, counted, decimal_text, seconds_text
 from fedveil.experiments.sweep.arms import ARMS
 from fedveil.experiments.sweep.file import epsilon_name
-from fedveil.experiments.sweep.groups import CONFIDENCE, Group, fewest_honest, groups
+from fedveil.experiments.sweep.groups import CONFIDENCE, FEWEST_PAIRED, Group, fewest_honest, groups
 from fedveil.experiments.sweep.rows import Row
 from fedveil.privacy import mechanism_of
 from fedveil.privacy.figures import NO_CLAIM, epsilon_text
@@ -93,6 +93,14 @@ def _rank_words(group: Group) -> str:
     return f"{min(ranks)} to {max(ranks)}, mean {statistics.mean(ranks):.1f} in {statistics.mean(runs):.4g} layers"
 
 
+def _apart_words(group: Group) -> str:
+    if group.apart is None:
+        return UNKNOWN
+    scale, decimals = (100, 1) if group.labelled else (1, 3)
+    half = "" if group.apart.half is None else f" ± {scale * group.apart.half:.{decimals}f}"
+    return f"{scale * group.apart.mean:+.{decimals}f}{half}"
+
+
 COLUMNS: Mapping[str, Callable[[Group], str]] = {
     "variant": lambda group: f"`{group.variant}`",
     "recipe": lambda group: group.recipe,
@@ -102,6 +110,7 @@ COLUMNS: Mapping[str, Callable[[Group], str]] = {
     "accuracy, %": _accuracy_words,
     "start, %": lambda group: f"{100 * group.before:.1f}",
     "loss": _loss_words,
+    "apart": _apart_words,
     "ε spent": lambda group: NO_CLAIM if group.epsilon is None else epsilon_text(group.epsilon),
     "bytes": lambda group: UNKNOWN if group.payload is None else bytes_text(round(group.payload)),
     "time": lambda group: seconds_text(group.seconds),
@@ -117,13 +126,26 @@ COLUMNS: Mapping[str, Callable[[Group], str]] = {
     "ranks": _rank_words,
 }
 OPTIONAL = frozenset(
-    {"numbers", "exact", "processor", "intruders (of noise)", "rounds to 95 %", "bytes to 95 %", "a round", "memory"}
+    {
+        "apart",
+        "numbers",
+        "exact",
+        "processor",
+        "intruders (of noise)",
+        "rounds to 95 %",
+        "bytes to 95 %",
+        "a round",
+        "memory",
+    }
     | {"GPU memory", "ranks"}
 )
 """Columns that a table has only where one of its rows has a figure for them."""
 
 
 COLUMN_NOTES: Mapping[str, str] = {
+    "apart": "Apart: the mean difference, seed by seed, from the first variant of the same arm and ε whose server "
+    "takes the plain average, or has an optimiser, as its own; of accuracy in points (without labels, of loss), ± half "
+    "of its 95 % interval (Student's t).",
     "numbers": "Numbers: the most that a site sends in a round, which is what it trains.",
     "exact": "Exact: whether new weights are exactly the mean of the sites' weights.",
     "processor": "Processor: seconds of all cores together, with loading and reports.",
@@ -149,6 +171,8 @@ def notes(rows: Sequence[Row]) -> list[str]:
     sizes = sorted({row.test_records for row in rows})
     labelled = [TASKS[str(row.settings["model.task"])].labelled for row in rows]
     found = [f"Mean over seeds ± half of its {100 * CONFIDENCE:.0f} % interval (Student's t); in brackets each seed."]
+    if len({row.seed for row in rows}) < FEWEST_PAIRED:
+        found.append(f"Variants are not ranked: fewer than {FEWEST_PAIRED} runs cannot tell most of them apart.")
     if not all(labelled):
         found.append("Accuracy is the share of right next tokens: judge by the loss, in nats a token.")
     if deltas:

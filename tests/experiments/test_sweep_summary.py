@@ -376,6 +376,23 @@ def test_a_published_figure_that_is_none_is_named(text: str, said: str, tmp_path
         read_published(tmp_path / "none.toml")
 
 
+def test_variants_are_compared_seed_by_seed_from_ten_runs_on() -> None:
+    first = [row(0.7 + seed / 100, seed=seed) for seed in range(10)]
+    other = [replace(one, variant="other", accuracy=one.accuracy + 0.02 + (one.seed % 2) / 1000) for one in first]
+    plain = replace(first[0], variant="plain", settings={**first[0].settings, "server.optimizer": "none"})
+    made = groups([*first, *other, plain])
+    assert [group.apart and group.apart.mean for group in made] == [None, pytest.approx(0.0205), None]
+    low, high = stats.t.interval(0.95, 9, 0.0205, stats.sem([0.02, 0.021] * 5))
+    assert made[1].apart is not None
+    assert (made[1].apart.low, made[1].apart.high) == (pytest.approx(low), pytest.approx(high))
+    text = markdown_of([*first, *other])
+    assert "| +2.0 ± 0.0 |" in text or "| +2.1 ± 0.0 |" in text
+    assert "not ranked" not in text
+    few = markdown_of([*first[:3], *other[:3]])
+    assert "Variants are not ranked: fewer than 10 runs" in few
+    assert "apart" not in few.splitlines()[0]
+
+
 # A task without labels
 
 

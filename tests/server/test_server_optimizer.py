@@ -257,6 +257,25 @@ def test_the_usual_change_is_the_root_of_the_mean_squared_length_of_the_changes(
     assert usual_change(without) == 0.0, "moments that were dropped are no memory"
 
 
+def test_a_restarted_adam_forgets_the_adapters_moments_and_keeps_the_heads() -> None:
+    """It is the control of FedSVD, which drops its layers' moments whenever it turns their factors."""
+    restarted = replace(CONFIG, server=replace(CONFIG.server, optimizer="adam-restarted"))
+    state = ServerState(0, start(), ("B",))
+    for seed in (1, 2):
+        other = start(seed)
+        sent = {"layer": {"B": other["layer"]["B"]}, HEAD: other[HEAD]}
+        averaged = FFALoRA().combine(state, [Contribution("s", 1.0, sent)])
+        dropped = replace(state, optimizer=state.optimizer.without({"layer"}))
+        wanted, found = server_step(CONFIG, dropped, averaged), server_step(restarted, state, averaged)
+        for layer, name, tensor in entries(wanted.adapter):
+            assert torch.equal(tensor, found.adapter[layer][name]), f"{layer}/{name}"
+        assert (found.optimizer.steps["layer"], found.optimizer.steps[HEAD]) == (1, seed)
+        if seed == 2:
+            kept = server_step(CONFIG, state, averaged)
+            assert not torch.equal(kept.adapter["layer"]["B"], found.adapter["layer"]["B"]), "no moment was dropped"
+        state = found
+
+
 def test_every_strategy_lowers_the_loss_under_the_servers_adam(toy_settings: dict[str, Any]) -> None:
     """Through the whole federation; without privacy, so that the loss falls for certain."""
     for name, kind in STRATEGIES.items():
