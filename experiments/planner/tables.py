@@ -8,17 +8,24 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from fedveil.common.config.shipped import EXPERIMENTS
 from fedveil.common.threads import site_cores
 from fedveil.common.words import counted
 from fedveil.experiments.planner.find import Found
 from fedveil.experiments.planner.forecast import Forecast
 from fedveil.experiments.planner.payers import payer_of
 from fedveil.experiments.planner.price import LEAST_SIGNAL, MOST_ROUNDS, round_numbers, spread
+from fedveil.experiments.sweep.arms import FEDERATED
+from fedveil.experiments.sweep.file import epsilon_name
+from fedveil.experiments.sweep.groups import Group, groups
+from fedveil.experiments.sweep.rows import read_rows, results_file
 from fedveil.privacy.accountant import INITIALISATION
 from fedveil.privacy.figures import epsilon_text, remaining_text
 from fedveil.privacy.secure_sum import least_sites
 from fedveil.strategies.job import Job
 
+USUAL, LARGER, MEASURED = "rotten-tomatoes", "mpnet", "all-MiniLM-L6-v2"
+"""Sweeps of the two encoders on the same records, and the encoder of the first."""
 MOST_LINES = 10
 """Lines of the table of rounds; ``--json`` has them all."""
 DEFINITION = (
@@ -42,8 +49,38 @@ def print_forecast(console: Console, forecast: Forecast) -> None:
     _print_bytes(console, forecast)
     _print_machine(console, forecast)
     _print_signal(console, forecast)
+    if line := larger_encoder(forecast):
+        console.print(line)
     for warning in forecast.warnings:
         console.print(f"WARNING: {warning}", style="bold")
+
+
+def larger_encoder(forecast: Forecast) -> str:
+    """Return what MPNet gained and cost in place of the run's encoder, by measured rows; empty: there are none."""
+    config, here = forecast.job.config, forecast.round_seconds
+    usual, larger = (
+        [group for group in groups(read_rows(results_file(EXPERIMENTS / "results", name))) if group.arm == FEDERATED]
+        for name in (USUAL, LARGER)
+    )
+    for group in larger if config.model.name == MEASURED else ():
+        key = (group.variant, group.epsilon_asked)
+        own = next((one for one in usual if (one.variant, one.epsilon_asked) == key), None)
+        if own and group.variant == config.recipe and group.processor_seconds and own.processor_seconds:
+            times, sent = group.processor_seconds / own.processor_seconds, (group.payload or 0) / (own.payload or 1)
+            minutes = f", here some {times * here[0] * config.rounds / 60:.0f} minutes in one process" if here else ""
+            return (
+                f"A larger encoder (-c {LARGER}): {100 * group.accuracy.mean:.1f} % where this one has "
+                f"{100 * own.accuracy.mean:.1f} % ({USUAL}, ε {epsilon_name(group.epsilon_asked)}, "
+                f"{counted(len(group.values), 'run')} beside {len(own.values)}), {times:.1f} times the processor's "
+                f"time{minutes}, {sent:.1f} times the bytes{_memory_words(own, group)}."
+            )
+    return ""
+
+
+def _memory_words(usual: Group, larger: Group) -> str:
+    """Return how much more memory runs took, where both encoders' rows say; else where a plan says it."""
+    most = [max((costs.memory or 0 for costs in group.costs), default=0) for group in (usual, larger)]
+    return f", {most[1] / most[0]:.1f} times the memory" if all(most) else f"; its memory: fedveil plan -c {LARGER}"
 
 
 def print_found(console: Console, job: Job, sizes: Sequence[int], found: Found) -> None:

@@ -8,7 +8,8 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from typer.testing import CliRunner
 from audits.tiny_models import write_reviews
 from fedveil.cli.main import app
 from fedveil.common.config.phases import ADAPTER, HEAD, Phase, Schedule
+from fedveil.common.config.shipped import EXPERIMENTS
 from fedveil.common.config.text import to_toml
 from fedveil.common.errors import BudgetExhausted, ConfigError, PrivacyError
 from fedveil.common.run_lines import PrivacyLine, RoundLine, read_lines
@@ -31,7 +33,9 @@ from fedveil.experiments.planner.calibration import Calibration, alignment_of, f
 from fedveil.experiments.planner.find import RATES, Found, find
 from fedveil.experiments.planner.forecast import Forecast, forecast
 from fedveil.experiments.planner.price import last_within, signal_to_noise, simulated_sizes
-from fedveil.experiments.planner.tables import print_forecast, print_found
+from fedveil.experiments.planner.tables import larger_encoder, print_forecast, print_found
+from fedveil.experiments.sweep.groups import groups
+from fedveil.experiments.sweep.rows import read_rows, results_file
 from fedveil.privacy.accounting import gaussian_release
 from fedveil.privacy.figures import epsilon_text
 from fedveil.privacy.plan import gaussian_plan
@@ -537,3 +541,19 @@ def test_a_round_that_is_not_scored_takes_no_scoring(toy_settings: dict[str, Any
 @given(st.integers(0, 400), st.integers(1, 300))
 def test_the_last_that_fits_is_found(limit: int, most: int) -> None:
     assert last_within(lambda n: n <= limit, most) == min(limit, most)
+
+
+def test_a_plan_says_what_a_larger_encoder_gained_and_cost_by_the_rows() -> None:
+    def plan(recipe: str, model: str = "all-MiniLM-L6-v2") -> str:
+        config = SimpleNamespace(recipe=recipe, rounds=37, model=SimpleNamespace(name=model))
+        return larger_encoder(cast(Forecast, SimpleNamespace(job=SimpleNamespace(config=config), round_seconds=None)))
+
+    usual, larger = (
+        next(one for one in groups(read_rows(results_file(EXPERIMENTS / "results", name))) if one.variant == "metric")
+        for name in ("rotten-tomatoes", "mpnet")
+    )
+    assert f"{100 * larger.accuracy.mean:.1f} % where this one has" in plan("metric")
+    assert f"{len(larger.values)} run" in plan("metric")
+    assert usual.payload is not None
+    assert plan("metric") != plan("head-only")
+    assert plan("plain") == plan("metric", "another") == ""
