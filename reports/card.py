@@ -143,7 +143,7 @@ def _metadata(data: ReportData, declared: Declared, form: Form) -> dict[str, Any
     meta |= {"pipeline_tag": form.pipeline} if form.pipeline else {}
     meta |= {"tags": ["federated-learning", "differential-privacy", data.method, "fedveil"]}
     head = data.headline
-    meta["differential_privacy"] = promised(data)
+    meta["differential_privacy"] = claimed(data)
     if head.accuracy_after is not None:
         metric = {"type": data.judged_by, "value": round(head.accuracy_after, 4)}
         data_set = {"name": "the run's public test set", "type": "public-test-set"}
@@ -152,7 +152,7 @@ def _metadata(data: ReportData, declared: Declared, form: Form) -> dict[str, Any
     return meta
 
 
-def promised(data: ReportData) -> dict[str, Any]:
+def claimed(data: ReportData) -> dict[str, Any]:
     """Return a run's claim as the metadata of a card has it."""
     claim, head = data.claim, data.headline
     if not claim.made:

@@ -11,7 +11,7 @@ import yaml
 
 from fedveil.common.tasks.finished import Sampling
 from fedveil.common.words import counted, number_text, percent_text
-from fedveil.reports.card import UNKNOWN_LICENSE, privacy_section, promised, shown_base
+from fedveil.reports.card import UNKNOWN_LICENSE, claimed, privacy_section, shown_base
 from fedveil.reports.data import ReportData
 from fedveil.reports.markdown import plain
 
@@ -62,7 +62,7 @@ def table_card(data: ReportData, name: str, drawn: Drawn, written: bytes) -> str
     meta = {
         "license": UNKNOWN_LICENSE,
         "tags": ["synthetic", "federated-learning", "differential-privacy", "fedveil"],
-        "differential_privacy": promised(data),
+        "differential_privacy": claimed(data),
     }
     base = plain(shown_base(data))
     shares = ", ".join(f"{plain(label)} {percent_text(share)}" for label, share in drawn.shares.items() if label)

@@ -1,7 +1,6 @@
 """The sections of a run's configuration: model, data, adapter, head, privacy, training and server.
 
-Everything in here is public: the server knows it, and so does every site. A value that is left open is ``None``, and
-``auto`` where people write it.
+All of it is public: server and sites know it. An open value is ``None``, and ``auto`` where people write it.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from fedveil.common.config.fields import OPEN, RATIO, TARGET_KINDS, Section, Uni
 from fedveil.common.config.flat import Columns, columns_of_jobs
 from fedveil.common.errors import ConfigError
 from fedveil.common.tasks import TASKS
-from fedveil.common.tasks.template import check_template
 from fedveil.privacy import MECHANISMS, UNITS, Mechanism
 
 PARTITIONS = ("iid", "dirichlet", "natural")
@@ -76,9 +74,8 @@ class DataConfig(Section):
     columns: Columns = field(default_factory=columns_of_jobs)
     """The column of the source that each role (``common.tasks.roles``) is read from: ``data.text``, ``data.label``."""
     template: str = ""
-    """Of ``causal-lm``: public text around a record's columns, such as ``Sentiment: {prompt}. Review: {completion}``.
-    The loss is then on the whole record, and ``fedveil generate`` can write such records. Empty: the loss is on the
-    completion alone."""
+    """Of ``causal-lm``: public text around the columns, such as ``Label: {prompt}. Text: {completion}``. All of it is
+    learnt, so that ``fedveil generate`` can write records. Empty: the completion alone is learnt."""
     labels: str = ""
     """Label values in order, separated by commas, with double quotes around one that holds a comma, or a list of texts.
     Empty: the sorted distinct values of the file."""
@@ -104,11 +101,9 @@ class DataConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "columns", Columns({**columns_of_jobs(), **self.columns}))
-        check_template(self.template, self.columns["prompt"])
         if self.slice and not self.test:
             raise ConfigError(
-                f"data.slice is {self.slice!r}, which is a column of the public test file, and data.test names none: "
-                "name one, or leave data.slice empty"
+                f"data.slice is {self.slice!r}, a column of data.test, which is empty: name a file, or leave both empty"
             )
         if self.partition == "natural" and not self.key:
             raise ConfigError("data.partition is 'natural' but data.key is empty: name the column to divide by")
@@ -146,10 +141,7 @@ class AdapterConfig(Section):
         super().__post_init__()
         ranks = self.site_ranks.split(",") if self.site_ranks else []
         if not all(part.strip().isdecimal() and int(part) > 0 for part in ranks):
-            raise ConfigError(
-                f"adapter.site-ranks is {self.site_ranks!r}: write ranks of at least 1, separated by commas, such as "
-                "'2,4,8'"
-            )
+            raise ConfigError(f"adapter.site-ranks is {self.site_ranks!r}: write ranks of at least 1, such as '2,4,8'")
         if not self.target_modules:
             raise ConfigError("adapter.targets is empty: name the layers to adapt, such as 'query,value', or 'auto'")
         kind = next((name for name in self.target_modules if name in TARGET_KINDS), "")
@@ -288,9 +280,8 @@ class ServerConfig(Section):
 
     optimizer: Annotated[str, OneOf(SERVER_OPTIMIZERS)] = OPEN
     """``none``: the average is the new model. ``adam``: the change is a gradient for the server's Adam (FedAdam).
-    ``adam-restarted``: the same, and the adapter's moments begin again in every round, as FedSVD's do. ``momentum``: it
-    is one for gradient descent with a heavy ball. Open: what the strategy requires; else ``adam``
-    under privacy, and ``none`` without."""
+    ``adam-restarted``: its moments of the adapter begin again in every round. ``momentum``: gradient descent with a
+    heavy ball. Open: what the strategy requires; else ``adam`` under privacy, and ``none`` without."""
     learning_rate: Annotated[float, POSITIVE, RATIO] = 0.025
     """The server's optimiser's, at the peak of ``schedule``. 0.025 suits Adam."""
     adam_tau: Annotated[float, POSITIVE, RATIO] = 1e-3

@@ -136,10 +136,7 @@ class Task(ABC):
         """Raise ConfigError, naming the setting, unless a run of this task can have this configuration."""
         self.with_pool(config.head.pool)
         if config.data.template and not (self.questions and self.questions.continued):
-            raise ConfigError(
-                f"data.template is {config.data.template!r}, which model.task {self.name!r} does not read: leave it "
-                "empty, or set model.task to 'causal-lm'"
-            )
+            raise ConfigError(f"data.template is for model.task 'causal-lm', not {self.name!r}: leave it empty")
         if config.data.slice and not self.counted:
             raise ConfigError(
                 f"data.slice is {config.data.slice!r}, and of model.task {self.name!r} no record as a whole is "

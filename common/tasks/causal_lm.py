@@ -17,13 +17,14 @@ from fedveil.common.tasks.finished import Answer, Export, Finished, Questions, S
 from fedveil.common.tasks.loading import OWN_CODE
 from fedveil.common.tasks.options import options_of
 from fedveil.common.tasks.roles import Role
-from fedveil.common.tasks.template import template_of
+from fedveil.common.tasks.template import check_template, template_of
 from fedveil.common.tasks.text import TOKENS, TextExample, TextTask, pad_id, padded
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from fedveil.common.config.flat import Scalar
+    from fedveil.common.config.run import RunConfig
     from fedveil.common.model.base import BaseModel
     from fedveil.common.tasks.module import TaskModule
 
@@ -152,6 +153,11 @@ class CausalLM(TextTask):
     export: ClassVar[Export] = DecoderExport()
     scored: ClassVar[Scored] = Scored(options=options_of)
 
+    def check(self, config: RunConfig) -> None:
+        """Raise ConfigError, naming the setting, unless a run can have this configuration, its template included."""
+        super().check(config)
+        check_template(config.data.template, config.data.columns["prompt"])
+
     def load(self, name: str) -> tuple[nn.Module, Any]:
         """Return the decoder with its own language-model head."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -183,9 +189,9 @@ class CausalLM(TextTask):
         for i, example in enumerate(examples):
             if not example.completion:
                 raise DataError(f"record {i + 1} has an empty completion; there is nothing to learn from it")
-            prompt, completion = _learnt(example)
-            prompt = tokenizer(prompt)[TOKENS]
-            completion = (tokenizer(completion, add_special_tokens=False)[TOKENS] + end)[: max_length - 1]
+            read, learnt = _learnt(example)
+            prompt = tokenizer(read)[TOKENS]
+            completion = (tokenizer(learnt, add_special_tokens=False)[TOKENS] + end)[: max_length - 1]
             prompt = prompt[-(max_length - len(completion)) :] or [tokenizer.eos_token_id or 0]
             records.append(
                 {

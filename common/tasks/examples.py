@@ -30,6 +30,8 @@ class Example(ABC):
     """Of a test record: the part of the test data that it is of; empty: no slices are read."""
     part: str = field(default="", compare=False, repr=False)
     """Of a site's own record: what it has in the column by which rows are held out; empty: none is read."""
+    template: str = field(default="", compare=False, repr=False)
+    """The run's ``data.template``, which is the same for all records; empty: there is none."""
     row: bytes = field(default=b"", compare=False, repr=False)
     """SHA-256 of the whole row that it was read from, whichever columns were chosen; empty: made up."""
 

@@ -7,7 +7,7 @@ import json
 import random
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -32,8 +32,6 @@ class TextExample(Example):
     text: str = ""
     text_pair: str | None = None
     completion: str | None = None
-    template: str = field(default="", compare=False, repr=False)
-    """The run's ``data.template``, which is the same for all records; empty: the completion alone is learnt."""
 
     def canonical(self, label: str | None) -> str:
         """Return the texts and the label as a JSON list, as every ledger that is in use has them."""

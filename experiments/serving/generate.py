@@ -20,6 +20,7 @@ from fedveil.common.errors import ConfigError, DataError
 from fedveil.common.files import write_output
 from fedveil.common.labels import labels_of
 from fedveil.common.model.device import choose_attention, choose_device
+from fedveil.common.tasks import TASKS
 from fedveil.common.tasks.cells import shown_as_text
 from fedveil.common.tasks.finished import Finished, Sampling
 from fedveil.common.tasks.template import COMPLETION, PROMPT, WHOLE, Template, template_of
@@ -79,7 +80,8 @@ def generate_table(run: Path, target: Path, wanted: Wanted, progress: Callable[[
 
 
 def _template(data: DataConfig, task: str) -> Template:
-    if task == "causal-lm" and (data.template or not data.columns["prompt"]):
+    questions = TASKS[task].questions
+    if questions and questions.continued and (data.template or not data.columns["prompt"]):
         return template_of(data.template or WHOLE)
     raise ConfigError(
         f"this run of model.task {task!r} has not learnt whole records, so it can write none: train one with "

@@ -177,6 +177,7 @@ def test_a_configuration_leaves_nothing_open_that_one_value_holds_for() -> None:
         "server.most-noise",
     }
     none |= {"data.label-separator", "model.checkpointing", "data.system", "data.context", "named-sites", "project"}
+    none |= {"data.template"}
     assert open_values == each_machines | each_sites | the_models | none
 
 
