@@ -222,8 +222,8 @@ def share_text(share: Share | None) -> str:
     >>> share_text(wilson(80, 100))
     '80.0 % (71.1 to 86.7)'
     """
-    if share is None:
-        return UNKNOWN
+    if share is None or share.low == share.high:  # a figure without an interval
+        return UNKNOWN if share is None else percent_text(share.value)
     return f"{percent_text(share.value)} ({100 * share.low:.1f} to {100 * share.high:.1f})"
 
 

@@ -18,6 +18,7 @@ from audits.faults import SOUND, Fault
 from audits.several import ANY_COUNTED, LABEL_CLIPPED, LABELS_COUNTED, audit_count, several_world
 from audits.tiny_models import VOCABULARY, tiny_tokenizer
 from audits.tiny_site import OneSite
+from audits.worlds import alone, minus, norm, plan, released
 from fedveil.client.own_records import prepared
 from fedveil.common.data.sources import load_dataset, load_protected
 from fedveil.common.errors import ConfigError, DataError
@@ -142,6 +143,16 @@ def test_a_records_loss_and_gradient_are_the_mean_of_its_labels() -> None:
     logits = torch.randn(4, 3)
     assert torch.allclose(own_logits(logits, labels), (logits * labels).sum(1))
     assert torch.equal(own_logits(logits, torch.tensor([0, 2, 1, 1])), logits[range(4), [0, 2, 1, 1]])
+
+
+def test_a_private_step_has_the_gradients_that_autograd_has(model_folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float64, each record passing alone through autograd, none of them clipped."""
+    world = several_world(model_folder("bert"))
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    world.model.module.double()
+    own = [alone(world, record) for record in world.records]
+    summed = [torch.stack(parts).sum(0) for parts in zip(*own, strict=True)]
+    assert norm(minus(released(world, [world.records], plan(10.0)), summed)) < 1e-7 * norm(summed)
 
 
 def test_neighbours_and_padding_move_no_bit(several: dict[str, Any], tmp_path: Path) -> None:
