@@ -55,11 +55,11 @@ LIMITS = {
     "README lines": 120,
     # 3200, and by issue 49 clusters, several processes, and what a site evaluates; by issue 50 medical sets,
     # several labels a text, how files have names in texts, and synthetic tables.
-    "lines of documents, written": 3341,
+    "lines of documents, written": 3342,
     # The page of the API in Python; the settings' section "wire", by issue 48; site evaluate, by issue 49; rows of
     # medical sets and of the systems that are not built, a score's figures, evaluated.json, costs of rows,
     # label-separator, a task, and generate's options, by issue 50.
-    "lines of documents, made": 2358,
+    "lines of documents, made": 2360,
 }
 """The most that a figure may be, for those that have once been below it."""
 
