@@ -1,6 +1,6 @@
 """DP-SGD at a site: per-record gradients, clip, sum, noise, public divisor (Abadi et al. 2016, alg. 1).
 
-Opacus computes per-record gradients (hooks, model not wrapped; linear layers compute their own,
+Opacus computes per-record gradients (hooks, model not wrapped; linear layers and stated maps compute their own,
 ``privacy.linear_samples``) and scales the sum. Around it is what a federation needs and Opacus leaves open:
 
 * one joint clip over all trained tensors; norms and clip in float64, whatever the forward pass is in;

@@ -1,4 +1,6 @@
-"""Trained linear layers that compute the gradient of each record in their own backward pass.
+"""Trained layers that compute the gradient of each record in their own backward pass.
+
+These are linear layers, and those that state their gradients (``common.own_gradients``), as an adapter's maps do.
 
 Opacus' hooks make the same numbers, after autograd has also made the gradient of the whole batch, which nothing reads,
 and with three calls of Python a layer and pass. Of a small pass that was a fifth of the time
@@ -7,7 +9,7 @@ and with three calls of Python a layer and pass. Of a small pass that was a fift
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -16,26 +18,29 @@ from opacus.grad_sample import GradSampleHooks
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedveil.common.own_gradients import OwnGradients
+
 
 class SampleHooks(GradSampleHooks):
-    """Opacus' hooks, but on linear layers, which compute themselves what they would."""
+    """Opacus' hooks, but on linear layers and those that state their gradients, which compute what hooks would."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._linear: list[nn.Linear] = []
+        self._own: list[nn.Module] = []
         self.hooked: list[nn.Module] = []
         """The layers that have hooks, on which a pass hangs its activations."""
-        others = (child for child in module.modules() if type(child) is not nn.Linear)
+        others = (child for child in module.modules() if not _computes(child))
         # What a layer of another type uses as well has one sum of both, which Opacus makes.
         self._shared = {id(p) for child in others for p in child.parameters(recurse=False)}
         super().__init__(module, loss_reduction="sum")
-        for layer in self._linear:
-            layer.forward = partial(_forward, layer)  # type: ignore[method-assign]
+        for layer in self._own:
+            own = partial(_forward, layer) if isinstance(layer, nn.Linear) else partial(_stating, self, layer)
+            layer.forward = own
 
     def iterate_submodules(self, module: nn.Module) -> Iterable[nn.Module]:
-        """Yield what has hooks, and note the linear layers that need none."""
+        """Yield what has hooks, and note the layers that need none."""
         for child in super().iterate_submodules(module):
             if self._is_own(child):
-                self._linear.append(child)
+                self._own.append(child)
             else:
                 self.hooked.append(child)
                 yield child
@@ -43,12 +48,53 @@ class SampleHooks(GradSampleHooks):
     def remove_hooks(self) -> None:
         """Take away the hooks, and make the layers those that they were."""
         super().remove_hooks()
-        for layer in self._linear:
+        for layer in self._own:
             vars(layer).pop("forward", None)
 
     def _is_own(self, layer: nn.Module) -> bool:
         replaced = "forward" in vars(layer)  # by some other library
-        return type(layer) is nn.Linear and not replaced and not any(id(p) in self._shared for p in layer.parameters())
+        return _computes(layer) and not replaced and not any(id(p) in self._shared for p in layer.parameters())
+
+
+def _computes(layer: nn.Module) -> bool:
+    return type(layer) is nn.Linear or isinstance(layer, OwnGradients)
+
+
+def _stating(hooks: SampleHooks, layer: nn.Module, *inputs: Tensor) -> Tensor:
+    """Return what the layer returns, so that its backward pass leaves the gradients of records that it states."""
+    trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    for parameter in trained:  # autograd would make the whole batch's gradient
+        parameter.requires_grad_(False)
+    try:
+        output = type(layer).forward(layer, *inputs)
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+    # A parameter among the arguments has the backward pass come here where nothing below is trained.
+    sampler = partial(hooks.GRAD_SAMPLERS[type(layer)], layer)
+    found: Tensor = _Stated.apply(output, trained[0], sampler, *(part.detach() for part in inputs))
+    return found
+
+
+class _Stated(torch.autograd.Function):
+    """What a layer returns; the gradient of each record, as the layer states it, is hung on what is trained."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, trained: Tensor, sampler: Callable[..., Any], *inputs: Tensor) -> Tensor:
+        """Return ``output``; ``inputs`` are what the layer was called with."""
+        del trained
+        ctx.sampler = sampler
+        ctx.save_for_backward(*inputs)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradient with respect to the output as it is."""
+        inputs = ctx.saved_tensors  # once: what computes layers again has them once
+        for parameter, sample in ctx.sampler(inputs, outputs[0]).items():
+            if parameter.requires_grad:
+                _add(parameter, sample)
+        return outputs[0], None, None, *(None for _ in inputs)
 
 
 def _forward(layer: nn.Linear, inputs: Tensor) -> Tensor:

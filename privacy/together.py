@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fedveil.common.model.federated import FederatedModel
-    from fedveil.common.model.shapes import Shapes
-    from fedveil.common.tasks import Batch, Record
+    from fedveil.common.model.shapes import FixedBatch, Shapes
+    from fedveil.common.tasks import Record
 
 MOST_BYTES = 2**28
 """Memory that a step holds for sums of units' gradients beside the rows' own, unless one unit alone takes more."""
@@ -29,7 +29,7 @@ class Together:
 
     units: int
     """How many there are."""
-    parts: Iterable[tuple[Batch, Sequence[int]]]
+    parts: Iterable[tuple[FixedBatch, Sequence[int]]]
     """Batches, each with the unit (from 0) that each of its rows belongs to; filler has none."""
 
 
@@ -62,6 +62,6 @@ def together(
 
 def _parts(
     model: FederatedModel, rows: Sequence[tuple[Record, int]], shapes: Shapes | None
-) -> Iterator[tuple[Batch, list[int]]]:
+) -> Iterator[tuple[FixedBatch, list[int]]]:
     for batch, positions in model.fixed_groups([record for record, _ in rows], shapes):
         yield batch, [rows[position][1] for position in positions]

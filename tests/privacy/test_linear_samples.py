@@ -1,7 +1,8 @@
-"""Linear layers' own gradients of records: to the last bit those of Opacus' hooks."""
+"""Layers' own gradients of records: to the last bit those of Opacus' hooks."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from opacus.grad_sample import GradSampleHooks
 from torch import Tensor, nn
 
-from audits.worlds import plan
+from audits.worlds import fresh_world, plan
 from fedveil.privacy import dpsgd
 from fedveil.privacy.dpsgd import PrivateSteps
 from fedveil.privacy.linear_samples import SampleHooks
@@ -74,6 +75,26 @@ def test_gradients_are_those_of_opacus_to_the_last_bit(batch: str, lowered: bool
     for some, others in zip(mine, theirs, strict=True):
         assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(some, others, strict=True))
     assert all(bool(sample.any()) for sample in mine[0])
+
+
+@pytest.mark.parametrize("lowered", [False, True])
+@pytest.mark.parametrize("adapter", ["lora-metric", "dora", "lora-merged"])
+def test_maps_that_state_their_gradients_need_no_hooks(
+    model_folder: Callable[[str], str], adapter: str, lowered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = fresh_world(model_folder("bert"), "bert", adapter, "trained")
+    model, batch = world.model, next(iter(world.model.fixed_batches(world.records)))
+    model.precision = torch.bfloat16 if lowered else torch.float32
+    with torch.no_grad():
+        for parameter in world.trained:
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+    both = []
+    for hooks in (SampleHooks, Opacus):
+        monkeypatch.setattr(dpsgd, "SampleHooks", hooks)
+        with model.many_passes(), PrivateSteps(model.module, torch.optim.SGD(world.trained, 0.0), plan()) as steps:
+            both.append(steps.samples(batch, model.losses))
+            assert bool(steps._hooked) == (hooks is Opacus)
+    assert all(torch.equal(mine, theirs) and mine.any() for mine, theirs in zip(*both, strict=True))
 
 
 def test_a_weight_that_another_layer_uses_too_keeps_its_hooks() -> None:
