@@ -68,13 +68,13 @@ def evaluate_on(run: Path, sources: Sequence[str], column: str = "") -> list[Eva
     adapter = run / "adapter"
     about = about_of(adapter)
     sets = [_set_of(about, source, column) for source in dict.fromkeys(sources)]
+    kept = read_if_there(EvaluatedFile, run) or EvaluatedFile([])
     final = load_result(adapter)
     before = _beginning(about)
     found = [_evaluation(one, before, final, "final") for one in sets]
     for rank, cut in sorted((int(path.name), path) for path in (run / "ranks").glob("[0-9]*")):
         result = result_of(about, base_of(about, about.base_model, about.base_files), adapter, cut)
         found += [_evaluation(one, before, result, f"rank {rank}") for one in sets]
-    kept = read_if_there(EvaluatedFile, run) or EvaluatedFile([])
     others = [one for one in kept.evaluations if one.set not in {new.set for new in found}]
     content = json.dumps(finite(to_json(EvaluatedFile([*others, *found]))), indent=2, ensure_ascii=False) + "\n"
     replace_file(run / EvaluatedFile.NAME, content.encode())
