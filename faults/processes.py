@@ -30,13 +30,13 @@ def wait_until(holds: Callable[[], bool], what: str, patience: float) -> float:
 
 
 class Processes:
-    """Named process groups; each appends to ``NAME.log`` in ``folder``."""
+    """Named sessions of processes; each appends to ``NAME.log`` in ``folder``."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._running = folder, dict[str, subprocess.Popen[bytes]]()
 
     def start(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> None:
-        """Start a command as the leader of a group of its own."""
+        """Start a command as the leader of a session of its own."""
         with (self._folder / f"{name}.log").open("ab") as log:
             self._running[name] = subprocess.Popen(
                 command, env=environment, cwd=self._folder, stdout=log, stderr=log, start_new_session=True
@@ -48,14 +48,16 @@ class Processes:
         return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
     def ended(self, name: str) -> bool:
-        """Whether the group's leader is gone."""
+        """Whether the session's leader is gone."""
         return self._running[name].poll() is not None
 
     def kill(self, name: str) -> None:
-        """Send SIGKILL to the whole group."""
+        """Send SIGKILL to all that it started, also in groups of their own."""
         process = self._running.pop(name)
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        for number in [process.pid, *(int(path.name) for path in Path("/proc").glob("[0-9]*"))]:
+            with suppress(ProcessLookupError, PermissionError):
+                if os.getsid(number) == process.pid:
+                    os.kill(number, signal.SIGKILL)
         process.wait()
 
     def kill_all(self) -> None:
