@@ -107,8 +107,9 @@ def spoken(policy: Policy) -> str:
 
     >>> from fedveil.client.policy import Policy
     >>> from fedveil.common.config.sections import Columns
-    >>> spoken(Policy(task="causal-lm", columns=Columns({"prompt": "question", "completion": "answer"}), max_length=64))
-    "task 'causal-lm', prompt 'question', completion 'answer', max-length 64"
+    >>> columns = Columns({"prompt": "question", "completion": "answer"})
+    >>> spoken(Policy(task="causal-lm", columns=columns, max_length=64))
+    "task 'causal-lm', prompt 'question', completion 'answer', template '', max-length 64"
     """
     if not policy.task:
         return ""

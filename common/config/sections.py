@@ -73,9 +73,6 @@ class DataConfig(Section):
     """The size of the public test part when ``data.test`` is empty."""
     columns: Columns = field(default_factory=columns_of_jobs)
     """The column of the source that each role (``common.tasks.roles``) is read from: ``data.text``, ``data.label``."""
-    template: str = ""
-    """Of ``causal-lm``: public text around the columns, such as ``Label: {prompt}. Text: {completion}``. All of it is
-    learnt, so that ``fedveil generate`` can write records. Empty: the completion alone is learnt."""
     labels: str = ""
     """Label values in order, separated by commas, with double quotes around one that holds a comma, or a list of texts.
     Empty: the sorted distinct values of the file."""

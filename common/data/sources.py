@@ -25,7 +25,7 @@ from fedveil.common.files import FileState, expanded
 from fedveil.common.labels import labels_of, labels_text
 from fedveil.common.tasks import TASKS
 from fedveil.common.tasks.examples import Dataset, Example
-from fedveil.common.tasks.roles import KEY, PERSON, SLICE, Column, columns_of
+from fedveil.common.tasks.roles import KEY, PERSON, SLICE, TEMPLATE, Column, columns_of
 from fedveil.common.tasks.table_files import READERS, read_file, read_hub
 from fedveil.common.tasks.tables import Table, Unfit
 from fedveil.common.words import counted
@@ -148,8 +148,8 @@ def _load(
 def _with_words(data: Dataset, config: DataConfig) -> Dataset:
     """Return records with the public words around them: the run's template, and phrases about their labels."""
     examples = data.examples
-    if config.template:
-        examples = tuple(dataclasses.replace(example, template=config.template) for example in examples)
+    if template := config.columns.get(TEMPLATE.setting):
+        examples = tuple(dataclasses.replace(example, template=template) for example in examples)
     phrases = label_phrases_of(config, data.label_names)
     return dataclasses.replace(data, examples=examples, label_phrases=phrases)
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 from fedveil.common.errors import ConfigError
 from fedveil.common.tasks.examples import Example
 from fedveil.common.tasks.finished import Export, Questions
-from fedveil.common.tasks.roles import Role
+from fedveil.common.tasks.roles import TEMPLATE, Role
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -135,7 +135,7 @@ class Task(ABC):
     def check(self, config: RunConfig) -> None:
         """Raise ConfigError, naming the setting, unless a run of this task can have this configuration."""
         self.with_pool(config.head.pool)
-        if config.data.template and not (self.questions and self.questions.continued):
+        if config.data.columns[TEMPLATE.setting] and not (self.questions and self.questions.continued):
             raise ConfigError(f"data.template is for model.task 'causal-lm', not {self.name!r}: leave it empty")
         if config.data.slice and not self.counted:
             raise ConfigError(

@@ -16,7 +16,7 @@ from fedveil.common.tasks.examples import Example
 from fedveil.common.tasks.finished import Answer, Export, Finished, Questions, Sampling
 from fedveil.common.tasks.loading import OWN_CODE
 from fedveil.common.tasks.options import options_of
-from fedveil.common.tasks.roles import Role
+from fedveil.common.tasks.roles import TEMPLATE, Role
 from fedveil.common.tasks.template import check_template, template_of
 from fedveil.common.tasks.text import TOKENS, TextExample, TextTask, pad_id, padded
 
@@ -144,6 +144,7 @@ class CausalLM(TextTask):
     roles: ClassVar[tuple[Role, ...]] = (
         Role("prompt", "text", "the prompt, or the instruction", optional=True, usual=True),
         Role("completion", "completion", "the completion, or the answer", in_question=False),
+        TEMPLATE,
     )
 
     wording: ClassVar[Wording | None] = Wording(
@@ -156,7 +157,7 @@ class CausalLM(TextTask):
     def check(self, config: RunConfig) -> None:
         """Raise ConfigError, naming the setting, unless a run can have this configuration, its template included."""
         super().check(config)
-        check_template(config.data.template, config.data.columns["prompt"])
+        check_template(config.data.columns[TEMPLATE.setting], config.data.columns["prompt"])
 
     def load(self, name: str) -> tuple[nn.Module, Any]:
         """Return the decoder with its own language-model head."""

@@ -125,6 +125,13 @@ SEPARATOR = Role(
     is_column=False,
 )
 """Of a table whose cells hold no lists."""
+TEMPLATE = Role(
+    *("template", "template", "text around a record's columns, such as 'Label: {prompt}. Text: {completion}'"),
+    optional=True,
+    in_question=False,
+    is_column=False,
+)
+"""Of a language model that is to write records (``common.tasks.template``): all of the text is learnt."""
 KEY = Role("key", "key", "the natural partition", read=read_word)
 """Column of the natural partition: of no task, and never read of records that somebody protects."""
 SLICE = Role("slice", "slice", "the part of the public test data that a record is of", read=read_word)

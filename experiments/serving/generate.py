@@ -81,8 +81,8 @@ def generate_table(run: Path, target: Path, wanted: Wanted, progress: Callable[[
 
 def _template(data: DataConfig, task: str) -> Template:
     questions = TASKS[task].questions
-    if questions and questions.continued and (data.template or not data.columns["prompt"]):
-        return template_of(data.template or WHOLE)
+    if questions and questions.continued and ((template := data.columns["template"]) or not data.columns["prompt"]):
+        return template_of(template or WHOLE)
     raise ConfigError(
         f"this run of model.task {task!r} has not learnt whole records, so it can write none: train one with "
         f'-c \'model.task="causal-lm" data.template="Label: {PROMPT}. Text: {COMPLETION}"\''
@@ -154,7 +154,7 @@ def _draw(
         lost=dict(lost),
         repeated=len(found) - len({tuple(row.values()) for row in found}),
         shares=dict(shares),
-        template=data.template,
+        template=data.columns["template"],
         sampling=wanted.sampling,
         seeded=wanted.seed is not None,
     )

@@ -109,4 +109,4 @@ def load_finished(run: Path) -> Finished:
     data = data_of(result.about)
     columns = columns_of(task.roles, data)
     inputs = tuple(column.role.setting for column in columns if column.role.in_question)
-    return Finished(task, module.eval(), base, labels, limit, data.template, inputs)
+    return Finished(task, module.eval(), base, labels, limit, data.columns["template"], inputs)

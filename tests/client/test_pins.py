@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,7 +45,7 @@ from fedveil.common.model.files import files_of
 from fedveil.common.tasks import TASKS, roles_of_all
 from fedveil.common.tasks.causal_lm import CausalLM
 from fedveil.common.tasks.images import Picture, read_image
-from fedveil.common.tasks.roles import Role
+from fedveil.common.tasks.roles import TEMPLATE, Role
 from fedveil.strategies.job import configure
 
 pytestmark = pytest.mark.rough_prices
@@ -110,8 +111,10 @@ def test_another_column_of_any_role_is_refused_unread(task: str, role: Role, tmp
     settings: dict[str, Scalar] = {"model.task": task, **of_task(task)}
     node = node_for(task, tmp_path, settings)
     check_job(node, configure(settings), simulated=False)
-    with pytest.raises(PolicyRefusal, match=rf"has {role.setting} = .*asks for data\.{role.setting} = 'other'"):
-        check_job(node, configure({**settings, f"data.{role.setting}": "other"}), simulated=False)
+    other = "{prompt} {completion}" if role is TEMPLATE else "other"
+    words = rf"has {role.setting} = .*asks for data\.{role.setting} = {re.escape(repr(other))}"
+    with pytest.raises(PolicyRefusal, match=words):
+        check_job(node, configure({**settings, f"data.{role.setting}": other}), simulated=False)
 
 
 @pytest.mark.parametrize(

@@ -272,7 +272,7 @@ def test_the_stock_class_gives_the_same_logits(tiny: FederatedModel, tmp_path: P
     model = copy.deepcopy(tiny)
     encoder: Any = model.module.encoder
     model.module.encoder = encoder.merge_and_unload()
-    finished = Finished(TASK, model.module.eval(), model.base, LABELS, 24, ("text",))
+    finished = Finished(TASK, model.module.eval(), model.base, LABELS, 24, "", ("text",))
     TASK.export.write(finished, tmp_path)
     stock: Any = AutoModelForTokenClassification.from_pretrained(tmp_path)
     assert stock.config.id2label == dict(enumerate(LABELS))

@@ -13,8 +13,12 @@ import yaml
 from merged_runs import fedveil
 
 from audits.tiny_models import write_reviews
+from fedveil.client.pins import check_pins, unpinned_columns
+from fedveil.client.policy import Policy
+from fedveil.client.site import own_settings
+from fedveil.common.config.flat import Columns
 from fedveil.common.data.sources import load_dataset
-from fedveil.common.errors import ConfigError
+from fedveil.common.errors import ConfigError, PolicyRefusal
 from fedveil.common.model.base import load_base_model
 from fedveil.common.tasks import TASKS
 from fedveil.common.tasks.template import template_of
@@ -99,6 +103,18 @@ def test_shares_are_given_and_a_run_without_a_claim_says_so(toy_table: dict[str,
     code, said = fedveil("generate", run, "--rows", 12, "--new-tokens", 1, "--out", tmp_path / "none.jsonl")
     assert (code, "of 48 texts was a record" in said) == (1, True)
     assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_a_site_reads_its_own_records_within_the_template_that_its_policy_pins(toy_table: dict[str, Any]) -> None:
+    config = configure(toy_table).config
+    columns = {role.setting: config.data.columns[role.setting] for role in TASKS["causal-lm"].roles}
+    pinned = Policy(task="causal-lm", columns=Columns({**unpinned_columns(), **columns}), max_length=24)
+    check_pins(pinned, config, private=True)
+    own, *_ = load_dataset(own_settings(config, pinned), "causal-lm", config.data.name).examples
+    assert own.template == TEMPLATE
+    other = configure({**toy_table, "data.template": "{prompt}: {completion}"}).config
+    with pytest.raises(PolicyRefusal, match=r"the run asks for data\.template = '\{prompt\}: \{completion\}'"):
+        check_pins(pinned, other, private=True)
 
 
 def test_a_run_that_learnt_no_whole_record_is_refused(toy_generation: dict[str, Any], tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_what_a_site_protects_is_never_sliced(tmp_path: Path) -> None:
 def test_slices_that_cannot_be_are_refused_in_a_line(tmp_path: Path) -> None:
     path = str(with_regions(tmp_path))
     for settings, words in (
-        ({"data.slice": "region"}, "data.test names none"),
+        ({"data.slice": "region"}, "a column of data.test, which is empty: name a file"),
         (
             {"data.slice": "a", "data.test": path, "model.task": "causal-lm", "head.policy": "frozen"},
             "no record as a whole is right or wrong",
