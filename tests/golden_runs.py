@@ -11,7 +11,7 @@ import json
 import math
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -239,7 +239,7 @@ def run_case(name: str, folder: Path) -> Left:
 
 def ledger_rows(path: Path) -> list[list[Any]]:
     """Return the charges of a site's ledger in order: round, purpose, unit, kind, figures, count, δ."""
-    with sqlite3.connect(path) as ledger:
+    with closing(sqlite3.connect(path)) as ledger:
         columns = "round, purpose, unit, kind, figures, count, delta"
         return [list(row) for row in ledger.execute(f"SELECT {columns} FROM charges ORDER BY id")]
 

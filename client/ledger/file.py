@@ -199,9 +199,12 @@ def _refuse_other_format(path: Path, db: sqlite3.Connection) -> None:
 def _connect(database: str, patience: float = BUSY_SECONDS, *, uri: bool = False) -> sqlite3.Connection:
     # isolation_level=None: transactions are exactly those written out in this file.
     connection = sqlite3.connect(database, timeout=patience, isolation_level=None, uri=uri)
-    connection.execute("PRAGMA journal_mode=DELETE")
-    connection.execute("PRAGMA synchronous=EXTRA")
-    connection.execute("PRAGMA temp_store=MEMORY")
+    try:
+        for pragma in ("journal_mode=DELETE", "synchronous=EXTRA", "temp_store=MEMORY"):
+            connection.execute(f"PRAGMA {pragma}")
+    except BaseException:
+        connection.close()
+        raise
     return connection
 
 

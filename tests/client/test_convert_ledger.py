@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -461,12 +462,14 @@ def test_a_forged_number_of_a_format_is_found_and_nothing_is_changed(path: Path,
 
 
 def no_ledger(path: Path) -> None:
-    sqlite3.connect(path).executescript("CREATE TABLE charges (id INTEGER);")
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript("CREATE TABLE charges (id INTEGER);")
 
 
 def newer(path: Path) -> None:
     of_format(path, FORMAT)
-    sqlite3.connect(path).executescript(f"PRAGMA user_version = {FORMAT + 1};")
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript(f"PRAGMA user_version = {FORMAT + 1};")
 
 
 def damaged(path: Path) -> None:

@@ -12,6 +12,7 @@ import signal
 import sqlite3
 import threading
 import time
+from contextlib import closing
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -354,7 +355,10 @@ def test_a_caller_that_looks_at_the_count_does_so_under_the_lock_and_can_refuse(
     seen: list[tuple[int, int]] = []
 
     def twice(rounds: int, steps: int) -> None:
-        with sqlite3.connect(path, timeout=0) as other, pytest.raises(sqlite3.OperationalError, match="locked"):
+        with (
+            closing(sqlite3.connect(path, timeout=0)) as other,
+            pytest.raises(sqlite3.OperationalError, match="locked"),
+        ):
             other.execute("BEGIN IMMEDIATE")
         seen.append((rounds, steps))
         if rounds == 2:

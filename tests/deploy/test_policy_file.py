@@ -155,6 +155,7 @@ def test_pins_of_another_task_take_the_place_of_the_old_ones(tmp_path: Path) -> 
         "task": "causal-lm",
         "prompt": "prompt",
         "completion": "reply",
+        "template": "",
         "max-length": 32,
     }
 

@@ -19,6 +19,7 @@ from fedveil.common.config.flat import Columns, Scalar
 from fedveil.common.errors import ConfigError, DataError, UnreadableFile
 from fedveil.common.ports import free_ports
 from fedveil.common.tasks import TASKS
+from fedveil.common.tasks.roles import TEMPLATE
 from fedveil.deploy import site_check
 from fedveil.deploy.commands import node_config
 from fedveil.deploy.own_rows import pinned_settings
@@ -224,6 +225,8 @@ def test_a_check_reads_what_every_job_that_the_policy_allows_reads() -> None:
     """In another way it would say that all is well, and each round would answer otherwise."""
     for task in TASKS.values():
         columns = Columns({role.setting: f"our {role.setting}" for role in task.roles})
+        if TEMPLATE in task.roles:
+            columns = Columns({**columns, TEMPLATE.setting: "our {prompt} {completion}"})
         named = next((role.labels.example for role in task.roles if role.labels), "")
         labels = {"labels": named} if named else {}
         policy = Policy(unit="person", person="patient", task=task.name, columns=columns, max_length=64, **labels)
