@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -45,10 +46,10 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def ledger(path: Path) -> Ledger:
-    held = Ledger(path)
-    held.set_budget("ward", cost_of(3), DELTA)
-    return held
+def ledger(path: Path) -> Iterator[Ledger]:
+    with Ledger(path) as opened:
+        opened.set_budget("ward", cost_of(3), DELTA)
+        yield opened
 
 
 # Reservations
@@ -446,7 +447,8 @@ def test_no_command_writes_over_a_ledger(words: tuple[str, ...], ending: str, le
         assert "is a ledger or another database and is not overwritten: name another file" in said
     assert path.read_bytes() == before
     assert path.with_name("linked").is_symlink()
-    assert Ledger(path).entries()
+    with Ledger(path) as kept:
+        assert kept.entries()
 
 
 def test_no_receipt_is_written_over_the_key_that_signs_it_or_over_no_file(ledger: Ledger, path: Path) -> None:

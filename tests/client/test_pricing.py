@@ -6,7 +6,7 @@ import math
 import random
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -48,10 +48,9 @@ def charge(ledger: Ledger, release: Release = ROUND, **overrides: Any) -> Receip
 
 def check_that_nobody_waits_on_a_price(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def another() -> None:
-        connection = sqlite3.connect(path, timeout=0, isolation_level=None)
-        connection.execute("BEGIN IMMEDIATE")
-        connection.execute("ROLLBACK")
-        connection.close()
+        with closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("ROLLBACK")
 
     with Ledger(path) as ledger:
         during_prices(monkeypatch, another)
