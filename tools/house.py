@@ -58,8 +58,8 @@ LIMITS = {
     "lines of documents, written": 3342,
     # The page of the API in Python; the settings' section "wire", by issue 48; site evaluate, by issue 49; rows of
     # medical sets and of the systems that are not built, a score's figures, evaluated.json, costs of rows,
-    # label-separator, a task, generate's options, and the template among pins, by issue 50.
-    "lines of documents, made": 2364,
+    # label-separator, a task, generate's options, the template among pins, and rows of medical sets, by issue 50.
+    "lines of documents, made": 2367,
 }
 """The most that a figure may be, for those that have once been below it."""
 

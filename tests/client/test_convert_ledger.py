@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -462,14 +461,12 @@ def test_a_forged_number_of_a_format_is_found_and_nothing_is_changed(path: Path,
 
 
 def no_ledger(path: Path) -> None:
-    with closing(sqlite3.connect(path)) as connection:
-        connection.executescript("CREATE TABLE charges (id INTEGER);")
+    laid_out(path, "CREATE TABLE charges (id INTEGER);")
 
 
 def newer(path: Path) -> None:
     of_format(path, FORMAT)
-    with closing(sqlite3.connect(path)) as connection:
-        connection.executescript(f"PRAGMA user_version = {FORMAT + 1};")
+    laid_out(path, f"PRAGMA user_version = {FORMAT + 1};")
 
 
 def damaged(path: Path) -> None:
