@@ -32,6 +32,7 @@ from fedveil.common.data.sources import load_dataset
 from fedveil.common.errors import ConfigError, DataError, FedVeilError
 from fedveil.common.starts.public_text import as_file, data_set_sentences
 from fedveil.common.tasks.cells import is_missing, plain
+from fedveil.common.tasks.examples import Dataset
 from fedveil.common.tasks.table_files import read_file
 from fedveil.common.tasks.tables import Table
 
@@ -151,11 +152,7 @@ def write_persons(name: str, path: Path) -> str:
         ConfigError: there is no such data set.
         DataError: it cannot be read, or its records have no label.
     """
-    if name not in DATASETS:
-        raise ConfigError(f"there is no data set {name!r}{nearest(name, DATASETS)}: name one of {', '.join(DATASETS)}")
-    found = load_dataset(DataConfig(name=name), DATASETS[name].task)
-    if not found.label_names:
-        raise DataError(f"{name} has no labels, which records of persons need: name another")
+    found = _labelled(name)
     # By a hash of their own: in their own order they may be sorted by label.
     mixed = sorted(found.examples, key=lambda one: hashlib.sha256("".join(one.texts()).encode()).digest())
     rows = [
@@ -175,16 +172,22 @@ def write_table(name: str, path: Path) -> str:
         ConfigError: there is no such data set.
         DataError: it cannot be read, or its records have no label.
     """
-    if name not in DATASETS:
-        raise ConfigError(f"there is no data set {name!r}{nearest(name, DATASETS)}: name one of {', '.join(DATASETS)}")
-    found = load_dataset(DataConfig(name=name), DATASETS[name].task)
-    if not found.label_names:
-        raise DataError(f"{name} has no labels, which this table is of: name another")
+    found = _labelled(name)
     # On one line each, so that a site reads them as well.
     rows = [(" ".join(one.texts()[0].split()), found.label_names[one.label or 0]) for one in found.examples]
     with path.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([("text", "label"), *rows])
     return f"{path}: {len(rows)} records"
+
+
+def _labelled(name: str) -> Dataset:
+    """Return a named data set; ConfigError if there is none, DataError if its records have no label."""
+    if name not in DATASETS:
+        raise ConfigError(f"there is no data set {name!r}{nearest(name, DATASETS)}: name one of {', '.join(DATASETS)}")
+    found = load_dataset(DataConfig(name=name), DATASETS[name].task)
+    if not found.label_names:
+        raise DataError(f"{name} has no labels, which this table is of: name another")
+    return found
 
 
 def _column(table: Table, names: Sequence[str]) -> str:

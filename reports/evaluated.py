@@ -1,4 +1,4 @@
-"""What a run's model gained and forgot on sets of records, beside the model that the run began with."""
+"""Gains and losses of a run's model on sets of records, beside the model that the run began with."""
 
 from __future__ import annotations
 

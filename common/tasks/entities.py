@@ -1,4 +1,4 @@
-"""Names in texts as labels of words: BIO, spans of characters, and which words make a name.
+"""Names in texts as labels of words: BIO, spans of characters, and the names that labels make.
 
 The labels are ``O``, and for each kind of name ``B-`` at its first word and ``I-`` at the others, in the order O, B-x,
 I-x, B-y, I-y. So a label's number tells what it is: 0 is O, an odd one begins a name, and the next goes on with it.

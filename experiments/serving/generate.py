@@ -1,4 +1,4 @@
-"""A table of records that a finished language model writes; no record of a site is read."""
+"""Synthetic tables: records written by a finished language model, without reading any record of a site."""
 
 from __future__ import annotations
 
