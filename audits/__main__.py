@@ -37,6 +37,7 @@ from audits.summed import audit_sums
 from audits.tiny_models import save_tiny_model
 from audits.tiny_site import tiny_run
 from audits.vectors import audit_vectors
+from audits.votes import BY_NEIGHBOURS, COUNTED_TWICE, audit_votes
 from audits.whole_sites import audit_whole_sites
 from audits.worlds import World, fresh_world
 from fedveil.common.findings import Finding
@@ -63,6 +64,8 @@ def noise_and_sensitivity(folder: Path) -> list[Finding]:
         if world.model.head:
             each = (SOUND, faults.DOUBLED, EACH_CLIPPED)
             seen += [audit_class_means(world.model, world.records, fault) for fault in each]
+        cast = (SOUND, COUNTED_TWICE, BY_NEIGHBOURS)
+        seen += [audit_votes(world, fault) for fault in cast]
         seen += [audit_persons(world, fault) for fault in (SOUND, faults.ROW_CLIPPED, faults.PERSON_DIVIDED)]
     several = several_world(save_tiny_model("bert", folder / "several"))
     means = (SOUND, EACH_CLIPPED, LABEL_CLIPPED)

@@ -63,7 +63,7 @@ class OneSite:
         """Return the server's task for a round, from the adapter's start (or what ``change`` makes of it)."""
         job, model = configure(self.settings), self.model()
         strategy, state = job.strategy, job.start(model.start)
-        basis, down = job.basis(state), strategy.downlink(state)
+        basis, down = job.brought(state, round_number), strategy.downlink(state) if round_number else {}
         return TrainTask(
             run=run,
             round_number=round_number,

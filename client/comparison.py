@@ -96,3 +96,12 @@ class FeatureSteps:
         for batch in batches:
             self.samples(batch, losses)
         return []
+
+
+class LossSteps(FeatureSteps):
+    """Losses in place of gradients."""
+
+    @torch.no_grad()
+    def samples(self, batch: Any, losses: Callable[[Any], Tensor]) -> list[Tensor]:
+        """Return the losses of a batch's records."""
+        return [losses(batch)]

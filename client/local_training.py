@@ -99,7 +99,9 @@ def train_round(
         this = _Round(site, job, model, task, plan, {} if kept is None else kept)
         result, failed = _trained(examples, this, chosen, before_pass, masked)
     else:
+        model.shown = task.basis
         statistic, failed = _statistic(examples, job, model, plan, before_pass, site)
+        model.shown = None
         result = _result(site, task, plan, statistic)
     if failure := failure or failed:
         where = about(task.run, task.round_number)
@@ -209,9 +211,7 @@ def check_task(task: TrainTask, job: Job, model: FederatedModel) -> None:
         raise ProtocolError("a task has the keys of a secure sum, or lacks them, against privacy.mode")
     if not task.round_number and job.origin.asked != "sites":
         raise ProtocolError(f"the server asks for round 0, in which the start {job.origin.name!r} asks no site")
-    wanted = job.frozen_for(job.start(model.start), task.round_number)
-    # In round 0 nothing of it is needed; what comes all the same would be kept for the rounds after it.
-    due = task.basis or (task.round_number and wanted)
+    due = task.basis or job.brought_layout(model.start, job.start(model.start), task.round_number)
     if due and not same_fingerprint(task.basis_fingerprint, fingerprint(task.basis)):
         raise ProtocolError("the factors that are sent once are not those that the server says it sent")
     if task.round_number > job.config.rounds:

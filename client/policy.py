@@ -85,6 +85,9 @@ class Policy:
     """Strategies whose runs the site joins, separated by commas (in the file: a list); empty: any."""
     head_policies: str = ""
     """Values of ``head.policy`` whose runs the site joins, likewise; empty: any."""
+    votes: str = ""
+    """Values of ``adapter.start`` by which records may vote before round 1, likewise: one release of noised counts.
+    Empty: none."""
     models: str = ""
     """Base models, each as ``NAME=FINGERPRINT+FILES``: the job's ``model.name``, which is asked before anything is
     looked at; at least the first ``MODEL_DIGITS`` digits of its fingerprint, which is asked once it is loaded; and as
@@ -179,6 +182,8 @@ class Policy:
             raise refusal("honest-sites", self.honest_sites, f"privacy.honest-sites = {config.privacy.honest_sites}")
         _one_of("strategies", self.strategies, config.strategy)
         _one_of("head-policies", self.head_policies, config.head.policy)
+        if private and job.origin.votes and job.origin.name not in names_in(self.votes):
+            raise refusal("votes", self.votes or "none", f"a vote: adapter.start = {job.origin.name!r}")
         if self.projects and config.project not in names_in(self.projects):
             raise refusal("projects", self.projects, f"project = {config.project!r}")
         if self.reply_after >= config.round_timeout:

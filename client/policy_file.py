@@ -14,7 +14,7 @@ from fedveil.common.errors import ConfigError
 from fedveil.common.labels import labels_text
 from fedveil.common.toml import toml_of
 
-LISTS = ("strategies", "head-policies", "models", "projects", "bundles", "mechanisms", LABELS)
+LISTS = ("strategies", "head-policies", "votes", "models", "projects", "bundles", "mechanisms", LABELS)
 """Keys whose value is a list in the file."""
 
 

@@ -9,6 +9,7 @@ from fedveil.client.pins import check_whole
 from fedveil.common.check import PlainNames, at_least, below, in_range, not_negative, one_of, positive
 from fedveil.common.config.sections import HEAD_POLICIES
 from fedveil.common.errors import ConfigError
+from fedveil.common.starts import STARTS
 from fedveil.privacy import MECHANISMS, UNITS, promising, sharing_noise
 from fedveil.privacy.accounting import LEAST_DELTA
 from fedveil.privacy.events import MOST_NOISE
@@ -115,6 +116,10 @@ def _check_names(policy: Policy) -> None:
         one_of(STRATEGIES, strategies=name)
     for name in names_in(policy.head_policies):
         one_of(HEAD_POLICIES, head_policies=name)
+    for name in names_in(policy.votes):
+        one_of(STARTS, votes=name)
+        if not STARTS[name].votes:
+            raise ConfigError(f"votes names {name!r}, by which no record votes: remove it")
     for entry, (name, *hashes) in zip(names_in(policy.models), models_in(policy.models), strict=True):
         if not name or any(len(digits) < MODEL_DIGITS or not set(digits) <= HEXADECIMAL for digits in hashes):
             raise ConfigError(

@@ -224,7 +224,7 @@ class SiteProcess:
         with deadline.extended():
             model = self.model_of(job, site)
             state = job.start(model.start)
-            basis_layout = layout_of(job.frozen_for(state, round_of(content)))
+            basis_layout = job.brought_layout(model.start, state, round_of(content))
             # Of what no site noises by itself nothing is written: neither raw updates nor vectors of sums, of which a
             # resumed run asks for others, under new masks.
             on_disk = asked.simulated and job.mechanism.noised == "at the site"

@@ -30,7 +30,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from fedveil.client.comparison import ComparedSteps, FeatureSteps, check_own
+from fedveil.client.comparison import ComparedSteps, FeatureSteps, LossSteps, check_own
 from fedveil.client.exact_shapes import settle_shapes
 from fedveil.client.kept_prefixes import settle_prefix
 from fedveil.client.made_up import AWAY, away_from_zero, in_float32, inventor
@@ -80,7 +80,9 @@ def rehearse_columns(model: FederatedModel, chosen: Chosen) -> Timing:
 
 
 def rehearse_initial(model: FederatedModel, start: PaidStart) -> Timing:
-    """Check round 0, whose gradient is that of what ``start`` is made from; as ``rehearse``."""
+    """Check round 0, whose gradient is that of what ``start`` is made from, or else its losses; as ``rehearse``."""
+    if start.on_losses:
+        return _OfLosses(model).run()
     with start.opened(model):
         return (_Rehearsal if start.on_features else _OfStart)(model).run()
 
@@ -288,6 +290,27 @@ class _OfFeatures(_Rehearsal):
 
     def steps(self) -> AbstractContextManager[ComparedSteps]:
         return nullcontext(FeatureSteps(self.model))
+
+
+class _OfLosses(_OfFeatures):
+    """What the model with an adapter loses on a record."""
+
+    what = "loss"
+
+    @property
+    def shapes(self) -> Shapes:
+        return self.model.shapes
+
+    @shapes.setter
+    def shapes(self, found: Shapes) -> None:
+        self.model.shapes = found
+
+    def _alone(self, record: Record, length: int) -> list[Tensor]:
+        batch = self.model.fixed_batch([record], length, ROWS)
+        return [sample[0] for sample in LossSteps(self.model).samples(batch, self.model.losses)]
+
+    def steps(self) -> AbstractContextManager[ComparedSteps]:
+        return nullcontext(LossSteps(self.model))
 
 
 def _layer_of(name: str) -> str:

@@ -89,7 +89,8 @@ class Rehearsals:
         if cheap != steps:
             timing = replace(timing, score=self.timings[steps].score)  # records are scored as they are
         paid = start.release() if start else None
-        count, rate = (paid.count, paid.event.sample_rate) if paid else (config.training.local_steps, job.sample_rate)
+        passed = paid.count * start.passes if paid and start else config.training.local_steps
+        count, rate = passed, paid.event.sample_rate if paid else job.sample_rate
         scored = site.public_size if number and evaluation_releases(job, site, 1) else 0
         each = config.privacy.rows_of_unit
         at_once = fewest_at_once(job, model, start)

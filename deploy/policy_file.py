@@ -51,6 +51,7 @@ EXAMPLES: Mapping[str, Scalar | Sequence[str]] = {
     "max-steps": 1000,
     "strategies": ["fedavg-lora"],
     "head-policies": ["trained"],
+    "votes": ["library"],
     "models": ["NAME=FINGERPRINT+FILES"],
     "projects": ["stroke"],
     "bundles": ["SHA-256"],

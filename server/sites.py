@@ -148,7 +148,7 @@ class Sites:
     ) -> Exchange:
         precision = self._job.config.wire.precision
         down = rounded(self._job.strategy.downlink(state), precision) if round_number else {}
-        basis = rounded(self._job.frozen_for(state, round_number), precision) if round_number else {}
+        basis = rounded(self._job.brought(state, round_number), precision)
         known = digests({STATE: down, BASIS: basis})
         mark = fingerprint(basis) if basis else ""
         tasks = {

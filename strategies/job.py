@@ -13,6 +13,7 @@ from fedveil.common.config.run import RunConfig
 from fedveil.common.data.counts import count_labels, count_records
 from fedveil.common.data.sources import known_labels
 from fedveil.common.errors import ConfigError
+from fedveil.common.messages.blocks import Layout, layout_of
 from fedveil.common.messages.columns import Chosen, chosen_factors
 from fedveil.common.messages.state import BASIS, HEAD, OWN, STATE, AdapterState, Factors, of_head
 from fedveil.common.messages.tensors import merge, start_fingerprint
@@ -190,6 +191,18 @@ class Job:
         It is the last one before the adapter is first trained.
         """
         return self.config.timeline.adapter_waits if type(self.origin).around_head is not Start.around_head else 0
+
+    def brought(self, state: ServerState, round_number: int) -> AdapterState:
+        """Server: return what of a task is no state: frozen factors, and in round 0 what the start shows.
+
+        Raises:
+            DataError: as ``Start.shown``.
+        """
+        return self.frozen_for(state, round_number) if round_number else self.origin.shown(self.adapter, state.adapter)
+
+    def brought_layout(self, began: AdapterState, state: ServerState, round_number: int) -> Layout:
+        """Site: return names and shapes of the same, from the adapter as it derives it and the state that follows."""
+        return layout_of(self.frozen_for(state, round_number)) if round_number else self.origin.shown_layout(began)
 
     def frozen_for(self, state: ServerState, round_number: int) -> AdapterState:
         """Return what of ``basis`` a site must have in a round: none that is still to be made again."""

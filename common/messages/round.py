@@ -42,9 +42,9 @@ class TrainTask:
     state: AdapterState
     """What the round starts from, by the strategy; empty in round 0."""
     basis: AdapterState
-    """Frozen factors of use in the round that no site derives; empty where there are none, and in round 0."""
+    """Frozen factors of use in the round that no site derives; in round 0, what the run's start shows; often empty."""
     basis_fingerprint: str
-    """Of the frozen factors; empty where there are none."""
+    """Of these tensors; empty where there are none."""
     base_fingerprint: str
     """Of the base model's weights; a site with another base refuses."""
     start_fingerprint: str

@@ -65,6 +65,8 @@ class FederatedModel:
     """Shapes in which private gradients are computed; ``client.rehearsal`` narrows them for some devices."""
     initial_shapes: Shapes | None = None
     """The same of round 0, once it is rehearsed."""
+    shown: AdapterState | None = None
+    """In round 0, the public tensors that came with its task (``Start.shown``)."""
 
     def __init__(
         self,

@@ -69,6 +69,8 @@ class Start(ABC):
     from_seed: ClassVar[tuple[str, ...]] = ()
     """Those of them that a statistic says nothing of: they stay as ``factors`` has them. An adapter that begins with
     these alone is refused, because round 0 would be for nothing."""
+    votes: ClassVar[bool] = False
+    """Whether the sites' records vote: then a site's policy must name the start (``votes``)."""
     opens_weights: ClassVar[bool] = False
     """Whether it is made from a gradient of the adapted layers' own weights, at the server or the sites."""
 
@@ -121,6 +123,24 @@ class Start(ABC):
     def layout(self, model: FederatedModel) -> Layout:
         """Return names and shapes of the statistic, by layer."""
         del model
+        return {}
+
+    def shown_layout(self, began: AdapterState) -> Layout:
+        """Return names and shapes of the public tensors that round 0's task brings to a site; usually none.
+
+        Args:
+            began: the adapter as server and sites derive it.
+        """
+        del began
+        return {}
+
+    def shown(self, adapter: Adapter, began: AdapterState) -> AdapterState:
+        """Server: return these tensors.
+
+        Raises:
+            DataError: what they are made from cannot be read, or is of another adapter.
+        """
+        del adapter, began
         return {}
 
     def check_public(self, config: RunConfig) -> str:

@@ -37,6 +37,8 @@ class PaidStart(Start):
     """L2 bound of one record's statistic over all adapted layers together."""
     on_features: ClassVar[bool] = False
     """Whether the release is made from features of the frozen base model, which are computed before it."""
+    on_losses: ClassVar[bool] = False
+    """Whether it is made from the records' losses, and from no gradient."""
 
     sample_rate: Annotated[float, Interval(0, 1), Unit("probability")] = 0.1
     """Chance of each record to be used."""
@@ -47,6 +49,11 @@ class PaidStart(Start):
         """Return the one release; also for a run's plan, before any site is known."""
         event = sampled_gaussian(max(self.noise_multiplier, least_noise), self.sample_rate, self.clip_norm)
         return Release(event, 1, INITIALISATION)
+
+    @property
+    def passes(self) -> int:
+        """How often each record that is drawn passes the model for one release."""
+        return 1
 
     def plan(self, whole: PrivacyPlan, public_size: int, least_noise: float = 0.0) -> PrivacyPlan:
         """Return the plan of the release, by which a site acts and the server judges.

@@ -91,7 +91,7 @@ def traffic(job: Job, server_model: ServerModel, plans: Sequence[PrivacyPlan]) -
         up_run=sum(_payload(_trained(job, server_model, number, task.state), up_precision) for number in rounds),
         message_down=message_bytes(down),
         message_up=message_bytes(up),
-        once_down=_payload(basis, precision),
+        once_down=_payload(basis, precision) + _payload(job.brought(state, 0), precision),
         once_up=bytes_of(statistic, precision),
     )
 

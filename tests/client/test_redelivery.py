@@ -157,8 +157,8 @@ def test_wrong_factors_do_not_replace_the_right_ones(site: OneSite) -> None:
 
 def test_wrong_factors_in_round_0_are_refused_like_any(site: OneSite) -> None:
     ask_for_fed_sb(site, "dp-gradient")
-    task = site.task(0)
-    assert refused(site, replace(task, state={}, basis=scale(task.basis, 1.5))) == "task"
+    task, factors = site.task(0), site.task(1).basis
+    assert refused(site, replace(task, basis=scale(factors, 1.5))) == "task"
 
 
 def test_factors_sent_once_are_kept_once_and_do_not_make_a_task_another(site: OneSite) -> None:
