@@ -25,6 +25,7 @@ from fedveil.common.model.device import autocast, choose_attention, choose_devic
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.model.files import check_files, files_of
 from fedveil.common.run_lines import AdapterFile, ConfigFile, read_if_there
+from fedveil.common.tasks import TASKS, Scored
 from fedveil.common.tasks.base import Sums
 from fedveil.common.tasks.examples import Example
 from fedveil.deploy.site_folder import SiteFolder, check_pinned, node_settings
@@ -73,8 +74,18 @@ def evaluate_site(
         )
     made = now()
     held_out = len(rows.data.examples) + rows.charged
-    scores = SiteScores(str(settings["site"]), made, rows.rule, held_out, rows.charged, column, models)
+    scores = SiteScores(
+        str(settings["site"]), made, rows.rule, held_out, rows.charged, column, _share_of(policy.task), models
+    )
     return scores, _written(ledger_of(settings).parent / FOLDER, scores)
+
+
+def _share_of(task: str) -> str:
+    """Return what a share of right ones is over; the figure of the run's report may be another, such as micro F1."""
+    if not TASKS[task].counted:
+        return "% of right tokens"
+    plain = TASKS[task].scored.headline == Scored().headline
+    return "% of right records" if plain else "% of records whose whole answer is right"
 
 
 def _scores(rows: SiteRows, runs: Sequence[Path], *, alone: bool) -> Iterator[ModelScore]:

@@ -56,12 +56,14 @@ class SiteScores:
     """Held-out rows that the ledger was ever charged for, under whatever name; no score has them."""
     column: str
     """Of the slices; empty: there are none."""
+    share: str
+    """What the percentages are of: records, tokens, or answers that are right as a whole."""
     models: list[ModelScore]
 
     def lines(self) -> Iterator[str]:
         """Yield what a terminal shows."""
         left_out = f", without {counted(self.charged, 'row')} that the ledger was charged for" * bool(self.charged)
-        yield f"{self.site}: {counted(self.held_out, 'held-out row')} ({self.rule}){left_out}"
+        yield f"{self.site}: {counted(self.held_out, 'held-out row')} ({self.rule}){left_out}; {self.share}"
         for model in self.models:
             more = f"; {counted(model.unscored, 'row')} it cannot take" if model.unscored else ""
             whole, *slices = model.groups

@@ -7,8 +7,10 @@ every form of the report shows first. Only ``config.json`` must be there.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,6 +26,19 @@ from fedveil.privacy import trusting_the_server
 
 T = TypeVar("T")
 F = TypeVar("F", bound=RunFile)
+
+
+@dataclass(frozen=True)
+class SiteLines:
+    """What a run's files say of one site, each in the files' order."""
+
+    privacy: list[PrivacyLine] = field(default_factory=list)
+    joined: list[RoundLine] = field(default_factory=list)
+    """Rounds, complete or not, with a reply of it that counts."""
+    refusals: list[Absence] = field(default_factory=list)
+    failures: list[Absence] = field(default_factory=list)
+    noised: list[float] = field(default_factory=list)
+    """The noise of each of its noised counts, in records; of two that are equal in all, one."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +69,24 @@ class RunFiles:
     def trusts_server(self) -> bool:
         """Whether the server is trusted, which then sees what sites send as it is."""
         return bool(trusting_the_server([str(self.config.settings.get("privacy.mode", "none"))]))
+
+    @cached_property
+    def by_site(self) -> Mapping[str, SiteLines]:
+        """What the files say of each site that they name, read once: a run may have ten thousand."""
+        found: dict[str, SiteLines] = defaultdict(SiteLines)
+        for line in self.privacy:
+            found[line.site].privacy.append(line)
+        counts = [(line.round_number, count) for line in self.rounds for count in line.noised_correct]
+        for _, site, noise, _ in dict.fromkeys((number, c.site, c.noise_std, c.value) for number, c in counts):
+            found[site].noised.append(noise)
+        for round_line in self.rounds:
+            for site in dict.fromkeys(round_line.participants):
+                found[site].joined.append(round_line)
+            for absence in round_line.refusals:
+                found[absence.site].refusals.append(absence)
+            for absence in round_line.failures:
+                found[absence.site].failures.append(absence)
+        return dict(found)
 
 
 def read_run(folder: Path) -> RunFiles:

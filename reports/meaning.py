@@ -95,7 +95,8 @@ def meaning_report(files: RunFiles, sites: Sequence[SiteReport]) -> MeaningRepor
     central = files.trusts_server
     ledger = "The server's" if central else "A site's"
     cautions = [THIS_RUN.format(ledger)] * any(site.agreement == "larger" for site in sites)
-    lost = [site.site for site in sites if site.epsilon_worst is not None and site not in known]
+    priced = {site.site for site in known}
+    lost = [site.site for site in sites if site.epsilon_worst is not None and site.site not in priced]
     cautions += [LEFT_OUT.format(names_text(sorted(lost, key=natural)))] * bool(lost)
     caution = " ".join([*cautions, *[TRIAL_ALONE] * (files.tuning is not None)])
     seen = "all that the server gave away" if central else "all that was sent"

@@ -10,7 +10,7 @@ from fedveil.common.messages.round import SpendingFigures
 from fedveil.privacy.accountant import EVALUATION, INITIALISATION, TRAINING
 from fedveil.privacy.accounting import Release, gaussian_release
 from fedveil.privacy.events import Event, sampled_gaussian
-from fedveil.reports.folder import RunFiles
+from fedveil.reports.folder import RunFiles, SiteLines
 from fedveil.strategies.job import configure
 
 
@@ -95,9 +95,9 @@ def releases_of(paid: Iterable[SpendingFigures], files: RunFiles) -> list[Releas
 
 def releases_of_site(name: str, files: RunFiles) -> list[Release]:
     """Return everything that one site released in this run; raises as ``releases_of``."""
-    paid = [line.spent for line in files.privacy if line.site == name and line.spent]
-    noises = [noise for _, site, noise, _ in noised_counts(files) if site == name and paid]
-    return releases_of(paid, files) + [count_release(noise) for noise in noises]
+    lines = files.by_site.get(name, SiteLines())
+    paid = [line.spent for line in lines.privacy if line.spent]
+    return releases_of(paid, files) + [count_release(noise) for noise in lines.noised if paid]
 
 
 def count_release(noise: float) -> Release:

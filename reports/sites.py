@@ -89,10 +89,8 @@ class SiteReport:
 
 def site_reports(files: RunFiles) -> list[SiteReport]:
     """Return every site that the run's files name, in the natural order of names: site-2 before site-10."""
-    refused = [refusal.site for line in files.rounds for refusal in line.refusals]
-    joined = {site for line in files.rounds for site in line.participants}
-    names = joined | set(refused) | {line.site for line in files.privacy}
-    return [_site(name, files, refused.count(name)) for name in sorted(names, key=natural)]
+    names = [name for name, lines in files.by_site.items() if lines.privacy or lines.joined or lines.refusals]
+    return [_site(name, files) for name in sorted(names, key=natural)]
 
 
 def worst_site(sites: Iterable[SiteReport]) -> SiteReport | None:
@@ -114,13 +112,15 @@ def _counted(name: str, files: RunFiles) -> list[bool]:
 
     The others are of attempts that were thrown away, replies that do not count, and rounds that were cut off.
     """
-    own = [line.round_number for line in files.privacy if line.site == name and line.spent]
-    joined = {line.round_number for line in files.rounds if line.complete and name in line.participants}
+    lines = files.by_site[name]
+    own = [line.round_number for line in lines.privacy if line.spent]
+    joined = {line.round_number for line in lines.joined if line.complete}
     return [number in joined and number not in own[place + 1 :] for place, number in enumerate(own)]
 
 
-def _site(name: str, files: RunFiles, refused: int) -> SiteReport:
-    own = [line for line in files.privacy if line.site == name]
+def _site(name: str, files: RunFiles) -> SiteReport:
+    lines = files.by_site[name]
+    own = lines.privacy
     paid = [line.spent for line in own if line.spent]
     training = [spent for spent in paid if spent.purpose == TRAINING]
     last = paid[-1] if paid else None
@@ -130,8 +130,8 @@ def _site(name: str, files: RunFiles, refused: int) -> SiteReport:
     return SiteReport(
         site=name,
         public_size=own[-1].public_size if own else None,
-        rounds_joined=sum(name in line.participants for line in files.rounds),
-        rounds_refused=refused,
+        rounds_joined=len(lines.joined),
+        rounds_refused=len(lines.refusals),
         steps=sum(spent.steps_round for spent in paid) if paid else None,
         events=list(dict.fromkeys(spent.event for spent in training)),
         delta=delta,

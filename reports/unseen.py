@@ -28,9 +28,7 @@ def _lost(site: str, files: RunFiles) -> str:
     charged = _charges(site, files)
     lost = [one for one in _absences(site, files) if one.kind in LOST]
     within = [one for one in lost if one.round_number == charged[-1]]
-    joined = any(
-        line.complete and line.round_number == charged[-1] and site in line.participants for line in files.rounds
-    )
+    joined = any(line.complete and line.round_number == charged[-1] for line in files.by_site[site].joined)
     # A round's last attempt at a site is the one that counts; a reply that does not may have reported its price.
     if joined or (len(within) <= charged.count(charged[-1]) and all(one.kind == "reply" for one in within)):
         within = []
@@ -51,10 +49,10 @@ def _cut_off(site: str, files: RunFiles) -> str:
 
 def _charges(site: str, files: RunFiles) -> list[int]:
     """Return the rounds of a site's reported charges in order, repeated rounds repeated."""
-    return sorted(line.round_number for line in files.privacy if line.site == site and line.spent)
+    return sorted(line.round_number for line in files.by_site[site].privacy if line.spent)
 
 
 def _absences(site: str, files: RunFiles) -> list[Absence]:
     """Return a site's absences in order."""
-    absences = {one for line in files.rounds for one in (*line.failures, *line.refusals) if one.site == site}
-    return sorted(absences, key=lambda one: (one.round_number, one.attempt))
+    lines = files.by_site[site]
+    return sorted({*lines.failures, *lines.refusals}, key=lambda one: (one.round_number, one.attempt))

@@ -164,7 +164,7 @@ def test_a_handed_over_run_is_scored_once_its_base_is_known_and_no_other_is_open
     done = CliRunner().invoke(app, ["site", "evaluate", str(folder.path), "--run", str(run), "--slice", "ward"])
     assert done.exit_code == 0, done.output
     lines = done.output.splitlines()
-    assert lines[0] == "clinic: 10 held-out rows (rows with 'test' in column 'split')"
+    assert lines[0] == "clinic: 10 held-out rows (rows with 'test' in column 'split'); % of right records"
     assert [line.partition(":")[0] for line in lines[1::3]][:2] == ["base of run 7", f"final model of {run.name}"]
     about = run / "adapter" / "fedveil.json"
     honest = json.loads(about.read_text(encoding="utf-8"))
