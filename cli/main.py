@@ -19,8 +19,10 @@ from fedveil.cli.serving import ask, evaluate, export, generate, merge
 from fedveil.cli.settings import settings
 from fedveil.cli.site import site_app
 from fedveil.cli.sweep import pictures, sweep, tune
+from fedveil.common.rows import commands_beside
 
 REAL_SITES = "Real sites"
+AFTERWARDS = "Between runs"
 PANELS = {
     "Train": (run, plan, runs, stop, settings, import_),
     "Look": (report, watch, evaluate, keygen, verify),
@@ -50,6 +52,11 @@ for panel, commands in PANELS.items():
         app.command(command.__name__.rstrip("_"), rich_help_panel=panel)(command)
 for name, (group, panel) in GROUPS.items():
     app.add_typer(group, name=name, rich_help_panel=panel)
+for name, beside in commands_beside():
+    if isinstance(beside, typer.Typer):
+        app.add_typer(beside, name=name, rich_help_panel=AFTERWARDS)
+    else:
+        app.command(name, rich_help_panel=AFTERWARDS)(beside)
 
 
 def _print_version(asked: bool) -> None:

@@ -76,9 +76,18 @@ def _name(row: Any) -> str:
     return str(row.name)
 
 
-def _load(name: str, place: str, home: str) -> Any:
+def commands_beside() -> Iterator[tuple[str, Any]]:
+    """Yield every command of the other package, or group of commands, with its name."""
+    yield from ((name, _at(place, CONTRIB)) for name, place in import_module(CONTRIB).ROWS["commands"].items())
+
+
+def _at(place: str, home: str) -> Any:
     module, _, attribute = place.partition(":")
-    row = getattr(import_module(f"{home}.{module}"), attribute)
+    return getattr(import_module(f"{home}.{module}"), attribute)
+
+
+def _load(name: str, place: str, home: str) -> Any:
+    row = _at(place, home)
     if _name(row) != name:
         raise ConfigError(f"{home} has {place} as {name!r}, and its own name is {_name(row)!r}: write that in both")
     return row

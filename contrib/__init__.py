@@ -2,6 +2,7 @@
 
 ``ROWS`` is the only thing that the core reads here. A row is one file and one line of this table, and no part of the
 core is written for it. Its options are the fields of its dataclass, and are settings of a run that names it.
+``commands`` are of the ``fedveil`` program: functions as Typer takes them, or its groups.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ ROWS: Mapping[str, Mapping[str, str]] = {
         "soft-threshold": "rules.soft_threshold:SoftThreshold",
         "loraprune": "rules.loraprune:LoRAPrune",
     },
+    "commands": {},
     "trackers": {
         "tensorboard": "trackers.tensorboard:TensorBoard",
         "mlflow": "trackers.mlflow:MLflow",

@@ -1,0 +1,95 @@
+"""``derived.json``: of which runs a model was made without reading a record, how, and what each of them claims.
+
+What is computed from released adapters and public texts costs no privacy. So every record keeps the promise of its own
+run, and a record that was in several of the runs has the sum of theirs (basic composition).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+from fedveil.common.run_lines import Figure, RunFile
+from fedveil.common.strict_json import Endless
+
+
+@dataclass(frozen=True)
+class Source:
+    """A run that a model was made from, and what it claims."""
+
+    run: str
+    """Its id."""
+    method: str
+    """What was trained, as its report has it."""
+    base: str
+    """SHA-256 of its base model (``AdapterFile.base_fingerprint``)."""
+    files: dict[str, str]
+    """SHA-256 of its adapter's files, by name."""
+    claim: str
+    """What it promises, in one sentence, or that it promises nothing."""
+    epsilon: Endless | None
+    """The federation's, of all trials where it was tuned; None: it has no claim."""
+    delta: float | None
+    unit: str
+    """Whom the claim speaks of."""
+    terms: str
+    """The claim as a section of a card, in Markdown."""
+    weight: float = 1.0
+    """Its share of the model."""
+
+
+@dataclass(frozen=True)
+class PublicTexts:
+    """Texts that a model was made with, which are public by the word of who made it."""
+
+    name: str
+    """A named data set, or the last part of a file's path."""
+    sha256: str
+    """Of the texts that were used, one a line, hexadecimal."""
+    texts: int
+
+
+@dataclass(frozen=True)
+class DerivedFile(RunFile):
+    """How a model was made from finished runs."""
+
+    NAME: ClassVar[str] = "derived.json"
+    operation: str
+    """The command and what decides its result, such as ``transfer`` or ``compose ties``."""
+    base_model: str
+    sources: list[Source]
+    """Each run once, also where it came through another derived model."""
+    epsilon: Endless | None
+    """For a record that is in all of the runs: the sum of theirs. None: one has no claim, or their units differ."""
+    delta: float | None
+    """Likewise."""
+    public: list[PublicTexts] = field(default_factory=list)
+    figures: list[Figure] = field(default_factory=list)
+    """What was measured on public texts."""
+    notes: list[str] = field(default_factory=list)
+    """What a reader must know of how it was made, a sentence each."""
+
+
+def derived(operation: str, base_model: str, sources: Sequence[Source]) -> DerivedFile:
+    """Return the file of a model that was made of ``sources``, with the sum of their claims."""
+    once = merged(sources)
+    return DerivedFile(operation, base_model, once, *together(once))
+
+
+def merged(sources: Sequence[Source]) -> list[Source]:
+    """Return each run once, with the sum of its weights."""
+    found: dict[str, Source] = {}
+    for source in sources:
+        before = found.get(source.run)
+        found[source.run] = replace(source, weight=source.weight + before.weight) if before else source
+    return list(found.values())
+
+
+def together(sources: Sequence[Source]) -> tuple[float | None, float | None]:
+    """Return ε and δ of a record that is in all of the runs; None, None where no sum is a promise."""
+    epsilons, deltas = ([getattr(source, name) for source in sources] for name in ("epsilon", "delta"))
+    if None in [*epsilons, *deltas] or len({source.unit for source in sources}) != 1:
+        return None, None
+    return math.fsum(epsilons), math.fsum(deltas)
