@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from fedveil.common.run_lines import Figure, RunFile
-from fedveil.common.strict_json import Endless
+from fedveil.common.strict_json import SPARSE, Endless
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,8 @@ class DerivedFile(RunFile):
     """What was measured on public texts."""
     notes: list[str] = field(default_factory=list)
     """What a reader must know of how it was made, a sentence each."""
+    local: dict[str, str] = field(default_factory=dict, metadata=SPARSE)
+    """Settings that are a path on the machine that made it (``common.paths.PATHS``)."""
 
 
 def derived(operation: str, base_model: str, sources: Sequence[Source]) -> DerivedFile:

@@ -94,7 +94,17 @@ def given_run(place: Path) -> Path:
     return place if place.exists() else named_run(str(place))
 
 
-PATHS = ("data.name", "data.test", "model.name", "output", "privacy.ledger", "resume", "start.data", "start.text")
+PATHS = (
+    "data.name",
+    "data.test",
+    "model.name",
+    "output",
+    "privacy.ledger",
+    "resume",
+    "start.data",
+    "start.library",
+    "start.text",
+)
 """Settings that may be a path."""
 
 

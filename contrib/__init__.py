@@ -2,7 +2,6 @@
 
 ``ROWS`` is the only thing that the core reads here. A row is one file and one line of this table, and no part of the
 core is written for it. Its options are the fields of its dataclass, and are settings of a run that names it.
-``commands`` are of the ``fedveil`` program: functions as Typer takes them, or its groups.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ ROWS: Mapping[str, Mapping[str, str]] = {
         "dora-frozen-norm": "adapters.dora_frozen_norm:DoRAFrozenNorm",
         "randlora": "adapters.randlora:RandLoRA",
         "salt": "adapters.salt:SALT",
+        "lora-mixture": "adapters.lora_mixture:LoRAMixture",
     },
     "strategies": {
         "fedex-lora": "strategies.fedex_lora:FedExLoRA",
@@ -52,6 +52,8 @@ ROWS: Mapping[str, Mapping[str, str]] = {
         "nonprivate-eva": "starts.nonprivate_eva:NonprivateEVA",
         "lora-ga": "starts.lora_ga:LoRAGA",
         "dp-lora-ga": "starts.dp_lora_ga:DPLoRAGA",
+        "library": "starts.library:FromLibrary",
+        "described": "starts.described:Described",
     },
     "rules": {
         "lora-pro": "rules.lora_pro:LoRAPro",
@@ -60,7 +62,10 @@ ROWS: Mapping[str, Mapping[str, str]] = {
         "soft-threshold": "rules.soft_threshold:SoftThreshold",
         "loraprune": "rules.loraprune:LoRAPrune",
     },
-    "commands": {},
+    "commands": {
+        "library": "library.command:library",
+        "compose": "library.command:compose",
+    },
     "trackers": {
         "tensorboard": "trackers.tensorboard:TensorBoard",
         "mlflow": "trackers.mlflow:MLflow",

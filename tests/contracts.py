@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from digits import TOKENS, digits, encoded, save_vit
+from libraries import drawn_library
 
 from audits.tiny_models import FILLER, write_reviews
 from fedveil.common.adapters import ADAPTERS
@@ -134,6 +135,7 @@ class World:
     folder: Path
     model_folder: Callable[[str], str]
     made: dict[str, dict[str, Any]] = field(default_factory=dict)
+    libraries: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def of_task(self, task: str) -> dict[str, Any]:
         """Return the settings that are the task's."""
@@ -143,6 +145,14 @@ class World:
             own.mkdir()
             self.made[task] = {"model.task": task, **getattr(self, made_by)(own)}
         return self.made[task]
+
+    def of_library(self, task: str) -> dict[str, str]:
+        """Return the settings of a start at a library for the task's model, which is drawn once."""
+        folder = self.folder / "libraries" / task
+        if not folder.exists():
+            plain = self.settings(Cell(task, "lora-frozen-a", "orthonormal", "ffa-lora", "none record"))
+            self.libraries[task] = drawn_library(folder, plain)
+        return self.libraries[task]
 
     def settings(self, cell: Cell) -> dict[str, Any]:
         """Return the flat settings of the cell's run."""
@@ -162,6 +172,8 @@ class World:
             **MODES.get(mode, {}),
             **({"data.person": "author"} if unit == "person" else {}),
             **({"start.data": public} if "data" in options else {}),
+            **({"start.about": "letters"} if "about" in options else {}),
+            **(self.of_library(cell.task) if "library" in options else {}),
             **({"start.records": 16} if "records" in options else {}),
             "data.test-size": TEST,
             "data.partition": "iid",

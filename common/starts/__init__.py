@@ -28,7 +28,9 @@ def check_directions(start: Start, adapter: type[Adapter]) -> None:
     """
     lacking = sorted(set(adapter.directions) - set(start.gives))
     if lacking:
-        fitting = ", ".join(name for name, other in STARTS.core.items() if set(adapter.directions) <= set(other.gives))
+        fits = [name for name, other in STARTS.core.items() if set(adapter.directions) <= set(other.gives)]
+        beside = [name for name, other in STARTS.items() if set(adapter.directions) <= set(other.gives)]
+        fitting = ", ".join(fits or beside)
         raise ConfigError(
             f"adapter.start {start.name!r} gives no {' and '.join(lacking)}, which the adapter {adapter.name!r} begins "
             f"with: set adapter.start to one that does ({fitting})"

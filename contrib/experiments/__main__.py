@@ -1,4 +1,4 @@
-"""The commands of the experiments: ``python -m fedveil.contrib.experiments prune|recover|score|intruders``."""
+"""The commands of the experiments: ``python -m fedveil.contrib.experiments prune|recover|score|intruders|library``."""
 
 from __future__ import annotations
 
@@ -97,6 +97,30 @@ def intruders(
     noise = [row.of_noise for row in rows if row.of_noise is not None]
     beside = f"noise alone makes {sum(noise)}" if noise else f"nothing stands beside it: {rows[0].unknown}"
     console.print(Text(visible(f"{total}; {beside}")))
+
+
+@app.command()
+@for_people
+def library(
+    folder: Annotated[Path, typer.Argument(help="A new folder for runs, the library and results.json.")],
+    tasks: Annotated[str, typer.Option(help="Names of tasks, after commas; empty: all seven.")] = "",
+    records: Annotated[int, typer.Option(help="Training records of a task, over two sites.")] = 400,
+    test: Annotated[int, typer.Option(help="Public test records of a task.")] = 60,
+    rounds: Annotated[int, typer.Option(help="Of each task's run.")] = 6,
+    epsilon: Annotated[float, typer.Option(help="Of each task's run; 0: without privacy.")] = 0.0,
+) -> None:
+    """Train a library of question tasks, and measure what a start at it is worth on each task left out."""
+    from fedveil.contrib.experiments.library_tasks import TASKS, measure
+
+    chosen = [name.strip() for name in tasks.split(",")] if tasks else list(TASKS)
+    rows = measure(folder, chosen, records, test, rounds, epsilon, console.print)
+    table = Table(title="loss before training, nats a token")
+    for column in ("task", "zero", "best single", "mean", "described"):
+        table.add_column(column, justify="left" if column == "task" else "right")
+    for row in rows:
+        best = f"{row.best:.3f} {row.best_name}"
+        table.add_row(row.task, f"{row.zero:.3f}", best, f"{row.mean:.3f}", f"{row.described:.3f}")
+    console.print(table)
 
 
 if __name__ == "__main__":

@@ -316,6 +316,7 @@ PAID: dict[str, dict[str, Any]] = {
     "dp-lora-ga": {"strategy": "ffa-lora"},
     "dp-gradient": {"strategy": "fed-sb"},
     "class-means": {"strategy": "fedavg-lora", "adapter.name": "none", "head.metric": "public"},
+    "library": {"strategy": "ffa-lora", "start.library": "library", "start.adapters": "letters=1,notes=2"},
     "probe": {"strategy": "fedavg-lora", "adapter.name": "lora-metric", "start.steps": 4},
 }
 """Of each, a run that begins with it."""

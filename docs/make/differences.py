@@ -104,10 +104,20 @@ DIFFERENCES: Mapping[str, tuple[str, str]] = {
     "Gazal-R1, its first stage": ("Gazal-R1, 2025", "the second stage, which learns from rewards, is not built"),
     "A LoRA judge as the reward": ("arXiv 2506.05748", "not built"),
     "Trans-LoRA": ("Trans-LoRA, NeurIPS 2024", "not built"),
-    "LoRALib": ("LoRALib", "not built"),
-    "SG-LoRA": ("SG-LoRA", "not built"),
-    "CMLoRA": ("CMLoRA", "not built"),
-    "LiON-LoRA": ("Zhang et al., ICCV 2025", "not built"),
+    "LoRALib": (
+        "LoRALib",
+        "all adapters on one basis; chosen by noised votes; neither its 680 files nor its trained routers",
+    ),
+    "LoraHub": (
+        "Huang et al. 2023",
+        "weights by private gradients, one a layer; theirs are searched without gradients",
+    ),
+    "SG-LoRA": ("SG-LoRA", "MiniLM's embeddings in place of CLIP's; the weighted mean of the nearest, no generator"),
+    "CMLoRA": ("CMLoRA", "its baseline alone"),
+    "LiON-LoRA": (
+        "Zhang et al., ICCV 2025",
+        "norms and overlaps of an adapter's change, not of its features; equal norms by the geometric mean",
+    ),
     "RSAR": ("RSAR", "not applicable"),
     "Intruder dimensions": ("Shuttleworth et al. 2024", "counted beside those of the run's noise"),
 }

@@ -31,6 +31,8 @@ AXES: Mapping[str, Mapping[str, type[Any]]] = {
 
 CONFIGS = "experiments/configs/systems"
 """Where the configurations of systems lie, from the repository's root."""
+LIBRARY = "[a library](../guides/serve.md#a-library-of-adapters)"
+"""Where a page says how adapters of one basis are kept."""
 RANKS = "1,2,4,8"
 """Of the sites of a simulation, where a system is about sites of unlike ranks; the last is the plain job's."""
 
@@ -294,21 +296,28 @@ SYSTEMS: tuple[System, ...] = (
     ),
     System(
         "LoRALib",
-        instead="not built: adapters lie in no common library, and no vote of the sites' records chooses among them",
+        instead='`fedveil library init`, `add` and `list` keep adapters on one basis; `adapter.start = "library"` '
+        f"begins at the one that most records vote for, in private ({LIBRARY})",
+    ),
+    System(
+        "LoraHub",
+        instead='`adapter.name = "lora-mixture"` behind `adapter.start = "library"` or `"described"` '
+        f"trains a weight of each adapter in each layer ({LIBRARY})",
     ),
     System(
         "SG-LoRA",
-        instead="not built: no adapter is made from the description of a task. Its generator learns from hundreds of "
-        "adapters of one base, which nobody here has",
+        instead='`adapter.start = "described"`, or `fedveil library suggest`, weighs a library\'s adapters by public '
+        f"descriptions ({LIBRARY}); its generator learns from hundreds of adapters of one base and is not built",
     ),
     System(
         "CMLoRA",
-        instead="not built: it orders and caches adapters along the steps of image diffusion, and no task here has one",
+        instead="`fedveil compose --rule cat` is the merge that it compares itself with; its order and its cache are "
+        "of the steps of image diffusion, and no task here has one",
     ),
     System(
         "LiON-LoRA",
-        instead="not built: it puts adapters of a video model together, made orthogonal and of one norm; no task here "
-        "has such a model, and no command puts adapters together",
+        instead="`fedveil library list` shows overlaps and norms, `fedveil compose --equal-norms` makes norms equal "
+        f"({LIBRARY}); its token scales the motion of a video model, and no task here has one",
     ),
     System(
         "RSAR",

@@ -23,6 +23,10 @@ def needed(name: str) -> dict[str, Scalar]:
         own["adapter.name"] = "lora-frozen-b"
     if "data" in defaults(STARTS[name]):
         own["start.data"] = "public.csv"
+    if "library" in defaults(STARTS[name]):
+        own |= {"strategy": "ffa-lora", "start.library": "library", "start.adapters": "letters=1,notes=2"}
+    if "about" in defaults(STARTS[name]):
+        own["start.about"] = "letters"
     if STARTS[name].needs == "records, without privacy":
         own["privacy.mode"] = "none"
     return own

@@ -205,7 +205,13 @@ def test_every_pair_of_strategy_and_adapter_is_in_its_table_as_the_code_takes_it
             try:
                 # A start that gives what the adapter begins with; the default gives A and B.
                 start = "public-metric" if "V" in ADAPTERS[adapter].directions else "orthonormal"
-                configure({"strategy": strategy, "adapter.name": adapter, "adapter.start": start})
+                library = {
+                    "adapter.start": "library",
+                    "start.library": "library",
+                    "start.adapters": "letters=1,notes=2",
+                }
+                begun = library if "stack" in ADAPTERS[adapter].directions else {"adapter.start": start}
+                configure({"strategy": strategy, "adapter.name": adapter, **begun})
                 taken = True
             except ConfigError:
                 taken = False
