@@ -13,7 +13,6 @@ from fedveil.common.config.run import RunConfig
 from fedveil.common.data.counts import count_labels, count_records
 from fedveil.common.data.sources import known_labels
 from fedveil.common.errors import ConfigError
-from fedveil.common.messages.blocks import Layout, layout_of
 from fedveil.common.messages.columns import Chosen, chosen_factors
 from fedveil.common.messages.state import BASIS, HEAD, OWN, STATE, AdapterState, Factors, of_head
 from fedveil.common.messages.tensors import merge, start_fingerprint
@@ -35,6 +34,7 @@ from fedveil.strategies.rules import RULES, ServerRule
 from fedveil.strategies.state import ServerState
 
 if TYPE_CHECKING:
+    from fedveil.common.messages.blocks import Layout
     from fedveil.common.model.federated import FederatedModel
 
 T = TypeVar("T")
@@ -202,6 +202,8 @@ class Job:
 
     def brought_layout(self, began: AdapterState, state: ServerState, round_number: int) -> Layout:
         """Site: return names and shapes of the same, from the adapter as it derives it and the state that follows."""
+        from fedveil.common.messages.blocks import layout_of  # brings Flower, which no command line needs
+
         return layout_of(self.frozen_for(state, round_number)) if round_number else self.origin.shown_layout(began)
 
     def frozen_for(self, state: ServerState, round_number: int) -> AdapterState:

@@ -68,7 +68,9 @@ class LoRAMixture(Mapped):
         """Return s ⟨Σ g (A x)ᵀ, B_j⟩ for each j, g being the upstream gradient at a position."""
         del projected, base_weight
         of_B = outer_sums(upstream * scale, F.linear(inputs, factors["A"]))
-        return {"w": torch.einsum("nor,jor->nj", of_B, factors["stack"])}
+        adapters = factors["stack"].flatten(1).expand(len(of_B), -1, -1)
+        # A product for each record: in one for all, a record's bits would follow from its row.
+        return {"w": torch.bmm(adapters, of_B.flatten(1)[..., None])[..., 0]}
 
     def exported(self, factors: Mapping[str, Tensor], base_weight: Tensor) -> dict[str, Tensor]:
         """Return a plain LoRA pair of the same rank."""
