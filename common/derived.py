@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from fedveil.common.run_lines import Figure, RunFile
-from fedveil.common.strict_json import SPARSE, Endless
+from fedveil.common.strict_json import SPARSE, Endless, Measured
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,17 @@ class PublicTexts:
     sha256: str
     """Of the texts that were used, one a line, hexadecimal."""
     texts: int
+
+
+@dataclass(frozen=True)
+class VotesFile(RunFile):
+    """What records voted for in round 0 of a run, noised."""
+
+    NAME: ClassVar[str] = "votes.json"
+    shares: list[Measured]
+    """Of the votes for each alternative, in order, of the records that sites declare; below 0 by noise."""
+    noise_std: float | None
+    """Standard deviation of the noise on each; None: it is not known."""
 
 
 @dataclass(frozen=True)

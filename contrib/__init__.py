@@ -2,6 +2,7 @@
 
 ``ROWS`` is the only thing that the core reads here. A row is one file and one line of this table, and no part of the
 core is written for it. Its options are the fields of its dataclass, and are settings of a run that names it.
+``commands`` are of the ``fedveil`` program: functions as Typer takes them, or its groups.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ ROWS: Mapping[str, Mapping[str, str]] = {
         "dp-lora-ga": "starts.dp_lora_ga:DPLoRAGA",
         "library": "starts.library:FromLibrary",
         "described": "starts.described:Described",
+        "text-votes": "starts.text_votes:TextVotes",
     },
     "rules": {
         "lora-pro": "rules.lora_pro:LoRAPro",
@@ -65,6 +67,7 @@ ROWS: Mapping[str, Mapping[str, str]] = {
     "commands": {
         "library": "library.command:library",
         "compose": "library.command:compose",
+        "transfer": "transfer.command:transfer",
     },
     "trackers": {
         "tensorboard": "trackers.tensorboard:TensorBoard",

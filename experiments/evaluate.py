@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,10 +14,11 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 
 from fedveil.common.adapters.attach import pefts_old_names
-from fedveil.common.config.flat import from_section
+from fedveil.common.config.flat import Scalar, from_section
 from fedveil.common.config.run import RunConfig
 from fedveil.common.config.sections import DataConfig
 from fedveil.common.data.sources import public_test
+from fedveil.common.derived import DerivedFile
 from fedveil.common.errors import DataError, ModelError
 from fedveil.common.foreign_words import PEFT_MISSING_KEYS
 from fedveil.common.model.base import BaseModel, load_base_model
@@ -81,14 +82,20 @@ def about_of(adapter: Path) -> AdapterFile:
     about = read_file(AdapterFile, adapter)
     # An adapter that is given away names no path of the machine that made it. There, its run's folder still does.
     with suppress(DataError):  # a file of that name may be another's
-        if config := read_if_there(ConfigFile, adapter.parent):
-            paths = {key: config.settings[key] for key in PATHS if key in about.settings and key in config.settings}
-            base = str(config.settings.get("model.name", ""))
+        if known := _known_beside(adapter.parent):
+            paths = {key: known[key] for key in PATHS if key in about.settings and key in known}
+            base = str(known.get("model.name", ""))
             base = base if local_name(base) == about.base_model else about.base_model
             about = replace(about, settings={**about.settings, **paths}, base_model=base)
     if about.task not in TASKS or about.precision not in PRECISIONS:
         raise DataError(f"{adapter / AdapterFile.NAME} names a task or a precision that this FedVeil does not know")
     return about
+
+
+def _known_beside(folder: Path) -> Mapping[str, Scalar]:
+    """Return what the folder of a run, or of a model derived from runs, knows of this machine's paths."""
+    made, config = read_if_there(DerivedFile, folder), read_if_there(ConfigFile, folder)
+    return config.settings if config else made.local if made else {}
 
 
 def data_of(about: AdapterFile) -> DataConfig:

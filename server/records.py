@@ -31,6 +31,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from fedveil.common.bundle import own_digest
+from fedveil.common.derived import VotesFile
 from fedveil.common.files import (
     append_lines,
     check_room,
@@ -69,6 +70,7 @@ from fedveil.server.collect.door import shown_of
 from fedveil.server.members import Member
 from fedveil.server.observers import Observer, RoundOutcome, Update
 from fedveil.server.privacy_lines import head_words, keep_charges, privacy_line
+from fedveil.strategies.base import mean
 from fedveil.strategies.job import Job
 from fedveil.strategies.state import ServerState
 
@@ -171,8 +173,11 @@ class RunFolder(Observer):
         check_room(self.path, LEAST_ROOM + 2 * length(self.path / NAME))
 
     def initialised(self, outcome: RoundOutcome) -> None:
-        """Append round 0's line and what it cost each site."""
+        """Append round 0's line and what it cost each site, and write down what records voted for."""
         self._lines(outcome)
+        if self.job.origin.votes and outcome.counts:
+            (counts,) = (part["counts"] for part in mean(outcome.got.averaged).values())
+            self._write(VotesFile(counts.tolist(), outcome.got.noise.exact()))
 
     def _lines(self, outcome: RoundOutcome) -> None:
         got, results = outcome.got, outcome.got.results.values()

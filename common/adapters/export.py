@@ -63,6 +63,19 @@ def write_stock(
     save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
 
 
+def write_injected(model: PeftModel, folder: Path, base_name: str) -> None:
+    """Write the adapter that is in a model, as PEFT has it there, in the same two files."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    held = get_peft_model_state_dict(model, save_embedding_layers=False)
+    tensors = {name: tensor.detach().float().contiguous() for name, tensor in held.items()}
+    save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+    config = model.peft_config[ADAPTER_NAME]
+    config.base_model_name_or_path, config.inference_mode = base_name, True
+    config.save_pretrained(str(folder))
+
+
 def _config(adapter: Adapter, model: PeftModel, layers: Collection[str]) -> PeftConfig:
     """Return the configuration of an export, which names the layers as a stock model has them."""
     injected = model.peft_config[ADAPTER_NAME]

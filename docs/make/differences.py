@@ -103,7 +103,10 @@ DIFFERENCES: Mapping[str, tuple[str, str]] = {
     "LoRAPrune": ("Zhang et al. 2024", "one cut between two runs, by squares of noised gradients"),
     "Gazal-R1, its first stage": ("Gazal-R1, 2025", "the second stage, which learns from rewards, is not built"),
     "A LoRA judge as the reward": ("arXiv 2506.05748", "not built"),
-    "Trans-LoRA": ("Trans-LoRA, NeurIPS 2024", "not built"),
+    "Trans-LoRA": (
+        "Wang et al., NeurIPS 2024",
+        "texts are public, not made from a few records; a private vote of the records chooses, not a classifier",
+    ),
     "LoRALib": (
         "LoRALib",
         "all adapters on one basis; chosen by noised votes; neither its 680 files nor its trained routers",

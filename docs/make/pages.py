@@ -28,6 +28,7 @@ from docs.make.tables import (
 from fedveil.client.policy import Policy
 from fedveil.client.policy_values import UNLIMITED
 from fedveil.common.config.fields import kebab
+from fedveil.common.derived import DerivedFile, PublicTexts, Source, VotesFile
 from fedveil.common.docstrings import fields_said, said_of
 from fedveil.common.findings import AUDITS, AuditFile, Finding
 from fedveil.common.messages import wire
@@ -134,6 +135,8 @@ def run_folder_page() -> str:
         BesideFile,
         TuningFile,
         EvaluatedFile,
+        VotesFile,
+        DerivedFile,
     )
     parts = [(f"`{kind.NAME}`", _fields(kind), _about(kind)) for kind in files]
     parts.append((f"`adapter/{AdapterFile.NAME}`", _fields(AdapterFile), _about(AdapterFile)))
@@ -153,6 +156,8 @@ def run_folder_page() -> str:
         Change: "in `evaluated.json`",
         FigureReport: "in `evaluated.json`",
         Share: "in `evaluated.json`",
+        Source: "in `derived.json`, of `fedveil transfer`",
+        PublicTexts: "in `derived.json`",
         Costs: "in a row of a sweep's table",
     }
     parts += [(f"{kind.__name__}, {where}", _fields(kind), _about(kind)) for kind, where in nested.items()]

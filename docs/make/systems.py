@@ -291,8 +291,8 @@ SYSTEMS: tuple[System, ...] = (
     ),
     System(
         "Trans-LoRA",
-        instead="not built: no command teaches another base model what a run has learnt. Texts for it, written from a "
-        "few real ones, would be a release of their own",
+        instead="`fedveil transfer RUN_FOLDER --to MODEL --texts FILE` ([another base model]"
+        "(../guides/serve.md#another-base-model))",
     ),
     System(
         "LoRALib",

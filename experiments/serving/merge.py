@@ -10,9 +10,11 @@ from typing import Any
 
 from fedveil.common.adapters.low_bits import in_full
 from fedveil.common.check import OneOf
+from fedveil.common.derived import DerivedFile
 from fedveil.common.errors import DataError, ModelError
 from fedveil.common.files import sha256_of, with_usual_mode
 from fedveil.common.paths import check_vacant
+from fedveil.common.run_lines import read_if_there
 from fedveil.common.tasks import Finished
 from fedveil.common.tasks.roles import columns_of
 from fedveil.experiments.evaluate import data_of, load_result
@@ -20,6 +22,7 @@ from fedveil.reports import report_of, to_json
 from fedveil.reports.card import NAME as CARD
 from fedveil.reports.card import Form, card_of
 from fedveil.reports.declared import read_declared
+from fedveil.reports.derived import derived_card
 
 FORMS = ("merged", "seq-cls")
 """One plain model; or the adapter for a stock classifier, the head in it, where a stock class computes that."""
@@ -84,12 +87,16 @@ print(dict(zip(labels, logits[0].softmax(-1).tolist())))
 
 
 def _write_card(run: Path, form: Form, written: Path) -> None:
-    data = report_of(run)
     files = {
         path.relative_to(written).as_posix(): sha256_of(path) for path in sorted(written.rglob("*")) if path.is_file()
     }
     weights = {name: digest for name, digest in files.items() if name.endswith((".safetensors", ".json"))}
-    text = card_of(data, read_declared(run), replace(form, files=weights), to_json(data))
+    form = replace(form, files=weights)
+    if made := read_if_there(DerivedFile, run):
+        text = derived_card(made, form)
+    else:
+        data = report_of(run)
+        text = card_of(data, read_declared(run), form, to_json(data))
     (written / CARD).write_text(text, encoding="utf-8")
 
 

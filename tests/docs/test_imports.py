@@ -100,7 +100,7 @@ DOORS = {
     "mlflow": {"contrib/trackers/mlflow.py"},
     "trackio": {"contrib/trackers/trackio.py"},
     "wandb": {"contrib/trackers/wandb.py"},
-    "onnx": {"demo/dinov2.py"},
+    "onnx": {"contrib/experiments/transfer_l3.py", "demo/dinov2.py"},
     "gguf": {"experiments/serving/gguf.py"},
     "bitsandbytes": {"common/adapters/low_bits.py"},
     "ray": set(),
