@@ -33,7 +33,7 @@ from fedveil.common.run_lines import AdapterFile, Figure
 from fedveil.common.strict_json import to_json
 from fedveil.common.tensor_file import read_tensors
 from fedveil.contrib.library.pairs import SUFFIXES, Pairs, equal_norms, filled, norms, read_pairs, same_layers, stacked
-from fedveil.experiments.evaluate import about_of
+from fedveil.experiments.evaluate import about_of, read_peft_config
 from fedveil.reports.derived import sources_of, write_derived
 
 RULES = ("linear", "ties", "dare", "cat", "svd")
@@ -167,6 +167,8 @@ def compose(folders: Sequence[Path], target: Path, recipe: Recipe) -> DerivedFil
         for key in ("base_fingerprint", "task", "label_names", "max_length", "feature_scale"):
             if getattr(about, key) != getattr(abouts[0], key):
                 raise ConfigError(f"{folder} has another {key.replace('_', ' ')} than {folders[0]}: name like adapters")
+    for folder in folders:
+        read_peft_config(folder / "adapter" / "adapter_config.json")  # refuses patterns, which the new one would have
     read = [read_pairs(folder / "adapter") for folder in folders]
     pairs, lost = composed([one.layers for one in read], recipe)
     weights = list(recipe.weights) or [1 / len(folders)] * len(folders)

@@ -20,8 +20,8 @@ from fedveil.common.adapters.layers import PEFT_PREFIX
 from fedveil.common.errors import ConfigError, DataError
 from fedveil.common.messages.state import AdapterState
 from fedveil.common.messages.tensors import fingerprint
+from fedveil.common.run_lines import read_json
 from fedveil.common.tensor_file import read_tensors
-from fedveil.experiments.evaluate import read_peft_config
 
 PLAIN: Mapping[str, Any] = {"peft_type": "LORA", "use_dora": False, "bias": "none"}
 """What PEFT's configuration of a pair has, whose change is ``s B A`` and nothing more."""
@@ -59,7 +59,7 @@ def read_pairs(adapter: Path) -> Pairs:
     Raises:
         DataError: it cannot be read, is damaged, or is no plain LoRA.
     """
-    config = read_peft_config(adapter / "adapter_config.json")
+    config = read_json(adapter / "adapter_config.json")
     for key, plain in PLAIN.items():
         if config.get(key, plain) != plain:
             raise DataError(f"{adapter} has {key} {config[key]!r} and is no plain LoRA pair: take another adapter")

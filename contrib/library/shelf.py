@@ -24,11 +24,7 @@ from fedveil.common.paths import check_vacant
 from fedveil.common.run_lines import read_file
 from fedveil.common.strict_json import from_json
 from fedveil.common.toml import read_toml
-from fedveil.contrib.library.compose import write_folder
 from fedveil.contrib.library.pairs import Pairs, basis_of, read_pairs, stacked
-from fedveil.experiments.evaluate import about_of
-from fedveil.reports.card import NAME as CARD
-from fedveil.reports.derived import sources_of
 
 NAME = "library.toml"
 DIGITS = 16
@@ -158,6 +154,8 @@ def init(folder: Path, like: Path) -> Library:
     Raises:
         DataError: the folder is not empty, or the run has no adapter on a basis that others can have.
     """
+    from fedveil.experiments.evaluate import about_of  # which is in no bundle, as a server's start may be
+
     check_vacant(folder)
     adapter = like / "adapter"
     about, pairs = about_of(adapter), read_pairs(adapter)
@@ -194,6 +192,11 @@ def add(folder: Path, run: Path, name: str, about: str) -> tuple[Library, list[S
         ConfigError: the name is not plain, or the library has it, or ``about`` is empty.
         DataError: the run has no adapter, or one on another basis.
     """
+    from fedveil.contrib.library.compose import write_folder
+    from fedveil.experiments.evaluate import about_of
+    from fedveil.reports.card import NAME as CARD
+    from fedveil.reports.derived import sources_of
+
     library = open_library(folder)
     if not PLAIN_NAME.fullmatch(name) or name in {member.name for member in library.adapters}:
         raise ConfigError(f"--name is {name!r}: choose a plain name that the library has not: letters, digits, '-'")
