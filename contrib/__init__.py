@@ -23,6 +23,9 @@ ROWS: Mapping[str, Mapping[str, str]] = {
         "randlora": "adapters.randlora:RandLoRA",
         "salt": "adapters.salt:SALT",
         "lora-mixture": "adapters.lora_mixture:LoRAMixture",
+        "lora-shared": "adapters.lora_shared:LoRAShared",
+        "lora-gated": "adapters.lora_gated:LoRAGated",
+        "bone": "adapters.bone:Bone",
     },
     "strategies": {
         "fedex-lora": "strategies.fedex_lora:FedExLoRA",
@@ -35,6 +38,9 @@ ROWS: Mapping[str, Mapping[str, str]] = {
         "increlora": "strategies.increlora:IncreLoRA",
         "diffora": "strategies.diffora:DiffoRA",
         "switchlora": "strategies.switchlora:SwitchLoRA",
+        "s2-lora": "strategies.s2_lora:S2LoRA",
+        "eva-ranks": "strategies.eva_ranks:EVARanks",
+        "diffora-gates": "strategies.diffora_gates:DiffoRAGates",
     },
     "controls": {"hetlora": "strategies.hetlora:HetLoRA"},
     "starts": {

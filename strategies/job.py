@@ -99,7 +99,8 @@ class Job:
         """Return every factor of one layer, in the directions that the statistic gives and in those of the seed."""
         of_seed = {name: derived[name] for name in self.origin.from_seed if name in self.adapter.directions}
         given = {**of_seed, **self.origin.from_statistic(statistic, self.adapter.rank)}
-        return {**derived, **self.adapter.begin(given, derived)}
+        begun = self.adapter.begin(given, derived)
+        return {name: begun.get(name, tensor) for name, tensor in derived.items()}
 
     def trained_columns(self, state: ServerState, rank: int = 0) -> Chosen | None:
         """Return the columns that a site of this rank trains in the round after ``state``; None: all."""

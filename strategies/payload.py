@@ -34,9 +34,21 @@ def payload(
     """Return the bytes that travel down and up in a round over all layers of (out, in), in a format of ``FORMATS``."""
     down = up = 0
     for (out, into), times in Counter(layers).items():
-        both = (bytes_of(layout_of(state), precision) for state in travels(strategy, adapter, out, into))
-        down, up = (total + times * size for total, size in zip((down, up), both, strict=True))
+        once, each = (
+            [_bytes(state, adapter, precision, shared) for state in travels(strategy, adapter, out, into)]
+            for shared in (True, False)
+        )
+        down, up = down + once[0] + times * each[0], up + once[1] + times * each[1]
     return down, up
+
+
+def _bytes(state: AdapterState, adapter: Adapter, precision: str, shared: bool) -> int:
+    """Return the bytes of what the layers of a shape have in common, or of what each has."""
+    part = {
+        layer: {name: t for name, t in factors.items() if (name in adapter.traits.shared) == shared}
+        for layer, factors in state.items()
+    }
+    return bytes_of(layout_of(part), precision)
 
 
 def preset_adapter(strategy: type[Strategy], rank: int) -> Adapter:

@@ -33,9 +33,10 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 Figure = int | float | list[float] | None
 LIMITS = {
     # By issue 51: a private vote, libraries of adapters, starts at them, a mixture, and what is composed of them; what
-    # a run has learnt taught to another base model, and the vote of its texts.
-    "contrib lines, rows": 7820,
-    "contrib lines, tests": 8890,
+    # a run has learnt taught to another base model, and the vote of its texts; S2-LoRA's pair, EVA's ranks, DiffoRA's
+    # gates and Bone.
+    "contrib lines, rows": 8380,
+    "contrib lines, tests": 9220,
     "longest test file": 600,
     # 95 by issue 46, data.invalid-rows by issue 47, wire.precision by issue 48, named-sites and project by issue 49.
     # label-separator by issue 50: what is between a record's labels in a table; data.template: text around its columns.
@@ -65,7 +66,7 @@ LIMITS = {
     # medical sets and of the systems that are not built, a score's figures, evaluated.json, costs of rows,
     # label-separator, a task, generate's options, the template among pins, and rows of medical sets, by issue 50; five
     # commands on libraries, options of two starts, rows, transfer, votes.json and derived.json, by issue 51.
-    "lines of documents, made": 2514,
+    "lines of documents, made": 2536,
 }
 """The most that a figure may be, for those that have once been below it."""
 

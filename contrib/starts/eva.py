@@ -3,9 +3,12 @@
 Paischer, Hauzenberger et al.: Parameter Efficient Fine-tuning via Explained Variance Adaptation. Theirs takes them from
 the training records, without clip or noise; this one from public text at the server, so that it costs nothing. Moments
 are not centred unless ``start.centred`` is set: the mean input is a direction that gradients use (``experiments/log``,
-2026-11-26). Every layer has the run's rank: the paper's other half, ranks that are spread over layers by explained
-variance, is not built. Rows of A are as long as others', and gradients through them longer: ``adapter.alpha = 0``
-brings these to what they are with random rows.
+2026-11-26). Rows of A are as long as others', and gradients through them longer: ``adapter.alpha = 0`` brings these to
+what they are with random rows.
+
+The paper's other half spreads ranks: of all layers' directions those are taken that explain the largest shares of
+their layers' variance, ``start.mean-rank`` a layer on average and ``adapter.rank`` at most (the paper's r and ρ r). A
+has rows of 0 in place of the others, so that these change no weight; ``strategy = "eva-ranks"`` does not train them.
 
 What reaches a layer differs in its last bits from device to device, so A travels once. Layers that share an input
 share A.
@@ -13,16 +16,19 @@ share A.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Annotated, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from fedveil.common.adapters import Place
+from fedveil.common.adapters import Adapter, Place
 from fedveil.common.adapters.layers import layers_of
+from fedveil.common.check import NOT_NEGATIVE
+from fedveil.common.config.fields import Unit
 from fedveil.common.config.run import RunConfig
+from fedveil.common.errors import ConfigError
 from fedveil.common.messages.state import AdapterState, Factors
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.starts.base import Labels, seeded
@@ -40,6 +46,23 @@ class EVA(FromText):
 
     centred: bool = False
     """Whether the mean input is taken out, as in the paper."""
+    mean_rank: Annotated[int, NOT_NEGATIVE, Unit("directions")] = 0
+    """How many directions a layer has on average, spread over layers by explained variance, of which none gets more
+    than ``adapter.rank``; 0: every layer has ``adapter.rank``."""
+
+    def check(self, config: RunConfig, adapter: type[Adapter]) -> None:
+        """Refuse a mean rank above the largest one, and directions that are trained, which would leave 0 again."""
+        super().check(config, adapter)
+        if self.mean_rank > config.adapter.rank:
+            raise ConfigError(
+                f"start.mean-rank is {self.mean_rank}, and no layer has more than adapter.rank, {config.adapter.rank}: "
+                "raise adapter.rank, as to twice the mean"
+            )
+        if self.mean_rank and "A" in adapter.trained:
+            raise ConfigError(
+                f"start.mean-rank leaves rows of A at 0, and the adapter {adapter.name!r} trains A: set adapter.name "
+                "to 'lora-frozen-a', or start.mean-rank to 0"
+            )
 
     def factors(self, place: Place, wanted: Collection[str]) -> Factors:
         """Return orthonormal directions, which hold until the moments are there."""
@@ -47,14 +70,41 @@ class EVA(FromText):
 
     def from_public(self, model: FederatedModel, config: RunConfig, labels: Labels) -> AdapterState:
         """Return the moments of the text's tokens, each text passed by itself."""
-        del config, labels
-        return input_moments(model, self.texts(model))
+        del labels
+        moments = input_moments(model, self.texts(model))
+        if not self.mean_rank:
+            return moments
+        variances = {layer: torch.linalg.eigvalsh(self._covariance(held)).flip(0) for layer, held in moments.items()}
+        ranks = spread_ranks(variances, self.mean_rank, config.adapter.rank)
+        return {layer: {**held, "rank": torch.tensor([float(ranks[layer])])} for layer, held in moments.items()}
 
     def from_statistic(self, statistic: Factors, rank: int) -> Factors:
-        """Return A from an eigendecomposition in float64, signs fixed."""
-        moment, mean = statistic["M"], statistic["m"]
-        covariance = moment - torch.outer(mean, mean) if self.centred else moment
-        return {"A": leading_rows(covariance, rank).float()}
+        """Return A from an eigendecomposition in float64, signs fixed, with rows of 0 from the layer's rank on."""
+        A = leading_rows(self._covariance(statistic), rank).float()
+        own = int(statistic["rank"]) if "rank" in statistic else rank
+        return {"A": A * (torch.arange(rank) < own)[:, None]}
+
+    def _covariance(self, moments: Factors) -> Tensor:
+        return moments["M"] - torch.outer(moments["m"], moments["m"]) if self.centred else moments["M"]
+
+
+def spread_ranks(variances: Mapping[str, Tensor], mean: int, most: int) -> dict[str, int]:
+    """Return how many directions each layer gets: those of the largest shares of their layer's variance, over all.
+
+    Args:
+        variances: of each layer along its directions, the largest first.
+        mean: directions of a layer on average.
+        most: of one layer.
+
+    >>> spread_ranks({"one": torch.tensor([8.0, 1, 1]), "other": torch.tensor([4.0, 3, 3])}, 1, 2)
+    {'one': 1, 'other': 1}
+    """
+    shares = {layer: (values / values.sum())[:most].tolist() for layer, values in variances.items()}
+    every = [(-share, layer) for layer, own in shares.items() for share in own]
+    ranks = dict.fromkeys(variances, 0)
+    for _, layer in sorted(every)[: mean * len(variances)]:
+        ranks[layer] += 1
+    return ranks
 
 
 @torch.no_grad()

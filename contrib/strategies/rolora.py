@@ -15,19 +15,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
-from fedveil.common.messages.columns import Chosen, columns_of
-from fedveil.common.messages.state import AdapterState
-from fedveil.strategies.average import Average
+from fedveil.contrib.strategies.turns import Turns
 from fedveil.strategies.base import Facts, Takes
-
-TURNS = (("B",), ("A",))
-"""The factors of odd rounds, and of even ones."""
 
 
 @dataclass(frozen=True)
-class RoLoRA(Average):
+class RoLoRA(Turns):
     """Sites train B in odd rounds and A in even ones; the server averages what was trained."""
 
     name: ClassVar[str] = "rolora"
@@ -37,8 +30,4 @@ class RoLoRA(Average):
         exact="always",
     )
     adapters: ClassVar[Takes] = Takes("lora", trains=("A", "B"))
-
-    def trained_columns(self, received: AdapterState, round_number: int, rank: int) -> Chosen:
-        """Return all of B in odd rounds, all of A in even ones."""
-        del rank
-        return columns_of(received, dict.fromkeys(TURNS[(round_number + 1) % 2], torch.arange))
+    order: ClassVar[tuple[str, ...]] = ("B", "A")

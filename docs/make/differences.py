@@ -51,6 +51,10 @@ DIFFERENCES: Mapping[str, tuple[str, str]] = {
         "Jiang et al. 2025",
         "another method: layers are chosen once after a warm-up by that score, without the paper's relaxation",
     ),
+    "DiffoRA, its gates in turn": (
+        "Jiang et al. 2025",
+        "from the abstract; gates and factors see the same examples; a gate is kept within 0 and 1 at the server",
+    ),
     "SwitchLoRA": ("Zhou et al. 2024", "a window of columns moves with the round; the base is never rewritten"),
     "SoRA, and the rank selection of CoDyRA": (
         "Ding et al. 2023; Lu et al. 2024",
@@ -70,10 +74,17 @@ DIFFERENCES: Mapping[str, tuple[str, str]] = {
         "nothing: at rank = width A is I and B the weight's change; only layers that are as wide as they are high",
     ),
     "MiSS mini": ("Kang, Yin 2024", "a square matrix between shards of inputs and outputs is trained"),
-    "Bone: block affine, later called bat": ("Kang, Yin 2024", "not built"),
+    "Bone: block affine, later called bat": (
+        "Kang, Yin 2024",
+        "blocks are of the largest size up to the rank that divides a layer; PEFT's form where all have it",
+    ),
     "EVA from public text, ranks not spread": (
         "Paischer et al. 2024",
         "directions come from public text, uncentred; all layers have one rank",
+    ),
+    "EVA from public text, ranks spread": (
+        "Paischer et al. 2024",
+        "directions come from public text, uncentred; the mean rank and the largest are settings",
     ),
     "EVA, paid for, ranks not spread": (
         "Paischer et al. 2024",
@@ -89,6 +100,10 @@ DIFFERENCES: Mapping[str, tuple[str, str]] = {
     "LoLDU": ("arXiv 2410.13618", "vectors have length 1; the base is never rewritten; the scale is not trained"),
     "Singular values alone, LoLDU's control": ("none", "a control"),
     "S2-LoRA": ("S2-LoRA", "the shared pair is random and frozen; the threshold follows from the noise"),
+    "S2-LoRA, the pair trained in turn": (
+        "S2-LoRA",
+        "the equation was not to be read: the form follows from the number of its parameters; factors take turns",
+    ),
     "SALT": (
         "code of BioMedIA-MBZUAI",
         "one number for scale and shift; no ReLU; one factor frozen; one rank for both parts; no segmentation",

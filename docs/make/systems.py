@@ -92,6 +92,7 @@ SYSTEMS: tuple[System, ...] = (
     System("FlyLoRA", {"strategy": "flylora", "adapter.start": "sparse"}),
     System("IncreLoRA", {"strategy": "increlora"}),
     System("DiffoRA", {"strategy": "diffora"}),
+    System("DiffoRA, its gates in turn", {"strategy": "diffora-gates"}),
     System("SwitchLoRA", {"strategy": "switchlora"}),
     System(
         "SoRA, and the rank selection of CoDyRA",
@@ -142,15 +143,16 @@ SYSTEMS: tuple[System, ...] = (
         file="full-square",
     ),
     System("MiSS mini", {"strategy": "fed-sb", "adapter.start": "shards"}),
-    System(
-        "Bone: block affine, later called bat",
-        instead="not built: blocks of W0 multiply what is trained, (W_ij + I) D_i, so it has full rank, no form as "
-        "LoRA and no export but its own, and it sees no more of a gradient than random directions do",
-    ),
+    System("Bone: block affine, later called bat", {"strategy": "fedavg-lora", "adapter.name": "bone"}),
     System(
         "EVA from public text, ranks not spread",
         {"strategy": "ffa-lora", "adapter.start": "eva", "adapter.alpha": 0.0},
         file="eva",
+    ),
+    System(
+        "EVA from public text, ranks spread",
+        {"strategy": "eva-ranks", "adapter.start": "eva", "start.mean-rank": 3, "adapter.alpha": 0.0},
+        file="eva-ranks",
     ),
     System(
         "EVA, paid for, ranks not spread",
@@ -216,6 +218,7 @@ SYSTEMS: tuple[System, ...] = (
         },
         file="s2-lora",
     ),
+    System("S2-LoRA, the pair trained in turn", {"strategy": "s2-lora", "s2-lora.threshold": 0.001}),
     System(
         "SALT",
         {"strategy": "fedavg-lora", "adapter.name": "salt", "adapter.start": "svd-of-weights"},

@@ -55,12 +55,14 @@ from fedveil.privacy.randomness import stream
 pytestmark = pytest.mark.peft
 
 each_family = pytest.mark.parametrize("family", FAMILIES)
-each_adapter = pytest.mark.parametrize("name", WITH_FACTORS)
-SEEDED = [name for name, adapter in ADAPTERS.items() if adapter.directions]
+OF_LAYERS = [name for name in WITH_FACTORS if not ADAPTERS[name].traits.shared]
+"""Those of which each layer has all factors: of the others ``contrib`` has tests."""
+each_adapter = pytest.mark.parametrize("name", OF_LAYERS)
+SEEDED = [name for name in OF_LAYERS if ADAPTERS[name].directions]
 """The adapters that ask a start for directions."""
 each_adapter_once, each_seeded_once = (
     pytest.mark.parametrize(("name", "family"), [(name, FAMILIES[i % 3]) for i, name in enumerate(names)])
-    for names in (WITH_FACTORS, SEEDED)
+    for names in (OF_LAYERS, SEEDED)
 )
 """Each with one family, for what is said of no layer's shape or order."""
 
@@ -241,7 +243,7 @@ def test_delta_is_what_the_adapter_adds_to_the_layers_weight(model_folder: Folde
 
 
 @pytest.mark.parametrize(
-    ("name", "family"), [(n, FAMILIES[i % 3]) for i, n in enumerate(ADAPTERS) if issubclass(ADAPTERS[n], LowRank)]
+    ("name", "family"), [(n, FAMILIES[i % 3]) for i, n in enumerate(OF_LAYERS) if issubclass(ADAPTERS[n], LowRank)]
 )
 def test_as_lora_is_the_same_change_as_delta(model_folder: Folder, name: str, family: str) -> None:
     adapter, model = attached(model_folder(family), name, family)
