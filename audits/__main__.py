@@ -36,6 +36,8 @@ from audits.step_canaries import audit_steps, audited
 from audits.summed import audit_sums
 from audits.tiny_models import save_tiny_model
 from audits.tiny_site import tiny_run
+from audits.unfolded import FAULTS as UNFOLDED
+from audits.unfolded import audit_unfolding, compared
 from audits.vectors import audit_vectors
 from audits.votes import BY_NEIGHBOURS, COUNTED_TWICE, audit_votes
 from audits.whole_sites import audit_whole_sites
@@ -67,6 +69,8 @@ def noise_and_sensitivity(folder: Path) -> list[Finding]:
         cast = (SOUND, COUNTED_TWICE, BY_NEIGHBOURS)
         seen += [audit_votes(world, fault) for fault in cast]
         seen += [audit_persons(world, fault) for fault in (SOUND, faults.ROW_CLIPPED, faults.PERSON_DIVIDED)]
+    decoder = compared(world_of(folder / "unfolded", "llama", "lora", "frozen"))
+    seen += [audit_unfolding(decoder, fault) for fault in (SOUND, *UNFOLDED)]
     several = several_world(save_tiny_model("bert", folder / "several"))
     means = (SOUND, EACH_CLIPPED, LABEL_CLIPPED)
     seen += [audit_class_means(several.model, several.records, fault) for fault in means]

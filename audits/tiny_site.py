@@ -119,10 +119,11 @@ def clinic(settings: dict[str, Any], folder: Path, records: int = 40, seed: int 
 
 def pins(settings: dict[str, Any]) -> dict[str, Any]:
     """Return a policy's keys that let a site's own records into a run of ``settings``, whatever it has and costs."""
-    config = configure(settings).config
+    job = configure(settings)
+    config = job.config
     models = models_of(config.model.name, _fingerprint(config.model.name, config.model.task))
     budget = {"epsilon": AMPLE, "delta": config.privacy.delta}
-    return {**pins_of_job(config), **budget, "models": models, "mechanisms": mechanisms_of_job(config)}
+    return {**pins_of_job(job), **budget, "models": models, "mechanisms": mechanisms_of_job(config)}
 
 
 @lru_cache

@@ -135,11 +135,12 @@ def _columns(stamps: list[list[float]]) -> list[list[float]]:
 
 
 def made_site(folder: Path, name: str, server: ServerFolder, port: int, settings: dict[str, Any]) -> SiteFolder:
-    data, config = write_reviews(folder / f"{name}.csv", 40, len(name)), configure(settings).config
+    data, job = write_reviews(folder / f"{name}.csv", 40, len(name)), configure(settings)
+    config = job.config
     fingerprint = load_base_model(config.model.name, config.model.task).pin
     return make_site(
         *(folder / name, name, server.fleet.replace("0.0.0.0", "127.0.0.1")),
-        policy=policy_text(name, 50, 50.0, 1e-3, pins_of_job(config), models_of(config.model.name, fingerprint)),
+        policy=policy_text(name, 50, 50.0, 1e-3, pins_of_job(job), models_of(config.model.name, fingerprint)),
         node=f'data="{data}"',
         authority=server.path / "ca.crt",
         runtime_port=port,

@@ -17,7 +17,7 @@ from fedveil.common.config.text import toml_value
 from fedveil.common.docstrings import fields_said
 from fedveil.common.errors import ConfigError
 from fedveil.common.starts import STARTS
-from fedveil.common.tasks import roles_of_all
+from fedveil.common.tasks import TASKS, roles_of_all
 from fedveil.strategies import ROWS
 from fedveil.strategies.options import (
     EMPTY,
@@ -73,14 +73,16 @@ _OF_OPTIONS = (
 
 def _named(row: type[Any]) -> dict[str, Scalar]:
     """Return settings that name a row."""
-    tables: Mapping[str, Mapping[str, Any]] = {"adapter.start": STARTS, "strategy": ROWS, "server.rule": RULES}
+    tables: dict[str, Mapping[str, Any]] = {"adapter.start": STARTS, "strategy": ROWS, "server.rule": RULES}
+    tables |= {"model.task": {name: type(task) for name, task in TASKS.items()}}
     return {key: row.name for key, table in tables.items() if row.name in table and table[row.name] is row}
 
 
 def options_of(row: type[Any]) -> Iterator[Setting]:
     """Yield the options of a row, as settings of a run that names it."""
     named = _named(row)
-    for option in _of_section(row, START if "adapter.start" in named else f"{row.name}.", named):
+    prefix = START if "adapter.start" in named else row.prefix if "model.task" in named else f"{row.name}."
+    for option in _of_section(row, prefix, named):
         yield dataclasses.replace(option, owners=(row.name,))
 
 

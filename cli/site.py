@@ -10,6 +10,7 @@ import typer
 from fedveil.cli.column_options import with_columns
 from fedveil.cli.errors import Commands, for_people
 from fedveil.cli.table_options import labels_said
+from fedveil.common.config.flat import Scalar
 from fedveil.common.errors import ConfigError
 from fedveil.common.files import expanded
 
@@ -51,7 +52,7 @@ def site_init(
     node: Annotated[str, typer.Option(help="More node settings, such as 'partition-id=0 num-partitions=2'.")] = "",
     task: Annotated[str, typer.Option(help="What the records are for, as the setting model.task.")] = "classification",
     *,
-    columns: dict[str, str],
+    columns: dict[str, Scalar],
     labels: Labels = None,
     max_length: MaxLength = 128,
     model: Annotated[
@@ -114,7 +115,7 @@ def site_pin(
     folder: Annotated[Path, typer.Argument(help="The site's folder, or a policy file, which is made if need be.")],
     task: Annotated[str, typer.Option(help="What the records are for, as model.task; at first, classification.")] = "",
     *,
-    columns: dict[str, str],
+    columns: dict[str, Scalar],
     labels: Labels = None,
     max_length: Annotated[int, typer.Option(min=0, help="Most tokens of a record; at first, 128.")] = 0,
     epsilon: Annotated[float, typer.Option(min=0, help="Budget of the data set, over all runs; at first, 8.")] = 0.0,

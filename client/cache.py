@@ -21,6 +21,7 @@ from fedveil.client.prefixes import Prefixes
 from fedveil.client.site import Site, forget_readings
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.tasks import Record
+from fedveil.common.tasks.base import KEPT
 from fedveil.common.tasks.examples import Dataset
 from fedveil.common.tasks.featured import FEATURES
 from fedveil.strategies.job import Job
@@ -93,7 +94,7 @@ class RecordCache:
         Records that are as they were read stay: to tokenise them again before a round is paid for would show in time.
         """
         known = self.records.get(site)
-        if known and any(FEATURES in record for record in known.records or ()):
+        if known and any(FEATURES in record or KEPT in record for record in known.records or ()):
             self.records[site] = replace(known, records=None)
         forget_records(self.vectors, site)
         self.prefixes.forget_site(site)

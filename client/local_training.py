@@ -25,6 +25,7 @@ from fedveil.client.optimizers import build_optimizer, set_learning_rate
 from fedveil.client.outgoing import own_words
 from fedveil.client.prefixes import pays
 from fedveil.client.site import Site
+from fedveil.client.unfolding import unfolded
 from fedveil.common.errors import MechanismError, ProtocolError
 from fedveil.common.log import about
 from fedveil.common.messages.columns import Chosen, check_chosen, narrowed
@@ -39,6 +40,7 @@ from fedveil.common.model.sharing import Share, unshared
 from fedveil.common.starts import PaidStart, UnpaidStart
 from fedveil.common.starts.gradient import BATCH_TOKENS
 from fedveil.common.tasks import Record
+from fedveil.common.tasks.base import unfolds
 from fedveil.privacy.dpsgd import PrivateSteps
 from fedveil.privacy.plan import Plan, PrivacyPlan
 from fedveil.privacy.randomness import stream
@@ -271,6 +273,7 @@ def _take_steps(records: Sequence[Record], this: _Round, before_pass: Callable[[
     with _kept(this), _trainable(records, this, before_pass) as (inputs, trained):
         optimizer = build_optimizer(trained, config, job.config.site_head_rate)
         batches = this.plan.batches(model, inputs, stream(job.config.seed, "batches", this.site.name), first)
+        coins = this.plan.coins(stream(job.config.seed, "coins", this.site.name, first))
         with _shared(this) as share, this.plan.steps(model, optimizer, before_pass) as steps:
             if isinstance(steps, PrivateSteps):
                 steps.share = share
@@ -278,13 +281,18 @@ def _take_steps(records: Sequence[Record], this: _Round, before_pass: Callable[[
                 before_pass()  # steps that draw no record have no pass, and take their noise's time all the same
                 set_learning_rate(optimizer, job.config.site_rate(this.task.round_number, step))
                 batch = [inputs[i] for i in next(batches)]
-                steps.step(this.plan.parts(model, batch), model.losses)
+                if unfolds(model.task):
+                    rows = unfolded(model, batch, coins, before_pass, hides=hides_failures(job))
+                    steps.step(this.plan.rows(model, rows, len(batch)), model.losses)
+                else:
+                    steps.step(this.plan.parts(model, batch), model.losses)
             return steps.words
 
 
 def _kept(this: _Round) -> AbstractContextManager[None]:
     """Return the context in which what leaves the layers below the adapter is kept, where records pass again."""
-    if not isinstance(this.plan, PrivacyPlan) or this.plan.unit.grouped or not pays(this.job):
+    grouped = isinstance(this.plan, PrivacyPlan) and (this.plan.unit.grouped or unfolds(this.model.task))
+    if not isinstance(this.plan, PrivacyPlan) or grouped or not pays(this.job):
         return nullcontext()
     return this.model.keeping.opened(this.model, this.site.name, this.task.run)
 
@@ -293,7 +301,8 @@ def _kept(this: _Round) -> AbstractContextManager[None]:
 def _shared(this: _Round) -> Iterator[Share]:
     """Yield what shares the passes of a round's steps: those through the model that a sum without order is made of."""
     inputs = this.job.config.timeline.at(this.task.round_number).inputs
-    if this.model.head_only or inputs != "examples" or not isinstance(this.plan, PrivacyPlan):
+    alone = this.model.head_only or inputs != "examples" or unfolds(this.model.task)
+    if alone or not isinstance(this.plan, PrivacyPlan):
         yield unshared
         return
     with this.model.many_passes(), this.model.sharing.opened(this.model, "sums", this.plan) as share:

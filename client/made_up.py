@@ -7,15 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fedveil.client.unfolding import rows_of
 from fedveil.common.adapters.base import parameters_of
+from fedveil.common.errors import MechanismError
 from fedveil.common.messages.state import METRIC
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.tasks import Record
+from fedveil.common.tasks.base import WEIGHT, unfolds
 from fedveil.common.tasks.featured import Collator
 from fedveil.privacy.randomness import stream
 
@@ -23,10 +27,39 @@ AWAY = 0.05
 """Standard deviation of the factors while a model rehearses."""
 
 
-def inventor(model: FederatedModel, collator: Collator) -> Callable[[int, int], Record]:
+def whole_inventor(model: FederatedModel, collator: Collator) -> Callable[[int, int], Record]:
     """Return what makes up a record of a number of tokens; a second number picks what it holds and its label."""
     made_up, classes = collator.inventor(model.base, model.max_length), max(1, model.classes)
     return lambda length, number: made_up(length, number, number % classes)
+
+
+def inventor(model: FederatedModel, collator: Collator) -> Callable[[int, int], Record]:
+    """Return what makes up what passes: a record, or of a task that unfolds them the largest row of one, unweighted.
+
+    Arguments as in ``whole_inventor``. Few are unfolded: of the greatest sizes of the shapes, or below.
+    """
+    invent = whole_inventor(model, collator)
+    if not unfolds(model.task):
+        return invent
+
+    @lru_cache(maxsize=256)
+    def row(length: int, number: int) -> Record:
+        rows = made_up_rows(model, invent(length, number))
+        if not rows:
+            raise MechanismError("a made-up record has no row: nothing of it can be rehearsed")
+        return {key: value for key, value in max(rows, key=model.task.size).items() if key != WEIGHT}
+
+    def of_grid(length: int, number: int) -> Record:
+        fitting = [size - 1 for size in model.shapes.lengths if size - 1 <= length]
+        return row(max(fitting, default=length), number % 2)
+
+    return of_grid
+
+
+def made_up_rows(model: FederatedModel, record: Record) -> list[Record]:
+    """Return the rows of a made-up record, unfolded by coins of no one's."""
+    draw = stream(0, "rehearsal", "coins")
+    return rows_of(model, record, lambda count: torch.rand(count, generator=draw, dtype=torch.float64))
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """Pins: the one question that a site's records answer, in the steward's own words.
 
 A server that names the columns, the labels or their order asks about records with every job: what it sends back
-follows from them, and so does what fails. So a policy pins the kind of task, each column that the task reads
-(``common.tasks.roles``), the labels and the longest length, and a job that asks for anything else is refused before a
-record is read. Records that belong to no one, those of a data set that FedVeil names, need no pins.
+follows from them, and so does what fails. So a policy pins the kind of task with its options, each column that the
+task reads (``common.tasks.roles``), the labels and the longest length, and a job that asks for anything else is
+refused before a record is read. Records that belong to no one, those of a data set that FedVeil names, need no pins.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fedveil.common.check import not_negative, one_of
-from fedveil.common.config.flat import Columns
+from fedveil.common.config.flat import Columns, options_of
 from fedveil.common.config.run import RunConfig
 from fedveil.common.config.sections import ModelConfig
 from fedveil.common.data.sources import known_labels
 from fedveil.common.errors import ConfigError, PolicyRefusal
 from fedveil.common.labels import labels_of, labels_text
-from fedveil.common.tasks import TASKS, roles_of_all
+from fedveil.common.tasks import TASKS, Task, roles_of_all
 
 if TYPE_CHECKING:
     from fedveil.client.policy import Policy
@@ -27,18 +27,19 @@ LABELS, MAX_LENGTH, TASK = "labels", "max-length", "task"
 
 def pin_keys() -> tuple[str, ...]:
     """Return the keys of all pins that a policy can have, in the order in which they are written."""
-    return (TASK, *(role.setting for role in roles_of_all()), LABELS, MAX_LENGTH)
+    options = (key for task in TASKS.values() for key in options_of(task))
+    return (TASK, *(role.setting for role in roles_of_all()), LABELS, *options, MAX_LENGTH)
 
 
 def unpinned_columns() -> Columns:
-    """Return the columns of a policy that pins none."""
-    return Columns({role.setting: "" for role in roles_of_all()})
+    """Return the columns, and the options of tasks, of a policy that pins none."""
+    return Columns({key: "" for key in pin_keys() if key not in (TASK, LABELS, MAX_LENGTH)})
 
 
 def keys_of(task: str) -> tuple[str, ...]:
     """Return the pins of a kind of task."""
     labels = (LABELS,) if TASKS[task].labelled else ()
-    return (TASK, *(role.setting for role in TASKS[task].roles), *labels, MAX_LENGTH)
+    return (TASK, *(role.setting for role in TASKS[task].roles), *labels, *options_of(TASKS[task]), MAX_LENGTH)
 
 
 def check_whole(policy: Policy) -> None:
@@ -51,6 +52,7 @@ def check_whole(policy: Policy) -> None:
         raise ConfigError(f"{set_here[0]} is pinned, but task is not: name the kind of task, {' or '.join(TASKS)}")
     one_of(TASKS, task=policy.task)
     optional = {role.setting for role in TASKS[policy.task].roles if role.optional}
+    optional |= {key for key, usual in options_of(TASKS[policy.task]).items() if usual == ""}
     lacking = [key for key in keys_of(policy.task) if key not in (*set_here, *optional)]
     if lacking:
         raise ConfigError(f"task is pinned, but {', '.join(lacking)} is not: a policy pins all that a task reads")
@@ -62,12 +64,13 @@ def check_whole(policy: Policy) -> None:
         raise ConfigError(f"labels are {', '.join(labels)}: name at least 2 different ones, in the job's order")
 
 
-def check_pins(policy: Policy, config: RunConfig, *, private: bool, place: str = "POLICY") -> None:
+def check_pins(policy: Policy, config: RunConfig, task: Task, *, private: bool, place: str = "POLICY") -> None:
     """Raise PolicyRefusal unless the run asks exactly what the policy pins.
 
     Args:
         policy: the steward's rules.
         config: the run.
+        task: the run's, with its options.
         private: whether the records are anybody's. Then a policy without pins refuses every run.
         place: what the steward's command is to change, for the message.
     """
@@ -76,10 +79,12 @@ def check_pins(policy: Policy, config: RunConfig, *, private: bool, place: str =
             raise PolicyRefusal(unpinned(place))
         return
     _same(TASK, policy.task, "model.task", config.model.task)
-    for role in TASKS[policy.task].roles:
+    for role in task.roles:
         own, asked = _own(policy, role.setting), config.data.columns[role.setting]
         _same(role.setting, own, f"data.{role.setting}", asked)
-    if TASKS[policy.task].labelled:
+    for key, asked in options_of(task).items():
+        _same(key, _own(policy, key), key, str(asked))
+    if task.labelled:
         _same(LABELS, labels_text(_labels(policy)), "data.labels", labels_text(known_labels(config.data)))
     if config.model.max_length > policy.max_length:
         raise refusal(MAX_LENGTH, policy.max_length, f"model.max-length = {config.model.max_length}")

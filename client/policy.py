@@ -105,7 +105,8 @@ class Policy:
     """Kind of task that the records are for. This and the keys up to ``max_length`` are the pins: see
     ``client.pins``."""
     columns: Columns = field(default_factory=unpinned_columns)
-    """Columns that the task reads, each by the key that a job has under ``data.``; empty: no such column is read."""
+    """Columns that the task reads, each by the key that a job has under ``data.``; empty: no such column is read. Of a
+    task with options also these, each by a job's own key."""
     labels: str = ""
     """All labels in the job's order."""
     max_length: int = 0
@@ -170,7 +171,7 @@ class Policy:
             place: where the policy is, for the command in the message.
         """
         config = job.config
-        check_pins(self, config, private=private, place=place)
+        check_pins(self, config, job.task, private=private, place=place)
         self.check_mechanism(job.mechanism)
         # Where the server is trusted, the site's budget, which is of its own unit, pays for nothing.
         if job.mechanism.charged:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from fedveil.client.pins import LABELS
 from fedveil.client.policy import Policy
 from fedveil.client.policy_values import names_in
-from fedveil.common.config.flat import Scalar, from_section
+from fedveil.common.config.flat import Scalar, from_section, options_of, typed
 from fedveil.common.errors import ConfigError
 from fedveil.common.labels import labels_text
+from fedveil.common.tasks import TASKS
 from fedveil.common.toml import toml_of
 
 LISTS = ("strategies", "head-policies", "votes", "models", "projects", "bundles", "mechanisms", LABELS)
@@ -42,9 +44,26 @@ def parse_policy(text: str, path: Path | str) -> Policy:
         )
         raise ConfigError(f"the policy {path} cannot be read: {reason}") from error
     try:
-        return from_section(Policy, {key: _flat(key, value) for key, value in values.items()}, "")
+        return from_section(Policy, {key: _flat(key, value) for key, value in with_options(values).items()}, "")
     except ConfigError as error:
         raise ConfigError(f"the policy {path}: {error}") from error
+
+
+def with_options(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a policy file's values, an option of a task as a text under its dotted key.
+
+    Raises:
+        ConfigError: an option is of another type than its task declares.
+    """
+    declared = {key: value for task in TASKS.values() for key, value in options_of(task).items()}
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        of_task = isinstance(value, Mapping) and any(key.startswith(f"{name}.") for key in declared)
+        inner = {f"{name}.{key}": own for key, own in value.items()} if of_task else {name: value}
+        flat |= {
+            key: str(typed(key, own, type(declared[key]))) if key in declared else own for key, own in inner.items()
+        }
+    return flat
 
 
 def _flat(key: str, value: object) -> Scalar:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from fedveil.client.comparison import ComparedSteps, FeatureSteps, LossSteps, check_own
 from fedveil.client.exact_shapes import settle_shapes
 from fedveil.client.kept_prefixes import settle_prefix
-from fedveil.client.made_up import AWAY, away_from_zero, in_float32, inventor
+from fedveil.client.made_up import AWAY, away_from_zero, in_float32, inventor, made_up_rows, whole_inventor
 from fedveil.client.timing import Timing
 from fedveil.common.errors import MechanismError, ModelError
 from fedveil.common.messages.columns import Chosen
@@ -45,6 +45,7 @@ from fedveil.common.model.shapes import FixedBatch, Shapes
 from fedveil.common.starts import PaidStart
 from fedveil.common.starts.gradient import initial_shapes
 from fedveil.common.tasks import Record
+from fedveil.common.tasks.base import unfolds
 from fedveil.privacy.dpsgd import PrivateSteps
 from fedveil.privacy.entropy import rehearsal_entropy
 from fedveil.privacy.plan import gaussian_plan
@@ -121,7 +122,7 @@ class _Rehearsal:
         self.model = model
         self.trained = [p for p in model.module.parameters() if p.requires_grad]
         self.layers = {id(p): _layer_of(name) for name, p in model.module.named_parameters()}
-        self.invent = inventor(model, model.collator)
+        self.invent, self.whole = inventor(model, model.collator), whole_inventor(model, model.collator)
         self.seconds: dict[int, float] = {}
         numbers = sum(p.numel() for p in model.base.module.parameters())
         self.small = numbers < FEW
@@ -242,13 +243,18 @@ class _Rehearsal:
             began = time.monotonic()
             steps.release([], self.model.losses)
             empty = time.monotonic() - began
+        longest = self.whole(self.shapes.longest, 1)
         began = time.monotonic()
-        self.model.score([self.invent(self.shapes.longest, 1)])
+        self.model.score([longest])
         score = time.monotonic() - began
         rows = {length: self.shapes.rows_of(length) for length in self.seconds}
         clip = max(0.0, self.clipped[0] - empty) / self.clipped[1]
         passes = {length: seconds + rows[length] * clip for length, seconds in self.seconds.items()}
-        return Timing(passes, rows, empty, score)
+        if not unfolds(self.model.task):
+            return Timing(passes, rows, empty, score)
+        began = time.monotonic()
+        unfolded = len(made_up_rows(self.model, longest))
+        return Timing(passes, rows, empty, score, time.monotonic() - began, unfolded)
 
     def steps(self) -> AbstractContextManager[ComparedSteps]:
         return PrivateSteps(self.model.module, torch.optim.SGD(self.trained, lr=0.0), _PLAN)
@@ -275,7 +281,7 @@ class _OfFeatures(_Rehearsal):
         super().__init__(model)
         self.trained = [nn.Parameter(torch.zeros(0))]  # stands for them: nothing below the head has a gradient
         self.layers = {id(self.trained[0]): "features"}
-        self.invent = inventor(model, model.task)
+        self.invent = self.whole = whole_inventor(model, model.task)
 
     @property
     def shapes(self) -> Shapes:

@@ -30,6 +30,7 @@ from fedveil.common.config.phases import Inputs
 from fedveil.common.messages.round import TrainTask
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.starts import PaidStart
+from fedveil.common.tasks.base import unfolds
 from fedveil.privacy.together import units_at_once
 from fedveil.strategies.job import Job
 
@@ -187,7 +188,7 @@ def inputs_of(job: Job, model: FederatedModel, number: int) -> Inputs:
 
 def fewest_at_once(job: Job, model: FederatedModel, start: PaidStart | None) -> int:
     """Return how many units of several rows a step passes together at least, by what it trains."""
-    if not job.unit.grouped:
+    if not job.unit.grouped and not unfolds(model.task):
         return sys.maxsize
     with start.opened(model) if start else nullcontext():
         return units_at_once(sum(p.numel() for p in model.module.parameters() if p.requires_grad))

@@ -35,6 +35,10 @@ class Timing:
     """Of a step on no record: its noise."""
     score: float
     """Of scoring one record of the greatest length."""
+    unfold: float = 0.0
+    """Of unfolding one (``Task.unfold``)."""
+    unfolded: int = 1
+    """Rows of an unfolded one."""
 
     def worst(self, steps: int, batch: float, scored: int, each: int = 1, at_once: int = sys.maxsize) -> float:
         """Return the seconds of a round that draws the most records, of the slowest lengths, with its ``reserve``.
@@ -50,11 +54,12 @@ class Timing:
             at_once: most units whose records pass together.
         """
         units = most_drawn(batch)
-        most = each * units
+        most = each * units * self.unfolded
         begun = math.ceil(units / at_once) * sum(sorted(self.passes.values())[-most:])
         rows = (most - 1) * max(seconds / self.rows[length] for length, seconds in self.passes.items())
-        return steps * (begun + rows + self.empty) + scored * self.score + self.reserve(steps)
+        unfold = each * units * self.unfold
+        return steps * (unfold + begun + rows + self.empty) + scored * self.score + self.reserve(steps)
 
     def reserve(self, steps: int) -> float:
         """Return the seconds from a pass that may be begun to an answer of noise: the pass, its step's noise, all."""
-        return max(self.passes.values()) + (steps + 1) * self.empty
+        return max(self.unfold, *self.passes.values()) + (steps + 1) * self.empty

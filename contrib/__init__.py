@@ -75,6 +75,7 @@ ROWS: Mapping[str, Mapping[str, str]] = {
         "compose": "library.command:compose",
         "transfer": "transfer.command:transfer",
     },
+    "tasks": {},
     "trackers": {
         "tensorboard": "trackers.tensorboard:TensorBoard",
         "mlflow": "trackers.mlflow:MLflow",

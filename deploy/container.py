@@ -106,7 +106,7 @@ def _policy(
         site,
         0,
         *budget,
-        pins_of_job(config),
+        pins_of_job(job),
         models_of(config.model.name, fingerprint),
         list(dict.fromkeys([*mechanisms_of_job(config), *named])),
         config.data.person if config.privacy.unit == PERSON.name else "",

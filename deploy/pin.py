@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fedveil.common.config.flat import Scalar
 from fedveil.common.config.sections import ModelConfig
 from fedveil.common.config.text import toml_value
 from fedveil.common.errors import ConfigError, DataError
@@ -26,7 +27,7 @@ LABEL, MODEL = "each of labels", "each of models"
 MODELS = "models"
 
 
-def changed_pins(path: Path, task: str, columns: Mapping[str, str], labels: str, max_length: int) -> Pins:
+def changed_pins(path: Path, task: str, columns: Mapping[str, Scalar], labels: str, max_length: int) -> Pins:
     """Return the pins of a policy file with the given ones in place of its own, and a job's defaults for the rest.
 
     Args:
@@ -41,7 +42,11 @@ def changed_pins(path: Path, task: str, columns: Mapping[str, str], labels: str,
     policy = _read(path)
     task = task or _value_of(path, policy, TASK, str, ModelConfig().task)
     read = [key for key in policy if task in TASKS and key in keys_of(task) and key not in columns]
-    own = {key: _value_of(path, policy, key, str, "") for key in read if key not in (TASK, LABELS, MAX_LENGTH)}
+    own: dict[str, Scalar] = {
+        key: policy[key] if "." in key else _value_of(path, policy, key, str, "")
+        for key in read
+        if key not in (TASK, LABELS, MAX_LENGTH)
+    }
     if not labels and LABELS in read:
         texts = _value_of(path, policy, LABELS, list, [])
         labels = labels_text(_value_of(path, {LABEL: text}, LABEL, str, "") for text in texts)
@@ -69,9 +74,17 @@ def changed_models(path: Path, name: str, fingerprint: str) -> list[str]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return toml_of(path.read_text(encoding="utf-8-sig")) if path.exists() else {}
+        return _flat_toml(path.read_text(encoding="utf-8-sig")) if path.exists() else {}
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise DataError(f"cannot change {path}: {' '.join(str(error).split())}") from error
+
+
+def _flat_toml(text: str) -> dict[str, Any]:
+    """Return the values of a policy's text; those of a section, as a task's options are, under dotted keys."""
+    flat: dict[str, Any] = {}
+    for name, value in toml_of(text).items():
+        flat |= {f"{name}.{key}": own for key, own in value.items()} if isinstance(value, Mapping) else {name: value}
+    return flat
 
 
 def _value_of(path: Path, policy: Mapping[str, Any], key: str, kind: type[T], usual: T) -> T:
@@ -125,11 +138,11 @@ def _put(path: Path, *parts: tuple[Pins, Sequence[str], str]) -> None:
     keys = {key for _, own, _ in parts for key in own}
     try:
         after = before = path.read_text(encoding="utf-8-sig") if path.exists() else ""
-        others = {key: value for key, value in toml_of(before).items() if key not in keys}
+        others = {key: value for key, value in _flat_toml(before).items() if key not in keys}
         for values, own, head in parts:
             after = _with_pins(after, values, own, head)
         parse_policy(after, path)
-        if {key: value for key, value in toml_of(after).items() if key not in keys} != others:
+        if {key: value for key, value in _flat_toml(after).items() if key not in keys} != others:
             raise ConfigError(f"{path} is written in a way that this command does not understand: add the pins by hand")
         # Where a link names the steward's own file, that one rules, and is what the steward goes on to read.
         _replace(Path(os.path.realpath(path)), after)
@@ -144,7 +157,7 @@ def _with_pins(text: str, pins: Pins, keys: Sequence[str], head: str) -> str:
         key, length = _pin_at(lines, keys)
         taken, lines = lines[:length], lines[length:]
         # By their text: true and 1.0 are equal to 1, and no whole number.
-        if not key or (key in pins and toml_value(toml_of("".join(taken))[key]) == toml_value(pins[key])):
+        if not key or (key in pins and toml_value(_flat_toml("".join(taken))[key]) == toml_value(pins[key])):
             rest += taken
         else:
             rest += [f"{comment}\n" for comment in _comments("".join(taken))]
@@ -158,10 +171,10 @@ def _with_pins(text: str, pins: Pins, keys: Sequence[str], head: str) -> str:
 
 def _pin_at(lines: Sequence[str], keys: Sequence[str]) -> tuple[str, int]:
     """Return the pin that the first line begins with, if any, and how many lines that takes."""
-    match = re.match(r"""\s*["']?([A-Za-z0-9-]+)["']?\s*=""", lines[0])
+    match = re.match(r"""\s*["']?([A-Za-z0-9.-]+)["']?\s*=""", lines[0])
     for length in range(1, len(lines) + 1 if match else 1):
         try:
-            value = toml_of("".join(lines[:length]))
+            value = _flat_toml("".join(lines[:length]))
         except tomllib.TOMLDecodeError:
             continue  # a list may go on in the next line
         (key,) = value

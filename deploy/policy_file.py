@@ -5,19 +5,22 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from textwrap import wrap
+from typing import TYPE_CHECKING
 
 from fedveil.common.config.fields import kebab
-from fedveil.common.config.flat import Scalar
+from fedveil.common.config.flat import Scalar, options_of, task_of
 from fedveil.common.config.run import RunConfig
 from fedveil.common.config.sections import DataConfig, ModelConfig
 from fedveil.common.config.text import to_toml
 from fedveil.common.docstrings import fields_said
 from fedveil.common.errors import ConfigError
 from fedveil.common.labels import labels_of, labels_text
-from fedveil.common.tasks import TASKS
 from fedveil.privacy import MECHANISMS, trusting_the_server
 from fedveil.privacy.record_level import DPSGD
 from fedveil.privacy.units import PERSON
+
+if TYPE_CHECKING:
+    from fedveil.strategies.job import Job
 
 BUDGET_HEAD = """\
 # The budget counts all runs on these records, of every server.
@@ -131,12 +134,12 @@ def _others(written: Collection[str]) -> str:
     return OTHERS_HEAD + "".join(line.rstrip("\n") + "\n" for line in lines)
 
 
-def pins_of(task: str, columns: Mapping[str, str], labels: str, max_length: int) -> Pins:
+def pins_of(task: str, columns: Mapping[str, Scalar], labels: str, max_length: int) -> Pins:
     """Return the pins of a task.
 
     Args:
         task, labels, max_length: as ``model.task``, ``data.labels`` and ``model.max-length``.
-        columns: by setting; one that is left out has a job's default.
+        columns: by setting; one that is left out has a job's default. Also the task's options, each by its key.
 
     Raises:
         ConfigError: the task is unknown, lacks labels, or does not read a given column or labels.
@@ -144,8 +147,9 @@ def pins_of(task: str, columns: Mapping[str, str], labels: str, max_length: int)
     from fedveil.client.pins import LABELS, MAX_LENGTH, TASK
 
     ModelConfig(task=task, max_length=max_length)
-    kind, defaults = TASKS[task], DataConfig().columns
-    read = [role.setting for role in kind.roles]
+    kind = task_of({"model.task": task, **{key: value for key, value in columns.items() if "." in key}})
+    defaults: Mapping[str, Scalar] = {**DataConfig().columns, **options_of(kind)}
+    read = [*(role.setting for role in kind.roles), *options_of(kind)]
     for setting in (*columns, *([LABELS] if labels else ())):
         if setting not in read and not (setting == LABELS and kind.labelled):
             raise ConfigError(f"--{setting} is given, which the task {task!r} does not read: leave it out")
@@ -158,7 +162,7 @@ def pins_of(task: str, columns: Mapping[str, str], labels: str, max_length: int)
     return {**pins, MAX_LENGTH: max_length}
 
 
-def pins_of_job(config: RunConfig) -> Pins:
+def pins_of_job(job: Job) -> Pins:
     """Return the pins with which a site takes part in a job.
 
     Raises:
@@ -166,12 +170,12 @@ def pins_of_job(config: RunConfig) -> Pins:
     """
     from fedveil.common.data.sources import known_labels
 
-    task = TASKS[config.model.task]
+    task, config = job.task, job.config
     labels = labels_text(known_labels(config.data)) if task.labelled else ""
     if task.labelled and not labels:
         raise ConfigError(f"the labels of {config.data.name!r} are not known to a policy: name all in data.labels")
     columns = {role.setting: config.data.columns[role.setting] for role in task.roles}
-    return pins_of(task.name, columns, labels, config.model.max_length)
+    return pins_of(task.name, {**columns, **options_of(task)}, labels, config.model.max_length)
 
 
 def mechanisms_of_job(config: RunConfig) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 
 from fedveil.common.adapters.attach import pefts_old_names
-from fedveil.common.config.flat import Scalar, from_section
+from fedveil.common.config.flat import Scalar, from_section, task_of
 from fedveil.common.config.run import RunConfig
 from fedveil.common.config.sections import DataConfig
 from fedveil.common.data.sources import public_test
@@ -112,13 +112,13 @@ def base_of(about: AdapterFile, name: str, files: str) -> BaseModel:
     """
     check_files(name, files, fetch=False)
     pool, bits = (str(about.settings.get(*usual)) for usual in (("head.pool", "mean"), ("model.quantise", "none")))
-    return load_base_model(name, about.task, pool, bits, files)
+    return load_base_model(name, task_of(about.settings | {"model.task": about.task}), pool, bits, files)
 
 
 def result_of(about: AdapterFile, base: BaseModel, adapter: Path, tuned: Path | None) -> Result:
     """Return a base model with the adapter of ``tuned``, if any, and the head of ``adapter``."""
     peft_model = _with_adapter(base, tuned) if tuned else base.module
-    task = TASKS[about.task].with_pool(str(about.settings.get("head.pool", "mean")))
+    task = task_of(about.settings | {"model.task": about.task}).with_pool(str(about.settings.get("head.pool", "mean")))
     model = task.module(peft_model, base, len(about.label_names) if task.labelled else 0, about.feature_scale)
     if model.head is not None:
         head = adapter / "head.safetensors"

@@ -144,14 +144,15 @@ class Federation:
     def let_in(self, name: str, address: str = "127.0.0.1", inside: Place = list) -> None:
         """Make a site as ``add_site``, and let it in."""
         data = write_reviews(self.folder / f"{name}.csv", RECORDS, len(self.sites))
-        config = configure(self.settings).config
+        job = configure(self.settings)
+        config = job.config
         fingerprint = load_base_model(config.model.name, config.model.task).pin
         self._places[name] = inside
         self.sites[name] = make_site(
             *(self.folder / name, name, f"{address}:{self.server.fleet_port}"),
             policy=policy_text(
                 *(name, {**SIZES, **MORE_SIZES}[name], 50.0, 1e-3),
-                *(pins_of_job(config), models_of(config.model.name, fingerprint)),
+                *(pins_of_job(job), models_of(config.model.name, fingerprint)),
             ),
             node=f'data="{data}"',
             authority=self.server.path / "ca.crt",

@@ -45,6 +45,7 @@ from fedveil.common.log import place_of
 from fedveil.common.model.shapes import FixedBatch
 from fedveil.common.model.sharing import Share, in_order, unshared
 from fedveil.common.own_gradients import OwnGradients
+from fedveil.common.tasks.base import WEIGHT
 from fedveil.privacy import grid
 from fedveil.privacy.linear_samples import SampleHooks
 from fedveil.privacy.randomness import add_private_noise
@@ -290,6 +291,7 @@ class PrivateSteps:
         Returns:
             One tensor of each trained parameter's shape, in the order of ``trained``. What fails raises.
         """
+        self._check_whole(batch)
         try:
             self._mechanism.zero_grad(set_to_none=True)
             self._differentiate(batch, losses)
@@ -320,14 +322,18 @@ class PrivateSteps:
         """Add a part's clipped gradients, one of each unit, to the sum; return whether there were any."""
         if isinstance(batch, Together):
             return self._accumulate_together(batch, losses)
-        if self._unit.grouped:
-            # Clipped row by row, a unit would move the sum by a clip for each of its rows.
-            raise MechanismError(f"rows that belong to one {self._unit.name} did not come together: nothing is summed")
+        self._check_whole(batch)
         seen = False
         for _ in self._passes(batch, losses):
             self._mechanism.clip_and_accumulate()
             seen = True
         return seen
+
+    def _check_whole(self, batch: Any) -> None:
+        """Raise MechanismError where rows of a batch may be parts of units, which it has not together."""
+        if self._unit.grouped or (isinstance(batch, dict) and WEIGHT in batch):
+            # Clipped row by row, a unit would move the sum by a clip for each of its rows.
+            raise MechanismError(f"rows that belong to one {self._unit.name} did not come together: nothing is summed")
 
     def _accumulate_together(self, units: Together, losses: Callable[[Any], Tensor]) -> bool:
         """Sum the gradients of each unit's rows in float64, and add what the clip leaves of it to the step's sum."""

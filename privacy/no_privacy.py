@@ -17,6 +17,7 @@ from fedveil.privacy.events import Event
 from fedveil.privacy.mechanism import Mechanism, Pace
 from fedveil.privacy.plan import Plan
 from fedveil.privacy.steps import Steps, nothing
+from fedveil.privacy.together import Together
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from fedveil.common.config.sections import PrivacyConfig, TrainingConfig
     from fedveil.common.model.federated import FederatedModel
     from fedveil.common.tasks import Batch, Record
+    from fedveil.common.tasks.base import Coins
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,16 @@ class ExposingPlan(Plan):
         from fedveil.common.model.device import choose_batch_tokens
 
         return model.length_batches(records, choose_batch_tokens(self.batch_tokens, model.device))
+
+    def rows(self, model: FederatedModel, rows: Sequence[Record], records: int) -> Iterable[Together]:
+        """Return batches of rows of like length; the step's mean is over records."""
+        yield Together(records, ((batch, ()) for batch in self.parts(model, rows)))
+
+    def coins(self, public: torch.Generator) -> Coins:
+        """Return the public stream."""
+        import torch
+
+        return lambda count: torch.rand(count, generator=public, dtype=torch.float64)
 
     @contextmanager
     def steps(

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from fedveil.common.model.federated import FederatedModel
     from fedveil.common.model.shapes import Shapes
     from fedveil.common.tasks import Batch, Record
+    from fedveil.common.tasks.base import Coins
     from fedveil.privacy.dpsgd import PrivateSteps
     from fedveil.privacy.together import Together
 
@@ -57,6 +58,20 @@ class Plan(ABC):
     @abstractmethod
     def parts(self, model: FederatedModel, records: Sequence[Record]) -> Iterable[Batch | Together]:
         """Return one step's records as the batches in which they pass the model."""
+
+    @abstractmethod
+    def rows(self, model: FederatedModel, rows: Sequence[Record], records: int) -> Iterable[Together]:
+        """Return the batches of one step's unfolded records (``Task.unfold``), each row with whose it is.
+
+        Args:
+            model: that they pass.
+            rows: of all the step's records.
+            records: how many these are.
+        """
+
+    @abstractmethod
+    def coins(self, public: torch.Generator) -> Coins:
+        """Return what unfolding draws from: ``public``, or entropy where the plan promises anything about records."""
 
     @abstractmethod
     def steps(
@@ -216,6 +231,18 @@ class PrivacyPlan(Plan):
         if self.unit.grouped:
             return together(model, records, self.unit.members(records), shapes)
         return model.fixed_batches(records) if shapes is None else model.fixed_batches(records, shapes)
+
+    def rows(self, model: FederatedModel, rows: Sequence[Record], records: int) -> Iterable[Together]:
+        """Return rows with all others of their unit, a record or who it belongs to, in shapes of their own."""
+        del records  # the divisor is public
+        return together(model, rows, self.unit.owned(rows))
+
+    def coins(self, public: torch.Generator) -> Coins:
+        """Return the operating system's entropy; the public stream has no part in it."""
+        from fedveil.privacy import randomness  # It brings torch, which no command line needs.
+
+        del public
+        return randomness.private_uniform
 
     @contextmanager
     def steps(

@@ -4,7 +4,7 @@ Two kinds that must never be mixed up:
 
 * **Named streams** (adapter start, partitions, non-private batch order) follow from the run's
   public seed, so that server and sites can derive the same values.
-* **Private randomness** (Poisson sampling, Gaussian noise) comes from the operating system's
+* **Private randomness** (Poisson sampling, Gaussian noise, coins of rows) comes from the operating system's
   entropy (``privacy.entropy``). No function here takes a seed for it; one who knows every seed of a run
   learns nothing about it (pitfall 11 in ``docs/concepts/evidence.md``).
 
@@ -124,3 +124,8 @@ def private_poisson_sample(size: int, rate: float) -> Tensor:
         return torch.arange(size)
     threshold = np.uint64(int(rate * 2.0**64))
     return torch.from_numpy((private_words(size) < threshold).nonzero()[0])
+
+
+def private_uniform(count: int) -> Tensor:
+    """Return ``count`` uniform numbers from 0 up to below 1, multiples of 2⁻⁵³: float64 of shape (count,)."""
+    return torch.from_numpy((private_words(count) >> np.uint64(11)).astype(np.float64) * 2.0**-53)

@@ -1,6 +1,7 @@
 """Rows that belong together: a step sums the gradients of a unit's rows before norm and clip.
 
-What a row is to a batch, a unit is to the clip: one vector, however many rows it comes from. Rows of one unit may be of
+What a row is to a batch, a unit is to the clip: one vector, however many rows it comes from. A unit is a person with
+several records, or a record that its task unfolds into rows with weights (``Task.unfold``). Rows of one unit may be of
 several shapes, and so lie in several batches. Each row is computed in its own shape and its gradient is its own to the
 last bit; a unit's rows are added in an order that follows from them alone, in float64. So neither moves with who is
 beside. The sums of as many units are held at once as fit ``MOST_BYTES``; a unit is never divided.
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedveil.common.model.federated import FederatedModel
@@ -29,8 +30,9 @@ class Together:
 
     units: int
     """How many there are."""
-    parts: Iterable[tuple[FixedBatch, Sequence[int]]]
-    """Batches, each with the unit (from 0) that each of its rows belongs to; filler has none."""
+    parts: Iterable[tuple[Any, Sequence[int]]]
+    """Batches, fixed ones where units are clipped, each with the unit (from 0) that each of its rows belongs to; filler
+    has none."""
 
 
 def units_at_once(numbers: int) -> int:

@@ -72,13 +72,15 @@ class Unit:
         Raises:
             MechanismError: a record belongs to no one, so that no claim would cover it.
         """
-        if not self.grouped:
-            return [[position] for position in range(len(records))]
+        return self.owned(records) if self.grouped else [[position] for position in range(len(records))]
+
+    def owned(self, rows: Sequence[Record]) -> list[list[int]]:
+        """Return the positions of each unit's rows, where each row says whose it is (``OWNER``); as ``members``."""
         found: dict[int, list[int]] = {}
-        for position, record in enumerate(records):
-            if OWNER not in record:
+        for position, row in enumerate(rows):
+            if OWNER not in row:
                 raise MechanismError(f"a record belongs to no {self.name}: whose gradients are clipped is not known")
-            found.setdefault(record[OWNER], []).append(position)
+            found.setdefault(row[OWNER], []).append(position)
         return list(found.values())
 
     def count(self, data: Dataset) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from fedveil.common.adapters import Adapter, build_adapter
 from fedveil.common.check import nearest
-from fedveil.common.config.flat import Scalar, defaults, from_section, to_mapping, typed
+from fedveil.common.config.flat import Scalar, defaults, from_section, options_of, task_of, to_mapping, typed
 from fedveil.common.config.run import RunConfig
 from fedveil.common.data.counts import count_labels, count_records
 from fedveil.common.data.sources import known_labels
@@ -18,7 +18,7 @@ from fedveil.common.messages.state import BASIS, HEAD, OWN, STATE, AdapterState,
 from fedveil.common.messages.tensors import merge, start_fingerprint
 from fedveil.common.model.files import files_of
 from fedveil.common.starts import STARTS, Start
-from fedveil.common.tasks import TASKS
+from fedveil.common.tasks import TASKS, Task
 from fedveil.privacy import Mechanism, Unit
 from fedveil.privacy.accounting import Release
 from fedveil.privacy.claim import Claim
@@ -52,6 +52,8 @@ class Job:
     """Where the adapter's factors begin."""
     rule: ServerRule
     """What stands around the server's optimiser."""
+    task: Task
+    """What its records are, with its options."""
     asked: Mapping[str, Scalar] = field(default_factory=dict, compare=False)
     """Every setting of the run as it was asked for, flat: to be printed and stored, and read by nothing else."""
 
@@ -69,6 +71,7 @@ class Job:
         config = self.config
         return model_of(
             config=config.model,
+            task=self.task,
             adapter=self.adapter,
             head=config.head,
             seed=config.seed,
@@ -214,7 +217,7 @@ class Job:
 
     def settings(self) -> dict[str, Scalar]:
         """Return every setting of the run with the value that it has, flat: they make the same job again."""
-        return _flat(self.config, self.origin, self.strategy, self.rule)
+        return _flat(self.config, self.origin, self.strategy, self.rule, self.task)
 
     def chosen(self) -> list[str]:
         """Return the settings that people set to another value than the default."""
@@ -222,8 +225,8 @@ class Job:
         return [key for key, value in self.asked.items() if value != known[key]]
 
 
-def _flat(config: RunConfig, origin: Start, strategy: Strategy, rule: ServerRule) -> dict[str, Scalar]:
-    own = {**to_mapping(strategy, f"{strategy.name}."), **to_mapping(rule, f"{rule.name}.")}
+def _flat(config: RunConfig, origin: Start, strategy: Strategy, rule: ServerRule, task: Task) -> dict[str, Scalar]:
+    own = {**to_mapping(strategy, f"{strategy.name}."), **to_mapping(rule, f"{rule.name}."), **options_of(task)}
     return {**to_mapping(config), **to_mapping(origin, START), **own}
 
 
@@ -302,12 +305,13 @@ def _compose(resolved: Resolved) -> Job:
     as_written = _start(config.adapter.start, settings, written)
     origin = as_written.resolved().within(config.privacy)
     rule = from_section(RULES[config.server.rule], settings, f"{config.server.rule}.")
-    check_run(config, strategy, origin, rule)
+    task = task_of(settings)
+    check_run(config, strategy, origin, rule, task)
     adapter = build_adapter(named, config.adapter, origin)
     check_composed(config, strategy, origin, rule, adapter)
     known = known_settings(written)
-    own = {key: written.get(key, known[key]) for key in _flat(config, as_written, strategy, rule)}
-    return Job(config, strategy, adapter, origin, rule, own)
+    own = {key: written.get(key, known[key]) for key in _flat(config, as_written, strategy, rule, task)}
+    return Job(config, strategy, adapter, origin, rule, task, own)
 
 
 def _start(name: str, settings: Mapping[str, Scalar], given: Mapping[str, Scalar]) -> Start:

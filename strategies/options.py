@@ -13,13 +13,13 @@ from typing import Any
 
 from fedveil.common.adapters import ADAPTERS
 from fedveil.common.check import OneOf, Rule
-from fedveil.common.config.flat import Scalar, defaults
+from fedveil.common.config.flat import Scalar, defaults, prefix_of
 from fedveil.common.config.run import RunConfig
 from fedveil.common.config.text import flatten, toml_value
 from fedveil.common.errors import ConfigError
 from fedveil.common.rows import Table
 from fedveil.common.starts import STARTS
-from fedveil.common.tasks import roles_of_all
+from fedveil.common.tasks import TASKS, roles_of_all
 from fedveil.common.tasks.roles import Role
 from fedveil.common.toml import toml_of
 from fedveil.strategies import CONTROLS, ROWS, STRATEGIES
@@ -35,7 +35,8 @@ _TABLES: Mapping[str, tuple[Table[Any], ...]] = {
     "strategy": (STRATEGIES, CONTROLS),
     "server.rule": (RULES,),
 }
-"""The tables of rows that have options, by the setting that names a row."""
+"""The tables of rows that have options, by the setting that names a row; tasks may have some too."""
+OF_ANOTHER = "it is an option of {owner!r}, which the run has not: set {naming} to {owner!r}, or leave it out"
 EMPTY: Mapping[str, Scalar] = {}
 
 
@@ -76,7 +77,10 @@ def declared_settings(values: Mapping[str, Scalar] = EMPTY) -> dict[str, Scalar]
 
 
 def rows_with_options(values: Mapping[str, Scalar] = EMPTY) -> Iterator[tuple[str, type[Any]]]:
-    """Yield what the options of a row begin with, and the row: all of the core, then what ``values`` name beside it."""
+    """Yield what the options of a row begin with, and the row: all of the core, then what ``values`` name beside it.
+
+    Of tasks it is the one that ``values`` name, wherever it is, if it has options.
+    """
     for key, rows in _TABLES.items():
         for table in rows:
             for name, row in table.core.items():
@@ -86,6 +90,9 @@ def rows_with_options(values: Mapping[str, Scalar] = EMPTY) -> Iterator[tuple[st
         for table in rows:
             if isinstance(named, str) and named in table and named not in table.core:
                 yield _prefix(key, named), table[named]
+    kind = values.get("model.task")
+    if isinstance(kind, str) and kind in TASKS and prefix_of(TASKS[kind]):
+        yield prefix_of(TASKS[kind]), type(TASKS[kind])
 
 
 # Every job asks for them several times; the tables may get rows meanwhile.
@@ -108,7 +115,10 @@ def unnamed(key: str, values: Mapping[str, Scalar]) -> str:
     for naming, rows in _TABLES.items():
         beside = naming != "adapter.start" and any(owner in table and owner not in table.core for table in rows)
         if beside and values.get(naming) != owner:
-            return f"it is an option of {owner!r}, which the run has not: set {naming} to {owner!r}, or leave it out"
+            return OF_ANOTHER.format(owner=owner, naming=naming)
+    of_tasks = (task.name for task in TASKS.values() if prefix_of(task) == f"{owner}.")
+    if (name := next(of_tasks, "")) and values.get("model.task") != name:
+        return OF_ANOTHER.format(owner=name, naming="model.task")
     return ""
 
 

@@ -13,7 +13,8 @@ from fedveil.common.errors import ConfigError
 from fedveil.common.messages.state import METRIC
 from fedveil.common.requirements import Requirement, Value, check_requirements
 from fedveil.common.starts import Start, check_directions
-from fedveil.common.tasks import TASKS
+from fedveil.common.tasks import TASKS, Task
+from fedveil.common.tasks.base import unfolds
 from fedveil.common.trackers import NO_TRACKER
 from fedveil.common.words import counted
 from fedveil.strategies.average import Average
@@ -63,7 +64,7 @@ OF_SETTINGS: Mapping[str, tuple[Callable[[Value], bool], tuple[Requirement, ...]
 """Settings that require others at some of their values: which values, and what they require."""
 
 
-def check_run(config: RunConfig, strategy: Strategy, origin: Start, rule: ServerRule) -> None:
+def check_run(config: RunConfig, strategy: Strategy, origin: Start, rule: ServerRule, task: Task) -> None:
     """Raise ConfigError, saying what to do, unless rows and settings of a run fit together.
 
     Args:
@@ -71,9 +72,10 @@ def check_run(config: RunConfig, strategy: Strategy, origin: Start, rule: Server
         strategy: the run's.
         origin: the initialisation of the run's adapter.
         rule: the rule around the server's optimiser.
+        task: the run's.
     """
     settings, mechanism, adapter = to_mapping(config), config.privacy.mechanism, ADAPTERS[config.adapter.name]
-    TASKS[config.model.task].check(config)
+    task.check(config)
     mechanism.check_row()
     if mechanism.unit.grouped and not config.data.person:
         raise ConfigError(
@@ -96,10 +98,27 @@ def check_run(config: RunConfig, strategy: Strategy, origin: Start, rule: Server
             "'public-metric', or head.metric to 'none'"
         )
     check_phases(config, strategy, adapter)
+    _check_unfolding(config, origin, task)
     if 0 < len(config.site_names) < config.min_sites:
         named = counted(len(config.site_names), "site")
         raise ConfigError(f"min-sites is {config.min_sites}, and named-sites names {named}: lower it, or name more")
     _check_wire(config, strategy)
+
+
+def _check_unfolding(config: RunConfig, origin: Start, task: Task) -> None:
+    """Raise ConfigError if records that a task unfolds would be used as they are, on features or by a start."""
+    if not unfolds(task):
+        return
+    if any(phase.inputs != "examples" for phase in config.timeline.phases):
+        raise ConfigError(
+            f"model.task {task.name!r} makes rows of a record at each step, and features and jacobians are made once: "
+            "leave phases empty, and set adapter.name to an adapter"
+        )
+    if origin.asked == "sites":
+        raise ConfigError(
+            f"adapter.start {origin.name!r} asks sites for what their records' gradients say, and model.task "
+            f"{task.name!r} makes rows of them first: choose another start, such as 'orthonormal'"
+        )
 
 
 def _check_wire(config: RunConfig, strategy: Strategy) -> None:

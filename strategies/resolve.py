@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from fedveil.common.adapters import ALIASES
 from fedveil.common.check import OneOf
-from fedveil.common.config.flat import Scalar, from_section
+from fedveil.common.config.flat import Scalar, from_section, prefix_of
 from fedveil.common.config.phases import parse_phases, phases_text, rounds_of
 from fedveil.common.config.run import RunConfig
 from fedveil.common.data.sources import known_labels
+from fedveil.common.tasks import TASKS
 from fedveil.strategies import ROWS
 from fedveil.strategies.options import START, is_open
 from fedveil.strategies.recipes import AUTO, RECIPES, Choice, choose, recipe_settings
@@ -74,5 +75,7 @@ def resolve(values: Mapping[str, Scalar], labels: int = 0, sites: int = 0) -> Re
 
 def config_of(settings: Mapping[str, Scalar]) -> RunConfig:
     """Return the configuration of flat settings, without the options of rows; what is not given has its default."""
-    options = (START, *(f"{name}." for name in (*ROWS, *RULES)))
+    named = settings.get("model.task")
+    of_task = prefix_of(TASKS[named]) if isinstance(named, str) and named in TASKS else ""
+    options = (START, *(f"{name}." for name in (*ROWS, *RULES)), *([of_task] if of_task else ()))
     return from_section(RunConfig, {key: value for key, value in settings.items() if not key.startswith(options)}, "")

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any, TypeVar, cast
 
-from fedveil.common.check import nearest
+from fedveil.common.check import OneOf, nearest
 from fedveil.common.config.fields import kebab, kinds_of
 from fedveil.common.errors import ConfigError
-from fedveil.common.tasks import roles_of_all
+from fedveil.common.tasks import TASKS, Task, roles_of_all
 from fedveil.common.tasks.roles import Role
 
 Scalar = str | int | float | bool
@@ -59,13 +59,13 @@ def defaults(section: type[Any], prefix: str = "") -> dict[str, Scalar]:
     >>> defaults(AdapterConfig, "adapter.")["adapter.rank"]
     8
     """
-    return {prefix + key: value for key, value in _defaults(section, roles_of_all()).items()}  # type: ignore[arg-type]
+    return {prefix + key: value for key, value in _defaults(section, roles_of_all(), tuple(TASKS)).items()}  # type: ignore[arg-type]
 
 
 # Every job asks for the defaults of all rows, several times.
 @lru_cache(maxsize=1024)
-def _defaults(section: type[Any], roles: tuple[Role, ...]) -> Mapping[str, Scalar]:
-    del roles  # of which defaults have the columns
+def _defaults(section: type[Any], roles: tuple[Role, ...], tasks: tuple[str, ...]) -> Mapping[str, Scalar]:
+    del roles, tasks  # of which defaults have the columns, and a policy's the options
     return to_mapping(section())
 
 
@@ -89,7 +89,7 @@ def _build(section: type[S], values: Mapping[str, Scalar], prefix: str) -> S:
     for item in dataclasses.fields(section):  # type: ignore[arg-type]
         key, kind = _key(item, prefix), kinds[item.name]
         if kind is Columns:
-            keys = {role.setting: prefix + role.setting for role in roles_of_all()}
+            keys = {name: prefix + name for name in cast(Any, item.default_factory)()}
             named = {setting: typed(key, values[key], str) for setting, key in keys.items() if key in values}
             arguments[item.name] = Columns({setting: str(column) for setting, column in named.items()})
         elif dataclasses.is_dataclass(kind):
@@ -132,3 +132,26 @@ def _flat(item: dataclasses.Field[Any], value: Any, prefix: str) -> dict[str, Sc
 
 def _key(item: dataclasses.Field[Any], prefix: str) -> str:
     return prefix + kebab(item.name)
+
+
+def task_of(settings: Mapping[str, Scalar]) -> Task:
+    """Return the task that flat settings name, or every run's by default, with its options.
+
+    Raises:
+        ConfigError: there is no such task, or an option is unknown, of another type or out of range.
+    """
+    name = str(settings.get("model.task", "classification"))
+    OneOf(TASKS).check("model.task", name)
+    task, prefix = TASKS[name], prefix_of(TASKS[name])
+    own = {key: value for key, value in settings.items() if prefix and key.startswith(prefix)}
+    return from_section(type(task), own, prefix) if prefix else task
+
+
+def options_of(task: Task) -> dict[str, Scalar]:
+    """Return the options of a task with their values, flat; none where it has none."""
+    return to_mapping(task, prefix_of(task)) if prefix_of(task) else {}
+
+
+def prefix_of(task: Task) -> str:
+    """Return what the keys of a task's options begin with; empty: it has none."""
+    return str(getattr(task, "prefix", "")) if dataclasses.is_dataclass(task) else ""

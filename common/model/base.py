@@ -122,12 +122,12 @@ def _load(name: str, folder: Path, kind: Task) -> tuple[nn.Module, Any]:
     return module, processor
 
 
-def load_base_model(name: str, task: str, pool: str = "mean", bits: str = "none", files: str = "") -> BaseModel:
+def load_base_model(name: str, task: str | Task, pool: str = "mean", bits: str = "none", files: str = "") -> BaseModel:
     """Load a base model and its processor.
 
     Args:
         name: a key of NAMED_MODELS, a folder, or a hub id.
-        task: kind of task, which knows what to load (``Task.load``).
+        task: kind of task, which knows what to load (``Task.load``); by its name, with its options as they are usual.
         pool: what the head reads of it (``head.pool``).
         bits: of its frozen linear layers (``model.quantise``). They count in the fingerprint.
         files: hash of its files (``files_of``), without which none is opened; empty: whatever they are.
@@ -140,7 +140,7 @@ def load_base_model(name: str, task: str, pool: str = "mean", bits: str = "none"
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # a bar for each model and file would stand between the lines that people read
-    kind, files = TASKS[task].with_pool(pool), files or files_of(name)
+    kind, files = (TASKS[task] if isinstance(task, str) else task).with_pool(pool), files or files_of(name)
     with model_folder(name, files) as folder:
         module, processor = _load(name, folder, kind)
     if name not in NAMED_MODELS and folder == expanded(name):

@@ -38,8 +38,8 @@ from fedveil.common.model.score import Score
 from fedveil.common.model.scoring import score_records
 from fedveil.common.model.shapes import FixedBatch, Shapes
 from fedveil.common.model.sharing import Sharing, Unshared, unshared
-from fedveil.common.tasks import TASKS, Batch, Record, Task
-from fedveil.common.tasks.base import OWNER
+from fedveil.common.tasks import Batch, Record, Task
+from fedveil.common.tasks.base import UNBATCHED, WEIGHT
 from fedveil.common.tasks.examples import Example
 from fedveil.common.tasks.featured import FEATURES, TANGENTS, Collator, FeatureCollator, put_features
 
@@ -219,7 +219,8 @@ class FederatedModel:
 
     def batch(self, records: Sequence[Record]) -> Batch:
         """Return ``records`` as tensors on the model's device."""
-        return {k: v.to(self.device) for k, v in self.collator.collate(self.base, _bare(records)).items()}
+        tensors = self.collator.collate(self.base, _bare(records)) | _weights(records)
+        return {k: v.to(self.device) for k, v in tensors.items()}
 
     def fixed_batches(self, records: Sequence[Record], shapes: Shapes | None = None) -> Iterator[FixedBatch]:
         """Yield ``records`` in batches whose shapes follow from each record alone, by ``shapes`` or the model's own."""
@@ -255,10 +256,10 @@ class FederatedModel:
 
     def fixed_batch(self, records: Sequence[Record], length: int, rows: int) -> FixedBatch:
         """Return ``records`` (at least one, at most ``rows``) as ``rows`` rows of ``length`` tokens."""
-        records = _bare(records)
+        weights, records = _weights(records, rows), _bare(records)
         filler = [self.collator.filler(self.base, records[0])] * (rows - len(records))
         tensors = self.collator.collate(self.base, [*records, *filler], length)
-        moved = {key: value.to(self.device) for key, value in tensors.items()}
+        moved = {key: value.to(self.device) for key, value in (tensors | weights).items()}
         kept = self.keeper if FEATURES not in records[0] else None
         return FixedBatch(moved, len(records), kept.places(self, records, length, rows) if kept else None)
 
@@ -289,9 +290,15 @@ class FederatedModel:
         return lowered(self.peft_model, self.precision if self.lowers else torch.float32)
 
     def losses(self, batch: Batch) -> Tensor:
-        """Return one loss per record under the run's precision, shape (records,), float32; filler has none."""
+        """Return one loss per record under the run's precision, shape (records,), float32; filler has none.
+
+        That of a row of an unfolded record is multiplied by its weight.
+        """
+        inputs = {key: value for key, value in batch.items() if key != WEIGHT} if WEIGHT in batch else batch
         with autocast(self.device, self.precision), self.entered(batch):
-            losses = self.task.sums(self.module, batch).losses
+            losses = self.task.sums(self.module, inputs).losses
+        if WEIGHT in batch:
+            losses = losses * batch[WEIGHT].to(losses.dtype)
         if self.statistic is not None:
             losses = self.statistic(batch)
         return losses[: batch.records] if isinstance(batch, FixedBatch) else losses
@@ -303,13 +310,25 @@ class FederatedModel:
 
 
 def _bare(records: Sequence[Record]) -> list[Record]:
-    """Return records without whose they are, which no batch has."""
-    return [{k: v for k, v in record.items() if k != OWNER} if OWNER in record else record for record in records]
+    """Return records without what no task's batch has, such as whose they are."""
+    return [
+        {k: v for k, v in record.items() if k not in UNBATCHED} if UNBATCHED & record.keys() else record
+        for record in records
+    ]
+
+
+def _weights(records: Sequence[Record], rows: int = 0) -> Batch:
+    """Return the weights of rows of unfolded records, those of filler 0; nothing for records as they are."""
+    if not records or WEIGHT not in records[0]:
+        return {}
+    filler = [0.0] * (rows - len(records))
+    return {WEIGHT: torch.tensor([*(record[WEIGHT] for record in records), *filler], dtype=torch.float64)}
 
 
 @lru_cache(maxsize=1)
 def model_of(
     config: ModelConfig,
+    task: Task,
     adapter: Adapter,
     head: HeadConfig,
     seed: int,
@@ -321,9 +340,9 @@ def model_of(
 ) -> FederatedModel:
     """Return this process's model for these settings; its next user writes over all that the last one left."""
     return FederatedModel(
-        load_base_model(config.name, config.task, head.pool, config.quantise, files),
+        load_base_model(config.name, task, head.pool, config.quantise, files),
         adapter,
-        TASKS[config.task].with_pool(head.pool),
+        task.with_pool(head.pool),
         head,
         seed=seed,
         label_names=label_names,

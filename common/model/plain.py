@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fedveil.privacy.together import Together
+
 if TYPE_CHECKING:
     from fedveil.common.model.federated import FederatedModel
     from fedveil.common.tasks import Batch
@@ -47,9 +49,12 @@ def plain_step(
     optimizer.zero_grad(set_to_none=True)
     seen = 0
     for part in parts:
-        losses = model.losses(part)
-        losses.sum().backward()
-        seen += len(losses)
+        rows = isinstance(part, Together)
+        seen += part.units if rows else 0
+        for batch, _ in part.parts if rows else [(part, ())]:
+            losses = model.losses(batch)
+            losses.sum().backward()
+            seen += 0 if rows else len(losses)
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad / seen for p in parameters]
     for parameter, gradient in zip(parameters, gradients, strict=True):
         # What the loss does not reach keeps no gradient, so that no weight decay moves it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from fedveil.common.rows import Table
 from fedveil.common.tasks.base import Batch, Record, Scored, Sums, Task, wording_of
 from fedveil.common.tasks.causal_lm import CausalLM
 from fedveil.common.tasks.chat import Chat
@@ -16,13 +17,13 @@ from fedveil.common.tasks.roles import Role
 from fedveil.common.tasks.stock_classification import StockClassification
 from fedveil.common.tasks.token_classification import TokenClassification
 
-TASKS: dict[str, Task] = {
-    task.name: task
-    for task in (
+TASKS: Table[Task] = Table(
+    "tasks",
+    (
         *(Classification(), MultiLabel(), TokenClassification()),
         *(CausalLM(), Chat(), Instruction(), ImageClassification()),
-    )
-}
+    ),
+)
 
 
 def headline_of(settings: Mapping[str, object]) -> str:

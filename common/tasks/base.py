@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from fedveil.common.config.run import RunConfig
     from fedveil.common.model.base import BaseModel
+    from fedveil.common.model.federated import FederatedModel
     from fedveil.common.model.shapes import Shapes
     from fedveil.common.tasks.module import TaskModule
     from fedveil.common.tasks.tables import Table
@@ -35,6 +36,14 @@ IGNORED = -100
 OWNER = "owner"
 """Key of a record for the number, in this process alone, of the person it belongs to. It is in no batch, and a record
 that belongs to no one has none."""
+WEIGHT = "row weight"
+"""Key of a row of an unfolded record, and of its batch, for the constant that its loss is multiplied by, float64."""
+KEPT = "kept"
+"""Key of a record for what its task has computed of it once, by the frozen base model alone. It is in no batch."""
+UNBATCHED = frozenset({OWNER, WEIGHT, KEPT})
+"""Keys of a record that no task's ``collate`` sees."""
+Coins: TypeAlias = "Callable[[int], Tensor]"
+"""Draws so many fresh uniform numbers from 0 up to below 1: float64, shape (count,)."""
 Batch: TypeAlias = "dict[str, Tensor]"
 """Tensors whose first dimension is the records'; none depends on several of them."""
 Inventor: TypeAlias = Callable[[int, int, int], Record]
@@ -104,7 +113,10 @@ class Wording:
 
 
 class Task(ABC):
-    """A kind of task; no state, so one instance serves every model."""
+    """A kind of task; no state, so one instance serves every model.
+
+    One with options is a frozen dataclass and a ``config.fields.Section``: its fields are settings of its ``prefix``.
+    """
 
     name: ClassVar[str]
     """Its value of ``model.task``."""
@@ -246,6 +258,24 @@ class Task(ABC):
             lifelike: whether records resemble real ones as far as is known how, for a start that is measured on them.
         """
 
+    def unfold(self, model: FederatedModel, record: Record, coins: Coins) -> list[Record]:
+        """Return the rows that a step takes in place of a record; their gradients are added and clipped once.
+
+        It runs at the site for each record that a step draws, without gradient. Rows follow from this record, the model
+        as the site received it, and coins: passes hold nothing of another record and have shapes of the record's own.
+
+        Args:
+            model: as it is before the step; ``model.losses`` of a batch of rows without ``WEIGHT`` are their own.
+            record: of ``prepare``. What the frozen base model says of it may be kept in it, under ``KEPT``.
+            coins: from the operating system's entropy under privacy.
+
+        Returns:
+            Rows, each with ``WEIGHT``, no larger than the record and with the same fields; none contributes zero. What
+            fails here contributes zero where failures are hidden.
+        """
+        del model, coins
+        return [record]
+
     # --- the model and its loss ---
 
     @abstractmethod
@@ -262,6 +292,11 @@ class Task(ABC):
     @abstractmethod
     def sums(self, module: nn.Module, batch: Batch) -> Sums:
         """Run the model and return per-record sums; records never see each other."""
+
+
+def unfolds(task: Task) -> bool:
+    """Return whether steps of a task take rows in place of its records (``Task.unfold``)."""
+    return type(task).unfold is not Task.unfold
 
 
 def wording_of(task: Task) -> Wording:

@@ -224,12 +224,19 @@ class CausalLM(TextTask):
         """Return negative log-likelihood and hits, summed over the completion's tokens."""
         import torch.nn.functional as F
 
-        logits = module(batch)[:, :-1].float()
+        logits = at_least_float32(module(batch)[:, :-1])
         targets = batch["labels"][:, 1:]
         mask = (targets != IGNORED).float()
         loss = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none", ignore_index=IGNORED)
         correct = (logits.argmax(-1) == targets).float() * mask
         return Sums((loss * mask).sum(1), correct.sum(1), mask.sum(1).clamp(min=1))
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Return logits of fewer bits in float32, and others as they are."""
+    import torch
+
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _learnt(example: TextExample) -> tuple[str, str]:

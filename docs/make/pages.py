@@ -28,6 +28,7 @@ from docs.make.tables import (
 from fedveil.client.policy import Policy
 from fedveil.client.policy_values import UNLIMITED
 from fedveil.common.config.fields import kebab
+from fedveil.common.config.flat import options_of
 from fedveil.common.derived import DerivedFile, PublicTexts, Source, VotesFile
 from fedveil.common.docstrings import fields_said, said_of
 from fedveil.common.findings import AUDITS, AuditFile, Finding
@@ -64,7 +65,7 @@ from fedveil.common.run_lines import (
     RoundLine,
 )
 from fedveil.common.server_file import CheckLine, OwnCheck, ServerFile, ServerStart
-from fedveil.common.tasks import roles_of_all
+from fedveil.common.tasks import TASKS, roles_of_all
 from fedveil.common.words import capital
 from fedveil.deploy.advisories import ADVISORIES
 from fedveil.experiments.sweep.arms import ARMS
@@ -212,6 +213,8 @@ def policy_page() -> str:
         if item.name == "columns":
             about = "{}. Pinned with the task: a run that reads another is refused."
             rows += [[f"`{role.setting}`", "none", about.format(capital(role.said))] for role in roles_of_all()]
+            options = {key: task for task in TASKS.values() for key in options_of(task)}
+            rows += [[f"`{key}`", "none", f"Option of `{task.name}`. Pinned with it."] for key, task in options.items()]
             continue
         rows.append([f"`{kebab(item.name)}`", _written(item.default), _marked(texts[item.name])])
     return page(

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from docs.make.page import MADE
 from fedveil.cli.settings_reference import Setting, all_settings, options_of
 from fedveil.common.config.fields import kinds_of
-from fedveil.common.config.flat import Scalar
+from fedveil.common.config.flat import Scalar, prefix_of
 from fedveil.common.config.run import RunConfig
 from fedveil.common.config.text import toml_value
 from fedveil.common.docstrings import said_of
 from fedveil.common.errors import ConfigError
 from fedveil.common.starts import STARTS
+from fedveil.common.tasks import TASKS
 from fedveil.strategies import ROWS
 from fedveil.strategies.options import START, known_settings, rows_with_options
 from fedveil.strategies.rules import RULES
@@ -59,7 +60,9 @@ def page() -> str:
         parts.append(_about(section))
         parts.append(_table(settings, owners=section == START[:-1]))
     core = {row for _, row in rows_with_options()}
-    beside = [row for table in (STARTS, ROWS, RULES) for row in table.values() if row not in core]
+    tasks = [type(task) for task in TASKS.values() if prefix_of(task)]
+    rows = [*(row for table in (STARTS, ROWS, RULES) for row in table.values()), *tasks]
+    beside = [row for row in rows if row not in core]
     parts += [BESIDE, _table([option for row in beside for option in options_of(row)], owners=True)]
     return "\n\n".join(parts) + "\n"
 

@@ -200,6 +200,7 @@ def test_model_of_keeps_one_model_per_settings(model_folder: Callable[[str], str
     )
     settings: dict[str, Any] = {
         "config": config,
+        "task": TASKS["classification"],
         "adapter": adapter,
         "head": HeadConfig(start="random"),
         "seed": 1,

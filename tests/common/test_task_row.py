@@ -255,6 +255,7 @@ def test_a_round_at_a_site_is_charged_trained_and_counted(site: OneSite) -> None
 
 
 def test_a_model_that_mixes_the_records_is_refused_unpaid(site: OneSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(tasks.TASKS, "numbers")
     monkeypatch.setitem(tasks.TASKS, "numbers", Mixing())
     site.settings["adapter.rank"] = 2  # another model than the one that is kept
     assert "depends on the records beside it" in site.refuse().reason
@@ -326,6 +327,7 @@ def test_records_without_words_start_no_head_from_words(toy: dict[str, Any]) -> 
 
 
 def test_a_task_may_read_files_of_its_own(toy: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(tasks.TASKS, "numbers")
     monkeypatch.setitem(tasks.TASKS, "numbers", Folders())
     for i, row in enumerate(rows_of(4)):
         place = tmp_path / "images" / row["label"]

@@ -109,12 +109,12 @@ def test_a_site_reads_its_own_records_within_the_template_that_its_policy_pins(t
     config = configure(toy_table).config
     columns = {role.setting: config.data.columns[role.setting] for role in TASKS["causal-lm"].roles}
     pinned = Policy(task="causal-lm", columns=Columns({**unpinned_columns(), **columns}), max_length=24)
-    check_pins(pinned, config, private=True)
+    check_pins(pinned, config, TASKS["causal-lm"], private=True)
     own, *_ = load_dataset(own_settings(config, pinned), "causal-lm", config.data.name).examples
     assert own.template == TEMPLATE
     other = configure({**toy_table, "data.template": "{prompt}: {completion}"}).config
     with pytest.raises(PolicyRefusal, match=r"the run asks for data\.template = '\{prompt\}: \{completion\}'"):
-        check_pins(pinned, other, private=True)
+        check_pins(pinned, other, TASKS["causal-lm"], private=True)
 
 
 def test_a_run_that_learnt_no_whole_record_is_refused(toy_generation: dict[str, Any], tmp_path: Path) -> None:
