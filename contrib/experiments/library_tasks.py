@@ -47,7 +47,11 @@ TASKS: Mapping[str, Questions] = {
     "social": Questions("SIQA/test.jsonl", IN_CONTEXT, "how people feel and act, three options"),
     "common": Questions("CommonsenseQA/validation.jsonl", WITH_OPTIONS, "common sense, five options"),
     "science": Questions("OpenBookQA/test.jsonl", WITH_OPTIONS, "school science, four options"),
-    "logic": Questions("LogiQA/test.jsonl", IN_CONTEXT, "logical puzzles, four options"),
+    "policies": Questions(
+        "Privacy-Policy/test.jsonl",
+        "{context}\nQuestion: {question}\nAnswer:",
+        "what a privacy policy says, true or false",
+    ),
 }
 
 
