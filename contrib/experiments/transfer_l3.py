@@ -114,7 +114,7 @@ def main() -> None:
     print(json.dumps({"model": "the teacher", "accuracy": round(teacher, 4)}), flush=True)
     for to in given.to or [str(write_l3(given.place))]:
         began, target = time.process_time(), given.place / f"to-{Path(to).name}-{given.keep}-{given.passes}"
-        made = transfer(given.run, target, Wanted(to, TEXTS, given.keep, How(passes=given.passes)), lambda _: None)
+        made = transfer(given.run, target, Wanted(to, TEXTS, given.keep, how=How(passes=given.passes)), lambda _: None)
         accuracy = evaluate_run(target).accuracy
         figures = {figure.name: round(figure.value, 4) for figure in made.figures}
         row = {"model": Path(to).name, "accuracy": round(accuracy, 4), "of the teacher's": round(accuracy / teacher, 4)}

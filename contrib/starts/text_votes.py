@@ -107,7 +107,7 @@ class TextVotes(Vote, FromText):
 
     def choose(self, model: FederatedModel, records: Sequence[Record], before_pass: Callable[[], None]) -> list[int]:
         """Return for each record the number of the text whose features have the largest cosine with its own."""
-        shown = model.shown.get(VOTES, {}).get("texts")
+        shown = (model.shown or {}).get(VOTES, {}).get("texts")
         if shown is None:
             raise ProtocolError("the server shows no texts to vote for")
         words = [_text(row) for row in shown]

@@ -115,7 +115,7 @@ def fit_head(student: Result, lesson: Lesson, device: torch.device) -> None:
         optimizer.zero_grad()
         value = apart(student.task, fitted(features - centre), answers.double()).mean()
         value = value + RIDGE / 2 * fitted.weight.pow(2).sum()
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         return float(value.detach())
 
     optimizer.step(loss)
@@ -153,4 +153,4 @@ def _step(student: Result, lesson: Lesson, device: torch.device) -> None:
         answers = None if lesson.answers is None else lesson.answers[group].to(device)
         with autocast(device, PRECISIONS[student.about.precision]):
             loss = distances(student.task, student.module, batch, answers)
-        (loss.sum() / len(lesson.records)).backward()  # type: ignore[no-untyped-call]
+        (loss.sum() / len(lesson.records)).backward()
