@@ -27,6 +27,8 @@ from audits.hostile_server import hostile_server
 from audits.kills import kills_of_all
 from audits.noise_law import audit_noise
 from audits.persons import audit_persons, probe_persons_all
+from audits.rollouts import FAULTS as WRITTEN
+from audits.rollouts import audit_rollouts, rollout_world
 from audits.sensitivity import audit_sensitivity
 from audits.several import ANY_COUNTED, LABEL_CLIPPED, LABELS_COUNTED, audit_count, several_world
 from audits.shown_rounds import audit_shown_rounds
@@ -71,6 +73,8 @@ def noise_and_sensitivity(folder: Path) -> list[Finding]:
         seen += [audit_persons(world, fault) for fault in (SOUND, faults.ROW_CLIPPED, faults.PERSON_DIVIDED)]
     decoder = compared(world_of(folder / "unfolded", "llama", "lora", "frozen"))
     seen += [audit_unfolding(decoder, fault) for fault in (SOUND, *UNFOLDED)]
+    prompts = rollout_world(save_tiny_model("llama", folder / "rollouts"))
+    seen += [audit_rollouts(prompts, fault) for fault in (SOUND, *WRITTEN)]
     several = several_world(save_tiny_model("bert", folder / "several"))
     means = (SOUND, EACH_CLIPPED, LABEL_CLIPPED)
     seen += [audit_class_means(several.model, several.records, fault) for fault in means]

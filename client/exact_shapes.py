@@ -16,6 +16,8 @@ from torch import Tensor
 from fedveil.client.comparison import check_finite, check_forgets, check_repeats
 from fedveil.client.inner_shapes import follow_from_records
 from fedveil.common.model.shapes import Shapes
+from fedveil.common.tasks.base import WEIGHT
+from fedveil.privacy.together import Together
 
 if TYPE_CHECKING:
     from fedveil.client.rehearsal import _Rehearsal
@@ -83,9 +85,10 @@ def _narrowed(rehearsal: _Rehearsal) -> Shapes:
         # The clip and the sum need memory too: most of it where most rows are, and in the longest.
         ends = (shapes.lengths[0], shapes.lengths[-1])
         began = time.monotonic()
-        steps.release(
-            [rehearsal.others(length, shapes.rows_of(length), None) for length in ends], rehearsal.model.losses
-        )
+        fullest = [rehearsal.others(length, shapes.rows_of(length), None) for length in ends]
+        # As a step has them: rows of unfolded records come with whose they are.
+        parts = [Together(b.records, [(b, range(b.records))]) if WEIGHT in b else b for b in fullest]
+        steps.release(parts, rehearsal.model.losses)
         more = time.monotonic() - began - sum(rehearsal.seconds[length] for length in ends)
         rehearsal.clipped = more, sum(map(shapes.rows_of, ends))
     return shapes

@@ -25,7 +25,7 @@ from fedveil.client.optimizers import build_optimizer, set_learning_rate
 from fedveil.client.outgoing import own_words
 from fedveil.client.prefixes import pays
 from fedveil.client.site import Site
-from fedveil.client.unfolding import unfolded
+from fedveil.client.unfolding import step_parts
 from fedveil.common.errors import MechanismError, ProtocolError
 from fedveil.common.log import about
 from fedveil.common.messages.columns import Chosen, check_chosen, narrowed
@@ -281,11 +281,8 @@ def _take_steps(records: Sequence[Record], this: _Round, before_pass: Callable[[
                 before_pass()  # steps that draw no record have no pass, and take their noise's time all the same
                 set_learning_rate(optimizer, job.config.site_rate(this.task.round_number, step))
                 batch = [inputs[i] for i in next(batches)]
-                if unfolds(model.task):
-                    rows = unfolded(model, batch, coins, before_pass, hides=hides_failures(job))
-                    steps.step(this.plan.rows(model, rows, len(batch)), model.losses)
-                else:
-                    steps.step(this.plan.parts(model, batch), model.losses)
+                parts = step_parts(this.plan, model, batch, coins, before_pass, hides=hides_failures(job))
+                steps.step(parts, model.losses)
             return steps.words
 
 

@@ -7,17 +7,34 @@ their gradients and clips the sum once, for the record or for the person that it
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
 from fedveil.common.errors import MechanismError
 from fedveil.common.log import place_of
 from fedveil.common.model.federated import FederatedModel
-from fedveil.common.tasks import Record
-from fedveil.common.tasks.base import OWNER, WEIGHT, Coins
+from fedveil.common.tasks import Batch, Record
+from fedveil.common.tasks.base import OWNER, WEIGHT, Coins, unfolds
+from fedveil.privacy.plan import Plan
+from fedveil.privacy.together import Together
 
 log = logging.getLogger("fedveil.site")
+
+
+def step_parts(
+    plan: Plan,
+    model: FederatedModel,
+    records: Sequence[Record],
+    coins: Coins,
+    before_pass: Callable[[], None],
+    *,
+    hides: bool,
+) -> Iterable[Batch | Together]:
+    """Return the batches of one step, of rows where the task unfolds records; arguments as for ``unfolded``."""
+    if not unfolds(model.task):
+        return plan.parts(model, records)
+    return plan.rows(model, unfolded(model, records, coins, before_pass, hides=hides), len(records))
 
 
 def unfolded(

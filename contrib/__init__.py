@@ -75,7 +75,7 @@ ROWS: Mapping[str, Mapping[str, str]] = {
         "compose": "library.command:compose",
         "transfer": "transfer.command:transfer",
     },
-    "tasks": {},
+    "tasks": {"grpo": "tasks.grpo:TASK"},
     "trackers": {
         "tensorboard": "trackers.tensorboard:TensorBoard",
         "mlflow": "trackers.mlflow:MLflow",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fedveil.common.config.flat import Scalar
 from fedveil.common.data.sources import unprotected_test
 from fedveil.common.starts.public_text import words_of
+from fedveil.common.tasks import scored_of
 from fedveil.common.words import EACH, names_text, natural
 from fedveil.privacy import mechanism_of, promise_of, trusting_the_server
 from fedveil.privacy.claim import Claim as Promise
@@ -124,6 +125,7 @@ def claim_of(files: RunFiles, sites: Sequence[SiteReport]) -> Claim:
         return Claim(False, False, mode, NOTHING_YET, *6 * ("",), head, [], [], gaps, text)
     central = files.trusts_server
     fresh = not central and _has_fresh_ledgers(files)
+    scored = scored_of(files.config.settings)
     sentence = EXPOSED_RUN
     if not any(site.agreement == "exposed" for site in sites):
         sentence = _promise(claim, worst.epsilon_worst, delta, central=central)
@@ -136,13 +138,16 @@ def claim_of(files: RunFiles, sites: Sequence[SiteReport]) -> Claim:
         privacy_mode=mode,
         sentence=sentence,
         per=claim.per,
-        unit=claim.unit,
+        unit=f"{claim.unit}: {scored.record}" if scored.record else claim.unit,
         neighbours=claim.adjacency,
         adversary=claim.adversary,
         sampler=claim.sampler,
         accountant=", ".join(sorted({site.accountant for site in sites if site.epsilon_worst is not None})),
         head=head,
-        covered=list(COVERED_BY_SERVER if central else COVERED_ALONE if fresh else COVERED),
+        covered=[
+            *([scored.stays] if scored.stays else []),
+            *(COVERED_BY_SERVER if central else COVERED_ALONE if fresh else COVERED),
+        ],
         not_covered=[*claim.leaves_out, *[OTHER_RUNS] * fresh, *(BY_SERVER if central else NOT_COVERED)],
         gaps=gaps,
         public_text=text,

@@ -102,6 +102,7 @@ DATASETS: Rows[NamedDataset] = Rows(
         "qnli": "sets.sentence_pairs:QNLI",
         "qnli-dev": "sets.sentence_pairs:QNLI_DEV",
         "asdiv": "sets.asdiv:ASDIV",
+        "asdiv-prompts": "sets.asdiv:ASDIV_PROMPTS",
         "medmcqa": "sets.medical:MEDMCQA",
         "medmcqa-specialties": "sets.medical:MEDMCQA_SPECIALTIES",
         "medmcqa-specialties-test": "sets.medical:MEDMCQA_SPECIALTIES_TEST",

@@ -21,8 +21,8 @@ def lowered(module: nn.Module, precision: torch.dtype) -> Iterator[None]:
     """Hold the frozen weights of the linear layers under ``module`` in ``precision``; put them back afterwards.
 
     Weights that something else than a linear layer uses as well, such as an embedding that is also the output
-    layer, stay as they are, and so do those whose product is made first (``RThenB``). Every linear layer under
-    ``module`` must run under autocast to ``precision``.
+    layer, stay as they are, and so do those whose product is made first (``RThenB``) and those in float64, for which
+    there is no autocast. Every other linear layer under ``module`` must run under autocast to ``precision``.
     """
     shared = {id(p) for child in module.modules() if type(child) is not nn.Linear for p in child.parameters(False)}
     shared |= {id(p) for child in module.modules() if isinstance(child, RThenB) for p in child.parameters()}
@@ -31,7 +31,8 @@ def lowered(module: nn.Module, precision: torch.dtype) -> Iterator[None]:
         for child in module.modules()
         if type(child) is nn.Linear
         for parameter in child.parameters(False)
-        if not parameter.requires_grad and id(parameter) not in shared and parameter.dtype != precision
+        if not parameter.requires_grad and id(parameter) not in shared
+        if parameter.dtype not in (precision, torch.float64)
     ]
     before = [parameter.data for parameter in frozen]
     try:

@@ -26,10 +26,15 @@ TASKS: Table[Task] = Table(
 )
 
 
+def scored_of(settings: Mapping[str, object]) -> Scored:
+    """Return what scores and reports say of the task that settings name; of one that is not known, what is usual."""
+    task = TASKS.get(str(settings.get("model.task", "")))
+    return task.scored if task else Scored()
+
+
 def headline_of(settings: Mapping[str, object]) -> str:
     """Return the name of the figure that a run with these settings is judged by."""
-    task = TASKS.get(str(settings.get("model.task", "")))
-    return task.scored.headline if task else Scored().headline
+    return scored_of(settings).headline
 
 
 def roles_of_all() -> tuple[Role, ...]:
@@ -59,5 +64,6 @@ __all__ = [
     "TokenClassification",
     "headline_of",
     "roles_of_all",
+    "scored_of",
     "wording_of",
 ]

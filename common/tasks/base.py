@@ -89,6 +89,10 @@ class Scored:
     """Makes a record for each option of one, the right one first; of one that has no options, none. None: none has."""
     several: bool = False
     """Whether an answer has several labels. Then losses follow from each logit, not from differences alone."""
+    record: str = ""
+    """What hangs on one record, in a report's words, where it is more than the record itself; empty: nothing."""
+    stays: str = ""
+    """What a claim covers for that, in a report's words: what of it a site sends, and what it never does."""
 
 
 def owner_of(record: Record) -> Record:

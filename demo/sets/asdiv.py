@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fedveil.common.data.named import NamedDataset
 from fedveil.demo.packaged import PackagedFile
 
@@ -17,3 +19,5 @@ ASDIV = NamedDataset(
     fields={"text": "Question: {passage} {question}\nAnswer:", "completion": " {answer}"},
     sentences_sha256="7b4d5db4d9dbb65a489c9448ba29ecdb418bda93783172b5ee0484ec0cbea993",
 )
+ASDIV_PROMPTS = replace(ASDIV, name="asdiv-prompts", task="grpo", shares_sentences_with=("asdiv",))
+"""The same records, whose answers are compared with what a model writes and not learnt."""

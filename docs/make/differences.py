@@ -116,7 +116,14 @@ DIFFERENCES: Mapping[str, tuple[str, str]] = {
     "CoDyRA, from task to task": ("Lu et al. 2024", "the next task is a run on the merged model"),
     "LoRAM": ("Zhang et al. 2025", "units of a layer are chosen on public text; no alignment after the cut"),
     "LoRAPrune": ("Zhang et al. 2024", "one cut between two runs, by squares of noised gradients"),
-    "Gazal-R1, its first stage": ("Gazal-R1, 2025", "the second stage, which learns from rewards, is not built"),
+    "GRPO": (
+        "Shao et al. 2024",
+        "one step a sample, so no ratio is clipped; no KL term; divided by G · L_max (Dr. GRPO); rewards by name alone",
+    ),
+    "Gazal-R1": (
+        "Gazal-R1, 2025",
+        "another model and data; ranks and weights of rewards are ours; no reward for the quality of reasoning",
+    ),
     "A LoRA judge as the reward": ("arXiv 2506.05748", "not built"),
     "Trans-LoRA": (
         "Wang et al., NeurIPS 2024",

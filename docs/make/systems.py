@@ -283,9 +283,14 @@ SYSTEMS: tuple[System, ...] = (
         "([pruned bases](../guides/serve.md#pruned-base-models))",
     ),
     System(
-        "Gazal-R1, its first stage",
+        "GRPO",
+        instead="`fedveil run -c experiments/configs/grpo-asdiv.toml`: sites reward what the model writes to their "
+        "prompts, on Fed-SB's R",
+    ),
+    System(
+        "Gazal-R1",
         instead="`fedveil run -c experiments/configs/gazal-r1-stage1.toml`: DoRA at rsLoRA's scale on prompts and "
-        "completions; the second stage, which learns from rewards, is not built",
+        "completions; then `fedveil merge RUN_FOLDER gazal-r1-stage1`, and GRPO from there by gazal-r1-stage2.toml",
     ),
     System(
         "A LoRA judge as the reward",

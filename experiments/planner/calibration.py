@@ -12,7 +12,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TypeAlias
@@ -21,21 +21,26 @@ import torch
 from torch import Tensor, nn
 
 from fedveil.client.optimizers import build_optimizer
+from fedveil.client.unfolding import step_parts
 from fedveil.common.config.phases import Schedule
 from fedveil.common.config.run import RunConfig
 from fedveil.common.data.sources import public_test
 from fedveil.common.model.federated import FederatedModel
-from fedveil.common.tasks import Record
+from fedveil.common.tasks import Batch, Record
+from fedveil.common.tasks.base import unfolds
 from fedveil.common.tasks.examples import Dataset
 from fedveil.common.threads import own_threads, site_cores
-from fedveil.privacy.plan import gaussian_plan
+from fedveil.privacy.plan import Plan, gaussian_plan
 from fedveil.privacy.randomness import stream
 from fedveil.privacy.steps import nothing
+from fedveil.privacy.together import Together
 from fedveil.server.model import ServerModel
 
 Trained: TypeAlias = Mapping[str, Mapping[str, nn.Parameter]]
 """Trained tensors by layer and factor."""
 MOST_RECORDS = 512
+MOST_UNFOLDED = 32
+"""As ``MOST_RECORDS``, where each is unfolded, which may take as long as many passes."""
 SCORED_RECORDS = 128
 FEW_RECORDS = 8
 CHUNKS = 8
@@ -86,7 +91,7 @@ def calibrate(server_model: ServerModel, config: RunConfig, workers: int) -> Cal
     load = os.getloadavg()[0]
     model, threads = server_model.model, torch.get_num_threads()
     order = torch.randperm(len(server_model.records), generator=stream(config.seed, "calibration")).tolist()
-    records = [server_model.records[i] for i in order[:MOST_RECORDS]]
+    records = [server_model.records[i] for i in order[: MOST_UNFOLDED if unfolds(model.task) else MOST_RECORDS]]
     count = max(1, min(CHUNKS, len(records) // 2))
     chunks, few = [records[i::count] for i in range(count)], records[:FEW_RECORDS]
     worker_threads = min(own_threads(), max(1, site_cores() // workers))
@@ -224,13 +229,18 @@ def _step(
     if not _clips(config):
         open_plan = config.privacy.mechanism.exposing_plan(config.privacy, config.training)
         with open_plan.steps(model, optimizer) as steps:
-            steps.step(open_plan.parts(model, records), model.losses)
+            steps.step(_parts(open_plan, model, records), model.losses)
         return time.perf_counter() - began, torch.zeros(0)
     plan = gaussian_plan(config.privacy.clip_norm, NO_NOISE, 1.0, float(len(records)), 1e-6, 1.0)
     with PrivateSteps(model.module, optimizer, plan) as clipping:
-        released = clipping.release(model.fixed_batches(records), model.losses)
+        released = clipping.release(_parts(plan, model, records), model.losses)
     seconds = time.perf_counter() - began
     return seconds, torch.cat([gradient.flatten() for gradient in released]).double().cpu() / plan.event.clip_norm
+
+
+def _parts(plan: Plan, model: FederatedModel, records: Sequence[Record]) -> Iterable[Batch | Together]:
+    """Return a step's batches, in what time it takes to make rows of its records where their task does."""
+    return step_parts(plan, model, records, plan.coins(stream(0, "calibration")), nothing, hides=False)
 
 
 def alignment_of(means: Sequence[Tensor]) -> tuple[float, float]:

@@ -1,0 +1,1 @@
+"""Kinds of task from the literature, one per file."""
