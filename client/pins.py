@@ -82,8 +82,8 @@ def check_pins(policy: Policy, config: RunConfig, task: Task, *, private: bool, 
     for role in task.roles:
         own, asked = _own(policy, role.setting), config.data.columns[role.setting]
         _same(role.setting, own, f"data.{role.setting}", asked)
-    for key, asked in options_of(task).items():
-        _same(key, _own(policy, key), key, str(asked))
+    for key, value in options_of(task).items():
+        _same(key, _own(policy, key), key, str(value))
     if task.labelled:
         _same(LABELS, labels_text(_labels(policy)), "data.labels", labels_text(known_labels(config.data)))
     if config.model.max_length > policy.max_length:

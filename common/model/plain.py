@@ -40,7 +40,7 @@ class PlainSteps:
 
 
 def plain_step(
-    parts: Iterable[Batch],
+    parts: Iterable[Batch | Together],
     model: FederatedModel,
     optimizer: Optimizer,
     parameters: Sequence[nn.Parameter],
@@ -49,12 +49,14 @@ def plain_step(
     optimizer.zero_grad(set_to_none=True)
     seen = 0
     for part in parts:
-        rows = isinstance(part, Together)
-        seen += part.units if rows else 0
-        for batch, _ in part.parts if rows else [(part, ())]:
-            losses = model.losses(batch)
+        if isinstance(part, Together):
+            seen += part.units
+            for batch, _ in part.parts:
+                model.losses(batch).sum().backward()
+        else:
+            losses = model.losses(part)
             losses.sum().backward()
-            seen += 0 if rows else len(losses)
+            seen += len(losses)
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad / seen for p in parameters]
     for parameter, gradient in zip(parameters, gradients, strict=True):
         # What the loss does not reach keeps no gradient, so that no weight decay moves it.
