@@ -4,6 +4,7 @@
 # make generative   the model and data of the generative example
 # make texts   the sets of newswire and newsgroups, for experiments
 # make vision   the vision example: its model and images, then a private federated fine-tune on them
+# make speech   spoken digits and sentences by espeak-ng, Whisper tiny.en, then a private federation of fourteen voices
 # make test-deployment   the guides of coordinator and steward with real processes, TLS and keys; more runs of Flower
 # make test-many   a secure sum of a hundred sites of which ten are lost; half a minute on one core
 # make test-harness   a tiny run under lm-evaluation-harness, in an environment of its own
@@ -11,6 +12,7 @@
 # make test-peft   adapters and exports under the oldest PEFT that pyproject.toml allows, in an environment of its own
 # make test-pythons  tests under each Python from 3.11 to 3.14 that is here and the newest torch; TESTS=... runs some of them
 # make test-product   every task, adapter, start, strategy and mechanism with every other: a run, or one sentence
+# make test-speech    Whisper tiny.en's copy and a clip of espeak-ng's, which 'make speech' installs
 # make test-trackers  runs with the real trackers, in an environment of its own
 # make audit  attacks on noise, clip, batches and ledger, and faults that they must find; RUN=folder puts audit.json there
 # make faults sites, server and network broken on a real federation; cutting the network needs root and iproute2
@@ -29,6 +31,7 @@ DEMO       := $(VENV)/.demo
 GENERATIVE := $(VENV)/.generative
 VISION     := $(VENV)/.vision
 TEXTS      := $(VENV)/.texts
+SPEECH     := $(VENV)/.speech
 
 INSTALL := install --quiet --disable-pip-version-check
 PIP    := $(BIN)/pip $(INSTALL)
@@ -40,7 +43,7 @@ OLDEST_PEFT := $(shell sed -n 's/^ *"peft>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 # Wheels of which every byte is known, and nothing that they ask for: no setup.py runs.
 EXACT  := --require-hashes --no-deps --only-binary :all:
 
-.PHONY: bench demo wheel test test-chart test-many test-pythons test-deployment test-http test-harness test-trackers test-peft test-product audit faults docs site check house format environment generative texts vision browser clean
+.PHONY: bench demo wheel test test-chart test-many test-pythons test-deployment test-http test-harness test-trackers test-peft test-product test-speech audit faults docs site check house format environment generative texts vision speech browser clean
 
 demo: $(DEMO)
 	$(BIN)/fedveil run
@@ -104,6 +107,9 @@ test-pythons:
 
 test-product: environment
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 -m product contrib/tests
+
+test-speech: environment $(SPEECH)
+	$(BIN)/python -m pytest -m speech tests/demo
 
 # The trackers' packages, some 1 GB on the disk, likewise.
 test-trackers: environment
@@ -193,6 +199,16 @@ vision: $(VISION)
 $(VISION): $(READY) requirements/vision.txt
 	$(PIP) $(EXACT) -r requirements/vision.txt
 	@touch $(VISION)
+
+# Its voices are a program of Debian's; installing that needs root. The clips lie in data/voices.
+speech: $(SPEECH)
+	command -v espeak-ng > /dev/null || apt-get install -y --no-install-recommends espeak-ng
+	test -f data/voices/sentences-test.csv || $(BIN)/python -m fedveil.demo.voices
+	$(BIN)/fedveil run -c experiments/configs/spoken-digits.toml --sites 14
+
+$(SPEECH): $(READY) requirements/speech.txt
+	$(PIP) $(EXACT) -r requirements/speech.txt
+	@touch $(SPEECH)
 
 # Browser and checker are pinned by package-lock.json, and no script of a package runs. CHROMIUM=path takes another browser.
 browser: environment

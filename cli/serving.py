@@ -141,7 +141,7 @@ def ask(
     folder: RunFolder,
     words: Annotated[
         list[str] | None,
-        typer.Argument(help="A text (and its pair, where records have one), a prompt, or an image's path."),
+        typer.Argument(help="A text (and its pair, where records have one), a prompt, an image's or clip's path."),
     ] = None,
     file: Annotated[
         Path | None, typer.Option(help="A file with a text on each line (and its pair, after a tab): the best answers.")

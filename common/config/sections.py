@@ -42,10 +42,12 @@ class ModelConfig(Section):
     """A kind of task (see ``common.tasks``): ``classification`` (encoder, mean pool, linear head), ``multi-label`` (the
     same with any of the labels a text, or none), ``token-classification`` (names in texts: a linear head on each word),
     ``causal-lm`` (prompt, completion), ``chat`` (a conversation), ``instruction`` (instruction, input, output),
-    ``image-classification`` (vision transformer, linear head)."""
+    ``image-classification`` (vision transformer, linear head), ``audio-classification`` (Whisper's encoder, linear
+    head), ``speech-to-text`` (Whisper; clip, words)."""
     max_length: Annotated[int, POSITIVE, Unit("tokens")] = 128
     """The length that a record is cut to. It is less where the model has no positions for so many and one of padding.
-    An image is scaled to the largest square of whole patches that has at most so many."""
+    An image is scaled to the largest square of whole patches that has at most so many, a clip cut or filled up to the
+    most whole seconds, 50 tokens each."""
     feature_scale: Annotated[float, NOT_NEGATIVE, RATIO] = 1.0
     """Classification: length that the pooled features are brought to. 0 leaves them as they are, which those of words
     always are."""

@@ -111,6 +111,11 @@ DATASETS: Rows[NamedDataset] = Rows(
         "goemotions": "sets.goemotions:GOEMOTIONS",
         "goemotions-dev": "sets.goemotions:GOEMOTIONS_DEV",
         "textile-images": "sets.textile_images:TEXTILE_IMAGES",
+        "spoken-digits": "sets.spoken:SPOKEN_DIGITS",
+        "spoken-digits-test": "sets.spoken:SPOKEN_DIGITS_TEST",
+        "spoken-sentences": "sets.spoken:SPOKEN_SENTENCES",
+        "spoken-sentences-test": "sets.spoken:SPOKEN_SENTENCES_TEST",
+        "fsdd": "sets.spoken:FSDD",
     },
     "fedveil.demo",
 )

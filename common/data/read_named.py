@@ -59,7 +59,7 @@ def _table_of(origin: str, named: NamedDataset) -> Table:
         columns[name] = [named.cut(text) if named.cut else text for text in filled]
     if named.label:
         columns[LABEL.field] = [named.labels[row[named.label]] for row in clean]
-    return Table(origin, columns)
+    return Table(origin, columns, folder=file.folder)
 
 
 @contextmanager

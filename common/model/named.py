@@ -42,6 +42,7 @@ NAMED_MODELS: Table[NamedModel] = Table(
         "all-MiniLM-L6-v2": "models:MINILM_MODEL",
         "SmolLM2-135M-Instruct": "models:SMOLLM2_MODEL",
         "dinov2-small": "models:DINOV2_SMALL_MODEL",
+        "whisper-tiny.en": "models:WHISPER_TINY_EN_MODEL",
     },
     "fedveil.demo",
 )

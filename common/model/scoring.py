@@ -92,6 +92,7 @@ class _Counts:
         self.right, self.units = list[int](), list[int]()
         self.correct, self.weight = list[float](), list[float]()
         self.shares: dict[str, list[float]] = {}
+        self.ratios: dict[str, tuple[list[float], list[float]]] = {}
 
     def add(self, sums: Sums, group: Sequence[int], labels: Sequence[int], *, counted: bool) -> None:
         """Add a batch's records: ``group`` are their numbers; without a predicted label they have no ``labels``."""
@@ -108,6 +109,10 @@ class _Counts:
             self.units += (there + given).tolist()
         for name, values in sums.beside.items():
             self.shares.setdefault(name, []).extend(values.tolist())
+        for name, (tops, bottoms) in (sums.ratios() if sums.ratios is not None else {}).items():
+            both = self.ratios.setdefault(name, ([], []))
+            both[0].extend(tops.tolist())
+            both[1].extend(bottoms.tolist())
         self.correct += sums.correct.tolist()
         self.weight += sums.weight.tolist()
 
@@ -121,6 +126,8 @@ class _Counts:
             found += [] if macro is None else [Figure("macro F1", macro)]
         for name, values in self.shares.items():
             found.append(Figure(name, sum(values) / len(values), half_of_ratio(values, [1.0] * len(values))))
+        for name, (tops, bottoms) in self.ratios.items():
+            found.append(Figure(name, sum(tops) / max(1.0, sum(bottoms)), half_of_ratio(tops, bottoms)))
         if not found:
             return score
         first = Figure(score.name, score.accuracy, half_of_ratio(self.correct, self.weight))

@@ -65,6 +65,9 @@ class Sums:
     gives, shape (records, 3, kinds), int64. A score alone calls it. None: an answer has no parts."""
     beside: Mapping[str, Tensor] = field(default_factory=dict)
     """Named shares of each record, shape (records,), float32, from 0 to 1: their means are figures of the score."""
+    ratios: Callable[[], Mapping[str, tuple[Tensor, Tensor]]] | None = None
+    """Names what each record has of what it could have, both of shape (records,), float32: the sum of the first over
+    that of the second is a figure of the score. A score alone calls it. None: there is none."""
 
     @property
     def losses(self) -> Tensor:
@@ -82,7 +85,7 @@ class Scored:
     """What a task's score on public records has beside share of right answers and loss."""
 
     headline: str = "accuracy"
-    """The figure that a run is judged by: ``accuracy``, or one that ``Sums.parts`` or ``Sums.beside`` gives."""
+    """The figure that a run is judged by: ``accuracy``, or one that ``Sums`` gives by parts, beside or as ratios."""
     kinds: Callable[[Sequence[str]], Sequence[str]] = tuple
     """Takes the labels, and names the kinds of parts that ``Sums.parts`` counts, in its order."""
     options: Callable[[BaseModel, Record], list[Record]] | None = None

@@ -61,7 +61,7 @@ class Finished:
         """Return what the model answers to each question, the likeliest first.
 
         Args:
-            asked: the words of each, one for each of ``inputs``: a text and its pair, a prompt, an image's path.
+            asked: the words of each, one for each of ``inputs``: a text and its pair, a prompt, the path of an image.
 
         Raises:
             ConfigError: there are more words, or fewer, than ``inputs``, or the task takes no questions.

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from fedveil.common.errors import ConfigError, DataError
 from fedveil.common.tasks.base import Batch, Inventor, Record, Sums, Task, classified
+from fedveil.common.tasks.cell_files import cell_file, is_labelled_folder, read_labelled_folder
 from fedveil.common.tasks.cells import Misfit
 from fedveil.common.tasks.examples import Example
 from fedveil.common.tasks.finished import Export, Questions
 from fedveil.common.tasks.image_export import ImageExport
-from fedveil.common.tasks.images import Picture, image_file, is_image_folder, read_image, read_image_folder
+from fedveil.common.tasks.images import IMAGE, SUFFIXES, Picture, read_image
 from fedveil.common.tasks.loading import OWN_CODE
 from fedveil.common.tasks.patches import hidden_states, image_side, patch_side, position_options, special_tokens
 from fedveil.common.tasks.roles import LABEL, Role
@@ -76,7 +77,7 @@ class ImageClassification(Task):
 
     name: ClassVar[str] = "image-classification"
     roles: ClassVar[tuple[Role, ...]] = (
-        Role("image", "image", "the image: its file's bytes or path", read=read_image, file=image_file),
+        Role("image", "image", "the image: its file's bytes or path", read=read_image, file=cell_file),
         LABEL,
     )
     example: ClassVar[type[Example]] = ImageExample
@@ -92,7 +93,7 @@ class ImageClassification(Task):
 
     def read_source(self, source: Path) -> Table | None:
         """Return the images of a folder with one sub-folder a label."""
-        return read_image_folder(source) if is_image_folder(source) else None
+        return read_labelled_folder(source, IMAGE, SUFFIXES) if is_labelled_folder(source) else None
 
     # --- the base model ---
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from fedveil.common.tasks.finished import LABELS, Export, Finished
+from fedveil.common.tasks.finished import Export, Finished
 from fedveil.common.tasks.patches import image_side, position_options, special_tokens
-from fedveil.common.tasks.stock import head_of, stock_of
+from fedveil.common.tasks.stock import stock_of, write_apart
 
 STOCK = ("dinov2", "dinov2_with_registers")
 """Kinds of models whose stock classifier is a linear layer on class token and mean of patches, as they are."""
-ENCODER = "encoder"
-"""Folder of an encoder whose head lies apart: at the top, stock classes would put a head of their own on it."""
 _PIPELINE_CODE = """\
 from transformers import pipeline
 
@@ -51,15 +49,11 @@ class ImageExport(Export):
         Raises:
             ModelError: what the stock class computes is not what the run's model does.
         """
-        from safetensors.torch import save_file
-
         if self.pipeline(model):
             stock_of(model, "AutoModelForImageClassification").save_pretrained(folder)
             self.write_processor(model, folder)
             return
-        super().write(model, folder / ENCODER)
-        save_file(head_of(model), str(folder / "head.safetensors"), metadata={"format": "pt"})
-        (folder / LABELS).write_text(json.dumps(model.labels, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_apart(super().write, model, folder)
 
     def pipeline(self, model: Finished) -> str:
         """Return the task's own where the stock class of the encoder's kind computes the run's head."""

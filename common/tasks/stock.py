@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedveil.common.errors import ModelError
-from fedveil.common.tasks.finished import Finished
+from fedveil.common.tasks.finished import LABELS, Finished
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 HEAD = "classifier"
 """What every stock class that is used here calls its linear layer."""
+APART = "encoder"
+"""Folder of an encoder whose head lies apart."""
 CLOSE = 1e-5
 """Largest difference of a logit between a run's head and the stock class, before it is written."""
 
@@ -39,7 +44,7 @@ def stock_of(model: Finished, loader: str) -> Any:
     getattr(stock, stock.base_model_prefix).load_state_dict(encoder.state_dict())
     getattr(stock, HEAD).load_state_dict(head_of(model))
     stock = stock.float().eval()
-    _compare(model, stock)
+    check_stock(model, stock)
     return stock
 
 
@@ -50,7 +55,23 @@ def head_of(model: Finished) -> dict[str, Tensor]:
     return {name: tensor.detach().float().cpu().contiguous() for name, tensor in model.module.head.state_dict().items()}
 
 
-def _compare(model: Finished, stock: Any) -> None:
+def write_apart(write: Callable[[Finished, Path], None], model: Finished, folder: Path) -> None:
+    """Write encoder and head apart: at the top, stock classes would put a head of their own on the encoder.
+
+    Args:
+        write: writes the encoder and its processor into a folder.
+        model: the finished model.
+        folder: an empty one.
+    """
+    from safetensors.torch import save_file
+
+    write(model, folder / APART)
+    save_file(head_of(model), str(folder / "head.safetensors"), metadata={"format": "pt"})
+    (folder / LABELS).write_text(json.dumps(model.labels, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def check_stock(model: Finished, stock: Any) -> None:
+    """Raise ModelError if a stock class computes other logits than the run's model of records that are made up."""
     import torch
 
     invent = model.task.inventor(model.base, model.limit)

@@ -60,7 +60,7 @@ class TextTask(Task):
 
     def processor_parts(self, processor: Any) -> Mapping[str, Any]:
         """Return the tokenizer's rules and special tokens; files count by their content, wherever they lie."""
-        return {"tokenizer": _tokenizer_parts(processor)}
+        return {"tokenizer": tokenizer_parts(processor)}
 
     def limit(self, base: BaseModel, max_length: int) -> int:
         """Return the tokens that records are cut to; fewer where the model has no positions for them and padding."""
@@ -141,7 +141,8 @@ def _embeddings(base: BaseModel) -> int:
     return int(base.module.get_input_embeddings().num_embeddings)  # type: ignore[operator]
 
 
-def _tokenizer_parts(tokenizer: Any) -> dict[str, Any]:
+def tokenizer_parts(tokenizer: Any) -> dict[str, Any]:
+    """Return all that decides what a tokenizer makes of a text, for the base model's fingerprint."""
     parts = {
         "class": type(tokenizer).__name__,
         "special": {key: str(value) for key, value in tokenizer.special_tokens_map.items()},

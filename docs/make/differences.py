@@ -99,14 +99,19 @@ DIFFERENCES: Mapping[str, tuple[str, str]] = {
     "RandLoRA": ("Albert et al., ICLR 2025", "one of two diagonals is trained, so averages are exact"),
     "LoLDU": ("arXiv 2410.13618", "vectors have length 1; the base is never rewritten; the scale is not trained"),
     "Singular values alone, LoLDU's control": ("none", "a control"),
-    "S2-LoRA": ("S2-LoRA", "the shared pair is random and frozen; the threshold follows from the noise"),
+    "S2-LoRA": (
+        "S2-LoRA",
+        "the shared pair is random and frozen; the threshold follows from the noise; its data, children's speech, are "
+        "not to be had here: `speech-to-text` takes made-up voices or yours",
+    ),
     "S2-LoRA, the pair trained in turn": (
         "S2-LoRA",
         "the equation was not to be read: the form follows from the number of its parameters; factors take turns",
     ),
     "SALT": (
         "code of BioMedIA-MBZUAI",
-        "one number for scale and shift; no ReLU; one factor frozen; one rank for both parts; no segmentation",
+        "one number for scale and shift; no ReLU; one factor frozen; one rank for both parts; no segmentation, for "
+        "which no set is to be had here",
     ),
     "LoRA-Pro": ("Wang et al., ICLR 2025", "at the server, weighted by the noise, so nothing divides by B"),
     "ALLoRA": ("Huang, Balestriero 2024", "at the server, behind the optimiser"),

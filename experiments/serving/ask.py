@@ -14,7 +14,7 @@ def ask_run(run: Path, words: Sequence[str]) -> list[Answer]:
 
     Args:
         run: a run's folder.
-        words: a text (and its pair, where the run's records have one), a prompt, or an image's path.
+        words: a text (and its pair, where the run's records have one), a prompt, an image's or clip's path.
 
     Raises:
         ConfigError: there are more words, or fewer, than this run's records have.

@@ -30,9 +30,9 @@ from fedveil.common.config.text import to_toml
 from fedveil.common.data import rows
 from fedveil.common.messages.round import Refusal
 from fedveil.common.runtime import NODE_TOO, NotOurNode
+from fedveil.common.tasks.cell_files import cell_file
 from fedveil.common.tasks.cells import names_no_file
 from fedveil.common.tasks.image_classification import ImageClassification
-from fedveil.common.tasks.images import image_file
 
 PICTURES = DataConfig(labels="0,1", partition="iid", columns=Columns({"image": "image", "label": "label"}))
 NAMES = ("a.png", "deep/b.png", "broken.png", "absent.png", "../outside.png")
@@ -150,10 +150,10 @@ def test_a_file_that_changes_while_it_is_read_counts_as_changed(table: Path, mon
 def test_what_a_cell_names_is_what_is_opened(table: Path) -> None:
     own = table.parent
     hub = {"bytes": None, "path": "a.png"}
-    assert image_file(" a.png ", own) == image_file(hub, own) == own / "a.png"
+    assert cell_file(" a.png ", own) == cell_file(hub, own) == own / "a.png"
     for cell in (b"bytes", {"bytes": b"x", "path": "a.png"}, None, "../a.png", "/a.png", "..\\a.png", "C:a.png", 3):
-        assert image_file(cell, own) is None
-    assert image_file("a.png", None) is None
+        assert cell_file(cell, own) is None
+    assert cell_file("a.png", None) is None
     assert rows.state_of(own / "a\0b.png") is rows.state_of(own) is None
 
 

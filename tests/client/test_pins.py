@@ -74,6 +74,10 @@ def test_the_audit_of_questions_passes_on_the_code_as_it_is_and_finds_every_faul
 # The table of roles.
 
 
+WITHOUT_CLIPS = {name: task for name, task in TASKS.items() if "audio" not in {role.setting for role in task.roles}}
+"""But for tasks on clips, whose model is in no package of these tests, and whose files are no images."""
+
+
 def of_task(name: str) -> dict[str, Scalar]:
     """Return settings that a task needs besides its columns."""
     task = TASKS[name]
@@ -104,7 +108,7 @@ def test_every_task_has_its_roles_and_every_role_its_pin() -> None:
 
 @pytest.mark.parametrize(
     ("task", "role"),
-    [(name, role) for name, task in TASKS.items() for role in task.roles],
+    [(name, role) for name, task in WITHOUT_CLIPS.items() for role in task.roles],
     ids=lambda part: getattr(part, "setting", part),
 )
 def test_another_column_of_any_role_is_refused_unread(task: str, role: Role, tmp_path: Path) -> None:
@@ -385,7 +389,7 @@ def test_the_loader_reads_the_columns_of_the_table(tmp_path: Path) -> None:
     for width, name in enumerate((name for column in names for name in (column, f"{column}-2")), start=1):
         (tmp_path / name).write_bytes(encoded(np.zeros((1, width), np.uint8)))
         pictures[name] = read_image(name, tmp_path).pixels
-    for task, roles in ((name, task.roles) for name, task in TASKS.items()):
+    for task, roles in ((name, task.roles) for name, task in WITHOUT_CLIPS.items()):
         fields = {f"{role.setting}-column": role.field for role in roles}
 
         def cell(name: str, fields: dict[str, str] = fields) -> str:

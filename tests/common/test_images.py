@@ -20,8 +20,9 @@ from fedveil.common.config.sections import DataConfig
 from fedveil.common.data.sources import load_dataset, load_protected
 from fedveil.common.errors import DataError, UnreadableFile
 from fedveil.common.tasks import images
+from fedveil.common.tasks.cell_files import MOST_BYTES, is_labelled_folder, read_labelled_folder
 from fedveil.common.tasks.cells import Misfit
-from fedveil.common.tasks.images import MOST_BYTES, MOST_PIXELS, is_image_folder, read_image, read_image_folder
+from fedveil.common.tasks.images import IMAGE, MOST_PIXELS, SUFFIXES, read_image
 
 TASK = "image-classification"
 CONFIG = DataConfig(labels="0,1", partition="iid")
@@ -272,18 +273,18 @@ def test_in_public_data_the_first_such_file_is_an_error_that_names_it(odd: Path)
 
 def test_a_folder_is_of_images_if_it_has_sub_folders_and_no_table(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "images", digits(count=3))
-    assert is_image_folder(folder)
+    assert is_labelled_folder(folder)
     (folder / "labels.csv").write_text("image,label\n")
-    assert not is_image_folder(folder), "a table beside its files is a table"
-    assert not is_image_folder(folder / "0")
-    assert not is_image_folder(folder / "labels.csv")
-    assert not is_image_folder(tmp_path / "nowhere")
+    assert not is_labelled_folder(folder), "a table beside its files is a table"
+    assert not is_labelled_folder(folder / "0")
+    assert not is_labelled_folder(folder / "labels.csv")
+    assert not is_labelled_folder(tmp_path / "nowhere")
 
 
 def test_a_folder_without_an_image_is_unreadable(tmp_path: Path) -> None:
     (tmp_path / "empty" / "0").mkdir(parents=True)
     with pytest.raises(UnreadableFile, match="one sub-folder a label"):
-        read_image_folder(tmp_path / "empty")
+        read_labelled_folder(tmp_path / "empty", IMAGE, SUFFIXES)
     reading = load_protected(CONFIG, TASK, str(tmp_path / "empty"))
     assert reading.unreadable
     assert not reading.dataset.examples

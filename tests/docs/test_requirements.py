@@ -18,6 +18,7 @@ from fedveil.demo.dinov2 import DINOV2_SMALL
 from fedveil.demo.models import MINILM
 from fedveil.demo.packaged import PackagedFile, PackagedTree
 from fedveil.demo.smollm2 import SMOLLM2
+from fedveil.demo.whisper import WHISPER_TINY_EN
 from fedveil.deploy import shared_checks
 from fedveil.deploy.advisories import safe_versions
 
@@ -55,15 +56,16 @@ def lines_of(name: str) -> list[str]:
 
 
 def test_the_wheels_are_pinned_by_version_and_hash() -> None:
-    names = ("demo.txt", "generative.txt", "vision.txt", "texts.txt")
+    names = ("demo.txt", "generative.txt", "vision.txt", "texts.txt", "speech.txt")
     pinned = {words[0]: words[1:] for name in names for words in map(str.split, lines_of(name))}
     items = (
         SMOLLM2,
         MINILM,
         DINOV2_SMALL,
+        WHISPER_TINY_EN,
         *(dataset.file for dataset in DATASETS.values() if isinstance(dataset.file, PackagedFile | PackagedTree)),
     )
-    assert len(items) == 3 + sum(dataset.public for dataset in DATASETS.values())
+    assert len(items) == 4 + sum(dataset.public for dataset in DATASETS.values())
     carried = {f"{item.distribution}=={item.version}" for item in items}
     assert carried <= set(pinned)
     for requirement, hashes in pinned.items():
@@ -75,9 +77,8 @@ def test_the_wheels_are_pinned_by_version_and_hash() -> None:
 def test_they_are_installed_by_their_hashes_and_no_setup_runs(name: str) -> None:
     (exact,) = re.findall(r"EXACT *:= *(.*)", (ROOT / "Makefile").read_text(encoding="utf-8"))
     text = (ROOT / name).read_text(encoding="utf-8").replace("$(EXACT)", exact)
-    steps = [
-        line for line in text.splitlines() if re.search(r"-r \S*requirements/(demo|generative|vision|texts)\.txt", line)
-    ]
+    exactly = re.compile(r"-r \S*requirements/(demo|generative|vision|texts|speech)\.txt")
+    steps = [line for line in text.splitlines() if exactly.search(line)]
     assert steps
     for step in steps:
         assert {"--require-hashes", "--no-deps", "--only-binary"} <= set(step.split()), step
