@@ -13,6 +13,7 @@
 # make test-pythons  tests under each Python from 3.11 to 3.14 that is here and the newest torch; TESTS=... runs some of them
 # make test-product   every task, adapter, start, strategy and mechanism with every other: a run, or one sentence
 # make test-speech    Whisper tiny.en's copy and a clip of espeak-ng's, which 'make speech' installs
+# make test-trl    preferences under TRL, in an environment of its own
 # make test-trackers  runs with the real trackers, in an environment of its own
 # make audit  attacks on noise, clip, batches and ledger, and faults that they must find; RUN=folder puts audit.json there
 # make faults sites, server and network broken on a real federation; cutting the network needs root and iproute2
@@ -43,7 +44,7 @@ OLDEST_PEFT := $(shell sed -n 's/^ *"peft>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 # Wheels of which every byte is known, and nothing that they ask for: no setup.py runs.
 EXACT  := --require-hashes --no-deps --only-binary :all:
 
-.PHONY: bench demo wheel test test-chart test-many test-pythons test-deployment test-http test-harness test-trackers test-peft test-product test-speech audit faults docs site check house format environment generative texts vision speech browser clean
+.PHONY: bench demo wheel test test-chart test-many test-pythons test-deployment test-http test-harness test-trackers test-trl test-peft test-product test-speech audit faults docs site check house format environment generative texts vision speech browser clean
 
 demo: $(DEMO)
 	$(BIN)/fedveil run
@@ -70,6 +71,14 @@ test-harness: environment generative
 	$(VENV)/harness/bin/pip $(INSTALL) "$$($(BIN)/python -c \
 	  'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["harness"])')"
 	PYTHONPATH=. $(VENV)/harness/bin/python -m pytest -m harness tests/experiments
+
+test-trl: environment generative
+	$(PYTHON) -m venv $(VENV)/trl
+	$(VENV)/trl/bin/python $(NEW_PIP)
+	echo "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" > \
+	  "$$($(VENV)/trl/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/environment.pth"
+	$(VENV)/trl/bin/pip $(INSTALL) --no-deps --only-binary :all: trl==1.16.0
+	PYTHONPATH=. $(VENV)/trl/bin/python -m pytest -m trl contrib/tests
 
 # It stands before the environment's own, whose other packages it takes.
 test-peft: environment generative

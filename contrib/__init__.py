@@ -74,11 +74,13 @@ ROWS: Mapping[str, Mapping[str, str]] = {
         "library": "library.command:library",
         "compose": "library.command:compose",
         "transfer": "transfer.command:transfer",
+        "judge": "tasks.judge:judge",
     },
     "tasks": {
         "grpo": "tasks.grpo:TASK",
         "audio-classification": "tasks.audio_classification:TASK",
         "speech-to-text": "tasks.speech_to_text:TASK",
+        "preference": "tasks.preference:PREFERENCE",
     },
     "trackers": {
         "tensorboard": "trackers.tensorboard:TensorBoard",

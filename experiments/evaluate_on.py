@@ -41,7 +41,7 @@ from fedveil.strategies.job import configure
 
 
 @dataclass(frozen=True)
-class _Set:
+class ScoredSet:
     """Records to score on, with the run's labels."""
 
     name: str
@@ -67,7 +67,7 @@ def evaluate_on(run: Path, sources: Sequence[str], column: str = "") -> list[Eva
     """
     adapter = run / "adapter"
     about = about_of(adapter)
-    sets = [_set_of(about, source, column) for source in dict.fromkeys(sources)]
+    sets = [set_of(about, source, column) for source in dict.fromkeys(sources)]
     kept = read_if_there(EvaluatedFile, run) or EvaluatedFile([])
     final = load_result(adapter)
     before = _beginning(about)
@@ -81,19 +81,23 @@ def evaluate_on(run: Path, sources: Sequence[str], column: str = "") -> list[Eva
     return found
 
 
-def _set_of(about: AdapterFile, source: str, column: str) -> _Set:
-    """Return the records of a source; of the run's own data those that no site trained on."""
+def set_of(about: AdapterFile, source: str, column: str) -> ScoredSet:
+    """Return the records of a source; of the run's own data those that no site trained on.
+
+    Raises:
+        DataError: it cannot be read, is none of the run's task and labels, or sites trained on all of it.
+    """
     own, named, labels = data_of(about), DATASETS.get(source), tuple(about.label_names)
     name = source if named or source.startswith("hub:") else expanded(source).name
     if _same(source, own.test or own.name):
         own = replace(own, slice=column or own.slice)
-        return _Set(name + ", the test part" * (not own.test), public_test(own, about.task), own.slice)
+        return ScoredSet(name + ", the test part" * (not own.test), public_test(own, about.task), own.slice)
     if _same(source, own.name):
         raise DataError(f"the run's sites trained on {name}: name other records, or the run's test data")
     if named is None:
         beside = replace(own, name=source, test=source * bool(column), slice=column, labels=labels_text(labels))
         data = load_dataset(replace(beside, partition="iid", person=""), about.task)
-        return _untrained(own, about.task, _Set(name, data, column))
+        return _untrained(own, about.task, ScoredSet(name, data, column))
     paired = ("text_pair" in named.fields) == is_paired(own, about.task)
     # A record's one label is renumbered; where it has several, they are in the run's order.
     alike = {*named.label_names} <= {*labels} if LABEL in TASKS[about.task].roles else named.label_names == labels
@@ -106,10 +110,10 @@ def _set_of(about: AdapterFile, source: str, column: str) -> _Set:
     data = load_dataset(replace(own, name=source, slice="", labels="", partition="iid", person=""), about.task)
     places = [labels.index(label) for label in data.label_names]
     moved = [e if e.label is None else replace(e, label=places[e.label]) for e in data.examples]
-    return _untrained(own, about.task, _Set(name, replace(data, examples=tuple(moved), label_names=labels)))
+    return _untrained(own, about.task, ScoredSet(name, replace(data, examples=tuple(moved), label_names=labels)))
 
 
-def _untrained(own: DataConfig, task: str, one: _Set) -> _Set:
+def _untrained(own: DataConfig, task: str, one: ScoredSet) -> ScoredSet:
     """Return a set without what sites trained on, where that is a named data set; no other records of sites are read.
 
     Two texts that differ by case, blanks and marks alone are one: GLUE has blanks before its full stops.
@@ -140,7 +144,7 @@ def _beginning(about: AdapterFile) -> FederatedModel:
     return server.model
 
 
-def _evaluation(one: _Set, before: FederatedModel, result: Result, model: str) -> Evaluation:
+def _evaluation(one: ScoredSet, before: FederatedModel, result: Result, model: str) -> Evaluation:
     """Return what a model gained and forgot on a set."""
     labels, counts = result.about.label_names, result.task.counted
     classes = len(labels) if len(labels) <= MOST_CONFUSED else 0
@@ -157,7 +161,7 @@ def _evaluation(one: _Set, before: FederatedModel, result: Result, model: str) -
 
 
 @torch.no_grad()
-def _pairs(one: _Set, before: FederatedModel, result: Result) -> tuple[list[Pair], list[FigureReport]]:
+def _pairs(one: ScoredSet, before: FederatedModel, result: Result) -> tuple[list[Pair], list[FigureReport]]:
     """Return both models' answers to each record of a set, and what the task's score has beside of all of them."""
     task, base, device, examples = result.task, result.base, before.device, one.data.examples
     choose_attention(base.module, device)

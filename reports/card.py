@@ -14,13 +14,14 @@ from typing import Any
 
 import yaml
 
+from fedveil.common.config.flat import task_of
 from fedveil.common.config.run import HEAD_ONLY
 from fedveil.common.config.sections import NO_ADAPTER
 from fedveil.common.data.named import DATASETS
 from fedveil.common.errors import DataError
 from fedveil.common.model.named import NAMED_MODELS, Published
 from fedveil.common.starts.public_text import OF_NO_ONE, SHIPPED
-from fedveil.common.tasks import TASKS
+from fedveil.common.tasks import Task
 from fedveil.common.words import UNKNOWN, capital, counted, number_text, percent_text, visible
 from fedveil.privacy.figures import epsilon_text
 from fedveil.privacy.units import PERSON
@@ -56,6 +57,11 @@ class Form:
     """The pipeline of transformers that computes it, which is what the hub calls it; empty: none does."""
 
 
+def _task_of(data: ReportData) -> Task:
+    """Return the run's task, with its options."""
+    return task_of({setting.key: setting.value for setting in data.settings if setting.value is not None})
+
+
 def adapter_form(data: ReportData) -> Form:
     """Return the form of a run's ``adapter/``.
 
@@ -64,7 +70,7 @@ def adapter_form(data: ReportData) -> Form:
     """
     if data.origin is None:
         raise DataError("the run has saved no adapter, so there is nothing to write a model card of")
-    task = TASKS[str(setting_of(data, "model.task"))]
+    task = _task_of(data)
     files = {name.rpartition("/")[2]: digest for name, digest in data.origin.files.items()}
     tuned = "adapter_config.json" in files
     settings: dict[str, Any] = {setting.key: setting.value for setting in data.settings}
@@ -84,7 +90,7 @@ def card_of(data: ReportData, declared: Declared, form: Form, report: bytes) -> 
         report: ``report.json``, which the card names by its hash.
     """
     head = yaml.safe_dump(_metadata(data, declared, form), sort_keys=False, allow_unicode=True, width=100)
-    task = TASKS[str(setting_of(data, "model.task"))]
+    task = _task_of(data)
     sites = f"{'at most ' * data.claim.trusts_server}{counted(data.headline.sites, 'site')}"
     base = plain(shown_base(data))
     alone = data.method == HEAD_ONLY
@@ -134,7 +140,7 @@ def shown_base(data: ReportData) -> str:
 
 
 def _metadata(data: ReportData, declared: Declared, form: Form) -> dict[str, Any]:
-    task, known = TASKS[str(setting_of(data, "model.task"))], _published(data)
+    task, known = _task_of(data), _published(data)
     own = data.origin is None or data.origin.local or Path(data.origin.base_model).exists()
     base = known.hub if known else "" if own else _base(data)
     meta: dict[str, Any] = {"license": declared.license or UNKNOWN_LICENSE, "library_name": form.library}

@@ -127,7 +127,7 @@ class ServerModel:
     def score(self, adapter: AdapterState) -> Score:
         """Return accuracy and loss of the model under ``adapter``; while that rests, by the features that it had."""
         self.model.write(adapter)
-        below = self.model.module.head is not None and not self.model.head_only
+        below = self.model.module.head is not None and self.model.task.labelled and not self.model.head_only
         return self.model.score(self.records, self._slices, with_features(self.model, self.records) if below else ())
 
 

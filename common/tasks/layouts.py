@@ -28,7 +28,7 @@ LAYOUTS = (
     Layout(
         "TRL's preference layout",
         frozenset({"chosen", "rejected"}),
-        "no task here learns from a better and a worse answer: keep the chosen ones as model.task 'chat'",
+        "set model.task to 'preference', and data.prompt to '' if there is no prompt",
     ),
     Layout("TRL's conversational layout", frozenset({"messages"}), "set model.task to 'chat'"),
     Layout(

@@ -21,3 +21,15 @@ ASDIV = NamedDataset(
 )
 ASDIV_PROMPTS = replace(ASDIV, name="asdiv-prompts", task="grpo", shares_sentences_with=("asdiv",))
 """The same records, whose answers are compared with what a model writes and not learnt."""
+ASDIV_PAIRS = replace(
+    ASDIV,
+    name="asdiv-pairs",
+    task="preference",
+    fields={
+        "question": ASDIV.fields["text"],
+        "chosen": ASDIV.fields["completion"],
+        "rejected": " The answer is {answer}.",
+    },
+    shares_sentences_with=("asdiv",),
+)
+"""The same problems with their answer alone, which is preferred to a sentence that has it: a matter of format."""

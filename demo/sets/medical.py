@@ -86,6 +86,19 @@ def read_answered(folder: Path) -> Table:
     return _questions({path: known for path, known in _papers(folder) if known["exam"] == "NEET"})
 
 
+def read_pairs(folder: Path) -> Table:
+    """Return the same, each once for every option that is wrong."""
+    table = read_answered(folder)
+    rows = [dict(table.row(i)) for i in range(table.size)]
+    pairs = [
+        {**row, "wrong": option}
+        for row in rows
+        for option in str(row["options"]).split("\n")
+        if option not in ("", row["answer"])
+    ]
+    return Table("", {name: [pair[name] for pair in pairs] for name in pairs[0]})
+
+
 def read_abstracts(folder: Path) -> Table:
     """Return PubMedQA's questions, whose abstracts lack their conclusions."""
     known = {"options": "\n".join(VERDICTS.values())}
@@ -136,6 +149,15 @@ MEDMCQA = NamedDataset(
     read=read_answered,
     shares_sentences_with=("medmcqa-specialties", "medmcqa-specialties-test"),
     sentences_sha256="605614e7acf5feaf44384e239b67e326594dab6fdb8abfa4934d418445903828",
+)
+MEDMCQA_PAIRS = NamedDataset(
+    name="medmcqa-pairs",
+    file=MEDMCQA_FILES,
+    task="preference",
+    fields={"question": "Question: " + PROMPT, "chosen": " {answer}", "rejected": " {wrong}"},
+    read=read_pairs,
+    shares_sentences_with=("medmcqa", "medmcqa-specialties", "medmcqa-specialties-test"),
+    sentences_sha256="",
 )
 MEDQA = NamedDataset(
     name="medqa",

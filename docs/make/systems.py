@@ -294,8 +294,8 @@ SYSTEMS: tuple[System, ...] = (
     ),
     System(
         "A LoRA judge as the reward",
-        instead="not built: nothing here learns from a reward. Pairs of answers with the better one as the completion "
-        "are records of `causal-lm`, so sites can train the judge itself",
+        instead="`fedveil run -c experiments/configs/medmcqa-pairs.toml` trains a judge that gives answers numbers, "
+        "`asdiv-pairs.toml` beside it prefers answers without one; `fedveil judge RUN --pairs FILE` asks either",
     ),
     System(
         "Trans-LoRA",

@@ -433,7 +433,7 @@ def test_no_record_is_trained_on_as_another_text_than_was_written(
             "causal-lm",
             "TRL's language modelling layout: set model.task to 'causal-lm', data.prompt to ''",
         ),
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "causal-lm", "no task here learns from a better and a worse"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "causal-lm", "set model.task to 'preference'"),
     ],
 )
 def test_layouts_of_other_programs_are_named_with_what_to_set(
