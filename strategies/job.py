@@ -100,7 +100,7 @@ class Job:
 
     def _measured(self, derived: Factors, statistic: Factors) -> Factors:
         """Return every factor of one layer, in the directions that the statistic gives and in those of the seed."""
-        of_seed = {name: derived[name] for name in self.origin.from_seed if name in self.adapter.directions}
+        of_seed = {n: derived[n] for n in self.origin.from_seed if n in self.adapter.directions and n in derived}
         given = {**of_seed, **self.origin.from_statistic(statistic, self.adapter.rank)}
         begun = self.adapter.begin(given, derived)
         return {name: begun.get(name, tensor) for name, tensor in derived.items()}

@@ -62,6 +62,10 @@ class LoRAShared(LoRADiagonal):
         found = super().factor_modules(layer)
         return {"z": found["z"]} if isinstance(layer.lora_B[ADAPTER_NAME], _DiagonalThenShared) else found
 
+    def begin(self, given: Factors, factors: Factors) -> Factors:
+        """Return A and B of the layer that has them; z begins at 0, also in a start that moves the weights."""
+        return {name: given[name] for name in ("A", "B") if name in given and name in factors}
+
     def whole(self, state: AdapterState, shapes: Mapping[str, tuple[int, int]]) -> AdapterState:
         """Return the state with A and B in every layer, given the layers' shapes (out, in)."""
         pairs: dict[tuple[int, int], Factors] = {}
