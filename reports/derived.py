@@ -115,7 +115,7 @@ def _body(made: DerivedFile) -> str:
     ]
     figures = [f"- {plain(figure.name)}: {_figure(figure.value, figure.half)}" for figure in made.figures]
     parts = [
-        NO_RECORD + " It was computed from what the runs below released, and from public texts" * bool(public) + ".",
+        f"{NO_RECORD} It was computed from what the runs below released{', and from public texts' * bool(public)}.",
         "\n".join([*public, *figures, *(f"- {plain(note)}" for note in made.notes)]),
         "## Privacy",
         together_sentence(made),

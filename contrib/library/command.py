@@ -84,7 +84,8 @@ def list_(folder: LibraryFolder) -> None:
     console.print(table)
     for member in found.adapters:
         console.print(visible(f"{member.name}: {member.about}"))
-    console.print(visible(f'start.library = "{folder}"\nstart.adapters = "{found.setting}"'))
+    console.print(visible(f'start.library = "{folder}"'))
+    console.print(visible(f'start.adapters = "{found.setting}"'))
 
 
 def _epsilon(sources: list[Source]) -> str:
@@ -122,8 +123,9 @@ def suggest(
         if share:
             said = f"{decimal_text(share, 2)}  {member.name}, cosine {decimal_text(cosine, 2)}: {member.about}"
             console.print(visible(said))
-    console.print(visible(f'adapter.start = "described"\nstart.library = "{folder}"'))
-    console.print(visible(f'start.adapters = "{found.setting}"\nstart.about = "{about}"'))
+    for key, value in {"adapter.start": "described", "start.library": folder, "start.about": about}.items():
+        console.print(visible(f'{key} = "{value}"'))
+    console.print(visible(f'start.adapters = "{found.setting}"'))
 
 
 @for_people
