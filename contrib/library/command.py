@@ -123,9 +123,9 @@ def suggest(
         if share:
             said = f"{decimal_text(share, 2)}  {member.name}, cosine {decimal_text(cosine, 2)}: {member.about}"
             console.print(visible(said))
-    for key, value in {"adapter.start": "described", "start.library": folder, "start.about": about}.items():
+    settings = {"adapter.start": "described", "start.library": folder, "start.about": about}
+    for key, value in {**settings, "start.adapters": found.setting}.items():
         console.print(visible(f'{key} = "{value}"'))
-    console.print(visible(f'start.adapters = "{found.setting}"'))
 
 
 @for_people

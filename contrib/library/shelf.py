@@ -102,7 +102,7 @@ class Library:
         return pairs
 
     def sources(self, name: str) -> list[Source]:
-        """Return the runs that an adapter comes from, with their claims."""
+        """Return the runs that an adapter comes from."""
         return read_file(DerivedFile, self.folder / name).sources
 
     def stack(self, names: Sequence[str], adapter: Adapter, began: AdapterState) -> AdapterState:

@@ -3,9 +3,6 @@
 Round 0 shows the sites M public B's once. Each record votes for the adapter under which it loses least, the sites
 release M noised counts (``contrib.starts.vote``), and the server begins at the winner, or at the mean by shares; after
 that the run's strategy trains on. By loss only where adapters are of language models, or share the run's labels.
-
-LoRALib compares choices by loss, by hand and at random, of adapters on bases of their own; its 680 files and trained
-routers are not here.
 """
 
 from __future__ import annotations
