@@ -67,7 +67,7 @@ def decode(
     kept, places = _keyword(decoder), (mask.cumsum(1) - 1).clamp(min=0)
     out = decoder(input_ids=tokens, attention_mask=mask, position_ids=places, use_cache=True)
     if copies > 1:
-        out.past_key_values.batch_repeat_interleave(copies)
+        getattr(out, kept).batch_repeat_interleave(copies)
     logits, mask, place = (x.repeat_interleave(copies, 0) for x in (out.logits[:, -1], mask, places[:, -1:]))
     found = [choose(logits)]
     while len(found) < steps:
@@ -77,14 +77,14 @@ def decode(
             attention_mask=mask,
             position_ids=place,
             use_cache=True,
-            **{kept: out.past_key_values},
+            **{kept: getattr(out, kept)},
         )
         found.append(choose(out.logits[:, -1]))
     return torch.stack(found, 1)
 
 
 def _keyword(decoder: Any) -> str:
-    """Return by which name a model takes kept keys and values; newer versions of transformers say ``cache``."""
+    """Return what a model calls the keys and values that are kept; newer versions of transformers say ``cache``."""
     stock = decoder.get_base_model() if hasattr(decoder, "get_base_model") else decoder
     return "cache" if "cache" in inspect.signature(stock.forward).parameters else "past_key_values"
 
