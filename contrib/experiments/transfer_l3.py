@@ -61,14 +61,9 @@ def _write_plain(folder: Path) -> None:
     weights = _weights(folder / "model.onnx")
     words, positions = (len(weights[f"embeddings.{kind}_embeddings.weight"]) for kind in ("word", "position"))
     inner = len(weights["encoder.layer.0.intermediate.dense.weight"])
-    config = BertConfig(
-        vocab_size=words,
-        hidden_size=WIDTH,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        intermediate_size=inner,
-        max_position_embeddings=positions,
-    )
+    sizes = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
+    tables = {"vocab_size": words, "max_position_embeddings": positions}
+    config = BertConfig(intermediate_size=inner, **sizes, **tables)
     plain = BertModel(config, add_pooling_layer=False)
     left = plain.load_state_dict(
         {name: tensor for name, tensor in weights.items() if "pooler" not in name}, strict=False
