@@ -210,11 +210,11 @@ class Preference(Section, CausalLM):
         first, second = halves_of(batch)
         if self.loss == TEXT:
             return self._sums_of_text(module, first, second)
-        costs = [self._costs(module, part) for part in (first, second)]
-        margin, beside = costs[1] - costs[0], {}
+        better, worse = (self._costs(module, part) for part in (first, second))
+        margin, beside = worse - better, {}
         if self.loss == DPO:
             each = [(part["labels"] != IGNORED).sum(1).clamp(min=1) for part in (first, second)]
-            beside["likelier"] = (costs[0] / each[0] < costs[1] / each[1]).float()
+            beside["likelier"] = (better / each[0] < worse / each[1]).float()
             with torch.no_grad(), adapter_off(module.encoder):  # type: ignore[arg-type]
                 margin = margin - (self._costs(module, second) - self._costs(module, first))
         losses = -F.logsigmoid(self._scale * margin)
