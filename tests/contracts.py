@@ -295,6 +295,13 @@ class World:
             "public": str(folder / "public.csv"),
         }
 
+    def _grpo(self, folder: Path) -> dict[str, Any]:
+        own = self._generative(folder, lambda one, two: {"prompt": one, "completion": two})
+        return {**own, "rollout.new-tokens": 4, "rollout.completions": 2, "rollout.rewards": "length:1"}
+
+    def _preference(self, folder: Path) -> dict[str, Any]:
+        return self._generative(folder, lambda one, two: {"prompt": one, "chosen": two, "rejected": f"{one} {two}"})
+
     def _audio_classification(self, folder: Path) -> dict[str, Any]:
         from spoken_world import world_of
 
