@@ -114,9 +114,9 @@ def _check_unfolding(config: RunConfig, origin: Start, task: Task) -> None:
             f"model.task {task.name!r} makes rows of a record at each step, and features and jacobians are made once: "
             "leave phases empty, and set adapter.name to an adapter"
         )
-    if origin.asked == "sites":
+    if origin.asked == "sites" or origin.opens_weights:
         raise ConfigError(
-            f"adapter.start {origin.name!r} asks sites for what their records' gradients say, and model.task "
+            f"adapter.start {origin.name!r} takes records as they are, sites' or public ones, and model.task "
             f"{task.name!r} makes rows of them first: choose another start, such as 'orthonormal'"
         )
 

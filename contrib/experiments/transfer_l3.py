@@ -63,7 +63,7 @@ def _write_plain(folder: Path) -> None:
     inner = len(weights["encoder.layer.0.intermediate.dense.weight"])
     sizes = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
     tables = {"vocab_size": words, "max_position_embeddings": positions}
-    config = BertConfig(intermediate_size=inner, **sizes, **tables)
+    config = BertConfig.from_dict({"intermediate_size": inner, **sizes, **tables})
     plain = BertModel(config, add_pooling_layer=False)
     left = plain.load_state_dict(
         {name: tensor for name, tensor in weights.items() if "pooler" not in name}, strict=False

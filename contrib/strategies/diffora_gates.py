@@ -53,7 +53,7 @@ class DiffoRAGates(Turns):
     def start(self, adapter: AdapterState, trained: tuple[str, ...]) -> ServerState:
         """Return the state in which every layer is trained."""
         masks: AdapterState = {x: {MASK: torch.ones(1)} for x in adapter if x not in OWN}
-        return ServerState(0, adapter, trained, masks)
+        return ServerState(0, merge(adapter, _gates(adapter)), trained, masks)
 
     def downlink(self, state: ServerState) -> AdapterState:
         """Return B, g and whether it is trained on of every layer, and the head."""
@@ -72,8 +72,8 @@ class DiffoRAGates(Turns):
 
     def settle(self, state: ServerState) -> ServerState:
         """Return the state with every gate within 0 and 1; at the cut, without the layers of the smallest."""
-        gates = {x: held["g"].clamp(0, 1) for x, held in state.adapter.items() if x not in OWN}
-        kept: AdapterState = {x: {"g": gate} for x, gate in gates.items()}
+        kept = _gates(state.adapter)
+        gates = {x: factors["g"] for x, factors in kept.items()}
         state = replace(state, adapter=merge(state.adapter, kept))
         if state.round_number != self.cut:
             return state
@@ -87,3 +87,8 @@ class DiffoRAGates(Turns):
             memory=merge(state.memory, masks),
             optimizer=state.optimizer.without(dropped),
         )
+
+
+def _gates(adapter: AdapterState) -> AdapterState:
+    """Return every layer's gate within 0 and 1."""
+    return {x: {"g": factors["g"].clamp(0, 1)} for x, factors in adapter.items() if x not in OWN}

@@ -88,11 +88,11 @@ def clip(label: int = 0, number: int = 0, **how: Any) -> ClipExample:
     return ClipExample(read_sound(wav(tone(label, number, **how))), text=WORDS[label], label=label)
 
 
-def write_tones(folder: Path, count: int) -> Path:
-    """Write clips and their table, whose columns are audio, label, text and author; return the table."""
+def write_tones(folder: Path, count: int, first: int = 0) -> Path:
+    """Write clips from number ``first`` on, and their table: audio, label, text and author; return the table."""
     (folder / "clips").mkdir(parents=True)
     rows = []
-    for number in range(count):
+    for number in range(first, first + count):
         label = number % 2
         (folder / "clips" / f"{number}.wav").write_bytes(wav(tone(label, number)))
         rows.append((f"clips/{number}.wav", WORDS[label], f"{WORDS[label]} {number}", f"voice {number % 4}"))
@@ -111,7 +111,7 @@ def world_of(folder: Path, task: str, count: int) -> dict[str, Any]:
         "data.name": str(write_tones(folder / "tones", count)),
         "adapter.targets": "q_proj,fc1",
         **own,
-        "public": str(write_tones(folder / "public", count)),
+        "public": str(write_tones(folder / "public", count, first=count)),
     }
 
 

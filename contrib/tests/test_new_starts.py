@@ -124,7 +124,9 @@ DERIVED = [name for name, start in STARTS.items() if start().asked == "nobody"]
         (name, adapter, ("bert", "gpt2", "llama")[(i + k) % 3])
         for i, name in enumerate(DERIVED)
         for k, adapter in enumerate(
-            other for other in ADAPTERS if {*ADAPTERS[other].directions} <= {*STARTS[name].gives}
+            other
+            for other in ADAPTERS
+            if {*ADAPTERS[other].directions} <= {*STARTS[name].gives} and not ADAPTERS[other].traits.shared
         )
     ],
 )

@@ -317,6 +317,7 @@ PAID: dict[str, dict[str, Any]] = {
     "dp-gradient": {"strategy": "fed-sb"},
     "class-means": {"strategy": "fedavg-lora", "adapter.name": "none", "head.metric": "public"},
     "library": {"strategy": "ffa-lora", "start.library": "library", "start.adapters": "letters=1,notes=2"},
+    "text-votes": {"strategy": "ffa-lora", "start.text": "imdb"},
     "probe": {"strategy": "fedavg-lora", "adapter.name": "lora-metric", "start.steps": 4},
 }
 """Of each, a run that begins with it."""

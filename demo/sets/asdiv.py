@@ -31,5 +31,6 @@ ASDIV_PAIRS = replace(
         "rejected": " The answer is {answer}.",
     },
     shares_sentences_with=("asdiv",),
+    sentences_sha256="9cb8f46164a1f9ab440338fbe84b21a8d74d392d6ebeefcf15bc2725dfda35ae",
 )
 """The same problems with their answer alone, which is preferred to a sentence that has it: a matter of format."""

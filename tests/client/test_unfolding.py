@@ -254,7 +254,8 @@ def test_a_policy_pins_the_options_of_a_task(toy: dict[str, Any], tmp_path: Path
         ({"scaled.of": 1.0}, r"unknown setting 'scaled\.of'"),
         ({"model.task": "causal-lm"}, r"scaled\.by cannot be set: .* set model\.task to 'scaled', or leave it out"),
         ({"adapter.name": "none", "head.policy": "trained"}, "head.policy"),
-        ({"adapter.start": "dp-gradient"}, "asks sites for what their records' gradients say"),
+        ({"adapter.start": "public-gradient", "start.data": "asdiv"}, "takes records as they are"),
+        ({"adapter.start": "dp-gradient"}, "takes records as they are, sites' or public ones"),
     ],
 )
 def test_what_a_task_that_unfolds_cannot_have_is_refused(toy: dict[str, Any], more: Any, match: str) -> None:

@@ -69,7 +69,13 @@ def with_owner(key: str) -> dict[str, Scalar]:
     # The strategy of ``job_with`` trains B; what gives B alone is for another.
     fits = {} if "A" in STARTS[owners[0]].gives else {"strategy": "fedavg-lora", "adapter.name": "lora-frozen-b"}
     data = {"start.data": "a.csv"} if owners[0] == "public-gradient" else {}
+    if "start.library" in options(STARTS[owners[0]]):
+        data |= {key: value for key, value in OF_LIBRARY.items() if key in options(STARTS[owners[0]])}
     return {"adapter.start": owners[0], **fits, **data}
+
+
+OF_LIBRARY = {"start.library": "shelf", "start.adapters": f"letters={'0' * 16}", "start.about": "letters"}
+"""What a start at adapters of a library cannot be without."""
 
 
 def options(start: type[Start]) -> set[str]:
@@ -158,7 +164,7 @@ def test_a_value_of_its_own_type_is_kept_and_a_whole_number_serves_as_a_number(k
     if key == "start.data":
         assert job_with(key, "a.csv").settings()["start.data"] == "a.csv"
         return
-    value = DECLARED[key]
+    value = OF_LIBRARY.get(key, DECLARED[key])
     kept = job_with(key, value).settings()[key]
     assert (kept == value) == (key not in OPEN)
     if isinstance(value, float):

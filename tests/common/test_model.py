@@ -541,6 +541,8 @@ def test_the_weights_under_an_adapter_have_the_bases_fingerprint_also_after_trai
     adapter: str, family: str, private: bool, model_for: ModelFor
 ) -> None:
     model = model_for(family, adapter, head=HeadConfig("trained" if family == "bert" else "frozen", "random"))
+    if adapter == "lora-mixture":  # of no library all its adapters are 0, and no weight of theirs says anything
+        model.write(shifted(model.read()))
     records, before = records_of(model), model.read()
     task = "classification" if family == "bert" else "causal-lm"
     stock = weights_fingerprint(load_base_model(model.base.name, task).module)

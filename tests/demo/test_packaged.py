@@ -220,7 +220,7 @@ def test_a_tree_with_a_file_more_or_less_or_another_is_refused(site_packages: Pa
 
 
 TREES = {name: dataset.file for name, dataset in DATASETS.items() if isinstance(dataset.file, PackagedTree)}
-SPECIALTIES = ("medmcqa", "medmcqa-specialties", "medmcqa-specialties-test")
+SPECIALTIES = ("medmcqa", "medmcqa-pairs", "medmcqa-specialties", "medmcqa-specialties-test")
 TREE_SIZES = {"textile-images": 2000, "pubmedqa": 2, **dict.fromkeys(SPECIALTIES, 41)}
 
 

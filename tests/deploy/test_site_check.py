@@ -15,7 +15,7 @@ from fedveil.cli.main import app
 from fedveil.client.ledger.ledger import Ledger
 from fedveil.client.policy import Policy
 from fedveil.client.site import own_settings
-from fedveil.common.config.flat import Columns, Scalar
+from fedveil.common.config.flat import Columns, Scalar, options_of
 from fedveil.common.errors import ConfigError, DataError, UnreadableFile
 from fedveil.common.ports import free_ports
 from fedveil.common.tasks import TASKS
@@ -227,11 +227,14 @@ def test_a_check_reads_what_every_job_that_the_policy_allows_reads() -> None:
         columns = Columns({role.setting: f"our {role.setting}" for role in task.roles})
         if TEMPLATE in task.roles:
             columns = Columns({**columns, TEMPLATE.setting: "our {prompt} {completion}"})
+        options = options_of(task)
         named = next((role.labels.example for role in task.roles if role.labels), "")
         labels = {"labels": named} if named else {}
-        policy = Policy(unit="person", person="patient", task=task.name, columns=columns, max_length=64, **labels)
+        pinned = Columns({**columns, **{key: str(value) for key, value in options.items()}})
+        policy = Policy(unit="person", person="patient", task=task.name, columns=pinned, max_length=64, **labels)
         asked: dict[str, Scalar] = {
             **{f"data.{key}": value for key, value in columns.items()},
+            **options,
             "privacy.unit": "person",
             "data.person": "patient",
             "model.task": task.name,

@@ -222,7 +222,8 @@ def test_a_bundle_holds_what_server_and_sites_execute_and_no_more() -> None:
     packages = ("fedveil", "common", "privacy", "demo", "strategies", "client", "reports", "server", "contrib")
     found = zipfile.ZipFile(BytesIO(content)).namelist()
     wanted = {name for name in files if name.startswith(tuple(f"{package}/" for package in packages))}
-    wanted -= {name for name in wanted if name.startswith(("contrib/tests/", "contrib/experiments/"))}
+    apart = ("contrib/tests/", "contrib/experiments/", "contrib/transfer/")
+    wanted -= {name for name in wanted if name.startswith(apart)}
     assert set(found) == wanted | recipes | {"pyproject.toml", "demo/prose.md", ".info/CONTENT"}
     assert {"server/app.py", "client/app.py"} <= wanted
 

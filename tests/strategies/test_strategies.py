@@ -81,6 +81,8 @@ def random_state(adapter: Adapter, factors: Sequence[str], seed: int, dtype: tor
         return torch.randn(size, generator=generator, dtype=dtype)
 
     layers = {layer: {f: tensor(*adapter.shapes(*sizes)[f]) for f in factors} for layer, sizes in LAYERS.items()}
+    for gated in (own for own in layers.values() if "g" in own):  # a server keeps gates within 0 and 1
+        gated["g"] = gated["g"].sigmoid()
     return {**layers, HEAD: {"weight": tensor(CLASSES, HIDDEN), "bias": tensor(CLASSES)}}
 
 
