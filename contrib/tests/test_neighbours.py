@@ -26,7 +26,7 @@ from fedveil.contrib.strategies.fedex_lora import FedExLoRA
 from fedveil.contrib.strategies.flexlora import FlexLoRA
 from fedveil.contrib.strategies.flora import FLoRA
 from fedveil.contrib.strategies.hetlora import HetLoRA
-from fedveil.contrib.strategies.rolora import TURNS, RoLoRA
+from fedveil.contrib.strategies.rolora import RoLoRA
 from fedveil.experiments.in_process import run_in_process
 from fedveil.server.checkpoint import saved_state
 from fedveil.server.optimizer import server_step
@@ -190,7 +190,7 @@ def test_x4_each_turn_is_exact_and_the_factor_that_rests_stays_bit_for_bit_under
     state = strategy.start({"layer": trained(1)}, ("A", "B"))
     moments: dict[str, Tensor] = {}
     for number in range(1, 7):
-        (turn,), (rest,) = TURNS[(number + 1) % 2], TURNS[number % 2]
+        turn, rest = RoLoRA.order[(number + 1) % 2], RoLoRA.order[number % 2]
         sent = [{turn: trained(10 * number + k)[turn]} for k in range(3)]
         models = [LoRA(RANK, 3.0, ()).delta({**state.adapter["layer"], **own}) for own in sent]
         averaged = strategy.server_update(state, sites(sent))
@@ -215,7 +215,7 @@ def test_x4_a_resting_factor_that_is_not_marked_moves_and_is_found_out(monkeypat
     monkeypatch.setattr(RoLoRA, "update", lambda *given: replace(marked(*given), active={}))
     state = RoLoRA().start({"layer": trained(1)}, ("A", "B"))
     for number in (1, 2):
-        (turn,) = TURNS[(number + 1) % 2]
+        turn = RoLoRA.order[(number + 1) % 2]
         before = state.adapter["layer"]
         step = partial(server_step, config)
         state = RoLoRA().server_update(state, sites([{turn: trained(10 * number + k)[turn]} for k in range(3)]), step)

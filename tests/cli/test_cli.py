@@ -61,7 +61,7 @@ def test_the_help_begins_with_run_has_examples_and_imports_nothing_that_takes_ti
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.stdout.splitlines()[-1] == "imported:"
     panels = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("╭─")]
-    assert panels == ["Options", "Train", "Look", "Use", "Real", "Research"]
+    assert panels == ["Options", "Train", "Look", "Use", "Real", "Research", "Between"]
     assert done.stdout.split("╭─ Train")[1].splitlines()[1].split()[1] == "run"
     examples = done.stdout.split("Examples:")[1].splitlines()
     assert len([line for line in examples if line.strip().startswith("fedveil ")]) == 5

@@ -129,7 +129,7 @@ def test_pip_is_new_before_it_installs_anything(name: str) -> None:
     (upgrade,) = re.findall(r"^NEW_PIP := (.*)", text, flags=re.M)
     assert {"--upgrade", "requirements/pip.txt"} <= set(upgrade.split())
     made = re.findall(r"\$\(PYTHON\) -m venv (\S+)\n\t(.*)", text)
-    assert len(made) == 6
+    assert len(made) == 7
     for venv, step in made:
         assert step == f"{'$(BIN)' if venv == '$(VENV)' else f'{venv}/bin'}/python $(NEW_PIP)"
 

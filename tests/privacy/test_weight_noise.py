@@ -62,7 +62,7 @@ PREDICTED: dict[str, tuple[dict[str, Any], Callable[[Layer, float, float], float
     "fed-svd": ({}, frozen_a),
     "fed-sb": ({}, square),
 }
-ALIKE = ("heterogeneous-ranks", "flexlora", "increlora", "diffora", "switchlora", "dylora", "flylora")
+ALIKE = ("heterogeneous-ranks", "flexlora", "increlora", "diffora", "switchlora", "dylora", "flylora", "eva-ranks")
 """Strategies by columns of B, whose noise C5 in ``test_columns`` measures, and one whose sites do what those
 of FFA-LoRA do where they have no record."""
 BOTH = ("fedex-lora", "flora", "rolora")
@@ -124,7 +124,8 @@ def mean_ratio(name: str, settings: dict[str, Any], folder: Path, rounds: int = 
 
 def test_every_strategy_has_a_prediction() -> None:
     predicted = {name.split(",")[0] for name in PREDICTED}
-    said = predicted | set(ALIKE) | set(BOTH)
+    turned = {name for name, kind in STRATEGIES.items() if kind.adapters.default in IN_TURN}
+    said = predicted | set(ALIKE) | set(BOTH) | turned
     assert said == set(STRATEGIES), f"name {said ^ set(STRATEGIES)} in PREDICTED, ALIKE or BOTH"
     for name in ALIKE:
         kind = STRATEGIES[name]
@@ -190,6 +191,31 @@ FORMULAS: dict[str, Formula] = {
     "lora-merged": merged,
     "lora-metric": metric,
 }
+IN_TURN: dict[str, dict[str, Callable[[Adapter, Layer, Tensor], float]]] = {
+    "lora-gated": {
+        "B": lambda a, f, _: a.scaling**2 * float(f["g"]) ** 2 * len(f["B"]) * _square(f["A"]),
+        "g": lambda a, f, _: a.scaling**2 * _square(f["B"] @ f["A"]),
+    },
+    "lora-shared": {
+        "z": lambda a, f, _: a.scaling**2 * float((f["B"].square().sum(0) * f["A"].square().sum(1)).sum()),
+        "A": lambda a, f, _: a.scaling**2 * f["A"].shape[1] * _square(f["B"] * f["z"]),
+        "B": lambda a, f, _: a.scaling**2 * len(f["B"]) * _square(f["z"][:, None] * f["A"]),
+    },
+    "lora-mixture": {"w": lambda a, f, _: a.scaling**2 * _square(f["stack"] @ f["A"])},
+    "bone": {"D": lambda _, f, weight: f["D"].shape[-1] * _square(_blocks(weight, f["D"].shape[-1]))},
+}
+"""Rows that train one factor a round, or one alone: what noise on each does, over τ²."""
+
+
+def _square(values: Tensor) -> float:
+    return float(values.square().sum())
+
+
+def _blocks(weight: Tensor, size: int) -> Tensor:
+    """Return W0_ij + I of each block, shape (out / size, into / size, size, size)."""
+    return weight.unfold(0, size, size).unfold(1, size, size) + torch.eye(size, dtype=weight.dtype)
+
+
 IN_ROUNDS = ("lora", "lora-frozen-a", "lora-sb")
 """Rows whose formula the rounds above are held to."""
 ELSEWHERE = (
@@ -252,14 +278,14 @@ def drawn_factors(adapter: Adapter, out: int, into: int) -> Layer:
     }
 
 
-def second_moment(adapter: Adapter, factors: Layer, base_weight: Tensor) -> float:
+def second_moment(adapter: Adapter, factors: Layer, base_weight: Tensor, turn: str = "") -> float:
     """Return E‖delta(θ + x) - delta(θ)‖² for x ~ N(0, STD²) on what is trained, by differences along unit vectors.
 
     A map of degree 1 in each trained factor is Σ_i l_i x_i + Σ_{i<j} q_ij x_i x_j, and what is of odd degree in x
     has the mean 0: so it is STD² Σ‖l_i‖² + STD⁴ Σ‖q_ij‖². That no x_i comes in a square is checked.
     """
     units = []
-    for name in adapter.trained:
+    for name in (turn,) if turn else adapter.trained:
         for i in range(factors[name].numel()):
             unit = torch.zeros_like(factors[name]).flatten()
             unit[i] = 1.0
@@ -284,7 +310,7 @@ def second_moment(adapter: Adapter, factors: Layer, base_weight: Tensor) -> floa
 
 
 def test_every_adapter_has_a_formula() -> None:
-    said = {*FORMULAS, *IN_ROUNDS, *ELSEWHERE}
+    said = {*FORMULAS, *IN_TURN, *IN_ROUNDS, *ELSEWHERE}
     trained = {name for name, adapter in ADAPTERS.items() if adapter.trained}
     assert said == trained, f"nobody says what noise does in the weights of {said ^ trained}"
 
@@ -300,3 +326,16 @@ def test_the_noise_in_a_layers_weights_has_the_second_moment_of_the_rows_formula
     assert second_moment(adapter, factors, base_weight) == pytest.approx(wanted, rel=1e-10)
     planted = second_moment(FAULTS[name](RANK, ALPHA, ()), factors, base_weight)
     assert planted != pytest.approx(wanted, rel=0.02), "the planted fault goes unnoticed"
+
+
+@pytest.mark.parametrize(("out", "into"), [(9, 5), (4, 8)], ids=["tall", "wide"])
+@pytest.mark.parametrize(("name", "turn"), [(name, turn) for name, turns in IN_TURN.items() for turn in turns])
+def test_the_noise_of_each_turn_has_the_second_moment_of_its_formula(name: str, turn: str, out: int, into: int) -> None:
+    adapter = ADAPTERS[name](RANK, ALPHA, ())
+    factors = drawn_factors(adapter, out, into)
+    weight = torch.randn(out, into, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    wanted = STD**2 * IN_TURN[name][turn](adapter, factors, weight)
+    assert second_moment(adapter, factors, weight, turn) == pytest.approx(wanted, rel=1e-10)
+    other = {key: tensor if key == turn else 1.1 * tensor for key, tensor in factors.items()}
+    planted = second_moment(adapter, other, 1.1 * weight, turn)
+    assert planted != pytest.approx(wanted, rel=0.02), "other factors go unnoticed"
