@@ -129,7 +129,10 @@ DIFFERENCES: Mapping[str, tuple[str, str]] = {
         "Gazal-R1, 2025",
         "another model and data; ranks and weights of rewards are ours; no reward for the quality of reasoning",
     ),
-    "A LoRA judge as the reward": ("arXiv 2506.05748", "no rubric with examples in the prompt; judges of 135M at most"),
+    "A LoRA judge as the reward": (
+        "arXiv 2506.05748",
+        "no rubric with examples in the prompt; judges of 135M at most; GRPO takes no judge as a reward yet",
+    ),
     "Trans-LoRA": (
         "Wang et al., NeurIPS 2024",
         "texts are public, not made from a few records; a private vote of the records chooses, not a classifier",
