@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ from typing import Any
 import yaml
 
 from fedveil.common.derived import DerivedFile, Source
-from fedveil.common.files import finite, replace_file, sha256_of
+from fedveil.common.errors import DataError
+from fedveil.common.files import finite, replace_file, sha256_of, with_usual_mode
 from fedveil.common.model.named import NAMED_MODELS
 from fedveil.common.run_lines import AdapterFile, read_file, read_if_there
 from fedveil.common.strict_json import to_json
@@ -69,6 +72,21 @@ def write_derived(folder: Path, made: DerivedFile) -> None:
     settings: dict[str, Any] = dict(about.settings)
     code = export.adapter_code(_shown(about.base_model), settings, tuned=True)
     replace_file(adapter / CARD, derived_card(made, Form("adapter", "peft", code, files)).encode())
+
+
+def write_folder(target: Path, made: DerivedFile, write: Callable[[Path], None]) -> None:
+    """Write a derived model's folder, whole or not at all; ``write`` fills its ``adapter/``."""
+    partial = target.absolute().with_name(f".{target.absolute().name}.{os.getpid()}.tmp")
+    try:
+        (partial / "adapter").mkdir(parents=True)
+        write(partial / "adapter")
+        with_usual_mode(partial)
+        write_derived(partial, made)
+        os.replace(partial, target)
+    except OSError as error:
+        raise DataError(f"{target} cannot be written ({error.strerror}): check permissions and space") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def derived_card(made: DerivedFile, form: Form) -> str:

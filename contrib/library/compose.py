@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +23,8 @@ from torch import Tensor
 from fedveil.common.adapters.layers import PEFT_PREFIX
 from fedveil.common.bundle import own_digest
 from fedveil.common.derived import DerivedFile, derived
-from fedveil.common.errors import ConfigError, DataError
-from fedveil.common.files import replace_file, with_usual_mode
+from fedveil.common.errors import ConfigError
+from fedveil.common.files import replace_file
 from fedveil.common.messages.state import AdapterState, Factors
 from fedveil.common.paths import check_vacant
 from fedveil.common.run_lines import AdapterFile, Figure
@@ -34,7 +32,7 @@ from fedveil.common.strict_json import to_json
 from fedveil.common.tensor_file import read_tensors
 from fedveil.contrib.library.pairs import SUFFIXES, Pairs, equal_norms, filled, norms, read_pairs, same_layers, stacked
 from fedveil.experiments.evaluate import about_of, read_peft_config
-from fedveil.reports.derived import sources_of, write_derived
+from fedveil.reports.derived import sources_of, write_folder
 
 RULES = ("linear", "ties", "dare", "cat", "svd")
 TRIMMED = (
@@ -183,21 +181,6 @@ def compose(folders: Sequence[Path], target: Path, recipe: Recipe) -> DerivedFil
     head = _mean_head(heads, weights) if abouts[0].label_names else {}
     write_folder(target, made, lambda adapter: _write_adapter(adapter, pairs, read[0], abouts[0], head))
     return made
-
-
-def write_folder(target: Path, made: DerivedFile, write: Callable[[Path], None]) -> None:
-    """Write a derived model's folder, whole or not at all; ``write`` fills its ``adapter/``."""
-    partial = target.absolute().with_name(f".{target.absolute().name}.{os.getpid()}.tmp")
-    try:
-        (partial / "adapter").mkdir(parents=True)
-        write(partial / "adapter")
-        with_usual_mode(partial)
-        write_derived(partial, made)
-        os.replace(partial, target)
-    except OSError as error:
-        raise DataError(f"{target} cannot be written ({error.strerror}): check permissions and space") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _mean_head(files: Sequence[Path], weights: Sequence[float]) -> dict[str, Tensor]:

@@ -192,10 +192,9 @@ def add(folder: Path, run: Path, name: str, about: str) -> tuple[Library, list[S
         ConfigError: the name is not plain, or the library has it, or ``about`` is empty.
         DataError: the run has no adapter, or one on another basis.
     """
-    from fedveil.contrib.library.compose import write_folder
     from fedveil.experiments.evaluate import about_of
     from fedveil.reports.card import NAME as CARD
-    from fedveil.reports.derived import sources_of
+    from fedveil.reports.derived import sources_of, write_folder
 
     library = open_library(folder)
     if not PLAIN_NAME.fullmatch(name) or name in {member.name for member in library.adapters}:

@@ -1,4 +1,4 @@
-"""What the tasks on clips have in common: windows of Whisper models, log-mel spectrograms, batches of one shape.
+"""Common parts of the tasks on clips: windows of Whisper models, log-mel spectrograms, batches of one shape.
 
 All clips of a run have one length, whole seconds that follow from ``model.max-length`` (50 tokens a second): a shorter
 one ends in silence, a longer one is cut. So neither shape nor padding follows from a batch, and no mask is needed. The

@@ -1,4 +1,4 @@
-"""How a model that prefers answers is written for stock libraries: a language model, or an encoder with one number."""
+"""Export of a model that prefers answers to stock libraries: a language model, or an encoder with one number."""
 
 from __future__ import annotations
 

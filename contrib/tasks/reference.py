@@ -1,4 +1,4 @@
-"""What a run's base model says of rows, without the adapter: computed once, as features are, and kept in the record."""
+"""Costs of rows under a run's base model, without the adapter: computed once and kept in the record."""
 
 from __future__ import annotations
 

@@ -7,8 +7,6 @@ function here is given a site, a ledger or a record (Wang et al., NeurIPS 2024, 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -23,8 +21,8 @@ from fedveil.common.adapters.export import write_injected
 from fedveil.common.adapters.lora import LoRA
 from fedveil.common.bundle import own_digest
 from fedveil.common.derived import DerivedFile, derived
-from fedveil.common.errors import ConfigError, DataError
-from fedveil.common.files import replace_file, with_usual_mode
+from fedveil.common.errors import ConfigError
+from fedveil.common.files import replace_file
 from fedveil.common.model.base import BaseModel, load_base_model
 from fedveil.common.model.device import choose_attention, choose_device, choose_precision
 from fedveil.common.model.score import half_of_ratio
@@ -38,7 +36,7 @@ from fedveil.contrib.transfer.student import How, Lesson, answers_of, fit_head, 
 from fedveil.contrib.transfer.texts import Texts, public_texts, voted_texts
 from fedveil.experiments.evaluate import Result, about_of, data_of, read_peft_config, result_of
 from fedveil.experiments.serving.merge import load_finished
-from fedveil.reports.derived import sources_of, write_derived
+from fedveil.reports.derived import sources_of, write_folder
 
 AGREEMENT = "agreement with the teacher on held-out texts"
 HEAD_ALONE = "of them with a fitted head alone"
@@ -105,7 +103,7 @@ def transfer(run: Path, target: Path, wanted: Wanted, progress: Callable[[str], 
     known = {**about.settings, "model.name": base.name}
     local = {key: str(known[key]) for key in PATHS if is_path(str(known.get(key, "")))}
     made = replace(made, public=[texts.about], figures=figures, notes=notes, local=local)
-    _write(student, made, target)
+    write_folder(target, made, lambda folder: _write_adapter(student, folder))
     return made
 
 
@@ -203,20 +201,6 @@ def _agreement(student: Result, held: Lesson, device: torch.device) -> tuple[flo
         right = same.reshape(len(same), -1).all(1).double().tolist()
         there = [1.0] * len(right)
     return sum(right) / sum(there), half_of_ratio(right, there)
-
-
-def _write(student: Result, made: DerivedFile, target: Path) -> None:
-    partial = target.absolute().with_name(f".{target.absolute().name}.{os.getpid()}.tmp")
-    try:
-        (partial / "adapter").mkdir(parents=True)
-        _write_adapter(student, partial / "adapter")
-        with_usual_mode(partial)
-        write_derived(partial, made)
-        os.replace(partial, target)
-    except OSError as error:
-        raise DataError(f"{target} cannot be written ({error.strerror}): check permissions and space") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_adapter(student: Result, folder: Path) -> None:
