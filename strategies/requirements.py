@@ -92,6 +92,8 @@ def check_run(config: RunConfig, strategy: Strategy, origin: Start, rule: Server
     check_adapter(type(strategy), adapter)
     check_directions(origin, adapter)
     origin.check(config, adapter)
+    if not config.rounds and not origin.votes:
+        raise ConfigError("rounds is 0, and nothing is asked of the sites: only a start by their votes has no rounds")
     if config.head.metric == "public" and METRIC not in origin.gives:
         raise ConfigError(
             f"head.metric is 'public', which adapter.start {origin.name!r} does not make: set adapter.start to "

@@ -45,7 +45,9 @@ class RunConfig(Section):
     strategy: str = "fedavg-lora"
     """The rule of aggregation: a row of ``strategies.STRATEGIES``, whose options are set under its name. One that is
     written out has its own adapter, unless ``adapter.name`` or ``recipe`` says otherwise."""
-    rounds: Annotated[int, Interval(0, 100_000, why="all of which a site examines before it pays"), Unit("rounds")] = 6
+    rounds: Annotated[
+        int, Interval(0, 100_000, low_too=True, why="all of which a site examines before it pays"), Unit("rounds")
+    ] = 6
     """The length of the run."""
     phases: str = ""
     """What the rounds train, in their order: such as ``12 head on features, 20 adapter on jacobians, 5 head on

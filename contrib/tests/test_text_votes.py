@@ -66,6 +66,19 @@ def test_clear_counts_are_above_what_noise_gives_one_of_all() -> None:
     assert sum(bool(clear_texts(row, 1.0)) for row in noise) / 2000 == pytest.approx(0.05, abs=0.02)
 
 
+def test_a_run_without_rounds_is_a_vote_alone_and_charges_one_release(asking: dict[str, Any]) -> None:
+    own = {key: value for key, value in asking.items() if not key.endswith("noise-multiplier")}
+    run = run_in_process({**own, "rounds": 0, "privacy.epsilon": 8.0}, 2)
+    lines = read_lines(PrivacyLine, run)
+    assert [(line.round_number, line.spent.event.figures["sample_rate"]) for line in lines if line.spent] == [
+        (0, 1.0)
+    ] * 2
+    assert read_file(VotesFile, run).noise_std is not None
+    assert "Everything that the sites sent is" in (run / "report.md").read_text(encoding="utf-8")
+    with pytest.raises(ConfigError, match="rounds is 0"):
+        configure({"rounds": 0})
+
+
 def test_sites_pay_one_release_and_a_transfer_keeps_the_clear_texts(asking: dict[str, Any], tmp_path: Path) -> None:
     run = run_in_process(asking, 2)
     votes = read_file(VotesFile, run)

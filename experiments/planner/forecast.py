@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from fedveil.client.prefixes import most_bytes
+from fedveil.common.errors import ConfigError
 from fedveil.common.messages.columns import chosen_factors
 from fedveil.common.messages.state import HEAD
 from fedveil.common.model.device import worker_count
@@ -222,7 +223,10 @@ def forecast(
     Raises:
         PrivacyError: delta does not fit a size, or the budget cannot pay for a step.
         DataError, ModelError: the public data or the model cannot be loaded.
+        ConfigError: the run has no rounds.
     """
+    if not job.config.rounds:
+        raise ConfigError("rounds is 0, a vote alone: set rounds to 1 to plan it, and read the line 'initialisation'")
     plans = site_plans(job, sizes, history)
     server_model = ServerModel(job, scores=calibrated)
     workers = worker_count(len(sizes), workers, keeps=job.config.timeline.computes_ahead)
