@@ -103,8 +103,12 @@ def _trained_line(data: ReportData) -> str:
 
 
 def _next_commands(data: ReportData, folder: Path) -> list[str]:
+    from fedveil.common.tasks import TASKS
+    from fedveil.reports.data import setting_of
+
     place = shlex.quote(str(folder))
     report = f"fedveil report {place}"
     if data.origin is None:
         return [report]
-    return [f'fedveil ask {place} "a text"', f"fedveil merge {place} model", report]
+    what = "a text" if TASKS[str(setting_of(data, "model.task"))].wording else "a file"
+    return [f'fedveil ask {place} "{what}"', f"fedveil merge {place} model", report]
