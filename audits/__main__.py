@@ -24,6 +24,7 @@ from audits.faults import SOUND
 from audits.finding import audit_file, quiet, show
 from audits.front_door import audit_front_doors
 from audits.hostile_server import hostile_server
+from audits.judges import audit_judges
 from audits.kills import kills_of_all
 from audits.noise_law import audit_noise
 from audits.persons import audit_persons, probe_persons_all
@@ -117,6 +118,7 @@ def every_audit(folder: Path, kills: int, bouts: int) -> Iterator[list[Finding]]
         rounds_of_all,
         lambda own: list(hostile_server(own)),
         lambda _: audit_front_doors(),
+        audit_judges,
         audit_sums,
         probe_all,
         probe_persons_all,

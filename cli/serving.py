@@ -79,11 +79,12 @@ def merge(
     folder = given_run(folder)
     check_adapter(folder / "adapter")
     check_vacant(target)
+    from fedveil.common.model.files import files_digest
     from fedveil.experiments.serving.merge import merge_run
 
     with console.status("merging"):
         code = merge_run(folder, target, form)
-    console.print(f"model: {target}\n\n{code}", end="")
+    console.print(f"model: {target}\nSHA-256 of its files: {files_digest(target)}\n\n{code}", end="")
 
 
 @for_people

@@ -7,12 +7,16 @@ run, and a record that was in several of the runs has the sum of theirs (basic c
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from fedveil.common.files import finite
 from fedveil.common.run_lines import Figure, RunFile
-from fedveil.common.strict_json import SPARSE, Endless, Measured
+from fedveil.common.strict_json import SPARSE, Endless, Measured, from_json, to_json
+
+IN_MODEL = "fedveil_sources"
+"""Key of a merged model's ``config.json`` under which the runs are that it was made from."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,14 @@ class Source:
     """The claim as a section of a card, in Markdown."""
     weight: float = 1.0
     """Its share of the model."""
+
+
+@dataclass(frozen=True)
+class EarlierFile(RunFile):
+    """The earlier runs whose releases a run begins with: its base model's, its start's, its judge's."""
+
+    NAME: ClassVar[str] = "earlier.json"
+    sources: list[Source]
 
 
 @dataclass(frozen=True)
@@ -103,6 +115,23 @@ def merged(sources: Sequence[Source]) -> list[Source]:
 def together(sources: Sequence[Source]) -> tuple[float | None, float | None]:
     """Return ε and δ of a record that is in all of the runs; None, None where no sum is a promise."""
     epsilons, deltas = ([getattr(source, name) for source in sources] for name in ("epsilon", "delta"))
-    if None in [*epsilons, *deltas] or len({source.unit for source in sources}) != 1:
+    # Behind the colon is what hangs on one record of a task: who is protected is the same.
+    if None in [*epsilons, *deltas] or len({source.unit.partition(":")[0] for source in sources}) != 1:
         return None, None
     return math.fsum(epsilons), math.fsum(deltas)
+
+
+def marks_of(sources: Sequence[Source]) -> list[dict[str, Any]]:
+    """Return runs as a model's configuration holds them, without hashes and terms."""
+    return [finite(to_json(replace(source, files={}, terms=""))) for source in sources]
+
+
+def sources_in(config: Mapping[str, Any]) -> list[Source]:
+    """Return the runs that a model says it was made from (``IN_MODEL``); none of a model of somebody else's.
+
+    Raises:
+        DataError: what it says is not as it was written.
+    """
+    marks = config.get(IN_MODEL, [])
+    place = f"{IN_MODEL} of the model's configuration"
+    return from_json(EarlierFile, {"sources": marks}, place).sources

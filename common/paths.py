@@ -101,6 +101,7 @@ PATHS = (
     "output",
     "privacy.ledger",
     "resume",
+    "rollout.judge",
     "start.data",
     "start.library",
     "start.text",

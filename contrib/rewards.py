@@ -18,6 +18,7 @@ from fedveil.common.errors import ConfigError
 NUMBER = re.compile(r"-?[0-9][0-9,]*(?:\.[0-9]+)?")
 OPTION = re.compile(r"\(?([A-Z])\b")
 SETTING = "rollout.rewards"
+JUDGE = "judge"
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Completion:
     """Tokens that it might have had."""
     ended: bool
     """Whether it has an end mark."""
+    judged: float = 0.0
+    """What the run's judge (``contrib.tasks.judging``) says of it, 0 to 1."""
 
 
 Reward: TypeAlias = Callable[[Completion], float]
@@ -80,6 +83,11 @@ def length(completion: Completion) -> float:
     return 1 - completion.tokens / completion.most
 
 
+def judge(completion: Completion) -> float:
+    """Return what the run's judge says of the completion as an answer to the prompt."""
+    return completion.judged
+
+
 REWARDS: Mapping[str, Reward] = {
     "exact": exact,
     "number": number,
@@ -87,6 +95,7 @@ REWARDS: Mapping[str, Reward] = {
     "format": form,
     "end": end,
     "length": length,
+    JUDGE: judge,
 }
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedveil.common.config.flat import Scalar
 from fedveil.common.data.sources import unprotected_test
+from fedveil.common.derived import Source, together
 from fedveil.common.starts.public_text import words_of
 from fedveil.common.tasks import scored_of
-from fedveil.common.words import EACH, names_text, natural
+from fedveil.common.words import EACH, counted, names_text, natural
 from fedveil.privacy import mechanism_of, promise_of, trusting_the_server
 from fedveil.privacy.claim import Claim as Promise
 from fedveil.privacy.figures import epsilon_text
@@ -126,17 +127,11 @@ def claim_of(files: RunFiles, sites: Sequence[SiteReport]) -> Claim:
     central = files.trusts_server
     fresh = not central and _has_fresh_ledgers(files)
     scored = scored_of(files.config.settings)
-    sentence = EXPOSED_RUN
-    if not any(site.agreement == "exposed" for site in sites):
-        sentence = _promise(claim, worst.epsilon_worst, delta, central=central)
-        sentence += _shared(sharing_of(files, sites), sites)
-    if tuning := at_least(files.tuning, worst.epsilon_worst):
-        sentence += f" {trials_sentence(tuning, claim.per)}"
     return Claim(
         made=True,
         off=False,
         privacy_mode=mode,
-        sentence=sentence,
+        sentence=_sentence(files, sites, claim, worst.epsilon_worst, delta),
         per=claim.per,
         unit=f"{claim.unit}: {scored.record}" if scored.record else claim.unit,
         neighbours=claim.adjacency,
@@ -159,6 +154,18 @@ def _has_fresh_ledgers(files: RunFiles) -> bool:
     return bool(files.server and all(start.fresh_ledgers for start in files.server.starts))
 
 
+def _sentence(files: RunFiles, sites: Sequence[SiteReport], claim: Promise, epsilon: float | None, delta: float) -> str:
+    """Return the claim, and what it is together with other trials and with the runs that the run begins with."""
+    sentence = EXPOSED_RUN
+    if not any(site.agreement == "exposed" for site in sites):
+        sentence = _promise(claim, epsilon, delta, central=files.trusts_server)
+        sentence += _shared(sharing_of(files, sites), sites)
+    if tuning := at_least(files.tuning, epsilon):
+        sentence += f" {trials_sentence(tuning, claim.per)}"
+        epsilon, delta = tuning.epsilon, tuning.delta
+    return f"{sentence} {_began_at(files.earlier, claim, epsilon, delta)}".rstrip()
+
+
 def _promise(claim: Promise, epsilon: float | None, delta: float, *, central: bool) -> str:
     """Return what is private at this ε and δ."""
     at = f"is (ε, δ) = ({epsilon_text(epsilon)}, {delta:g}) differentially private for {claim.unit}"
@@ -168,6 +175,22 @@ def _promise(claim: Promise, epsilon: float | None, delta: float, *, central: bo
             "saw every update without noise: no record is protected from it."
         )
     return f"Everything that the sites sent {at}. Both are the maximum over sites: {claim.across}"
+
+
+def _began_at(earlier: Sequence[Source], claim: Promise, epsilon: float | None, delta: float) -> str:
+    """Return what one has that was also in the earlier runs whose releases a run of this ε and δ begins with."""
+    if not earlier:
+        return ""
+    own = replace(earlier[0], epsilon=epsilon, delta=delta, unit=claim.unit)
+    total, at = together([own, *earlier])
+    runs = f"{counted(len(earlier), 'earlier run')} ({', '.join(source.run for source in earlier)})"
+    text = (
+        f"The run begins with what {runs} released. A {claim.per} that was in {'all of them' if earlier[1:] else 'it'}"
+    )
+    if total is None or at is None:
+        return f"{text} too has no ε for all: one of the runs promises nothing, or their units differ."
+    each = " + ".join(epsilon_text(source.epsilon) for source in (own, *earlier))
+    return f"{text} too has at most (ε, δ) = ({epsilon_text(total)}, {at:g}), of {each}."
 
 
 def none_refused(*, central: bool) -> str:

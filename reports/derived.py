@@ -12,13 +12,13 @@ from typing import Any
 
 import yaml
 
-from fedveil.common.derived import DerivedFile, Source
+from fedveil.common.config.flat import task_of
+from fedveil.common.derived import DerivedFile, EarlierFile, Source
 from fedveil.common.errors import DataError
 from fedveil.common.files import finite, replace_file, sha256_of, with_usual_mode
 from fedveil.common.model.named import NAMED_MODELS
 from fedveil.common.run_lines import AdapterFile, read_file, read_if_there
 from fedveil.common.strict_json import to_json
-from fedveil.common.tasks import TASKS
 from fedveil.common.words import capital, counted, number_text, percent_text, visible
 from fedveil.privacy.figures import epsilon_text
 from fedveil.reports.card import HUB_ID, UNKNOWN_LICENSE, Form, privacy_section
@@ -35,7 +35,7 @@ NO_SUM = (
 
 
 def sources_of(run: Path, weight: float = 1.0) -> list[Source]:
-    """Return a finished run as a source, with its claim; of a derived model the runs that it was made from.
+    """Return a finished run as a source, with its claim, and the runs that it began with or was derived from.
 
     Raises:
         DataError: the folder is of neither, or has no adapter.
@@ -43,8 +43,9 @@ def sources_of(run: Path, weight: float = 1.0) -> list[Source]:
     if (known := read_if_there(DerivedFile, run)) is not None:
         return [replace(source, weight=weight * source.weight) for source in known.sources]
     about, data = read_file(AdapterFile, run / "adapter"), report_of(run)
-    trials = data.tuning
+    trials, earlier = data.tuning, read_if_there(EarlierFile, run)
     return [
+        *(replace(source, weight=weight * source.weight) for source in (earlier.sources if earlier else ())),
         Source(
             run=data.run,
             method=data.method,
@@ -56,7 +57,7 @@ def sources_of(run: Path, weight: float = 1.0) -> list[Source]:
             unit=data.claim.unit,
             terms=privacy_section(data).removeprefix(HEADING).strip(),
             weight=weight,
-        )
+        ),
     ]
 
 
@@ -68,8 +69,8 @@ def write_derived(folder: Path, made: DerivedFile) -> None:
     adapter = folder / "adapter"
     about = read_file(AdapterFile, adapter)
     files = {path.name: sha256_of(path) for path in sorted(adapter.iterdir()) if path.name != CARD}
-    export = TASKS[about.task].with_pool(str(about.settings.get("head.pool", "mean"))).export
     settings: dict[str, Any] = dict(about.settings)
+    export = task_of(settings).with_pool(str(settings.get("head.pool", "mean"))).export
     code = export.adapter_code(_shown(about.base_model), settings, tuned=True)
     replace_file(adapter / CARD, derived_card(made, Form("adapter", "peft", code, files)).encode())
 

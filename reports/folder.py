@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
+from fedveil.common.derived import EarlierFile, Source
 from fedveil.common.errors import DataError
 from fedveil.common.findings import AUDITS, AuditFile
 from fedveil.common.other_runs import BesideFile, BesideRow, TuningFile
@@ -64,6 +65,8 @@ class RunFiles:
     """What the server knew of itself; None: the folder does not say."""
     tuning: TuningFile | None = None
     """Of which trials the run is one; None: of none."""
+    earlier: list[Source] = field(default_factory=list)
+    """Runs whose releases it begins with."""
 
     @property
     def trusts_server(self) -> bool:
@@ -125,6 +128,7 @@ def read_run(folder: Path) -> RunFiles:
         problems,
         _file(ServerFile, folder / ServerFile.NAME, problems),
         _file(TuningFile, folder / TuningFile.NAME, problems, UNTOLD_TRIALS),
+        earlier.sources if (earlier := _file(EarlierFile, folder / EarlierFile.NAME, problems, UNTOLD_RUNS)) else [],
     )
 
 
@@ -144,6 +148,7 @@ def _untold(of: type[RunFile], round_numbers: Collection[int], reached: int) -> 
 
 LEFT_OUT = ", and is left out"
 UNTOLD_TRIALS = ": the run is one of several trials, and what all of them cost is missing here"
+UNTOLD_RUNS = ": the run began with what earlier runs released, and what these cost is missing here"
 UNSAID = ": it does not say that any audit passed"
 
 

@@ -10,6 +10,7 @@ from shutil import rmtree
 
 from fedveil.common.data.notes import notes_on
 from fedveil.common.data.sources import unprotected_test
+from fedveil.common.derived import EarlierFile
 from fedveil.common.errors import FedVeilError, RunFailed
 from fedveil.common.files import full_disk
 from fedveil.common.log import about, kept_in, place_of, set_up
@@ -17,6 +18,7 @@ from fedveil.common.model.score import Score
 from fedveil.common.paths import REPLIES, run_folder, run_name
 from fedveil.common.run_lines import ProgressFile, Reached, ResultFile, Status
 from fedveil.common.server_file import ENGINES, ServerStart
+from fedveil.common.strict_json import to_json
 from fedveil.common.trackers import check_installed
 from fedveil.common.words import counted
 from fedveil.privacy.figures import epsilon_text
@@ -32,7 +34,7 @@ from fedveil.server.members import Member
 from fedveil.server.model import ServerModel
 from fedveil.server.observers import Observer, Observers, RoundOutcome, Update
 from fedveil.server.own_check import began
-from fedveil.server.records import RunFolder
+from fedveil.server.records import RunFolder, write_json
 from fedveil.server.rounds import run_rounds
 from fedveil.server.sites import Transport
 from fedveil.server.terminal import figures_words, round_line, score_words
@@ -168,6 +170,8 @@ def _conduct(
         _warn_of_test(job, folder)
         folder.say(f"engine: {ENGINES[folder.reach]}")
         server_model = ServerModel(job)
+        if earlier := server_model.earlier:
+            write_json(folder.path / EarlierFile.NAME, to_json(EarlierFile(earlier)))
         terminal = Terminal(job, folder, server_model)
         folder.label_names, folder.slice_names = server_model.label_names, server_model.slice_names
         observer, transport = Observers(folder, terminal, tracking), connect(server_model, folder)

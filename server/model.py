@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from fedveil.common.data.sources import public_test, slice_of, slices_of
+from fedveil.common.derived import Source, merged, sources_in
 from fedveil.common.errors import ModelError
 from fedveil.common.messages.blocks import Layout, layout_of
 from fedveil.common.messages.columns import narrowed_layout
@@ -56,6 +57,17 @@ class ServerModel:
             raise ModelError(
                 f"{self.model.base.name!r} cannot compute some of the public test records: the server's log says where"
             )
+
+    @property
+    def earlier(self) -> list[Source]:
+        """Earlier runs whose releases the run begins with, each once.
+
+        Raises:
+            DataError: a model or a library does not say them as they were written.
+        """
+        model = self.model
+        own = sources_in(model.base.module.config.to_dict())  # type: ignore[union-attr,operator]
+        return merged([*own, *self.job.origin.sources(), *model.module.earlier])
 
     def trained_start(self) -> AdapterState:
         """Return the part of the start that sites train: its layout is what they may send."""

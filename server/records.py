@@ -2,6 +2,7 @@
 
 ``config.json``     every setting, with versions of what computed it
 ``server.json``     what the server knew of its code, connections and machine at each start
+``earlier.json``    the earlier runs whose releases it begins with, and what each claims, if there are any
 ``baseline.json``   the score before any record is used
 ``rounds.jsonl``    one line a round: scores on public data, bytes, seconds, who took part, what failed and why
 ``privacy.jsonl``   one line a charge of a site that has come, whether or not it counts: the privacy report
@@ -79,7 +80,6 @@ LEAST_ROOM = 4_000_000
 """Bytes of disk that a run keeps for reports, lines and logs."""
 OWN = ("output", "privacy.ledger", "resume")
 """Settings that name the machine's folders and make no difference to the adapter, which is given away."""
-
 PACKAGES = ("fedveil", "flwr", "torch", "opacus", "transformers", "peft", "dp-accounting", "mpmath", "numpy")
 
 

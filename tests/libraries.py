@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fedveil.common.derived import DerivedFile, Source, derived
 from fedveil.common.messages.state import OWN, AdapterState
+from fedveil.common.strict_json import to_json
 from fedveil.contrib.library.pairs import basis_of, read_pairs
 from fedveil.contrib.library.shelf import Basis, Library, Member
 from fedveil.server.model import ServerModel
 from fedveil.strategies.job import configure
 
+UNIT = "one training record of one site"
 NAMES = ("letters", "notes", "reports")
 
 
@@ -41,6 +45,9 @@ def drawn_library(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     for name, state in zip(NAMES, drawn_states(server.start), strict=True):
         job.adapter.export(server.model.peft_model, state, folder / name / "adapter", "base")
         pairs = read_pairs(folder / name / "adapter")
+        source = Source(f"drawn-{name}", "ffa-lora", "", {}, "It is private.", 1.0, 1e-5, UNIT, "Its terms.")
+        content = json.dumps(to_json(derived("library add", "base", [source])))
+        (folder / name / DerivedFile.NAME).write_text(content, encoding="utf-8")
         members.append(Member(name, f"{name} of a clinic", job.config.model.task, pairs.fingerprint))
     own_layers = {layer: {"A": factors["A"]} for layer, factors in server.start.items() if layer not in OWN}
     config = job.config

@@ -9,7 +9,7 @@ gives travels once. What records are used, and what that costs, is stated here a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
@@ -17,6 +17,7 @@ from fedveil.common.adapters import Adapter, Place
 from fedveil.common.config.fields import check_fields
 from fedveil.common.config.run import RunConfig
 from fedveil.common.config.sections import PrivacyConfig
+from fedveil.common.derived import Source
 from fedveil.common.errors import ConfigError
 from fedveil.common.messages.state import METRIC, AdapterState, Factors
 from fedveil.common.starts.directions import orthonormal_rows
@@ -105,6 +106,10 @@ class Start(ABC):
     def fingerprint(self) -> str:
         """SHA-256 of the public text that it is made from, on which server and sites must agree; empty: none is."""
         return ""
+
+    def sources(self) -> Sequence[Source]:
+        """Server: return the earlier runs whose adapters it begins at."""
+        return ()
 
     @abstractmethod
     def factors(self, place: Place, wanted: Collection[str]) -> Factors:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedveil.common.derived import Source
 from fedveil.common.tasks.base import Batch
 from fedveil.common.tasks.featured import FEATURES, SCALES, TANGENTS
 from fedveil.common.tasks.tangent import Tangent
@@ -47,6 +48,9 @@ class TaskModule(nn.Module):
         classes: rows of the head; 0: no head.
         feature_scale: length that features are brought to; 0 leaves them as they are.
     """
+
+    earlier: Sequence[Source] = ()
+    """Runs whose results it uses beside the encoder."""
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ import torch
 from fedveil.common.adapters import Adapter, Place
 from fedveil.common.check import PLAIN_NAME
 from fedveil.common.config.run import RunConfig
+from fedveil.common.derived import Source
 from fedveil.common.errors import ConfigError, DataError
 from fedveil.common.messages.state import OWN, AdapterState, Factors
 from fedveil.common.model.federated import FederatedModel
@@ -69,6 +70,13 @@ class OfLibrary(Start):
     def factors(self, place: Place, wanted: Collection[str]) -> Factors:
         """Return orthonormal directions; B's are there after round 0."""
         return seeded(place, wanted)
+
+    def sources(self) -> Sequence[Source]:
+        """Server: return the runs that the adapters are of."""
+        from fedveil.contrib.library.shelf import open_library
+
+        library = open_library(self.library)
+        return [source for name in self.names for source in library.sources(name)]
 
     def stack(self, adapter: Adapter, began: AdapterState) -> AdapterState:
         """Server: return ``B`` of every layer, shape (adapters, out, rank), of the adapters that the settings name.

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
-from fedveil.common.check import POSITIVE, Interval
+from fedveil.common.check import POSITIVE, Digits, Interval
 from fedveil.common.config.fields import RATIO, Section, Unit
 from fedveil.common.errors import ConfigError, DataError, MechanismError
 from fedveil.common.tasks.base import IGNORED, WEIGHT, Batch, Coins, Record, Scored, Sums
@@ -25,7 +25,7 @@ from fedveil.common.tasks.causal_lm import CausalLM, at_least_float32, complete
 from fedveil.common.tasks.finished import Questions
 from fedveil.common.tasks.roles import Role
 from fedveil.common.tasks.text import TOKENS, TextExample, pad_id, padded
-from fedveil.contrib.rewards import REWARDS, Completion, weights_of
+from fedveil.contrib.rewards import JUDGE, REWARDS, Completion, weights_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -68,11 +68,21 @@ class GRPO(CausalLM, Section):
     rewards: str = "number:1,format:0.5,end:0.25"
     """What a completion is worth: rewards by name, each with its weight. ``exact``, ``number`` and ``option-letter``
     compare it with the answer; ``format`` wants an answer of that kind and nothing else, ``end`` an end mark,
-    ``length`` few tokens."""
+    ``length`` few tokens, and ``judge`` is what ``rollout.judge`` says."""
+    judge: str = ""
+    """Folder of a merged judge, of a run with ``preference.loss`` 'bradley-terry' and a claim, at the server and at
+    every site."""
+    judge_sha256: Annotated[str, Digits(64, "fedveil merge")] = ""
+    """Hash of its files, which ``fedveil merge`` prints; a judge with other files is not opened."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        weights_of(self.rewards)
+        judged = JUDGE in weights_of(self.rewards)
+        if judged != bool(self.judge) or judged != bool(self.judge_sha256):
+            raise ConfigError(
+                "rollout.judge and rollout.judge-sha256 belong to the reward 'judge' of rollout.rewards: set all "
+                "three, or none"
+            )
 
     def limit(self, base: BaseModel, max_length: int) -> int:
         """Return the tokens of a prompt and its completion together; ConfigError: a prompt has no room in it."""
@@ -119,6 +129,11 @@ class GRPO(CausalLM, Section):
 
         module = Policy(encoder, super().module(encoder, base, classes, feature_scale).reading)
         module.tokenizer = base.processor
+        if self.judge:
+            from fedveil.contrib.tasks.judging import Judge
+
+            module.judge = Judge(self.judge, self.judge_sha256)
+            module.earlier = module.judge.earlier
         return module
 
     def unfold(self, model: FederatedModel, record: Record, coins: Coins) -> list[Record]:
@@ -143,8 +158,9 @@ class GRPO(CausalLM, Section):
                 lambda logits: drawn(logits, self.temperature, coins),
                 self.completions,
             ).tolist()
-        answer, end = _decoded(record[ANSWER]), policy.tokenizer.eos_token_id
-        worth = [self._worth(self._parts(policy.tokenizer, row, answer)) for row in written]
+        end = policy.tokenizer.eos_token_id
+        parts = self._parts(policy, [prompt] * len(written), written, [record[ANSWER]] * len(written))
+        worth = [self._worth(part) for part in parts]
         share, stamp = 1 / (self.completions * self.new_tokens), policy.stamp()
         rows = []
         for row, advantage in zip(written, advantages(worth), strict=True):
@@ -182,20 +198,37 @@ class GRPO(CausalLM, Section):
 
         with evaluated(policy):
             written = decode(policy.encoder, *on_the_left(batch[TOKENS], batch[MASK]), self.new_tokens, likeliest)
-        answers = map(_decoded, batch[ANSWER].tolist())
-        parts = [self._parts(policy.tokenizer, *both) for both in zip(written.tolist(), answers, strict=True)]
+        both = zip(batch[TOKENS].tolist(), batch[MASK].tolist(), strict=True)
+        prompts = [[token for token, seen in zip(*row, strict=True) if seen] for row in both]
+        parts = self._parts(policy, prompts, written.tolist(), batch[ANSWER].tolist())
         worth = torch.tensor([self._worth(part) for part in parts], device=written.device)
         beside = {name: torch.tensor([part[name] for part in parts]) for name in parts[0]}
         return Sums(1 - worth, worth, torch.ones_like(worth), beside={REWARD: worth, **beside})
 
-    def _parts(self, tokenizer: Any, written: Sequence[int], answer: str) -> dict[str, float]:
-        """Return what a completion is worth by each reward of the run."""
+    def _parts(
+        self,
+        policy: Policy,
+        prompts: Sequence[Sequence[int]],
+        written: Sequence[Sequence[int]],
+        answers: Sequence[Sequence[int]],
+    ) -> list[dict[str, float]]:
+        """Return what each completion of its prompt is worth by each reward of the run."""
         from fedveil.contrib.tasks.rollouts import until_end
 
-        tokens, ended = until_end(written, tokenizer.eos_token_id)
-        text = tokenizer.decode(tokens, skip_special_tokens=True)
-        said = Completion(text, answer, len(tokens), self.new_tokens, ended)
-        return {name: REWARDS[name](said) for name in weights_of(self.rewards)}
+        def words(tokens: Sequence[int]) -> str:
+            return str(policy.tokenizer.decode(tokens, skip_special_tokens=True))
+
+        cut = [until_end(row, policy.tokenizer.eos_token_id) for row in written]
+        texts = [words(tokens) for tokens, _ in cut]
+        judged = [0.0] * len(texts)
+        if policy.judge is not None:
+            device = next(policy.parameters()).device
+            judged = policy.judge.numbers(list(zip(map(words, prompts), texts, strict=True)), device)
+        said = [
+            Completion(text, _decoded(answer), len(tokens), self.new_tokens, ended, number)
+            for text, answer, (tokens, ended), number in zip(texts, answers, cut, judged, strict=True)
+        ]
+        return [{name: REWARDS[name](one) for name in weights_of(self.rewards)} for one in said]
 
     def _worth(self, parts: dict[str, float]) -> float:
         """Return what all parts of a completion's worth are together, by their weights: 0 to 1."""

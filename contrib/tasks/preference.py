@@ -121,7 +121,7 @@ class Preference(Section, CausalLM):
 
         if not self.scalar:
             return super().module(encoder, base, classes, feature_scale)
-        return TaskModule(encoder, _pooled, base.hidden_size, 1, feature_scale)
+        return TaskModule(encoder, pooled, base.hidden_size, 1, feature_scale)
 
     # --- records and batches ---
 
@@ -253,7 +253,7 @@ def _letters(rows: Batch) -> tuple[Tensor, Tensor]:
     return places, rows["labels"].gather(1, places[:, None]).clamp(min=0)
 
 
-def _pooled(encoder: nn.Module, batch: Batch) -> Tensor:
+def pooled(encoder: nn.Module, batch: Batch) -> Tensor:
     """Return the mean of the last hidden states over an answer's tokens, shape (rows, hidden), at least float32."""
     hidden = at_least_float32(encoder(**batch).last_hidden_state)
     mask = batch["attention_mask"].unsqueeze(-1)

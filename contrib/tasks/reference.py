@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedveil.common.errors import ConfigError
+from fedveil.common.derived import Source, sources_in
+from fedveil.common.errors import ConfigError, DataError
 from fedveil.common.files import expanded
+from fedveil.common.model.named import NAMED_MODELS
+from fedveil.common.strict_json import json_of
 from fedveil.common.tasks.base import KEPT, Record
-
-CARD = "README.md"
-"""The file of a model's card."""
 
 if TYPE_CHECKING:
     from torch import nn
@@ -55,23 +56,33 @@ def check_reference(name: str) -> None:
     """Refuse a base model that was made of a run without a claim, whose records its likelihoods would tell of.
 
     Args:
-        name: as ``model.name``; the card in a folder of ``fedveil merge`` says what the run claimed.
+        name: as ``model.name``; ``fedveil merge`` writes a run's claim into its model's ``config.json``.
 
     Raises:
         ConfigError: it was.
+        DataError: what the file says of runs is not as it was written.
     """
-    import yaml
+    if name not in NAMED_MODELS and (folder := expanded(name)).is_dir():
+        check_claimed(folder, f"the base model {name!r}", "the reference of preference.loss 'dpo'")
 
-    card = expanded(name) / CARD
-    if not card.is_file():
-        return
+
+def check_claimed(folder: Path, what: str, use: str) -> list[Source]:
+    """Return the runs that the model in a folder was made from.
+
+    Raises:
+        ConfigError: one has no claim, so that the model's answers would tell of its records.
+        DataError: what the model says of runs is not as it was written.
+    """
     try:
-        head = yaml.safe_load(card.read_text(encoding="utf-8").split("---\n")[1])
-    except (OSError, UnicodeDecodeError, IndexError, yaml.YAMLError):
-        return  # a card of somebody else's
-    claim = head.get("differential_privacy") if isinstance(head, dict) else None
-    if isinstance(claim, dict) and claim.get("claim") == "none":
+        config = json_of((folder / "config.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{folder / 'config.json'} cannot be read ({type(error).__name__}): merge the run again"
+        ) from error
+    sources = sources_in(config if isinstance(config, dict) else {})
+    if bare := [source.run for source in sources if source.epsilon is None]:
         raise ConfigError(
-            f"the base model {name!r} was trained on records by a run that has no claim, so it cannot be the reference "
-            "of preference.loss 'dpo': start from one that promises its records privacy"
+            f"{what} was trained on records by run {bare[0]}, which has no claim, so it cannot be {use}: take one that "
+            "promises its records privacy, or one that is public"
         )
+    return sources

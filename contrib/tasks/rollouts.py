@@ -13,13 +13,16 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fedveil.common.tasks.base import Coins
 from fedveil.common.tasks.module import TaskModule
+
+if TYPE_CHECKING:
+    from fedveil.contrib.tasks.judging import Judge
 
 LEAST_SPREAD = 1e-4
 """What is added to a group's standard deviation, as in the released code of GRPO."""
@@ -29,6 +32,8 @@ class Policy(TaskModule):
     """A decoder, with the tokenizer that makes words of what it writes."""
 
     tokenizer: Any
+    judge: Judge | None = None
+    """What gives the reward of that name."""
 
     def stamp(self) -> int:
         """Return a number above 0 that follows from the trained tensors; what was written says by which it was."""

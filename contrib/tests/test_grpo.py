@@ -182,10 +182,10 @@ def test_a_group_without_spread_has_no_weight_and_is_not_drawn_again(
 def test_a_prompt_that_a_reward_fails_on_contributes_zero(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     own, bad = GRPO._parts, world.records[2]
 
-    def fails(task: GRPO, tokenizer: Any, completion: list[int], answer: str) -> dict[str, float]:
-        if list(answer.encode()) == bad[ANSWER]:
+    def fails(task: GRPO, *given: Any) -> list[dict[str, float]]:
+        if given[-1][0] == bad[ANSWER]:
             raise ZeroDivisionError
-        return own(task, tokenizer, completion, answer)
+        return own(task, *given)
 
     monkeypatch.setattr(GRPO, "_parts", fails)
     rows = unfolded(world.model, world.records, private_uniform, nothing, hides=True)
@@ -230,7 +230,7 @@ def slow_parts(world: World, task: GRPO, record: Record) -> dict[str, float]:
     for _ in range(STEPS):
         logits = world.model.module.encoder(input_ids=torch.tensor([tokens]), use_cache=False).logits
         tokens = [*tokens, int(logits[0, -1].argmax())]
-    return task._parts(world.model.base.processor, tokens[-STEPS:], bytes(record[ANSWER]).decode())
+    return task._parts(world.model.module, [tokens[:-STEPS]], [tokens[-STEPS:]], [record[ANSWER]])[0]
 
 
 @contextmanager
@@ -254,6 +254,9 @@ def test_a_long_prompt_loses_its_beginning_and_an_empty_answer_is_no_record(worl
         ({"rollout.temperature": 0.0}, r"rollout\.temperature"),
         ({"rollout.rewards": "number"}, r"rollout\.rewards"),
         ({"rollout.rewards": "[0-9]+:1"}, "write each of exact"),
+        ({"rollout.rewards": "judge:1"}, "set all three"),
+        ({"rollout.judge": "judge"}, "set all three"),
+        ({"rollout.judge": "judge", "rollout.rewards": "judge:1"}, "set all three"),
         ({"rollout.iterations": 2}, r"unknown setting 'rollout\.iterations'"),
         ({"model.task": "causal-lm"}, r"rollout\.rewards cannot be set"),
     ],

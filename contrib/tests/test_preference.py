@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from audits.judges import pair_run, write_pairs
 from audits.tiny_models import FILLER
 from audits.unfolded import summed
 from audits.worlds import World, flat, minus, norm, plan
@@ -199,50 +200,10 @@ def test_an_adapter_that_is_off_is_the_base_model(model_folder: Folder) -> None:
         assert not torch.allclose(off, model.peft_model(input_ids=tokens).logits, atol=1e-3)
 
 
-def write(path: Path, count: int, begin: int = 0) -> Path:
-    """Write pairs whose better answer has a warm word, and the other a cold one."""
-    words = (("warm", "lovely"), ("cold", "awful"))
-    rows = [
-        {
-            "prompt": " ".join(FILLER[(i + j) % len(FILLER)] for j in range(2 + i % 4)) + f" {i}",
-            "chosen": f"the {words[0][i % 2]} film",
-            "rejected": f"the {words[1][i % 2]} film",
-        }
-        for i in range(begin, begin + count)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
 @pytest.fixture
 def toy(model_folder: Folder, tmp_path: Path) -> Callable[[str], dict[str, Any]]:
     """Return settings of a private run of a loss."""
-
-    def make(loss: str) -> dict[str, Any]:
-        scalar = loss == "bradley-terry"
-        head = {"head.policy": "trained", "head.start": "random"} if scalar else {"head.policy": "frozen"}
-        return {
-            "model.name": model_folder("bert" if scalar else "llama"),
-            "model.task": "preference",
-            "preference.loss": loss,
-            "model.max-length": 39,
-            "strategy": "ffa-lora",
-            **head,
-            "rounds": 3,
-            "data.name": str(write(tmp_path / "pairs.jsonl", 120)),
-            "data.test-size": 30,
-            "data.partition": "iid",
-            "adapter.targets": TARGETS["bert" if scalar else "llama"],
-            "training.sample-rate": 0.5,
-            "privacy.delta": 1e-3,
-            "privacy.noise-multiplier": 0.3,
-            "privacy.epsilon": 1e4,
-            "device": "cpu",
-            "precision": "float32",
-            "output": str(tmp_path / "runs"),
-        }
-
-    return make
+    return lambda loss: pair_run(model_folder("bert" if loss == "bradley-terry" else "llama"), loss, tmp_path)
 
 
 @pytest.mark.rough_prices
@@ -252,7 +213,7 @@ def test_a_federation_learns_what_is_preferred(loss: str, toy: Any, tmp_path: Pa
     lines = read_lines(RoundLine, folder)
     assert not any(line.refusals or line.failures for line in lines)
     assert evaluate_run(folder).accuracy == pytest.approx(lines[-1].accuracy)
-    name, count, left_out, score = judged(folder, str(write(tmp_path / "others.jsonl", 20, 500)))
+    name, count, left_out, score = judged(folder, str(write_pairs(tmp_path / "others.jsonl", 20, 500)))
     assert (name, count, left_out) == ("others.jsonl", 20, 0)
     if loss != "text":  # the letters A and B are no words of the tiny vocabulary
         assert score.accuracy > 0.9, "nothing was learnt"
@@ -266,16 +227,6 @@ def test_what_a_judge_cannot_be_is_refused(toy: Any, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has an empty answer"):
         Preference().tokenise(None, [Pair(question="a", chosen=" ", rejected="b")], 8)  # type: ignore[list-item]
     assert Pair(question="a", chosen="b c", rejected=" b  c").lacks()[0]
-
-
-@pytest.mark.rough_prices
-def test_a_model_of_a_run_without_a_claim_is_no_reference(toy: Any, tmp_path: Path) -> None:
-    for mode in ("none", "dp-sgd"):
-        run = run_in_process({**toy("dpo"), "rounds": 1, "privacy.mode": mode}, 2)
-        merge_run(run, tmp_path / mode)
-    with pytest.raises(ConfigError, match="was trained on records by a run that has no claim"):
-        configure({**toy("dpo"), "model.name": str(tmp_path / "none")})
-    configure({**toy("dpo"), "model.name": str(tmp_path / "dp-sgd")})
 
 
 @pytest.mark.rough_prices

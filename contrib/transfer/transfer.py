@@ -20,7 +20,7 @@ from fedveil.common.adapters.attach import attach
 from fedveil.common.adapters.export import write_injected
 from fedveil.common.adapters.lora import LoRA
 from fedveil.common.bundle import own_digest
-from fedveil.common.derived import DerivedFile, derived
+from fedveil.common.derived import DerivedFile, derived, sources_in
 from fedveil.common.errors import ConfigError
 from fedveil.common.files import replace_file
 from fedveil.common.model.base import BaseModel, load_base_model
@@ -97,6 +97,7 @@ def transfer(run: Path, target: Path, wanted: Wanted, progress: Callable[[str], 
     limit = teacher.task.limit(base, about.max_length)
     lesson = Lesson(teacher.task.prepare(base, answered.examples, limit), answered.answers)
     figures = _taught(student, lesson, texts, device, wanted.how, progress, fit=not alike)
+    sources = [*sources, *sources_in(base.module.config.to_dict())]  # type: ignore[union-attr,operator]
     made = derived("transfer", local_name(base.name), sources)
     notes = ["The texts were chosen by a private vote of records, which the runs below count."] * bool(wanted.votes)
     notes += [f"The base model has the layers of the teacher's, so it began at the teacher's {alike}."] * bool(alike)

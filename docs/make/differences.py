@@ -131,7 +131,7 @@ DIFFERENCES: Mapping[str, tuple[str, str]] = {
     ),
     "A LoRA judge as the reward": (
         "arXiv 2506.05748",
-        "no rubric with examples in the prompt; judges of 135M at most; GRPO takes no judge as a reward yet",
+        "no rubric with examples in the prompt; as a reward one number, without its reasons; judges of 135M at most",
     ),
     "Trans-LoRA": (
         "Wang et al., NeurIPS 2024",

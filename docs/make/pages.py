@@ -29,7 +29,7 @@ from fedveil.client.policy import Policy
 from fedveil.client.policy_values import UNLIMITED
 from fedveil.common.config.fields import kebab
 from fedveil.common.config.flat import options_of
-from fedveil.common.derived import DerivedFile, PublicTexts, Source, VotesFile
+from fedveil.common.derived import DerivedFile, EarlierFile, PublicTexts, Source, VotesFile
 from fedveil.common.docstrings import fields_said, said_of
 from fedveil.common.findings import AUDITS, AuditFile, Finding
 from fedveil.common.messages import wire
@@ -138,6 +138,7 @@ def run_folder_page() -> str:
         EvaluatedFile,
         VotesFile,
         DerivedFile,
+        EarlierFile,
     )
     parts = [(f"`{kind.NAME}`", _fields(kind), _about(kind)) for kind in files]
     parts.append((f"`adapter/{AdapterFile.NAME}`", _fields(AdapterFile), _about(AdapterFile)))
@@ -157,7 +158,7 @@ def run_folder_page() -> str:
         Change: "in `evaluated.json`",
         FigureReport: "in `evaluated.json`",
         Share: "in `evaluated.json`",
-        Source: "in `derived.json`, of `fedveil transfer`",
+        Source: "in `derived.json` and `earlier.json`",
         PublicTexts: "in `derived.json`",
         Costs: "in a row of a sweep's table",
     }

@@ -295,7 +295,8 @@ SYSTEMS: tuple[System, ...] = (
     System(
         "A LoRA judge as the reward",
         instead="`fedveil run -c experiments/configs/medmcqa-pairs.toml` trains a judge that gives answers numbers, "
-        "`asdiv-pairs.toml` beside it prefers answers without one; `fedveil judge RUN --pairs FILE` asks either",
+        "`asdiv-pairs.toml` beside it prefers answers without one; `fedveil judge RUN --pairs FILE` asks either; a "
+        "merged judge is GRPO's reward (`rollout.judge`)",
     ),
     System(
         "Trans-LoRA",

@@ -10,7 +10,7 @@ from typing import Any
 
 from fedveil.common.adapters.low_bits import in_full
 from fedveil.common.check import OneOf
-from fedveil.common.derived import DerivedFile
+from fedveil.common.derived import IN_MODEL, DerivedFile, marks_of
 from fedveil.common.errors import DataError, ModelError
 from fedveil.common.files import sha256_of, with_usual_mode
 from fedveil.common.paths import check_vacant
@@ -22,7 +22,7 @@ from fedveil.reports import report_of, to_json
 from fedveil.reports.card import NAME as CARD
 from fedveil.reports.card import Form, card_of
 from fedveil.reports.declared import read_declared
-from fedveil.reports.derived import derived_card
+from fedveil.reports.derived import derived_card, sources_of
 
 FORMS = ("merged", "seq-cls")
 """One plain model; or the adapter for a stock classifier, the head in it, where a stock class computes that."""
@@ -33,7 +33,8 @@ def merge_run(run: Path, target: Path, form: str = "merged") -> str:
 
     ``W0 + delta`` is formed once for each adapted layer, by stock PEFT (``merge_and_unload``), so answers differ from
     those of base model and adapter by rounding alone. A base model in low bits (``model.quantise``) is written in
-    float32 as the numbers that its bits stand for, because the adapter was trained beside these.
+    float32 as the numbers that its bits stand for, because the adapter was trained beside these. Its ``config.json``
+    says which runs it was made from and what they claim, for a run that begins with it.
 
     Returns:
         Python code that loads what was written, without FedVeil.
@@ -50,6 +51,7 @@ def merge_run(run: Path, target: Path, form: str = "merged") -> str:
     try:
         partial.mkdir(parents=True)
         if form == "merged":
+            setattr(finished.module.encoder.config, IN_MODEL, marks_of(sources_of(run)))
             finished.task.export.write(finished, partial)
             export = finished.task.export
             relation, library, pipeline = "finetune", export.library, export.pipeline(finished)
