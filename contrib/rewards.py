@@ -74,8 +74,8 @@ def form(completion: Completion) -> float:
 
 
 def end(completion: Completion) -> float:
-    """Return whether the completion ended by itself."""
-    return float(completion.ended)
+    """Return whether the completion has words and ended by itself: one that is empty is not what was asked for."""
+    return float(completion.ended and bool(completion.text.strip()))
 
 
 def length(completion: Completion) -> float:

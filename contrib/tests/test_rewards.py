@@ -48,6 +48,7 @@ def test_a_reward_reads_the_words(name: str, text: str, answer: str, expected: f
 
 def test_rewards_of_end_and_length_read_the_tokens() -> None:
     assert [worth("end", "9", "9", ended=ended) for ended in (True, False)] == [1, 0]
+    assert worth("end", " ", "9") == 0, "an end mark alone is the easiest way to an end"
     assert [worth("length", "9", "9", tokens=tokens) for tokens in (4, 16)] == [0.75, 0]
 
 

@@ -177,7 +177,8 @@ def test_a_value_of_its_own_type_is_kept_and_a_whole_number_serves_as_a_number(k
 UP_TO_ONE = ("privacy.delta", "server.momentum")
 """Settings of which 1 is too much."""
 RANGES = [
-    *((key, value) for key in ("rounds", "min-sites", "training.sample-rate") for value in (0, -1)),
+    *((key, value) for key in ("min-sites", "training.sample-rate") for value in (0, -1)),
+    ("rounds", -1),
     *((f"privacy.{key}", value) for key in ("epsilon", "delta", "clip-norm") for value in (0, -1, math.nan, math.inf)),
     *(("privacy.noise-multiplier", value) for value in (-1, math.nan, math.inf)),
     ("training.sample-rate", 1.5),
@@ -189,7 +190,7 @@ RANGES = [
 
 @pytest.mark.parametrize(("key", "value"), RANGES)
 def test_a_value_out_of_range_is_refused_by_the_settings_name(key: str, value: float) -> None:
-    said = rf"^{re.escape(key)} must be (above 0|at least 0|from 1e-06)"
+    said = rf"^{re.escape(key)} must be (above 0|at least 0|from 0 to|from 1e-06)"
     with pytest.raises(ConfigError, match=said):
         job_with(key, value)
 
