@@ -17,7 +17,6 @@ from fedveil.common.adapters import Adapter, Place
 from fedveil.common.config.fields import check_fields
 from fedveil.common.config.run import RunConfig
 from fedveil.common.config.sections import PrivacyConfig
-from fedveil.common.derived import Source
 from fedveil.common.errors import ConfigError
 from fedveil.common.messages.state import METRIC, AdapterState, Factors
 from fedveil.common.starts.directions import orthonormal_rows
@@ -28,6 +27,7 @@ from fedveil.privacy.randomness import stream
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fedveil.common.derived import Source
     from fedveil.common.messages.blocks import Layout
     from fedveil.common.model.federated import FederatedModel
 

@@ -7,16 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedveil.common.derived import Source, sources_in
 from fedveil.common.errors import ConfigError, DataError
 from fedveil.common.files import expanded
-from fedveil.common.model.named import NAMED_MODELS
-from fedveil.common.strict_json import json_of
 from fedveil.common.tasks.base import KEPT, Record
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from fedveil.common.derived import Source
     from fedveil.common.model.federated import FederatedModel
 
 
@@ -62,6 +60,8 @@ def check_reference(name: str) -> None:
         ConfigError: it was.
         DataError: what the file says of runs is not as it was written.
     """
+    from fedveil.common.model.named import NAMED_MODELS
+
     if name not in NAMED_MODELS and (folder := expanded(name)).is_dir():
         check_claimed(folder, f"the base model {name!r}", "the reference of preference.loss 'dpo'")
 
@@ -73,6 +73,9 @@ def check_claimed(folder: Path, what: str, use: str) -> list[Source]:
         ConfigError: one has no claim, so that the model's answers would tell of its records.
         DataError: what the model says of runs is not as it was written.
     """
+    from fedveil.common.derived import sources_in  # a command line that only helps imports no account
+    from fedveil.common.strict_json import json_of
+
     try:
         config = json_of((folder / "config.json").read_bytes())
     except (OSError, ValueError) as error:
