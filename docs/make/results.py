@@ -30,6 +30,10 @@ TITLES: Mapping[str, tuple[str, Mapping[str, str]]] = {
     ),
     "encoders": ("A larger encoder", {"all-mpnet-base-v2 on movie reviews": "mpnet"}),
     "word-problems": ("A language model", {"ASDiv, SmolLM2-135M-Instruct, two sites": "asdiv"}),
+    "preferences-and-rewards": (
+        "Preferences and rewards",
+        {"Pairs of answers, two sites": "preferences", "GRPO on word problems, two sites": "grpo"},
+    ),
     "persons": ("Persons", {"Sentences of IMDB reviews, at one ε per record and per person": "persons"}),
     "secure-aggregation": ("Secure aggregation", {"Four sites": "secure-sum", "Twenty sites": "secure-sum-of-twenty"}),
     "systems": (

@@ -173,7 +173,8 @@ def notes(rows: Sequence[Row]) -> list[str]:
     found = [f"Mean over seeds ± half of its {100 * CONFIDENCE:.0f} % interval (Student's t); in brackets each seed."]
     if len({row.seed for row in rows}) < FEWEST_PAIRED:
         found.append(f"Variants are not ranked: fewer than {FEWEST_PAIRED} runs cannot tell most of them apart.")
-    if not all(labelled):
+    tokens = [not TASKS[str(row.settings["model.task"])].counted for row in rows]
+    if any(tokens) and {headline_of(row.settings) for row in rows} == {Scored().headline}:
         found.append("Accuracy is the share of right next tokens: judge by the loss, in nats a token.")
     if deltas:
         at = ", ".join(f"{delta:g}" for delta in deltas)
