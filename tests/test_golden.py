@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -24,6 +25,8 @@ import fedveil.client.app
 GOLDEN = Path(__file__).with_name("golden")
 RELATIVE = 1e-5
 """Of a tensor's norm: what a figure may differ by from the stored one."""
+SCORE = re.compile(r"\.(accuracy|confusion|headline\.(accuracy|macro_f1)_after|rounds\[\d+\]\.(accuracy|loss))\b")
+"""What of a report follows from the final tensors."""
 
 
 def file_of(name: str) -> Path:
@@ -42,7 +45,8 @@ def test_a_small_federation_ends_as_stored(name: str, tmp_path: Path) -> None:
     assert left.sent == wanted["sent"]
     gap = 0.0 if name in OF_ONE_MACHINE else furthest(figures(left.tensors), wanted["tensors"])
     assert gap < RELATIVE, f"{name}: the final adapter is {gap:.1e} of its norm from the stored one"
-    assert differences(left.report, wanted.get("report"), nearly) == []
+    found = differences(left.report, wanted.get("report"), nearly)
+    assert [line for line in found if name not in OF_ONE_MACHINE or not SCORE.match(line)] == []
 
 
 def test_a_planted_change_of_a_run_is_seen(tmp_path: Path) -> None:
