@@ -17,8 +17,7 @@ from fedveil.common.errors import ConfigError
 
 NUMBER = re.compile(r"-?[0-9][0-9,]*(?:\.[0-9]+)?")
 OPTION = re.compile(r"\(?([A-Z])\b")
-SETTING = "rollout.rewards"
-JUDGE = "judge"
+SETTING, JUDGE = "rollout.rewards", "judge"
 
 
 @dataclass(frozen=True)

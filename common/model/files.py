@@ -62,7 +62,7 @@ def model_folder(name: str, files: str) -> Iterator[Path]:
         with NAMED_MODELS[name].folder() as folder:
             yield folder
     else:
-        _check_no_file_elsewhere(folder := _place_of(name, fetch=True))
+        check_no_file_elsewhere(folder := _place_of(name, fetch=True))
         yield folder
 
 
@@ -90,7 +90,7 @@ def listing_digest(files: Mapping[str, str]) -> str:
     return whole.hexdigest()
 
 
-def _check_no_file_elsewhere(folder: Path) -> None:
+def check_no_file_elsewhere(folder: Path) -> None:
     """Raise ModelNotLoaded where a file names another that the folder's hash does not cover."""
     if (folder / "adapter_config.json").exists():
         raise ModelNotLoaded(

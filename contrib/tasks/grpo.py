@@ -158,9 +158,8 @@ class GRPO(CausalLM, Section):
                 lambda logits: drawn(logits, self.temperature, coins),
                 self.completions,
             ).tolist()
-        end = policy.tokenizer.eos_token_id
-        parts = self._parts(policy, [prompt] * len(written), written, [record[ANSWER]] * len(written))
-        worth = [self._worth(part) for part in parts]
+        end, count = policy.tokenizer.eos_token_id, len(written)
+        worth = list(map(self._worth, self._parts(policy, [prompt] * count, written, [record[ANSWER]] * count)))
         share, stamp = 1 / (self.completions * self.new_tokens), policy.stamp()
         rows = []
         for row, advantage in zip(written, advantages(worth), strict=True):
@@ -201,7 +200,7 @@ class GRPO(CausalLM, Section):
         both = zip(batch[TOKENS].tolist(), batch[MASK].tolist(), strict=True)
         prompts = [[token for token, seen in zip(*row, strict=True) if seen] for row in both]
         parts = self._parts(policy, prompts, written.tolist(), batch[ANSWER].tolist())
-        worth = torch.tensor([self._worth(part) for part in parts], device=written.device)
+        worth = torch.tensor(list(map(self._worth, parts)), device=written.device)
         beside = {name: torch.tensor([part[name] for part in parts]) for name in parts[0]}
         return Sums(1 - worth, worth, torch.ones_like(worth), beside={REWARD: worth, **beside})
 

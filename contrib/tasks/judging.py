@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from fedveil.common.derived import Source
 from fedveil.common.errors import ModelNotLoaded
 from fedveil.common.model.base import turn_dropout_off
-from fedveil.common.model.files import model_folder
+from fedveil.common.model.files import check_no_file_elsewhere, model_folder
 from fedveil.common.tasks.classification import Classification
 from fedveil.common.tasks.finished import LABELS
 from fedveil.common.tasks.sentence_modules import ENCODER
@@ -33,8 +33,7 @@ class Judge:
     """Gives answers numbers; no module, so that nothing of it is trained, sent or saved.
 
     Args:
-        name: folder of ``fedveil merge``.
-        sha256: of its files, as ``rollout.judge-sha256``.
+        name, sha256: a merged judge's folder and the hash of its files, as in the run's settings.
 
     Raises:
         ModelNotLoaded: there is none, it has other files, or it is no judge.
@@ -44,6 +43,7 @@ class Judge:
     def __init__(self, name: str, sha256: str) -> None:
         with model_folder(name, sha256) as folder:
             self.earlier: Sequence[Source] = check_claimed(folder / ENCODER, f"the judge {name!r}", USE)
+            check_no_file_elsewhere(folder / ENCODER)
             try:
                 self._read(folder)
             except (OSError, ValueError, KeyError, StopIteration) as error:
@@ -55,9 +55,11 @@ class Judge:
         if json.loads((folder / LABELS).read_text(encoding="utf-8")) != [NUMBER]:
             raise ValueError("another head")
         paths = [module["path"] for module in json.loads((folder / "modules.json").read_text(encoding="utf-8"))]
+        if any(Path(path).name != path for path in paths):
+            raise ValueError("no hash covers such a module")
         self._normalises = any("Normalize" in path for path in paths)
-        about = json.loads((folder / ENCODER / "sentence_bert_config.json").read_text(encoding="utf-8"))
-        self._limit = int(about["max_seq_length"])
+        limits = (folder / ENCODER / "sentence_bert_config.json").read_text(encoding="utf-8")
+        self._limit = int(json.loads(limits)["max_seq_length"])
         self._head = load_file(folder / paths[-1] / "model.safetensors")
         encoder, self._tokenizer = Classification().load(str(folder / ENCODER))
         self._encoder: Any = encoder.float().eval().requires_grad_(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,7 +84,7 @@ def check_claimed(folder: Path, what: str, use: str) -> list[Source]:
             f"{folder / 'config.json'} cannot be read ({type(error).__name__}): merge the run again"
         ) from error
     sources = sources_in(config if isinstance(config, dict) else {})
-    if bare := [source.run for source in sources if source.epsilon is None]:
+    if bare := [source.run for source in sources if source.epsilon in (None, math.inf)]:
         raise ConfigError(
             f"{what} was trained on records by run {bare[0]}, which has no claim, so it cannot be {use}: take one that "
             "promises its records privacy, or one that is public"

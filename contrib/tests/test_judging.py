@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from test_library import world as library_world  # noqa: F401
 
 from audits.judges import audit_judges, pair_run
-from fedveil.common.derived import EarlierFile, marks_of, sources_in, together
+from fedveil.common.derived import EarlierFile, sources_in, together
 from fedveil.common.errors import ConfigError, DataError, ModelNotLoaded
 from fedveil.common.model.base import load_base_model
 from fedveil.common.model.files import files_digest
@@ -108,6 +108,19 @@ def test_a_judge_is_refused_that_is_another_one_or_none(
     other = Path(model_folder("bert"))
     with pytest.raises(DataError, match="cannot be read"):
         Judge(str(other), files_digest(other))
+    for place, planted in (("0_Transformer/adapter_config.json", "{}"), ("modules.json", '[{"path": "../head"}]')):
+        copy = tmp_path / place.replace("/", "-")
+        shutil.copytree(judge[1], copy)
+        (copy / place).write_text(planted, encoding="utf-8")
+        with pytest.raises(ModelNotLoaded, match=r"no hash covers|is no judge"):
+            Judge(str(copy), files_digest(copy))
+    endless = tmp_path / "endless"
+    shutil.copytree(judge[1], endless)
+    known = json.loads((endless / "0_Transformer" / "config.json").read_text(encoding="utf-8"))
+    known["fedveil_sources"][0]["epsilon"] = "inf"
+    (endless / "0_Transformer" / "config.json").write_text(json.dumps(known), encoding="utf-8")
+    with pytest.raises(ConfigError, match="has no claim"):
+        Judge(str(endless), files_digest(endless))
     config = json.loads((judge[1] / "0_Transformer" / "config.json").read_text(encoding="utf-8"))
     assert [source.epsilon is not None for source in sources_in(config)] == [True]
     with pytest.raises(DataError, match="fedveil_sources"):
@@ -143,11 +156,3 @@ def test_a_run_from_a_library_says_what_its_adapters_cost(library_world: dict[st
     assert len(sources) == len({source.run for source in sources}) > 0
     assert f"begins with what {len(sources)} earlier run" in sentence
     assert ("has no ε for all" in sentence) == (together(sources)[0] is None)
-
-
-def test_marks_keep_an_endless_claim(judge: tuple[Path, Path]) -> None:
-    (source,) = sources_of(judge[0])
-    from dataclasses import replace
-
-    (read,) = sources_in(json.loads(json.dumps({"fedveil_sources": marks_of([replace(source, epsilon=math.inf)])})))
-    assert read.epsilon == math.inf
