@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
-from fedveil.common.derived import EarlierFile, Source
+from fedveil.common.derived import DerivedFile, EarlierFile, Source
 from fedveil.common.errors import DataError
 from fedveil.common.findings import AUDITS, AuditFile
 from fedveil.common.other_runs import BesideFile, BesideRow, TuningFile
@@ -102,6 +102,8 @@ def read_run(folder: Path) -> RunFiles:
     config = _file(ConfigFile, folder / ConfigFile.NAME, problems, "")
     if config is None:
         why = problems[0] if problems else "it has no config.json"
+        if (folder / DerivedFile.NAME).is_file():
+            why = "its model was derived from finished runs, and its report is report.md there"
         raise DataError(f"{folder} is not the folder of a run: {why}")
     audits = [path for path in sorted(folder.glob(AUDITS)) if path.is_file()]
     read = [(path.name, _file(AuditFile, path, problems, UNSAID)) for path in audits if path.suffix == ".json"]

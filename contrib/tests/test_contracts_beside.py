@@ -11,17 +11,7 @@ from itertools import product
 from typing import Any
 
 import pytest
-from contracts import (
-    Cell,
-    Contracts,
-    Covered,
-    Pair,
-    axes,
-    broken,
-    pairs_of,
-    quickened,
-    refused_by_tables,
-)
+from contracts import Cell, Contracts, Covered, Pair, axes, broken, pairs_of, quickened, refused_by_tables
 
 from fedveil.common.starts import STARTS
 from fedveil.common.tasks import TASKS
@@ -101,11 +91,7 @@ def test_a_start_that_does_not_give_what_it_says_is_found(
 def test_a_factor_that_fits_another_start_is_found(contracts: Contracts, monkeypatch: pytest.MonkeyPatch) -> None:
     cell = Cell("classification", "salt", "eva", "fedavg-lora", "dp-sgd record")
     assert not broken(contracts.begun, [cell])
-    monkeypatch.setattr(
-        Job,
-        "_measured",
-        lambda own, derived, held: {**derived, **own.origin.from_statistic(held, 3)},
-    )
+    monkeypatch.setattr(Job, "_measured", lambda own, derived, held: {**derived, **own.origin.from_statistic(held, 3)})
     assert "C of" in broken(contracts.begun, [cell])[cell]
 
 

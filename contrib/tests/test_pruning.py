@@ -23,6 +23,7 @@ from fedveil.client.local_training import check_task
 from fedveil.common.adapters import LoRAFrozenA
 from fedveil.common.adapters.attach import attach, read_factors
 from fedveil.common.data.sources import public_test
+from fedveil.common.derived import sources_in
 from fedveil.common.errors import ConfigError, DataError, ModelError, ProtocolError
 from fedveil.common.messages.round import TrainTask
 from fedveil.common.model.base import load_base_model
@@ -37,6 +38,7 @@ from fedveil.contrib.rules import loraprune
 from fedveil.contrib.rules.loraprune import COLUMNS, ROWS, importance, running
 from fedveil.experiments.evaluate import load_result
 from fedveil.experiments.in_process import run_in_process
+from fedveil.reports.derived import sources_of
 from fedveil.server.checkpoint import memory_of
 from fedveil.strategies import Contribution, ServerState
 from fedveil.strategies.ffa_lora import FFALoRA
@@ -442,9 +444,7 @@ PARTS = (("A", -2, "B"), ("B", -1, "A"))
 
 
 @pytest.mark.parametrize("trained", [("B",), ("A", "B")])
-def test_invariant_p4_the_criterion_from_changes_is_that_from_gradients(
-    trained: tuple[str, ...],
-) -> None:
+def test_invariant_p4_the_criterion_from_changes_is_that_from_gradients(trained: tuple[str, ...]) -> None:
     W, A, B, s, eta = draw(9, 13, seed=1), draw(2, 13, seed=2), draw(9, 2, seed=3), 1.7, 0.3
     held = {"A": A, "B": B}
     gradients = {"A": draw(2, 13, seed=4), "B": draw(9, 2, seed=5)}
@@ -527,6 +527,8 @@ def test_invariant_p4_a_run_keeps_its_scores_and_prune_chooses_by_them(
     units = units_of(load_base_model(model_folder("llama"), "causal-lm").module)
     assert {tuple(held[COLUMNS].shape) for layer, held in memory.items() if "down" in layer} == {(units.neurons,)}
     about = prune_model(model_folder("llama"), tmp_path / "small", 1, 16, by=folder)
+    named = sources_in(load_base_model(str(tmp_path / "small"), "causal-lm").module.config.to_dict())
+    assert [source.run for source in named] == [source.run for source in sources_of(folder)]
     for number, kept in enumerate(about.kept.neurons):
         scores = next(held[COLUMNS] for layer, held in memory.items() if f"layers.{number}.mlp.down" in layer)
         assert set(kept) == set(scores.argsort(descending=True, stable=True)[:16].tolist())

@@ -101,6 +101,9 @@ def test_another_base_model_answers_as_the_run_does_and_carries_its_claim(
     )
     assert evaluate_run(new).accuracy > 0.5
     assert fedveil("ask", new, "a warm film")[0] == 0
+    code, said = fedveil("report", new)
+    assert code != 0
+    assert "its report is report.md there" in said
     code, said = fedveil("merge", new, tmp_path / "merged")
     assert code == 0, said
     assert claim in (tmp_path / "merged" / "README.md").read_text()

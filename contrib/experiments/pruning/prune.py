@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from fedveil.common.data.prose import prose
+from fedveil.common.derived import IN_MODEL, marks_of
 from fedveil.common.errors import ConfigError, DataError, ModelError, ModelNotLoaded
 from fedveil.common.files import with_usual_mode
 from fedveil.common.messages.state import AdapterState
@@ -15,6 +16,7 @@ from fedveil.common.run_lines import AdapterFile, read_file
 from fedveil.common.tasks import TASKS
 from fedveil.contrib.experiments.pruning.files import Pruned, write_pruned
 from fedveil.contrib.experiments.pruning.units import Kept, by_scores, by_text, pruned, units_of
+from fedveil.reports.derived import sources_of
 from fedveil.server.checkpoint import memory_of
 
 SENTENCES = 256
@@ -26,8 +28,8 @@ def prune_model(
 ) -> Pruned:
     """Write a model with fewer groups of heads and neurons a layer into a new folder; whole or not at all.
 
-    Those units stay that add most on sentences that come with FedVeil, or that a run's scores put first. No record is
-    needed: the sentences are no person's, and the scores are of what was sent, so it costs no privacy.
+    Those units stay that add most on sentences that come with FedVeil, or that a run's scores put first: those are of
+    what was sent, and the model names the run. No record is read, so it costs no privacy.
 
     Args:
         large: the model, as ``model.name`` calls it.
@@ -51,6 +53,8 @@ def prune_model(
     counts = groups or units.groups, neurons or units.neurons
     kept = by_scores(base.module, _scores(by, base), *counts) if by else _by_prose(base, *counts)
     small = pruned(base.module, kept)
+    if by:  # whoever begins a run with it sees what that one claims
+        setattr(small.config, IN_MODEL, marks_of(sources_of(by)))
     about = Pruned(
         large=large,
         large_fingerprint=base.fingerprint,
@@ -87,13 +91,9 @@ def _scores(run: Path, base: BaseModel) -> AdapterState:
     try:
         fingerprint = read_file(AdapterFile, run / "adapter").base_fingerprint
     except DataError as error:
-        raise DataError(
-            f"{run} holds no adapter of a run that can be read: name the folder of a finished run"
-        ) from error
+        raise DataError(f"{run} holds no adapter that can be read: name the folder of a finished run") from error
     if fingerprint != base.fingerprint:
-        raise ModelError(
-            f"{run} trained on {name!r} of fingerprint {fingerprint[:12]}, not {base.fingerprint[:12]}: name its run"
-        )
+        raise ModelError(f"{run} trained on {name!r} ({fingerprint[:12]}), not on this model: name its run")
     return memory
 
 
