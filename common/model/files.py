@@ -44,7 +44,7 @@ def check_files(name: str, files: str, *, fetch: bool = True) -> None:
     """Raise ModelNotLoaded unless a base model's files have this hash; the rest as for ``files_of``."""
     if (here := files_of(name, fetch=fetch)) != files:
         raise ModelNotLoaded(
-            f"the base model {name!r} here has other files (SHA-256 {here[:12]}) than those that are asked for "
+            f"the model {name!r} here has other files (SHA-256 {here[:12]}) than those that are asked for "
             f"({files[:12]}), so none of them was opened: put the same folder there, file by file"
         )
 

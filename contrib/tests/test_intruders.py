@@ -225,7 +225,7 @@ def test_a_runs_base_model_is_compared_before_the_command_opens_it(
     with nothing_opened():
         done = CliRunner().invoke(app, ["intruders", str(run)])
     assert done.exit_code == 1, done.output
-    assert f"the base model '{own}' here has other files" in " ".join(done.output.split())
+    assert f"the model '{own}' here has other files" in " ".join(done.output.split())
 
 
 @pytest.mark.parametrize("name", [name for name, adapter in ADAPTERS.items() if adapter.trained])

@@ -14,7 +14,7 @@ from fedveil.common.errors import DataError
 from fedveil.common.words import bytes_text
 from fedveil.experiments.sweep.groups import Group, groups
 from fedveil.experiments.sweep.rows import Row, read_rows, results_file
-from fedveil.experiments.sweep.summary import markdown_of
+from fedveil.experiments.sweep.summary import COLUMN_NOTES, markdown_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "experiments" / "results"
@@ -38,7 +38,11 @@ TITLES: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "secure-aggregation": ("Secure aggregation", {"Four sites": "secure-sum", "Twenty sites": "secure-sum-of-twenty"}),
     "systems": (
         "Published systems",
-        {"Movie reviews, the plain job, ε = 8": "systems", "Arithmetic word problems, ε = 8": "systems-asdiv"},
+        {
+            "Movie reviews, the plain job, ε = 8": "systems",
+            "Arithmetic word problems, ε = 8": "systems-asdiv",
+            "As published: own steps and plain averages, ε = 8": "as-published",
+        },
     ),
 }
 """Pages of results: their title, and the sweeps of their tables by heading."""
@@ -81,7 +85,11 @@ def results_page(title: str, sweeps: Mapping[str, str], folder: Path = RESULTS) 
     parts = []
     for heading, sweep in sweeps.items():
         command = f"`fedveil sweep experiments/sweeps/{sweep}.toml --results experiments/results` makes these rows."
-        table = markdown_of(rows_of(sweep, folder), SHORT).partition("\n\n<details>")[0]
+        rows = rows_of(sweep, folder)
+        columns = SHORT
+        if any(group.apart for group in groups(rows)):
+            columns, command = (*SHORT, "apart"), f"{command} {COLUMN_NOTES['apart']}"
+        table = markdown_of(rows, columns).partition("\n\n<details>")[0]
         parts.append((heading, table, command))
     return page(title, "", *parts)
 

@@ -140,7 +140,7 @@ def test_a_runs_base_model_is_compared_before_a_command_opens_it(
         done = CliRunner().invoke(app, [words[0], str(run), *more])
     assert done.exit_code == 1, done.output
     said = " ".join(done.output.split())
-    assert f"the base model '{own}' here has other files" in said
+    assert f"the model '{own}' here has other files" in said
     assert "put the same folder there" in said
     assert not (tmp_path / "merged").exists()
 

@@ -199,7 +199,7 @@ def test_a_damaged_adapter_and_a_base_that_is_gone_are_one_line(
     on_base(run, "~/base")
     assert export_gguf(run, tmp_path / "a.gguf") == 6
     (tmp_path / "base" / "config.json").write_text("not even JSON")
-    with pytest.raises(ModelError, match=r"^the base model '~/base' here has other files [^\n]*$"):
+    with pytest.raises(ModelError, match=r"^the model '~/base' here has other files [^\n]*$"):
         export_gguf(run, tmp_path / "b.gguf")
     on_base(run, "~/base")
     with pytest.raises(ModelError, match=r"^the run's base model '~/base' cannot be read [^\n]*$"):
