@@ -178,7 +178,8 @@ def test_one_release_at_noise_4_is_priced_as_written_down() -> None:
     release = OfDraws(sample_rate=1.0, noise_multiplier=4.0).release()
     assert (release.count, release.event.sample_rate, release.event.clip_norm) == (1, 1.0, 1.0)
     assert epsilon([release], 1e-5) == pytest.approx(0.93, abs=0.01)
-    assert OfDraws().release().event.sample_rate == 1.0, "every record votes, unless the settings have another rate"
+    assert OfDraws().resolved().sample_rate == 1.0
+    assert OfDraws(sample_rate=0.5).resolved().sample_rate == 0.5
 
 
 # --- what a steward says ----------------------------------------------------------------------------------------------
