@@ -86,7 +86,7 @@ def results_page(title: str, sweeps: Mapping[str, str], folder: Path = RESULTS) 
     for heading, sweep in sweeps.items():
         command = f"`fedveil sweep experiments/sweeps/{sweep}.toml --results experiments/results` makes these rows."
         rows = rows_of(sweep, folder)
-        columns = SHORT
+        columns: Sequence[str] = SHORT
         if any(group.apart for group in groups(rows)):
             columns, command = (*SHORT, "apart"), f"{command} {COLUMN_NOTES['apart']}"
         table = markdown_of(rows, columns).partition("\n\n<details>")[0]
