@@ -28,11 +28,24 @@ TITLES: Mapping[str, tuple[str, Mapping[str, str]]] = {
         "Medical questions",
         {"MedMCQA by 16 specialties, four sites with unequal shares of them": "medmcqa-specialties"},
     ),
-    "encoders": ("A larger encoder", {"all-mpnet-base-v2 on movie reviews": "mpnet"}),
+    "encoders": (
+        "A larger encoder",
+        {
+            "all-mpnet-base-v2 on movie reviews": "mpnet",
+            "all-mpnet-base-v2 on SST-2, six sites, ε = 3": "mpnet-sst2",
+        },
+    ),
     "word-problems": ("A language model", {"ASDiv, SmolLM2-135M-Instruct, two sites": "asdiv"}),
     "preferences-and-rewards": (
         "Preferences and rewards",
         {"Pairs of answers, two sites": "preferences", "GRPO on word problems, two sites": "grpo"},
+    ),
+    "speech": (
+        "Speech",
+        {
+            "Sentences of made-up voices, four sites": "spoken-sentences",
+            "Digits, fourteen sites of one voice": "spoken-digits",
+        },
     ),
     "persons": ("Persons", {"Sentences of IMDB reviews, at one ε per record and per person": "persons"}),
     "secure-aggregation": ("Secure aggregation", {"Four sites": "secure-sum", "Twenty sites": "secure-sum-of-twenty"}),

@@ -16,6 +16,7 @@ from fedveil.common.config.flat import Scalar
 from fedveil.common.config.run import RunConfig
 from fedveil.common.config.text import read_settings_file
 from fedveil.common.tasks import TASKS
+from fedveil.common.tasks.cells import names_no_file
 from fedveil.common.words import counted
 
 RECIPES = ("metric", "head-only", "long-steps", "open", "plain")
@@ -124,6 +125,9 @@ def _unfit(run: RunConfig, usual: str) -> str:
         return f"privacy.mode is {run.privacy.mode!r}"
     if task.labelled and (run.model.quantise != "none" or run.model.checkpointing):
         return "model.quantise or model.checkpointing is set"
+    if usual == "long-steps" and any(role.file is not names_no_file for role in task.roles):
+        # Such steps left a speech model without any right word.
+        return f"{usual!r} is for language models, and model.task is {run.model.task!r}"
     return ""
 
 

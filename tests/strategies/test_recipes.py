@@ -143,6 +143,11 @@ TRUSTED = {"privacy.mode": "client-level", "privacy.unit": "site", "privacy.coho
         ({"training.sample-rate": 0.5}, "plain", ": training.sample-rate is set: write"),
         ({"model.quantise": "8bit"}, "plain", ": model.quantise or model.checkpointing is set"),
         (WORDS, "long-steps", ""),
+        (
+            {"model.task": "speech-to-text", "model.name": "whisper-tiny.en", "data.name": "spoken-sentences"},
+            "plain",
+            "recipe 'plain', not 'long-steps': 'long-steps' is for language models",
+        ),
         ({**WORDS, "strategy": "ffa-lora", "training.local-steps": 4, "adapter.start": "kaiming"}, "long-steps", ""),
         ({**WORDS, "adapter.name": "lora-frozen-a", "adapter.rank": 4, "rounds": 2}, "long-steps", ""),
         ({**WORDS, "privacy.mode": "secure-sum", "privacy.honest-sites": 3}, "long-steps", ""),
