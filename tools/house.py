@@ -70,7 +70,7 @@ LIMITS = {
     # commands on libraries, options of starts and tasks, rows, transfer, votes.json, derived.json, GRPO, judges and
     # earlier.json, and the page of preferences and rewards, by 51; strategies as published over ten seeds, MPNet on SST-2,
     # by 50; the page of speech, by 51.
-    "lines of documents, made": 2655,
+    "lines of documents, made": 2680,
 }
 """The most that a figure may be, for those that have once been below it."""
 
