@@ -104,7 +104,7 @@ def _completion(model: Finished, prompt: list[int]) -> Answer:
 def continued(model: Finished, example: Example, count: int, how: Sampling) -> list[str | None]:
     """Return ``count`` texts that go on after an example's prompt, of torch's global generator.
 
-    None stands for each text without an end mark within ``how.new_tokens``.
+    None stands for each text that has neither an end mark nor its template's end within ``how.new_tokens``.
 
     Raises:
         ConfigError: the prompt leaves no room.
@@ -113,6 +113,7 @@ def continued(model: Finished, example: Example, count: int, how: Sampling) -> l
 
     tokenizer, decoder = model.base.processor, cast(Any, model.module.encoder)
     tokens = torch.tensor([prompt_tokens(tokenizer, example)], device=next(decoder.parameters()).device)
+    end = template_of(example.template).end if example.template else ""
     room = model.limit - tokens.shape[1]
     if room < 1:
         raise ConfigError(f"the template's beginning has {tokens.shape[1]} tokens, and model.max-length {model.limit}")
@@ -128,10 +129,17 @@ def continued(model: Finished, example: Example, count: int, how: Sampling) -> l
             num_return_sequences=count,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=pad_id(model.base),
+            **({"stop_strings": [end], "tokenizer": tokenizer} if end else {}),
         )
-    new = out[:, tokens.shape[1] :].tolist()
-    ended = [row[: row.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in row else None for row in new]
-    return [None if row is None else tokenizer.decode(row, skip_special_tokens=True) for row in ended]
+    return [_ended(tokenizer, row, end) for row in out[:, tokens.shape[1] :].tolist()]
+
+
+def _ended(tokenizer: Any, tokens: list[int], end: str) -> str | None:
+    mark = tokenizer.eos_token_id
+    text = tokenizer.decode(tokens[: tokens.index(mark)] if mark in tokens else tokens, skip_special_tokens=True)
+    if end and end in text:
+        return str(text[: text.index(end) + len(end)])
+    return text if mark in tokens else None
 
 
 class CausalLM(TextTask):

@@ -32,6 +32,11 @@ class Template:
         """Return the text up to the completion, without the blanks before it: tokens have those in front of a word."""
         return f"{self.before}{prompt}{self.between}".rstrip(" ")
 
+    @property
+    def end(self) -> str:
+        """Where a text is over without the model's end mark: what follows the completion, if that begins a new line."""
+        return self.after if "\n" in self.after else ""
+
     def completion_in(self, continued: str) -> str | None:
         """Return the completion of a text that goes on after ``opening``; None: the template does not say which it is.
 

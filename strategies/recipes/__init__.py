@@ -27,6 +27,7 @@ CONDITIONS: Mapping[str, Callable[[RunConfig], bool]] = {
     "images": lambda run: not TASKS[run.model.task].wording,
     "images-paid": lambda run: not TASKS[run.model.task].wording and "paid release" in run.privacy.mechanism.starts,
     "unclipped": lambda run: not (run.privacy.mechanism.charged or run.privacy.mechanism.central),
+    "templated": lambda run: bool(run.data.columns["template"]),
     "several": lambda run: TASKS[run.model.task].scored.several,
     "private": lambda run: run.privacy.mechanism.claims,
 }

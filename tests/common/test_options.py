@@ -1,4 +1,4 @@
-"""Multiple choice by likelihood: what a question's options are, and which of them the model finds likeliest."""
+"""What a decoder of bytes does: which of a question's options it finds likeliest, and where a sampled text ends."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from fedveil.common.model.base import BaseModel
 from fedveil.common.model.scoring import RIGHT_OPTION, score_records
 from fedveil.common.tasks import TASKS
+from fedveil.common.tasks.causal_lm import continued
+from fedveil.common.tasks.finished import Finished, Sampling
 from fedveil.common.tasks.options import options_of
 from fedveil.common.tasks.text import TextExample
 
@@ -116,3 +118,18 @@ def test_records_without_options_have_no_such_figure(base: BaseModel) -> None:
     records = [record_of(base, "Which?\nAnswer:", " one")]
     score = score_records(module, task, base, records, torch.device("cpu"), torch.float32)
     assert score.figures == ()
+
+
+@pytest.mark.parametrize("end", ["\n", ""])
+def test_a_sampled_text_is_over_at_its_templates_new_line(base: BaseModel, end: str) -> None:
+    model = cast(Finished, SimpleNamespace(base=base, module=SimpleNamespace(encoder=base.module), limit=200))
+    example = TextExample(text="good", template=f"A {{prompt}} film: {{completion}}{end}")
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        texts = continued(model, example, 64, Sampling(top_p=1.0))
+    lines = [text.count("\n") for text in texts if text is not None]
+    assert 0 < len(lines) < 64
+    assert any(lines)
+    assert (max(lines) == 1) == bool(end)
+    if end:
+        assert all(text is None or "\n" not in text[:-1] for text in texts)

@@ -469,10 +469,13 @@ def test_a_recipe_of_long_steps_takes_shorter_ones_where_nothing_is_clipped(reci
     assert configure(own).config.server.learning_rate == 5.0
 
 
-def test_steps_of_a_language_model_are_shorter_where_nothing_is_clipped() -> None:
+def test_steps_of_a_language_model_are_shorter_without_a_clip_and_on_whole_records() -> None:
     said = {**WORDS, "recipe": "long-steps"}
     rates = [configure({**said, "privacy.mode": mode}).config.server.learning_rate for mode in ("dp-sgd", "none")]
     assert rates == [24.0, 6.0]
+    said |= {"data.template": "{prompt}: {completion}"}
+    rates = [configure({**said, "privacy.mode": mode}).config.server.learning_rate for mode in ("dp-sgd", "none")]
+    assert rates == [3.0, 3.0]
 
 
 @pytest.mark.parametrize("recipe", ["metric", "head-only", "long-steps"])
