@@ -11,7 +11,8 @@ from pathlib import Path
 from docs.make.page import page
 from docs.make.tables import markdown
 from fedveil.common.errors import DataError
-from fedveil.common.words import bytes_text
+from fedveil.common.tasks import headline_of
+from fedveil.common.words import UNKNOWN, bytes_text
 from fedveil.experiments.sweep.groups import Group, groups
 from fedveil.experiments.sweep.rows import Row, read_rows, results_file
 from fedveil.experiments.sweep.summary import COLUMN_NOTES, markdown_of
@@ -69,6 +70,20 @@ README_ROWS: Mapping[str, tuple[str, str]] = {
     "`fed-svd`": ("fed-svd", "fed-svd"),
 }
 """Rows of README's table: the variant with privacy, and the one without."""
+LATER: Mapping[str, tuple[str, str, str, str]] = {
+    "DPO": ("preferences", "dpo", "dpo", ""),
+    "judge of facts, Bradley-Terry": ("preferences", "judge-of-facts", "judge-of-facts", ""),
+    "GRPO on Fed-SB": ("grpo", "fed-sb", "open", ""),
+    "dictation, FedAvg-LoRA": ("spoken-sentences", "fedavg-lora", "fedavg-lora", ""),
+    "dictation, S2-LoRA in turn": ("spoken-sentences", "s2-lora", "s2-lora", "fedavg-lora"),
+    "spoken digits, head alone": ("spoken-digits", "head-only", "head-only", ""),
+    "spoken digits, FFA-LoRA": ("spoken-digits", "ffa-lora", "ffa-lora", "head-only"),
+    "S2-LoRA in turn": ("systems", "s2-lora-in-turn", "s2-lora-in-turn", "head-only"),
+    "EVA, ranks spread": ("systems", "eva-ranks", "eva-ranks", "head-only"),
+    "DiffoRA, gates in turn": ("systems", "diffora-gates", "diffora-gates", "head-only"),
+    "Bone": ("systems", "bone", "bone", "head-only"),
+}
+"""Systems of other tasks, or that complete a row: sweep, variants with and without privacy, control."""
 README_TABLE = re.compile(r"(<!-- results -->\n).*?(<!-- end of results -->)", flags=re.DOTALL)
 SERIES: Mapping[tuple[str, bool], str] = {
     ("metric", True): "default",
@@ -107,9 +122,35 @@ def results_page(title: str, sweeps: Mapping[str, str], folder: Path = RESULTS) 
     return page(title, "", *parts)
 
 
+def later_table(folder: Path = RESULTS) -> str:
+    """Return the table of ``LATER``: each system's score before training, its control's, and its own."""
+    rows = []
+    for name, (sweep, private, open_, control) in LATER.items():
+        of_sweep = rows_of(sweep, folder)
+        found = {(group.variant, group.epsilon_asked): group for group in _federated(of_sweep)}
+        wanted = ((control, 8.0), (private, 3.0), (private, 8.0), (open_, None))
+        scores = [_accuracy(found[key]) if key in found else UNKNOWN for key in wanted]
+        row = next(row for row in of_sweep if row.variant == private)
+        rows.append([name, headline_of(row.settings), f"{100 * row.accuracy_before:.1f}", *scores])
+    return markdown(("system", "figure, in %", "zero start", "control, ε = 8", "ε = 3", "ε = 8", "no privacy"), rows)
+
+
+def systems_page() -> str:
+    """Return the page of published systems, with those of other tasks beside their controls."""
+    title, sweeps = TITLES["systems"]
+    text = (
+        "Rows of the tables above, of [speech](speech.md) and of [preferences and "
+        "rewards](preferences-and-rewards.md). The control of a system on movie reviews or digits is the head alone, "
+        "on dictation FedAvg-LoRA. Before training both answers of a pair have one score, which is not right: chance "
+        "is 50. Of one run where no interval stands."
+    )
+    heading = "Systems of other tasks beside their controls"
+    return f"{results_page(title, sweeps)}\n## {heading}\n\n{text}\n\n{later_table()}\n"
+
+
 PAGES: Mapping[str, Callable[[], str]] = {
     f"results/{name}.md": partial(results_page, title, sweeps) for name, (title, sweeps) in TITLES.items()
-}
+} | {"results/systems.md": systems_page}
 """The pages of results by their names in ``docs``."""
 
 
