@@ -74,6 +74,7 @@ LATER: Mapping[str, tuple[str, str, str, str]] = {
     "DPO": ("preferences", "dpo", "dpo", ""),
     "judge of facts, Bradley-Terry": ("preferences", "judge-of-facts", "judge-of-facts", ""),
     "GRPO on Fed-SB": ("grpo", "fed-sb", "open", ""),
+    "GRPO on DoRA": ("grpo", "dora", "dora", ""),
     "dictation, FedAvg-LoRA": ("spoken-sentences", "fedavg-lora", "fedavg-lora", ""),
     "dictation, S2-LoRA in turn": ("spoken-sentences", "s2-lora", "s2-lora", "fedavg-lora"),
     "spoken digits, head alone": ("spoken-digits", "head-only", "head-only", ""),
