@@ -71,7 +71,7 @@ README_ROWS: Mapping[str, tuple[str, str]] = {
 }
 """Rows of README's table: the variant with privacy, and the one without."""
 LATER: Mapping[str, tuple[str, str, str, str]] = {
-    "DPO": ("preferences", "dpo", "dpo", ""),
+    "DPO": ("preferences", "dpo", "dpo-open", ""),
     "judge of facts, Bradley-Terry": ("preferences", "judge-of-facts", "judge-of-facts", ""),
     "GRPO on Fed-SB": ("grpo", "fed-sb", "open", ""),
     "GRPO on DoRA": ("grpo", "dora", "dora", ""),
