@@ -34,7 +34,7 @@ TRAINED_ON = Fault(
     "a judge trained on the pairs it is scored on", lambda: patch.object(evaluate_on, "public_test", _all_of_it)
 )
 UNCLAIMED = Fault(
-    "a judge without a claim as the reward", lambda: patch.object(judging, "check_claimed", lambda *given: [])
+    "a judge without a claim as the reward", lambda: patch.object(judging, "claimed_in_folder", lambda *given: [])
 )
 
 

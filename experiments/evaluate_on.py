@@ -29,7 +29,7 @@ from fedveil.common.model.scoring import score_records
 from fedveil.common.run_lines import AdapterFile, read_if_there
 from fedveil.common.strict_json import to_json
 from fedveil.common.tasks import TASKS, Batch, Sums, Task
-from fedveil.common.tasks.base import IGNORED
+from fedveil.common.tasks.base import IGNORED, unfolds
 from fedveil.common.tasks.examples import Dataset, Example
 from fedveil.common.tasks.roles import LABEL
 from fedveil.experiments.evaluate import PRECISIONS, Result, about_of, base_of, data_of, load_result, result_of
@@ -172,7 +172,9 @@ def _pairs(one: ScoredSet, before: FederatedModel, result: Result) -> tuple[list
         batch = {k: v.to(device) for k, v in task.collate(base, [records[i] for i in group]).items()}
         with autocast(device, precision):
             (first, had), (last, has) = (_sums(task, module, batch) for module in modules)
-        drifts = drift_of(had, has, batch["labels"], ahead=result.module.head is None)
+        drifts: list[float | None] = [None] * len(group)
+        if not unfolds(task):
+            drifts[:] = drift_of(had[-1], has[-1], batch["labels"], ahead=result.module.head is None)
         for i, earlier, later, drift in zip(group, _answers(first), _answers(last), drifts, strict=True):
             pairs[i] = Pair(earlier, later, drift, examples[i].label)
         beside = first.parts is not None or bool(first.beside)
@@ -181,12 +183,12 @@ def _pairs(one: ScoredSet, before: FederatedModel, result: Result) -> tuple[list
     return [pairs[i] for i in range(len(records))], figures
 
 
-def _sums(task: Task, module: nn.Module, batch: Batch) -> tuple[Sums, Tensor]:
-    """Return a model's sums of a batch, and the logits that they come from."""
+def _sums(task: Task, module: nn.Module, batch: Batch) -> tuple[Sums, list[Tensor]]:
+    """Return a model's sums of a batch, and the logits of each pass that they come from."""
     logits = list[Tensor]()
     hook = module.register_forward_hook(lambda _module, _given, out: logits.append(out))
     try:
-        return task.sums(module, batch), logits[-1]
+        return task.sums(module, batch), logits
     finally:
         hook.remove()
 

@@ -40,8 +40,8 @@ class Pair:
 
     before: Answer
     after: Answer
-    drift: float
-    """KL(before || after) in nats, over the record's weight."""
+    drift: float | None
+    """KL(before || after) in nats, over the record's weight; None as ``Change.drift``."""
     label: int | None
     """None: the record has none."""
 
@@ -68,9 +68,9 @@ class Change:
     """McNemar's exact test of gained against forgotten, two-sided."""
     kept: Share | None
     """Share that is still right of what was right before, which is CoDyRA's retention. None: nothing was."""
-    drift: Measured
+    drift: Measured | None
     """Mean divergence of the answers, KL(before || after), in nats a record or a completion's token: AlignGuard's
-    drift."""
+    drift. None: of pairs and of rewards, whose answer is no distribution."""
     loss_before: Measured
     """Mean cross-entropy in nats, a record or a completion's token."""
     loss_after: Measured
@@ -140,6 +140,7 @@ def change_of(name: str, pairs: Sequence[Pair], *, counts: bool, classes: int) -
     first, last = [pair.before for pair in pairs], [pair.after for pair in pairs]
     before, after, change = _shares(first, last, counts=counts)
     weight = math.fsum(answer.weight for answer in first)
+    drifts = [pair.drift for pair in pairs if pair.drift is not None]
     right = [(pair.before.whole, pair.after.whole) for pair in pairs]
     gained, forgotten, both = (right.count(which) for which in ((False, True), (True, False), (True, True)))
     return Change(
@@ -152,7 +153,7 @@ def change_of(name: str, pairs: Sequence[Pair], *, counts: bool, classes: int) -
         forgotten=forgotten,
         p=mcnemar(gained, forgotten),
         kept=wilson(both, both + forgotten),
-        drift=math.fsum(pair.drift for pair in pairs) / weight,
+        drift=math.fsum(drifts) / weight if drifts else None,
         loss_before=math.fsum(answer.loss for answer in first) / weight,
         loss_after=math.fsum(answer.loss for answer in last) / weight,
         confusion_before=_confusion([(pair.label, pair.before.predicted) for pair in pairs], classes),

@@ -119,12 +119,17 @@ def _of_rule(B: Tensor, weights: Sequence[float], recipe: Recipe, drawn: torch.G
 
 
 def _elected(B: Tensor, shares: Tensor, density: float) -> Tensor:
-    """Return TIES' merge: of the largest numbers of each the weighted mean over those that have the elected sign."""
+    """Return TIES' merge: of the largest numbers of each the weighted mean over those that have the elected sign.
+
+    The sum of the weights' sizes is the paper's λ, by which the mean is multiplied: 1 by default.
+    """
     flat = B.flatten(1)
     largest = flat.abs().topk(int(density * flat.shape[1]), dim=1).indices
-    kept = torch.zeros_like(flat).scatter(1, largest, flat.gather(1, largest))
-    agreeing = kept.sign() == torch.where(kept.sum(0) >= 0, 1.0, -1.0)
-    merged = (shares[:, None] * kept * agreeing).sum(0) / agreeing.sum(0).clamp(min=1)
+    weighted = shares[:, None] * torch.zeros_like(flat).scatter(1, largest, flat.gather(1, largest))
+    agreeing = weighted.sign() == torch.where(weighted.sum(0) >= 0, 1.0, -1.0)
+    sizes = shares.abs()
+    over = (sizes[:, None] * agreeing).sum(0)
+    merged = sizes.sum() * (weighted * agreeing).sum(0) / over.where(over > 0, 1.0)
     return merged.view(B.shape[1:])
 
 

@@ -24,7 +24,7 @@ from fedveil.common.tasks.finished import LABELS
 from fedveil.common.tasks.sentence_modules import ENCODER
 from fedveil.contrib.tasks.judge_export import NUMBER
 from fedveil.contrib.tasks.preference import pooled
-from fedveil.contrib.tasks.reference import check_claimed
+from fedveil.contrib.tasks.reference import claimed_in_folder
 
 USE = "a reward, rollout.judge"
 
@@ -42,7 +42,7 @@ class Judge:
 
     def __init__(self, name: str, sha256: str) -> None:
         with model_folder(name, sha256) as folder:
-            self.earlier: Sequence[Source] = check_claimed(folder / ENCODER, f"the judge {name!r}", USE)
+            self.earlier: Sequence[Source] = claimed_in_folder(folder / ENCODER, f"the judge {name!r}", USE)
             check_no_file_elsewhere(folder / ENCODER)
             try:
                 self._read(folder)

@@ -26,7 +26,7 @@ from fedveil.common.tasks.roles import Role
 from fedveil.common.tasks.text import TOKENS, TextExample, TextTask, pad_id, padded
 from fedveil.contrib.tasks.judge_export import JudgeExport
 from fedveil.contrib.tasks.pairs import OTHER, Pair, halves_of, pair_of_text, rows_of_pair
-from fedveil.contrib.tasks.reference import adapter_off, check_reference, costs_of, kept_costs
+from fedveil.contrib.tasks.reference import adapter_off, claimed_in, costs_of, kept_costs
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -90,10 +90,7 @@ class Preference(Section, CausalLM):
         return self.loss == BRADLEY_TERRY
 
     def check(self, config: RunConfig) -> None:
-        """Raise ConfigError, naming the setting, unless a run can have this configuration.
-
-        Also where the reference of ``dpo`` has seen records without a claim, of which its likelihoods would tell.
-        """
+        """Raise ConfigError, naming the setting, unless a run can have this configuration."""
         if self.scalar and (config.head.policy, config.head.start) not in (("trained", "zeros"), ("trained", "random")):
             raise ConfigError(
                 "preference.loss 'bradley-terry' trains a head without labels: set head.policy to 'trained', and "
@@ -101,8 +98,6 @@ class Preference(Section, CausalLM):
             )
         policy = "frozen" if self.scalar else config.head.policy  # the head is none of labels
         super().check(replace(config, head=replace(config.head, policy=policy)))
-        if self.loss == DPO:
-            check_reference(config.model.name)
 
     # --- the base model ---
 
@@ -116,9 +111,16 @@ class Preference(Section, CausalLM):
             super().check_model(module, name)
 
     def module(self, encoder: nn.Module, base: BaseModel, classes: int, feature_scale: float) -> TaskModule:
-        """Return the decoder as it is, or a scalar head on the mean of an encoder's last hidden states."""
+        """Return the decoder as it is, or a scalar head on the mean of an encoder's last hidden states.
+
+        Raises:
+            ConfigError: the reference of ``dpo`` has seen records without a claim: its likelihoods would tell of them.
+        """
         from fedveil.common.tasks.module import TaskModule
 
+        if self.loss == DPO:  # here, as a site opens no file that the server names before its policy has allowed it
+            read = base.module.config.to_dict()  # type: ignore[union-attr,operator]
+            claimed_in(read, f"the base model {base.name!r}", "the reference of preference.loss 'dpo'")
         if not self.scalar:
             return super().module(encoder, base, classes, feature_scale)
         return TaskModule(encoder, pooled, base.hidden_size, 1, feature_scale)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedveil.common.errors import ConfigError, DataError
-from fedveil.common.files import expanded
 from fedveil.common.tasks.base import KEPT, Record
 
 if TYPE_CHECKING:
@@ -51,30 +50,26 @@ def kept_costs(model: FederatedModel, record: Record, rows: Sequence[Record], le
     return costs
 
 
-def check_reference(name: str) -> None:
-    """Refuse a base model that was made of a run without a claim, whose records its likelihoods would tell of.
-
-    Args:
-        name: as ``model.name``; ``fedveil merge`` writes a run's claim into its model's ``config.json``.
-
-    Raises:
-        ConfigError: it was.
-        DataError: what the file says of runs is not as it was written.
-    """
-    from fedveil.common.model.named import NAMED_MODELS
-
-    if name not in NAMED_MODELS and (folder := expanded(name)).is_dir():
-        check_claimed(folder, f"the base model {name!r}", "the reference of preference.loss 'dpo'")
-
-
-def check_claimed(folder: Path, what: str, use: str) -> list[Source]:
-    """Return the runs that the model in a folder was made from.
+def claimed_in(config: Mapping[str, Any], what: str, use: str) -> list[Source]:
+    """Return the runs that a model was made from; ``fedveil merge`` writes them into its configuration.
 
     Raises:
         ConfigError: one has no claim, so that the model's answers would tell of its records.
         DataError: what the model says of runs is not as it was written.
     """
     from fedveil.common.derived import sources_in  # a command line that only helps imports no account
+
+    sources = sources_in(config)
+    if bare := [source.run for source in sources if source.epsilon in (None, math.inf)]:
+        raise ConfigError(
+            f"{what} was trained on records by run {bare[0]}, which has no claim, so it cannot be {use}: take one that "
+            "promises its records privacy, or one that is public"
+        )
+    return sources
+
+
+def claimed_in_folder(folder: Path, what: str, use: str) -> list[Source]:
+    """Return the runs that the model in a folder was made from; errors as ``claimed_in``'s."""
     from fedveil.common.strict_json import json_of
 
     try:
@@ -83,10 +78,4 @@ def check_claimed(folder: Path, what: str, use: str) -> list[Source]:
         raise DataError(
             f"{folder / 'config.json'} cannot be read ({type(error).__name__}): merge the run again"
         ) from error
-    sources = sources_in(config if isinstance(config, dict) else {})
-    if bare := [source.run for source in sources if source.epsilon in (None, math.inf)]:
-        raise ConfigError(
-            f"{what} was trained on records by run {bare[0]}, which has no claim, so it cannot be {use}: take one that "
-            "promises its records privacy, or one that is public"
-        )
-    return sources
+    return claimed_in(config if isinstance(config, dict) else {}, what, use)

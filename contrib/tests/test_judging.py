@@ -21,6 +21,7 @@ from fedveil.common.run_lines import RoundLine, read_file, read_lines
 from fedveil.contrib.tasks.judging import Judge
 from fedveil.contrib.tasks.pairs import Pair, rows_of_pair
 from fedveil.experiments.evaluate import load_result
+from fedveil.experiments.evaluate_on import evaluate_on
 from fedveil.experiments.in_process import run_in_process
 from fedveil.experiments.serving.merge import merge_run
 from fedveil.reports.data import report_of
@@ -100,6 +101,22 @@ def test_a_policy_learns_by_a_judge_and_the_claim_has_the_judges_run(
     assert {one.run for one in sources_in(config)} == {known.run, data.run}
 
 
+@pytest.mark.rough_prices
+@pytest.mark.parametrize("loss", ["dpo", "bradley-terry", "text", "reward"])
+def test_pairs_and_rewards_are_scored_on_a_set_as_in_the_run_without_a_drift(
+    loss: str, prompts: dict[str, Any], model_folder: Folder, tmp_path: Path
+) -> None:
+    model = model_folder("bert" if loss == "bradley-terry" else "llama")
+    settings = prompts if loss == "reward" else {**pair_run(model, loss, tmp_path), "rounds": 1}
+    folder = run_in_process(settings, 2)
+    (change,) = evaluate_on(folder, [settings["data.name"]])[0].changes
+    own = read_lines(RoundLine, folder)[-1]
+    assert change.after is not None
+    assert (change.after.value, change.loss_after) == (pytest.approx(own.accuracy), pytest.approx(own.loss, rel=1e-3))
+    assert change.drift is None
+    assert ", drift –, loss" in list(change.lines())[1]
+
+
 def test_a_judge_is_refused_that_is_another_one_or_none(
     judge: tuple[Path, Path], model_folder: Folder, tmp_path: Path
 ) -> None:
@@ -139,8 +156,9 @@ def test_a_model_of_a_run_without_a_claim_is_no_reference_also_without_its_card(
     for mode in ("none", "dp-sgd"):
         merge_run(run_in_process({**settings, "privacy.mode": mode}, 2), tmp_path / mode)
     (tmp_path / "none" / "README.md").unlink()
+    configure({**settings, "model.name": str(tmp_path)})  # nobody reads files before a policy has allowed the model
     with pytest.raises(ConfigError, match=r"was trained on records by run .*, which has no claim"):
-        configure({**settings, "model.name": str(tmp_path / "none")})
+        run_in_process({**settings, "model.name": str(tmp_path / "none")}, 2)
     second = run_in_process({**settings, "model.name": str(tmp_path / "dp-sgd")}, 2)
     assert "begins with what 1 earlier run" in report_of(second).claim.sentence
     assert len(sources_of(second)) == 2
