@@ -45,7 +45,8 @@ def evaluate(
 
     with console.status("loading the model and scoring"):
         score = evaluate_run(folder)
-    console.print(f"accuracy {100 * score.accuracy:.1f} %  loss {decimal_text(score.loss, 4)}")
+    beside = "".join(f"  {figure.name} {100 * figure.value:.1f} %" for figure in score.figures[1:])
+    console.print(f"{score.name} {100 * score.accuracy:.1f} %{beside}  loss {decimal_text(score.loss, 4)}")
 
 
 def _evaluate_on(folder: Path, sources: list[str], column: str) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fedveil.common.config.sections import DataConfig
 from fedveil.common.data.named import DATASETS
 from fedveil.common.data.sources import is_paired, load_dataset, public_test, slice_of, slices_of, train_and_test
-from fedveil.common.errors import DataError
+from fedveil.common.errors import ConfigError, DataError
 from fedveil.common.files import expanded, finite, replace_file
 from fedveil.common.labels import labels_text
 from fedveil.common.model.batching import length_batches
@@ -62,7 +62,7 @@ def evaluate_on(run: Path, sources: Sequence[str], column: str = "") -> list[Eva
 
     Raises:
         DataError: there is no saved adapter, or a set cannot be read, or is none of the run's task and labels.
-        ConfigError: a row of the run is not registered here.
+        ConfigError: a row of the run is not registered here, or a column is asked for of a named set.
         ModelError: the base model on this machine has other weights than the run's.
     """
     adapter = run / "adapter"
@@ -86,12 +86,15 @@ def set_of(about: AdapterFile, source: str, column: str) -> ScoredSet:
 
     Raises:
         DataError: it cannot be read, is none of the run's task and labels, or sites trained on all of it.
+        ConfigError: a column is asked for, of a named set.
     """
     own, named, labels = data_of(about), DATASETS.get(source), tuple(about.label_names)
     name = source if named or source.startswith("hub:") else expanded(source).name
     if _same(source, own.test or own.name):
         own = replace(own, slice=column or own.slice)
         return ScoredSet(name + ", the test part" * (not own.test), public_test(own, about.task), own.slice)
+    if named and column:
+        raise ConfigError(f"--slice names a column of files, and {name} is a named set: score it without --slice")
     if _same(source, own.name):
         raise DataError(f"the run's sites trained on {name}: name other records, or the run's test data")
     if named is None:
@@ -167,7 +170,9 @@ def _pairs(one: ScoredSet, before: FederatedModel, result: Result) -> tuple[list
     choose_attention(base.module, device)
     modules = before.module.to(device).eval(), result.module.to(device).eval()
     records = task.prepare(base, examples, task.limit(base, result.about.max_length))
-    precision, pairs, beside = PRECISIONS[result.about.precision], dict[int, Pair](), False
+    options = task.scored.options
+    beside = options is not None and any(len(options(base, record)) > 1 for record in records)
+    precision, pairs = PRECISIONS[result.about.precision], dict[int, Pair]()
     for group in length_batches([task.size(record) for record in records], choose_batch_tokens(0, device)):
         batch = {k: v.to(device) for k, v in task.collate(base, [records[i] for i in group]).items()}
         with autocast(device, precision):
@@ -177,7 +182,7 @@ def _pairs(one: ScoredSet, before: FederatedModel, result: Result) -> tuple[list
             drifts[:] = drift_of(had[-1], has[-1], batch["labels"], ahead=result.module.head is None)
         for i, earlier, later, drift in zip(group, _answers(first), _answers(last), drifts, strict=True):
             pairs[i] = Pair(earlier, later, drift, examples[i].label)
-        beside = first.parts is not None or bool(first.beside)
+        beside = beside or first.parts is not None or bool(first.beside) or first.ratios is not None
     whole = [score_records(module, task, base, records, device, precision) for module in modules if beside]
     figures = figure_reports(*(score.figures for score in whole)) if whole else []
     return [pairs[i] for i in range(len(records))], figures

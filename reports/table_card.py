@@ -35,6 +35,8 @@ class Drawn:
     """Rows that are equal to an earlier one."""
     shares: Mapping[str, float]
     """Of the labels, which were given and never counted; one without a name: there are none."""
+    kept: Mapping[str, int]
+    """Rows of each label: fewer than its share where texts were lost."""
     template: str
     sampling: Sampling
     seeded: bool
@@ -44,9 +46,11 @@ class Drawn:
     def sentence(self) -> str:
         """What became of the texts."""
         lost = ", ".join(f"{number_text(count)} {reason}" for reason, count in self.lost.items()) or "none was lost"
+        by_label = ", ".join(f"{label} {number_text(count)}" for label, count in self.kept.items() if label)
         return (
             f"{number_text(self.rows)} of {counted(self.wanted, 'row')}, from {number_text(self.texts)} texts of at "
             f"most {number_text(self.most)}: {lost}; {counted(self.repeated, 'row')} equal to an earlier one"
+            f"{f'; by label: {by_label}' if by_label else ''}"
         )
 
 

@@ -115,9 +115,15 @@ def results_page(title: str, sweeps: Mapping[str, str], folder: Path = RESULTS) 
     for heading, sweep in sweeps.items():
         command = f"`fedveil sweep experiments/sweeps/{sweep}.toml --results experiments/results` makes these rows."
         rows = rows_of(sweep, folder)
+        found = groups(rows)
         columns: Sequence[str] = SHORT
-        if any(group.apart for group in groups(rows)):
-            columns, command = (*SHORT, "apart"), f"{command} {COLUMN_NOTES['apart']}"
+        if any(costs.rounds_to_gain for group in found for costs in group.costs):
+            columns = (*SHORT, "rounds to 95 %", "bytes to 95 %", "memory")
+            command += (
+                " Rounds and bytes of all sites until the score first had 95 % of its gain; the most memory of a run."
+            )
+        if any(group.apart for group in found):
+            columns, command = (*columns, "apart"), f"{command} {COLUMN_NOTES['apart']}"
         table = markdown_of(rows, columns).partition("\n\n<details>")[0]
         parts.append((heading, table, command))
     return page(title, "", *parts)

@@ -24,8 +24,10 @@ from fedveil.privacy.figures import epsilon_text, remaining_text
 from fedveil.privacy.secure_sum import least_sites
 from fedveil.strategies.job import Job
 
-USUAL, LARGER, MEASURED = "rotten-tomatoes", "mpnet", "all-MiniLM-L6-v2"
-"""Sweeps of the two encoders on the same records, and the encoder of the first."""
+LARGER, MEASURED = "mpnet", ("all-MiniLM-L6-v2", "classification")
+"""The larger encoder's configuration, and the encoder and task that its rows are beside."""
+ENCODERS = (("rotten-tomatoes", "mpnet"), ("sst2", "mpnet-sst2"))
+"""Sweeps of both encoders on the same records."""
 MOST_LINES = 10
 """Lines of the table of rounds; ``--json`` has them all."""
 DEFINITION = (
@@ -56,25 +58,31 @@ def print_forecast(console: Console, forecast: Forecast) -> None:
 
 
 def larger_encoder(forecast: Forecast) -> str:
-    """Return what MPNet gained and cost in place of the run's encoder, by measured rows; empty: there are none."""
+    """Return what MPNet gained and cost in place of the run's encoder, by rows of the nearest ε; empty: none."""
     config, here = forecast.job.config, forecast.round_seconds
-    usual, larger = (
-        [group for group in groups(read_rows(results_file(EXPERIMENTS / "results", name))) if group.arm == FEDERATED]
-        for name in (USUAL, LARGER)
+    found = list[tuple[str, Group, Group]]()
+    for usual, larger in ENCODERS if (config.model.name, config.model.task) == MEASURED else ():
+        both = [read_rows(results_file(EXPERIMENTS / "results", name)) for name in (usual, larger)]
+        alike = set.intersection(
+            *({(row.variant, row.arm, row.epsilon_asked, row.seed) for row in rows} for rows in both)
+        )
+        kept = ([row for row in rows if (row.variant, row.arm, row.epsilon_asked, row.seed) in alike] for rows in both)
+        own, group = (
+            {one.epsilon_asked: one for one in groups(rows) if (one.variant, one.arm) == (config.recipe, FEDERATED)}
+            for rows in kept
+        )
+        found += [(usual, own[asked], group[asked]) for asked in own if asked and group[asked].processor_seconds]
+    if not found or not config.privacy.mechanism.charged:
+        return ""
+    name, small, large = min(found, key=lambda one: abs(math.log((one[1].epsilon_asked or 1) / config.privacy.epsilon)))
+    times = (large.processor_seconds or 0.0) / (small.processor_seconds or math.nan)
+    minutes = f", here some {times * here[0] * config.rounds / 60:.0f} minutes in one process" if here else ""
+    return (
+        f"A larger encoder (-c {LARGER}): {100 * large.accuracy.mean:.1f} % where this one has "
+        f"{100 * small.accuracy.mean:.1f} % ({name}, ε {epsilon_name(large.epsilon_asked)}, "
+        f"{counted(len(large.values), 'run')} of each), {times:.1f} times the processor's time{minutes}, "
+        f"{(large.payload or 0) / (small.payload or 1):.1f} times the bytes{_memory_words(small, large)}."
     )
-    for group in larger if config.model.name == MEASURED else ():
-        key = (group.variant, group.epsilon_asked)
-        own = next((one for one in usual if (one.variant, one.epsilon_asked) == key), None)
-        if own and group.variant == config.recipe and group.processor_seconds and own.processor_seconds:
-            times, sent = group.processor_seconds / own.processor_seconds, (group.payload or 0) / (own.payload or 1)
-            minutes = f", here some {times * here[0] * config.rounds / 60:.0f} minutes in one process" if here else ""
-            return (
-                f"A larger encoder (-c {LARGER}): {100 * group.accuracy.mean:.1f} % where this one has "
-                f"{100 * own.accuracy.mean:.1f} % ({USUAL}, ε {epsilon_name(group.epsilon_asked)}, "
-                f"{counted(len(group.values), 'run')} beside {len(own.values)}), {times:.1f} times the processor's "
-                f"time{minutes}, {sent:.1f} times the bytes{_memory_words(own, group)}."
-            )
-    return ""
 
 
 def _memory_words(usual: Group, larger: Group) -> str:

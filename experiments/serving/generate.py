@@ -132,7 +132,7 @@ def _draw(
     seed = secrets.randbits(63) if wanted.seed is None else wanted.seed
     NOT_NEGATIVE.check("--seed", seed)
     found: list[Row] = []
-    lost = Counter[str]()
+    lost, kept = Counter[str](), Counter[str]()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         for label, count in _counts(wanted.rows, shares).items():
@@ -142,6 +142,7 @@ def _draw(
                 texts += _sample(model, template, label, number, wanted.sampling, lost)
                 progress(f"{len(found) + len(texts)} of {wanted.rows} rows")
             found += [_row(data, template, label, text) for text in texts]
+            kept[label] = len(texts)
     if not found:
         raise DataError(f"none of {lost.total()} texts was a record ({_reasons(lost)}): nothing is written")
     random.Random(seed).shuffle(found)  # noqa: S311 - the order of rows, of which none is anyone's
@@ -154,6 +155,7 @@ def _draw(
         lost=dict(lost),
         repeated=len(found) - len({tuple(row.values()) for row in found}),
         shares=dict(shares),
+        kept=dict(kept),
         template=data.columns["template"],
         sampling=wanted.sampling,
         seeded=wanted.seed is not None,

@@ -35,6 +35,8 @@ ROW = "row.json"
 LOG = "log.txt"
 PART = 0.95
 """Of a run's gain."""
+FEWEST_POINTS = 4
+"""Scores of a run, its start and its end among them, between which to look for that."""
 PROCESSORS = Path("/proc/cpuinfo")
 """Where Linux names the model of each processor; on some kinds it does not."""
 
@@ -202,7 +204,7 @@ def _costs(run: Path, job: Job, memory: tuple[int | None, int | None], *, travel
 
 
 def to_gain(baseline: BaselineFile, lines: Iterable[RoundLine], *, labelled: bool) -> tuple[float, float] | None:
-    """Return rounds and bytes after which a run first had ``PART`` of its gain, as ``Costs`` says; None: of none.
+    """Return rounds and bytes after which a run first had ``PART`` of its gain, as ``Costs`` says; None: unknown.
 
     Args:
         baseline, lines: of the run.
@@ -218,7 +220,7 @@ def to_gain(baseline: BaselineFile, lines: Iterable[RoundLine], *, labelled: boo
         now = (line.accuracy, line.loss) if line.round_number else (baseline.begun_accuracy, baseline.begun_loss)
         found += [(float(line.round_number), float(sent), score(*now))] if line.complete else []
     points = [(*place, value) for *place, value in found if value is not None and math.isfinite(value)]
-    if not points or points[-1][2] <= points[0][2]:
+    if len(points) < FEWEST_POINTS or points[-1][2] <= points[0][2]:
         return None
     wanted = points[0][2] + PART * (points[-1][2] - points[0][2])
     for (start, bytes_before, had), (end, bytes_then, has) in pairwise(points):

@@ -18,8 +18,12 @@ from typer.testing import CliRunner
 from audits.tiny_models import write_questions, write_reviews
 from fedveil.cli.main import app
 from fedveil.common.data.sources import train_and_test
-from fedveil.common.errors import DataError
-from fedveil.common.run_lines import BaselineFile, RoundLine, read_file, read_lines
+from fedveil.common.errors import ConfigError, DataError
+from fedveil.common.model.score import Score
+from fedveil.common.model.scoring import RIGHT_OPTION
+from fedveil.common.run_lines import BaselineFile, Figure, RoundLine, read_file, read_lines
+from fedveil.common.tasks.base import Scored
+from fedveil.common.tasks.causal_lm import CausalLM
 from fedveil.common.tensor_file import read_tensors
 from fedveil.experiments import evaluate_on as module
 from fedveil.experiments.evaluate_on import drift_of, evaluate_on
@@ -149,7 +153,7 @@ def test_what_sites_trained_on_is_left_out_and_said(
 
 
 def test_a_language_model_is_scored_by_token_and_a_record_by_its_whole_answer(
-    toy_generation: dict[str, Any], tmp_path: Path
+    toy_generation: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = run_in_process({**toy_generation, **OPEN}, 2)
     other = write_questions(tmp_path / "others.csv", 20, seed=3)
@@ -173,6 +177,13 @@ def test_a_language_model_is_scored_by_token_and_a_record_by_its_whole_answer(
     assert (change.loss_before, change.loss_after) == pytest.approx((loss[0] / tokens, loss[1] / tokens), rel=1e-5)
     assert change.drift == pytest.approx(drift / tokens, rel=1e-3)
     assert (change.records, change.confusion_after) == (20, [])
+    assert found.figures == []
+    monkeypatch.setattr(CausalLM, "scored", Scored(options=lambda _, record: [record, record]))
+    (found,) = evaluate_on(folder, [str(other)])
+    (figure,) = (figure for figure in found.figures if figure.name == RIGHT_OPTION)
+    assert (figure.before and figure.before.value, figure.after and figure.after.value) == (0.0, 0.0), (
+        "neither is ahead"
+    )
 
 
 def test_each_rank_of_a_nested_adapter_is_scored(toy_settings: dict[str, Any], tmp_path: Path) -> None:
@@ -188,6 +199,19 @@ def test_each_rank_of_a_nested_adapter_is_scored(toy_settings: dict[str, Any], t
             cut = folder / "ranks" / one.model.removeprefix("rank ") / file
             (folder / "adapter" / file).write_bytes(cut.read_bytes())
         check(one, "all", before, stock_labels(folder, toy_settings, rows, tuned=True))
+
+
+def test_the_command_names_what_the_task_is_judged_by(
+    toy_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = run_in_process({**toy_settings, **OPEN}, 2)
+    figures = Figure("micro F1", 0.5), Figure("macro F1", 0.25)
+    score = Score(0.5, 1.0, name="micro F1", figures=figures)
+    monkeypatch.setattr("fedveil.experiments.evaluate.evaluate_run", lambda _: score)
+    outcome = CliRunner().invoke(app, ["evaluate", str(folder)])
+    assert outcome.output.endswith("micro F1 50.0 %  macro F1 25.0 %  loss 1.0000\n")
+    with pytest.raises(ConfigError, match="sst2-dev is a named set"):
+        evaluate_on(folder, ["sst2-dev"], "ward")
 
 
 def test_the_command_prints_the_table_keeps_every_set_and_says_what_weakens_the_claim(

@@ -36,6 +36,7 @@ from fedveil.experiments.planner.price import last_within, signal_to_noise, simu
 from fedveil.experiments.planner.tables import larger_encoder, print_forecast, print_found
 from fedveil.experiments.sweep.groups import groups
 from fedveil.experiments.sweep.rows import read_rows, results_file
+from fedveil.privacy import MECHANISMS
 from fedveil.privacy.accounting import gaussian_release
 from fedveil.privacy.figures import epsilon_text
 from fedveil.privacy.plan import gaussian_plan
@@ -544,16 +545,29 @@ def test_the_last_that_fits_is_found(limit: int, most: int) -> None:
 
 
 def test_a_plan_says_what_a_larger_encoder_gained_and_cost_by_the_rows() -> None:
-    def plan(recipe: str, model: str = "all-MiniLM-L6-v2") -> str:
-        config = SimpleNamespace(recipe=recipe, rounds=37, model=SimpleNamespace(name=model))
+    def plan(
+        recipe: str,
+        model: str = "all-MiniLM-L6-v2",
+        task: str = "classification",
+        mode: str = "dp-sgd",
+        epsilon: float = 8.0,
+    ) -> str:
+        asked = SimpleNamespace(mechanism=MECHANISMS[mode], epsilon=epsilon)
+        named = SimpleNamespace(name=model, task=task)
+        config = SimpleNamespace(recipe=recipe, rounds=37, model=named, privacy=asked)
         return larger_encoder(cast(Forecast, SimpleNamespace(job=SimpleNamespace(config=config), round_seconds=None)))
 
-    usual, larger = (
-        next(one for one in groups(read_rows(results_file(EXPERIMENTS / "results", name))) if one.variant == "metric")
-        for name in ("rotten-tomatoes", "mpnet")
+    rows = read_rows(results_file(EXPERIMENTS / "results", "mpnet"))
+    (large,) = (one for one in groups(rows) if (one.variant, one.arm) == ("metric", "federated"))
+    usual = [row for row in read_rows(results_file(EXPERIMENTS / "results", "rotten-tomatoes")) if row.seed == 1]
+    small = next(
+        one for one in groups(usual) if (one.variant, one.arm, one.epsilon_asked) == ("metric", "federated", 8.0)
     )
-    assert f"{100 * larger.accuracy.mean:.1f} % where this one has" in plan("metric")
-    assert f"{len(larger.values)} run" in plan("metric")
-    assert usual.payload is not None
+    words = (
+        f"{100 * large.accuracy.mean:.1f} % where this one has {100 * small.accuracy.mean:.1f} % (rotten-tomatoes, ε 8"
+    )
+    assert words in plan("metric"), "rows of other divisions were compared"
+    assert "(sst2, ε 3, 3 runs of each)" in plan("metric", epsilon=1.0) == plan("metric", epsilon=3.0)
     assert plan("metric") != plan("head-only")
-    assert plan("plain") == plan("metric", "another") == ""
+    others = (plan("plain"), plan("metric", "another"), plan("metric", task="multi-label"), plan("metric", mode="none"))
+    assert others == ("",) * 4

@@ -164,8 +164,9 @@ def test_rounds_and_bytes_to_95_percent_of_the_gain_by_hand() -> None:
         assert to_gain(start, lines, labelled=labelled) == pytest.approx(wanted)
     lost = [lines[0], replace(lines[1], complete=False, accuracy=None, loss=None, bytes_down=7), *lines[1:]]
     assert to_gain(start, lost, labelled=True) == pytest.approx((wanted[0], wanted[1] + 7)), "bytes of a lost round"
-    assert to_gain(start, curve((0.8, 1), (0.7, 1)), labelled=True) == pytest.approx((0.19 / 0.3, 0.19 / 0.3))
-    assert to_gain(start, curve((0.8, 1), (0.5, 1)), labelled=True) is None, "nothing was gained in the end"
+    assert to_gain(start, curve((0.8, 1), (0.7, 1), (0.7, 1)), labelled=True) == pytest.approx((0.19 / 0.3, 0.19 / 0.3))
+    assert to_gain(start, curve((0.8, 1), (0.6, 1), (0.5, 1)), labelled=True) is None, "nothing was gained in the end"
+    assert to_gain(start, curve((0.6, 1), (None, 1), (0.7, 1)), labelled=True) is None, "three scores are no curve"
     assert to_gain(start, [], labelled=True) is None
     begun = replace(start, begun_accuracy=0.7, begun_loss=0.3)
     first = replace(lines[0], round_number=0)
