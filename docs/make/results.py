@@ -29,6 +29,10 @@ TITLES: Mapping[str, tuple[str, Mapping[str, str]]] = {
         "Medical questions",
         {"MedMCQA by 16 specialties, four sites with unequal shares of them": "medmcqa-specialties"},
     ),
+    "names-and-labels": (
+        "Names in texts, and several labels a text",
+        {"Names in tweets, five sites": "names", "Comments with any of 28 labels, three sites": "goemotions"},
+    ),
     "encoders": (
         "A larger encoder",
         {
@@ -83,6 +87,7 @@ LATER: Mapping[str, tuple[str, str, str, str]] = {
     "EVA, ranks spread": ("systems", "eva-ranks", "eva-ranks", "head-only"),
     "DiffoRA, gates in turn": ("systems", "diffora-gates", "diffora-gates", "head-only"),
     "Bone": ("systems", "bone", "bone", "head-only"),
+    "full fine-tuning of square layers": ("systems", "full-square", "full-square", "head-only"),
 }
 """Systems of other tasks, or that complete a row: sweep, variants with and without privacy, control."""
 README_TABLE = re.compile(r"(<!-- results -->\n).*?(<!-- end of results -->)", flags=re.DOTALL)
@@ -148,8 +153,11 @@ def systems_page() -> str:
     text = (
         "Rows of the tables above, of [speech](speech.md) and of [preferences and "
         "rewards](preferences-and-rewards.md). The control of a system on movie reviews or digits is the head alone, "
-        "on dictation FedAvg-LoRA. Before training both answers of a pair have one score, which is not right: chance "
-        "is 50. Of one run where no interval stands."
+        "on dictation FedAvg-LoRA, and of DPO and GRPO fine-tuning on the answers, which has the larger reward at "
+        "ε = 8 ([log](../../experiments/log/2026-12-01-rewards-and-pairs.md)). Before training both answers of a pair "
+        "have one score, which is not right: chance is 50. Of one run where no interval stands. No sweep makes rows of "
+        "[transfer](../../experiments/log/2026-12-01-transfer-to-another-base-model.md) and of [a library of six "
+        "tasks](../../experiments/log/2026-12-01-library-of-questions.md)."
     )
     heading = "Systems of other tasks beside their controls"
     return f"{results_page(title, sweeps)}\n## {heading}\n\n{text}\n\n{later_table()}\n"

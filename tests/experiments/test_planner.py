@@ -36,7 +36,6 @@ from fedveil.experiments.planner.price import last_within, signal_to_noise, simu
 from fedveil.experiments.planner.tables import larger_encoder, print_forecast, print_found
 from fedveil.experiments.sweep.groups import groups
 from fedveil.experiments.sweep.rows import read_rows, results_file
-from fedveil.privacy import MECHANISMS
 from fedveil.privacy.accounting import gaussian_release
 from fedveil.privacy.figures import epsilon_text
 from fedveil.privacy.plan import gaussian_plan
@@ -545,16 +544,9 @@ def test_the_last_that_fits_is_found(limit: int, most: int) -> None:
 
 
 def test_a_plan_says_what_a_larger_encoder_gained_and_cost_by_the_rows() -> None:
-    def plan(
-        recipe: str,
-        model: str = "all-MiniLM-L6-v2",
-        task: str = "classification",
-        mode: str = "dp-sgd",
-        epsilon: float = 8.0,
-    ) -> str:
-        asked = SimpleNamespace(mechanism=MECHANISMS[mode], epsilon=epsilon)
+    def plan(recipe: str, model: str = "all-MiniLM-L6-v2", task: str = "classification", epsilon: float = 8.0) -> str:
         named = SimpleNamespace(name=model, task=task)
-        config = SimpleNamespace(recipe=recipe, rounds=37, model=named, privacy=asked)
+        config = SimpleNamespace(recipe=recipe, rounds=37, model=named, privacy=SimpleNamespace(epsilon=epsilon))
         return larger_encoder(cast(Forecast, SimpleNamespace(job=SimpleNamespace(config=config), round_seconds=None)))
 
     rows = read_rows(results_file(EXPERIMENTS / "results", "mpnet"))
@@ -569,5 +561,5 @@ def test_a_plan_says_what_a_larger_encoder_gained_and_cost_by_the_rows() -> None
     assert words in plan("metric"), "rows of other divisions were compared"
     assert "(sst2, ε 3, 3 runs of each)" in plan("metric", epsilon=1.0) == plan("metric", epsilon=3.0)
     assert plan("metric") != plan("head-only")
-    others = (plan("plain"), plan("metric", "another"), plan("metric", task="multi-label"), plan("metric", mode="none"))
-    assert others == ("",) * 4
+    others = (plan("plain"), plan("metric", "another"), plan("metric", task="multi-label"))
+    assert others == ("",) * 3
