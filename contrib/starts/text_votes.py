@@ -15,7 +15,7 @@ import logging
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +62,10 @@ class TextVotes(Vote, FromText):
                 f"adapter.start 'text-votes' compares the features below a head, and model.task {task.name!r} has none "
                 "of a whole record: choose another start"
             )
+
+    def resolved(self) -> Self:
+        """Return the start by which every record votes, with its text and the fingerprint of that."""
+        return FromText.resolved(Vote.resolved(self))
 
     @property
     def passes(self) -> int:

@@ -16,14 +16,12 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from fedveil.common.check import Interval
-from fedveil.common.config.fields import Unit
 from fedveil.common.log import place_of
 from fedveil.common.messages.blocks import Layout
 from fedveil.common.messages.state import AdapterState
@@ -50,9 +48,6 @@ class Vote(PaidStart):
     votes: ClassVar[bool] = True
     on_losses: ClassVar[bool] = True
 
-    sample_rate: Annotated[float, Interval(0, 1), Unit("probability")] = 1.0
-    """Chance of each record to vote."""
-
     @property
     def passes(self) -> int:
         """One for each alternative."""
@@ -69,6 +64,10 @@ class Vote(PaidStart):
 
         A vote follows from the record and from what is public; ``before_pass`` as in ``privatise``.
         """
+
+    def resolved(self) -> Self:
+        """Return the start by which every record votes, unless the settings have a rate of their own."""
+        return replace(self, sample_rate=1.0) if self.sample_rate == PaidStart.sample_rate else self
 
     @property
     def unfit(self) -> str:

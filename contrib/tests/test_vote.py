@@ -179,7 +179,7 @@ def test_one_release_at_noise_4_is_priced_as_written_down() -> None:
     assert (release.count, release.event.sample_rate, release.event.clip_norm) == (1, 1.0, 1.0)
     assert epsilon([release], 1e-5) == pytest.approx(0.93, abs=0.01)
     assert OfDraws().resolved().sample_rate == 1.0
-    assert OfDraws(sample_rate=0.1).resolved().sample_rate == 0.1
+    assert OfDraws(sample_rate=0.5).resolved().sample_rate == 0.5
 
 
 # --- what a steward says ----------------------------------------------------------------------------------------------

@@ -83,12 +83,12 @@ def test_a_field_that_declares_nothing_is_found() -> None:
     assert rules_of(Bare) == {}
 
 
-def test_options_of_one_name_mean_alike_in_every_start() -> None:
+def test_options_of_one_name_are_declared_alike_in_every_start() -> None:
     seen: dict[str, tuple[Any, ...]] = {}
     for start in STARTS.values():
         for item in dataclasses.fields(start):
             unit = unit_of(start, item.name)
-            declared = (kinds_of(start)[item.name], rules_of(start).get(item.name), unit)
+            declared = (item.default, kinds_of(start)[item.name], rules_of(start).get(item.name), unit)
             assert seen.setdefault(item.name, declared) == declared, f"start.{item.name} differs in {start.name}"
 
 
