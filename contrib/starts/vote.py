@@ -66,7 +66,10 @@ class Vote(PaidStart):
         """
 
     def resolved(self) -> Self:
-        """Return the start by which every record votes, unless the settings have a rate of their own."""
+        """Return the start by which every record votes, unless the settings have another rate than others' usual.
+
+        ``flwr run`` declares that default, 0.1, for every start, so it cannot be told from a rate of one's own.
+        """
         return replace(self, sample_rate=1.0) if self.sample_rate == PaidStart.sample_rate else self
 
     @property
