@@ -133,7 +133,7 @@ def generate(
     with console.status("loading the model") as status:
         drawn = generate_table(folder, out, wanted, status.update)
     claim = report_of(folder).claim
-    console.print(f"{out}, {out.with_suffix('.md')}: {drawn.sentence}")
+    console.print(f"{out}, {out.with_suffix('.md')}: {visible(drawn.sentence)}")
     console.print(claim.sentence if claim.made else f"{NO_CLAIM} {claim.sentence}")
     console.print(NOT_READ)
 

@@ -79,7 +79,7 @@ def table_card(data: ReportData, name: str, drawn: Drawn, written: bytes) -> str
         "Shares, as given": shares,
         "Sampling": f"temperature {how.temperature:g}, top-p {how.top_p:g}, at most {ends}",
         "Random numbers": "of a given seed" if drawn.seeded else "the operating system's",
-        "Rows": drawn.sentence,
+        "Rows": plain(drawn.sentence),
         "SHA-256": f"`{hashlib.sha256(written).hexdigest()}`",
     }
     parts = [
