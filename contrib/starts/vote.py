@@ -16,8 +16,8 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ SPOILT = -1
 
 @dataclass(frozen=True)
 class Vote(PaidStart):
-    """A start that the server makes from how many records vote for each alternative."""
+    """A start that the server makes from how many records vote for each alternative; all of a site's do."""
 
     votes: ClassVar[bool] = True
     on_losses: ClassVar[bool] = True
@@ -64,13 +64,6 @@ class Vote(PaidStart):
 
         A vote follows from the record and from what is public; ``before_pass`` as in ``privatise``.
         """
-
-    def resolved(self) -> Self:
-        """Return the start by which every record votes, unless the settings have another rate than others' usual.
-
-        ``flwr run`` declares that default, 0.1, for every start, so it cannot be told from a rate of one's own.
-        """
-        return replace(self, sample_rate=1.0) if self.sample_rate == PaidStart.sample_rate else self
 
     @property
     def unfit(self) -> str:

@@ -24,6 +24,7 @@ from fedveil.common.messages.tensors import weighted_sum
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.run_lines import PrivacyLine, RoundLine, read_lines
 from fedveil.common.starts import STARTS, PaidStart
+from fedveil.common.starts.paid import SampledStart
 from fedveil.common.starts.calibration import calibrated
 from fedveil.common.starts.directions import leading_rows, orthonormal_rows
 from fedveil.common.starts.gradient import mean_gradient
@@ -327,8 +328,9 @@ PAID: dict[str, dict[str, Any]] = {
 def test_k3_what_a_paid_choice_costs_is_in_the_runs_plan(
     start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dear = {"start.noise-multiplier": 2.0, "start.sample-rate": 0.5, "privacy.delta": 1e-3, "rounds": 3}
-    job = configure({**PAID[start], **dear, "adapter.start": start})
+    dear = {"start.noise-multiplier": 2.0, "privacy.delta": 1e-3, "rounds": 3}
+    own = {"start.sample-rate": 0.5} if issubclass(STARTS[start], SampledStart) else {}
+    job = configure({**PAID[start], **dear, **own, "adapter.start": start})
     site = Site("only", cast(Any, None), "only", 500, tmp_path / "ledger.sqlite")
     terms, release = Terms(job.config.privacy.epsilon, 1e-3), job.origin.release()
     assert release is not None

@@ -64,7 +64,7 @@ def test_two_unequal_sites_sum_up_to_all_votes_and_leave_the_model_as_it_was(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without_noise(monkeypatch)
-    wanted, start = votes_alone(world), OfDraws(sample_rate=1.0)
+    wanted, start = votes_alone(world), OfDraws()
     before = {name: p.requires_grad for name, p in world.model.module.named_parameters()}
     parts = [
         start.privatise(world.model, records, plan_of(n))
@@ -123,7 +123,7 @@ def test_all_votes_of_a_person_are_one_vector_of_at_most_a_clip(world: World, mo
     from fedveil.privacy.units import PERSON
 
     without_noise(monkeypatch)
-    start, records = OfDraws(sample_rate=1.0), [{**record, OWNER: 0} for record in world.records]
+    start, records = OfDraws(), [{**record, OWNER: 0} for record in world.records]
     plan = gaussian_plan(1.0, 1.0, 1.0, 1.0, 1e-5, 50.0)
     object.__setattr__(plan, "unit", PERSON)
     counts = start.privatise(world.model, records, plan)[VOTES]["counts"]
@@ -164,7 +164,7 @@ class Given(OfDraws):
 @pytest.mark.parametrize(("margin", "least"), [(40, 97), (70, 100)])
 def test_of_four_sites_at_noise_4_the_planted_best_is_chosen(margin: int, least: int, model_folder: Folder) -> None:
     model = fresh_world(model_folder("bert"), "bert", "lora", "trained").model
-    start, others = Given(sample_rate=1.0), 5
+    start, others = Given(), 5
     site = [{"labels": 2}] * (others + margin // 4) + [{"labels": i} for i in (0, 1, 3) for _ in range(others)]
     site += [{"labels": 2}] * (margin % 4 // 2)  # of 70 a quarter is 17.5: two sites would have one more
     right = 0
@@ -175,11 +175,9 @@ def test_of_four_sites_at_noise_4_the_planted_best_is_chosen(margin: int, least:
 
 
 def test_one_release_at_noise_4_is_priced_as_written_down() -> None:
-    release = OfDraws(sample_rate=1.0, noise_multiplier=4.0).release()
+    release = OfDraws(noise_multiplier=4.0).release()
     assert (release.count, release.event.sample_rate, release.event.clip_norm) == (1, 1.0, 1.0)
     assert epsilon([release], 1e-5) == pytest.approx(0.93, abs=0.01)
-    assert OfDraws().resolved().sample_rate == 1.0
-    assert OfDraws(sample_rate=0.5).resolved().sample_rate == 0.5
 
 
 # --- what a steward says ----------------------------------------------------------------------------------------------

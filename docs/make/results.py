@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -13,13 +14,14 @@ from docs.make.tables import markdown
 from fedveil.common.errors import DataError
 from fedveil.common.tasks import headline_of
 from fedveil.common.words import UNKNOWN, bytes_text
-from fedveil.experiments.sweep.groups import Group, groups
+from fedveil.experiments.sweep.groups import Group, Interval, groups, interval
 from fedveil.experiments.sweep.rows import Row, read_rows, results_file
 from fedveil.experiments.sweep.summary import COLUMN_NOTES, markdown_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "experiments" / "results"
 MOVIES = "rotten-tomatoes"
+TRANSFERS = "transfer.csv"
 TITLES: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "movie-reviews": ("Movie reviews", {"Rotten Tomatoes, four sites": MOVIES}),
     "sst2": ("SST-2", {"SST-2, six sites": "sst2"}),
@@ -40,7 +42,13 @@ TITLES: Mapping[str, tuple[str, Mapping[str, str]]] = {
             "all-mpnet-base-v2 on SST-2, six sites, ε = 3": "mpnet-sst2",
         },
     ),
-    "word-problems": ("A language model", {"ASDiv, SmolLM2-135M-Instruct, two sites": "asdiv"}),
+    "word-problems": (
+        "A language model",
+        {
+            "ASDiv, SmolLM2-135M-Instruct, two sites": "asdiv",
+            "The same, begun at a library of five other tasks": "library",
+        },
+    ),
     "preferences-and-rewards": (
         "Preferences and rewards",
         {"Pairs of answers, two sites": "preferences", "GRPO on word problems, two sites": "grpo"},
@@ -76,9 +84,17 @@ README_ROWS: Mapping[str, tuple[str, str]] = {
 """Rows of README's table: the variant with privacy, and the one without."""
 LATER: Mapping[str, tuple[str, str, str, str]] = {
     "DPO": ("preferences", "dpo", "dpo-open", ""),
+    "judge of format, in text": ("preferences", "judge-in-text-of-format", "", ""),
+    "judge of facts, in text": ("preferences", "judge-in-text", "", ""),
     "judge of facts, Bradley-Terry": ("preferences", "judge-of-facts", "judge-of-facts", ""),
+    "the same on a language model": ("preferences", "judge-of-facts-135m", "", ""),
     "GRPO on Fed-SB": ("grpo", "fed-sb", "open", ""),
-    "GRPO on DoRA": ("grpo", "dora", "dora", ""),
+    "GRPO on DoRA": ("grpo", "dora", "dora-open", ""),
+    "library, by vote": ("library", "vote", "", "zero"),
+    "library, by descriptions": ("library", "described", "described-open", "zero"),
+    "mixture of a library": ("library", "mixture", "mixture-open", "zero"),
+    "composed, linear": ("library", "composed-by-linear", "", "zero"),
+    "composed, TIES": ("library", "composed-by-ties", "", "zero"),
     "dictation, FedAvg-LoRA": ("spoken-sentences", "fedavg-lora", "fedavg-lora", ""),
     "dictation, S2-LoRA in turn": ("spoken-sentences", "s2-lora", "s2-lora", "fedavg-lora"),
     "spoken digits, head alone": ("spoken-digits", "head-only", "head-only", ""),
@@ -144,7 +160,32 @@ def later_table(folder: Path = RESULTS) -> str:
         scores = [_accuracy(found[key]) if key in found else UNKNOWN for key in wanted]
         row = next(row for row in of_sweep if row.variant == private)
         rows.append([name, headline_of(row.settings), f"{100 * row.accuracy_before:.1f}", *scores])
+    rows += _transfers(folder / TRANSFERS)
     return markdown(("system", "figure, in %", "zero start", "control, ε = 8", "ε = 3", "ε = 8", "no privacy"), rows)
+
+
+def _transfers(file: Path) -> list[list[str]]:
+    """Return a row of each base model that finished runs were taught to."""
+    with file.open(encoding="utf-8", newline="") as stream:
+        table = list(csv.DictReader(stream))
+
+    def mean(base: str, column: str, *, private: bool) -> str:
+        chosen = [row for row in table if row["base model"] == base and (row["epsilon"] != "none") == private]
+        return _percent(interval([float(row[column]) for row in chosen])) if chosen else UNKNOWN
+
+    both = "head and adapter"
+    return [
+        [
+            f"transfer to {base}",
+            "accuracy",
+            UNKNOWN,
+            mean(base, "head alone", private=True),
+            UNKNOWN,
+            mean(base, both, private=True),
+            mean(base, both, private=False),
+        ]
+        for base in dict.fromkeys(row["base model"] for row in table)
+    ]
 
 
 def systems_page() -> str:
@@ -153,11 +194,11 @@ def systems_page() -> str:
     text = (
         "Rows of the tables above, of [speech](speech.md) and of [preferences and "
         "rewards](preferences-and-rewards.md). The control of a system on movie reviews or digits is the head alone, "
-        "on dictation FedAvg-LoRA, and of DPO and GRPO fine-tuning on the answers, which has the larger reward at "
-        "ε = 8 ([log](../../experiments/log/2026-12-01-rewards-and-pairs.md)). Before training both answers of a pair "
-        "have one score, which is not right: chance is 50. Of one run where no interval stands. No sweep makes rows of "
-        "[transfer](../../experiments/log/2026-12-01-transfer-to-another-base-model.md) and of [a library of six "
-        "tasks](../../experiments/log/2026-12-01-library-of-questions.md)."
+        "on dictation FedAvg-LoRA, of a library the zero start, of a transfer a head alone on the teacher's answers "
+        "([log](../../experiments/log/2026-12-01-transfer-to-another-base-model.md)), and of DPO and GRPO fine-tuning "
+        "on the answers, which has the larger reward at ε = 8 "
+        "([log](../../experiments/log/2026-12-01-rewards-and-pairs.md)). Before training both answers of a pair "
+        "have one score, which is not right: chance is 50. Of one run where no interval stands."
     )
     heading = "Systems of other tasks beside their controls"
     return f"{results_page(title, sweeps)}\n## {heading}\n\n{text}\n\n{later_table()}\n"
@@ -216,5 +257,9 @@ def _federated(rows: Sequence[Row]) -> list[Group]:
 
 
 def _accuracy(group: Group) -> str:
-    half = "" if group.accuracy.half is None else f" ± {100 * group.accuracy.half:.1f}"
-    return f"{100 * group.accuracy.mean:.1f}{half}"
+    return _percent(group.accuracy)
+
+
+def _percent(found: Interval) -> str:
+    half = "" if found.half is None else f" ± {100 * found.half:.1f}"
+    return f"{100 * found.mean:.1f}{half}"
