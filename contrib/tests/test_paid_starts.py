@@ -24,10 +24,10 @@ from fedveil.common.messages.tensors import weighted_sum
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.run_lines import PrivacyLine, RoundLine, read_lines
 from fedveil.common.starts import STARTS, PaidStart
-from fedveil.common.starts.paid import SampledStart
 from fedveil.common.starts.calibration import calibrated
 from fedveil.common.starts.directions import leading_rows, orthonormal_rows
 from fedveil.common.starts.gradient import mean_gradient
+from fedveil.common.starts.paid import SampledStart
 from fedveil.contrib.nulls import without_lift
 from fedveil.contrib.starts.dp_eva import DPEVA
 from fedveil.contrib.starts.dp_lora_ga import DPLoRAGA, sketching
