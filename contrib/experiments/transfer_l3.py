@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--to", action="append", default=[], help="another base model; may be given again")
     parser.add_argument("--keep", type=int, default=0)
     given = parser.parse_args()
-    arms = {"head alone": How(passes=1, rate=0.0, head_rate=0.0), "head and adapter": How()}
+    arms = {"head alone": How(passes=0), "head and adapter": How()}
     table = csv.writer(sys.stdout, lineterminator="\n")
     table.writerow((*COLUMNS, *arms, "agreement", "agreement of a head alone", "of the most frequent answer"))
     for run, to in product(given.runs, given.to or [str(write_l3(given.place))]):

@@ -136,7 +136,7 @@ def learn(student: Result, lesson: Lesson, how: How, device: torch.device, progr
     sizes = [task.size(record) for record in lesson.records]
     steps = how.passes * max(1, len(sizes) // how.batch)
     batches = epoch_batches(sizes, min(1.0, how.batch / len(sizes)), stream(how.seed, "transfer"))
-    falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / max(1, steps))
     with lowered(module.encoder, PRECISIONS[student.about.precision]):
         for step in range(steps):
             _step(student, lesson.part(next(batches)), device)
