@@ -91,6 +91,8 @@ def test_another_base_model_answers_as_the_run_does_and_carries_its_claim(
     agreement, _, control = made.figures
     assert [figure.name for figure in made.figures] == [room.AGREEMENT, room.HEAD_ALONE, room.MOST_FREQUENT]
     assert agreement.value > max(control.value, 0.85), "the new model learnt nothing"
+    fedveil("transfer", run, "--to", wider, "--texts", texts, "--out", tmp_path / "head", "--passes", 0)
+    assert len({figure.value for figure in read_file(DerivedFile, tmp_path / "head").figures[:2]}) == 1
     assert about.base_model == wider, "a folder of this machine is not found again"
     assert json.loads((new / "adapter" / "fedveil.json").read_text())["base_model"] == "./wider"
     card = (new / "adapter" / "README.md").read_text()

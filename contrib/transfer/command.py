@@ -25,7 +25,7 @@ def transfer(
         Path | None, typer.Option(help="A run that began with 'text-votes': its records chose among the texts.")
     ] = None,
     rank: Annotated[int, typer.Option(min=1, help="Of the new adapter.")] = 8,
-    passes: Annotated[int, typer.Option(min=1, help="Over the texts.")] = 2,
+    passes: Annotated[int, typer.Option(min=0, help="Over the texts; 0: a head alone.")] = 2,
 ) -> None:
     """Teach another base model what a run has learnt, by the run's own answers on public texts; no record is read."""
     from fedveil.common.paths import check_adapter, given_run

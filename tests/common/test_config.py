@@ -250,6 +250,10 @@ def test_a_choice_is_one_of_its_list_and_the_nearest_is_named(key: str) -> None:
             {"start.outputs": "random"},
             "start.outputs has no effect on adapter.start 'orthonormal': it is an option",
         ),
+        (
+            {"strategy": "ffa-lora", "adapter.start": "text-votes", "start.text": "imdb", "start.sample-rate": 0.5},
+            "start.sample-rate has no effect on adapter.start 'text-votes'",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused_by_name(values: dict[str, Scalar], named: str) -> None:
