@@ -137,6 +137,8 @@ class Task(ABC):
     by 1 at most, and the count may be sent with noise for that."""
     scored: ClassVar[Scored] = Scored()
     """What its score has in first place and beside."""
+    too_long: ClassVar[str] = "'long-steps' is for language models"
+    """Why that recipe does not suit it, as the end of a sentence; empty: it does. A speech model had no right word."""
     by_token: ClassVar[bool] = False
     """Whether a head reads each token of a record, so that its features are (tokens, width), and its labels a list."""
     wording: ClassVar[Wording | None] = None

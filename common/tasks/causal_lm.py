@@ -161,6 +161,7 @@ class CausalLM(TextTask):
     questions: ClassVar[Questions | None] = Questions(lambda words: TextExample(*words), complete, continued)
     export: ClassVar[Export] = DecoderExport()
     scored: ClassVar[Scored] = Scored(options=options_of)
+    too_long: ClassVar[str] = ""
 
     def check(self, config: RunConfig) -> None:
         """Raise ConfigError, naming the setting, unless a run can have this configuration, its template included."""

@@ -53,6 +53,7 @@ class GRPO(CausalLM, Section):
         Role("completion", "completion", "the completion, or the answer", in_question=False),
     )
     questions: ClassVar[Questions | None] = Questions(lambda words: TextExample(*words), complete)
+    too_long: ClassVar[str] = "rewards were learnt by shorter steps alone"
     scored: ClassVar[Scored] = Scored(
         headline=REWARD,
         record="a prompt with its answer, all that the model writes to it, and what that is worth",

@@ -42,15 +42,10 @@ FIRST, SECOND = " A", " B"
 PROMPT = "{question}\nA: {first}\nB: {second}\nThe better answer is"
 
 
-def _prompt_tokens(tokenizer: Any, example: Example) -> list[int]:
-    tokens: list[int] = tokenizer(cast(Pair, example).question)[TOKENS]
-    return tokens
-
-
 def _answered(model: Finished, examples: Sequence[Example]) -> list[list[Answer]]:
     if cast(Preference, model.task).loss != DPO:
         raise ConfigError("a judge answers no question: 'fedveil judge' asks it about pairs")
-    return complete(model, examples, _prompt_tokens)
+    return complete(model, examples, lambda tokenizer, one: list(tokenizer(cast(Pair, one).question)[TOKENS]))
 
 
 @dataclass(frozen=True)
@@ -78,6 +73,11 @@ class Preference(Section, CausalLM):
     model to name the better answer."""
     beta: Annotated[float, POSITIVE, RATIO] = 0.1
     """For ``dpo``: β, by which differences of log-likelihoods to the base model's are multiplied."""
+
+    @property
+    def too_long(self) -> str:  # type: ignore[override]
+        """Why the recipe ``long-steps`` does not suit it; empty: it does."""
+        return "a judge in text learns one letter of each record" if self.loss == TEXT else ""
 
     @property
     def export(self) -> Export:  # type: ignore[override]

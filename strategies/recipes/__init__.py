@@ -7,16 +7,15 @@ condition holds. A new recipe is one file and its name in ``RECIPES``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from fedveil.common.config.flat import Scalar
+from fedveil.common.config.flat import Scalar, task_of
 from fedveil.common.config.run import RunConfig
 from fedveil.common.config.text import read_settings_file
 from fedveil.common.tasks import TASKS
-from fedveil.common.tasks.cells import names_no_file
 from fedveil.common.words import counted
 
 RECIPES = ("metric", "head-only", "long-steps", "open", "plain")
@@ -82,12 +81,12 @@ class Choice:
         return f"Settings left open follow recipe {self.recipe!r}{rather}: {self.reason}{keep}"
 
 
-def choose(run: RunConfig, written: Collection[str], labels: int = 0, sites: int = 0) -> Choice:
+def choose(run: RunConfig, written: Mapping[str, Scalar], labels: int = 0, sites: int = 0) -> Choice:
     """Return the recipe of a run that names none, and why.
 
     Args:
         run: its settings; what is open has its default.
-        written: keys of the settings that are written out.
+        written: the settings that are written out, with the task's options.
         labels: how many there are; 0: not known.
         sites: how many sites the run has; 0: not known.
     """
@@ -95,7 +94,7 @@ def choose(run: RunConfig, written: Collection[str], labels: int = 0, sites: int
     usual = "long-steps" if not labelled else "metric" if claims else "open"
     if key := next((key for key in METHOD if key in written and not _fits_beside(run, key, usual)), ""):
         return Choice("plain", f"{key} is {_value(run, key)!r}")
-    if reason := _unfit(run, usual):
+    if reason := _unfit(run, task_of(written).too_long, usual):
         return Choice("plain", reason, usual)
     if key := _decided(run, written, usual):
         return Choice("plain", f"{key} is set", usual, written=True)
@@ -118,7 +117,7 @@ def _value(run: RunConfig, key: str) -> Scalar:
     return value
 
 
-def _unfit(run: RunConfig, usual: str) -> str:
+def _unfit(run: RunConfig, too_long: str, usual: str) -> str:
     """Return the setting that rules the usual recipe out whatever else is set; empty: none."""
     mechanism, task = run.privacy.mechanism, TASKS[run.model.task]
     promises = mechanism.claims and not mechanism.central and "public records" in mechanism.starts
@@ -126,13 +125,10 @@ def _unfit(run: RunConfig, usual: str) -> str:
         return f"privacy.mode is {run.privacy.mode!r}"
     if task.labelled and (run.model.quantise != "none" or run.model.checkpointing):
         return "model.quantise or model.checkpointing is set"
-    if usual == "long-steps" and any(role.file is not names_no_file for role in task.roles):
-        # Such steps left a speech model without any right word.
-        return f"{usual!r} is for language models, and model.task is {run.model.task!r}"
-    return ""
+    return f"model.task is {run.model.task!r}, and {too_long}" if usual == "long-steps" and too_long else ""
 
 
-def _decided(run: RunConfig, written: Collection[str], usual: str) -> str:
+def _decided(run: RunConfig, written: Mapping[str, Scalar], usual: str) -> str:
     """Return a written setting that the usual recipe decides as a whole, or an empty text."""
     if usual == "long-steps":
         return min((key for key in written if key.startswith(STEPS)), default="")
@@ -142,7 +138,7 @@ def _decided(run: RunConfig, written: Collection[str], usual: str) -> str:
     return min(own, default="")
 
 
-def _limit(run: RunConfig, written: Collection[str], labels: int, sites: int, usual: str) -> str:
+def _limit(run: RunConfig, written: Mapping[str, Scalar], labels: int, sites: int, usual: str) -> str:
     """Return which public figure is beyond what the usual recipe was tried at; empty: none is."""
     who = "the LoRA recipe ('metric')" if usual == "metric" else repr(usual)
     if usual == "long-steps":

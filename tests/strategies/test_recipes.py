@@ -38,6 +38,7 @@ TEXTS = 60
 IMAGES = {"model.task": "image-classification", "model.name": "dinov2-small", "data.name": "textile-images"}
 
 WORDS = {"model.task": "causal-lm", "data.name": "asdiv"}
+PAIRS = {"model.task": "preference", "data.name": "asdiv-pairs", "privacy.delta": 1e-4}
 TRUSTED = {"privacy.mode": "client-level", "privacy.unit": "site", "privacy.cohort": 20, "privacy.delta": 0.01}
 
 
@@ -146,8 +147,17 @@ TRUSTED = {"privacy.mode": "client-level", "privacy.unit": "site", "privacy.coho
         (
             {"model.task": "speech-to-text", "model.name": "whisper-tiny.en", "data.name": "spoken-sentences"},
             "plain",
-            "recipe 'plain', not 'long-steps': 'long-steps' is for language models",
+            "recipe 'plain', not 'long-steps': model.task is 'speech-to-text', and 'long-steps' is for language",
         ),
+        (PAIRS, "long-steps", ""),
+        ({**PAIRS, "strategy": "ffa-lora", "preference.loss": "dpo"}, "long-steps", ""),
+        (
+            {**PAIRS, "strategy": "ffa-lora", "preference.loss": "text"},
+            "plain",
+            "recipe 'plain', not 'long-steps': model.task is 'preference', and a judge in text learns one letter",
+        ),
+        ({**PAIRS, "preference.loss": "text", "recipe": "long-steps"}, "long-steps", ""),
+        ({**PAIRS, "model.task": "grpo"}, "plain", "model.task is 'grpo', and rewards were learnt by shorter steps"),
         ({**WORDS, "strategy": "ffa-lora", "training.local-steps": 4, "adapter.start": "kaiming"}, "long-steps", ""),
         ({**WORDS, "adapter.name": "lora-frozen-a", "adapter.rank": 4, "rounds": 2}, "long-steps", ""),
         ({**WORDS, "privacy.mode": "secure-sum", "privacy.honest-sites": 3}, "long-steps", ""),
