@@ -72,7 +72,7 @@ LIMITS = {
     # earlier.json, and the page of preferences and rewards, by 51; strategies as published over ten seeds, MPNet on
     # SST-2, by 50; the page of speech, the systems of other tasks beside their
     # controls, and rows of theirs without privacy, by 51; medical sets site by site, by 50.
-    "lines of documents, made": 2790,  # the last forty: tables of names and of several labels
+    "lines of documents, made": 2805,  # the last 55: tables of names, of several labels and of the last systems
 }
 """The most that a figure may be, for those that have once been below it."""
 

@@ -84,18 +84,21 @@ README_ROWS: Mapping[str, tuple[str, str]] = {
 """Rows of README's table: the variant with privacy, and the one without."""
 LATER: Mapping[str, tuple[str, str, str, str]] = {
     "DPO": ("preferences", "dpo", "dpo-open", ""),
-    "judge of format, in text": ("preferences", "judge-in-text-of-format-plain", "", ""),
-    "the same by long steps": ("preferences", "judge-in-text-of-format", "", ""),
-    "judge of facts, in text": ("preferences", "judge-in-text", "", ""),
+    "judge of format, Bradley-Terry": ("preferences", "judge-of-format", "judge-of-format", ""),
+    "judge of format, in text": ("preferences", "judge-in-text-of-format-plain", "judge-in-text-of-format-open", ""),
+    "judge of format, in text, long steps": ("preferences", "judge-in-text-of-format", "", ""),
+    "judge of facts, in text": ("preferences", "judge-in-text-plain", "", ""),
+    "judge of facts, in text, long steps": ("preferences", "judge-in-text", "", ""),
     "judge of facts, Bradley-Terry": ("preferences", "judge-of-facts", "judge-of-facts", ""),
     "GRPO on Fed-SB": ("grpo", "fed-sb", "open", ""),
     "GRPO on DoRA": ("grpo", "dora", "dora-open", ""),
+    "GRPO on Fed-SB, a judge's reward": ("grpo", "", "judged-open", ""),
     "library, by vote": ("library", "vote", "", "zero"),
     "library, by descriptions": ("library", "described", "described-open", "zero"),
     "mixture of a library": ("library", "mixture", "", "zero"),
     "the same by plain steps": ("library", "mixture-plain", "mixture-open", "zero"),
-    "composed, linear": ("library", "composed-by-linear", "", "zero"),
-    "composed, TIES": ("library", "composed-by-ties", "", "zero"),
+    "composed, linear": ("library", "composed-by-linear", "composed-by-linear-open", "zero"),
+    "composed, TIES": ("library", "composed-by-ties", "composed-by-ties-open", "zero"),
     "dictation, FedAvg-LoRA": ("spoken-sentences", "fedavg-lora", "fedavg-lora", ""),
     "dictation, S2-LoRA in turn": ("spoken-sentences", "s2-lora", "s2-lora", "fedavg-lora"),
     "spoken digits, head alone": ("spoken-digits", "head-only", "head-only", ""),
@@ -159,7 +162,7 @@ def later_table(folder: Path = RESULTS) -> str:
         found = {(group.variant, group.epsilon_asked): group for group in _federated(of_sweep)}
         wanted = ((control, 8.0), (private, 3.0), (private, 8.0), (open_, None))
         scores = [_accuracy(found[key]) if key in found else UNKNOWN for key in wanted]
-        row = next(row for row in of_sweep if row.variant == private)
+        row = next(row for row in of_sweep if row.variant in (private, open_))
         rows.append([name, headline_of(row.settings), f"{100 * row.accuracy_before:.1f}", *scores])
     rows += _transfers(folder / TRANSFERS)
     return markdown(("system", "figure, in %", "zero start", "control, ε = 8", "ε = 3", "ε = 8", "no privacy"), rows)
