@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +18,7 @@ from fedveil.cli.main import app
 from fedveil.common.config.run import RunConfig
 from fedveil.common.config.text import toml_value
 from fedveil.common.errors import ConfigError, DataError, RunFailed
+from fedveil.common.paths import run_folder
 from fedveil.common.run_lines import ConfigFile, read_json
 from fedveil.common.strict_json import to_json
 from fedveil.deploy import control as control_api
@@ -27,7 +28,7 @@ from fedveil.experiments.planner.ahead import warnings_ahead
 from fedveil.server.checkpoint import NAME as CHECKPOINT
 from fedveil.server.lock import only_writer
 from fedveil.server.records import write_json
-from fedveil.strategies.job import Job
+from fedveil.strategies.job import Job, configure
 
 pytestmark = pytest.mark.usefixtures("programs_may_start")
 
@@ -55,8 +56,24 @@ def test_a_failed_job_is_submitted_anew_and_its_old_result_is_not_taken_for_the_
     path = submission.submit(server, {"rounds": 3}, said.append, once=True)
     assert len(control.submitted) == 2
     assert submission._ended_well(path)
-    later = time.time() + 1
-    assert submission._result(path, later) is None, "a result from before the submission counts"
+    stale = submission._written_at(path)
+    assert submission._result(path, stale) is None, "a result from before the submission counts"
+
+
+def test_a_result_counts_also_where_the_clock_of_its_file_system_is_behind(
+    tmp_path: Path, fake_control: Callable[..., FakeControl], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel dates files by its last tick, which lies before the submission where a run ends at once."""
+    server, control = make_server(tmp_path / "server", ["127.0.0.1"]), fake_control("completed")
+
+    def submit(settings: dict[str, Any]) -> str:
+        run = FakeControl.submit(control, settings)
+        os.utime(run_folder(configure(settings).config, run) / "result.json", (1, 1))
+        return run
+
+    monkeypatch.setattr(control, "submit", submit)
+    monkeypatch.setattr(submission, "ASK_SECONDS", 0.0)
+    assert submission._ended_well(submission.submit(server, {"rounds": 3}, print))
 
 
 def test_a_job_that_still_runs_is_followed_and_not_submitted_twice(
@@ -131,10 +148,10 @@ def test_a_run_that_flower_ended_is_followed_while_its_server_writes(
     ended = FakeControl([], 1000 * ["finished:failed"])
     with only_writer(tmp_path):
         threading.Timer(0.5, end, (tmp_path,)).start()
-        submission._follow(ended, "7", tmp_path, print, since=0.0)  # type: ignore[arg-type]
+        submission._follow(ended, "7", tmp_path, print, stale=0)  # type: ignore[arg-type]
     (tmp_path / "result.json").unlink()
     with pytest.raises(RunFailed, match="ended as finished:failed and left no result"):
-        submission._follow(ended, "7", tmp_path, print, since=0.0)  # type: ignore[arg-type]
+        submission._follow(ended, "7", tmp_path, print, stale=0)  # type: ignore[arg-type]
 
 
 def test_a_silent_server_is_no_reason_to_submit_a_job_again(
@@ -163,10 +180,10 @@ def test_a_job_is_given_up_once_neither_the_server_nor_the_run_shows_life(
     silent = FakeControl([], ["running", *1000 * [SILENT]])
     with only_writer(tmp_path):
         threading.Timer(0.5, end, (tmp_path,)).start()
-        submission._follow(silent, "7", tmp_path, print, since=0.0)  # type: ignore[arg-type]
+        submission._follow(silent, "7", tmp_path, print, stale=0)  # type: ignore[arg-type]
     (tmp_path / "result.json").unlink()
     with pytest.raises(RunFailed, match=r"run 7 is given up after .*no answer"):
-        submission._follow(silent, "7", tmp_path, print, since=0.0)  # type: ignore[arg-type]
+        submission._follow(silent, "7", tmp_path, print, stale=0)  # type: ignore[arg-type]
     assert silent.statuses, "the test ended for another reason"
 
 
@@ -194,7 +211,7 @@ def test_sites_are_waited_for_with_longer_and_longer_pauses_and_not_beyond_what_
         pauses.append(seconds)
         clock[0] += seconds
 
-    monkeypatch.setattr(submission, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep, time=time.time))
+    monkeypatch.setattr(submission, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep))
     with pytest.raises(RunFailed, match="3 sites wanted"):
         submission._wait_for_sites(control, server, RunConfig(), 3, 60.0, print)  # type: ignore[arg-type]
     assert pauses[:6] == [1.0, 2.0, 4.0, 8.0, 16.0, 20.0]
