@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 from fedveil.common.errors import DataError
-from fedveil.common.files import ABOUT_ADAPTER, ABOUT_RUN
+from fedveil.common.files import ABOUT_ADAPTER, ABOUT_RUN, FileState, state_of
 from fedveil.common.messages.round import SpendingFigures
 from fedveil.common.strict_json import BESIDE, SPARSE, Endless, Measured, called, from_json, json_of
 
@@ -300,6 +300,22 @@ def read_file(of: type[F], folder: Path) -> F:
 def read_if_there(of: type[F], folder: Path) -> F | None:
     """Return a file of a run's folder as ``read_file``, or None if it is not there."""
     return read_file(of, folder) if (folder / of.NAME).is_file() else None
+
+
+def result_state(folder: Path) -> FileState:
+    """Return what tells one result of a run from another's that replaces it; None if the run has none."""
+    return state_of(folder / ResultFile.NAME)
+
+
+def new_result(folder: Path, old: FileState) -> ResultFile | None:
+    """Return how a run ended; None if it has not, or its result is the ``old`` one, of the attempt before.
+
+    No clock is asked: a file has the time of the kernel's last tick, or of another machine, and that may be behind.
+
+    Raises:
+        DataError: the result is not as it is written.
+    """
+    return None if result_state(folder) in (None, old) else read_if_there(ResultFile, folder)
 
 
 def read_lines(of: type[F], folder: Path) -> list[F]:

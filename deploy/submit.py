@@ -12,9 +12,9 @@ from fedveil.common.config.flat import Scalar
 from fedveil.common.config.run import RunConfig
 from fedveil.common.data.named import DATASETS
 from fedveil.common.errors import ConfigError, DataError, RunFailed
-from fedveil.common.files import whole_lines
+from fedveil.common.files import FileState, whole_lines
 from fedveil.common.paths import run_folder
-from fedveil.common.run_lines import ResultFile, read_file, read_json
+from fedveil.common.run_lines import ResultFile, new_result, read_json, result_state
 from fedveil.common.strict_json import from_json, to_json
 from fedveil.common.tasks import TASKS
 from fedveil.common.trackers import check_installed
@@ -103,14 +103,14 @@ def submit(
         resumed = with_resumed(resumed, DYING_SECONDS)
         step("looking which sites are online")
         _wait_for_sites(control, folder, job.config, sites, patience, say)
-        stale = _written_at(Path(str(resumed["resume"]))) if resumed.get("resume") else 0
+        old = result_state(Path(str(resumed["resume"]))) if resumed.get("resume") else None
         step("sending the job")
         run = control.submit(resumed)
         path = run_folder(configure(resumed).config, run)
         write_json(_job_file(folder), to_json(LastJob(run, str(path), dict(settings))))
         say(f"run {run} submitted" + f", it goes on in {path}" * bool(resumed.get("resume")))
         step("waiting for the run's first line")
-        _follow_until_stopped(control, folder, run, path, say, stale=stale)
+        _follow_until_stopped(control, folder, run, path, say, old=old)
     return path
 
 
@@ -122,7 +122,7 @@ def _is_followed(control: Control, folder: ServerFolder, last: LastJob, say: Cal
         return True
     if is_written(path) or not _is_over(control.status(last.run)):
         say(f"run {last.run} with these settings is under way")
-        _follow_until_stopped(control, folder, last.run, path, say, stale=0)
+        _follow_until_stopped(control, folder, last.run, path, say, old=None)
         return True
     return False
 
@@ -171,11 +171,11 @@ def stop_job(folder: ServerFolder) -> str:
 
 
 def _follow_until_stopped(
-    control: Control, folder: ServerFolder, run: str, path: Path, say: Callable[[str], None], *, stale: int
+    control: Control, folder: ServerFolder, run: str, path: Path, say: Callable[[str], None], *, old: FileState
 ) -> None:
     """Follow a run; Ctrl-C ends that alone, and says so: the SuperLink goes on with the run, and its sites pay."""
     try:
-        _follow(control, run, path, say, stale=stale)
+        _follow(control, run, path, say, old=old)
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(
             f"run {run} goes on at the server, and its sites go on paying: 'fedveil stop {folder.path}' ends "
@@ -200,7 +200,7 @@ def _last_job(folder: ServerFolder, settings: Mapping[str, Scalar]) -> LastJob |
 
 
 def _ended_well(path: Path) -> bool:
-    result = _result(path, stale=0)
+    result = _result(path)
     return result is not None and result.status != "failed"
 
 
@@ -236,12 +236,12 @@ def _wait_for_sites(
         pause = min(2 * pause, ASK_SECONDS)
 
 
-def _follow(control: Control, run: str, path: Path, say: Callable[[str], None], *, stale: int) -> None:
-    """Print a run's lines until it ends; a result that was written at ``stale`` is that of the attempt before."""
+def _follow(control: Control, run: str, path: Path, say: Callable[[str], None], *, old: FileState) -> None:
+    """Print a run's lines until it ends; the ``old`` result is that of the attempt before."""
     printed, asked = 0, time.monotonic()
     heard = asked
     while True:
-        ended = _result(path, stale)
+        ended = _result(path, old)
         lines = whole_lines(path / "run.log")
         for line in lines[printed:]:
             say(line)
@@ -257,7 +257,7 @@ def _follow(control: Control, run: str, path: Path, say: Callable[[str], None], 
                 status, silence = "", str(error)
             asked = time.monotonic()  # after the answer: on a machine that takes longer than ASK_SECONDS it never rests
             # The lock before the result: who held it may have written one meanwhile.
-            if _is_over(status) and not is_written(path) and not _result(path, stale):
+            if _is_over(status) and not is_written(path) and not _result(path, old):
                 raise RunFailed(
                     f"run {run} ended as {status} and left no result, as when the SuperLink is restarted: submit it "
                     f"again with resume={str(path)!r} if that folder has a {CHECKPOINT}"
@@ -269,14 +269,8 @@ def _follow(control: Control, run: str, path: Path, say: Callable[[str], None], 
         time.sleep(POLL_SECONDS)
 
 
-def _result(path: Path, stale: int) -> ResultFile | None:
+def _result(path: Path, old: FileState = None) -> ResultFile | None:
     try:
-        return read_file(ResultFile, path) if _written_at(path) != stale else None
-    except (DataError, FileNotFoundError):
+        return new_result(path, old)
+    except DataError:
         return None
-
-
-def _written_at(path: Path) -> int:
-    """Return when a run's result was written, in ns by its file system, or 0 if the run has none."""
-    file = path / ResultFile.NAME
-    return file.stat().st_mtime_ns if file.is_file() else 0

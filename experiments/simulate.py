@@ -25,11 +25,11 @@ from fedveil.common.config.text import to_toml
 from fedveil.common.data.partition import check_partition, site_part
 from fedveil.common.data.sources import train_and_test
 from fedveil.common.errors import ConfigError, RunFailed
-from fedveil.common.files import check_room, expanded, whole_lines
+from fedveil.common.files import FileState, check_room, expanded, whole_lines
 from fedveil.common.model.device import worker_count
 from fedveil.common.paths import run_folder
 from fedveil.common.ports import free_ports
-from fedveil.common.run_lines import ProgressFile, ResultFile, read_if_there
+from fedveil.common.run_lines import ProgressFile, new_result, read_if_there, result_state
 from fedveil.common.threads import CORES, environment, site_cores
 from fedveil.common.trackers import check_installed
 from fedveil.common.words import counted
@@ -95,16 +95,16 @@ def simulate(
         tempfile.TemporaryDirectory(prefix="fedveil-") as scratch,
         _superlink(Path(scratch), workers) as link,
     ):
-        began = time.time()
-        # A resumed run's folder has lines already.
-        known = len(whole_lines(run_folder(job.config, "") / "run.log")) if job.config.resume else 0
+        # A resumed run's folder has lines, and perhaps a result, already.
+        before = run_folder(job.config, "") if job.config.resume else None
+        known, old = (len(whole_lines(before / "run.log")), result_state(before)) if before else (0, None)
         run = _submit(link, settings, sites, workers)
         folder = run_folder(job.config, run)
         record_sites(folder, sites)
         until_over.enter_context(conducting(folder))
         begun(folder)
         try:
-            _follow(link, run, folder, watch, known, since=began)
+            _follow(link, run, folder, watch, known, old=old)
         except KeyboardInterrupt:
             with suppress(OSError):  # of a terminal that is gone
                 watch(Progress([], ProgressFile("ending: sites that have paid for a round finish it first")))
@@ -228,12 +228,12 @@ def _resources(sites: int, workers: int) -> str:
 
 
 def _follow(
-    link: _Link, run: str, folder: Path, watch: Callable[[Progress], None], printed: int, *, since: float
+    link: _Link, run: str, folder: Path, watch: Callable[[Progress], None], printed: int, *, old: FileState
 ) -> None:
-    """Call ``watch`` until a run ends; a result older than ``since`` is that of the attempt before."""
+    """Call ``watch`` until a run ends; the ``old`` result is that of the attempt before."""
     checked, seen = time.monotonic(), 0.0
     while True:
-        ended = _result(folder, since)
+        ended = new_result(folder, old)
         printed = _show(folder, watch, printed)
         if ended:
             break
@@ -246,7 +246,7 @@ def _follow(
         if time.monotonic() - checked > QUIET_SECONDS:
             checked = time.monotonic()
             status = _status(link, run)
-            if status.startswith("finished") and not _result(folder, since):
+            if status.startswith("finished") and not new_result(folder, old):
                 check_room(folder, LEAST_ROOM)
                 raise RunFailed(f"the run ended as {status} and left no result: {_last_words(link)}")
         time.sleep(0.4)
@@ -264,15 +264,6 @@ def _show(folder: Path, watch: Callable[[Progress], None], printed: int) -> int:
     lines = whole_lines(folder / "run.log")
     watch(Progress(lines[printed:], read_if_there(ProgressFile, folder) or ProgressFile("starting Flower and Ray")))
     return len(lines)
-
-
-def _result(folder: Path, since: float) -> ResultFile | None:
-    try:
-        if (folder / ResultFile.NAME).stat().st_mtime < since:
-            return None
-    except FileNotFoundError:
-        return None
-    return read_if_there(ResultFile, folder)
 
 
 def _last_written(folder: Path) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import threading
@@ -57,7 +56,7 @@ def no_flower(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         asked.append(sites)
         return "7"
 
-    def follow(link: None, run: str, folder: Path, *others: Any, since: float) -> None:
+    def follow(link: None, run: str, folder: Path, *others: Any, old: Any) -> None:
         raise RunFailed("it was cut off")
 
     for name, fake in (("_superlink", nothing), ("_submit", submit), ("_follow", follow)):
@@ -174,7 +173,7 @@ def test_a_failed_run_is_followed_until_its_report_is_written(tmp_path: Path) ->
     writing.start()
     held.wait()
     with pytest.raises(RunFailed, match="nobody answered"):
-        simulation._follow(cast(Any, Alive), "7", tmp_path, lambda progress: None, 0, since=0.0)
+        simulation._follow(cast(Any, Alive), "7", tmp_path, lambda progress: None, 0, old=None)
     assert (tmp_path / "report.md").is_file(), "the SuperLink is ended while the server writes"
     writing.join()
 
@@ -214,7 +213,6 @@ def test_the_end_before_a_resumed_run_stays_and_is_not_taken_for_its_own(
     record_sites(folder, 3)
     write_json(folder / "result.json", to_json(ResultFile("failed", "the first end", None)))
     old = (folder / "result.json").read_bytes()
-    os.utime(folder / "result.json", (1e9, 1e9))
     if not taken:
         monkeypatch.setattr(simulation, "_submit", refused)
     else:

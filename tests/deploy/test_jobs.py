@@ -46,9 +46,7 @@ def test_a_finished_job_is_reported_and_other_settings_make_a_new_run(
     assert control.submitted[-1]["output"] == str(server.runs)
 
 
-def test_a_failed_job_is_submitted_anew_and_its_old_result_is_not_taken_for_the_new_one(
-    tmp_path: Path, fake_control: Callable[..., FakeControl]
-) -> None:
+def test_a_failed_job_is_submitted_anew(tmp_path: Path, fake_control: Callable[..., FakeControl]) -> None:
     server, said = make_server(tmp_path / "server", ["127.0.0.1"]), list[str]()
     control = fake_control("failed", "completed")
     with pytest.raises(RunFailed, match="nobody answered"):
@@ -56,8 +54,29 @@ def test_a_failed_job_is_submitted_anew_and_its_old_result_is_not_taken_for_the_
     path = submission.submit(server, {"rounds": 3}, said.append, once=True)
     assert len(control.submitted) == 2
     assert submission._ended_well(path)
-    stale = submission._written_at(path)
-    assert submission._result(path, stale) is None, "a result from before the submission counts"
+
+
+def test_a_resumed_job_waits_for_a_result_of_its_own(
+    tmp_path: Path, fake_control: Callable[..., FakeControl], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, control, path = (
+        make_server(tmp_path / "server", ["127.0.0.1"]),
+        fake_control(),
+        tmp_path / "server/runs/x-7",
+    )
+    path.mkdir(parents=True)
+    (path / CHECKPOINT).touch()
+    write_json(path / "config.json", to_json(ConfigFile("7", "", {}, {})))
+    end(path, "failed")
+    monkeypatch.setattr(submission, "with_resumed", lambda settings, patience: dict(settings))
+
+    def submit(settings: dict[str, Any]) -> str:
+        threading.Timer(0.5, end, (path,)).start()
+        return "8"
+
+    monkeypatch.setattr(control, "submit", submit)
+    assert submission.submit(server, {"resume": "7"}, print) == path
+    assert submission._ended_well(path)
 
 
 def test_a_result_counts_also_where_the_clock_of_its_file_system_is_behind(
@@ -148,10 +167,10 @@ def test_a_run_that_flower_ended_is_followed_while_its_server_writes(
     ended = FakeControl([], 1000 * ["finished:failed"])
     with only_writer(tmp_path):
         threading.Timer(0.5, end, (tmp_path,)).start()
-        submission._follow(ended, "7", tmp_path, print, stale=0)  # type: ignore[arg-type]
+        submission._follow(ended, "7", tmp_path, print, old=None)  # type: ignore[arg-type]
     (tmp_path / "result.json").unlink()
     with pytest.raises(RunFailed, match="ended as finished:failed and left no result"):
-        submission._follow(ended, "7", tmp_path, print, stale=0)  # type: ignore[arg-type]
+        submission._follow(ended, "7", tmp_path, print, old=None)  # type: ignore[arg-type]
 
 
 def test_a_silent_server_is_no_reason_to_submit_a_job_again(
@@ -180,10 +199,10 @@ def test_a_job_is_given_up_once_neither_the_server_nor_the_run_shows_life(
     silent = FakeControl([], ["running", *1000 * [SILENT]])
     with only_writer(tmp_path):
         threading.Timer(0.5, end, (tmp_path,)).start()
-        submission._follow(silent, "7", tmp_path, print, stale=0)  # type: ignore[arg-type]
+        submission._follow(silent, "7", tmp_path, print, old=None)  # type: ignore[arg-type]
     (tmp_path / "result.json").unlink()
     with pytest.raises(RunFailed, match=r"run 7 is given up after .*no answer"):
-        submission._follow(silent, "7", tmp_path, print, stale=0)  # type: ignore[arg-type]
+        submission._follow(silent, "7", tmp_path, print, old=None)  # type: ignore[arg-type]
     assert silent.statuses, "the test ended for another reason"
 
 
