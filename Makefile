@@ -54,7 +54,7 @@ wheel:
 
 # Tests start many processes, each of which would compile this project's files anew where no bytecode may be kept.
 test: environment generative texts $(VISION)
-	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadfile
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0
 
 test-many: environment
 	$(BIN)/python -m pytest -m many tests/server

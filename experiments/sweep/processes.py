@@ -108,7 +108,8 @@ class _Worker:
 
     def died(self) -> Failure:
         """Return why a process came to its end before its work did."""
-        self.end()
+        # The pool's own thread collects the exit code, and who asks for it meanwhile is told that there is none.
+        self.pool.shutdown()
         code = self.process.exitcode
         why = "killed, perhaps for want of memory: give fewer --jobs" if code == -signal.SIGKILL else "see its log"
         return Failure(f"its process ended with exit code {code} ({why})")

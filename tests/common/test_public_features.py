@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -22,7 +23,11 @@ pytestmark = pytest.mark.rough_prices
 
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return the records of every pass of features that is made from now on."""
+    """Return the records of every pass of features that is made from now on; none is kept from before.
+
+    Tests of one process share a model, and those of other files score the same records.
+    """
+    monkeypatch.setattr(public_features, "_kept", WeakKeyDictionary())
     seen, features = list[int](), FederatedModel.features
 
     def counted(self: FederatedModel, batch: Any) -> Any:

@@ -165,16 +165,20 @@ def test_a_terminal_that_closes_ends_a_run_as_ctrl_c_does_but_under_nohup(ignore
                 pipes.append(os.open(settings, os.O_WRONLY | os.O_NONBLOCK))
             return bool(pipes)
 
-        assert until(waits, 2 * PATIENCE)
-        process.send_signal(signal.SIGHUP)
-        if ignored:
-            time.sleep(0.5)
-            assert process.poll() is None
-            os.write(pipes[0], b"unknown = 1")
-        else:
-            assert process.wait(PATIENCE) == 130
-        os.close(pipes[0])
-        _, errors = process.communicate(timeout=PATIENCE)
+        try:
+            assert until(waits, 2 * PATIENCE)
+            time.sleep(0.5)  # Python overlooks a signal that comes between its last look and a read that waits
+            process.send_signal(signal.SIGHUP)
+            if ignored:
+                time.sleep(0.5)
+                assert process.poll() is None
+                os.write(pipes[0], b"unknown = 1")
+            else:
+                assert process.wait(PATIENCE) == 130
+            os.close(pipes[0])
+            _, errors = process.communicate(timeout=PATIENCE)
+        finally:
+            process.kill()
     assert process.returncode == (1 if ignored else 130)
     assert ("Ended by SIGHUP" in errors) is not ignored
     assert "Traceback" not in errors

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -51,8 +52,9 @@ def behave(work: str) -> str:
 
 def sleep_long(work: Path) -> None:
     """Say which process one is, take longer than anyone waits, and end what was started when one is ended."""
-    work.write_text(str(os.getpid()), encoding="utf-8")
     try:
+        work.with_suffix(".new").write_text(str(os.getpid()), encoding="utf-8")
+        work.with_suffix(".new").rename(work)  # who waits for the file ends this process at once
         time.sleep(1000)
     finally:
         work.with_suffix(".ended").touch()
@@ -81,7 +83,19 @@ def test_so_many_are_at_work_at_a_time(jobs: int, seconds: float, both: bool, tm
     assert ended[works[1]] is True
 
 
-def test_what_fails_or_dies_is_named_with_its_log_and_the_rest_goes_on(tmp_path: Path) -> None:
+def test_what_fails_or_dies_is_named_with_its_log_and_the_rest_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the pool's own thread, which collects the exit code, is slow to tell it."""
+    collect = os.waitpid
+
+    def waitpid(process: int, options: int) -> tuple[int, int]:
+        found = collect(process, options)
+        if found[0] and threading.current_thread() is not threading.main_thread():
+            time.sleep(0.3)
+        return found
+
+    monkeypatch.setattr(os, "waitpid", waitpid)
     works = ["a", "fails", "breaks", "dies", "b"]
     ended = dict(each_in_a_process(behave, works, 1, 3, lambda work: tmp_path / work / "log.txt"))
     assert ended["a"] == "a, 3 threads"
@@ -135,7 +149,6 @@ def test_no_process_outlives_a_parent_that_was_killed(tmp_path: Path) -> None:
         [sys.executable, "-c", code, str(tmp_path / "child")], env={**os.environ, "PYTHONPATH": path}
     ) as parent:
         assert until(tmp_path / "child")
-        time.sleep(0.1)
         child = int((tmp_path / "child").read_text(encoding="utf-8"))
         parent.kill()
     assert gone(child)
