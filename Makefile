@@ -53,6 +53,7 @@ wheel:
 	$(PYTHON) -m pip wheel --disable-pip-version-check --no-deps --wheel-dir dist .
 
 # Tests start many processes, each of which would compile this project's files anew where no bytecode may be kept.
+# A test that ends its process, as one that hangs, ends all: its file would go, with it, to one process after another.
 test: environment generative texts $(VISION)
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0
 
