@@ -1,5 +1,8 @@
 """Settings, data, models, adapters, tasks, messages: shared by server, sites and strategies. Imports none of these."""
 
+from fedveil.common.hub import bar_code
 from fedveil.common.quiet import leave_out
 
-leave_out()  # here, because whoever imports those packages has imported this one before
+# Here, because whoever imports other packages has imported this one before.
+bar_code()
+leave_out()

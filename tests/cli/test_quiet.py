@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -99,9 +100,26 @@ def test_only_these_words_are_left_out(logger: str, text: str, told: bool) -> No
 
 def test_peft_is_imported_in_silence() -> None:
     """In a process of its own, as a command is: bitsandbytes is there and no run of it quantises."""
-    code = "import fedveil.common.adapters, peft; peft.import_utils.is_bnb_4bit_available()"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = imported_online("import fedveil.common.adapters, peft; peft.import_utils.is_bnb_4bit_available()")
     assert done.stdout + done.stderr == ""
+
+
+def test_a_library_that_asks_for_compiled_code_goes_its_way_without(tmp_path: Path) -> None:
+    """As bitsandbytes asks on some processors: the same words, and a package that would download."""
+    (tmp_path / "kernels.py").write_text("def get_kernel(name): print('downloaded', name)\n", encoding="utf-8")
+    asks = "try:\n    from kernels import get_kernel; get_kernel('x/y')\nexcept Exception:\n    print('without')\n"
+    assert imported_online(asks, tmp_path).stdout == "downloaded x/y\n"
+    assert imported_online(f"import fedveil.common\n{asks}", tmp_path).stdout == "without\n"
+
+
+def imported_online(code: str, *more: Path) -> subprocess.CompletedProcess[str]:
+    """Run code where hubs may be asked, as by default, and asking for an address is an error that nothing catches."""
+    guard = "import os, socket\nsocket.getaddrinfo = lambda *_, **__: os.abort()\n"
+    variables = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    variables["PYTHONPATH"] = os.pathsep.join(map(str, more))
+    return subprocess.run(
+        [sys.executable, "-c", guard + code], cwd=ROOT, env=variables, capture_output=True, text=True, check=True
+    )
 
 
 def test_a_head_on_features_is_trained_in_silence(fresh_python: Run) -> None:
