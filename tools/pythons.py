@@ -1,9 +1,10 @@
-"""Run the tests under each Python from 3.11 to 3.14 that this machine has, and the newest torch that it can have.
+"""Run the tests under each Python from 3.11 to 3.14 that this machine has, or with the newest versions of all.
 
-    python tools/pythons.py [TEST FILE OR OPTION OF PYTEST ...]
+    python tools/pythons.py [--newest] [TEST FILE OR OPTION OF PYTEST ...]
 
-Each Python has an environment of its own below ``.venv/pythons``. What could not be had is printed as untried. The exit
-status is 1 if tests failed or none could be run.
+Each Python has an environment of its own below ``.venv/pythons``, with the versions of ``requirements/tested.txt``;
+``--newest`` takes this Python alone, and what ``pyproject.toml`` allows. What could not be had is printed as untried.
+The exit status is 1 if tests failed or none could be run.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,19 +36,22 @@ def interpreter(version: str) -> Path | None:
     return None
 
 
-def environment(version: str, python: Path, log: Path) -> Path | None:
-    """Make an environment with the newest versions that ``pyproject.toml`` allows; None if it cannot be made."""
-    venv = ROOT / ".venv" / "pythons" / version
+def environment(version: str, python: Path, log: Path, *, newest: bool) -> Path | None:
+    """Make an environment, as the Makefile does or with the newest versions; None if it cannot be made."""
+    venv = ROOT / ".venv" / "pythons" / (f"newest-{version}" if newest else version)
     own = venv / "bin" / "python"
     install = [own, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--upgrade"]
-    wheels = ["--only-binary", ":all:"]
+    exactly = ["--only-binary", ":all:", "--require-hashes", "--no-deps"]
     known = [f"--requirement=requirements/{name}.txt" for name in ("demo", "generative", "texts", "vision")]
+    by_uv = [venv / "bin" / "uv", "pip", "install", "--python", own, "--override", "requirements/override.txt"]
+    tested = ["-c", "requirements/tested.txt", "-b", "requirements/tested.txt"]
+    torch = next(iter(re.findall(r"(?m)^torch==[0-9.]*", (ROOT / "requirements/tested.txt").read_text("utf-8"))))
     steps = [
-        [python, "-m", "venv", venv],
-        [*install, *wheels, "-r", "requirements/pip.txt"],
-        [*install, *wheels, "--require-hashes", "--no-deps", *known],
-        [*install, "--upgrade-strategy", "eager", "-e", EXTRAS],
-        [*install, *wheels, "--no-deps", "-r", "requirements/override.txt"],
+        [python, "-m", "venv", "--clear", venv],
+        [*install, *exactly, "-r", "requirements/pip.txt"],
+        [*install, *exactly, *known],
+        *([] if newest else [[*install, "--no-deps", torch]]),
+        [*by_uv, *(["--upgrade"] if newest else tested), "-e", EXTRAS],
     ]
     with log.open("w", encoding="utf-8") as file:
         for step in steps:
@@ -61,41 +64,27 @@ def environment(version: str, python: Path, log: Path) -> Path | None:
     return own
 
 
-def torch_of(python: Path) -> tuple[str, str]:
-    """Return the torch that is installed and the newest in our range that the index has for this Python, or ``?``."""
-    from_index = [python, "-m", "pip", "index", "versions", "torch"]
-    listed = subprocess.run(from_index, cwd=ROOT, capture_output=True, text=True, check=False).stdout
-    code = "import torch; print(torch.__version__)"
-    own = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False).stdout.strip()
-    versions = re.search(r"Available versions: (.*)", listed)
-    ranges = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
-    below = next(int(text.split("<")[1]) for text in ranges if text.startswith("torch"))
-    found = [name for name in (versions[1].split(", ") if versions else []) if int(name.split(".")[0]) < below]
-    return own or "?", found[0] if found else "?"
-
-
 def main(arguments: list[str]) -> int:
     """Run the tests under each Python; print a line for each and return the exit status."""
+    newest = arguments[:1] == ["--newest"]
     logs = ROOT / "build" / "pythons"
     logs.mkdir(parents=True, exist_ok=True)
     lines, passed, failed = [], 0, 0
-    for version in VERSIONS:
+    for version in [f"{sys.version_info.major}.{sys.version_info.minor}"] if newest else VERSIONS:
         log, python = logs / f"{version}.log", interpreter(version)
         if python is None:
             lines.append(f"Python {version}: untried, this machine has none")
             continue
         print(f"Python {version} ({python}): installing, then tests; log: {log}", flush=True)
-        if (own := environment(version, python, log)) is None:
+        if (own := environment(version, python, log, newest=newest)) is None:
             lines.append(f"Python {version}: untried, its packages could not be installed; log: {log}")
             continue
-        torch, newest = torch_of(own)
         with log.open("a", encoding="utf-8") as file:
-            command = [own, "-m", "pytest", "-n", "2", "--dist", "loadfile", *arguments]
+            subprocess.run([own, "tools/versions.py", "compare"], cwd=ROOT, stdout=file, stderr=file, check=False)
+            command = [own, "-m", "pytest", "-n", "2", "--dist", "loadfile", *arguments[newest:]]
             code = subprocess.run(command, cwd=ROOT, stdout=file, stderr=file, check=False).returncode
         passed, failed = passed + (not code), failed + bool(code)
-        lines.append(f"Python {version}, torch {torch}: {'tests failed' if code else 'tests passed'}; log: {log}")
-        if torch.split("+")[0] != newest.split("+")[0]:
-            lines.append(f"Python {version}, torch {newest}, the newest: untried, pip installed {torch}")
+        lines.append(f"Python {version}: {'tests failed' if code else 'tests passed'}; versions and log: {log}")
     print("\n".join(lines))
     return int(bool(failed) or not passed)
 

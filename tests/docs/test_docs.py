@@ -66,17 +66,16 @@ def check_settings(words: list[str]) -> None:
 
 
 def check_install(words: list[str]) -> None:
-    """Hold the wheel that a page installs, its extras and the version over Flower's pin against ``pyproject.toml``."""
+    """Hold what a page installs, with its extras and files, against ``pyproject.toml`` and ``requirements/``."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    override = (ROOT / "requirements" / "override.txt").read_text(encoding="utf-8").splitlines()[-1]
-    assert words[1] == "install"
-    for word in [word for word in words[2:] if not word.startswith("--")]:
-        if ".whl" in word:
+    assert "install" in words[1:3]
+    for word in words[words.index("install") + 1 :]:
+        if word.startswith("requirements/"):
+            assert (ROOT / word).is_file()
+        elif not word.startswith("-"):
             name, _, extras = Path(word).name.rstrip("]").partition("[")
-            assert name == f"fedveil-{project['version']}-py3-none-any.whl"
+            assert name in ("", f"fedveil-{project['version']}-py3-none-any.whl")
             assert set(extras.split(",")) <= set(project["optional-dependencies"])
-        else:
-            assert word == override
 
 
 def made_here() -> list[str]:
@@ -131,7 +130,7 @@ def test_every_command_in_the_docs_exists(page: str, line: str) -> None:
     elif program == "flower-supernode":
         node = parse_settings([words[words.index("--node-config") + 1]])
         assert set(node) <= set(NODE_KEYS), f"{page}: a site knows no {set(node) - set(NODE_KEYS)}"
-    elif program == "pip":
+    elif program in ("pip", "uv"):
         check_install(words)
     elif words[1:3] == ["-m", "venv"]:
         assert (place := words[3]) != "fedveil", f"{page}: {place} would be imported instead of the package"

@@ -32,8 +32,8 @@ def test_the_harness_is_an_extra_that_make_and_the_page_name() -> None:
     assert harness.name == "lm-eval"
     assert [version for version in ("0.4.12", "0.4.13", "0.5.0") if harness.specifier.contains(version)] == ["0.4.13"]
     for name, words in (
-        ("Makefile", '["optional-dependencies"]["harness"]'),
-        ("docs/guides/serve.md", "'fedveil[harness]'"),
+        ("Makefile", "$(call EXTRAS,harness)"),
+        ("docs/guides/serve.md", "'.[harness]'"),
     ):
         text = (ROOT / name).read_text(encoding="utf-8")
         assert words in text
@@ -82,10 +82,6 @@ def test_they_are_installed_by_their_hashes_and_no_setup_runs(name: str) -> None
     assert steps
     for step in steps:
         assert {"--require-hashes", "--no-deps", "--only-binary"} <= set(step.split()), step
-    override = [line for line in text.splitlines() if "-r" in line and "override.txt" in line]
-    assert override
-    assert all("--no-deps" in step and "--upgrade" in step for step in override)
-    assert text.index(override[0]) > text.index(steps[0])
 
 
 def test_the_override_is_allowed_by_our_range_and_flowers_pin_is_too() -> None:
@@ -98,15 +94,16 @@ def test_the_override_is_allowed_by_our_range_and_flowers_pin_is_too() -> None:
     assert own.specifier.contains("50.0.2")
     assert [version for version in ("46.0.3", "46.0.7") if own.specifier.contains(version)] == ["46.0.3", "46.0.7"]
     assert flowers.specifier.contains("46.0.7")
-    assert not flowers.specifier.contains("50.0.2"), "Flower takes 50 itself: the step of its own can go"
+    assert not flowers.specifier.contains("50.0.2"), "Flower takes 50 itself: the override can go"
     assert override.specifier.contains(str(safe_versions()["cryptography"]), prereleases=True)
 
 
 def test_the_lower_bounds_leave_out_what_has_known_advisories() -> None:
     """Every bound, of extras, of what builds and of what installs; a row of the table that no bound keeps is found."""
     told = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    texts = [*told["build-system"]["requires"], *lines_of("pip.txt"), *lines_of("override.txt")]
-    # The range's own takes what Flower's pin asks for; the step of its own comes after it.
+    texts = [*told["build-system"]["requires"], *lines_of("override.txt")]
+    texts += [text for text in lines_of("tested.in") if text.startswith("pip")]
+    # The range's own takes what Flower's pin asks for; the override comes in its place.
     texts += [text for text in told["project"]["dependencies"] if not text.startswith("cryptography")]
     texts += [text for extra in told["project"]["optional-dependencies"].values() for text in extra]
     bounds = {requirement.name: requirement.specifier for requirement in map(Requirement, texts)}
@@ -116,22 +113,26 @@ def test_the_lower_bounds_leave_out_what_has_known_advisories() -> None:
         assert least >= mended, f"{package}{bounds[package]} takes a version that has known advisories"
 
 
-@pytest.mark.parametrize("name", ["Makefile", "Dockerfile"])
-def test_pip_is_new_before_it_installs_anything(name: str) -> None:
+INSTALLS = {"Makefile": 2, "Dockerfile": 1, "README.md": 1, "docs/guides/steward.md": 1, "docs/guides/first.md": 1}
+"""Where FedVeil is installed, and how many environments are made there."""
+
+
+@pytest.mark.parametrize("name", INSTALLS)
+def test_what_installs_is_new_and_known_before_it_installs_the_tested_versions(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
-    if name == "Dockerfile":
-        _, requirements, image, *targets = re.split(r"(?m)^FROM ", text)
-        assert "pip install" not in requirements + "".join(targets)
-        steps = re.findall(r"pip install.*", image)
-        assert "--upgrade" in steps[0]
-        assert steps[0].endswith("-r /requirements/pip.txt \\")
-        return
-    (upgrade,) = re.findall(r"^NEW_PIP := (.*)", text, flags=re.M)
-    assert {"--upgrade", "requirements/pip.txt"} <= set(upgrade.split())
-    made = re.findall(r"\$\(PYTHON\) -m venv (\S+)\n\t(.*)", text)
-    assert len(made) == 7
-    for venv, step in made:
-        assert step == f"{'$(BIN)' if venv == '$(VENV)' else f'{venv}/bin'}/python $(NEW_PIP)"
+    for variable in ("EXACT", "INSTALL", "UV"):
+        for value in re.findall(rf"^{variable} *:= *(.*)", text, flags=re.M):
+            text = text.replace(f"$({variable})", value)
+    steps = [line for line in text.splitlines() if re.search(r"(?<![:=] )(\bpip|\$\(PIP\)) .*(-r|-e|-c|'\.\[)", line)]
+    first = [number for number, step in enumerate(steps) if re.search(r"-r /?requirements/pip\.txt", step)]
+    assert len(first) == INSTALLS[name], steps
+    assert first[0] == 0 or "(1)" in steps[first[0]], "something is installed before"
+    for number in first:
+        assert {"--upgrade", "--require-hashes", "--no-deps"} <= set(steps[number].split())
+    whole = [step for step in steps if re.search(r"\[(demo,)?grpc|-r /requirements\.txt", step)]
+    assert whole
+    for step in whole:
+        assert re.search(r"uv pip install .*--override /?requirements/override\.txt -c \S+/tested\.txt", step), step
 
 
 def test_the_doctor_fails_on_whatever_has_known_advisories(monkeypatch: pytest.MonkeyPatch) -> None:
