@@ -20,6 +20,8 @@ from audits.account import audit_account
 from audits.canary import probe_all
 from audits.class_means import EACH_CLIPPED, audit_class_means
 from audits.concurrent import bouts_of_all
+from audits.connections import FAULTS as ASKING
+from audits.connections import LONG, SIMULATED, audit_connections
 from audits.faults import SOUND
 from audits.finding import audit_file, quiet, show
 from audits.front_door import audit_front_doors
@@ -108,6 +110,14 @@ def rounds_of_all(folder: Path) -> list[Finding]:
     return [*sites, *(audit_account(own(f"account {fault.name}"), fault) for fault in cases)]
 
 
+def connections_of_all(folder: Path) -> list[Finding]:
+    """Return the findings about what processes connect to."""
+    cases = [(SOUND, LONG), *((fault, SIMULATED) for fault in ASKING)]
+    for number in range(len(cases)):
+        (folder / str(number)).mkdir()
+    return [audit_connections(folder / str(n), fault, commands) for n, (fault, commands) in enumerate(cases)]
+
+
 def every_audit(folder: Path, kills: int, bouts: int) -> Iterator[list[Finding]]:
     """Run all audits in turn, each in a folder of its own; those that fork come before any that starts a thread."""
     parts: tuple[Callable[[Path], Sequence[Finding]], ...] = (
@@ -118,6 +128,7 @@ def every_audit(folder: Path, kills: int, bouts: int) -> Iterator[list[Finding]]
         rounds_of_all,
         lambda own: list(hostile_server(own)),
         lambda _: audit_front_doors(),
+        connections_of_all,
         audit_judges,
         audit_sums,
         probe_all,

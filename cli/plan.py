@@ -118,6 +118,7 @@ def _asked(given: Given, sites: int | None, sizes: str) -> Iterator[_Asked]:
 
 def _of_sizes(given: Given, sites: int | None, sizes: str) -> _Asked:
     """Return the run of sites of public sizes, and say which recipe it has."""
+    from fedveil.experiments.hub_sources import fetched
     from fedveil.privacy.privacy_filter import FRESH
     from fedveil.strategies.job import configure, with_recipe
 
@@ -125,12 +126,13 @@ def _of_sizes(given: Given, sites: int | None, sizes: str) -> _Asked:
         raise ConfigError(
             "give --sizes or --sites (--site, --ledger), not both: the sizes say how many sites there are"
         )
-    overrides, note = with_recipe(given.settings, divided=False)
+    settings = fetched(given.settings)
+    overrides, note = with_recipe(settings, divided=False)
     job, public_sizes = configure(overrides), _numbers(sizes)
     if note:
         typer.echo(visible(note), err=True)
-    if not given.settings.get("data.records"):
-        as_these = {**given.settings, "data.records": sum(public_sizes)}
+    if not settings.get("data.records"):
+        as_these = {**settings, "data.records": sum(public_sizes)}
         other = with_recipe(as_these, sites=len(public_sizes))[0]["recipe"]
         if other != job.config.recipe:
             console.print(

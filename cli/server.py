@@ -106,11 +106,12 @@ def server_submit(
     from fedveil.common.config.text import parse_settings
     from fedveil.deploy.server_folder import open_server
     from fedveil.deploy.submit import submit
+    from fedveil.experiments.hub_sources import fetched
 
     server = open_server(folder)
     with Steps() as steps:
         steps("reading the settings")
-        settings, ahead = parse_settings(config or []), _ahead(server, sites)
+        settings, ahead = fetched(parse_settings(config or [])), _ahead(server, sites)
         run = submit(server, settings, steps.say, sites=sites, patience=patience, once=once, ahead=ahead, step=steps)
     print_summary(run)
 

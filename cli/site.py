@@ -56,7 +56,7 @@ def site_init(
     labels: Labels = None,
     max_length: MaxLength = 128,
     model: Annotated[
-        str, typer.Option(help="Base model that the doctor checks and the policy allows.")
+        str, typer.Option(help="Base model that the doctor checks and the policy allows; hub:NAME is fetched now.")
     ] = "all-MiniLM-L6-v2",
     fingerprint: Fingerprint = "",
     runtime_port: Annotated[
@@ -68,7 +68,9 @@ def site_init(
     from fedveil.deploy.policy_file import models_of, pins_of, policy_text
     from fedveil.deploy.site_folder import make_site
     from fedveil.deploy.units import site_steps, site_unit
+    from fedveil.experiments.hub_sources import fetched
 
+    model = str(fetched({"model.name": model})["model.name"])
     if data is not None:
         if public_size < 1:
             raise ConfigError("--public-size is needed beside --data: a whole number that you declare as public")

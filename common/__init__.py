@@ -1,8 +1,8 @@
 """Settings, data, models, adapters, tasks, messages: shared by server, sites and strategies. Imports none of these."""
 
-from fedveil.common.hub import bar_code
+from fedveil.common.hub import close
 from fedveil.common.quiet import leave_out
 
 # Here, because whoever imports other packages has imported this one before.
-bar_code()
+close()
 leave_out()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fedveil.common.config.flat import Scalar
 from fedveil.common.config.text import toml_value
+from fedveil.common.hub import CLOSED
 from fedveil.deploy.road import Road, past_proxies
 from fedveil.deploy.server_folder import ServerFolder
 from fedveil.deploy.site_folder import SiteFolder, node_settings
@@ -17,12 +18,6 @@ from fedveil.deploy.transport import superlink_words
 from fedveil.server.own_check import FOLDER
 from fedveil.server.registered import NODES
 
-QUIET = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-}
-"""Flower sends no telemetry and installs nothing at run time."""
 QUOTE, QUOTE_BY_NUMBER = r"\"", r"\u0022"
 """A quote within a text in TOML, in two ways."""
 
@@ -36,7 +31,7 @@ def environment(home: Path, road: Road | None = None) -> dict[str, str]:
     """Return this process's environment with Flower's own folder at ``home``, and the road of a site to its server."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     given = road.environment(os.environ) if road else past_proxies(os.environ)
-    return {**given, **QUIET, "FLWR_HOME": str(home), "PATH": path}
+    return {**given, **CLOSED, "FLWR_HOME": str(home), "PATH": path}
 
 
 def superlink_environment(folder: ServerFolder, home: Path) -> dict[str, str]:

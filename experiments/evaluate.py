@@ -110,7 +110,7 @@ def base_of(about: AdapterFile, name: str, files: str) -> BaseModel:
     Raises:
         ModelNotLoaded: it is missing, or has other files, none of which was opened.
     """
-    check_files(name, files, fetch=False)
+    check_files(name, files)
     pool, bits = (str(about.settings.get(*usual)) for usual in (("head.pool", "mean"), ("model.quantise", "none")))
     return load_base_model(name, task_of(about.settings | {"model.task": about.task}), pool, bits, files)
 

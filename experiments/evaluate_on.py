@@ -20,6 +20,7 @@ from fedveil.common.data.named import DATASETS
 from fedveil.common.data.sources import is_paired, load_dataset, public_test, slice_of, slices_of, train_and_test
 from fedveil.common.errors import ConfigError, DataError
 from fedveil.common.files import expanded, finite, replace_file
+from fedveil.common.hub import name_sources
 from fedveil.common.labels import labels_text
 from fedveil.common.model.batching import length_batches
 from fedveil.common.model.device import autocast, choose_attention, choose_batch_tokens
@@ -67,6 +68,7 @@ def evaluate_on(run: Path, sources: Sequence[str], column: str = "") -> list[Eva
     """
     adapter = run / "adapter"
     about = about_of(adapter)
+    name_sources(sources)
     sets = [set_of(about, source, column) for source in dict.fromkeys(sources)]
     kept = read_if_there(EvaluatedFile, run) or EvaluatedFile([])
     final = load_result(adapter)

@@ -20,6 +20,7 @@ from fedveil.common.config.flat import Scalar
 from fedveil.common.config.text import toml_value
 from fedveil.common.errors import ConfigError
 from fedveil.common.files import expanded
+from fedveil.common.model.named import NAMED_MODELS
 from fedveil.common.words import visible
 from fedveil.strategies.job import configure
 
@@ -205,6 +206,8 @@ def _converted(value: Any, kind: str) -> Scalar | None:
         if not is_file and (kind == "file" or not isinstance(value, str)):
             return None
         return str(value) if is_file else f"hub:{value}"
+    if kind == "model" and isinstance(value, str) and value not in NAMED_MODELS and not expanded(value).exists():
+        return f"hub:{value}"
     return value if isinstance(value, str | int | float | bool) else None
 
 

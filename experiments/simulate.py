@@ -26,6 +26,7 @@ from fedveil.common.data.partition import check_partition, site_part
 from fedveil.common.data.sources import train_and_test
 from fedveil.common.errors import ConfigError, RunFailed
 from fedveil.common.files import FileState, check_room, expanded, whole_lines
+from fedveil.common.hub import CLOSED
 from fedveil.common.model.device import worker_count
 from fedveil.common.paths import run_folder
 from fedveil.common.ports import free_ports
@@ -34,6 +35,7 @@ from fedveil.common.threads import CORES, environment, site_cores
 from fedveil.common.trackers import check_installed
 from fedveil.common.words import counted
 from fedveil.deploy.app import app_folder
+from fedveil.deploy.road import LOOPBACK
 from fedveil.experiments import keeper
 from fedveil.experiments.site_count import check_usual_sites, record_sites
 from fedveil.experiments.under_way import conducting
@@ -145,6 +147,17 @@ def check_output(output: Path) -> None:
     check_room(output, LEAST_ROOM)
 
 
+_ON_LOOPBACK = {
+    # Ray's own word for a cluster of one machine, on every system: else its services listen on the machine's address.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    # Ray's dashboard asks every cloud's service of metadata where it runs, also without usage statistics. It and all
+    # that heeds proxies meets a port on which nobody listens.
+    **dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:1"),
+    **dict.fromkeys(("no_proxy", "NO_PROXY"), ",".join(LOOPBACK)),
+}
+"""Variables by which the processes of a simulation meet on this machine's loopback, and reach nothing else."""
+
+
 @dataclass(frozen=True)
 class _Link:
     home: Path
@@ -162,17 +175,15 @@ def _superlink(home: Path, workers: int) -> Iterator[_Link]:
     binaries = Path(sys.executable).parent
     variables = {
         **environment(),
+        **CLOSED,
         CORES: str(site_cores() // workers),
         "FLWR_HOME": str(home),
         VARIABLE: str(home / keeper.DOOR),
         CHECKED: "1",
-        "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(port),
         "FLWR_LOCAL_CONTROL_API_PORT": str(control),
-        "RAY_USAGE_STATS_ENABLED": "0",
+        **_ON_LOOPBACK,
         "RAY_worker_niceness": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "PATH": f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}",

@@ -121,10 +121,10 @@ def _model_of(rows: SiteRows, about: AboutState) -> FederatedModel:
     job = configure(about.settings)
     name, policy = job.config.model.name, rows.policy
     _check_task(rows, job.config.model.task, name)
-    check_base(policy, name, about.base_fingerprint, files_of(name, fetch=False))
+    check_base(policy, name, about.base_fingerprint, files_of(name))
     labels = rows.data.label_names  # with the phrases that a round's head starts from: a frozen head never travels
     phrases = label_phrases_of(own_settings(job.config, policy), labels)
-    model = job.model(labels, phrases, files_of(name, fetch=False))
+    model = job.model(labels, phrases, files_of(name))
     if model.base.fingerprint != about.base_fingerprint:
         raise ModelError(f"run {about.run} has another base model than {name!r} is here: put the run's one there")
     return model
@@ -135,7 +135,7 @@ def _checked(rows: SiteRows, run: Path) -> AdapterFile:
     about = about_of(run / "adapter")
     _check_task(rows, about.task, str(run), about.label_names)
     check_base(rows.policy, about.base_model, about.base_fingerprint, about.base_files)
-    check_files(about.base_model, about.base_files, fetch=False)
+    check_files(about.base_model, about.base_files)
     return about
 
 

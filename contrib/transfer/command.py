@@ -17,7 +17,7 @@ console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
 @for_people
 def transfer(
     folder: Annotated[Path, typer.Argument(help="A run's folder, its id, or 'latest'.")],
-    to: Annotated[str, typer.Option(help="The new base model: a name, a folder or a hub id, as model.name.")],
+    to: Annotated[str, typer.Option(help="The new base model: a name, a folder or hub:NAME, as model.name.")],
     texts: Annotated[str, typer.Option(help="Public texts: a file with one a line, or a named data set.")],
     out: Annotated[Path, typer.Option(help="A new folder.")] = Path("transferred"),
     keep: Annotated[int, typer.Option(min=0, help="Use so many of the texts, from the first on; 0: 10,000.")] = 0,
@@ -32,13 +32,14 @@ def transfer(
 
     folder, asked = given_run(folder), given_run(votes) if votes else None
     check_adapter(folder / "adapter")
+    from fedveil.contrib.transfer import transfer as lesson
     from fedveil.contrib.transfer.student import How
-    from fedveil.contrib.transfer.transfer import Wanted
-    from fedveil.contrib.transfer.transfer import transfer as taught
+    from fedveil.experiments.hub_sources import MODEL, fetched
     from fedveil.reports.derived import NO_RECORD, together_sentence
 
     with console.status("loading the models") as status:
-        made = taught(folder, out, Wanted(to, texts, keep, asked, How(rank=rank, passes=passes)), status.update)
+        wanted = lesson.Wanted(str(fetched({MODEL: to})[MODEL]), texts, keep, asked, How(rank=rank, passes=passes))
+        made = lesson.transfer(folder, out, wanted, status.update)
     for figure in made.figures:
         half = f" ± {100 * figure.half:.1f}" if figure.half else ""
         console.print(f"{percent_text(figure.value)}{half}  {figure.name}")

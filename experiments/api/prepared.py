@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedveil.client.site import forget_divided
@@ -26,6 +26,7 @@ from fedveil.experiments.api.sites import (
     sites_of_records,
     usual_names,
 )
+from fedveil.experiments.hub_sources import fetched
 from fedveil.experiments.own_table import hints, with_guesses
 from fedveil.experiments.progress import Watch
 from fedveil.experiments.simulate import check_simulated
@@ -85,6 +86,7 @@ def prepared(
     records = records_of(division.data, division.test, division.site, str(given.get("model.task", "classification")))
     for key in {*records.settings} & {*given}:
         raise ConfigError(f"{key} is given as a setting, and data, test or site say it too: leave the setting out")
+    given, records = fetched(given), replace(records, settings=fetched(records.settings))
     if began:
         records = as_before(records, began)
     data = {key: value for key, value in began.items() if key.startswith("data.")}

@@ -132,7 +132,7 @@ def _config_of(about: AdapterFile) -> Any:
 
     from fedveil.common.tasks.loading import OWN_CODE
 
-    check_files(about.base_model, about.base_files, fetch=False)  # somebody's folder makes nobody fetch a model
+    check_files(about.base_model, about.base_files)
     with model_folder(about.base_model, about.base_files) as folder:
         try:
             return AutoConfig.from_pretrained(folder, **OWN_CODE)

@@ -37,6 +37,7 @@ from fedveil.common.data.partition import check_partition
 from fedveil.common.errors import ConfigError
 from fedveil.common.paths import RUN_NAME
 from fedveil.common.toml import read_toml
+from fedveil.experiments.hub_sources import fetched
 from fedveil.experiments.recipes import check_recipes, names_recipe
 from fedveil.experiments.site_count import USUAL
 from fedveil.experiments.sweep.arms import ARMS, BASELINES, FEDERATED
@@ -149,7 +150,7 @@ def _is_run(content: Mapping[str, Any]) -> bool:
 
 def _single(content: Mapping[str, Any]) -> Cell:
     """Return the run of a run's own settings, at the usual number of sites, with its own seed and ε."""
-    given = {**known_settings(), **(own := flatten(content))}
+    given = {**known_settings(), **(own := fetched(flatten(content)))}
     mode, seed, epsilon = (given[key] for key in ("privacy.mode", "seed", "privacy.epsilon"))
     budget = _epsilon(epsilon) if mode not in MECHANISMS or mode in promising() else None
     if not isinstance(seed, int) or isinstance(seed, bool):
@@ -263,7 +264,7 @@ def _settings(
     for key in laid:
         if key in axes:
             raise ConfigError(f"{prefix}settings has {key!r}, which is the sweep's own: say it by {axes[key]}")
-    return {**(read_settings_file(folder / named) if named else {}), **laid}
+    return fetched({**(read_settings_file(folder / named) if named else {}), **laid})
 
 
 def _epsilon(value: Any) -> float | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from audits.connections import guarded
 from faults.checks import Expected, examine
 from faults.fault_plan import SERVER
 from faults.faulty_server import AGGREGATING
@@ -19,7 +20,7 @@ SITES = ("clinic", "lab")
 
 
 def test_a_lying_site_and_a_server_that_dies_in_a_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Federation(tmp_path) as federation:
+    with guarded(tmp_path) as seen, Federation(tmp_path) as federation:
         for site in SITES:
             federation.add_site(site)
         federation.wait_online(*SITES)
@@ -47,3 +48,5 @@ def test_a_lying_site_and_a_server_that_dies_in_a_round(tmp_path: Path, monkeypa
         monkeypatch.setitem(SIZES, "clinic", SIZES["clinic"] + 1)
         found = examine(federation, run, 2, "", died, "")
         assert "not what the survivors' replies imply" in str(found.figures["wrong"]), "weights make no difference"
+    assert len({line["pid"] for line in seen}) >= 3, "processes had no guard"
+    assert not [line for line in seen if "host" in line], "a server or a site connected to something else"

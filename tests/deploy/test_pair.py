@@ -23,9 +23,10 @@ import pytest
 from fedveil.common import runtime
 from fedveil.common.bundle import own_digest
 from fedveil.common.errors import ConfigError, DataError
+from fedveil.common.hub import CLOSED
 from fedveil.common.ports import free_ports
 from fedveil.deploy import pair, start
-from fedveil.deploy.commands import QUIET, own_module
+from fedveil.deploy.commands import own_module
 from fedveil.deploy.doctor import examine_site
 from fedveil.deploy.server_folder import make_server
 from fedveil.deploy.site_folder import SiteFolder, make_site
@@ -215,8 +216,8 @@ def test_what_a_site_starts_asks_for_the_authority_s_certificate_tells_nobody_an
 ) -> None:
     """Whoever runs ps sees a command, and what it starts inherits the environment."""
     monkeypatch.delenv("FLWR_HOME", raising=False)
-    for name in QUIET:
-        monkeypatch.setenv(name, "1" if name == "FLWR_TELEMETRY_ENABLED" else "0")
+    for name, value in CLOSED.items():
+        monkeypatch.setenv(name, str(1 - int(value)))
     taken: list[Any] = []
     monkeypatch.setattr(start, "why_refused", lambda folder: "")
     monkeypatch.setattr(start.os, "execve", lambda *words: taken.append(words))
@@ -231,11 +232,7 @@ def test_what_a_site_starts_asks_for_the_authority_s_certificate_tells_nobody_an
     ):
         assert node[node.index(option) + 1] == value
     assert "--insecure" not in node
-    assert {name: told[name] for name in QUIET} == {
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    }
+    assert {name: told[name] for name in CLOSED} == CLOSED
     shown = repr(command) + repr(told)
     for secret in (start.secret_file(site), site.path / "node.key", site.path / "identity.key"):
         assert [line for line in secret.read_text().splitlines() if line in shown] == [], secret.name

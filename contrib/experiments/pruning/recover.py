@@ -54,7 +54,7 @@ def recover_run(run: Path, target: Path, pruned: Path | None = None) -> str:
             f"the run trained on a model of fingerprint {about.base_fingerprint[:12]}, and this pruned model is "
             f"{small.small_fingerprint[:12]}: name the one of the run with --pruned"
         )
-    check_files(small.large, small.large_files, fetch=False)  # somebody's folder makes nobody fetch a model
+    check_files(small.large, small.large_files)
     large = load_base_model(small.large, small.task, files=small.large_files)
     if large.fingerprint != small.large_fingerprint:
         raise ModelError(
