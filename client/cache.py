@@ -1,9 +1,8 @@
 """The records of its sites that one process keeps from task to task, and the one way to forget them.
 
-By site it keeps the records as the model takes them (tokens, or features where the head alone is trained), the vectors
-of phases on features or Jacobians (``client.linearised``), and what left the layers below the adapter
-(``client.prefixes``). The records as they were read are
-``client.site``'s, and ``RecordCache.forget`` drops them too.
+By site it keeps the records as the model takes them (tokens, or features where the head alone is trained), and the
+vectors of phases on features or Jacobians (``client.linearised``). The records as they were read are ``client.site``'s,
+and ``RecordCache.forget`` drops them too.
 
 When something is dropped follows from tasks and from the clock, and from no record. How long it takes to free memory
 follows from the records' number and lengths. So what is dropped while the time of an answer is stopped is kept aside
@@ -17,7 +16,6 @@ from dataclasses import dataclass, field, replace
 
 from fedveil.client.linearised import Derivatives, forget_records
 from fedveil.client.own_records import prepared
-from fedveil.client.prefixes import Prefixes
 from fedveil.client.site import Site, forget_readings
 from fedveil.common.model.federated import FederatedModel
 from fedveil.common.tasks import Record
@@ -49,8 +47,6 @@ class RecordCache:
     records: dict[str, Prepared] = field(default_factory=dict)
     vectors: dict[str, Derivatives] = field(default_factory=dict)
     """The records as the steps on features or Jacobians take them."""
-    prefixes: Prefixes = field(default_factory=Prefixes)
-    """What left the layers below the adapter."""
     dropped: list[object] = field(default_factory=list)
     """What ``free`` frees."""
 
@@ -82,7 +78,6 @@ class RecordCache:
         The point of a linearisation stays: it is of what was received.
         """
         self.records.clear()
-        self.prefixes.forget()
         self.free()
         for name in list(self.vectors):
             forget_records(self.vectors, name)
@@ -97,13 +92,12 @@ class RecordCache:
         if known and any(FEATURES in record or KEPT in record for record in known.records or ()):
             self.records[site] = replace(known, records=None)
         forget_records(self.vectors, site)
-        self.prefixes.forget_site(site)
 
     def forget_other_runs(self, run: str) -> None:
         """Drop what was computed of any site's records for another run, which may have been abandoned."""
         stale = {name for name, known in self.records.items() if known.run != run}
         stale |= {name for name, known in self.vectors.items() if known.of.run != run}
-        for name in stale | {name for name, other in self.prefixes.runs.items() if other != run}:
+        for name in stale:
             self.forget_computed(name)
 
     def set_aside(self, *, vectors: bool) -> None:
@@ -111,8 +105,8 @@ class RecordCache:
         self.dropped.append(self.records)
         self.records = {}
         if vectors:
-            self.dropped += [self.vectors, self.prefixes]
-            self.vectors, self.prefixes = {}, Prefixes()
+            self.dropped.append(self.vectors)
+            self.vectors = {}
 
     def free(self) -> None:
         """Free what was set aside."""

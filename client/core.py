@@ -28,7 +28,6 @@ from torch import Tensor
 from fedveil.client.dumps import write_no_dumps
 from fedveil.client.linearised import derivatives, order_of
 from fedveil.client.nameless import unpacked
-from fedveil.client.prefixes import mapped
 from fedveil.common.log import set_up
 from fedveil.common.model.device import denormals_flushed
 from fedveil.common.model.federated import FederatedModel
@@ -118,10 +117,6 @@ def _done(link: Connection, passes: Passes | None, what: str, content: Any) -> t
     """Do one thing, and return the passes that are open then and what is answered."""
     if what == "open":
         passes = unpacked(recv_handle(link))
-        if content and (prefix := passes.model.prefix):
-            descriptor = recv_handle(link)
-            prefix.memory = mapped(descriptor)
-            os.close(descriptor)
         return passes.__enter__(), True
     if passes is None:
         return None, what == "close" or None

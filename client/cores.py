@@ -16,8 +16,8 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import wait
 from typing import Any
@@ -99,7 +99,6 @@ class Cores:
             self._all("close")
 
     def _open(self, passes: Passes, model: FederatedModel) -> bool:
-        kept = model.keeper.descriptors() if model.keeper else ()
         memory = packed(passes)
         try:
             if len(self.workers) != self.count:
@@ -108,14 +107,14 @@ class Cores:
                     self._give_up("workers are gone again and again")
                 if self.given_up or not self._start():
                     return False
-            self._all("open", bool(kept), (memory, *kept))
+            self._all("open", memory=memory)
         finally:
             os.close(memory)
         if not self.workers:
             return False
         shapes = model.feature_shapes if passes.kind == "features" else model.shapes
         trained = tuple(tuple(p.shape) for p in model.module.parameters() if p.requires_grad)
-        key = passes.kind, shapes, trained, model.precision, id(model.module), bool(kept)
+        key = passes.kind, shapes, trained, model.precision, id(model.module)
         if key not in self.proven:
             if (slowest := self._alike(passes, model)) is None:
                 return False
@@ -189,17 +188,13 @@ class Cores:
         return slowest
 
     def _digests(self, passes: Passes, model: FederatedModel, records: Sequence[Record], length: int) -> set[object]:
-        """Return the digests of made-up records' pass here and in all workers; once more of what these have kept."""
-        found: set[object] = set()
-        with model.keeper.aside(model) if model.keeper else nullcontext():
-            batch = model.fixed_batch(records, length, len(records))
-            for _ in range(2 if batch.places else 1):
-                for worker in self.workers:
-                    worker.say("digest", batch)
-                found |= {passes.digest(batch), *(worker.answer() for worker in self.workers)}
-        return found
+        """Return the digests of made-up records' pass here and in all workers."""
+        batch = model.fixed_batch(records, length, len(records))
+        for worker in self.workers:
+            worker.say("digest", batch)
+        return {passes.digest(batch), *(worker.answer() for worker in self.workers)}
 
-    def _all(self, what: str, content: Any = None, memory: Iterable[int] = ()) -> None:
+    def _all(self, what: str, content: Any = None, memory: int | None = None) -> None:
         """Have all workers do something; those that do not are ended."""
         for worker in list(self.workers):
             if not worker.say(what, content, memory):
@@ -263,7 +258,6 @@ class Cores:
 def _bare(model: FederatedModel) -> FederatedModel:
     """Return the same model without what no pass needs, and what no other program is to have."""
     bare = copy.copy(model)
-    for name in ("base", "start", "collator", "vector_shapes", "sharing", "keeping", "keeper"):
+    for name in ("base", "start", "collator", "vector_shapes", "sharing"):
         setattr(bare, name, None)
-    bare.prefix = model.prefix and replace(model.prefix, memory=None)
     return bare

@@ -293,7 +293,7 @@ def derivatives(
     seen: list[Tensor] = []
 
     def contrast(batch: FixedBatch) -> Tensor:
-        with autocast(model.device, model.precision), model.entered(batch):
+        with autocast(model.device, model.precision):
             features = model.module.features(batch)
             logits = model.module({**batch, FEATURES: features})
         seen.append(features.detach()[: batch.records])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -23,7 +23,6 @@ from fedveil.client.head_alone import head_on_features
 from fedveil.client.linearised import Computation, Derivatives, Keeping, forget_records, linearised
 from fedveil.client.optimizers import build_optimizer, set_learning_rate
 from fedveil.client.outgoing import own_words
-from fedveil.client.prefixes import pays
 from fedveil.client.site import Site
 from fedveil.client.unfolding import step_parts
 from fedveil.common.errors import MechanismError, ProtocolError
@@ -270,7 +269,7 @@ def _local_steps(
 def _take_steps(records: Sequence[Record], this: _Round, before_pass: Callable[[], None]) -> Words | None:
     job, model, config = this.job, this.model, this.job.config.training
     first = (this.task.round_number - 1) * config.local_steps
-    with _kept(this), _trainable(records, this, before_pass) as (inputs, trained):
+    with _trainable(records, this, before_pass) as (inputs, trained):
         optimizer = build_optimizer(trained, config, job.config.site_head_rate)
         batches = this.plan.batches(model, inputs, stream(job.config.seed, "batches", this.site.name), first)
         coins = this.plan.coins(stream(job.config.seed, "coins", this.site.name, first))
@@ -284,14 +283,6 @@ def _take_steps(records: Sequence[Record], this: _Round, before_pass: Callable[[
                 parts = step_parts(this.plan, model, batch, coins, before_pass, hides=hides_failures(job))
                 steps.step(parts, model.losses)
             return steps.words
-
-
-def _kept(this: _Round) -> AbstractContextManager[None]:
-    """Return the context in which what leaves the layers below the adapter is kept, where records pass again."""
-    grouped = isinstance(this.plan, PrivacyPlan) and (this.plan.unit.grouped or unfolds(this.model.task))
-    if not isinstance(this.plan, PrivacyPlan) or grouped or not pays(this.job):
-        return nullcontext()
-    return this.model.keeping.opened(this.model, this.site.name, this.task.run)
 
 
 @contextmanager

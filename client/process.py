@@ -256,7 +256,7 @@ class SiteProcess:
         with deadline.extended():
             check_task(task, job, model)
             keep_state(asked.node, job, model, task)
-            model.sharing, model.keeping = self.cores, self.cache.prefixes
+            model.sharing = self.cores
             self.set_threads(asked)
             with denormals_flushed():
                 for worst, reserve in self.rehearsals.forecasts(job, site, model, task):

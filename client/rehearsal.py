@@ -12,7 +12,6 @@ a batch, or remember what passed before. So, on records that are no one's, with 
    A model of few numbers may round one record equally by chance where it does not the next, so it is shown several.
    Where shapes inside a pass follow from what the records hold, as with experts, no row has another beside it.
 3. **It fits.** Every shape of 2 is a full one, so memory that does not suffice shows here and not after the charge.
-4. **Kept as computed.** Behind values that were kept (``client.prefixes``) gradients have the same bits, or none are.
 
 Scales, head, metric and factors are the rehearsal's own: a server could choose some under which nothing shows.
 
@@ -32,7 +31,6 @@ from torch import Tensor, nn
 
 from fedveil.client.comparison import ComparedSteps, FeatureSteps, LossSteps, check_own
 from fedveil.client.exact_shapes import settle_shapes
-from fedveil.client.kept_prefixes import settle_prefix
 from fedveil.client.made_up import AWAY, away_from_zero, in_float32, inventor, made_up_rows, whole_inventor
 from fedveil.client.timing import Timing
 from fedveil.common.errors import MechanismError, ModelError
@@ -142,7 +140,6 @@ class _Rehearsal:
             with rehearsal_entropy(), away_from_zero(self.model):
                 self._none_moves_another()
                 settle_shapes(self)
-                settle_prefix(self)
                 return self._timing()
         except MechanismError as error:
             raise self._refusal(str(error)) from error

@@ -9,7 +9,6 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Iterable
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import send_handle
 from typing import Any
@@ -47,12 +46,12 @@ class WorkerProgram:
             for direction in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
                 own.setsockopt(socket.SOL_SOCKET, direction, struct.pack("ll", math.ceil(seconds), 0))
 
-    def say(self, what: str, content: Any = None, memory: Iterable[int] = ()) -> bool:
-        """Send it something to do, and descriptors of memory; return whether it took that."""
+    def say(self, what: str, content: Any = None, memory: int | None = None) -> bool:
+        """Send it something to do, and the descriptor of memory; return whether it took that."""
         try:
             self.link.send_bytes(pickle.dumps((what, content), protocol=5))
-            for descriptor in memory:
-                send_handle(self.link, descriptor, self.process.pid)
+            if memory is not None:
+                send_handle(self.link, memory, self.process.pid)
         except OSError:
             return False
         return True

@@ -32,7 +32,6 @@ from fedveil.common.model.device import (
 )
 from fedveil.common.model.head import set_up_head
 from fedveil.common.model.lowered import lowered
-from fedveil.common.model.prefix import Keeper, Keeping, NothingKept, prefix_of
 from fedveil.common.model.recomputed import recompute_layers
 from fedveil.common.model.score import Score
 from fedveil.common.model.scoring import score_records
@@ -57,10 +56,6 @@ class FederatedModel:
     """Whether ``many_passes`` lowers weights; off for a model that leaves autocast on its own."""
     sharing: Sharing = Unshared()
     """What may compute passes on other cores (``client.cores``)."""
-    keeping: Keeping = NothingKept()
-    """What may keep what leaves the layers below the adapter (``client.prefixes``)."""
-    keeper: Keeper | None = None
-    """What keeps it now."""
     shapes: Shapes
     """Shapes in which private gradients are computed; ``client.rehearsal`` narrows them for some devices."""
     initial_shapes: Shapes | None = None
@@ -101,7 +96,6 @@ class FederatedModel:
         self.head_trained = head.policy == "trained"
         set_up_head(self, head, seed, label_names, label_phrases)
         turn_dropout_off(self.module)
-        self.prefix = None if checkpointing else prefix_of(self.peft_model, self.device)
         if checkpointing:
             recompute_layers(self.peft_model, base.name)
         self.statistic: Callable[[Batch], Tensor] | None = None
@@ -199,7 +193,7 @@ class FederatedModel:
     @torch.no_grad()
     def features(self, batch: Batch) -> Tensor:
         """Return what the head sees of a batch's records, shape (records, hidden), under the run's precision."""
-        with autocast(self.device, self.precision), self.entered(batch):
+        with autocast(self.device, self.precision):
             features = self.module.features(batch)
         return features[: batch.records] if isinstance(batch, FixedBatch) else features
 
@@ -240,13 +234,8 @@ class FederatedModel:
     ) -> Iterator[tuple[FixedBatch, list[int]]]:
         """Yield the same with the positions of each batch's records; those of one length keep their order."""
         shapes = shapes or self.shapes
-        order: Sequence[int] = range(len(records))
         sizes = [self.collator.size(record) for record in records]
-        if self.keeper is not None and records and FEATURES not in records[0]:
-            lengths = [shapes.length_of(size) for size in sizes]
-            order = self.keeper.order(self, records, [(length, shapes.rows_of(length)) for length in lengths])
-        for length, places in shapes.groups([sizes[i] for i in order]):
-            group = [order[i] for i in places]
+        for length, group in shapes.groups(sizes):
             yield self.fixed_batch([records[i] for i in group], length, shapes.rows_of(length)), group
 
     def length_batches(self, records: Sequence[Record], budget: int) -> Iterator[Batch]:
@@ -260,14 +249,7 @@ class FederatedModel:
         filler = [self.collator.filler(self.base, records[0])] * (rows - len(records))
         tensors = self.collator.collate(self.base, [*records, *filler], length)
         moved = {key: value.to(self.device) for key, value in (tensors | weights).items()}
-        kept = self.keeper if FEATURES not in records[0] else None
-        return FixedBatch(moved, len(records), kept.places(self, records, length, rows) if kept else None)
-
-    def entered(self, batch: Batch) -> AbstractContextManager[None]:
-        """Return the context of one pass: it begins behind the layers below the adapter where all records are kept."""
-        if self.prefix is None or not isinstance(batch, FixedBatch):
-            return nullcontext()
-        return self.prefix.entered(batch.places, batch.rows)
+        return FixedBatch(moved, len(records))
 
     @property
     def attention(self) -> str:
@@ -295,7 +277,7 @@ class FederatedModel:
         That of a row of an unfolded record is multiplied by its weight.
         """
         inputs = {key: value for key, value in batch.items() if key != WEIGHT} if WEIGHT in batch else batch
-        with autocast(self.device, self.precision), self.entered(batch):
+        with autocast(self.device, self.precision):
             losses = self.task.sums(self.module, inputs).losses
         if WEIGHT in batch:
             losses = losses * batch[WEIGHT].to(losses.dtype)

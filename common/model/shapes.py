@@ -18,13 +18,9 @@ import sys
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from fedveil.common.model.prefix import Places
 
 FINEST = 8
 """What every length is a multiple of, in tokens."""
@@ -42,9 +38,9 @@ def longest_within(positions: int) -> int:
 class FixedBatch(dict[str, Tensor]):
     """A batch of a fixed shape: the first ``records`` rows are records, the others filler that counts for nothing."""
 
-    def __init__(self, tensors: dict[str, Tensor], records: int, places: Places | None = None) -> None:
+    def __init__(self, tensors: dict[str, Tensor], records: int) -> None:
         super().__init__(tensors)
-        self.records, self.places = records, places
+        self.records = records
 
     @property
     def rows(self) -> int:
@@ -54,8 +50,7 @@ class FixedBatch(dict[str, Tensor]):
     def alone(self, row: int) -> FixedBatch:
         """Return a batch of the same shape with one of the records in row 0, and no other record beside it."""
         picked = torch.full((self.rows,), row)
-        places = self.places and replace(self.places, places=self.places.places[row : row + 1])
-        return FixedBatch({key: value[picked.to(value.device)] for key, value in self.items()}, 1, places)
+        return FixedBatch({key: value[picked.to(value.device)] for key, value in self.items()}, 1)
 
 
 @dataclass(frozen=True)

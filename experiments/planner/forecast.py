@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from fedveil.client.prefixes import most_bytes
 from fedveil.common.errors import ConfigError
 from fedveil.common.messages.columns import chosen_factors
 from fedveil.common.messages.state import HEAD
@@ -61,8 +60,6 @@ class Forecast:
     """What earlier runs have spent of the records."""
     names: Sequence[str] = ()
     """Of the sites; empty: the usual ones."""
-    kept_bytes: int = 0
-    """Most memory of what leaves the layers below an adapter, of the records of all sites of one process."""
 
     @property
     def site_names(self) -> Sequence[str]:
@@ -199,7 +196,6 @@ class Forecast:
             "bytes_up_total": up,
             "payload_per_site_and_round": {name: list(pair) for name, pair in self.payloads.items()},
             "workers": self.workers,
-            "kept_bytes_at_most": self.kept_bytes,
             "calibration": dataclasses.asdict(self.calibration) if self.calibration else None,
             "round_seconds_simulated": seconds[0] if seconds else None,
             "round_seconds_deployed": seconds[1] if seconds else None,
@@ -246,7 +242,6 @@ def forecast(
         calibration=calibration,
         signal=_signal(job, sizes, plans, trained, calibration, rounding_margin(server_model.model.device)),
         history=history,
-        kept_bytes=most_bytes(job, server_model.model, sum(sizes)),
     )
 
 

@@ -274,8 +274,6 @@ def _print_machine(console: Console, forecast: Forecast) -> None:
             f"machine for each site. They are computed {when}, and again by a new process."
         )
     more = f", {measured.accelerator_mib:,.0f} MiB on the GPU" if measured.accelerator_mib else ""
-    kept = forecast.kept_bytes / 2**20
-    more += f", and up to {kept:,.0f} MiB more for what leaves the layers below the adapter" if kept else ""
     console.print(
         f"Memory: about {measured.peak_mib:,.0f} MiB for each worker and for the server{more}. Time is training and "
         f"scoring; start-up comes on top. While it was measured the machine's load was {measured.load:.1f} on "
