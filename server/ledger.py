@@ -19,7 +19,6 @@ import itertools
 import json
 import math
 import os
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,8 +39,7 @@ from fedveil.privacy.privacy_filter import FRESH, Commitment, History, commitmen
 from fedveil.server.lock import locked
 
 FORMAT = 2
-"""The number goes on and never restarts; ``tools/convert_ledger.py`` brings a ledger of the format before over."""
-CONVERT = "python -m tools.convert_ledger"
+"""The number goes on and never restarts."""
 """That command, in a checkout of FedVeil's repository."""
 DEARER = {
     DEPARTED: ", more because the ledger's first run planned something else",
@@ -205,11 +203,9 @@ class ServerLedger:
             found = json.loads(text)
             number = found.get("format", FORMAT) if isinstance(found, dict) else FORMAT
             if number != FORMAT:
-                place = shlex.quote(str(self.path))
-                convert = f"run `{CONVERT} {place}` in a checkout of FedVeil, which brings all of it over"
                 raise LedgerError(
-                    f"the ledger {self.path} has format {number}, this FedVeil reads format {FORMAT} alone: "
-                    f"{convert if number == FORMAT - 1 else 'install the FedVeil that wrote it'}"
+                    f"the ledger {self.path} has format {number}, this FedVeil reads format {FORMAT} alone: install "
+                    "the FedVeil that wrote it"
                 )
             content = from_json(LedgerContent, found, "the ledger")
             for charge in content.charges:

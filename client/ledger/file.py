@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator
@@ -33,8 +32,6 @@ from fedveil.client.ledger.schema import APPLICATION_ID, FORMAT, is_laid_out, la
 from fedveil.common.errors import LedgerError
 from fedveil.common.files import sync_folder
 
-CONVERT = "python -m tools.convert_ledger"
-"""What brings a ledger of an earlier format over, in a checkout of FedVeil's repository."""
 BUSY_SECONDS = 60.0
 """How long a lock that others hold is waited for."""
 
@@ -189,10 +186,9 @@ def _refuse_other_format(path: Path, db: sqlite3.Connection) -> None:
     if application != APPLICATION_ID:
         raise LedgerError(f"{path} is not a FedVeil ledger: name another file")
     if found != FORMAT:
-        convert = f"run `{CONVERT} {shlex.quote(str(path))}` in a checkout of FedVeil, which brings all of it over"
         raise LedgerError(
-            f"the ledger {path} has format {found}, this FedVeil reads format {FORMAT} alone: "
-            f"{convert if 1 <= found < FORMAT else 'install the FedVeil that wrote it'}"
+            f"the ledger {path} has format {found}, this FedVeil reads format {FORMAT} alone: install the FedVeil that "
+            "wrote it"
         )
 
 

@@ -1,7 +1,7 @@
 """The tables of a ledger, in the one format that is read and written.
 
-The number of the format goes on and never restarts. A change of a table gives it the next number here, and adds the
-step from the present one to ``tools/ledger_formats.py``: a ledger of another format is refused, and brought over there.
+The number of the format goes on and never restarts. A change of a table gives it the next number here, and a ledger of
+another format is refused.
 """
 
 from __future__ import annotations
@@ -96,8 +96,7 @@ CREATE TABLE signed_lists (
 CREATE TABLE records (hash INTEGER NOT NULL, dataset TEXT NOT NULL, PRIMARY KEY (hash, dataset)) WITHOUT ROWID;
 CREATE TABLE secrets (key BLOB NOT NULL);
 """
-"""A reservation counts what its run adds after ``last_charge``. A mask key without a site, and a charge without a plan
-of its data set, came over from a format that wrote neither down: see ``sums`` and ``plans``."""
+"""A reservation counts what its run adds after ``last_charge``."""
 ONLY_ADDED = {
     "charges": ("", "charges"),
     "plans": ("plan_", "plans"),

@@ -35,12 +35,10 @@ class Sums:
             return
         with self._file.reading() as db:
             rows = db.execute(
-                "SELECT DISTINCT site, dataset FROM mask_keys WHERE run = ? AND round = ? AND site != ?",
+                "SELECT DISTINCT dataset FROM mask_keys WHERE run = ? AND round = ? AND site != ?",
                 (charge.run, charge.round_number, charge.site),
             ).fetchall()
-        # A key from a ledger of an earlier format names no site: then it is known by the data set.
-        others = {dataset for site, dataset in rows if site or dataset != charge.dataset}
-        if others & set(names):
+        if {dataset for (dataset,) in rows} & set(names):
             # No name of another data set: this line leaves the site.
             raise PolicyRefusal(
                 f"another site of this ledger was charged for round {charge.round_number} of run {charge.run!r}, and "

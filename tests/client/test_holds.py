@@ -30,7 +30,6 @@ from fedveil.privacy.accounting import Release, gaussian_release
 from fedveil.privacy.events import Event
 from fedveil.privacy.figures import epsilon_text
 from fedveil.privacy.privacy_filter import promised
-from tools.convert_ledger import convert
 
 pytestmark = pytest.mark.rough_prices
 
@@ -114,23 +113,6 @@ def test_what_a_run_had_spent_before_is_not_taken_from_what_is_kept_for_it(ledge
     assert ledger.kept("ward", "", DELTA) == pytest.approx(KEPT - (cost_of(2) - cost_of(1)), abs=1e-12)
     ledger.holds.reserve("ward", "mine", 0.01, LATER)
     assert ledger.kept("ward", "", DELTA) == 0.01, "a new reservation counts from then"
-
-
-def test_a_reservation_of_the_seventh_format_counts_all_charges_of_its_run(ledger: Ledger, path: Path) -> None:
-    charge(ledger, 1, run="mine")
-    ledger.holds.reserve("ward", "mine", KEPT, LATER)
-    with ledger._file.transaction() as db:
-        db.execute("ALTER TABLE reservations DROP COLUMN last_charge")
-        db.execute("ALTER TABLE mask_keys DROP COLUMN site")
-        db.execute("DROP TABLE signed_lists")
-        db.execute("DROP TABLE plans")
-        db.execute("DROP TABLE held_out")
-        db.execute("PRAGMA user_version = 7")
-    ledger.close()
-    convert(path)
-    with Ledger(path) as again:
-        assert again.kept("ward", "", DELTA) == pytest.approx(max(0.0, KEPT - cost_of(1)), abs=1e-12)
-        assert [row.epsilon for row in again.holds.reservations()] == [KEPT]
 
 
 def test_the_latest_reservation_of_a_run_holds_and_several_runs_add_up(ledger: Ledger) -> None:

@@ -60,11 +60,15 @@ def write_other_database(path: Path) -> None:
     connection.close()
 
 
-def write_newer_format(path: Path) -> None:
+def write_newer_format(path: Path, number: int = FORMAT + 1) -> None:
     Ledger(path).close()
     connection = sqlite3.connect(path)
-    connection.execute(f"PRAGMA user_version = {FORMAT + 1}")
+    connection.execute(f"PRAGMA user_version = {number}")
     connection.close()
+
+
+def write_older_format(path: Path) -> None:
+    write_newer_format(path, FORMAT - 1)
 
 
 def write_damaged(path: Path) -> None:
@@ -113,14 +117,9 @@ def write_impossible_figure(path: Path) -> None:
         (write_text, "not a ledger"),
         (write_nothing, "not a FedVeil ledger"),
         (write_other_database, "not a FedVeil ledger"),
-        (
-            write_newer_format,
-            f"format {FORMAT + 1}, this FedVeil reads format {FORMAT} alone: install",
-        ),
-        (
-            write_marked_and_empty,
-            f"format 0, this FedVeil reads format {FORMAT} alone: install",
-        ),
+        (write_older_format, f"format {FORMAT - 1}, this FedVeil reads format {FORMAT} alone: install the FedVeil"),
+        (write_newer_format, f"format {FORMAT + 1}, this FedVeil reads format {FORMAT} alone: install"),
+        (write_marked_and_empty, f"format 0, this FedVeil reads format {FORMAT} alone: install"),
         (write_damaged, "damaged"),
         (write_damaged_where_no_charge_looks, "damaged"),
         (write_cut_short, "damaged"),

@@ -39,7 +39,6 @@ from fedveil.privacy.privacy_filter import (
 )
 from fedveil.server import ledger as server_ledger
 from fedveil.server.ledger import ServerLedger
-from tools.convert_ledger import convert
 
 EPSILON, DELTA, GRID = 8.0, 1e-5, 1e-3
 Price = Callable[[list[Release]], float]
@@ -335,24 +334,6 @@ def test_a_name_that_is_charged_for_anothers_round_first_has_that_runs_plan(tmp_
         assert ledger.epsilon("clinic", DELTA) == price([STEP, OTHER], PLAN, DELTA)[0], "what came later is planned"
 
 
-def test_a_ledger_of_the_format_before_is_priced_as_if_its_history_had_been_planned(tmp_path: Path) -> None:
-    path = tmp_path / "ledger.sqlite"
-    with Ledger(path) as ledger:
-        charge(ledger, START)
-        charge(ledger, STEP, max_epsilon=50.0)
-        db = ledger._file._connection
-        db.execute("DROP TABLE plans")
-        db.execute("DROP TABLE held_out")
-        db.execute("PRAGMA user_version = 9")
-    convert(path)
-    with Ledger(path) as ledger:
-        assert ledger.plans.of("ward") is None
-        assert ledger.epsilon("ward", DELTA) == promised([START, STEP], DELTA)[0]
-        receipt = charge(ledger, STEP, planned=(times(STEP, 5), OTHER))
-        assert ledger.plans.of("ward") == Commitment((START, STEP)), "a plan that was made after what was released"
-        assert receipt.epsilon_after == price([START, times(STEP, 2)], Commitment((START, STEP)), DELTA)[0]
-
-
 @pytest.mark.parametrize("act", ["UPDATE plans SET run = 'mine'", "DELETE FROM plans"])
 def test_a_plan_can_neither_be_changed_nor_removed(tmp_path: Path, act: str) -> None:
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
@@ -435,18 +416,3 @@ def test_whole_cohorts_take_every_later_rate_for_one_and_a_refusal_says_so(tmp_p
     assert spend(path, later, later, run="second") == epsilon([whole, gaussian_release(5.0, 1.0, 1)], DELTA)
     with pytest.raises(BudgetExhausted, match="rates count as 1"):
         spend(path, later, later, run="third", budget=0.1)
-
-
-def test_a_servers_ledger_of_the_format_before_is_priced_as_if_its_history_had_been_planned(tmp_path: Path) -> None:
-    path = tmp_path / "sites.json"
-    spend(path, START, budget=50.0)
-    spend(path, STEP, run="second", budget=50.0)
-    content = json.loads(path.read_text(encoding="utf-8"))
-    del content["first_plan"]
-    path.write_text(json.dumps({**content, "format": server_ledger.FORMAT - 1}), encoding="utf-8")
-    convert(path)
-    assert len(ServerLedger(path, "site").charges()) == 2
-    found = spend(path, STEP, times(STEP, 5), OTHER, run="third")
-    assert found == price([START, times(STEP, 2)], Commitment((START, STEP)), DELTA)[0]
-    assert sorted(plan_in(path)) == [(0.9, 1), (3.0, 1)], "a plan that was made after what was released"
-    assert len(ServerLedger(path, "site").charges()) == 3

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sqlite3
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,8 @@ from audits.tiny_site import OneSite, clinic
 from fedveil.client.app import answer
 from fedveil.client.ledger.ledger import Ledger
 from fedveil.client.ledger.rows import Charge
-from fedveil.client.ledger.schema import APPLICATION_ID
 from fedveil.client.ledger.sums import Sums
-from fedveil.common.errors import BudgetExhausted, ConfigError, PolicyRefusal, ProtocolError
+from fedveil.common.errors import BudgetExhausted
 from fedveil.common.messages.round import KeyReply, KeyTask, Refusal, TrainResult
 from fedveil.common.messages.wire import encode_task
 from fedveil.privacy import MECHANISMS
@@ -30,10 +28,7 @@ from fedveil.privacy.claim import Claim
 from fedveil.privacy.events import Event
 from fedveil.privacy.meaning import _of_several, meaning_of
 from fedveil.privacy.units import PERSON, RECORD
-from tools.convert_ledger import convert
-from tools.ledger_formats import STEPS
 
-K = bytes(32)
 NOISE = 1.3908
 """One sum with it, at rate 1, is (3, 1e-5)-private."""
 
@@ -171,44 +166,3 @@ def test_the_ceiling_of_the_price_alone_is_on_what_another_name_of_the_records_h
             ledger.charge(own, records={1})
         made = ledger.charge(replace(own, max_alone=50.0), records={1})
         assert made.alone_after == ledger.epsilon_alone("lab", 1e-5) > other
-
-
-def test_a_ledger_of_the_eighth_format_knows_a_site_by_its_data_set(tmp_path: Path) -> None:
-    """It wrote down no site: a round that its own data set repeats is let be, one of another name is not."""
-    path = tmp_path / "old.sqlite"
-    connection = sqlite3.connect(path)
-    for step in STEPS[:8]:
-        step(connection)
-    columns = "(key, dataset, run, round, charged_at) VALUES (?, 'a', 'run', 1, '')"
-    connection.execute(f"INSERT INTO mask_keys {columns}", (K,))
-    connection.executescript(f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = 8;")
-    connection.close()
-    convert(path)
-    release = gaussian_release(2.0, 1.0, 1)
-
-    def charge(dataset: str, number: int, key: int) -> Charge:
-        return Charge(dataset, "run", number, (release,), 1e-5, 9.0, site=dataset, mask_key=bytes([key]) * 32)
-
-    with Ledger(path) as ledger:
-        ledger.remember("a", [1, 2])
-        with pytest.raises(PolicyRefusal, match="in one sum a record is at one site"):
-            ledger.charge(charge("b", 1, 1), records=[2, 3])
-        with pytest.raises(PolicyRefusal, match="in one sum a record is at one site"):
-            ledger.check(charge("b", 1, 1), records=[2, 3])
-        ledger.charge(charge("b", 1, 2), records=[3])
-        ledger.charge(charge("b", 2, 3), records=[2, 3])
-        ledger.charge(charge("a", 1, 4), records=[1])
-        with pytest.raises(PolicyRefusal, match="under this key of its masks before"):
-            ledger.charge(replace(charge("a", 1, 1), mask_key=K), records=[1])
-        ledger.sums.sign(K, ("x", "y"))
-        ledger.sums.sign(K, ("x", "y"))
-        with pytest.raises(ProtocolError, match="each attempt has one list"):
-            ledger.sums.sign(K, ("x", "z"))
-        with pytest.raises(ConfigError, match="needs the site's name"):
-            replace(charge("a", 1, 1), site="")
-    connection = sqlite3.connect(path)
-    for table in ("mask_keys", "signed_lists"):
-        for statement in (f"UPDATE {table} SET id = 9", f"DELETE FROM {table}"):
-            with pytest.raises(sqlite3.IntegrityError, match="only ever added"):
-                connection.execute(statement)
-    connection.close()

@@ -121,7 +121,7 @@ def test_servers_that_share_a_ledger_never_spend_the_same_remainder(tmp_path: Pa
         ('{"format": 2, "unit": "site", "charges": [{}], "first_plan": []}', "is damaged"),
         ('{"format": 2, "unit": "record", "charges": [], "first_plan": []}', "is of the unit 'record'"),
         ('{"format": 2, "unit": "site", "charges": []}', "is damaged .the ledger lacks the field 'first_plan'"),
-        ('{"format": 1, "unit": "site", "charges": []}', "has format 1.*python -m tools.convert_ledger"),
+        ('{"format": 1, "unit": "site", "charges": []}', "has format 1, .*install the FedVeil that wrote it"),
         ('{"format": true, "unit": "site", "charges": []}', "has format True"),
         (
             '{"format": 2, "unit": "site", "charges": [], "first_plan": [{"event": {"kind": "none"}, "count": 1}]}',
