@@ -22,9 +22,9 @@
 # make bench  every ratio of benchmarks/ in one run, half an hour on 2 cores, with machine and date
 # make docs   pages and settings that are made from the code, and the tables and the plot of results
 # make site   the documents as a site, build/site/index.html
-# make check  formatters, linters, types
+# make check  sizes of the code base, formatters, linters, types
 # make versions  requirements/tested.txt and pip.txt, as far as ranges ask for it; UPGRADE=1: the newest of all
-# make house  the sizes of the code base, from its syntax trees
+# make house  the sizes of the code base; above a limit it fails
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -150,7 +150,7 @@ house:
 	$(PYTHON) tools/house.py
 
 # Types are checked as the wheel has them, which is how another project's checker sees them.
-check: environment
+check: environment house
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	rm -rf build/lib build/types
