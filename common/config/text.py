@@ -22,6 +22,8 @@ LISTS = ("data.labels", "named-sites")
 """Settings that may be written as a list of texts. Flower's have one value each, so they are read as one text."""
 SHOWN = 60
 """Characters of a value that an error shows."""
+WORD = re.compile(r"""(?=.*[^\W\d_])[^\s"'\[\]{}=#\\]*[^\s"'\[\]{}=#\\,;]""")
+"""A text that needs no quotes in a pair: it has a letter, no sign of TOML, and no comma behind it."""
 QUOTED = r"""(?:"(?:[^"\\]|\\.)*"|'[^']*')"""
 PAIR = re.compile(rf"""\s*([A-Za-z0-9_.-]+)=({QUOTED}|\[(?:{QUOTED}|[^\]"'])*\]|\S+)\s*""")
 
@@ -29,11 +31,11 @@ PAIR = re.compile(rf"""\s*([A-Za-z0-9_.-]+)=({QUOTED}|\[(?:{QUOTED}|[^\]"'])*\]|
 def parse_settings(texts: Iterable[str]) -> dict[str, Scalar]:
     """Return flat settings from ``key=value`` texts, paths of TOML files and names of shipped configurations.
 
-    >>> parse_settings(['adapter.rank=4 strategy="fed-sb"', 'rounds=2'])
-    {'adapter.rank': 4, 'strategy': 'fed-sb', 'rounds': 2}
+    >>> parse_settings(['adapter.rank=4 strategy=fed-sb', 'data.name="my file.csv"'])
+    {'adapter.rank': 4, 'strategy': 'fed-sb', 'data.name': 'my file.csv'}
 
     Raises:
-        ConfigError: a text is none of these, a file cannot be read, or a value is not a TOML scalar.
+        ConfigError: a text is none of these, a file cannot be read, or a value is neither a TOML scalar nor a ``WORD``.
     """
     settings: dict[str, Scalar] = {}
     for text in texts:
@@ -44,15 +46,20 @@ def parse_settings(texts: Iterable[str]) -> dict[str, Scalar]:
         while position < len(text.rstrip()):
             match = PAIR.match(text, position)
             if match is None:
-                raise ConfigError(f"cannot read {text[position:].strip()!r}: write key=value, text in quotes")
+                raise ConfigError(
+                    f"cannot read {text[position:].strip()!r}: write key=value, text with blanks in quotes"
+                )
             key, value = match.groups()
+            position = match.end()
             try:
                 settings |= flatten(toml_of(f"value = {value}"), rename={"value": key})
             except tomllib.TOMLDecodeError as error:
+                if WORD.fullmatch(value):
+                    settings[key] = value
+                    continue
                 shown = value if len(value) <= SHOWN else f"{value[:SHOWN]}…"
                 why = str(error) if str(error) in (TOO_LARGE, TOO_DEEP) else "text needs quotes"
                 raise ConfigError(f"cannot read the value of {key!r}: {shown} ({why})") from error
-            position = match.end()
     return settings
 
 

@@ -330,6 +330,8 @@ def test_a_configuration_survives_its_flat_form(values: dict[str, Scalar]) -> No
         ),
         (['data.name="a=b c=d"'], {"data.name": "a=b c=d"}),
         (['data.test=""'], {"data.test": ""}),
+        (["strategy=ffa-lora rounds=2"], {"strategy": "ffa-lora", "rounds": 2}),
+        (["data.name=../2024.csv data.labels=good,bad"], {"data.name": "../2024.csv", "data.labels": "good,bad"}),
         (["x=true y=false z=1e-5"], {"x": True, "y": False, "z": 1e-5}),
         (["rounds=2", "rounds=3"], {"rounds": 3}),
         (["rounds=2 rounds=4"], {"rounds": 4}),
@@ -351,7 +353,9 @@ def test_pairs_are_read_as_toml_and_later_ones_win(written: list[str], meant: di
         "rounds=",
         "=2",
         "rounds = 2",
-        "strategy=fed-sb",
+        "strategy=fed-sb, rounds=2",
+        "privacy.epsilon=2,5",
+        "strategy=fed=sb",
         "rounds=2, seed=3",
         "rounds=[1]",
         "day=2024-01-01",
@@ -376,6 +380,13 @@ def test_any_text_is_either_read_or_a_config_error(written: list[str]) -> None:
     except ConfigError:
         return
     assert all(isinstance(value, str | int | float | bool) for value in got.values())
+
+
+def test_a_word_without_quotes_is_text_and_no_number_is() -> None:
+    assert configure(parse_settings(["strategy=ffa-lora"])) == configure(parse_settings(['strategy="ffa-lora"']))
+    for wrong, said in (("strategy=3", "must be text in quotes, not 3"), ("rounds=3O", "must be a whole number")):
+        with pytest.raises(ConfigError, match=said):
+            configure(parse_settings([wrong]))
 
 
 def test_a_file_of_settings_is_read_where_it_stands_among_the_pairs(tmp_path: Path) -> None:
