@@ -79,7 +79,8 @@ class DataConfig(Section):
     """Label values in order, separated by commas, with double quotes around one that holds a comma, or a list of texts.
     Empty: the sorted distinct values of the file."""
     invalid_rows: Annotated[str, OneOf(("refuse", "skip"))] = "refuse"
-    """What becomes of rows without a value or with an unknown label, but for a site's own: an error, or left out."""
+    """What becomes of rows, but for a site's own, that cannot be read or lack a value or a known label: an error, or
+    left out."""
     records: Annotated[int, NOT_NEGATIVE, Unit("records")] = 0
     """About how many records all sites have for training together, by what their stewards have declared: a recipe goes
     by it (``recipe``). 0: as many as simulated sites divide; of real sites it is unknown, and taken for 7,500."""

@@ -64,18 +64,18 @@ def read_rows(
         else:
             unfit.append(record)
     if unfit and not (skip and (examples or protected)):
-        raise _unusable(unfit)
+        raise _unusable(unfit, some=bool(examples))
     if len(labels) == 1:
         raise DataError(f"{name} has only the label {labels[0]!r}, {TWO_LABELS}")
     return Dataset(name, tuple(examples), labels), unfit, files
 
 
-def _unusable(unfit: Sequence[Unfit]) -> DataError:
-    """Return an error with the first row that is no record, the number of all and the first few, and the remedy."""
+def _unusable(unfit: Sequence[Unfit], *, some: bool) -> DataError:
+    """Return an error with the first row that is no record, the number of all, and the remedy if ``some`` are one."""
     rows = [str(row.row) for row in unfit if row.origin == unfit[0].origin]
     few = ", ".join(rows[:SHOWN_ROWS]) + ", ..." * (len(unfit) > SHOWN_ROWS or len(rows) < len(unfit))
     more = f" ({counted(len(unfit), 'row')} in all cannot be used: {few})" if len(unfit) > 1 else ""
-    return DataError(f"{unfit[0].words}{more}; data.invalid-rows = 'skip' leaves such rows out")
+    return DataError(f"{unfit[0].words}{more}" + "; data.invalid-rows = 'skip' leaves such rows out" * some)
 
 
 def _labels_of(
@@ -92,23 +92,21 @@ def _labels_of(
 
 
 def _check_columns(tables: Iterable[Table], columns: Sequence[Column], *, protected: bool) -> None:
-    """Raise DataError if a header lacks a column, or, of public data, if a row could not be read."""
+    """Raise DataError if a header lacks a column."""
     for table in tables:
-        unread = None if protected else next(iter(table.unread.values()), None)
-        if unread and not table.has_header:
-            raise DataError(unread.words)
-        # Rows of a file that is separated otherwise have any number of fields: its header says why.
+        # Without a header the rows make the columns, so that one which could not be read may be why.
+        unread = None if protected or table.has_header else next(iter(table.unread.values()), None)
         for column in columns:
-            # Without a header the rows make the columns: whether one is there would tell of a record.
+            # At a site, whether one is there would tell of a record.
             if column.name not in table.columns and (table.has_header or not protected):
+                if unread:
+                    raise DataError(unread.words)
                 raise DataError(
                     f"{table.origin} has no column {column.name!r} ({column.setting}); "
                     f"it has {', '.join(table.columns)}"
                     f"{_separated_otherwise(table) or nearest(column.name, table.columns)}"
                     f"{known_layout(table.columns)}"
                 )
-        if unread:
-            raise DataError(unread.words)
 
 
 def _files_named(table: Table, row: int, columns: Sequence[Column]) -> Iterator[Path]:

@@ -24,20 +24,28 @@ def read_conll(path: Path) -> Table:
     wrong = ""
     for number, line in enumerate([*path.read_bytes().split(b"\n"), b""], start=1):
         try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip(" \t\r")
-            cells = [cell for cell in re.split("[ \t]+", text) if cell]
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            cells, lacks = _cells_of(text)
         except UnicodeDecodeError:
-            cells, wrong = ["?"], wrong or f"line {number} is not UTF-8: save the file as UTF-8"
+            cells, lacks = ["?"], "is not UTF-8: save the file as UTF-8"
         if cells and cells[0] != DOCUMENT:
-            wrong = wrong or ("" if len(cells) > 1 else f"line {number} has no label behind its word")
+            wrong = wrong or (f"line {number} {lacks}" if lacks else "")
             record.append((cells[0], cells[-1]))
         elif record:
             if wrong:
                 reason = "has a line that is no word and its label"
-                unread[len(words)] = Unfit(
-                    str(path), len(words) + 1, reason, f"{path} cannot be read as CONLL: {wrong}"
-                )
+                unread[len(words)] = Unfit(str(path), len(words) + 1, reason, f"{path} {wrong}")
             words.append(None if wrong else [word for word, _ in record])
             labels.append(None if wrong else [label for _, label in record])
             record, wrong = [], ""
     return Table(str(path), {"text": words, "label": labels}, unread=unread, folder=path.parent)
+
+
+def _cells_of(line: str) -> tuple[list[str], str]:
+    """Return the cells of a line, and what it lacks of a word and its label, in words."""
+    cells = [cell for cell in re.split("[ \t]+", line.strip(" \t\r")) if cell]
+    # Some corpora have cut texts into words of blanks alone: behind a tab, or alone behind a blank, is no word.
+    behind = not line.partition("\t")[0].strip(" ") if "\t" in line else len(cells) == 1 and line.startswith(" ")
+    if cells and (behind or not cells[0].strip()):
+        return cells, "has no word before its label: write it, or remove the record"
+    return cells, "has no label behind its word: write it, or remove the record" if len(cells) == 1 else ""

@@ -46,6 +46,18 @@ def test_a_file_of_which_nothing_is_left_is_refused(tmp_path: Path) -> None:
         load_dataset(DataConfig(name=name, labels="bad,good", invalid_rows="skip"), "classification")
 
 
+def test_rows_that_cannot_be_read_are_counted_and_left_out_as_well(tmp_path: Path) -> None:
+    for name, content in (
+        ("a.csv", "text,label\none, two,bad\nfirst,bad\nsecond,good\nthree,\n"),
+        ("a.jsonl", 'no\n{"text": "first", "label": "bad"}\n{"text": "second", "label": "good"}\n[]\n'),
+    ):
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        with pytest.raises(DataError, match="2 rows in all cannot be used"):
+            load_dataset(DataConfig(name=str(tmp_path / name)), "classification")
+        skipping = DataConfig(name=str(tmp_path / name), invalid_rows="skip")
+        assert [e.texts() for e in load_dataset(skipping, "classification").examples] == [["first"], ["second"]]
+
+
 def test_a_sites_own_rows_are_left_out_whatever_the_setting(tmp_path: Path) -> None:
     """Whether a round is refused must not depend on a record."""
     name = table(tmp_path, [("first", ""), *plain(4)])

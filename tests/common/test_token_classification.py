@@ -133,6 +133,27 @@ def test_a_row_that_is_no_record_is_left_out_at_a_site_and_an_error_in_public(tm
     assert [row.row for row in load_protected(DATA, TASK.name, broken).unfit] == [1]
 
 
+BAD_LINES = {
+    "\tO": "line 3 has no word before its label",
+    " \tNN\tO": "line 3 has no word before its label",
+    " O": "line 3 has no word before its label",
+    "\u00a0\tO": "line 3 has no word before its label",
+    "went": "line 3 has no label behind its word",
+}
+
+
+@pytest.mark.parametrize(("line", "said"), BAD_LINES.items())
+def test_a_sentence_with_a_word_that_is_none_is_one_invalid_row(line: str, said: str, tmp_path: Path) -> None:
+    source = write(tmp_path / "a.conll", f"the O\n\n{line}\nAda B-PER\n\nthe\tO\n\ufe0f\tO\n\n{line}\n\n  the O\n")
+    with pytest.raises(DataError, match=rf"{said}.* \(2 rows in all cannot be used: .*data\.invalid-rows = 'skip'"):
+        read(source)
+    others = [(["the"], ["O"]), (["the", "\ufe0f"], ["O", "O"]), (["the"], ["O"])]
+    assert read(source, invalid_rows="skip") == others
+    with pytest.raises(DataError, match=said) as nothing_left:
+        read(write(tmp_path / "b.conll", f"\n\n{line}\n"))
+    assert "skip" not in str(nothing_left.value)
+
+
 def test_labels_of_another_form_are_refused_with_the_right_ones() -> None:
     from fedveil.strategies.job import configure
 
