@@ -16,11 +16,14 @@ from fedveil.common.data.sources import train_and_test
 from fedveil.common.errors import ConfigError, DataError
 from fedveil.common.files import expanded
 from fedveil.common.tasks.cells import is_missing, plain
+from fedveil.common.tasks.conll import read_conll
 from fedveil.common.tasks.table_files import READERS, read_file
 from fedveil.common.tasks.tables import Table
 
 TASK = "classification"
 """The task of which columns are guessed."""
+BY_WORD = "token-classification"
+"""The one task that reads files of a word and its label a line."""
 SHARE, LEAST_TEST, LARGEST_SHARE = 10, 100, 3
 """The test set is a tenth of the table; 100 rows at least, as long as that is no more than a third."""
 MOST_LABELS, LEAST_EACH, LONGEST_LABEL = 50, 5, 60
@@ -44,6 +47,9 @@ def with_guesses(settings: Mapping[str, Scalar], option: str = "--") -> tuple[di
     if not tables:
         return dict(settings), []
     given, said = dict(settings), list[str]()
+    if "model.task" not in given and not given.get("resume") and all(map(_is_conll, tables)):
+        given["model.task"] = BY_WORD
+        said.append(f"{Path(tables[0].origin).name} has a label for each word, so model.task is {BY_WORD!r}")
     if given.get("model.task", TASK) == TASK:
         columns = _guessed(tables[0], given)
         given |= columns
@@ -66,6 +72,10 @@ def hints(config: RunConfig) -> list[str]:
         "without knowing what they mean: tell it with head.phrases, the phrases of one label separated by |, labels by "
         f";, in the order {', '.join(labels)}. It uses no records"
     ]
+
+
+def _is_conll(table: Table) -> bool:
+    return READERS.get(Path(table.origin).suffix.lower()) is read_conll
 
 
 def held_out(rows: int) -> int:

@@ -16,6 +16,11 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 """Beginnings of a text that a spreadsheet would compute."""
 UNREADABLE = object()
 """In place of a cell that no Python value can hold, such as a time before the year 1."""
+OF_LISTS = (
+    "lists of words are read with model.task = 'token-classification', lists of labels with 'multi-label', and turns "
+    "with 'chat'"
+)
+"""What to do about a cell that holds a list where text is read."""
 
 Reader = Callable[[object, Path | None], object]
 """Takes a cell and the folder of its file (None: no file of this machine's); returns its value."""
@@ -46,7 +51,7 @@ def read_text(value: object, folder: Path | None = None) -> str:
         raise Misfit("has no value", "fill it in or remove the row")
     if not isinstance(value, str | int | float):
         kind = "cell" if value is UNREADABLE else type(value).__name__
-        raise Misfit(f"has a {kind}", "make it text or a number")
+        raise Misfit(f"has a {kind}", OF_LISTS if isinstance(value, list | tuple) else "make it text or a number")
     if isinstance(value, float) and math.isinf(value):
         raise Misfit("has a number that is not finite")
     text = plain(value)

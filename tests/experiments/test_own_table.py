@@ -10,6 +10,9 @@ import typer
 from typer.testing import CliRunner
 
 from fedveil.cli.table_options import Given, with_table
+from fedveil.common.config.sections import DataConfig
+from fedveil.common.data.sources import load_dataset
+from fedveil.common.errors import DataError
 from fedveil.common.labels import labels_of
 from fedveil.experiments.own_table import held_out, hints, with_guesses
 from fedveil.strategies.job import configure
@@ -111,6 +114,18 @@ def test_labels_that_are_codes_point_to_phrases(labels: list[str], coded: bool, 
     said = hints(configure(own).config)
     assert ["head.phrases" in line for line in said] == [True] * coded
     assert hints(configure({**own, "head.phrases": "a|b;c"}).config) == []
+
+
+def test_a_conll_file_is_read_by_the_one_task_that_can_which_is_said(tmp_path: Path) -> None:
+    (tmp_path / "own.conll").write_text("Ada B-PER\nwent O\n\n" * 20)
+    name = str(tmp_path / "own.conll")
+    assert guessed(name) == (
+        {"model.task": "token-classification"},
+        ["own.conll has a label for each word, so model.task is 'token-classification'"],
+    )
+    assert with_guesses({"data.name": name, "model.task": "causal-lm", "data.test-size": 9})[1] == []
+    with pytest.raises(DataError, match=r"words are read with model\.task = 'token-classification'"):
+        load_dataset(DataConfig(name=name), "classification")
 
 
 def test_nothing_that_runs_at_real_sites_guesses() -> None:
