@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from fedveil.common.config.flat import Columns
 from fedveil.common.config.sections import DataConfig
-from fedveil.common.data.notes import notes_on
+from fedveil.common.data.notes import notes_on, notes_on_texts
 from fedveil.common.data.sources import load_dataset, load_protected, train_and_test
 from fedveil.common.errors import ConfigError, DataError
+from fedveil.common.labels import labels_text
 
 
 def table(folder: Path, rows: list[tuple[str, str]]) -> str:
@@ -91,3 +98,43 @@ def test_texts_that_say_nothing_are_counted(tmp_path: Path) -> None:
     name = table(tmp_path, [*plain(100), ("N/A", "bad"), ("n/a", "good"), ("None", "bad")])
     (note,) = notes_on(DataConfig(name=name), "classification")
     assert "3 rows have 'n/a', 'none' as their text" in note
+
+
+CASES: list[tuple[list[str], str, dict[str, str], str]] = [
+    (["HUM", "hum", "LOC", "loc", "NUM"], "classification", {}, "has 5 labels, and 3 but for case: 'HUM', 'hum' are"),
+    (["3", "14", "3,14"], "classification", {}, "separated by ',', .* model.task = 'multi-label' with data.label-sep"),
+    (["3", "14", "3;14"], "multi-label", {"label-separator": ""}, "as they are: data.label-separator = ';' reads them"),
+    ([f"{n / 10}" for n in range(20)], "classification", {}, "the 20 labels in 'label' are numbers, such as 0.0"),
+    (["good", "bad", "N/A"], "classification", {}, "the label 'N/A' of 7 rows is a class like others"),
+]
+
+
+def labelled(folder: Path, labels: list[str]) -> str:
+    return table(folder, [(f"text {n}", f'"{labels[n % len(labels)]}"') for n in range(7 * len(labels))])
+
+
+@pytest.mark.parametrize(("labels", "task", "columns", "said"), CASES)
+def test_labels_that_mean_others_are_said(
+    labels: list[str], task: str, columns: dict[str, str], said: str, tmp_path: Path
+) -> None:
+    name = labelled(tmp_path, labels)
+    columns = {"label": "label", **columns}
+    config = DataConfig(name=name, columns=Columns({**DataConfig().columns, **columns}))
+    (note,) = notes_on(config, task)
+    assert re.search(said, note)
+    assert notes_on(replace(config, labels=labels_text(labels)), task) == [], "they were named"
+    assert [*notes_on_texts(load_dataset(config, task))] == [], "a site's steward hears of texts alone"
+
+
+@pytest.mark.parametrize("labels", [["good", "bad"], ["1.0", "1.5", "2.0"], ["Bath, UK", "Rome, Italy", "Oslo"]])
+def test_labels_that_are_meant_so_are_not_said(labels: list[str], tmp_path: Path) -> None:
+    assert notes_on(DataConfig(name=labelled(tmp_path, labels)), "classification") == []
+
+
+def test_the_command_that_writes_labels_alike_does_so_and_changes_nothing_else(tmp_path: Path) -> None:
+    name = table(tmp_path, [("NA and 007", "Good"), ("x", "bad"), ("1.50", "good")])
+    (note,) = notes_on(DataConfig(name=name), "classification")
+    command = shlex.split(note[note.index("python -c") :])
+    subprocess.run([sys.executable, *command[1:]], check=True)
+    written = (tmp_path / "table-lower.csv").read_text(encoding="utf-8")
+    assert written == Path(name).read_text(encoding="utf-8").replace("Good", "good")
