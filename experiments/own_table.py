@@ -15,6 +15,7 @@ from fedveil.common.data.named import DATASETS
 from fedveil.common.data.sources import train_and_test
 from fedveil.common.errors import ConfigError, DataError
 from fedveil.common.files import expanded
+from fedveil.common.tasks import TASKS
 from fedveil.common.tasks.cells import is_missing, plain
 from fedveil.common.tasks.conll import read_conll
 from fedveil.common.tasks.table_files import READERS, read_file
@@ -62,6 +63,8 @@ def with_guesses(settings: Mapping[str, Scalar], option: str = "--") -> tuple[di
 def hints(config: RunConfig) -> list[str]:
     """Return what would help a run, a line each: here, that labels are codes from which no head can start."""
     if config.head.start != "label-words" or config.head.phrases or config.data.name in DATASETS:
+        return []
+    if TASKS[config.model.task].by_token:  # of its labels the codes B- and I- are meant
         return []
     labels = train_and_test(config.data, config.model.task)[1].label_names
     coded = [label for label in labels if label.isdecimal() or (label.isupper() and len(label) <= LONGEST_CODE)]

@@ -124,6 +124,8 @@ def test_a_conll_file_is_read_by_the_one_task_that_can_which_is_said(tmp_path: P
         ["own.conll has a label for each word, so model.task is 'token-classification'"],
     )
     assert with_guesses({"data.name": name, "model.task": "causal-lm", "data.test-size": 9})[1] == []
+    own = {"data.name": name, "model.task": "token-classification", "data.test-size": 9, "recipe": "head-only"}
+    assert hints(configure(own).config) == [], "words have tags, and no phrase"
     with pytest.raises(DataError, match=r"words are read with model\.task = 'token-classification'"):
         load_dataset(DataConfig(name=name), "classification")
 
