@@ -108,7 +108,7 @@ def check_readable(reading: Reading, source: str) -> None:
     if odd := next((row for row in reading.unfit if row.of_file), None):
         raise UnreadableFile(odd.words)
     if not reading.dataset.examples:
-        why = f"row {reading.unfit[0].row} {reading.unfit[0].reason}" if reading.unfit else "there is none"
+        why = next((f"{row.unit} {row.row} {row.reason}" for row in reading.unfit), "there is none")
         raise DataError(f"{source}: no row is a record ({why}): mend the rows, or pin what they are")
 
 
@@ -166,13 +166,13 @@ def _check_time(reply_after: float, declared: int, units: int, seconds: float, u
 
 
 def _by_reason(unfit: Sequence[Unfit]) -> list[str]:
-    groups: dict[tuple[str, str], list[int]] = {}
+    groups: dict[tuple[str, str, str], list[object]] = {}
     for row in unfit:
-        groups.setdefault((row.origin, row.reason), []).append(row.row)
-    return [f"  {origin}: {_numbers(numbers)} {reason}" for (origin, reason), numbers in groups.items()]
+        groups.setdefault((row.origin, row.unit, row.reason), []).append(row.row)
+    return [f"  {origin}: {unit} {_numbers(places)} {reason}" for (origin, unit, reason), places in groups.items()]
 
 
-def _numbers(rows: Sequence[int]) -> str:
+def _numbers(rows: Sequence[object]) -> str:
     shown = ", ".join(map(str, rows[:ROWS_SHOWN]))
     more = f" and {len(rows) - ROWS_SHOWN} more" if len(rows) > ROWS_SHOWN else ""
-    return f"row {shown}{more}"
+    return shown + more

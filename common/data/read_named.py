@@ -88,11 +88,12 @@ def _check_columns(named: NamedDataset, file: Table) -> None:
         for row, value in enumerate(file.columns[column]):
             if row in file.unread:
                 raise DataError(file.unread[row].words)
+            where = f"{file.origin} {file.unit} {file.place(row)}"
             if is_missing(value):
-                raise DataError(f"{file.origin} row {row + 1} has no value in column {column!r}: remove the row")
+                raise DataError(f"{where} has no value in column {column!r}: remove the row")
             if column == named.label and str(value).strip() not in named.labels:
                 raise DataError(
-                    f"{file.origin} row {row + 1} has the {column} {value!r}; those of the data set {named.name!r} are "
+                    f"{where} has the {column} {value!r}; those of the data set {named.name!r} are "
                     f"{', '.join(named.labels)}"
                 )
 

@@ -73,7 +73,11 @@ def read_rows(
 def _unusable(unfit: Sequence[Unfit], *, some: bool) -> DataError:
     """Return an error with the first row that is no record, the number of all, and the remedy if ``some`` are one."""
     rows = [str(row.row) for row in unfit if row.origin == unfit[0].origin]
-    few = ", ".join(rows[:SHOWN_ROWS]) + ", ..." * (len(unfit) > SHOWN_ROWS or len(rows) < len(unfit))
+    few = (
+        f"{unfit[0].unit} "
+        + ", ".join(rows[:SHOWN_ROWS])
+        + ", ..." * (len(unfit) > SHOWN_ROWS or len(rows) < len(unfit))
+    )
     more = f" ({counted(len(unfit), 'row')} in all cannot be used: {few})" if len(unfit) > 1 else ""
     return DataError(f"{unfit[0].words}{more}" + "; data.invalid-rows = 'skip' leaves such rows out" * some)
 
@@ -172,7 +176,8 @@ def _is_blank(cell: object) -> bool:
 
 
 def _unfit(table: Table, row: int, reason: str, words: str) -> Unfit:
-    return Unfit(table.origin, row + 1, reason, f"{table.origin} row {row + 1} {words}")
+    place = table.place(row)
+    return Unfit(table.origin, place, reason, f"{table.origin} {table.unit} {place} {words}", unit=table.unit)
 
 
 def _row_digest(table: Table, row: int) -> bytes:

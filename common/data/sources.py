@@ -2,7 +2,7 @@
 
 A source is a name in ``common.data.named.DATASETS``, ``hub:NAME`` or ``hub:NAME:SPLIT``, or a CSV, TSV,
 JSONL or Parquet file (UTF-8), or a folder of such files, or what a simulation has in memory. A TSV is read without
-quoting, as GLUE's are written: a quote is a quote. Row numbers in messages count records from 1, without the header.
+quoting, as GLUE's are written: a quote is a quote. Messages name the line of a file that a record begins in.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ def read_labelled_folder(path: Path, column: str, suffixes: Sequence[str]) -> Ta
                 raise Misfit("is no file that ends in " + ", ".join(suffixes))
             content = file_within(name, path)
         except Misfit as misfit:
-            unread[row] = Unfit(str(path), row + 1, misfit.what, f"{path / name} {misfit.what}")
+            unread[row] = Unfit(str(path), row + 1, misfit.what, f"{path / name} {misfit.what}", unit="row")
         files.append(content)
         labels.append(None if row in unread else PurePosixPath(name).parts[0].strip())
     if not names:

@@ -21,7 +21,8 @@ def read_conll(path: Path) -> Table:
     labels: list[object] = []
     unread: dict[int, Unfit] = {}
     record: list[tuple[str, str]] = []
-    wrong = ""
+    begins: list[int] = []
+    wrong: Unfit | None = None
     for number, line in enumerate([*path.read_bytes().split(b"\n"), b""], start=1):
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -29,16 +30,18 @@ def read_conll(path: Path) -> Table:
         except UnicodeDecodeError:
             cells, lacks = ["?"], "is not UTF-8: save the file as UTF-8"
         if cells and cells[0] != DOCUMENT:
-            wrong = wrong or (f"line {number} {lacks}" if lacks else "")
+            if lacks and wrong is None:
+                wrong = Unfit(str(path), number, "is no word and its label", f"{path} line {number} {lacks}")
+            begins += [] if record else [number]
             record.append((cells[0], cells[-1]))
         elif record:
             if wrong:
-                reason = "has a line that is no word and its label"
-                unread[len(words)] = Unfit(str(path), len(words) + 1, reason, f"{path} {wrong}")
+                unread[len(words)] = wrong
             words.append(None if wrong else [word for word, _ in record])
             labels.append(None if wrong else [label for _, label in record])
-            record, wrong = [], ""
-    return Table(str(path), {"text": words, "label": labels}, unread=unread, folder=path.parent)
+            record, wrong = [], None
+    columns = {"text": words, "label": labels}
+    return Table(str(path), columns, unread=unread, folder=path.parent, unit="line", places=begins)
 
 
 def _cells_of(line: str) -> tuple[list[str], str]:

@@ -144,16 +144,17 @@ def read_delimited(path: Path, delimiter: str, quoting: int) -> Table:
     """Return the columns of a text whose first line names them; errors as csv's and a file's own."""
     options: dict[str, Any] = {"delimiter": delimiter, "quoting": quoting, "strict": True}
     with path.open(encoding="utf-8-sig", newline="") as lines, _cells_of_any_size():
-        reader, rows, begins = csv.reader(lines, **options), list[list[str]](), 1
+        reader, rows, begins = csv.reader(lines, **options), dict[int, list[str]](), 1
         try:
             for row in reader:
-                rows += [row] if row else []
+                if row:
+                    rows[begins] = row
                 begins = reader.line_num + 1
         except csv.Error as error:
             # A quote that is never closed takes the rest of the file, so where the error was met says nothing.
-            where = f"row {len(rows)}, which begins in line {begins}," if rows else HEADER
+            where = f"the row that begins in line {begins}" if rows else HEADER
             raise _located(where, error) from error
-    return _of_rows(path, rows[0] if rows else [], rows[1:])
+    return _of_rows(path, rows.pop(next(iter(rows), 0), []), rows)
 
 
 def _located(where: str, error: csv.Error) -> csv.Error:
@@ -166,7 +167,7 @@ def _read_by_line(path: Path, delimiter: str, quoting: int) -> Table:
     """Return the columns of a text of which each line is read by itself; one that is no row is unread."""
     options: dict[str, Any] = {"delimiter": delimiter, "quoting": quoting, "strict": True}
     header: list[str] = []
-    rows: list[list[str] | Unfit] = []
+    rows: dict[int, list[str] | Unfit] = {}
     with _cells_of_any_size():
         for number, line in _lines(path):
             try:
@@ -178,10 +179,10 @@ def _read_by_line(path: Path, delimiter: str, quoting: int) -> Table:
                     raise _located(HEADER, error) from error
                 if not header:
                     raise
-                rows.append(_no_row(path, len(rows), number, error))
+                rows[number] = _no_row(path, number, error)
                 continue
             if row and header:
-                rows.append(row)
+                rows[number] = row
             header = header or row
     return _of_rows(path, header, rows)
 
@@ -196,46 +197,47 @@ def _lines(path: Path) -> Iterator[tuple[int, str | UnicodeDecodeError]]:
                 yield number, error
 
 
-def _no_row(path: Path, row: int, number: int, error: Exception) -> Unfit:
+def _no_row(path: Path, number: int, error: Exception) -> Unfit:
     if isinstance(error, UnicodeDecodeError):
-        return _unread(path, row, "is not UTF-8", f"line {number} is not UTF-8: save the file as UTF-8", of_file=True)
+        return _unread(path, number, "is not UTF-8", "is not UTF-8: save the file as UTF-8", of_file=True)
     advice = (
         "double the quotes inside a quoted cell; if cells hold line breaks and a program that doubles quotes wrote the "
         "file, write line-breaks = true into the policy, or save it as JSONL or Parquet"
     )
-    words = f"line {number} is no row by itself ({error}): {advice}"
-    return _unread(path, row, "is a line that is no row by itself", words, of_file=True)
+    words = f"is no row by itself ({error}): {advice}"
+    return _unread(path, number, "is a line that is no row by itself", words, of_file=True)
 
 
-def _of_rows(path: Path, header: Sequence[str], rows: Sequence[Sequence[str] | Unfit]) -> Table:
+def _of_rows(path: Path, header: Sequence[str], rows: Mapping[int, Sequence[str] | Unfit]) -> Table:
+    """Return the columns of rows, each by the line that it begins in."""
     _check_names(header)
     unread: dict[int, Unfit] = {}
     cells: list[Sequence[object]] = []
     empty: list[object] = [None] * len(header)
-    for i, row in enumerate(rows):
+    for i, (line, row) in enumerate(rows.items()):
         if isinstance(row, Unfit):
             unread[i] = row
         elif len(row) != len(header):
-            where = f"row {i + 1} has {len(row)} fields, but the header names {len(header)}"
+            what = f"has {len(row)} fields, but the header names {len(header)}"
             advice = "(a text that contains the separator must be quoted in CSV and changed in TSV)"
-            unread[i] = _unread(path, i, "has another number of fields than the header", f"{where} {advice}")
+            unread[i] = _unread(path, line, "has another number of fields than the header", f"{what} {advice}")
         cells.append(empty if i in unread or isinstance(row, Unfit) else row)
     columns = {name: [row[i] for row in cells] for i, name in enumerate(header)}
-    return Table(str(path), columns, unread=unread, folder=path.parent)
+    return Table(str(path), columns, unread=unread, folder=path.parent, unit="line", places=[*rows])
 
 
-def _unread(path: Path, row: int, reason: str, words: str, *, of_file: bool = False) -> Unfit:
+def _unread(path: Path, line: int, reason: str, words: str, *, of_file: bool = False) -> Unfit:
     kind = path.suffix[1:].upper()
-    return Unfit(str(path), row + 1, reason, f"{path} cannot be read as {kind}: {words}", of_file)
+    return Unfit(str(path), line, reason, f"{path} cannot be read as {kind}: line {line} {words}", of_file)
 
 
 def _read_jsonl(path: Path) -> Table:
-    records: list[dict[str, object]] = []
+    records: dict[int, dict[str, object]] = {}
     unread: dict[int, Unfit] = {}
     for number, line in _lines(path):
         record: Any = {}
         if isinstance(line, UnicodeDecodeError):
-            unread[len(records)] = _no_row(path, len(records), number, line)
+            unread[len(records)] = _no_row(path, number, line)
         elif not line.strip():
             continue
         else:
@@ -243,13 +245,13 @@ def _read_jsonl(path: Path) -> Table:
                 record = json.loads(line, object_pairs_hook=_object)
             except (ValueError, RecursionError) as error:
                 what = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-                unread[len(records)] = _unread(path, len(records), "is not JSON", f"line {number} is not JSON ({what})")
+                unread[len(records)] = _unread(path, number, "is not JSON", f"is not JSON ({what})")
         if not isinstance(record, dict):
-            what = f"line {number} is not a JSON object"
-            unread[len(records)] = _unread(path, len(records), "is not a JSON object", what)
+            unread[len(records)] = _unread(path, number, *["is not a JSON object"] * 2)
             record = {}
-        records.append(record)
-    return Table(str(path), Objects(records), unread=unread, has_header=False, folder=path.parent)
+        records[number] = record
+    columns, of = Objects([*records.values()]), path.parent
+    return Table(str(path), columns, unread=unread, has_header=False, folder=of, unit="line", places=[*records])
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -14,14 +14,16 @@ class Unfit:
 
     origin: str
     """The file or the hub's name."""
-    row: int
-    """Counted from 1, without the header."""
+    row: object
+    """The line of the file that it begins in, or its index in a frame; of other sources its number, from 1."""
     reason: str
     """For a steward: it names columns and settings, and quotes nothing of the row."""
     words: str
     """The whole line for those who may see the row; it may quote it."""
     of_file: bool = False
     """Whether the file, more likely than this row alone, is written otherwise than it was read."""
+    unit: str = "line"
+    """What ``row`` counts: line, index or row."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,19 @@ class Table:
     folder: Path | None = None
     """Where the file lies that was read, for cells that name other files; None: it is no file of this machine's."""
 
+    unit: str = "row"
+    """What people find a row by: the line of a file, the index of a frame; else rows are counted from 1."""
+    places: Sequence[object] = ()
+    """Of each row its line or its index."""
+
     @property
     def size(self) -> int:
         """Number of rows, the unread ones among them."""
         return len(next(iter(self.columns.values()), self.unread))
+
+    def place(self, index: int) -> object:
+        """Return what people find a row by, which is counted from 0 here."""
+        return self.places[index] if self.places else index + 1
 
     def row(self, index: int) -> Iterable[tuple[str, object]]:
         """Return the cells of a row, counted from 0, each with its column's name; of an object its own, by name.

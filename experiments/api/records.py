@@ -183,7 +183,7 @@ def _of_frame(frame: Any, origin: str) -> Table:
     for i, name in enumerate(names):
         cells = frame.iloc[:, i]
         columns[name] = [_plain(cell) for cell in cells.astype(object).where(cells.notna(), None)]
-    return Table(origin, columns)
+    return Table(origin, columns, unit="index", places=list(frame.index))
 
 
 def _plain(cell: Any) -> object:

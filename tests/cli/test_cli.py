@@ -72,7 +72,7 @@ def test_the_help_begins_with_run_has_examples_and_imports_nothing_that_takes_ti
     ("content", "wanted"),
     [
         ("question,kind\na,b\n", "has no column 'text'"),
-        ("text,label\na,b\nc\n", "row 2 has 1 fields"),
+        ("text,label\na,b\nc\n", "line 3 has 1 fields"),
         ("text,label\n" + "".join(f"a {i},{i % 5}\n" for i in range(2)), "too few for 3 sites"),
     ],
     ids=["column", "row", "few"],

@@ -302,10 +302,10 @@ def reading_of(path: Path) -> list[Unfit]:
 def test_public_data_with_such_a_row_are_an_error_that_names_it(row: str, tmp_path: Path) -> None:
     path = tmp_path / "reviews.csv"
     path.write_text(f"text,label,author\nthe film,good,a1\n{row}", encoding="utf-8")
-    with pytest.raises(DataError, match="row 2 has") as strict:
+    with pytest.raises(DataError, match="line 3 has") as strict:
         load_dataset(DataConfig(name=str(path), labels="bad,good"), "classification")
     (unfit,) = reading_of(path)
-    assert unfit.row == 2
+    assert unfit.row == 3
     assert str(strict.value) in (unfit.words, f"{unfit.words}; data.invalid-rows = 'skip' leaves such rows out")
     assert "fair" not in unfit.reason, "the reason quotes the row"
 
@@ -319,7 +319,7 @@ def test_a_line_that_is_no_row_is_an_error_of_public_data_and_one_row_of_protect
         load_dataset(config, "classification")
     reading = load_protected(config, "classification")
     assert [e.text for e in reading.dataset.examples] == ["the film", "the scene"]
-    assert [(row.row, row.of_file) for row in reading.unfit] == [(2, True)]
+    assert [(row.row, row.of_file) for row in reading.unfit] == [(3, True)]
     assert "film" not in reading.unfit[0].reason + reading.unfit[0].words, "it quotes the row"
 
 

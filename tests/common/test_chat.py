@@ -267,7 +267,7 @@ def test_an_answer_that_nobody_asked_for_is_no_record(tmp_path: Path) -> None:
     """As of TRL's layout in turns whose prompt nobody named; a system's turn asks for nothing."""
     for completion in (SENT[4:], [SENT[0], SENT[4]]):
         path = write(tmp_path / "split.jsonl", [{"prompt": SENT[:4], "completion": completion}])
-        with pytest.raises(DataError, match=r"row 1 has no turn of the user: .*name that in data\.context"):
+        with pytest.raises(DataError, match=r"line 1 has no turn of the user: .*name that in data\.context"):
             loaded(path, "chat", messages="completion")
         reading = load_protected(DataConfig(name=str(path), columns=Columns({"messages": "completion"})), "chat")
         assert not reading.dataset.examples
@@ -405,7 +405,7 @@ def test_no_record_is_trained_on_as_another_text_than_was_written(
     path = write(tmp_path / "theirs.jsonl", [*blank, {**row, **filled}])
     own = COLUMNS if task == "instruction" else {}
     with pytest.raises(
-        DataError, match=rf"row 4 fills in the column '{column}', which is not read: {advice}"
+        DataError, match=rf"line 4 fills in the column '{column}', which is not read: {advice}"
     ) as caught:
         loaded(path, task, **own)
     assert "\n" not in str(caught.value)

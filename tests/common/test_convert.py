@@ -118,9 +118,9 @@ def test_what_cannot_be_converted_says_so_in_a_line(elsewhere: Path, capsys: pyt
     ("content", "said"),
     [
         ("sentence\tlabel\nx\t0\n", "has no column 'text'"),
-        ("text\tlabel\nx\t0\n \t1\n", "row 2 has no value in column 'text'"),
-        ("text\tlabel\nx\t0\ny\t2\n", "row 2 has the label '2'; those of the data set 'sst2' are 0, 1"),
-        ("text\tlabel\nx\t0\ty\n", "row 1 has 3 fields"),
+        ("text\tlabel\nx\t0\n \t1\n", "line 3 has no value in column 'text'"),
+        ("text\tlabel\nx\t0\ny\t2\n", "line 3 has the label '2'; those of the data set 'sst2' are 0, 1"),
+        ("text\tlabel\nx\t0\ty\n", "line 2 has 3 fields"),
     ],
 )
 def test_a_file_of_the_users_that_is_of_another_form_names_its_first_row(content: str, said: str) -> None:

@@ -167,13 +167,13 @@ def test_a_missing_column_names_the_setting_and_the_columns(
     [
         *((f"none.{ending}", [], {}, "is empty: it has no records") for ending in ("csv", "tsv", "jsonl", "parquet")),
         *(
-            ("gaps.jsonl", [("x", "a"), ("y", gap)], {}, "row 2 has no value in column 'label' (data.label)")
+            ("gaps.jsonl", [("x", "a"), ("y", gap)], {}, "line 2 has no value in column 'label' (data.label)")
             for gap in ("", "  ", None, float("nan"))
         ),
-        ("lists.jsonl", [(["a", "b"], 0), ("x", 1)], {}, "row 1 has a list in column 'text' (data.text)"),
+        ("lists.jsonl", [(["a", "b"], 0), ("x", 1)], {}, "line 1 has a list in column 'text' (data.text)"),
         (
             *("reviews.csv", [("x", "good"), ("y", "baad")], {"labels": "good,bad"}),
-            "row 2 has the label 'baad', which is not among data.labels (good, bad) (did",
+            "line 3 has the label 'baad', which is not among data.labels (good, bad) (did",
         ),
         ("reviews.csv", [("x", "good")], {}, "has only the label 'good', and a classifier needs 2: name all labels"),
         *(
@@ -192,21 +192,21 @@ def test_records_that_make_no_data_set_are_refused(
     ("name", "content", "message"),
     [
         ("none.csv", b"", "is empty: it has no records"),
-        ("gaps.jsonl", b'{"text": "x", "label": 1}\n\n{"label": 0}\n', "row 2 has no value in column 'text'"),
+        ("gaps.jsonl", b'{"text": "x", "label": 1}\n\n{"label": 0}\n', "line 3 has no value in column 'text'"),
         ("reviews.csv", b"text;label\nfine;1\n", "separated by semicolons; save it with commas, or with tabs as .tsv"),
         ("reviews.csv", b"text\tlabel\nfine\t1\n", "separated by tabs; save it with commas, or with tabs as .tsv"),
         ("latin.csv", "text,label\nné,1\n".encode("latin-1"), "is not UTF-8 (byte 12)"),
-        ("commas.csv", b"text,label\none, two,1\n", "row 1 has 3 fields, but the header names 2"),
+        ("commas.csv", b"text,label\none, two,1\n", "line 2 has 3 fields, but the header names 2"),
         (
             "open.csv",
             b'text,label\n"two\nlines",1\n\nfine,0\n"never closed,1\nanother,0\nlast,1\n',
-            "cannot be read as CSV: row 3, which begins in line 6, has a quote that is never closed: fix it",
+            "cannot be read as CSV: the row that begins in line 6 has a quote that is never closed: fix it",
         ),
         ("head.csv", b'"text,label\na,1\n', "cannot be read as CSV: the header has a quote that is never closed"),
         (
             "inner.csv",
             b'text,label\nfine,0\n"so " poor",1\nlast,1\n',
-            "cannot be read as CSV: row 2, which begins in line 3, has ',' expected after '\"'",
+            "cannot be read as CSV: the row that begins in line 3 has ',' expected after '\"'",
         ),
         ("broken.jsonl", b'{"text": "x", "label": 1}\n{"text": \n', "line 2 is not JSON"),
         ("list.jsonl", b"[1, 2]\n", "line 1 is not a JSON object"),

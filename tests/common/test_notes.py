@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from fedveil.common.config.flat import Columns
@@ -17,6 +18,7 @@ from fedveil.common.data.notes import notes_on, notes_on_texts
 from fedveil.common.data.sources import load_dataset, load_protected, train_and_test
 from fedveil.common.errors import ConfigError, DataError
 from fedveil.common.labels import labels_text
+from fedveil.experiments.api.records import records_of
 
 
 def table(folder: Path, rows: list[tuple[str, str]]) -> str:
@@ -33,7 +35,7 @@ def test_all_rows_without_a_label_are_counted_and_can_be_left_out(tmp_path: Path
     name = table(tmp_path, [("first", ""), *plain(20), ("last", ""), ("odd", "")])
     with pytest.raises(
         DataError,
-        match=r"row 1 has no value in column 'label'.*3 rows in all cannot be used: 1, 22, 23\).*data.invalid-rows",
+        match=r"line 2 has no value in column 'label'.*3 rows in all cannot be used: line 2, 23, 24\).*invalid-rows",
     ) as caught:
         load_dataset(DataConfig(name=name), "classification")
     assert "\n" not in str(caught.value)
@@ -45,6 +47,21 @@ def test_all_rows_without_a_label_are_counted_and_can_be_left_out(tmp_path: Path
     assert note.startswith("3 rows cannot be used and are left out: ")
     with pytest.raises(ConfigError, match=r"data\.invalid-rows"):
         DataConfig(invalid_rows="drop")
+
+
+def test_a_row_is_found_by_its_line_in_a_file_and_by_its_index_in_a_frame(tmp_path: Path) -> None:
+    lines = b'text,label\n"first\nof two",bad\n\nsecond,good\nthird,\n"fourth\nof two",\n'
+    (tmp_path / "own.csv").write_bytes(lines)
+    own = str(tmp_path / "own.csv")
+    with pytest.raises(DataError, match=r"own\.csv line 6 has no value .*: line 6, 7\)"):
+        load_dataset(DataConfig(name=own), "classification")
+    frame = pd.DataFrame({"text": ["a", "b", "c"], "label": ["good", None, "bad"]}, index=[10, 14, 7])
+    records = records_of(frame)
+    with records.opened(), pytest.raises(DataError, match="data index 14 has no value in column 'label'"):
+        load_dataset(DataConfig(name=str(records.settings["data.name"])), "classification")
+    (tmp_path / "own.csv").write_bytes(b'text,label\n\nthe film,good\na "quote,bad\nthe end,fair\n')
+    by_line = load_protected(DataConfig(name=own, labels="bad,good"), "classification")
+    assert [(row.unit, row.row) for row in by_line.unfit] == [("line", 5)]
 
 
 def test_a_file_of_which_nothing_is_left_is_refused(tmp_path: Path) -> None:

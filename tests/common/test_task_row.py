@@ -270,7 +270,7 @@ def test_a_record_that_does_not_fit_contributes_nothing_and_the_round_goes_on(si
         "has no list of 8 numbers in column 'vector' (data.vector)",
         "has a cell that cannot be read in column 'vector' (data.vector)",
     ]
-    with pytest.raises(DataError, match=r"row 4 has no list of 8 numbers .*: give each record one"):
+    with pytest.raises(DataError, match=r"line 4 has no list of 8 numbers .*: give each record one"):
         load_dataset(config_of(site.settings).data, "numbers", str(path))
     task, model = site.task(), site.model()
     site.node["data"] = str(path)

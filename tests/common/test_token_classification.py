@@ -127,10 +127,10 @@ def test_a_row_that_is_no_record_is_left_out_at_a_site_and_an_error_in_public(tm
     assert reading.unfit[0].reason == "has a label that is not among data.labels"
     assert not any("Ada" in row.reason for row in reading.unfit)
     assert [example.label for example in reading.dataset.examples] == [0]
-    with pytest.raises(DataError, match=r"row 1 has the label 'B-ORG', which is not among data\.labels"):
+    with pytest.raises(DataError, match=r"line 1 has the label 'B-ORG', which is not among data\.labels"):
         load_dataset(DATA, TASK.name, source)
     broken = write(tmp_path / "b.conll", "Ada B-PER\nwent\n\nthe O\n")
-    assert [row.row for row in load_protected(DATA, TASK.name, broken).unfit] == [1]
+    assert [row.row for row in load_protected(DATA, TASK.name, broken).unfit] == [2]
 
 
 BAD_LINES = {

@@ -98,9 +98,9 @@ def test_a_steward_reads_which_rows_are_no_records_and_why_but_not_what_is_in_th
         "  no row has the label 'bad': compare how it is written in the rows and in the policy",
         "public-size: 50 declared, 1 record found: a step is divided by what is declared, so that these weigh less "
         "than they could",
-        f"  {own}: row 2, {', '.join(map(str, range(4, 23)))} and 6 more has a label that is not among data.labels",
-        f"  {own}: row 3 has no value in column 'text' (data.text)",
-        f"  {own}: row 29 has another number of fields than the header",
+        f"  {own}: line 3, {', '.join(map(str, range(5, 24)))} and 6 more has a label that is not among data.labels",
+        f"  {own}: line 4 has no value in column 'text' (data.text)",
+        f"  {own}: line 30 has another number of fields than the header",
     ]
     assert "secret" not in done.output
     said: list[str] = []
@@ -178,7 +178,7 @@ UNREADABLE = [
     ("twice.csv", b"text,label,text\na,good,b\n", "two columns are called 'text'"),
     ("none.csv", b"text,label\n", "none.csv is empty: it has no records"),
     ("column.csv", b"text,stars\na,5\n", "has no column 'label' (data.label); it has text, stars"),
-    ("odd.csv", b"text,label\n,good\n", "no row is a record (row 1 has no value in column 'text' (data.text)): mend"),
+    ("odd.csv", b"text,label\n,good\n", "no row is a record (line 2 has no value in column 'text' (data.text)): mend"),
 ]
 
 
@@ -255,8 +255,8 @@ def test_a_check_is_of_what_the_start_is_told_and_names_each_file(tmp_path: Path
     check_site(site, said.append, f'data="{parts}"')
     assert said[0] == "records: 2 of 4 rows fit; the others count as none"
     assert any("public-size: 50 declared, 2 records found" in line for line in said)
-    assert [line for line in said if "fair" in line or "row 2" in line] == [
-        f"  {parts / name}.csv: row 2 has a label that is not among data.labels" for name in ("one", "two")
+    assert [line for line in said if "fair" in line or "line 3" in line] == [
+        f"  {parts / name}.csv: line 3 has a label that is not among data.labels" for name in ("one", "two")
     ]
 
 

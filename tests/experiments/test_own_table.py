@@ -117,7 +117,7 @@ def test_labels_that_are_codes_point_to_phrases(labels: list[str], coded: bool, 
 
 
 def test_a_conll_file_is_read_by_the_one_task_that_can_which_is_said(tmp_path: Path) -> None:
-    (tmp_path / "own.conll").write_text("Ada B-PER\nwent O\n\n" * 20)
+    (tmp_path / "own.conll").write_text("".join(f"Ada{n} B-PER\nwent O\n\n" for n in range(20)))
     name = str(tmp_path / "own.conll")
     assert guessed(name) == (
         {"model.task": "token-classification"},
