@@ -63,7 +63,8 @@ def notes_on(config: DataConfig, task: str) -> list[str]:
         *_at_several_sites(reading.dataset),
     ]
     tested = _trained_on(reading.dataset, load_dataset(config, task, config.test)) if config.test else []
-    return [*skipped * bool(number), *(f"{config.name}: {note}" for note in texts), *tested]
+    where = "data" if config.name.startswith(MARK) else config.name
+    return [*skipped * bool(number), *(f"{where}: {note}" for note in texts), *tested]
 
 
 def notes_on_labels(data: Dataset, config: DataConfig, task: str) -> Iterator[str]:
