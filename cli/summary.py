@@ -61,7 +61,8 @@ def _accuracy_line(data: ReportData) -> str:
         after = share_text(score.after) if score.after else after
     last = {name: one.after.value if one.after else None for name, one in figures.items()}
     beside = "".join(f"; {name} {percent_text(value)}" for name, value in last.items())
-    return f"{data.judged_by}: {after}, from {before} before training, on {on}{beside}"
+    control = data.control and f" ({data.control})"
+    return f"{data.judged_by}: {after}, from {before} before training{control}, on {on}{beside}"
 
 
 def _privacy_line(data: ReportData) -> str:

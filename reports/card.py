@@ -220,10 +220,11 @@ def _results(data: ReportData) -> str:
     if not rows:
         rows = [("all", UNKNOWN, percent_text(head.accuracy_before), percent_text(head.accuracy_after))]
     table = "\n".join("| " + " | ".join(plain(cell) for cell in row) + " |" for row in rows)
+    control = data.control and f"\n\nFor comparison, {data.control}."
     return (
         f"## Results\n\n{capital(data.judged_by)} on the run's public test set, with 95 % intervals where records have "
         "labels:\n\n"
-        f"| label | records | before training | after |\n|---|---|---|---|\n{table}"
+        f"| label | records | before training | after |\n|---|---|---|---|\n{table}{control}"
     )
 
 

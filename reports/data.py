@@ -16,6 +16,7 @@ from fedveil.common.config.run import method_of
 from fedveil.common.data.sources import unprotected_test
 from fedveil.common.errors import DataError
 from fedveil.common.files import sha256_of
+from fedveil.common.model.score import control_words
 from fedveil.common.other_runs import BesideRow, TuningFile
 from fedveil.common.paths import is_path
 from fedveil.common.run_lines import Absence, AdapterFile, read_file
@@ -166,6 +167,11 @@ class ReportData:
     """The headline and what the task's score has beside it; of most tasks, which have nothing beside, none."""
     parts: list[PartReport] = field(default_factory=list)
     """By kind of part, where an answer has several."""
+
+    @property
+    def control(self) -> str:
+        """What the score must beat without a model, in words; empty where labels are not counted."""
+        return control_words(self.judged_by, [row.records for row in self.accuracy[1:]])
 
     @property
     def judged_by(self) -> str:

@@ -60,7 +60,7 @@ def boxes_of(data: ReportData) -> list[Box]:
         Box(
             f"{capital(data.judged_by)} on public test data",
             f"{percent_text(head.accuracy_before)} → {percent_text(head.accuracy_after)}",
-            ["before → after training", *whole],
+            ["before → after training", *([data.control] if data.control else []), *whole],
         ),
         Box("Privacy spent, ε", *_spent_in_all(data)),
         Box("Rounds", f"{head.rounds_done} of {head.rounds_planned}", rounds),

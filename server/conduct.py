@@ -14,7 +14,7 @@ from fedveil.common.derived import EarlierFile
 from fedveil.common.errors import FedVeilError, RunFailed
 from fedveil.common.files import full_disk
 from fedveil.common.log import about, kept_in, place_of, set_up
-from fedveil.common.model.score import Score
+from fedveil.common.model.score import Score, control_words
 from fedveil.common.paths import REPLIES, run_folder, run_name
 from fedveil.common.run_lines import ProgressFile, Reached, ResultFile, Status
 from fedveil.common.server_file import ENGINES, ServerStart
@@ -59,7 +59,8 @@ class Terminal(Observer):
         self, baseline: Score, state: ServerState, members: Mapping[str, Member], begun: Score | None = None
     ) -> None:
         """Say the score before training, and after round 0."""
-        self._folder.say(f"before training: {figures_words(baseline)}")
+        control = control_words(baseline.name, baseline.records, baseline.predicted)
+        self._folder.say(f"before training: {figures_words(baseline)}{control and f' ({control})'}")
         if words := self._server_model.statistic_words:
             self._folder.say(f"  {words}", 0)
         if begun is not None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedveil.common.run_lines import Figure
+from fedveil.common.words import percent_text
 
 Z = 1.959963984540054
 """The 97.5 % quantile of the normal distribution."""
@@ -69,6 +70,23 @@ def macro_f1(parts: Sequence[tuple[int, int, int]]) -> float | None:
     """
     shares = [f1(right, there + given) for right, there, given in parts if there + given]
     return sum(shares) / len(shares) if shares else None
+
+
+def control_words(name: str, records: Sequence[int], predicted: Sequence[int] = ()) -> str:
+    """Return what a score must beat without a model, in words; empty where labels are not counted.
+
+    Args:
+        name: what the task is judged by: of accuracy alone the share of a label is the score of answering it always.
+        records: test records of each label.
+        predicted: records to which the model gives each label; empty: not counted.
+
+    >>> control_words("accuracy", (3, 7), (10, 0))
+    'one label for every record; the most frequent label alone: 70.0 %'
+    """
+    if name != "accuracy" or sum(map(bool, records)) < 2:
+        return ""
+    constant = "one label for every record; " * (sum(map(bool, predicted)) == 1)
+    return f"{constant}the most frequent label alone: {percent_text(max(records) / sum(records))}"
 
 
 def half_of_ratio(tops: Sequence[float], bottoms: Sequence[float]) -> float:

@@ -61,7 +61,10 @@ def test_every_form_shows_the_interval_of_every_label(tmp_path: Path, capsys: py
     assert whole.after is not None
     assert whole.after.value == 0.76
     print_summary(run.folder)
-    assert "76.0 % (66.8 to 83.3), from 60.0 % (50.2 to 69.1) before training" in capsys.readouterr().out
+    assert (
+        "76.0 % (66.8 to 83.3), from 60.0 % (50.2 to 69.1) before training (the most frequent label alone: 60.0 %)"
+        in capsys.readouterr().out
+    )
     for text in (markdown_report(run.folder), to_html(report_of(run.folder))):
         assert "90.0 % (79.9 to 95.3)" in text, "the label that got better is hidden"
         assert "55.0 % (39.8 to 69.3)" in text, "the label that got worse is hidden"
