@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from fedveil.common.files import finite
 from fedveil.common.run_lines import Figure, RunFile
-from fedveil.common.strict_json import SPARSE, Endless, Measured, from_json, to_json
+from fedveil.common.strict_json import SPARSE, Delta, Epsilon, Measured, from_json, to_json
 
 IN_MODEL = "fedveil_sources"
 """Key of a merged model's ``config.json`` under which the runs are that it was made from."""
@@ -33,9 +33,9 @@ class Source:
     """SHA-256 of its adapter's files, by name."""
     claim: str
     """What it promises, in one sentence, or that it promises nothing."""
-    epsilon: Endless | None
+    epsilon: Epsilon | None
     """The federation's, of all trials where it was tuned; None: it has no claim."""
-    delta: float | None
+    delta: Delta | None
     unit: str
     """Whom the claim speaks of."""
     terms: str
@@ -84,9 +84,9 @@ class DerivedFile(RunFile):
     base_model: str
     sources: list[Source]
     """Each run once, also where it came through another derived model."""
-    epsilon: Endless | None
+    epsilon: Epsilon | None
     """For a record that is in all of the runs: the sum of theirs. None: one has no claim, or their units differ."""
-    delta: float | None
+    delta: Delta | None
     """Likewise."""
     public: list[PublicTexts] = field(default_factory=list)
     figures: list[Figure] = field(default_factory=list)
@@ -104,12 +104,24 @@ def derived(operation: str, base_model: str, sources: Sequence[Source]) -> Deriv
 
 
 def merged(sources: Sequence[Source]) -> list[Source]:
-    """Return each run once, with the sum of its weights."""
-    found: dict[str, Source] = {}
+    """Return each run once, with the worst of its claims and the sum of its weights.
+
+    An id is printed on cards, so others can write it: only with the same model, files and unit is it the same run.
+    """
+    found: dict[tuple[str, ...], Source] = {}
     for source in sources:
-        before = found.get(source.run)
-        found[source.run] = replace(source, weight=source.weight + before.weight) if before else source
+        key = (source.run, source.base, source.unit.partition(":")[0], *map(str, sorted(source.files.items())))
+        found[key] = _worse(found[key], source) if key in found else source
     return list(found.values())
+
+
+def _worse(one: Source, other: Source) -> Source:
+    """Return a run that came twice, as the copy with the larger ε or without one has it."""
+    weight = one.weight + other.weight
+    if bare := [source for source in (one, other) if source.epsilon is None or source.delta is None]:
+        return replace(bare[0], epsilon=None, delta=None, weight=weight)
+    larger = max(one, other, key=lambda source: source.epsilon or 0.0)
+    return replace(larger, delta=max(one.delta or 0.0, other.delta or 0.0), weight=weight)
 
 
 def together(sources: Sequence[Source]) -> tuple[float | None, float | None]:
@@ -122,8 +134,8 @@ def together(sources: Sequence[Source]) -> tuple[float | None, float | None]:
 
 
 def marks_of(sources: Sequence[Source]) -> list[dict[str, Any]]:
-    """Return runs as a model's configuration holds them, without hashes and terms."""
-    return [finite(to_json(replace(source, files={}, terms=""))) for source in sources]
+    """Return runs as a model's configuration holds them, without terms."""
+    return [finite(to_json(replace(source, terms=""))) for source in sources]
 
 
 def sources_in(config: Mapping[str, Any]) -> list[Source]:

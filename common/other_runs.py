@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedveil.common.run_lines import RunFile
-from fedveil.common.strict_json import Endless
+from fedveil.common.strict_json import Delta, Epsilon
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,6 @@ class TuningFile(RunFile):
     trials: int
     chosen: bool | None
     """Whether this one was chosen; None: not all have ended."""
-    epsilon: Endless
+    epsilon: Epsilon
     """Of all trials together, in a site that joins every round, or by a ledger where that holds more."""
-    delta: float
+    delta: Delta

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from fedveil.common.errors import DataError
 from fedveil.common.files import ABOUT_ADAPTER, ABOUT_RUN, FileState, state_of
 from fedveil.common.messages.round import SpendingFigures
-from fedveil.common.strict_json import BESIDE, SPARSE, Endless, Measured, called, from_json, json_of
+from fedveil.common.strict_json import BESIDE, SPARSE, Epsilon, Measured, called, from_json, json_of
 
 COHORT = "the cohort"
 """What all sites of a trusted server together are called, in whose place no site has a line."""
@@ -122,7 +122,7 @@ class Reached:
     accuracy_before: float
     """On public data, before round 1."""
     accuracy: float
-    epsilon: Endless | None
+    epsilon: Epsilon | None
     """The federation's; None without a claim."""
     rounds: int
     honest_sites: int = 0

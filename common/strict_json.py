@@ -2,8 +2,8 @@
 
 A field is written under its own name, or under the one that ``called`` gives it. Every field is written, but for an
 empty one that is ``SPARSE``; one that has a default may be missing when it is read. Figures are finite; only a field of
-type ``Endless`` may be infinite, which files hold as the text ``inf``, and one of type ``Measured`` may be ``inf``,
-``-inf`` and ``nan``.
+type ``Epsilon``, at least 0, may be infinite, which files hold as the text ``inf``, and one of type ``Measured`` may
+be ``inf``, ``-inf`` and ``nan``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from fedveil.common.errors import DataError
 
 MOST = sys.float_info.max
-Endless = Annotated[float, "may be infinite"]
+Epsilon = Annotated[float, "at least 0, may be infinite"]
+Delta = Annotated[float, "at least 0 and below 1"]
 Measured = Annotated[float, "may be infinite, or no number"]
 """Of a model, which may have diverged."""
 NOT_FINITE = ("inf", "-inf", "nan")
@@ -131,12 +132,15 @@ def _plain(value: Any) -> Any:
 def _read(kind: Any, value: Any, what: str) -> Any:
     """Return ``value`` as a field of type ``kind`` holds it, or raise _MisfitError."""
     origin, inside = get_origin(kind), get_args(kind)
-    if kind == Endless and value in (math.inf, "inf"):
+    if kind == Epsilon and value in (math.inf, "inf"):
         return math.inf
     if kind == Measured and (value in NOT_FINITE or (isinstance(value, float) and not math.isfinite(value))):
         return float(value)
     if origin is Annotated:
-        return _read(inside[0], value, what)
+        number = _read(inside[0], value, what)
+        if (kind in (Epsilon, Delta) and number < 0) or (kind == Delta and number >= 1):
+            raise _MisfitError
+        return number
     if origin in (Union, UnionType):
         for option in inside:
             try:

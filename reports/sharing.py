@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedveil.common.strict_json import Endless
+from fedveil.common.strict_json import Epsilon
 from fedveil.privacy import promise_of, sharing_noise
 from fedveil.privacy.figures import epsilon_text
 from fedveil.reports.folder import RunFiles
@@ -23,7 +23,7 @@ class MoreHonest:
     """What a run's sums cost if more sites of each are honest than the claim counts on."""
 
     honest_sites: int
-    epsilon: Endless
+    epsilon: Epsilon
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Sharing:
     """h: sites of each sum whose noise the claim counts on; 1: each site's own."""
     summed: int
     """Sites of the sum of fewest sites that counted; 0: none did."""
-    epsilon_alone: Endless | None
+    epsilon_alone: Epsilon | None
     """If no other site adds its noise, or the masks fail; None: it cannot be computed from the run's files."""
     more_honest: list[MoreHonest]
     """All but ``privacy.colluders``, and all; those that are more than h."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 
 from fedveil.common.messages.formats import FLOAT32
 from fedveil.common.messages.state import AdapterState, Place
-from fedveil.common.strict_json import Endless
+from fedveil.common.strict_json import Delta, Epsilon
 from fedveil.privacy.accountant import INITIALISATION, TRAINING, Accountant
 from fedveil.privacy.events import Event
 from fedveil.privacy.secure_sum.attempt import KeyOffer
@@ -157,10 +157,10 @@ class SpendingFigures:
     """What each of the round's releases is priced as, as the site says: it may be a kind that has no price here."""
     steps_round: int
     steps_total: int
-    delta: float
+    delta: Delta
     epsilon_round: float
     """What this round added to the total."""
-    epsilon_total: Endless
+    epsilon_total: Epsilon
     """Of everything the ledger holds for this data set, over all runs. Infinite, and the only figure that may be,
     if records of it were released without privacy: then no epsilon holds for them."""
     epsilon_budget: float

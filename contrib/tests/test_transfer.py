@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 import sys
@@ -21,8 +22,10 @@ from torch import nn
 
 from audits.tiny_models import BAD, FILLER, GOOD, save_tiny_model
 from fedveil.common.data.sources import train_and_test
-from fedveil.common.derived import DerivedFile, Source, derived, together
+from fedveil.common.derived import IN_MODEL, DerivedFile, EarlierFile, Source, derived, marks_of, sources_in, together
+from fedveil.common.errors import DataError
 from fedveil.common.run_lines import read_file
+from fedveil.common.strict_json import to_json
 from fedveil.common.tasks import TASKS
 from fedveil.contrib.transfer import transfer as room
 from fedveil.contrib.transfer.student import Lesson, apart, fit_head
@@ -232,3 +235,44 @@ def test_a_record_in_several_runs_has_the_sum_and_one_run_counts_once() -> None:
     assert [source.weight for source in made.sources] == [0.5, 0.25]
     assert together([one, replace(other, epsilon=None)]) == (None, None)
     assert together([one, replace(other, unit="person")]) == (None, None)
+
+
+@pytest.mark.parametrize("known", [3.0, math.inf, None])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_copy_of_a_run_lowers_no_claim_and_another_run_under_its_id_stands_beside_it(
+    known: float | None, turned: bool
+) -> None:
+    one = Source("1", "ffa-lora", "ab", {"head": "cd"}, "a claim", known, 1e-5 if known else None, "record", "terms")
+    for copy in (replace(one, epsilon=1.0, delta=1e-9), replace(one, epsilon=1.0, delta=1e-9, unit="record: its rows")):
+        made = derived("compose linear", "base", [copy, one] if turned else [one, copy])
+        assert (made.epsilon, made.delta) == (known, one.delta)
+        assert [source.weight for source in made.sources] == [2.0]
+    for changed in ({"files": {"head": "ef"}}, {"base": "other"}):
+        both = derived("compose linear", "base", [one, replace(one, epsilon=1.0, delta=0.0, **changed)])
+        assert len(both.sources) == 2
+        assert both.epsilon == (known + 1.0 if known else None)
+    assert derived("x", "base", [one, replace(one, epsilon=9.0, unit="person")]).epsilon is None, "of a larger unit"
+
+
+def test_a_run_that_comes_by_its_folder_and_by_a_models_marks_counts_once() -> None:
+    one = Source("1", "ffa-lora", "ab", {"head": "cd"}, "a claim", 3.0, 1e-5, "record", "terms")
+    marked = sources_in({IN_MODEL: marks_of([one])})
+    assert derived("transfer", "base", [one, *marked]).epsilon == 3.0
+    assert derived("transfer", "base", [*marked, one]).sources[0].run == "1"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("epsilon", -0.1), ("epsilon", math.nan), ("delta", -1e-5), ("delta", 1.0), ("weight", math.inf)],
+)
+def test_figures_that_would_lower_a_sum_are_refused_by_file_and_field(field: str, value: float, tmp_path: Path) -> None:
+    one = to_json(Source("1", "ffa-lora", "ab", {}, "a claim", 3.0, 1e-5, "record", "terms")) | {field: value}
+    with pytest.raises(DataError, match=f"{IN_MODEL} of the model's configuration has no usable field '{field}'"):
+        sources_in({IN_MODEL: [one]})
+    for kind, own in (
+        (EarlierFile, {}),
+        (DerivedFile, {"operation": "x", "base_model": "b", "epsilon": 1, "delta": 0}),
+    ):
+        (tmp_path / kind.NAME).write_text(json.dumps({"sources": [one], **own}), encoding="utf-8")
+        with pytest.raises(DataError, match=f"{kind.NAME} has no usable field '{field}'"):
+            read_file(kind, tmp_path)

@@ -171,7 +171,7 @@ def run_folder_page() -> str:
         "beside it, `report.*` the report. In a simulation `ledgers/` holds the sites' "
         "ledgers, and until the run is complete `replies/` their last noised replies, for a resumed run; "
         "`process.json` names the process of a `fedveil run` that is under way. Of a run whose server is trusted, "
-        "`log.jsonl` and `ledgers/` have the times of rounds and are not to be published. A figure of type `Endless` "
+        "`log.jsonl` and `ledgers/` have the times of rounds and are not to be published. A figure of type `Epsilon` "
         "may be the text `inf`, and one of type `Measured`, of a model that may have diverged, also `-inf` or `nan`.",
         *parts,
     )

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from fedveil.common.config.flat import Scalar
 from fedveil.common.errors import DataError
 from fedveil.common.files import finite, replace_file
-from fedveil.common.strict_json import SPARSE, Endless, Measured, from_json, json_of, to_json
+from fedveil.common.strict_json import SPARSE, Delta, Epsilon, Measured, from_json, json_of, to_json
 
 Key = tuple[str, str, int | None, float | None, int]
 
@@ -67,9 +67,9 @@ class Row:
     """Mean cross-entropy on the public test part, in nats."""
     loss: Measured
     test_records: int
-    epsilon: Endless | None
+    epsilon: Epsilon | None
     """Spent by the site that has spent most; None without a claim."""
-    delta: float | None
+    delta: Delta | None
     rounds: int
     """Complete ones."""
     sites: int

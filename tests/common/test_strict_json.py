@@ -10,12 +10,12 @@ from typing import Any, Literal
 import pytest
 
 from fedveil.common.errors import DataError
-from fedveil.common.strict_json import BESIDE, Endless, called, from_json, to_json
+from fedveil.common.strict_json import BESIDE, Epsilon, called, from_json, to_json
 
 
 @dataclass(frozen=True)
 class Cost:
-    epsilon: Endless
+    epsilon: Epsilon
     steps: int
 
 

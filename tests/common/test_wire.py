@@ -112,7 +112,8 @@ def spendings(draw: st.DrawFn) -> Spending:
         "str": st.sampled_from(SPENDING_PURPOSES),
         "int": st.integers(0, 10**6),
         "float": figures,
-        "Endless": figures | st.just(math.inf),
+        "Epsilon": figures | st.just(math.inf),
+        "Delta": st.floats(0, 1, exclude_max=True),
         "Accountant": accountants,
         "Event": st.builds(sampled_gaussian, figures, figures, figures),
     }
